@@ -1,0 +1,23 @@
+"""fastsample: from logits to token, the same token to the bit on every engine."""
+
+from importlib.metadata import version as _version
+
+from fastsample.api import SampleOutput, filter_logits, probabilities, sample
+from fastsample.engines import engines
+from fastsample.params import SamplingParams
+from fastsample.sampler import Sampler
+from fastsample.threads import get_num_threads, set_num_threads
+
+__version__ = _version("fastsample")
+
+__all__ = [
+    "SampleOutput",
+    "Sampler",
+    "SamplingParams",
+    "engines",
+    "filter_logits",
+    "get_num_threads",
+    "probabilities",
+    "sample",
+    "set_num_threads",
+]

@@ -1,0 +1,359 @@
+"""The public calls: sample, filter_logits, probabilities and Sampler. Arguments are checked here, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fastsample.engines import LogprobsMode, Outputs, select
+from fastsample.params import SamplingParams
+from fastsample.rows import (
+    MAX_VOCAB,
+    BiasLike,
+    Rows,
+    Seed,
+    TokenIds,
+    pack_bias,
+    pack_bitmask,
+    pack_offsets,
+    pack_seeds,
+    pack_token_ids,
+)
+
+OnInvalid = Literal["raise", "flag"]
+
+STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everything is masked)"}
+"""What a non-zero status means, after bitmask, bias and penalties."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    """What `sample` returns. B rows, n = num_samples, N = top_logprobs; [B, n] is [B] when num_samples is 1.
+
+    Attributes:
+        tokens: int64 [B] or [B, n]; -1 in invalid rows.
+        status: int32 [B]; 0 valid, 1 NaN, 2 +inf, 3 nothing above -inf.
+        logprobs: float32 like tokens; natural log-probability of each sampled token. NaN in invalid rows.
+        ranks: int64 like tokens; 1 + number of tokens strictly above the sampled one. 0 in invalid rows.
+        top_ids: int64 [B, N] in rank order; -1 past the last token that is kept ("processed") or above -inf ("raw").
+        top_logprobs: float32 [B, N]; -inf where top_ids is -1.
+    """
+
+    tokens: torch.Tensor
+    status: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    ranks: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+
+def sample(
+    logits: torch.Tensor,
+    params: SamplingParams | None = None,
+    *,
+    seed: Seed | None = None,
+    offset: Seed = 0,
+    num_samples: int = 1,
+    bitmask: torch.Tensor | None = None,
+    bias: BiasLike | None = None,
+    prompt_ids: TokenIds | None = None,
+    output_ids: TokenIds | None = None,
+    logprobs: LogprobsMode | None = None,
+    top_logprobs: int = 0,
+    on_invalid: OnInvalid = "raise",
+    backend: str = "auto",
+    out: SampleOutput | None = None,
+    **fields: Any,
+) -> SampleOutput:
+    """Draw one or more tokens per row of logits.
+
+    A token depends on its row alone: the logits, the parameters, seed, offset and draw index. The batch, the slot,
+    the number of threads, the instruction set, the device and the engine change nothing.
+
+    Args:
+        logits: float32, float16 or bfloat16 [B, V], or [V] for a single row (outputs then lose their first dimension).
+            Any row stride, last dimension contiguous, 1 <= V <= 2^20. Never written to.
+        params: how to sample; `fields` are SamplingParams fields and override it.
+        seed: an int, which gives row i the seed splitmix64(seed + i), or one 64-bit seed per row, used as it is. None
+            takes a fresh seed from torch's default CPU generator (`torch.manual_seed` repeats it).
+        offset: position in the sequence, 0 <= offset < 2^64; an int or one per row. Advance it by 1 per step.
+        num_samples: independent draws per row, n >= 1.
+        bitmask: int32 [B, words] or [words]; token j is allowed when bit j % 32 of word j // 32 is 1. Tokens past the
+            last word are not allowed (xgrammar's and llguidance's format).
+        bias: {id: value} for all rows, a list with a dict or None per row, or tensors (row_ptr [B + 1], ids [N],
+            values [N]); added to the logits. Finite or -inf.
+        prompt_ids, output_ids: int64 or int32 [B, L] padded with -1, or a list of lists; what the penalties count.
+        logprobs: "raw" reports log-softmax of the logits as given, "processed" that of the distribution drawn from.
+        top_logprobs: also report the N most probable tokens, 0 <= N <= V. Needs `logprobs`.
+        on_invalid: a row with a NaN, with +inf or with nothing above -inf raises ValueError ("raise"; on a GPU this
+            waits for the device) or yields token -1 and a status ("flag").
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named engine serves or raises; it is never replaced.
+        out: a SampleOutput of an earlier call of the same shape, to be filled and returned.
+        **fields: SamplingParams fields, e.g. temperature=0.8, top_k=50.
+
+    Returns:
+        SampleOutput with fresh tensors on the logits' device, or `out`.
+
+    Raises:
+        TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
+        RuntimeError: the named backend cannot serve these logits.
+    """
+    table = check_logits(logits)
+    rows = Rows(
+        pack_params(params, fields, table.shape[0]),
+        pack_seeds(seed, table.shape[0]),
+        pack_offsets(offset, table.shape[0]),
+    )
+    add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
+    request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
+    return request.run(logits, table, rows, out)
+
+
+def filter_logits(
+    logits: torch.Tensor,
+    params: SamplingParams | None = None,
+    *,
+    bitmask: torch.Tensor | None = None,
+    bias: BiasLike | None = None,
+    prompt_ids: TokenIds | None = None,
+    output_ids: TokenIds | None = None,
+    on_invalid: OnInvalid = "raise",
+    backend: str = "auto",
+    out: torch.Tensor | None = None,
+    **fields: Any,
+) -> torch.Tensor:
+    """The processed logits divided by the temperature where a token is kept, -inf elsewhere.
+
+    Arguments as for `sample`. A greedy row keeps only its maximum, undivided. Invalid rows (with on_invalid="flag")
+    are all -inf.
+
+    Returns:
+        float32 [B, V] ([V] for 1-D logits), or `out`.
+    """
+    inputs = (bitmask, bias, prompt_ids, output_ids)
+    return _full("filtered", logits, params, inputs, on_invalid, backend, out, fields)
+
+
+def probabilities(
+    logits: torch.Tensor,
+    params: SamplingParams | None = None,
+    *,
+    bitmask: torch.Tensor | None = None,
+    bias: BiasLike | None = None,
+    prompt_ids: TokenIds | None = None,
+    output_ids: TokenIds | None = None,
+    on_invalid: OnInvalid = "raise",
+    backend: str = "auto",
+    out: torch.Tensor | None = None,
+    **fields: Any,
+) -> torch.Tensor:
+    """The distribution that `sample` draws from: kept tokens renormalised, 0 elsewhere.
+
+    Arguments as for `sample`. Invalid rows (with on_invalid="flag") are all 0.
+
+    Returns:
+        float32 [B, V] ([V] for 1-D logits), or `out`.
+    """
+    inputs = (bitmask, bias, prompt_ids, output_ids)
+    return _full("probabilities", logits, params, inputs, on_invalid, backend, out, fields)
+
+
+@dataclass(slots=True, frozen=True)
+class Request:
+    """What a sampling call wants besides its rows; checked when made."""
+
+    num_samples: int = 1
+    logprobs: LogprobsMode | None = None
+    top_logprobs: int = 0
+    on_invalid: OnInvalid = "raise"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_count("num_samples", self.num_samples, 1, 2**31 - 1)
+        _check_count("top_logprobs", self.top_logprobs, 0, MAX_VOCAB)
+        if self.logprobs not in (None, "raw", "processed"):
+            raise ValueError(f"logprobs = {self.logprobs!r}: expected None, 'raw' or 'processed'")
+        if self.top_logprobs and self.logprobs is None:
+            raise ValueError(f"top_logprobs = {self.top_logprobs}: needs logprobs='raw' or 'processed'")
+        check_on_invalid(self.on_invalid)
+
+    def run(
+        self, logits: torch.Tensor, table: torch.Tensor, rows: Rows, out: SampleOutput | None = None
+    ) -> SampleOutput:
+        """Sample [B, V] `table`, the two-dimensional view of `logits`."""
+        if self.top_logprobs > table.shape[1]:
+            raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most V = {table.shape[1]}")
+        engine = select(self.backend, table)
+        if out is not None:
+            self._check_out(out, logits, table)
+        # With "raise", a caller's buffers are filled only once every row is known to be valid.
+        result = out if out is not None and self.on_invalid == "flag" else self.empty(logits)
+        outputs = self._outputs(result, table.shape[0])
+        invalid = engine.run(table, rows.to(table.device), outputs)
+        if self.on_invalid == "raise":
+            raise_if_invalid(invalid, outputs.status)
+        if out is None or out is result:
+            return result
+        for name in SampleOutput.__slots__:
+            if getattr(result, name) is not None:
+                getattr(out, name).copy_(getattr(result, name))
+        return out
+
+    def shapes(self, logits: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each wanted field of SampleOutput."""
+        batch = tuple(logits.shape[:-1])
+        draws = batch if self.num_samples == 1 else (*batch, self.num_samples)
+        shapes = {"tokens": (draws, torch.int64), "status": (batch, torch.int32)}
+        if self.logprobs is not None:
+            shapes |= {"logprobs": (draws, torch.float32), "ranks": (draws, torch.int64)}
+        if self.top_logprobs:
+            top = (*batch, self.top_logprobs)
+            shapes |= {"top_ids": (top, torch.int64), "top_logprobs": (top, torch.float32)}
+        return shapes
+
+    def empty(self, logits: torch.Tensor) -> SampleOutput:
+        """Fresh buffers for these logits."""
+        shapes = self.shapes(logits).items()
+        return SampleOutput(**{n: torch.empty(s, dtype=t, device=logits.device) for n, (s, t) in shapes})
+
+    def _outputs(self, result: SampleOutput, batch: int) -> Outputs:
+        def table(t: torch.Tensor | None, width: int) -> torch.Tensor | None:
+            return None if t is None else t.view(batch, width)
+
+        return Outputs(
+            status=result.status.view(batch),
+            tokens=table(result.tokens, self.num_samples),
+            mode=self.logprobs,
+            logprobs=table(result.logprobs, self.num_samples),
+            ranks=table(result.ranks, self.num_samples),
+            top_ids=table(result.top_ids, self.top_logprobs),
+            top_logprobs=table(result.top_logprobs, self.top_logprobs),
+        )
+
+    def _check_out(self, out: SampleOutput, logits: torch.Tensor, table: torch.Tensor) -> None:
+        if not isinstance(out, SampleOutput):
+            raise TypeError(f"out: expected a SampleOutput, got {type(out).__name__}")
+        for name, (shape, dtype) in self.shapes(logits).items():
+            check_buffer(f"out.{name}", getattr(out, name), shape, dtype, table.device)
+
+
+def check_logits(logits: torch.Tensor) -> torch.Tensor:
+    """The logits as [B, V], or an error that says what they should be."""
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    if logits.layout != torch.strided or logits.device.type == "meta":
+        raise ValueError(f"logits: expected a dense tensor with values, got {logits.layout} on {logits.device}")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"logits: expected float32, float16 or bfloat16, got {logits.dtype}")
+    if logits.ndim not in (1, 2):
+        raise ValueError(f"logits: expected shape [B, V] or [V], got {tuple(logits.shape)}")
+    table = logits if logits.ndim == 2 else logits.unsqueeze(0)
+    vocab = table.shape[1]
+    if not 1 <= vocab <= MAX_VOCAB:
+        raise ValueError(f"logits: expected 1 <= V <= 2^20, got V = {vocab}")
+    if vocab > 1 and table.stride(1) != 1:
+        raise ValueError(
+            f"logits: expected a contiguous last dimension, got stride {table.stride(1)}; call .contiguous()"
+        )
+    return table
+
+
+def pack_params(params: SamplingParams | None, fields: dict[str, Any], rows: int) -> torch.Tensor:
+    """Packed records [B or 1, fields] of `params` with `fields` on top."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise TypeError(f"params: expected SamplingParams, got {type(params).__name__}")
+    if fields:
+        params = SamplingParams(**fields) if params is None else params.replace(**fields)
+    records = (params or SamplingParams()).pack()
+    if records.shape[0] not in (1, rows):
+        raise ValueError(f"params: expected one value or {rows} (one per row of logits), got {records.shape[0]}")
+    return records
+
+
+def add_row_inputs(
+    rows: Rows,
+    table: torch.Tensor,
+    bitmask: torch.Tensor | None,
+    bias: BiasLike | None,
+    prompt_ids: TokenIds | None,
+    output_ids: TokenIds | None,
+) -> None:
+    """Check and attach what changes with every step."""
+    if bitmask is not None:
+        rows.bitmask = pack_bitmask(bitmask, table)
+    if bias is not None:
+        rows.bias = pack_bias(bias, table)
+    if prompt_ids is not None:
+        rows.prompt_ids = pack_token_ids("prompt_ids", prompt_ids, table)
+    if output_ids is not None:
+        rows.output_ids = pack_token_ids("output_ids", output_ids, table)
+
+
+def raise_if_invalid(invalid: int | None, status: torch.Tensor) -> None:
+    """ValueError that names each invalid row (the first few) and what is wrong with it."""
+    if invalid == 0:
+        return
+    bad = status.nonzero()[:, 0].tolist()
+    if bad:
+        shown = ", ".join(f"row {row} has {STATUS[int(status[row])]}" for row in bad[:4])
+        more = f" and {len(bad) - 4} more rows" if len(bad) > 4 else ""
+        raise ValueError(f"logits: {shown}{more}; pass on_invalid='flag' to get token -1 and a status instead")
+
+
+def check_on_invalid(on_invalid: str) -> None:
+    if on_invalid not in ("raise", "flag"):
+        raise ValueError(f"on_invalid = {on_invalid!r}: expected 'raise' or 'flag'")
+
+
+def check_buffer(
+    name: str, buffer: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """A buffer to write to must be exactly what a fresh one would be."""
+    if not isinstance(buffer, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
+    if tuple(buffer.shape) != shape or buffer.dtype != dtype or buffer.device != device:
+        got = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
+        raise ValueError(f"{name}: expected {dtype} {list(shape)} on {device}, got {got}")
+    if not buffer.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
+
+
+def _check_count(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}: expected an integer")
+    if not low <= value <= high:
+        raise ValueError(f"{name} = {value}: expected {low} <= {name} <= {high}")
+
+
+def _full(
+    kind: Literal["filtered", "probabilities"],
+    logits: torch.Tensor,
+    params: SamplingParams | None,
+    inputs: tuple[Any, ...],
+    on_invalid: OnInvalid,
+    backend: str,
+    out: torch.Tensor | None,
+    fields: dict[str, Any],
+) -> torch.Tensor:
+    """filter_logits and probabilities: one float32 per logit."""
+    check_on_invalid(on_invalid)
+    table = check_logits(logits)
+    zeros = torch.zeros(table.shape[0], dtype=torch.int64)
+    rows = Rows(pack_params(params, fields, table.shape[0]), zeros, zeros)
+    add_row_inputs(rows, table, *inputs)
+    engine = select(backend, table)
+    rows = rows.to(table.device)
+    status = torch.empty(table.shape[0], dtype=torch.int32, device=table.device)
+    if out is not None:
+        check_buffer("out", out, tuple(logits.shape), torch.float32, table.device)
+        if on_invalid == "raise":  # a first run that only looks, so that nothing is written on an error
+            raise_if_invalid(engine.run(table, rows, Outputs(status)), status)
+    result = torch.empty(logits.shape, dtype=torch.float32, device=table.device) if out is None else out
+    invalid = engine.run(table, rows, Outputs(status, **{kind: result.view(table.shape)}))
+    if on_invalid == "raise":
+        raise_if_invalid(invalid, status)
+    return result

@@ -1,0 +1,93 @@
+"""The engines that obey the contract, in the order in which `auto` tries them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Literal, Protocol
+
+import torch
+
+from fastsample.rows import Rows
+
+LogprobsMode = Literal["raw", "processed"]
+
+
+@dataclass(slots=True)
+class Outputs:
+    """Buffers for an engine to fill; None means not wanted. Contiguous in their last dimension."""
+
+    status: torch.Tensor  # int32 [B]
+    tokens: torch.Tensor | None = None  # int64 [B, num_samples]
+    filtered: torch.Tensor | None = None  # float32 [B, V]
+    probabilities: torch.Tensor | None = None  # float32 [B, V]
+    mode: LogprobsMode | None = None  # what the four below are of
+    logprobs: torch.Tensor | None = None  # float32 [B, num_samples]
+    ranks: torch.Tensor | None = None  # int64 [B, num_samples]
+    top_ids: torch.Tensor | None = None  # int64 [B, N]
+    top_logprobs: torch.Tensor | None = None  # float32 [B, N]
+
+
+class Engine(Protocol):
+    """One implementation of the contract."""
+
+    name: str
+
+    def why_not(self, logits: torch.Tensor | None) -> str | None:
+        """Why this engine cannot serve these logits (None: any at all), or None when it can."""
+
+    def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
+        """Fill `out` from logits [B, V].
+
+        Returns the number of invalid rows, or None where to know it would mean waiting for the device.
+        """
+
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+"""Engine names, fastest first where several can serve; each is the module of that name."""
+
+_ABSENT = frozenset({"cuda", "triton"})
+
+
+class Absent:
+    """An engine that this version does not have; it says so."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def why_not(self, logits: torch.Tensor | None) -> str | None:
+        return f"the {self.name} engine is not part of this version"
+
+    def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
+        raise RuntimeError(self.why_not(logits))
+
+
+@cache
+def engine(name: str) -> Engine:
+    """The engine of that name; imported on first use, so that `import fastsample` loads no compiler and no driver."""
+    if name not in ORDER:
+        raise ValueError(f"backend = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}")
+    if name in _ABSENT:
+        return Absent(name)
+    found: Engine = import_module(f"fastsample.engines.{name}").ENGINE
+    return found
+
+
+def select(backend: str, logits: torch.Tensor) -> Engine:
+    """The engine for these logits. `auto` takes the first that can; any other name serves or raises with the reason."""
+    if backend == "auto":
+        backend = os.environ.get("FASTSAMPLE_BACKEND", "auto")
+    if backend != "auto":
+        chosen = engine(backend)
+        reason = chosen.why_not(logits)
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} cannot serve these logits: {reason}")
+        return chosen
+    return next(e for e in map(engine, ORDER) if e.why_not(logits) is None)
+
+
+def engines() -> dict[str, str | None]:
+    """What can run here: engine name -> None where it can, else the reason why not, in the order `auto` tries them."""
+    return {name: engine(name).why_not(None) for name in ORDER}

@@ -1,0 +1,1 @@
+"""Adapters to the stacks that people already use; each is imported only on demand."""

@@ -1,0 +1,227 @@
+"""SamplingParams: every sampling parameter with its default, range and meaning, in one table.
+
+The dataclass below *is* the table. Validation, the packed record that the engines read, the README's parameter table
+and the tests all iterate over it, so a new parameter is one more field here (and one more member of `RowParams` in
+csrc/core/rows.h, in the same order).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+Values: TypeAlias = "float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor"
+Ties: TypeAlias = Literal["first", "all"]
+Order: TypeAlias = Literal["top_k_first", "min_p_first", "joint"]
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this (as float32) means greedy."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one parameter may be. Numbers are compared as the float32 (or int) that the engines will see."""
+
+    kind: Literal["float", "int", "choice"]
+    meaning: str
+    low: float = -_FLOAT32_MAX
+    high: float = _FLOAT32_MAX
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def range(self) -> str:
+        """The range in words, for error messages and documentation."""
+        if self.kind == "choice":
+            return "one of " + ", ".join(repr(c) for c in self.choices)
+        low = "" if self.low == -_FLOAT32_MAX else f"{_number(self.low)} {'<' if self.open_low else '<='} "
+        high = "" if self.high in (_FLOAT32_MAX, _INT32_MAX) else f" <= {_number(self.high)}"
+        noun = "an integer" if self.kind == "int" else "a finite number"
+        return noun if not low and not high else f"{noun}, {low}value{high}"
+
+    def accepts(self, value: Any) -> Any:
+        """Whether a number, or each element of a tensor, lies in the range (NaN does not)."""
+        above = value > self.low if self.open_low else value >= self.low
+        return above & (value <= self.high)
+
+
+def _number(value: float) -> str:
+    return "2^20" if value == 2**20 else f"{value:g}"
+
+
+def _real(default: float, meaning: str, **bounds: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"spec": Spec("float", meaning, **bounds)})
+
+
+def _integer(default: int, meaning: str, low: int) -> Any:
+    return dataclasses.field(default=default, metadata={"spec": Spec("int", meaning, low, _INT32_MAX)})
+
+
+def _choice(meaning: str, *choices: str) -> Any:
+    return dataclasses.field(default=choices[0], metadata={"spec": Spec("choice", meaning, choices=choices)})
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingParams:
+    """How each row is sampled.
+
+    Every field takes a scalar, which all rows share, or one value per row: a sequence or a 1-D tensor of length B.
+    Values are rounded to float32 (`top_k` to int32; any `top_k` of the vocabulary's size or more is off) before their
+    range is checked.
+
+    Args:
+        temperature: divides the logits; below 1e-5 the row is greedy. 0 <= T <= 2^20.
+        top_k: keep the k highest logits (Fan et al. 2018); 0 keeps all.
+        top_p: nucleus sampling (Holtzman et al. 2020): keep the shortest prefix of the ranking whose probability
+            reaches p. 0 < p <= 1; 1 keeps all.
+        min_p: keep tokens at least this fraction as probable as the most probable one (Nguyen et al. 2024).
+            0 <= m <= 1; 0 keeps all.
+        repetition_penalty: divide positive and multiply negative logits of tokens seen in the prompt or the output
+            (CTRL, Keskar et al. 2019). > 0; 1 is neutral.
+        frequency_penalty: subtract this times the token's count in the output (OpenAI API). Finite; 0 is neutral.
+        presence_penalty: subtract this from tokens that occur in the output (OpenAI API). Finite; 0 is neutral.
+        ties: what top-k does with logits equal to the k-th: "first" keeps exactly k, lower ids first; "all" keeps
+            every one (Hugging Face).
+        order: "top_k_first" (Hugging Face: top-k, top-p over what it kept, then min-p), "min_p_first" (vLLM: top-p over
+            what top-k and min-p kept) or "joint" (FlashInfer: each filter judges the whole row).
+
+    Raises:
+        TypeError: a value that is no number, or a name that is no string.
+        ValueError: a value out of range; the message names the parameter, the row and the value.
+    """
+
+    temperature: Values = _real(1.0, "divides the logits; below 1e-5 the row is greedy", low=0.0, high=2.0**20)
+    top_k: int | Values = _integer(0, "keep the k highest logits; 0 keeps all", low=0)
+    top_p: Values = _real(
+        1.0, "keep the shortest ranked prefix with this probability", low=0.0, high=1.0, open_low=True
+    )
+    min_p: Values = _real(0.0, "keep tokens this probable relative to the best", low=0.0, high=1.0)
+    repetition_penalty: Values = _real(
+        1.0, "shrinks logits of tokens in prompt or output", low=0.0, open_low=True
+    )
+    frequency_penalty: Values = _real(0.0, "subtracted per occurrence in the output")
+    presence_penalty: Values = _real(0.0, "subtracted from tokens in the output")
+    ties: Ties | Sequence[Ties] = _choice("what top-k does with equal logits", "first", "all")
+    order: Order | Sequence[Order] = _choice(
+        "what top-p and min-p are measured over", "top_k_first", "min_p_first", "joint"
+    )
+
+    def __post_init__(self) -> None:
+        for name, spec in specs():
+            object.__setattr__(self, name, _normalise(name, spec, getattr(self, name)))
+
+    def replace(self, **fields: Any) -> SamplingParams:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **fields)
+
+    def batch_size(self) -> int | None:
+        """B where some field has one value per row, else None. ValueError where two fields disagree."""
+        sizes = {name: len(v) for name, v in self._values() if isinstance(v, (torch.Tensor, tuple))}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"parameters have different numbers of rows: {sizes}")
+        return next(iter(sizes.values()), None)
+
+    def pack(self) -> torch.Tensor:
+        """The records that the engines read: int32 [B or 1, number of fields] on the CPU, floats as their bits."""
+        rows = self.batch_size()
+        columns = [_code(spec, value) for (_, spec), (_, value) in zip(_SPECS, self._values(), strict=True)]
+        if rows is None:
+            bits = struct.unpack(_INTS, struct.pack(_RECORD, *columns))
+            return torch.tensor([bits], dtype=torch.int32)
+        records = torch.empty(rows, len(_SPECS), dtype=torch.int32)
+        for target, (_, spec), column in zip(records.unbind(1), _SPECS, columns, strict=True):
+            target = target.view(torch.float32) if spec.kind == "float" else target
+            target.copy_(torch.as_tensor(column))
+        return records
+
+    def _values(self) -> Iterator[tuple[str, Any]]:
+        return ((name, getattr(self, name)) for name, _ in _SPECS)
+
+
+def specs() -> tuple[tuple[str, Spec], ...]:
+    """(name, Spec) of every parameter, in the order of the packed record."""
+    return _SPECS
+
+
+def _code(spec: Spec, value: Any) -> Any:
+    """A validated value as the record holds it: a choice becomes its position among the choices."""
+    if spec.kind != "choice":
+        return value
+    return [spec.choices.index(v) for v in value] if isinstance(value, tuple) else spec.choices.index(value)
+
+
+def _normalise(name: str, spec: Spec, value: Any) -> Any:
+    """The validated value: a number or a name, or per row a 1-D tensor or a tuple of names."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.device.type != "meta":
+        value = value.item()
+    if isinstance(value, torch.Tensor):
+        return _tensor(name, spec, value)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return _scalar(name, spec, value, "row 0 and every other")
+    items = [_scalar(name, spec, item, f"row {row}") for row, item in enumerate(value)]
+    return tuple(items) if spec.kind == "choice" else torch.tensor(items, dtype=_dtype(spec))
+
+
+def _scalar(name: str, spec: Spec, value: Any, where: str) -> Any:
+    kinds: dict[str, type] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
+    if not isinstance(value, kinds[spec.kind]) or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} = {value!r} ({where}): expected {spec.range}")
+    if spec.kind == "choice":
+        good = value in spec.choices
+    else:
+        number = min(int(value), _INT32_MAX) if spec.kind == "int" else _float32(float(value))
+        good = spec.accepts(number)
+    if not good:
+        raise ValueError(f"{name} = {value!r} ({where}): expected {spec.range}")
+    return value if spec.kind == "choice" else number
+
+
+def _float32(value: float) -> float:
+    """The nearest float32, as a Python float; infinite where it overflows."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:
+    if value.ndim != 1:
+        raise ValueError(f"{name}: expected a scalar or a 1-D tensor [B], got shape {tuple(value.shape)}")
+    if value.device.type == "meta":
+        raise ValueError(f"{name}: expected values, got a tensor on the meta device")
+    numeric = value.dtype in _INTEGERS or (spec.kind == "float" and value.is_floating_point())
+    if spec.kind == "choice" or not numeric:
+        raise TypeError(f"{name}: expected {spec.range} per row, got a tensor of {value.dtype}")
+    # One copy: what was validated must not change with the caller's tensor.
+    column = value.detach().to("cpu", torch.float64 if spec.kind == "float" else torch.int64, copy=True)
+    column = column.float() if spec.kind == "float" else column.clamp(max=_INT32_MAX)
+    good = spec.accepts(column)
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0, 0])
+        raise ValueError(f"{name} = {value[row].item()!r} (row {row}): expected {spec.range}")
+    return column.to(_dtype(spec))
+
+
+def _dtype(spec: Spec) -> torch.dtype:
+    return torch.float32 if spec.kind == "float" else torch.int32
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_SPECS: tuple[tuple[str, Spec], ...] = tuple(
+    (f.name, f.metadata["spec"]) for f in dataclasses.fields(SamplingParams)
+)
+_RECORD = "=" + "".join("f" if spec.kind == "float" else "i" for _, spec in _SPECS)
+_INTS = "=" + "i" * len(_SPECS)

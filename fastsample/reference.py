@@ -1,0 +1,292 @@
+"""The sampling contract in plain PyTorch: the specification that every other engine must match to the bit.
+
+One short function per stage, in the contract's order; slow on purpose. Nothing here is shared with the kernels.
+Float operations are single binary32 operations on tensors (a 0-dim CPU operand may be turned into a multiplication by
+its reciprocal on GPUs, so parameters are always [B, 1] columns on the logits' device); probability mass is int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastsample.params import GREEDY_BELOW, specs
+from fastsample.rows import Bias, Rows
+
+Tensor = torch.Tensor
+
+LOG2E = float.fromhex("0x1.715476p+0")
+ROUND_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds a small float32 to an integer
+POLYNOMIAL = tuple(
+    map(float.fromhex, ("0x1.5bba14p-10", "0x1.3cea88p-7", "0x1.c6b752p-5", "0x1.ebf9bcp-3", "0x1.62e42ap-1", "1"))
+)
+UNIT = 40  # the mass of the maximum is 2^40
+NAN, POSITIVE_INFINITY, NOTHING_LEFT = 1, 2, 3
+NEG_INF = float("-inf")
+
+
+@dataclass
+class Distribution:
+    """What is left of a batch after stage 7."""
+
+    x: Tensor  # float32 [B, V], processed logits
+    status: Tensor  # int32 [B]
+    mass: Tensor  # int64 [B, V], 0 where not kept
+    kept: Tensor  # bool [B, V]
+    greedy: Tensor  # bool [B]
+
+
+def distribution(logits: Tensor, rows: Rows) -> Distribution:
+    """Stages 0 to 7 for logits [B, V]."""
+    params = columns(rows)
+    x = process(logits, rows, params)
+    status = check(x)
+    valid = (status == 0)[:, None]
+    greedy = params["temperature"] < GREEDY_BELOW
+    sound = torch.where(valid, x, torch.zeros_like(x))
+    ranked = rank_order(sound)
+    w = mass(sound, torch.where(greedy, torch.ones_like(params["temperature"]), params["temperature"]))
+    kept = torch.where(greedy, one_hot(ranked[:, :1], x), filters(sound, w, ranked, params)) & valid
+    return Distribution(x, status, torch.where(kept, w, 0), kept, greedy[:, 0])
+
+
+def sample(dist: Distribution, rows: Rows, num_samples: int) -> Tensor:
+    """Stages 5 and 8: token ids, int64 [B, num_samples]; -1 in invalid rows."""
+    drawn = draw(dist.mass, rows, num_samples)
+    return torch.where((dist.status == 0)[:, None], drawn, -1)
+
+
+def filter_logits(dist: Distribution, rows: Rows) -> Tensor:
+    """x / T where kept, -inf elsewhere, float32 [B, V]. A greedy row keeps its maximum as it is (T counts as 1)."""
+    temperature = columns(rows)["temperature"]
+    divisor = torch.where(dist.greedy[:, None], torch.ones_like(temperature), temperature)
+    return torch.where(dist.kept, dist.x / divisor, NEG_INF)
+
+
+def probabilities(dist: Distribution) -> Tensor:
+    """The kept, renormalised distribution, float32 [B, V]; zeros in invalid rows."""
+    total = dist.mass.sum(-1, keepdim=True).clamp(min=1)
+    return (dist.mass.double() / total.double()).float()
+
+
+# Parameters ----------------------------------------------------------------------------------------------------------
+
+
+def columns(rows: Rows) -> dict[str, Tensor]:
+    """Each parameter as a column [B or 1, 1]."""
+    packed = zip(specs(), rows.records.split(1, dim=1), strict=True)
+    return {name: c.view(torch.float32) if spec.kind == "float" else c for (name, spec), c in packed}
+
+
+def choice(params: dict[str, Tensor], name: str, value: str) -> Tensor:
+    """Whether each row's choice is `value`, bool [B or 1, 1]."""
+    return params[name] == dict(specs())[name].choices.index(value)
+
+
+# Stages 0 to 3: logits -> x ------------------------------------------------------------------------------------------
+
+
+def process(logits: Tensor, rows: Rows, params: dict[str, Tensor]) -> Tensor:
+    x = logits.detach().to(torch.float32, copy=True)
+    if rows.bitmask is not None:
+        x = apply_bitmask(x, rows.bitmask)
+    if rows.bias is not None:
+        x = apply_bias(x, rows.bias)
+    return apply_penalties(x, rows, params)
+
+
+def apply_bitmask(x: Tensor, bitmask: Tensor) -> Tensor:
+    """Stage 1: -inf where the token's bit is 0 or lies past the last word."""
+    ids = torch.arange(x.shape[1], device=x.device)
+    word = ids >> 5
+    inside = word < bitmask.shape[1]
+    words = bitmask[:, word[inside]].to(torch.int64)
+    allowed = torch.zeros(bitmask.shape[0], x.shape[1], dtype=torch.bool, device=x.device)
+    allowed[:, inside] = ((words >> (ids[inside] & 31)) & 1).bool()
+    return torch.where(allowed, x, NEG_INF)
+
+
+def apply_bias(x: Tensor, bias: Bias) -> Tensor:
+    """Stage 2: x[id] + b."""
+    row_of = torch.repeat_interleave(bias.row_ptr.diff())
+    x[row_of, bias.ids] = x[row_of, bias.ids] + bias.values
+    return x
+
+
+def apply_penalties(x: Tensor, rows: Rows, params: dict[str, Tensor]) -> Tensor:
+    """Stage 3: repetition, then frequency, then presence."""
+    count = occurrences(rows.output_ids, x)
+    seen = (count > 0) | (occurrences(rows.prompt_ids, x) > 0)
+    theta, alpha, beta = (params[f"{name}_penalty"] for name in ("repetition", "frequency", "presence"))
+    x = torch.where((theta != 1) & seen, torch.where(x > 0, x / theta, x * theta), x)
+    x = torch.where((alpha != 0) & (count > 0), x - alpha * count.float(), x)
+    return torch.where((beta != 0) & (count > 0), x - beta, x)
+
+
+def occurrences(ids: Tensor | None, x: Tensor) -> Tensor:
+    """How often each token occurs in the row's ids, int64 [B, V]; ids outside the vocabulary count nowhere."""
+    count = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    if ids is None:
+        return count
+    inside = (ids >= 0) & (ids < x.shape[1])
+    return count.scatter_add_(1, ids.clamp(0, x.shape[1] - 1), inside.to(torch.int64))
+
+
+# Stage 4 -------------------------------------------------------------------------------------------------------------
+
+
+def check(x: Tensor) -> Tensor:
+    """Status per row, int32 [B]: 0, or the smallest of NAN, POSITIVE_INFINITY, NOTHING_LEFT that holds."""
+    status = torch.where((x == NEG_INF).all(-1), NOTHING_LEFT, 0)
+    status = torch.where((x == float("inf")).any(-1), POSITIVE_INFINITY, status)
+    return torch.where(x.isnan().any(-1), NAN, status).to(torch.int32)
+
+
+# Stage 6 -------------------------------------------------------------------------------------------------------------
+
+
+def mass(x: Tensor, temperature: Tensor) -> Tensor:
+    """w = trunc(2^40 exp((x - max) / T)) as the contract computes it, int64 [B, V]. Rows must hold no NaN and no inf."""
+    scale = torch.full_like(temperature, LOG2E) / temperature
+    y = (x - x.amax(-1, keepdim=True)) * scale
+    n = (y + ROUND_MAGIC) - ROUND_MAGIC
+    f = y - n
+    p = torch.full_like(f, POLYNOMIAL[0])
+    for coefficient in POLYNOMIAL[1:]:
+        p = p * f + coefficient
+    # Where y < -60, n and f mean nothing (y may be -inf): those tokens have no mass.
+    present = y >= -60
+    scaled = p * power_of_two(torch.where(present, n, 0).to(torch.int32) + UNIT)
+    return torch.where(present, scaled, 0).to(torch.int64)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent from its bits: torch.ldexp goes through pow, which need not be exact."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+# Stage 7 -------------------------------------------------------------------------------------------------------------
+
+
+def filters(x: Tensor, w: Tensor, ranked: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """The kept set, bool [B, V]: the intersection of what top-k, top-p and min-p keep."""
+    alive = x > NEG_INF
+    top_k = top_k_keeps(x, ranked, params) & alive
+    min_p = w >= min_p_threshold(params["min_p"])
+    base = torch.where(choice(params, "order", "min_p_first"), top_k & min_p, top_k)
+    base = torch.where(choice(params, "order", "joint"), alive, base)
+    return top_k & min_p & top_p_keeps(w, base, ranked, params["top_p"])
+
+
+def rank_order(x: Tensor) -> Tensor:
+    """Token ids by x descending, then id ascending, int64 [B, V]. Adding 0 turns -0.0 into +0.0."""
+    return (x + 0.0).sort(dim=-1, descending=True, stable=True).indices
+
+
+def top_k_keeps(x: Tensor, ranked: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """The first k of the rank order, or with ties="all" everything at least as large as the k-th."""
+    vocab = x.shape[1]
+    top_k = params["top_k"].to(torch.int64)
+    k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k).expand(x.shape[0], 1)
+    position = torch.arange(vocab, device=x.device).expand(x.shape)
+    first = torch.zeros_like(x, dtype=torch.bool).scatter(1, ranked, position < k)
+    kth = x.gather(1, ranked.gather(1, k - 1))
+    return torch.where(choice(params, "ties", "all"), x >= kth, first)
+
+
+def min_p_threshold(min_p: Tensor) -> Tensor:
+    return (min_p * 2.0**UNIT).to(torch.int64)
+
+
+def top_p_keeps(w: Tensor, base: Tensor, ranked: Tensor, top_p: Tensor) -> Tensor:
+    """The shortest prefix of `base` in rank order whose mass reaches the target; all of it when p = 1."""
+    ranked_mass = torch.where(base, w, 0).gather(1, ranked)
+    total = ranked_mass.sum(-1, keepdim=True)
+    target = top_p_target(top_p, total)
+    before = ranked_mass.cumsum(-1) - ranked_mass
+    prefix = torch.zeros_like(base).scatter(1, ranked, before < target)
+    return torch.where(top_p == 1, torch.ones_like(base), prefix)
+
+
+def top_p_target(top_p: Tensor, total: Tensor) -> Tensor:
+    """max(1, floor(P30 * Z / 2^30)), exactly."""
+    p30 = (top_p * 2.0**30).to(torch.int64)
+    return (p30 * (total >> 30) + (p30 * (total & (2**30 - 1)) >> 30)).clamp(min=1)
+
+
+# Stage 8 -------------------------------------------------------------------------------------------------------------
+
+
+def draw(w: Tensor, rows: Rows, num_samples: int) -> Tensor:
+    """The first id whose running mass, in id order, exceeds floor(u * Z / 2^60); int64 [B, num_samples]."""
+    running = w.cumsum(-1)
+    total = running[:, -1:]
+    index = torch.arange(num_samples, device=w.device)
+    u = uniform60(rows.seeds[:, None], rows.offsets[:, None], index[None, :])
+    threshold = multiply_high60(u, total)
+    return torch.searchsorted(running, threshold.contiguous(), right=True).clamp(max=w.shape[1] - 1)
+
+
+def uniform60(seed: Tensor, offset: Tensor, index: Tensor) -> Tensor:
+    """60 uniform bits per (seed, offset, draw index)."""
+    zero = torch.zeros_like(index)
+    counter = (low32(offset), low32(offset >> 32), index, zero)
+    words = philox4x32(torch.broadcast_tensors(*counter), (low32(seed), low32(seed >> 32)))
+    return (words[0] << 28) | (words[1] >> 4)
+
+
+def philox4x32(counter: tuple[Tensor, ...] | list[Tensor], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
+    """Philox4x32 (Salmon et al. 2011) on 32-bit words held in int64 tensors."""
+    c, (k0, k1) = list(counter), key
+    for _ in range(rounds):
+        # int64 products wrap modulo 2^64, which leaves both 32-bit halves right.
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [low32(p1 >> 32) ^ c[1] ^ k0, low32(p1), low32(p0 >> 32) ^ c[3] ^ k1, low32(p0)]
+        k0, k1 = low32(k0 + 0x9E3779B9), low32(k1 + 0xBB67AE85)
+    return c
+
+
+def low32(x: Tensor) -> Tensor:
+    return x & 0xFFFFFFFF
+
+
+def multiply_high60(u: Tensor, total: Tensor) -> Tensor:
+    """floor(u * total / 2^60) for u < 2^60 and total <= 2^60, in halves of 30 bits."""
+    bits = 2**30 - 1
+    u1, u0, z1, z0 = u >> 30, u & bits, total >> 30, total & bits
+    return u1 * z1 + ((u1 * z0 + u0 * z1 + (u0 * z0 >> 30)) >> 30)
+
+
+# Log-probabilities ---------------------------------------------------------------------------------------------------
+
+
+def processed_logprobs(dist: Distribution) -> Tensor:
+    """log of the kept, renormalised distribution, float64 [B, V]; -inf where not kept."""
+    total = dist.mass.sum(-1, keepdim=True).clamp(min=1)
+    return (dist.mass.double() / total.double()).log()
+
+
+def raw_logprobs(raw: Tensor) -> Tensor:
+    """log-softmax of x [B, V] at T = 1, before any processing, float64 [B, V]; the normaliser is a sum of masses."""
+    sound = raw_is_sound(raw)[:, None]
+    x = torch.where(sound, raw, torch.zeros_like(raw))
+    total = mass(x, torch.ones_like(x[:, :1])).sum(-1, keepdim=True)
+    logprobs = (x.double() - x.amax(-1, keepdim=True).double()) - (total.double() / 2.0**UNIT).log()
+    return torch.where(sound, logprobs, torch.nan)
+
+
+def raw_is_sound(raw: Tensor) -> Tensor:
+    """Whether a row has a log-softmax at all, bool [B]: no NaN, no +inf (a mask may have hidden them later)."""
+    return check(raw) == 0
+
+
+def ranks(x: Tensor, tokens: Tensor) -> Tensor:
+    """1 + number of tokens strictly above the sampled one, int64 [B, num_samples]."""
+    own = x.gather(1, tokens.clamp(min=0))
+    return torch.stack([(x > own[:, j : j + 1]).sum(-1) + 1 for j in range(tokens.shape[1])], dim=1)
+
+
+def one_hot(ids: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.bool).scatter(1, ids, True)
+

@@ -1,0 +1,252 @@
+"""Rows: what an engine sees of a batch besides the logits, validated once and packed per row (stem of csrc/core/rows.h)."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+MAX_VOCAB = 2**20
+
+Seed: TypeAlias = "int | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
+TokenIds: TypeAlias = "torch.Tensor | Sequence[Sequence[int]] | Sequence[int]"
+BiasDict: TypeAlias = Mapping[int, float]
+BiasTensors: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+BiasLike: TypeAlias = "BiasDict | Sequence[BiasDict | None] | BiasTensors"
+
+
+class Bias(NamedTuple):
+    """Sparse additions: row i owns entries row_ptr[i] to row_ptr[i + 1]."""
+
+    row_ptr: torch.Tensor  # int64 [B + 1]
+    ids: torch.Tensor  # int64 [N]
+    values: torch.Tensor  # float32 [N]
+
+
+@dataclass(slots=True)
+class Rows:
+    """A batch's parameters. A first dimension of 1 is shared by every row."""
+
+    records: torch.Tensor  # int32 [B or 1, fields]: params.SamplingParams.pack()
+    seeds: torch.Tensor  # int64 [B], the bits of an unsigned 64-bit integer
+    offsets: torch.Tensor  # int64 [B or 1], likewise
+    bitmask: torch.Tensor | None = None  # int32 [B or 1, words]
+    bias: Bias | None = None
+    prompt_ids: torch.Tensor | None = None  # int64 [B, L], ids outside the vocabulary are padding
+    output_ids: torch.Tensor | None = None  # int64 [B, L]
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows with the packed parameters on the device of the logits."""
+        if self.records.device == device:
+            return self
+        moved = (t.to(device, non_blocking=True) for t in (self.records, self.seeds, self.offsets))
+        return Rows(*moved, self.bitmask, self.bias, self.prompt_ids, self.output_ids)
+
+
+def splitmix64(seed: int, count: int) -> torch.Tensor:
+    """splitmix64(seed + row) for row in range(count) as int64 bits [count] (Steele, Lea and Flood 2014)."""
+    z = np.arange(count, dtype=np.uint64) + np.uint64((seed + 0x9E3779B97F4A7C15) % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((z ^ (z >> np.uint64(31))).view(np.int64))
+
+
+def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
+    """Per-row seeds, int64 bits [B]: a scalar goes through splitmix64, a tensor or sequence is used as it is."""
+    if seed is None:
+        # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+    if isinstance(seed, torch.Tensor) and seed.ndim == 0 and seed.device.type != "meta":
+        seed = int(seed)
+    if isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
+        return splitmix64(_uint64("seed", int(seed)), rows)
+    return _uint64_column("seed", seed, rows)
+
+
+def pack_offsets(offset: Seed, rows: int) -> torch.Tensor:
+    """Per-row offsets, int64 bits [B], or [1] where all rows share one."""
+    if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
+        return torch.tensor([_signed(_uint64("offset", int(offset)))])
+    return _uint64_column("offset", offset, rows)
+
+
+def pack_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A mask of int32 words as [B or 1, words]; a 1-D mask is shared by every row."""
+    _require_tensor("bitmask", bitmask, logits.device)
+    if bitmask.dtype != torch.int32:
+        raise TypeError(f"bitmask: expected int32 words, got {bitmask.dtype}")
+    mask = bitmask.unsqueeze(0) if bitmask.ndim == 1 else bitmask
+    if mask.ndim != 2 or mask.shape[0] not in (1, logits.shape[0]):
+        raise ValueError(
+            f"bitmask: expected shape [{logits.shape[0]}, words] or [words], got {tuple(bitmask.shape)}"
+        )
+    return mask if mask.stride(1) == 1 or mask.shape[1] <= 1 else mask.contiguous()
+
+
+def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tensor:
+    """Token ids as int64 [B, L], padded with -1. Ids outside the vocabulary stay: engines ignore them."""
+    rows = logits.shape[0]
+    if not isinstance(ids, torch.Tensor):
+        return _pad(name, ids, rows).to(logits.device)
+    _require_tensor(name, ids, logits.device)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 or int32 token ids, got {ids.dtype}")
+    table = ids.unsqueeze(0) if ids.ndim == 1 and rows == 1 else ids
+    if table.ndim != 2 or table.shape[0] != rows:
+        raise ValueError(f"{name}: expected shape [{rows}, L], got {tuple(ids.shape)}")
+    table = table.to(torch.int64)
+    return table if table.stride(1) == 1 or table.shape[1] <= 1 else table.contiguous()
+
+
+def pack_bias(bias: BiasLike, logits: torch.Tensor) -> Bias:
+    """A dict (for every row), a list with a dict or None per row, or (row_ptr, ids, values), as `Bias`."""
+    rows, vocab = logits.shape
+    if isinstance(bias, tuple) and any(isinstance(part, torch.Tensor) for part in bias):
+        packed = _bias_tensors(bias, rows, logits.device)
+    else:
+        packed = _bias_dicts(bias, rows, logits.device)
+    _check_bias(packed, vocab)
+    return packed
+
+
+def _bias_dicts(bias: Any, rows: int, device: torch.device) -> Bias:
+    dicts = [bias] * rows if isinstance(bias, Mapping) else bias
+    if not isinstance(dicts, Sequence) or isinstance(dicts, str):
+        raise TypeError(f"bias: expected a dict, a list of dicts or (row_ptr, ids, values), got {type(bias).__name__}")
+    if len(dicts) != rows:
+        raise ValueError(f"bias: expected one dict per row ({rows}), got {len(dicts)}")
+    ids: list[int] = []
+    values: list[float] = []
+    row_ptr = [0]
+    for row, entries in enumerate(dicts):
+        if entries is not None and not isinstance(entries, Mapping):
+            raise TypeError(f"bias (row {row}): expected a dict of id: value, got {type(entries).__name__}")
+        for token, value in (entries or {}).items():
+            ids.append(_integer("bias id", token, row))
+            values.append(_bias_value(value, token, row))
+        row_ptr.append(len(ids))
+    return Bias(
+        torch.tensor(row_ptr, dtype=torch.int64, device=device),
+        torch.tensor(ids, dtype=torch.int64, device=device),
+        torch.tensor(values, dtype=torch.float32, device=device),
+    )
+
+
+def _bias_value(value: Any, token: Any, row: int) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"bias of id {token} (row {row}): expected a number, got {value!r}")
+    return float(value)
+
+
+def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> Bias:
+    if len(bias) != 3:
+        raise ValueError(f"bias: expected (row_ptr, ids, values), got {len(bias)} parts")
+    for name, part in zip(("row_ptr", "ids", "values"), bias, strict=True):
+        _require_tensor(f"bias {name}", part, device)
+        if part.ndim != 1:
+            raise ValueError(f"bias {name}: expected 1 dimension, got shape {tuple(part.shape)}")
+    row_ptr, ids, values = bias
+    for name, part in (("row_ptr", row_ptr), ("ids", ids)):
+        if part.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"bias {name}: expected int64 or int32, got {part.dtype}")
+    if not values.is_floating_point():
+        raise TypeError(f"bias values: expected float32, got {values.dtype}")
+    pointers = row_ptr.tolist()
+    good = len(pointers) == rows + 1 and pointers[0] == 0 and pointers == sorted(pointers)
+    if not good or pointers[-1] != len(ids) or len(ids) != len(values):
+        raise ValueError(
+            f"bias: expected row_ptr of {rows + 1} rising entries from 0 to the number of ids "
+            f"({len(ids)} ids, {len(values)} values), got {pointers[:8]}"
+        )
+    return Bias(row_ptr.long().contiguous(), ids.long().contiguous(), values.detach().float().contiguous())
+
+
+def _check_bias(bias: Bias, vocab: int) -> None:
+    """Ids within the vocabulary and once per row, values finite or -inf."""
+    if not len(bias.ids):
+        return
+    row_of = torch.repeat_interleave(bias.row_ptr.diff())
+    outside = (bias.ids < 0) | (bias.ids >= vocab)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0, 0])
+        raise ValueError(f"bias id {int(bias.ids[at])} (row {int(row_of[at])}): expected 0 <= id < {vocab}")
+    wrong = bias.values.isnan() | (bias.values == torch.inf)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0, 0])
+        where = f"bias of id {int(bias.ids[at])} (row {int(row_of[at])})"
+        raise ValueError(f"{where}: expected a finite float32 or -inf, got {float(bias.values[at])}")
+    keys = (row_of * vocab + bias.ids).sort().values
+    twice = keys[1:] == keys[:-1]
+    if bool(twice.any()):
+        key = int(keys[1:][twice][0])
+        raise ValueError(f"bias id {key % vocab} (row {key // vocab}): expected once per row, got it twice")
+
+
+def _pad(name: str, ids: Any, rows: int) -> torch.Tensor:
+    if not isinstance(ids, Sequence) or isinstance(ids, str):
+        raise TypeError(f"{name}: expected a tensor [B, L] or a list of lists of token ids, got {type(ids).__name__}")
+    table = [ids] if rows == 1 and all(isinstance(i, numbers.Integral) for i in ids) else ids
+    if len(table) != rows:
+        raise ValueError(f"{name}: expected one list of token ids per row ({rows}), got {len(table)}")
+    for row, line in enumerate(table):
+        if not isinstance(line, Sequence) or isinstance(line, str):
+            raise TypeError(f"{name} (row {row}): expected a list of token ids, got {line!r}")
+    padded = torch.full((rows, max(map(len, table), default=0)), -1, dtype=torch.int64)
+    for row, line in enumerate(table):
+        padded[row, : len(line)] = torch.tensor([_integer(f"{name} id", i, row) for i in line], dtype=torch.int64)
+    return padded
+
+
+def _integer(name: str, value: Any, row: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} (row {row}): expected an integer, got {value!r}")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name} (row {row}): expected a 64-bit integer, got {value}")
+    return int(value)
+
+
+def _require_tensor(name: str, value: Any, device: torch.device) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like the logits, got one on {value.device}")
+
+
+def _uint64(name: str, value: int, row: int | None = None) -> int:
+    """Any signed or unsigned 64-bit integer, modulo 2^64."""
+    if not -(2**63) <= value < 2**64:
+        where = "" if row is None else f" (row {row})"
+        raise ValueError(f"{name} = {value}{where}: expected a 64-bit integer, -2^63 <= value < 2^64")
+    return value % 2**64
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _uint64_column(name: str, values: Any, rows: int) -> torch.Tensor:
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(values))
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        numbers_ = [_uint64(name, _big_integer(name, v, row), row) for row, v in enumerate(values)]
+        values = torch.tensor([_signed(v) for v in numbers_], dtype=torch.int64)
+    if not isinstance(values, torch.Tensor):
+        raise TypeError(f"{name}: expected an integer or one per row, got {values!r}")
+    if values.dtype not in (torch.int64, torch.int32, torch.uint64):
+        raise TypeError(f"{name}: expected int64, int32 or uint64, got {values.dtype}")
+    if values.device.type == "meta":
+        raise ValueError(f"{name}: expected values, got a tensor on the meta device")
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
+        raise ValueError(f"{name}: expected one value or {rows} (one per row), got shape {tuple(values.shape)}")
+    column = values.view(torch.int64) if values.dtype == torch.uint64 else values.to(torch.int64)
+    return column.reshape(1) if column.ndim == 0 else column.contiguous()
+
+
+def _big_integer(name: str, value: Any, row: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} (row {row}): expected an integer, got {value!r}")
+    return int(value)

@@ -1,0 +1,26 @@
+"""How many threads the CPU engine spreads the rows of a batch over."""
+
+from __future__ import annotations
+
+import torch
+
+_chosen: int | None = None
+
+
+def set_num_threads(n: int) -> None:
+    """Spread rows over n >= 1 threads from the next call on. Tokens do not depend on it.
+
+    Raises:
+        TypeError, ValueError: n is no integer, or is below 1.
+    """
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"n = {n!r}: expected an integer")
+    if n < 1:
+        raise ValueError(f"n = {n}: expected at least 1 thread")
+    global _chosen
+    _chosen = n
+
+
+def get_num_threads() -> int:
+    """Threads that the CPU engine uses: what `set_num_threads` chose, else `torch.get_num_threads()`."""
+    return torch.get_num_threads() if _chosen is None else _chosen
