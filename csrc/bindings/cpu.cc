@@ -1,0 +1,91 @@
+// fastsample._cpu: addresses and strides in, exceptions out, the GIL released. Python has validated everything.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace fastsample {
+namespace {
+
+using Address = uintptr_t;
+using Strided = std::tuple<Address, int64_t>;         // address, row stride in elements
+using Table = std::tuple<Address, int64_t, int64_t>;  // address, row stride, row length
+using Triple = std::tuple<Address, Address, Address>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+Column<T> column(const Strided& c, int64_t elements_per_row = 1) {
+  return Column<T>{pointer<const T>(std::get<0>(c)), std::get<1>(c) / elements_per_row};
+}
+
+Bitmask bitmask(const std::optional<Table>& mask) {
+  if (!mask) return Bitmask{nullptr, 0, 0};
+  // A mask of no words allows nothing; its address may be null, which would mean no mask at all.
+  static const int32_t kNothing = 0;
+  const auto [address, stride, words] = *mask;
+  return words ? Bitmask{pointer<const int32_t>(address), stride, words} : Bitmask{&kNothing, 0, 0};
+}
+
+BiasEntries bias_entries(const std::optional<Triple>& bias) {
+  if (!bias) return BiasEntries{nullptr, nullptr, nullptr};
+  const auto [row_ptr, ids, values] = *bias;
+  return BiasEntries{pointer<const int64_t>(row_ptr), pointer<const int64_t>(ids), pointer<const float>(values)};
+}
+
+TokenIds token_ids(const std::optional<Table>& ids) {
+  if (!ids || std::get<2>(*ids) == 0) return TokenIds{nullptr, 0, 0};
+  const auto [address, stride, length] = *ids;
+  return TokenIds{pointer<const int64_t>(address), stride, length};
+}
+
+constexpr int64_t kFields = sizeof(RowParams) / sizeof(int32_t);
+
+int64_t run(std::tuple<Address, int64_t, int64_t, int32_t, int32_t> logits, Strided params, Strided seeds,
+            Strided offsets, std::optional<Table> mask, std::optional<Triple> bias, std::optional<Table> prompt,
+            std::optional<Table> output, std::array<Address, 8> out, int32_t num_samples, int32_t mode,
+            int32_t num_top, int threads) {
+  const auto [address, stride, rows, vocab, dtype] = logits;
+  const Batch batch = {
+      Logits{pointer<const void>(address), stride, rows, vocab, (DType)dtype},
+      Rows{column<RowParams>(params, kFields), column<int64_t>(seeds), column<int64_t>(offsets), bitmask(mask),
+           bias_entries(bias), token_ids(prompt), token_ids(output)},
+      Outputs{pointer<int32_t>(out[0]), pointer<int64_t>(out[1]), pointer<float>(out[2]), pointer<float>(out[3]),
+              pointer<float>(out[4]), pointer<int64_t>(out[5]), pointer<int64_t>(out[6]), pointer<float>(out[7]),
+              num_samples, num_top, (LogprobsMode)mode},
+  };
+  const py::gil_scoped_release unlocked;
+  return sample_batch(batch, threads);
+}
+
+py::tuple param_fields() {
+#define FASTSAMPLE_NAME(type, name) #name,
+  constexpr const char* kNames[] = {FASTSAMPLE_PARAM_FIELDS(FASTSAMPLE_NAME)};
+#undef FASTSAMPLE_NAME
+  py::tuple names(kFields);
+  for (int64_t i = 0; i < kFields; ++i) names[(size_t)i] = kNames[i];
+  return names;
+}
+
+}  // namespace
+}  // namespace fastsample
+
+PYBIND11_MODULE(_cpu, m) {
+  namespace fs = fastsample;
+  m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
+  m.attr("PARAM_FIELDS") = fs::param_fields();
+  m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
+  m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
+  m.def("vector_bytes", [] { return fs::kernel().vector_bytes; }, "Vector width of the code in use.");
+  m.def("isas", &fs::isas, "Instruction sets that this CPU can run, best first.");
+  m.def("force_isa", &fs::force_isa, "Use this instruction set from now on; ValueError where it cannot run here.");
+}

@@ -1,0 +1,51 @@
+// Stage 6: integer probability mass, and exact arithmetic on sums of it.
+#pragma once
+
+#include <string.h>
+
+#include "core/rows.h"
+
+namespace fastsample {
+
+constexpr float kLog2E = 0x1.715476p+0f;
+constexpr float kGreedyBelow = 1e-5f;
+constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds a small float to an integer
+constexpr float kMassFloor = -60.0f;        // below this y there is no mass (in fact from -41 on)
+constexpr int kMassBits = 40;               // the maximum weighs 2^40
+constexpr uint64_t kMassUnit = (uint64_t)1 << kMassBits;
+
+FS_HD float mass_scale(float temperature) { return kLog2E / temperature; }
+
+// exp2(f) for |f| <= 1/2. Scalar or vector: the same operations, each rounded by itself.
+template <class F>
+FS_HD F exp2_polynomial(F f) {
+  F p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  return p * f + 1.0f;
+}
+
+// w = trunc(2^40 * exp2(y)) for y = (x - max) * scale <= 0; y may be -inf.
+FS_HD uint64_t mass_of(float x, float max, float scale) {
+  const float y = (x - max) * scale;
+  if (!(y >= kMassFloor)) return 0;
+  const float n = (y + kRoundMagic) - kRoundMagic;
+  const float p = exp2_polynomial(y - n);
+  // p * 2^(n + 40) from its bits: p is in [0.7, 1.42], so the exponent stays normal.
+  uint32_t bits;
+  memcpy(&bits, &p, sizeof bits);
+  bits += (uint32_t)((int32_t)n + kMassBits) << 23;
+  float scaled;
+  memcpy(&scaled, &bits, sizeof scaled);
+  return (uint64_t)scaled;
+}
+
+// floor(a * b / 2^60) for a < 2^60, b <= 2^60, in halves of 30 bits.
+FS_HD uint64_t multiply_high60(uint64_t a, uint64_t b) {
+  const uint64_t low = ((uint64_t)1 << 30) - 1;
+  const uint64_t a1 = a >> 30, a0 = a & low, b1 = b >> 30, b0 = b & low;
+  return a1 * b1 + ((a1 * b0 + a0 * b1 + (a0 * b0 >> 30)) >> 30);
+}
+
+}  // namespace fastsample

@@ -1,0 +1,109 @@
+// POD views of a batch: borrowed pointers, strides in elements, a row stride of 0 where all rows share one.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Everything in core/ has internal linkage: a translation unit built for AVX-512 must not lend a weak symbol to one
+// that runs on any CPU.
+#if defined(__CUDACC__)
+#define FS_HD static __host__ __device__ __forceinline__
+#else
+#define FS_HD static inline __attribute__((always_inline, unused))
+#endif
+
+namespace fastsample {
+
+// The packed record of one row, in the order of fastsample/params.py. X(type, name).
+#define FASTSAMPLE_PARAM_FIELDS(X) \
+  X(float, temperature)            \
+  X(int32_t, top_k)                \
+  X(float, top_p)                  \
+  X(float, min_p)                  \
+  X(float, repetition_penalty)     \
+  X(float, frequency_penalty)      \
+  X(float, presence_penalty)       \
+  X(int32_t, ties)                 \
+  X(int32_t, order)
+
+struct RowParams {
+#define FASTSAMPLE_MEMBER(type, name) type name;
+  FASTSAMPLE_PARAM_FIELDS(FASTSAMPLE_MEMBER)
+#undef FASTSAMPLE_MEMBER
+};
+
+enum Ties : int32_t { kTiesFirst = 0, kTiesAll = 1 };
+enum Order : int32_t { kTopKFirst = 0, kMinPFirst = 1, kJoint = 2 };
+enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum Status : int32_t { kValid = 0, kNaN = 1, kPositiveInfinity = 2, kNothingLeft = 3 };
+enum LogprobsMode : int32_t { kNoLogprobs = 0, kRawLogprobs = 1, kProcessedLogprobs = 2 };
+
+template <class T>
+struct Column {
+  const T* data;   // [B or 1]
+  int64_t stride;  // in elements of T (in records for RowParams)
+};
+
+struct Logits {
+  const void* data;  // [B, V]
+  int64_t stride;
+  int64_t rows;
+  int32_t vocab;  // 1 .. 2^20
+  DType dtype;
+};
+
+struct Bitmask {
+  const int32_t* data;  // [B or 1, words], null when absent
+  int64_t stride;
+  int64_t words;
+};
+
+struct BiasEntries {
+  const int64_t* row_ptr;  // [B + 1], null when absent
+  const int64_t* ids;      // [N]
+  const float* values;     // [N]
+};
+
+struct TokenIds {
+  const int64_t* data;  // [B, length], null when absent
+  int64_t stride;
+  int64_t length;
+};
+
+struct Rows {
+  Column<RowParams> params;
+  Column<int64_t> seeds;
+  Column<int64_t> offsets;
+  Bitmask bitmask;
+  BiasEntries bias;
+  TokenIds prompt;
+  TokenIds output;
+};
+
+// Buffers to fill; null means not wanted. All contiguous.
+struct Outputs {
+  int32_t* status;       // [B]
+  int64_t* tokens;       // [B, num_samples]
+  float* filtered;       // [B, V]
+  float* probabilities;  // [B, V]
+  float* logprobs;       // [B, num_samples]
+  int64_t* ranks;        // [B, num_samples]
+  int64_t* top_ids;      // [B, num_top]
+  float* top_logprobs;   // [B, num_top]
+  int32_t num_samples;
+  int32_t num_top;
+  LogprobsMode mode;
+};
+
+struct Batch {
+  Logits logits;
+  Rows rows;
+  Outputs out;
+};
+
+template <class T>
+FS_HD const T& at(const Column<T>& column, int64_t row) {
+  return column.data[row * column.stride];
+}
+
+}  // namespace fastsample

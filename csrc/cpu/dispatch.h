@@ -1,0 +1,27 @@
+// The CPU engine as the bindings see it.
+#pragma once
+
+#include <stdint.h>
+
+#include <string>
+#include <vector>
+
+#include "core/rows.h"
+#include "cpu/kernel.h"
+
+namespace fastsample {
+
+// The kernel in use: the best that this CPU can run, or the one that FASTSAMPLE_ISA or force_isa names.
+// Throws std::invalid_argument where FASTSAMPLE_ISA names none that runs here.
+const Kernel& kernel();
+
+// Names of the ISAs that this CPU can run, best first.
+std::vector<std::string> isas();
+
+// Throws std::invalid_argument where the name is none of isas().
+void force_isa(const std::string& name);
+
+// Samples every row, spread over at most `threads` threads; returns the number of invalid rows.
+int64_t sample_batch(const Batch& batch, int threads);
+
+}  // namespace fastsample

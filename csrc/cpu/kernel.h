@@ -1,0 +1,41 @@
+// What dispatch.cc and the per-ISA translation units agree on.
+#pragma once
+
+#include "core/rows.h"
+
+namespace fastsample {
+
+constexpr int kBlock = 256;  // tokens per block: one maximum, one mass
+constexpr int kMaxVocab = 1 << 20;
+constexpr int kMaxBlocks = kMaxVocab / kBlock;
+constexpr int kPad = kBlock;  // slack after every vector buffer: whole blocks are read and written
+
+// One change to a token of a block: bias, or an occurrence in the output or the prompt.
+struct Edit {
+  uint16_t lane;  // id % kBlock
+  uint16_t kind;  // EditKind
+  float bias;
+};
+
+enum EditKind : uint16_t { kBiasEdit = 0, kOutputEdit = 1, kPromptEdit = 2 };
+
+// Scratch of one thread, owned by dispatch.cc; kernels never allocate.
+struct Workspace {
+  float* block_max;      // [blocks + kPad]
+  uint64_t* block_mass;  // [blocks + 1]
+  int32_t* edit_start;   // [blocks + 1]
+  Edit* edits;           // [bias entries + output ids + prompt ids of the row]
+  float* values;         // [V + kPad]
+  float* list_x;         // [V + kPad]
+  int32_t* list_id;      // [V + kPad]
+};
+
+// One per ISA: the only global symbol of its translation unit.
+struct Kernel {
+  const char* isa;
+  int vector_bytes;
+  // Every stage for one row; writes the row's outputs and returns its status.
+  Status (*sample_row)(const Batch& batch, int64_t row, const Workspace& workspace);
+};
+
+}  // namespace fastsample

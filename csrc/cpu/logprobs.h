@@ -1,0 +1,145 @@
+// Log-probabilities, ranks and top-n of the sampled tokens, from integer masses in float64.
+#pragma once
+
+#include "cpu/filters.h"
+
+namespace fastsample {
+namespace {
+
+struct Drawn {
+  int32_t id;
+  float x;
+  uint64_t mass;
+};
+
+// 1 + number of tokens strictly above x.
+template <class T>
+int64_t rank_of(const Dense<T>& d, float x) {
+  float buffer[kBlock];
+  int64_t above = 0;
+  for (int b = 0; b < blocks(d); ++b) {
+    if (upper_bound(d, b) > x) above += (int64_t)weight_above(Counting{}, values(d, b, buffer), kBlock, x);
+  }
+  return 1 + above;
+}
+
+FS_INLINE float log_ratio(uint64_t mass, uint64_t total) { return (float)log((double)mass / (double)total); }
+
+template <class T>
+void write_processed(const Outputs& out, int64_t slot, const Dense<T>& d, const Drawn& token, uint64_t total) {
+  if (out.logprobs) out.logprobs[slot] = log_ratio(token.mass, total);
+  if (out.ranks) out.ranks[slot] = rank_of(d, token.x);
+}
+
+FS_INLINE void write_no_top(const Outputs& out, int64_t r) {
+  for (int64_t i = r * out.num_top; i < (r + 1) * out.num_top; ++i) {
+    if (out.top_ids) out.top_ids[i] = -1;
+    if (out.top_logprobs) out.top_logprobs[i] = NAN;
+  }
+}
+
+// Whether token i ranks below token j.
+FS_INLINE bool ranks_below(const float* x, const int32_t* id, int i, int j) {
+  return x[i] < x[j] || (x[i] == x[j] && id[i] > id[j]);
+}
+
+FS_INLINE void swap_tokens(float* x, int32_t* id, int i, int j) {
+  const float xi = x[i];
+  const int32_t idi = id[i];
+  x[i] = x[j];
+  id[i] = id[j];
+  x[j] = xi;
+  id[j] = idi;
+}
+
+// Heap sort into rank order: in place, no allocation, no worst case.
+FS_INLINE void sort_by_rank(float* x, int32_t* id, int n) {
+  const auto sift_down = [&](int root, int end) {
+    for (int child = 2 * root + 1; child < end; child = 2 * root + 1) {
+      if (child + 1 < end && ranks_below(x, id, child + 1, child)) ++child;
+      if (!ranks_below(x, id, child, root)) return;
+      swap_tokens(x, id, root, child);
+      root = child;
+    }
+  };
+  for (int root = n / 2 - 1; root >= 0; --root) sift_down(root, n);
+  for (int end = n - 1; end > 0; --end) {
+    swap_tokens(x, id, 0, end);
+    sift_down(0, end);
+  }
+}
+
+// The first num_top of a gathered list in rank order; -1 and -inf past its end.
+template <class Logprob>
+void write_top(const Outputs& out, int64_t r, const Workspace& ws, int32_t n, Logprob logprob) {
+  sort_by_rank(ws.list_x, ws.list_id, n);
+  for (int i = 0; i < out.num_top; ++i) {
+    const int64_t slot = r * out.num_top + i;
+    out.top_ids[slot] = i < n ? ws.list_id[i] : -1;
+    out.top_logprobs[slot] = i < n ? logprob(ws.list_x[i]) : -INFINITY;
+  }
+}
+
+// Drops the tokens that min-p's floor leaves without mass.
+FS_INLINE List drop_light(const List& list, const Weigher& weigher, const Workspace& ws) {
+  int n = 0;
+  for (int i = 0; i < list.n; ++i) {
+    if (!weigh(weigher, list.x[i])) continue;
+    ws.list_x[n] = list.x[i];
+    ws.list_id[n++] = list.id[i];
+  }
+  for (int i = 0; i < kPad; ++i) {
+    ws.list_x[n + i] = -INFINITY;
+    ws.list_id[n + i] = INT32_MAX;
+  }
+  return List{ws.list_x, ws.list_id, n};
+}
+
+template <class T, class Domain>
+void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& dense, const Domain& d,
+                         Cutoff cut, const Weigher& weigher, uint64_t total) {
+  const int32_t n = batch.out.num_top;
+  List top;
+  if (weigher.floor) {
+    // Mass is not quite monotone in x, so min-p's floor may leave gaps in the rank order: count without them.
+    const List kept = drop_light(gather(d, cut, ws.list_x, ws.list_id), weigher, ws);
+    top = gather(kept, top_k_cutoff(kept, n, kTiesFirst, ws.values), ws.list_x, ws.list_id);
+  } else {
+    top = gather(dense, stricter(cut, top_k_cutoff(dense, n, kTiesFirst, ws.values)), ws.list_x, ws.list_id);
+  }
+  write_top(batch.out, r, ws, top.n, [&](float x) { return log_ratio(weigh(weigher, x), total); });
+}
+
+// log-softmax of the row as given; `processed` lends its block maxima where nothing was changed.
+template <class T>
+void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& processed, float peak) {
+  const Outputs& out = batch.out;
+  const Dense<T> raw = {raw_row<T>(batch, r), ws.block_max};
+  bool sound = true;
+  if (processed.row.mask || processed.row.edits) {
+    const Peak own = scan(raw.row, ws.block_max);
+    sound = status_of(own) == kValid;
+    peak = own.max;
+    // Block maxima say nothing beside a NaN: look everywhere.
+    for (int b = 0; !sound && b < raw.row.blocks; ++b) ws.block_max[b] = INFINITY;
+  }
+  const Weigher weigher = {peak, mass_scale(1.0f), 0};
+  const double normaliser =
+      sound ? log((double)weigh_blocks(raw, kKeepAlive, weigher, ws.block_mass) / (double)kMassUnit) : (double)NAN;
+  const auto logprob = [&](float x) { return (float)(((double)x - (double)peak) - normaliser); };
+  float buffer[kBlock];
+  for (int j = 0; j < out.num_samples; ++j) {
+    const int64_t slot = r * out.num_samples + j;
+    const int32_t token = (int32_t)out.tokens[slot];
+    const float x = block(raw.row, token / kBlock, buffer)[token % kBlock];
+    if (out.logprobs) out.logprobs[slot] = logprob(x);
+    if (out.ranks) out.ranks[slot] = rank_of(raw, x);
+  }
+  if (!out.num_top) return;
+  if (!sound) return write_no_top(out, r);
+  const List top = gather(raw, top_k_cutoff(raw, out.num_top, kTiesFirst, ws.values), ws.list_x, ws.list_id);
+  write_top(out, r, ws, top.n, logprob);
+}
+
+}  // namespace
+}  // namespace fastsample

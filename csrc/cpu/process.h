@@ -1,0 +1,195 @@
+// Stages 0 to 4 for one row: processed logits, block by block, and the one streaming pass over them.
+#pragma once
+
+#include <math.h>
+
+#include "core/process.h"
+#include "cpu/kernel.h"
+#include "cpu/simd.h"
+
+namespace fastsample {
+namespace {
+
+// A row after stages 0 to 3. Blocks are made when asked for: an untouched float32 block is the caller's memory itself.
+template <class T>
+struct Row {
+  const T* logits;
+  int32_t vocab;
+  int32_t blocks;
+  const int32_t* mask;  // null: every token is allowed
+  int64_t mask_words;
+  const Edit* edits;          // null: none
+  const int32_t* edit_start;  // [blocks + 1]
+  const RowParams* params;
+};
+
+template <class T>
+Row<T> raw_row(const Batch& batch, int64_t r) {
+  const Logits& l = batch.logits;
+  const T* logits = (const T*)l.data + r * l.stride;
+  return Row<T>{logits, l.vocab, (l.vocab + kBlock - 1) / kBlock, nullptr, 0, nullptr, nullptr, nullptr};
+}
+
+template <class T>
+FS_INLINE bool has_edits(const Row<T>& row, int b) {
+  return row.edits && row.edit_start[b] != row.edit_start[b + 1];
+}
+
+// Whether a block is a whole one that nothing changes.
+template <class T>
+FS_INLINE bool is_clean(const Row<T>& row, int b) {
+  return (b + 1) * kBlock <= row.vocab && !row.mask && !has_edits(row, b);
+}
+
+template <class T>
+void upcast(const Row<T>& row, int begin, int n, float* x) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, load(row.logits + begin + i));
+  if (i < n) {
+    T tail[kLanes] = {};
+    memcpy(tail, row.logits + begin + i, (size_t)(n - i) * sizeof(T));
+    store(x + i, load(tail));
+  }
+  for (i = n; i < kBlock; ++i) x[i] = -INFINITY;
+}
+
+template <class T>
+void apply_bitmask(const Row<T>& row, int b, float* x) {
+  for (int i = 0; i < kBlock; i += 32) {
+    const int64_t word = ((int64_t)b * kBlock + i) / 32;
+    const uint32_t allowed = word < row.mask_words ? (uint32_t)row.mask[word] : 0;
+    for (int j = 0; j < 32; j += kLanes) {
+      const Mask m = from_bits(allowed >> j & kAllLanes);
+      store(x + i + j, select(m, load(x + i + j), splat(-INFINITY)));
+    }
+  }
+}
+
+// Bias, then penalties. Edits of a block stand in the order bias, output, prompt.
+template <class T>
+void apply_edits(const Row<T>& row, int b, float* x) {
+  const Edit* begin = row.edits + row.edit_start[b];
+  const Edit* end = row.edits + row.edit_start[b + 1];
+  int32_t count[kBlock];
+  for (const Edit* e = begin; e < end; ++e) count[e->lane] = 0;
+  for (const Edit* e = begin; e < end; ++e) {
+    if (e->kind == kBiasEdit) x[e->lane] = x[e->lane] + e->bias;
+    if (e->kind == kOutputEdit) ++count[e->lane];
+  }
+  for (const Edit* e = begin; e < end; ++e) {
+    if (e->kind == kBiasEdit || count[e->lane] < 0) continue;
+    x[e->lane] = penalise(x[e->lane], *row.params, count[e->lane], true);
+    count[e->lane] = -1;  // once per token
+  }
+}
+
+// The kBlock processed logits of block b, -inf past the vocabulary; in `buffer` or in place.
+template <class T>
+const float* block(const Row<T>& row, int b, float* buffer) {
+  if (sizeof(T) == sizeof(float) && is_clean(row, b)) return (const float*)row.logits + b * kBlock;
+  const int begin = b * kBlock;
+  upcast(row, begin, row.vocab - begin < kBlock ? row.vocab - begin : kBlock, buffer);
+  if (row.mask) apply_bitmask(row, b, buffer);
+  if (has_edits(row, b)) apply_edits(row, b, buffer);
+  return buffer;
+}
+
+struct Peak {
+  float max;
+  bool nan;
+};
+
+// Maximum of kBlock values of any type that `load` knows; notes NaNs.
+template <class T>
+FS_INLINE float block_peak(const T* x, Mask& nan) {
+  vf m0 = load(x), m1 = load(x + kLanes);
+  Mask bad = unordered(m0, m1);
+  for (int i = 2 * kLanes; i < kBlock; i += 2 * kLanes) {
+    const vf a = load(x + i), b = load(x + i + kLanes);
+    bad = either(bad, unordered(a, b));
+    m0 = max(m0, a);
+    m1 = max(m1, b);
+  }
+  nan = either(nan, bad);
+  return reduce_max(max(m0, m1));
+}
+
+// The streaming pass: the maximum of every block and of the row.
+template <class T>
+Peak scan(const Row<T>& row, float* block_max) {
+  float buffer[kBlock];
+  Mask nan = from_bits(0);
+  float peak = -INFINITY;
+  for (int b = 0; b < row.blocks; ++b) {
+    const float m = is_clean(row, b) ? block_peak(row.logits + b * kBlock, nan)
+                                     : block_peak(block(row, b, buffer), nan);
+    block_max[b] = m;
+    peak = m > peak ? m : peak;
+  }
+  for (int i = 0; i < kPad; ++i) block_max[row.blocks + i] = -INFINITY;
+  return Peak{peak, any(nan)};
+}
+
+FS_INLINE Status status_of(Peak peak) {
+  if (peak.nan) return kNaN;
+  if (peak.max == INFINITY) return kPositiveInfinity;
+  return peak.max == -INFINITY ? kNothingLeft : kValid;
+}
+
+// Calls f(id, kind, bias) for every edit within the vocabulary, in the order in which a block needs them.
+template <class F>
+FS_INLINE void each_edit(const Batch& batch, int64_t r, const RowParams& params, F f) {
+  const Rows& rows = batch.rows;
+  const auto inside = [&](int64_t id) { return id >= 0 && id < batch.logits.vocab; };
+  if (rows.bias.row_ptr) {
+    for (int64_t i = rows.bias.row_ptr[r]; i < rows.bias.row_ptr[r + 1]; ++i) {
+      const int64_t id = rows.bias.ids[i];
+      if (inside(id)) f((int32_t)id, kBiasEdit, rows.bias.values[i]);
+    }
+  }
+  const auto each_id = [&](const TokenIds& ids, EditKind kind) {
+    const int64_t* id = ids.data + r * ids.stride;
+    for (int64_t i = 0; i < ids.length; ++i) {
+      if (inside(id[i])) f((int32_t)id[i], kind, 0.0f);
+    }
+  };
+  if (rows.output.data && penalises_output(params)) each_id(rows.output, kOutputEdit);
+  if (rows.prompt.data && penalises_prompt(params)) each_id(rows.prompt, kPromptEdit);
+}
+
+// The row with its bitmask and its edits, the latter sorted by block (a stable counting sort).
+template <class T>
+Row<T> processed_row(const Batch& batch, int64_t r, const RowParams& params, const Workspace& ws) {
+  Row<T> row = raw_row<T>(batch, r);
+  row.params = &params;
+  const Bitmask& mask = batch.rows.bitmask;
+  if (mask.data) {
+    row.mask = mask.data + r * mask.stride;
+    row.mask_words = mask.words;
+  }
+  if (!batch.rows.bias.row_ptr && !batch.rows.output.data && !batch.rows.prompt.data) return row;
+  int32_t* start = ws.edit_start;
+  memset(start, 0, (size_t)(row.blocks + 1) * sizeof *start);
+  int32_t total = 0;
+  each_edit(batch, r, params, [&](int32_t id, EditKind, float) {
+    ++start[id / kBlock];
+    ++total;
+  });
+  if (!total) return row;
+  for (int b = 0, sum = 0; b <= row.blocks; ++b) {
+    sum += start[b];
+    start[b] = sum - start[b];
+  }
+  each_edit(batch, r, params, [&](int32_t id, EditKind kind, float bias) {
+    ws.edits[start[id / kBlock]++] = Edit{(uint16_t)(id % kBlock), kind, bias};
+  });
+  // Each start has moved to the next block's: shift them back.
+  memmove(start + 1, start, (size_t)row.blocks * sizeof *start);
+  start[0] = 0;
+  row.edits = ws.edits;
+  row.edit_start = start;
+  return row;
+}
+
+}  // namespace
+}  // namespace fastsample

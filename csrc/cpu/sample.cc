@@ -1,0 +1,223 @@
+// The pipeline for one row, from logits to token. Compiled once per ISA; exports nothing but that ISA's Kernel.
+#include "core/philox.h"
+#include "cpu/filters.h"
+#include "cpu/logprobs.h"
+#include "cpu/mass.h"
+#include "cpu/process.h"
+
+#define FASTSAMPLE_STRING_(x) #x
+#define FASTSAMPLE_STRING(x) FASTSAMPLE_STRING_(x)
+#define FASTSAMPLE_KERNEL_(isa) kernel_##isa
+#define FASTSAMPLE_KERNEL(isa) FASTSAMPLE_KERNEL_(isa)
+
+namespace fastsample {
+namespace {
+
+// Everything about one row that its outputs are computed from.
+template <class T>
+struct Task {
+  const Batch& batch;
+  int64_t r;
+  const Workspace& ws;
+  Dense<T> dense;   // the processed row
+  Weigher weigher;  // with min-p's floor
+  float divisor;    // temperature, 1 for greedy rows
+};
+
+void write_invalid(const Outputs& out, int64_t r, int32_t vocab) {
+  for (int j = 0; j < out.num_samples; ++j) {
+    const int64_t at = r * out.num_samples + j;
+    if (out.tokens) out.tokens[at] = -1;
+    if (out.logprobs) out.logprobs[at] = NAN;
+    if (out.ranks) out.ranks[at] = 0;
+  }
+  write_no_top(out, r);
+  for (int i = 0; i < vocab; ++i) {
+    if (out.filtered) out.filtered[r * vocab + i] = -INFINITY;
+    if (out.probabilities) out.probabilities[r * vocab + i] = 0.0f;
+  }
+}
+
+// Stage 8, inside a block: the first kept token whose running mass exceeds r.
+template <class Domain>
+Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, uint64_t r) {
+  float buffer[kBlock];
+  const float* x = values(d, b, buffer);
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const vi id = ids(d, b, i);
+    const Mask kept = keeps(cut, load(x + i), id);
+    const Mass m = weigh(weigher, load(x + i));
+    const vu hi = keep(kept, m.hi), lo = keep(kept, m.lo);
+    const uint64_t here = (reduce_add(hi) << kHalfBits) + reduce_add(lo);
+    if (here <= r) {
+      r -= here;
+      continue;
+    }
+    for (int lane = 0;; ++lane) {
+      const uint64_t w = ((uint64_t)hi[lane] << kHalfBits) + lo[lane];
+      if (r < w) return Drawn{id[lane], x[i + lane], w};
+      r -= w;
+    }
+  }
+  __builtin_unreachable();  // r is below the block's mass
+}
+
+// Stage 8: block_mass holds running sums, block by block.
+template <class Domain>
+Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* running, uint64_t r) {
+  int low = 0, high = blocks(d) - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (running[middle] > r) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return draw_in_block(d, cut, weigher, low, low ? r - running[low - 1] : r);
+}
+
+template <class T>
+void write_filtered(const Task<T>& t, Cutoff cut) {
+  const int32_t vocab = t.dense.row.vocab;
+  float buffer[kBlock], out[kBlock];
+  for (int b = 0; b < blocks(t.dense); ++b) {
+    const bool live = upper_bound(t.dense, b) >= cut.x;
+    const float* x = live ? values(t.dense, b, buffer) : nullptr;
+    for (int i = 0; i < kBlock; i += kLanes) {
+      vf v = splat(-INFINITY);
+      if (live) {
+        Mask kept = keeps(cut, load(x + i), ids(t.dense, b, i));
+        if (t.weigher.floor) {
+          const Mass m = weigh(t.weigher, load(x + i));
+          kept = both(kept, gt((vf)(m.hi | m.lo), splat(0.0f)));  // small integers are positive floats
+        }
+        v = select(kept, load(x + i) / t.divisor, v);
+      }
+      store(out + i, v);
+    }
+    const int n = vocab - b * kBlock < kBlock ? vocab - b * kBlock : kBlock;
+    memcpy(t.batch.out.filtered + t.r * vocab + b * kBlock, out, (size_t)n * sizeof(float));
+  }
+}
+
+template <class T>
+void write_probabilities(const Task<T>& t, Cutoff cut, uint64_t total) {
+  const int32_t vocab = t.dense.row.vocab;
+  float buffer[kBlock];
+  uint32_t hi[kBlock], lo[kBlock];
+  for (int b = 0; b < blocks(t.dense); ++b) {
+    float* out = t.batch.out.probabilities + t.r * vocab + b * kBlock;
+    const int n = vocab - b * kBlock < kBlock ? vocab - b * kBlock : kBlock;
+    memset(out, 0, (size_t)n * sizeof(float));
+    if (!(upper_bound(t.dense, b) >= cut.x)) continue;
+    const float* x = values(t.dense, b, buffer);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Mask kept = keeps(cut, load(x + i), ids(t.dense, b, i));
+      const Mass m = weigh(t.weigher, load(x + i));
+      store(hi + i, keep(kept, m.hi));
+      store(lo + i, keep(kept, m.lo));
+    }
+    for (int i = 0; i < n; ++i) {
+      const uint64_t w = ((uint64_t)hi[i] << kHalfBits) + lo[i];
+      out[i] = (float)((double)w / (double)total);
+    }
+  }
+}
+
+// Outputs from the kept set: what `cut` and min-p's floor leave of a domain.
+template <class T, class Domain>
+void finish(const Task<T>& t, const Domain& d, Cutoff cut) {
+  const Outputs& out = t.batch.out;
+  if (out.filtered) write_filtered(t, cut);
+  if (!out.tokens && !out.probabilities) return;
+  uint64_t* running = t.ws.block_mass;
+  const uint64_t total = weigh_blocks(d, cut, t.weigher, running);
+  if (out.probabilities) write_probabilities(t, cut, total);
+  if (!out.tokens) return;
+  for (int b = 1; b < blocks(d); ++b) running[b] += running[b - 1];
+  const uint64_t seed = (uint64_t)at(t.batch.rows.seeds, t.r), offset = (uint64_t)at(t.batch.rows.offsets, t.r);
+  for (int j = 0; j < out.num_samples; ++j) {
+    const Drawn token = draw(d, cut, t.weigher, running, draw_threshold(seed, offset, (uint32_t)j, total));
+    const int64_t slot = t.r * out.num_samples + j;
+    out.tokens[slot] = token.id;
+    if (out.mode == kProcessedLogprobs) write_processed(out, slot, t.dense, token, total);
+  }
+  if (out.mode == kProcessedLogprobs && out.num_top) write_processed_top(t.batch, t.r, t.ws, t.dense, d, cut, t.weigher, total);
+}
+
+// Stage 7's last filter and stage 8, on the row or on the list that holds all that can still be kept.
+template <class T, class Domain>
+void filter_and_finish(const Task<T>& t, const Domain& d, Cutoff cut, bool top_p, const RowParams& p) {
+  if (top_p) {
+    Weigher base = t.weigher;
+    if (p.order != kMinPFirst) base.floor = 0;
+    cut = stricter(cut, top_p_cutoff(d, base, p.top_p, t.ws));
+  }
+  finish(t, d, cut);
+}
+
+template <class T>
+void sample_random(const Task<T>& t, const RowParams& p) {
+  Cutoff cut = kKeepAlive;
+  if (uses_top_k(p, t.dense.row.vocab)) cut = top_k_cutoff(t.dense, p.top_k, p.ties, t.ws.values);
+  bool top_p = uses_top_p(p);
+  if (top_p && p.order == kJoint) {
+    Weigher all = t.weigher;
+    all.floor = 0;
+    cut = stricter(cut, top_p_cutoff(t.dense, all, p.top_p, t.ws));
+    top_p = false;
+  }
+  // What lies below min-p's reach can be left out already, unless top-p is to count it.
+  Cutoff reach = cut;
+  if (t.weigher.floor && (!top_p || p.order == kMinPFirst)) {
+    reach = stricter(cut, Cutoff{lowest_x(t.weigher, t.weigher.floor), INT32_MAX});
+  }
+  if (reach.x > -FLT_MAX) {
+    const List list = gather(t.dense, reach, t.ws.list_x, t.ws.list_id);
+    filter_and_finish(t, list, cut, top_p, p);
+  } else {
+    filter_and_finish(t, t.dense, cut, top_p, p);
+  }
+}
+
+template <class T>
+Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
+  const RowParams& p = at(batch.rows.params, r);
+  const Row<T> row = processed_row<T>(batch, r, p, ws);
+  const Peak peak = scan(row, ws.block_max);
+  const Status status = status_of(peak);
+  if (status != kValid) {
+    write_invalid(batch.out, r, row.vocab);
+    return status;
+  }
+  const bool greedy = is_greedy(p);
+  const float temperature = greedy ? 1.0f : p.temperature;
+  const Weigher weigher = {peak.max, mass_scale(temperature), greedy ? 0 : min_p_threshold(p.min_p)};
+  const Task<T> task = {batch, r, ws, {row, ws.block_max}, weigher, temperature};
+  if (greedy) {
+    finish(task, task.dense, Cutoff{peak.max, nth_equal(task.dense, peak.max, 1)});
+  } else {
+    sample_random(task, p);
+  }
+  if (batch.out.mode == kRawLogprobs) write_raw(batch, r, ws, task.dense, peak.max);
+  return kValid;
+}
+
+Status sample_row(const Batch& batch, int64_t r, const Workspace& ws) {
+  switch (batch.logits.dtype) {
+    case kFloat16:
+      return sample_row_of<Half>(batch, r, ws);
+    case kBFloat16:
+      return sample_row_of<BFloat>(batch, r, ws);
+    default:
+      return sample_row_of<float>(batch, r, ws);
+  }
+}
+
+}  // namespace
+
+extern const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA);
+const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA) = {FASTSAMPLE_STRING(FASTSAMPLE_ISA), FASTSAMPLE_VECTOR_BYTES, sample_row};
+
+}  // namespace fastsample

@@ -1,0 +1,213 @@
+// The whole SIMD vocabulary: GCC/Clang vector extensions, and an intrinsic where the extension has no word for it.
+// Everything is in an anonymous namespace: this header means something else in every ISA's translation unit.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(FASTSAMPLE_ISA_avx512)
+#define FASTSAMPLE_VECTOR_BYTES 64
+#elif defined(FASTSAMPLE_ISA_avx2)
+#define FASTSAMPLE_VECTOR_BYTES 32
+#else
+#define FASTSAMPLE_VECTOR_BYTES 16
+#endif
+
+#define FS_INLINE static inline __attribute__((always_inline, unused))
+
+namespace fastsample {
+namespace {
+
+typedef float vf __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES / 2)));
+
+constexpr int kLanes = FASTSAMPLE_VECTOR_BYTES / 4;
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// Loads and stores need no alignment.
+template <class V, class T>
+FS_INLINE V load_as(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FS_INLINE vf load(const float* p) { return load_as<vf>(p); }
+FS_INLINE vi load(const int32_t* p) { return load_as<vi>(p); }
+FS_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+FS_INLINE void store(int32_t* p, vi v) { memcpy(p, &v, sizeof v); }
+FS_INLINE void store(uint32_t* p, vu v) { memcpy(p, &v, sizeof v); }
+
+FS_INLINE vf splat(float x) { return x - vf{}; }
+FS_INLINE vi splat(int32_t x) { return x - vi{}; }
+
+// {0, 1, 2, ...}
+FS_INLINE vi iota() {
+  vi v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+FS_INLINE vf load(const BFloat* p) {
+  const vu wide = __builtin_convertvector(load_as<vh>(p), vu) << 16;
+  return (vf)wide;
+}
+
+FS_INLINE vf load(const Half* p) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+#else
+  const vu h = __builtin_convertvector(load_as<vh>(p), vu);
+  // Exponent and mantissa in place, rescaled by an exact product, which also makes subnormals normal.
+  const vf magnitude = (vf)((h & 0x7fff) << 13) * 0x1p112f;
+  const vu special = (vu)((h & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (vf)((vu)magnitude | special | ((h & 0x8000) << 16));
+#endif
+}
+
+// A truth value per lane.
+#if defined(FASTSAMPLE_ISA_avx512)
+typedef __mmask16 Mask;
+FS_INLINE Mask gt(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
+FS_INLINE Mask ge(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+FS_INLINE Mask eq(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
+FS_INLINE Mask unordered(vf a, vf b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
+}
+FS_INLINE Mask le(vi a, vi b) { return _mm512_cmple_epi32_mask((__m512i)a, (__m512i)b); }
+FS_INLINE Mask both(Mask a, Mask b) { return (Mask)(a & b); }
+FS_INLINE Mask either(Mask a, Mask b) { return (Mask)(a | b); }
+FS_INLINE uint32_t bits(Mask m) { return m; }
+FS_INLINE Mask from_bits(uint32_t b) { return (Mask)b; }
+FS_INLINE vf select(Mask m, vf a, vf b) {
+  return (vf)_mm512_mask_blend_ps(m, (__m512)b, (__m512)a);
+}
+FS_INLINE vu keep(Mask m, vu a) { return (vu)_mm512_maskz_mov_epi32(m, (__m512i)a); }
+FS_INLINE vu add_where(Mask m, vu sum, vu a) {
+  return (vu)_mm512_mask_add_epi32((__m512i)sum, m, (__m512i)sum, (__m512i)a);
+}
+FS_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+FS_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+FS_INLINE vi truncate(vf a) { return (vi)_mm512_cvttps_epi32((__m512)a); }
+#else
+typedef vi Mask;
+FS_INLINE Mask gt(vf a, vf b) { return a > b; }
+FS_INLINE Mask ge(vf a, vf b) { return a >= b; }
+FS_INLINE Mask eq(vf a, vf b) { return a == b; }
+FS_INLINE Mask unordered(vf a, vf b) { return ~((a == a) & (b == b)); }
+FS_INLINE Mask le(vi a, vi b) { return a <= b; }
+FS_INLINE Mask both(Mask a, Mask b) { return a & b; }
+FS_INLINE Mask either(Mask a, Mask b) { return a | b; }
+FS_INLINE Mask from_bits(uint32_t b) {
+  vi lane_bit;
+  for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;
+  return (splat((int32_t)b) & lane_bit) != 0;
+}
+FS_INLINE vf select(Mask m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); }
+FS_INLINE vu keep(Mask m, vu a) { return (vu)m & a; }
+FS_INLINE vu add_where(Mask m, vu sum, vu a) { return sum + ((vu)m & a); }
+FS_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
+#if defined(FASTSAMPLE_ISA_avx2)
+FS_INLINE uint32_t bits(Mask m) { return (uint32_t)_mm256_movemask_ps((__m256)m); }
+FS_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+FS_INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__x86_64__)
+FS_INLINE uint32_t bits(Mask m) { return (uint32_t)_mm_movemask_ps((__m128)m); }
+FS_INLINE vf max(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+FS_INLINE vf min(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+#elif defined(__aarch64__)
+FS_INLINE uint32_t bits(Mask m) {
+  const vu lane_bit = {1, 2, 4, 8};
+  return vaddvq_u32((uint32x4_t)((vu)m & lane_bit));
+}
+FS_INLINE vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+FS_INLINE vf min(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+#else
+FS_INLINE uint32_t bits(Mask m) {
+  uint32_t b = 0;
+  for (int i = 0; i < kLanes; ++i) b |= (uint32_t)(m[i] & 1) << i;
+  return b;
+}
+FS_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
+FS_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
+#endif
+#endif
+
+FS_INLINE int count(Mask m) { return __builtin_popcount(bits(m)); }
+FS_INLINE bool any(Mask m) { return bits(m) != 0; }
+FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
+
+// Stores the lanes of m next to each other; writes a whole vector, returns how many count.
+FS_INLINE int compress_store(float* to, vf v, Mask m) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  // Through a register: the form that stores to memory is microcoded on Zen 4.
+  store(to, (vf)_mm512_maskz_compress_ps(m, (__m512)v));
+#else
+  int at = 0;
+  for (uint32_t b = bits(m); b; b &= b - 1) to[at++] = v[__builtin_ctz(b)];
+#endif
+  return count(m);
+}
+
+FS_INLINE int compress_store(int32_t* to, vi v, Mask m) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  store(to, (vi)_mm512_maskz_compress_epi32(m, (__m512i)v));
+#else
+  int at = 0;
+  for (uint32_t b = bits(m); b; b &= b - 1) to[at++] = v[__builtin_ctz(b)];
+#endif
+  return count(m);
+}
+
+FS_INLINE float reduce_max(vf v) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
+FS_INLINE float reduce_min(vf v) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return _mm512_reduce_min_ps((__m512)v);
+#else
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] < m ? v[i] : m;
+  return m;
+#endif
+}
+
+FS_INLINE uint64_t reduce_add(vu v) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  // Lane sums stay far below 2^28 here, so 16 of them fit 32 bits.
+  return (uint32_t)_mm512_reduce_add_epi32((__m512i)v);
+#else
+  uint64_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+}  // namespace
+}  // namespace fastsample
