@@ -1,0 +1,185 @@
+"""Every engine for CPU tensors, on every instruction set, against the reference: equal to the bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import lru_cache
+
+import pytest
+import torch
+from cases import CASES, Case
+
+import fastsample as fs
+from fastsample.engines.cpu import native
+
+LOGPROB_ULP = 2
+ISAS = ("baseline", "avx2", "avx512", "neon")
+
+
+def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
+    """Everything an engine can be asked about a case."""
+    inputs = case.build()
+    before = inputs.logits.clone()
+    common = {"backend": backend, "on_invalid": "flag"}
+    found = {
+        "filter_logits": fs.filter_logits(inputs.logits, **inputs.kwargs, **common),
+        "probabilities": fs.probabilities(inputs.logits, **inputs.kwargs, **common),
+    }
+    for mode in ("raw", "processed"):
+        more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
+        out = fs.sample(inputs.logits, **inputs.kwargs, **inputs.draw, **common, **more)
+        found |= {f"{mode}.{name}": getattr(out, name) for name in fs.SampleOutput.__slots__}
+    plain = fs.sample(inputs.logits, **inputs.kwargs, **inputs.draw, **common)  # no logprobs: a shorter path
+    found |= {"tokens": plain.tokens, "status": plain.status}
+    assert torch.equal(bits(inputs.logits), bits(before)), "the logits were written to"
+    return found
+
+
+expected = lru_cache(maxsize=2)(lambda case: results(case, "reference"))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    sizes = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+    return x.view(sizes.get(x.dtype, x.dtype))
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Largest distance in units in the last place; a NaN is only near a NaN."""
+    a, b = (torch.where(x.isnan(), torch.nan, x + 0.0) for x in (a, b))
+    i, j = (torch.where(x < 0, -(2**31) - x, x) for x in (bits(a).long(), bits(b).long()))
+    return int((i - j).abs().max()) if a.numel() else 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_engine_equals_reference(case: Case, variant: str) -> None:
+    want, got = expected(case), results(case, variant)
+    assert want.keys() == got.keys()
+    for name in want:
+        assert got[name].shape == want[name].shape, name
+        assert got[name].dtype == want[name].dtype, name
+        if name.endswith("logprobs"):
+            assert ulps(got[name], want[name]) <= LOGPROB_ULP, name
+        else:
+            differs = (bits(got[name]) != bits(want[name])).nonzero()
+            assert not len(differs), f"{name} at {differs[:4].tolist()}"
+
+
+def test_ulps() -> None:
+    one = torch.tensor([1.0, -torch.inf, torch.nan])
+    assert ulps(one, one) == 0
+    assert ulps(torch.tensor([1.0]), torch.tensor([1 + 2**-22])) == 2
+    assert ulps(torch.tensor([2.0**-149]), torch.tensor([-(2.0**-149)])) == 2
+    assert ulps(torch.tensor([0.0]), torch.tensor([-0.0])) == 0
+    assert ulps(torch.tensor([1.0]), torch.tensor([torch.nan])) > 2**20
+
+
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+@pytest.mark.parametrize("vocab", [1, 37, 1100])
+def test_all_logprobs_and_many_draws(vocab: int, mode: str, variant: str) -> None:
+    logits = (torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) * 8).round() / 4
+    kwargs = {"seed": 5, "num_samples": 2000, "logprobs": mode, "top_logprobs": vocab, "top_p": 0.97}
+    want = fs.sample(logits, backend="reference", **kwargs)
+    got = fs.sample(logits, backend=variant, **kwargs)
+    for name in ("tokens", "status", "ranks", "top_ids"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
+    assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+
+
+def invalid_rows() -> torch.Tensor:
+    """Rows with each status, NaN and infinities in first, middle and last place, alone and together."""
+    x = torch.randn(16, 1030, generator=torch.Generator().manual_seed(1))
+    nan, inf = torch.nan, torch.inf
+    for row, (at, value) in enumerate([(0, nan), (513, nan), (1029, nan), (0, inf), (700, inf), (1029, inf)]):
+        x[2 * row, at] = value
+    x[12] = -inf
+    x[13, 5], x[13, 900] = inf, nan
+    x[14], x[14, 1029] = -inf, nan
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("mode", [None, "raw", "processed"])
+def test_invalid_rows(mode: str | None, fields: dict[str, float], dtype: torch.dtype, variant: str) -> None:
+    logits = invalid_rows().to(dtype)
+    kwargs = {**fields, "seed": 3, "on_invalid": "flag", "logprobs": mode, "top_logprobs": 4 if mode else 0}
+    want, got = (fs.sample(logits, backend=backend, **kwargs) for backend in ("reference", variant))
+    assert got.status.tolist() == [1, 0, 1, 0, 1, 0, 2, 0, 2, 0, 2, 0, 3, 1, 1, 0]
+    for name in ("tokens", "status", "ranks", "top_ids"):
+        a, b = getattr(want, name), getattr(got, name)
+        assert (a is b is None) or torch.equal(a, b), name
+    if mode:
+        assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
+        assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+
+
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_raw_logits_that_only_processing_makes_valid(mode: str, variant: str) -> None:
+    """A mask may hide a NaN or +inf: the row is valid, while its raw log-softmax does not exist."""
+    logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(2))
+    logits[0, 3], logits[1, 66] = torch.nan, torch.inf
+    mask = torch.tensor([-1 - (1 << 3), -1, -1 - (1 << 2)], dtype=torch.int32)
+    kwargs = {"bitmask": mask, "seed": 1, "logprobs": mode, "top_logprobs": 5}
+    want, got = (fs.sample(logits, backend=backend, **kwargs) for backend in ("reference", variant))
+    assert got.status.tolist() == [0, 0, 0]
+    for name in ("tokens", "ranks", "top_ids"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
+    assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+    assert got.logprobs.isnan().tolist() == ([True, True, False] if mode == "raw" else [False] * 3)
+
+
+# Instruction sets -----------------------------------------------------------------------------------------------------
+
+
+def test_the_cpu_engine_is_there() -> None:
+    assert fs.engines()["cpu"] is None
+    assert native().isa() in native().isas()
+    assert set(native().isas()) <= set(ISAS)
+
+
+@pytest.mark.parametrize("isa", native().isas() if fs.engines()["cpu"] is None else ["?"])
+def test_force_isa_takes_effect(isa: str) -> None:
+    before = native().isa()
+    native().force_isa(isa)
+    assert native().isa() == isa
+    native().force_isa(before)
+    assert native().isa() == before
+
+
+def test_force_isa_rejects_an_unknown_name() -> None:
+    before = native().isa()
+    with pytest.raises(ValueError, match=f"'sse9'.*{native().isas()[-1]}"):
+        native().force_isa("sse9")
+    assert native().isa() == before
+
+
+def run_with_isa(name: str, code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "FASTSAMPLE_ISA": name}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("isa", native().isas() if fs.engines()["cpu"] is None else ["?"])
+def test_the_environment_forces_an_isa(isa: str) -> None:
+    code = """
+import torch, fastsample as fs
+from fastsample.engines.cpu import native
+token = fs.sample(torch.arange(100.0) / 9, seed=7, backend="cpu").tokens
+print(native().isa(), int(token))
+"""
+    done = run_with_isa(isa, code)
+    token = fs.sample(torch.arange(100.0) / 9, seed=7, backend="reference").tokens
+    assert (done.stdout.split(), done.stderr) == ([isa, str(int(token))], "")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_the_environment_names_an_unknown_isa(backend: str) -> None:
+    done = run_with_isa("sse9", f"import torch, fastsample as fs; fs.sample(torch.zeros(9), backend={backend!r})")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "FASTSAMPLE_ISA" in last
+    assert "'sse9'" in last
+    assert "baseline" in last or "neon" in last
