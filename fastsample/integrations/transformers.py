@@ -197,7 +197,8 @@ _SMALLEST_TOP_P = 2.0**-40
 def _plan(processors: LogitsProcessorList, prompt_length: int, given: dict[str, Any], sampled: bool) -> _Plan:
     """Take from the end of the list what one fused call does just as well, and put the given fields over it."""
     plan = _Plan(list(processors), {"ties": "all"} if sampled else {})
-    stage = len(_FUSED) if sampled else 0
+    # Greedy search stays transformers' own, but for a penalty that a given one replaces.
+    stage = len(_FUSED) if sampled else int("repetition_penalty" in given)
     while plan.own and (found := _stage(plan.own[-1], stage, prompt_length)) is not None:
         _, name, attribute = _FUSED[stage := found]
         processor = plan.own.pop()
