@@ -1,0 +1,153 @@
+"""A million draws per case against softmax in float64, and independence of neighbouring seeds, offsets and draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from cases import MAKERS
+
+import fastsample as fs
+
+DRAWS = 1_000_000
+ENGINE = "cpu" if fs.engines()["cpu"] is None else "reference"  # the test's id says which one was used
+LEAST_P = 1e-4
+
+
+def exact(x: torch.Tensor, fields: dict[str, Any]) -> np.ndarray:
+    """The distribution of one row in float64: softmax at T, then top-k, top-p and min-p in the default order."""
+    z = x.double().numpy() / fields.get("temperature", 1.0)
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    ranked = np.argsort(-p, kind="stable")
+    keep = np.zeros(len(p), bool)
+    keep[ranked[: fields.get("top_k") or len(p)]] = True
+    within = np.where(keep, p, 0)[ranked] / p[keep].sum()
+    keep[ranked[np.cumsum(within) - within >= fields.get("top_p", 1.0)]] = False
+    keep &= p >= fields.get("min_p", 0.0) * p.max()
+    return np.where(keep, p, 0) / p[keep].sum()
+
+
+def chi_square(observed: np.ndarray, p: np.ndarray) -> float:
+    """p-value of counts against probabilities. Bins that expect fewer than 5 are merged into one, and where even that
+    expects fewer than 5, it is tested by itself."""
+    n = observed.sum()
+    assert observed[p == 0].sum() == 0
+    rare = p * n < 5
+    counts, wanted = observed[~rare], p[~rare] * n
+    tail, wanted_tail = observed[rare].sum(), p[rare].sum() * n
+    if wanted_tail >= 5:
+        counts, wanted = np.append(counts, tail), np.append(wanted, wanted_tail)
+        of_tail = 1.0
+    else:
+        of_tail = float(scipy.stats.binomtest(int(tail), int(n), p[rare].sum()).pvalue)
+    of_rest = scipy.stats.chisquare(counts, wanted * counts.sum() / wanted.sum()).pvalue if len(counts) > 1 else 1.0
+    return min(float(of_rest), of_tail)
+
+
+def row(maker: str, vocab: int) -> torch.Tensor:
+    return MAKERS[maker](1, vocab, torch.Generator().manual_seed(vocab))[0]
+
+
+ROWS = [("flat", 1000), ("lm", 5003), ("peaked", 300), ("equal", 1024), ("ties", 257)]
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 40},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"temperature": 1.7, "top_k": 100, "top_p": 0.95, "min_p": 0.01},
+    {"temperature": 0.6},
+    {"temperature": 2.5},
+]
+
+
+@pytest.mark.parametrize("backend", [ENGINE])
+@pytest.mark.parametrize("fields", FILTERS, ids=str)
+@pytest.mark.parametrize(("maker", "vocab"), ROWS)
+def test_draws_of_one_row(maker: str, vocab: int, fields: dict[str, Any], backend: str) -> None:
+    x = row(maker, vocab)
+    tokens = fs.sample(x, **fields, seed=[vocab], num_samples=DRAWS, backend=backend).tokens
+    p = exact(x, fields)
+    assert chi_square(np.bincount(tokens.numpy(), minlength=vocab), p) > LEAST_P
+
+
+@pytest.mark.parametrize("backend", [ENGINE])
+@pytest.mark.parametrize("vary", ["offset", "seed", "slot"])
+@pytest.mark.parametrize(("maker", "fields"), [("lm", {}), ("flat", {"temperature": 0.8, "top_p": 0.9})], ids=str)
+def test_one_draw_of_many_rows(maker: str, fields: dict[str, Any], vary: str, backend: str) -> None:
+    """As in generation: a step, a sequence or a slot differs, the draw index does not."""
+    x, chunk = row(maker, 97), 50_000
+    counts = np.zeros(97, np.int64)
+    for start in range(0, DRAWS, chunk):
+        number = torch.arange(start, start + chunk)
+        seed = {"offset": [7] * chunk, "seed": number, "slot": start}[vary]
+        offset = number if vary == "offset" else 3
+        out = fs.sample(x.expand(chunk, -1), **fields, seed=seed, offset=offset, backend=backend)
+        counts += np.bincount(out.tokens.numpy(), minlength=97)
+    assert counts.sum() == DRAWS
+    assert chi_square(counts, exact(x, fields)) > LEAST_P
+
+
+@pytest.mark.parametrize("backend", [ENGINE])
+def test_the_chi_square_would_notice(backend: str) -> None:
+    """Two percent of temperature, a token that is never drawn and a tail twice as heavy are each rejected."""
+    x, fields = row("lm", 5003), {"temperature": 2.0}
+    tokens = fs.sample(x, **fields, seed=[1], num_samples=DRAWS, backend=backend).tokens.numpy()
+    counts, p = np.bincount(tokens, minlength=5003), exact(x, fields)
+    assert chi_square(counts, p) > LEAST_P
+    assert chi_square(counts, exact(x, {"temperature": 2.04})) < LEAST_P
+    ranked = np.argsort(p)
+    missed = counts.copy()
+    missed[ranked[-150]] = 0
+    assert chi_square(missed, p) < LEAST_P
+    heavy = p.copy()
+    heavy[ranked[np.cumsum(p[ranked]) < 1e-2]] *= 2
+    assert chi_square(counts, heavy / heavy.sum()) < LEAST_P
+
+
+# Independence ---------------------------------------------------------------------------------------------------------
+
+SMALL = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05]).log()
+PAIRS = 500_000
+EVEN = torch.arange(0, 2 * PAIRS, 2)
+NEIGHBOURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "seeds s, s + 1": ({"seed": EVEN}, {"seed": EVEN + 1}),
+    "seeds s, s + 2^32": ({"seed": EVEN}, {"seed": EVEN + 2**32}),
+    "seeds s, s + 2^63": ({"seed": EVEN}, {"seed": EVEN - 2**63}),
+    "seeds s, offset": ({"seed": EVEN, "offset": 1}, {"seed": EVEN + 1, "offset": 0}),
+    "scalar seeds": ({"seed": 1}, {"seed": 2**40}),
+    "offsets t, t + 1": ({"seed": [9] * PAIRS, "offset": EVEN}, {"seed": [9] * PAIRS, "offset": EVEN + 1}),
+    "offsets t, t + 2^32": ({"seed": [9] * PAIRS, "offset": EVEN}, {"seed": [9] * PAIRS, "offset": EVEN + 2**32}),
+    "offset and seed swapped": ({"seed": EVEN, "offset": 1}, {"seed": [1] * PAIRS, "offset": EVEN}),
+}
+
+
+def independent(a: np.ndarray, b: np.ndarray) -> float:
+    """p-value of the table of pairs against the product of the exact distributions."""
+    p = exact(SMALL, {})
+    return chi_square(np.bincount(5 * a + b, minlength=25), np.outer(p, p).ravel())
+
+
+@pytest.mark.parametrize("backend", [ENGINE])
+@pytest.mark.parametrize(("one", "other"), NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_neighbours_are_independent(one: dict[str, Any], other: dict[str, Any], backend: str) -> None:
+    x = SMALL.expand(PAIRS, -1)
+    a, b = (fs.sample(x, **how, backend=backend).tokens.numpy() for how in (one, other))
+    assert independent(a, b) > LEAST_P
+
+
+@pytest.mark.parametrize("backend", [ENGINE])
+@pytest.mark.parametrize("lag", [1, 2, 4, 32])
+def test_draws_of_one_row_are_independent(lag: int, backend: str) -> None:
+    draws = fs.sample(SMALL, seed=[5], num_samples=2 * PAIRS, backend=backend).tokens.numpy()
+    blocks = draws.reshape(-1, 2, lag)  # each draw is in one pair only
+    assert independent(blocks[:, 0].ravel(), blocks[:, 1].ravel()) > LEAST_P
+
+
+@pytest.mark.parametrize("backend", [ENGINE])
+def test_slots_of_one_call_are_independent(backend: str) -> None:
+    tokens = fs.sample(SMALL.expand(2 * PAIRS, -1), seed=123, backend=backend).tokens.numpy()
+    assert independent(tokens[::2], tokens[1::2]) > LEAST_P
