@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -38,14 +38,13 @@ from transformers.generation.logits_process import (
     WatermarkLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from fastsample.api import filter_logits
 from fastsample.params import GREEDY_BELOW, SamplingParams, specs
 from fastsample.rows import Seed
 from fastsample.sampler import Sampler
 
-__all__ = ["FastSampleLogitsProcessor", "fs_generate"]
+__all__ = ["FastSampleLogitsProcessor", "Streamer", "fs_generate"]
 
 
 class FastSampleLogitsProcessor(LogitsProcessor):
@@ -79,10 +78,20 @@ class FastSampleLogitsProcessor(LogitsProcessor):
         return filter_logits(scores, self.params, backend=self.backend)
 
 
+class Streamer(Protocol):
+    """What a streamer does; every BaseStreamer of transformers is one."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt's ids [B, L], then a step's token [B] at a time."""
+
+    def end(self) -> None:
+        """Generation is over."""
+
+
 def fs_generate(
     seed: Seed | None = None,
     *,
-    streamer: BaseStreamer | None = None,
+    streamer: Streamer | None = None,
     backend: str = "auto",
     **fields: Any,
 ) -> Callable[..., Any]:
@@ -100,7 +109,7 @@ def fs_generate(
         seed: an int s gives sequence i of the batch (after num_return_sequences) the seed splitmix64(s + i); a sequence
             holds one seed per sequence, used as it is. None takes a fresh seed from torch's default CPU generator at
             each call of `generate`; `torch.manual_seed` repeats it.
-        streamer: gets the prompt and then each token. `generate(streamer=...)` would be lost, and is refused.
+        streamer: gets the prompt and then each token. Passed to `generate` it would be lost, and is refused.
         backend: as for `fastsample.sample`.
         **fields: SamplingParams fields, one value or one per sequence, that replace `generate`'s: e.g.
             frequency_penalty=0.2, or temperature=[0.2, 1.0]. `ties` is "all" unless given.
@@ -139,8 +148,7 @@ def fs_generate(
             stopping_criteria = _CriteriaOnScores(stopping_criteria, step.kept)
         config.do_sample = False  # the step leaves one token to choose, which greedy search then takes
         if streamer is not None:
-            put: Callable[[torch.Tensor], None] = streamer.put  # transformers leaves it without types
-            put(input_ids.cpu())  # as `generate` does with its own
+            streamer.put(input_ids.cpu())  # as `generate` does with its own
         result = type(model)._sample(
             model,
             input_ids,
