@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -440,7 +441,7 @@ def test_version_and_names() -> None:
     assert all(hasattr(fs, name) for name in fs.__all__)
 
 
-def test_import_does_no_work() -> None:
+def test_import_does_no_work(tmp_path: Path) -> None:
     """No compiler, driver, model library or thread is loaded or started, and nothing is printed."""
     code = """
 import sys, threading, torch
@@ -452,5 +453,6 @@ assert threading.active_count() == threads
 assert torch.equal(torch.get_rng_state(), state)
 assert not new & {"transformers", "triton", "vllm", "sglang", "flashinfer", "typer", "rich", "scipy"}, new
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

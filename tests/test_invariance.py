@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,8 +207,9 @@ print("same")
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_after_a_fork(threads: int) -> None:
-    done = subprocess.run([sys.executable, "-c", FORK, str(threads)], capture_output=True, text=True, timeout=300)
+def test_after_a_fork(threads: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORK, str(threads)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == ("same\n", "")
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,27 +158,28 @@ def test_force_isa_rejects_an_unknown_name() -> None:
     assert native().isa() == before
 
 
-def run_with_isa(name: str, code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "FASTSAMPLE_ISA": name}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+def run_with_isa(name: str, code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command, environment = [sys.executable, "-c", code], {**os.environ, "FASTSAMPLE_ISA": name}
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("isa", native().isas() if fs.engines()["cpu"] is None else ["?"])
-def test_the_environment_forces_an_isa(isa: str) -> None:
+def test_the_environment_forces_an_isa(isa: str, tmp_path: Path) -> None:
     code = """
 import torch, fastsample as fs
 from fastsample.engines.cpu import native
 token = fs.sample(torch.arange(100.0) / 9, seed=7, backend="cpu").tokens
 print(native().isa(), int(token))
 """
-    done = run_with_isa(isa, code)
+    done = run_with_isa(isa, code, tmp_path)
     token = fs.sample(torch.arange(100.0) / 9, seed=7, backend="reference").tokens
     assert (done.stdout.split(), done.stderr) == ([isa, str(int(token))], "")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
-def test_the_environment_names_an_unknown_isa(backend: str) -> None:
-    done = run_with_isa("sse9", f"import torch, fastsample as fs; fs.sample(torch.zeros(9), backend={backend!r})")
+def test_the_environment_names_an_unknown_isa(backend: str, tmp_path: Path) -> None:
+    code = f"import torch, fastsample as fs; fs.sample(torch.zeros(9), backend={backend!r})"
+    done = run_with_isa("sse9", code, tmp_path)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert "FASTSAMPLE_ISA" in last
