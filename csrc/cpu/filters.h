@@ -1,9 +1,8 @@
-// Stage 7: the cutoffs of top-k and top-p, found by narrowing a set of candidate values.
+// Stage 7: the cutoffs of top-k and top-p.
 #pragma once
 
-#include "core/filters.h"
-#include "cpu/mass.h"
 #include "cpu/process.h"
+#include "cpu/select.h"
 
 namespace fastsample {
 namespace {
@@ -43,131 +42,26 @@ FS_INLINE float upper_bound(const List&, int) { return INFINITY; }
 FS_INLINE const float* values(const List& l, int b, float*) { return l.x + b * kBlock; }
 FS_INLINE vi ids(const List& l, int b, int i) { return load(l.id + b * kBlock + i); }
 
+constexpr Cutoff kKeepAlive = {-FLT_MAX, INT32_MAX};  // everything above -inf
+
 FS_INLINE Mask keeps(Cutoff c, vf x, vi id) {
   return either(gt(x, splat(c.x)), both(eq(x, splat(c.x)), le(id, splat(c.id))));
 }
 
-constexpr Cutoff kKeepAlive = {-FLT_MAX, INT32_MAX};  // everything above -inf
-
-// Weights of values: one each, or their mass. A `Sum` holds at most kBlock of them.
-struct Counting {
-  struct Sum {
-    vu lanes = {};
-  };
-  void add(Sum& s, Mask where, vf) const {
-    s.lanes = add_where(where, s.lanes, (vu)splat(1));
-  }
-  uint64_t total(const Sum& s) const { return reduce_add(s.lanes); }
-  uint64_t one(float) const { return 1; }
-};
-
-struct Weighing {
-  Weigher weigher;
-  typedef MassSum Sum;
-  void add(Sum& s, Mask where, vf x) const { add_where(s, where, weigh(weigher, x)); }
-  uint64_t total(const Sum& s) const { return fastsample::total(s); }
-  uint64_t one(float x) const { return weigh(weigher, x); }
-};
-
-// Calls f(i, valid lanes) for each vector of n values.
-template <class F>
-FS_INLINE void each_vector(int begin, int end, F f) {
-  int i = begin;
-  for (; i + kLanes <= end; i += kLanes) f(i, from_bits(kAllLanes));
-  if (i < end) f(i, from_bits((1u << (end - i)) - 1));
-}
-
-template <class Weight>
-uint64_t weight_above(const Weight& weight, const float* x, int n, float pivot) {
-  uint64_t sum = 0;
-  for (int begin = 0; begin < n; begin += kBlock) {
-    typename Weight::Sum part;
-    each_vector(begin, begin + kBlock < n ? begin + kBlock : n, [&](int i, Mask valid) {
-      const vf v = load(x + i);
-      weight.add(part, both(valid, gt(v, splat(pivot))), v);
-    });
-    sum += weight.total(part);
-  }
-  return sum;
-}
-
-struct Span {
-  float* x;
-  int n;
-  float low, high;  // of the values, when n > 0
-};
-
-// Keeps the values above (or not above) the pivot, in place, and their range.
-FS_INLINE void partition(Span& s, float pivot, bool above) {
-  vf low = splat(INFINITY), high = splat(-INFINITY);
-  int kept = 0;
-  each_vector(0, s.n, [&](int i, Mask valid) {
-    const vf v = load(s.x + i);
-    const Mask up = gt(v, splat(pivot));
-    const Mask m = above ? both(valid, up) : from_bits(bits(valid) & ~bits(up));
-    low = select(m, min(low, v), low);
-    high = select(m, max(high, v), high);
-    kept += compress_store(s.x + kept, v, m);
-  });
-  s.n = kept;
-  s.low = reduce_min(low);
-  s.high = reduce_max(high);
-}
-
-// Order-preserving integers: -0.0 and +0.0 share key 0, and no key between two finite floats is a NaN.
-FS_INLINE int64_t key_of(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits < 0 ? -(int64_t)(bits & INT32_MAX) : bits;
-}
-
-FS_INLINE float from_key(int64_t key) {
-  const uint32_t bits = key < 0 ? 0x80000000u | (uint32_t)-key : (uint32_t)key;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// Where a running weight over descending values reaches a target.
-struct Boundary {
-  float x;
-  uint64_t above;  // weight strictly above x: below the target
-};
-
-// The value at which `above` plus the weight of `s`, from its highest value down, reaches `target`; the values must
-// suffice. Halving the range of keys bounds the rounds by 32 whatever the values are. Reorders s.
-template <class Weight>
-Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
-  while (key_of(s.low) < key_of(s.high)) {
-    const float pivot = from_key((key_of(s.low) + key_of(s.high)) >> 1);
-    const uint64_t upper = weight_above(weight, s.x, s.n, pivot);
-    const bool in_upper = above + upper >= target;
-    if (!in_upper) above += upper;
-    partition(s, pivot, in_upper);
-  }
-  return Boundary{s.high, above};
-}
-
-// The values of a domain above a bound.
+// The values x of a domain with low < x < high.
 template <class Domain>
-Span collect(const Domain& d, float bound, float* to) {
+Span collect(const Domain& d, float low, float high, float* to) {
   float buffer[kBlock];
-  Span s = {to, 0, 0, 0};
-  vf low = splat(INFINITY), high = splat(-INFINITY);
+  int n = 0;
   for (int b = 0; b < blocks(d); ++b) {
-    if (!(upper_bound(d, b) > bound)) continue;
+    if (!(upper_bound(d, b) > low)) continue;
     const float* x = values(d, b, buffer);
     for (int i = 0; i < kBlock; i += kLanes) {
       const vf v = load(x + i);
-      const Mask m = gt(v, splat(bound));
-      low = select(m, min(low, v), low);
-      high = select(m, max(high, v), high);
-      s.n += compress_store(to + s.n, v, m);
+      n += compress_store(to + n, v, both(gt(v, splat(low)), gt(splat(high), v)));
     }
   }
-  s.low = reduce_min(low);
-  s.high = reduce_max(high);
-  return s;
+  return copy(to, n, to);
 }
 
 // The id of the m-th token (from 1) whose logit equals x, in id order; INT32_MAX where there are fewer.
@@ -191,63 +85,240 @@ int32_t nth_equal(const Domain& d, float x, uint64_t m) {
   return INT32_MAX;
 }
 
-// A value that at least k tokens of the row are not below: the k-th largest block maximum. -inf where k is too large.
-template <class T>
-float kth_bound(const Dense<T>& d, int k, float* scratch) {
-  if (k > d.row.blocks) return -INFINITY;
-  Span s = {scratch, d.row.blocks, 0, 0};
-  memcpy(scratch, d.block_max, (size_t)s.n * sizeof(float));
-  partition(s, -INFINITY, true);
-  return s.n < k ? -INFINITY : narrow(Counting{}, s, 0, (uint64_t)k).x;
-}
-
-FS_INLINE float kth_bound(const List&, int, float*) { return -INFINITY; }
-
+// The cutoff that keeps m of the `equal` tokens at x.
 template <class Domain>
-Cutoff top_k_cutoff(const Domain& d, int32_t k, int32_t ties, float* scratch) {
-  const float bound = kth_bound(d, k, scratch);
-  const Span s = collect(d, bound, scratch);
-  Boundary edge = {bound, (uint64_t)s.n};  // where too few lie above the bound, the k-th equals it
-  if (s.n >= k) {
-    edge = narrow(Counting{}, s, 0, (uint64_t)k);
-  } else if (bound == -INFINITY) {
-    return kKeepAlive;
-  }
-  if (ties == kTiesAll) return Cutoff{edge.x, INT32_MAX};
-  return Cutoff{edge.x, nth_equal(d, edge.x, (uint64_t)k - edge.above)};
+Cutoff cut_at(const Domain& d, float x, uint64_t m, int equal) {
+  return Cutoff{x, m == (uint64_t)equal ? INT32_MAX : nth_equal(d, x, m)};
 }
 
-// Sum of the masses a cutoff keeps, block by block (0 for skipped blocks).
+// Mass that a cutoff keeps, in all and in each block.
 template <class Domain>
 uint64_t weigh_blocks(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t* block_mass) {
+  const Weighing weight = {weigher, 1.0f};
+  const float lowest = weight.lowest();
   float buffer[kBlock];
   uint64_t sum = 0;
   for (int b = 0; b < blocks(d); ++b) {
     block_mass[b] = 0;
-    if (!(upper_bound(d, b) >= cut.x)) continue;
+    if (upper_bound(d, b) < cut.x || upper_bound(d, b) < lowest) continue;
     const float* x = values(d, b, buffer);
-    MassSum part;
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const vf v = load(x + i);
-      add_where(part, keeps(cut, v, ids(d, b, i)), weigh(weigher, v));
+    if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
+      block_mass[b] = weigh_block(weight, x, [](vf, int) { return from_bits(kAllLanes); });
+    } else if (cut.id == INT32_MAX) {
+      block_mass[b] = weigh_block(weight, x, [&](vf v, int) { return ge(v, splat(cut.x)); });
+    } else {
+      block_mass[b] = weigh_block(weight, x, [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); });
     }
-    block_mass[b] = total(part);
     sum += block_mass[b];
   }
   return sum;
 }
 
+// Where the boundary is believed to lie: low < x < high. A wrong belief costs time, never a token.
+struct Bracket {
+  float low, high;
+};
+
+// Some values of a domain, evenly spread, about kSample of them; returns how many tokens each stands for.
+constexpr int kSample = 2048;
+
+template <class Domain>
+double take_sample(const Domain& d, float* to, int* n) {
+  constexpr int kTaken = 32, kStride = kBlock / kTaken;  // of each sampled block
+  float buffer[kBlock];
+  const int sampled = blocks(d) < kSample / kTaken ? blocks(d) : kSample / kTaken;
+  for (int s = 0; s < sampled; ++s) {
+    const int b = (int)((2 * (int64_t)s + 1) * blocks(d) / (2 * sampled));
+    const float* x = values(d, b, buffer);
+    for (int i = 0; i < kTaken; ++i) to[s * kTaken + i] = x[i * kStride + s % kStride];
+  }
+  *n = sampled * kTaken;
+  return (double)blocks(d) * kBlock / *n;
+}
+
+// The highest fifth of a row's block maxima: nearly all of its highest tokens, each of which stands for itself.
+template <class T>
+Span take_heads(const Dense<T>& d, float* to) {
+  Span all = copy(d.block_max, d.row.blocks, to);
+  if (!all.n) return Span{to, 0, INFINITY, INFINITY};
+  const float edge = narrow(Counting{}, all, 0, (uint64_t)all.n / 5 + 1).x;
+  return filter(d.block_max, d.row.blocks, to, [&](vf v) { return ge(v, splat(edge)); });
+}
+
+FS_INLINE Span take_heads(const List&, float* to) { return Span{to, 0, INFINITY, INFINITY}; }
+
+// Estimates the boundary from the heads (the top of the distribution) and a sample (its body).
+template <class Weight, class Domain>
+Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws) {
+  if (blocks(d) < 2 * kSample / kBlock) return Bracket{weight.lowest(), INFINITY};
+  Span heads = take_heads(d, ws.spare);
+  float* spare = ws.spare + heads.n + kPad;
+  int n;
+  const double each = take_sample(d, ws.values, &n);
+  double head = (double)weight_above(weight, heads, -INFINITY);
+  // Where few tokens lie above a value that the boundary cannot lie below, there is nothing to estimate.
+  const float certain = weight.certain_low(head, (double)blocks(d) * kBlock);
+  const Span few = filter(ws.values, n, spare, [&](vf v) { return gt(v, splat(certain)); });
+  if (few.n < n / 32) return Bracket{certain, INFINITY};
+  // Sorted rows hide their highest tokens behind few block maxima; the sample tells.
+  const Span shared = filter(ws.values, n, spare, [&](vf v) { return ge(v, splat(heads.low)); });
+  if (shared.n > 8 + 2 * heads.n / each) {
+    heads = Span{ws.spare, 0, INFINITY, INFINITY};
+    head = 0;
+  }
+  const auto below_heads = [&](vf v) { return both(gt(v, splat(-INFINITY)), gt(splat(heads.low), v)); };
+  const Span body = filter(ws.values, n, ws.values, below_heads);
+  const double mean = (double)weight_above(weight, body, -INFINITY);
+  const double target = weight.estimate_target(head + each * mean);
+  const auto value_at = [&](double goal, float none) {
+    if (goal <= 0) return (float)INFINITY;
+    if (goal < head) return narrow(weight, copy(heads.x, heads.n, spare), 0, (uint64_t)goal + 1).x;
+    const double rest = (goal - head) / each;
+    return rest < mean ? narrow(weight, copy(body.x, body.n, spare), 0, (uint64_t)rest + 1).x : none;
+  };
+  // Three standard deviations of the estimate, were the sample Poisson: what lies above the boundary counts against
+  // what lies below it as far as both move the target.
+  const double share = weight.share();
+  const float guess = value_at(target, weight.lowest());
+  double above, below;
+  sum_squares(weight, body, guess, &above, &below);
+  above += (double)weight.one(guess) * (double)weight.one(guess);
+  const double slack = 3 * each * sqrt((1 - share) * (1 - share) * above + share * share * below);
+  const float high = value_at(target - slack, -FLT_MAX), low = value_at(target + slack, weight.lowest());
+  return Bracket{low < high ? low : nextafterf(high, -INFINITY), high};
+}
+
+// One pass over a domain: its weight, the weight from high up (in each block too), and the values in the bracket.
+struct Split {
+  uint64_t total, upper;
+  Span middle;  // in id order; block b's part begins at segment[b]
+};
+
+template <class Weight, class Domain>
+Split split(const Weight& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
+  const float lowest = Weight::kNeedsTotal ? weight.lowest() : bracket.low;
+  float buffer[kBlock];
+  Split s = {0, 0, {ws.values, 0, bracket.low, bracket.high}};
+  for (int b = 0; b < blocks(d); ++b) {
+    ws.segment[b] = s.middle.n;
+    ws.block_mass[b] = 0;
+    if (!(upper_bound(d, b) > lowest)) continue;
+    const float* x = values(d, b, buffer);
+    typename Weight::Sum all, upper;
+    for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+      const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
+      const typename Weight::Of w = weight.of(p);
+      Mask every[kAbreast], high[kAbreast];
+      FS_EACH(kAbreast) every[u] = from_bits(kAllLanes);
+      FS_EACH(kAbreast) high[u] = ge(p.v[u], splat(bracket.high));
+      if (Weight::kNeedsTotal) weight.add(all, w, every);
+      weight.add(upper, w, high);
+      if (upper_bound(d, b) > bracket.low) {
+        FS_EACH(kAbreast) {
+          const Mask inside = but_not(gt(p.v[u], splat(bracket.low)), high[u]);
+          s.middle.n += compress_store(ws.values + s.middle.n, p.v[u], inside);
+        }
+      }
+    }
+    if (Weight::kNeedsTotal) s.total += weight.total(all);
+    ws.block_mass[b] = weight.total(upper);
+    s.upper += ws.block_mass[b];
+  }
+  ws.segment[blocks(d)] = s.middle.n;
+  fill_up(ws.values, s.middle.n);
+  return s;
+}
+
+// Adds to each block's mass what the boundary keeps of the block's values in the bracket, m ties first.
+FS_INLINE void add_segments(const Weighing& weight, const Boundary& edge, uint64_t m, int blocks, const Workspace& ws) {
+  const uint64_t each = weight.one(edge.x);
+  for (int b = 0; b < blocks; ++b) {
+    MassSum above;
+    uint64_t equal = 0;
+    for (int i = ws.segment[b]; i < ws.segment[b + 1]; i += kLanes) {
+      const int left = ws.segment[b + 1] - i;
+      const Mask valid = from_bits(left < kLanes ? (1u << left) - 1 : kAllLanes);
+      const vf x = load(ws.values + i);
+      const Mask where[1] = {both(valid, gt(x, splat(edge.x)))};
+      add_where(above, where, weigh(weight.weigher, x));
+      equal += (uint64_t)count(both(valid, eq(x, splat(edge.x))));
+    }
+    const uint64_t ties = equal < m ? equal : m;
+    m -= ties;
+    ws.block_mass[b] += total(above) + ties * each;
+  }
+}
+
+FS_INLINE void add_segments(const Counting&, const Boundary&, uint64_t, int, const Workspace&) {}
+
+struct Found {
+  Cutoff cut;
+  uint64_t total;  // what the cutoff keeps, when workspace.block_mass holds it block by block; else 0
+};
+
+// The cutoff at which the weight of a domain's rank order reaches the weight's target.
+template <class Weight, class Domain>
+Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
+  const Bracket bracket = find_bracket(weight, d, ws);
+  const Split s = split(weight, d, bracket, ws);
+  const uint64_t target = weight.target(s.total);
+  if (s.upper < target) {
+    const Span middle = copy(ws.values, s.middle.n, ws.spare);
+    const uint64_t reached = s.upper + weight_above(weight, middle, -INFINITY);
+    if (reached >= target) {
+      const Boundary edge = narrow(weight, middle, s.upper, target);
+      const uint64_t m = ties_needed(weight, edge, target);
+      add_segments(weight, edge, m, blocks(d), ws);
+      return Found{cut_at(d, edge.x, m, edge.equal), edge.above + m * weight.one(edge.x)};
+    }
+    // Below the bracket. Everything there may still be too little for a count: then everything is kept.
+    const Span rest = collect(d, weight.lowest(), nextafterf(bracket.low, INFINITY), ws.values);
+    if (reached + weight_above(weight, rest, -INFINITY) < target) return Found{kKeepAlive, 0};
+    const Boundary edge = narrow(weight, rest, reached, target);
+    return Found{cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal), 0};
+  }
+  // Above the bracket, or at its upper end, where the ties may be many.
+  const Span rest = collect(d, bracket.high, INFINITY, ws.values);
+  const uint64_t above = weight_above(weight, rest, -INFINITY);
+  const int equal = (int)((s.upper - above) / weight.one(bracket.high));
+  const Boundary edge = above < target ? Boundary{bracket.high, equal, above} : narrow(weight, rest, 0, target);
+  return Found{cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal), 0};
+}
+
+// The k-th largest block maximum: at least k tokens are not below it, and few are above.
+template <class T>
+Cutoff small_top_k(const Dense<T>& d, int32_t k, const Workspace& ws) {
+  const Span peaks = copy(d.block_max, d.row.blocks, ws.values);
+  if (peaks.n < k) return find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
+  const float bound = narrow(Counting{}, peaks, 0, (uint64_t)k).x;
+  const Span above = collect(d, bound, INFINITY, ws.values);
+  if (above.n < k) return Cutoff{bound, nth_equal(d, bound, (uint64_t)(k - above.n))};
+  const Boundary edge = narrow(Counting{}, above, 0, (uint64_t)k);
+  return cut_at(d, edge.x, (uint64_t)k - edge.above, edge.equal);
+}
+
+FS_INLINE Cutoff small_top_k(const List& d, int32_t k, const Workspace& ws) {
+  return find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
+}
+
+template <class Domain>
+Cutoff top_k_cutoff(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
+  Cutoff cut = k <= blocks(d) ? small_top_k(d, k, ws) : find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
+  if (ties == kTiesAll) cut.id = INT32_MAX;
+  return cut;
+}
+
 // top-p over the whole domain; `weigher.floor` leaves out what min-p dropped before.
 template <class Domain>
-Cutoff top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const Workspace& ws) {
-  const uint64_t total = weigh_blocks(d, kKeepAlive, weigher, ws.block_mass);
-  const uint64_t target = top_p_target(top_p, total);
-  // Only tokens with mass can reach the target.
-  const float bound = lowest_x(weigher, weigher.floor ? weigher.floor : 1);
-  const Span s = collect(d, bound > -FLT_MAX ? nextafterf(bound, -INFINITY) : -INFINITY, ws.values);
-  const Boundary edge = narrow(Weighing{weigher}, s, 0, target);
-  const uint64_t each = weigh(weigher, edge.x);
-  return Cutoff{edge.x, nth_equal(d, edge.x, (target - edge.above + each - 1) / each)};
+Found top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const Workspace& ws) {
+  return find_cutoff(Weighing{weigher, top_p}, d, ws);
+}
+
+// The first n tokens of a pair of buffers as a domain.
+FS_INLINE List list_of(float* x, int32_t* id, int n) {
+  fill_up(x, n);
+  for (int i = 0; i < kPad; i += kLanes) store(id + n + i, splat(INT32_MAX));
+  return List{x, id, n};
 }
 
 // The tokens a cutoff keeps, in id order.
@@ -256,7 +327,7 @@ List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
   float buffer[kBlock];
   int n = 0;
   for (int b = 0; b < blocks(d); ++b) {
-    if (!(upper_bound(d, b) >= cut.x)) continue;
+    if (upper_bound(d, b) < cut.x) continue;
     const float* v = values(d, b, buffer);
     for (int i = 0; i < kBlock; i += kLanes) {
       const vf value = load(v + i);
@@ -266,11 +337,7 @@ List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
       n += compress_store(x + n, value, m);
     }
   }
-  for (int i = 0; i < kPad; ++i) {
-    x[n + i] = -INFINITY;
-    id[n + i] = INT32_MAX;
-  }
-  return List{x, id, n};
+  return list_of(x, id, n);
 }
 
 }  // namespace

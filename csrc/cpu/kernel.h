@@ -25,7 +25,9 @@ struct Workspace {
   uint64_t* block_mass;  // [blocks + 1]
   int32_t* edit_start;   // [blocks + 1]
   Edit* edits;           // [bias entries + output ids + prompt ids of the row]
+  int32_t* segment;      // [blocks + 1]
   float* values;         // [V + kPad]
+  float* spare;          // [V + kPad]
   float* list_x;         // [V + kPad]
   int32_t* list_id;      // [V + kPad]
 };

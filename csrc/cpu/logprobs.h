@@ -18,7 +18,8 @@ int64_t rank_of(const Dense<T>& d, float x) {
   float buffer[kBlock];
   int64_t above = 0;
   for (int b = 0; b < blocks(d); ++b) {
-    if (upper_bound(d, b) > x) above += (int64_t)weight_above(Counting{}, values(d, b, buffer), kBlock, x);
+    if (!(upper_bound(d, b) > x)) continue;
+    above += (int64_t)weigh_block(Counting{}, values(d, b, buffer), [&](vf v, int) { return gt(v, splat(x)); });
   }
   return 1 + above;
 }
@@ -88,11 +89,7 @@ FS_INLINE List drop_light(const List& list, const Weigher& weigher, const Worksp
     ws.list_x[n] = list.x[i];
     ws.list_id[n++] = list.id[i];
   }
-  for (int i = 0; i < kPad; ++i) {
-    ws.list_x[n + i] = -INFINITY;
-    ws.list_id[n + i] = INT32_MAX;
-  }
-  return List{ws.list_x, ws.list_id, n};
+  return list_of(ws.list_x, ws.list_id, n);
 }
 
 template <class T, class Domain>
@@ -103,9 +100,9 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
   if (weigher.floor) {
     // Mass is not quite monotone in x, so min-p's floor may leave gaps in the rank order: count without them.
     const List kept = drop_light(gather(d, cut, ws.list_x, ws.list_id), weigher, ws);
-    top = gather(kept, top_k_cutoff(kept, n, kTiesFirst, ws.values), ws.list_x, ws.list_id);
+    top = gather(kept, top_k_cutoff(kept, n, kTiesFirst, ws), ws.list_x, ws.list_id);
   } else {
-    top = gather(dense, stricter(cut, top_k_cutoff(dense, n, kTiesFirst, ws.values)), ws.list_x, ws.list_id);
+    top = gather(dense, stricter(cut, top_k_cutoff(dense, n, kTiesFirst, ws)), ws.list_x, ws.list_id);
   }
   write_top(batch.out, r, ws, top.n, [&](float x) { return log_ratio(weigh(weigher, x), total); });
 }
@@ -137,7 +134,7 @@ void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T
   }
   if (!out.num_top) return;
   if (!sound) return write_no_top(out, r);
-  const List top = gather(raw, top_k_cutoff(raw, out.num_top, kTiesFirst, ws.values), ws.list_x, ws.list_id);
+  const List top = gather(raw, top_k_cutoff(raw, out.num_top, kTiesFirst, ws), ws.list_x, ws.list_id);
   write_top(out, r, ws, top.n, logprob);
 }
 

@@ -46,8 +46,8 @@ Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, 
   for (int i = 0; i < kBlock; i += kLanes) {
     const vi id = ids(d, b, i);
     const Mask kept = keeps(cut, load(x + i), id);
-    const Mass m = weigh(weigher, load(x + i));
-    const vu hi = keep(kept, m.hi), lo = keep(kept, m.lo);
+    const Mass<1> m = weigh(weigher, load(x + i));
+    const vu hi = keep(kept, m.hi[0]), lo = keep(kept, m.lo[0]);
     const uint64_t here = (reduce_add(hi) << kHalfBits) + reduce_add(lo);
     if (here <= r) {
       r -= here;
@@ -89,8 +89,8 @@ void write_filtered(const Task<T>& t, Cutoff cut) {
       if (live) {
         Mask kept = keeps(cut, load(x + i), ids(t.dense, b, i));
         if (t.weigher.floor) {
-          const Mass m = weigh(t.weigher, load(x + i));
-          kept = both(kept, gt((vf)(m.hi | m.lo), splat(0.0f)));  // small integers are positive floats
+          const Mass<1> m = weigh(t.weigher, load(x + i));
+          kept = both(kept, gt(to_float((vi)(m.hi[0] | m.lo[0])), splat(0.0f)));
         }
         v = select(kept, load(x + i) / t.divisor, v);
       }
@@ -114,9 +114,9 @@ void write_probabilities(const Task<T>& t, Cutoff cut, uint64_t total) {
     const float* x = values(t.dense, b, buffer);
     for (int i = 0; i < kBlock; i += kLanes) {
       const Mask kept = keeps(cut, load(x + i), ids(t.dense, b, i));
-      const Mass m = weigh(t.weigher, load(x + i));
-      store(hi + i, keep(kept, m.hi));
-      store(lo + i, keep(kept, m.lo));
+      const Mass<1> m = weigh(t.weigher, load(x + i));
+      store(hi + i, keep(kept, m.hi[0]));
+      store(lo + i, keep(kept, m.lo[0]));
     }
     for (int i = 0; i < n; ++i) {
       const uint64_t w = ((uint64_t)hi[i] << kHalfBits) + lo[i];
@@ -125,47 +125,64 @@ void write_probabilities(const Task<T>& t, Cutoff cut, uint64_t total) {
   }
 }
 
-// Outputs from the kept set: what `cut` and min-p's floor leave of a domain.
+// Outputs from the kept set: what a cutoff and min-p's floor leave of a domain.
 template <class T, class Domain>
-void finish(const Task<T>& t, const Domain& d, Cutoff cut) {
+void finish(const Task<T>& t, const Domain& d, const Found& kept) {
   const Outputs& out = t.batch.out;
-  if (out.filtered) write_filtered(t, cut);
+  if (out.filtered) write_filtered(t, kept.cut);
   if (!out.tokens && !out.probabilities) return;
   uint64_t* running = t.ws.block_mass;
-  const uint64_t total = weigh_blocks(d, cut, t.weigher, running);
-  if (out.probabilities) write_probabilities(t, cut, total);
+  const uint64_t total = kept.total ? kept.total : weigh_blocks(d, kept.cut, t.weigher, running);
+  if (out.probabilities) write_probabilities(t, kept.cut, total);
   if (!out.tokens) return;
   for (int b = 1; b < blocks(d); ++b) running[b] += running[b - 1];
-  const uint64_t seed = (uint64_t)at(t.batch.rows.seeds, t.r), offset = (uint64_t)at(t.batch.rows.offsets, t.r);
+  const uint64_t seed = (uint64_t)at(t.batch.rows.seeds, t.r);
+  const uint64_t offset = (uint64_t)at(t.batch.rows.offsets, t.r);
   for (int j = 0; j < out.num_samples; ++j) {
-    const Drawn token = draw(d, cut, t.weigher, running, draw_threshold(seed, offset, (uint32_t)j, total));
+    const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, total);
+    const Drawn token = draw(d, kept.cut, t.weigher, running, threshold);
     const int64_t slot = t.r * out.num_samples + j;
     out.tokens[slot] = token.id;
     if (out.mode == kProcessedLogprobs) write_processed(out, slot, t.dense, token, total);
   }
-  if (out.mode == kProcessedLogprobs && out.num_top) write_processed_top(t.batch, t.r, t.ws, t.dense, d, cut, t.weigher, total);
+  if (out.mode == kProcessedLogprobs && out.num_top) {
+    write_processed_top(t.batch, t.r, t.ws, t.dense, d, kept.cut, t.weigher, total);
+  }
+}
+
+// Stage 5: a greedy row is done with its lowest maximum, whose mass is all there is.
+template <class T>
+void sample_greedy(const Task<T>& t) {
+  const Cutoff argmax = {t.weigher.max, nth_equal(t.dense, t.weigher.max, 1)};
+  t.ws.list_x[0] = argmax.x;
+  t.ws.list_id[0] = argmax.id;
+  finish(t, list_of(t.ws.list_x, t.ws.list_id, 1), Found{argmax, 0});
 }
 
 // Stage 7's last filter and stage 8, on the row or on the list that holds all that can still be kept.
 template <class T, class Domain>
 void filter_and_finish(const Task<T>& t, const Domain& d, Cutoff cut, bool top_p, const RowParams& p) {
+  Found kept = {cut, 0};
   if (top_p) {
     Weigher base = t.weigher;
     if (p.order != kMinPFirst) base.floor = 0;
-    cut = stricter(cut, top_p_cutoff(d, base, p.top_p, t.ws));
+    kept = top_p_cutoff(d, base, p.top_p, t.ws);
+    kept.cut = stricter(cut, kept.cut);
+    // Its masses serve the draw only where min-p, too, was counted in.
+    if (base.floor != t.weigher.floor) kept.total = 0;
   }
-  finish(t, d, cut);
+  finish(t, d, kept);
 }
 
 template <class T>
 void sample_random(const Task<T>& t, const RowParams& p) {
   Cutoff cut = kKeepAlive;
-  if (uses_top_k(p, t.dense.row.vocab)) cut = top_k_cutoff(t.dense, p.top_k, p.ties, t.ws.values);
+  if (uses_top_k(p, t.dense.row.vocab)) cut = top_k_cutoff(t.dense, p.top_k, p.ties, t.ws);
   bool top_p = uses_top_p(p);
   if (top_p && p.order == kJoint) {
     Weigher all = t.weigher;
     all.floor = 0;
-    cut = stricter(cut, top_p_cutoff(t.dense, all, p.top_p, t.ws));
+    cut = stricter(cut, top_p_cutoff(t.dense, all, p.top_p, t.ws).cut);
     top_p = false;
   }
   // What lies below min-p's reach can be left out already, unless top-p is to count it.
@@ -196,7 +213,7 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   const Weigher weigher = {peak.max, mass_scale(temperature), greedy ? 0 : min_p_threshold(p.min_p)};
   const Task<T> task = {batch, r, ws, {row, ws.block_max}, weigher, temperature};
   if (greedy) {
-    finish(task, task.dense, Cutoff{peak.max, nth_equal(task.dense, peak.max, 1)});
+    sample_greedy(task);
   } else {
     sample_random(task, p);
   }

@@ -20,6 +20,7 @@
 #endif
 
 #define FS_INLINE static inline __attribute__((always_inline, unused))
+#define FS_MEMBER inline __attribute__((always_inline))
 
 namespace fastsample {
 namespace {
@@ -96,6 +97,7 @@ FS_INLINE Mask unordered(vf a, vf b) {
 FS_INLINE Mask le(vi a, vi b) { return _mm512_cmple_epi32_mask((__m512i)a, (__m512i)b); }
 FS_INLINE Mask both(Mask a, Mask b) { return (Mask)(a & b); }
 FS_INLINE Mask either(Mask a, Mask b) { return (Mask)(a | b); }
+FS_INLINE Mask but_not(Mask a, Mask b) { return (Mask)(a & ~b); }
 FS_INLINE uint32_t bits(Mask m) { return m; }
 FS_INLINE Mask from_bits(uint32_t b) { return (Mask)b; }
 FS_INLINE vf select(Mask m, vf a, vf b) {
@@ -117,6 +119,7 @@ FS_INLINE Mask unordered(vf a, vf b) { return ~((a == a) & (b == b)); }
 FS_INLINE Mask le(vi a, vi b) { return a <= b; }
 FS_INLINE Mask both(Mask a, Mask b) { return a & b; }
 FS_INLINE Mask either(Mask a, Mask b) { return a | b; }
+FS_INLINE Mask but_not(Mask a, Mask b) { return a & ~b; }
 FS_INLINE Mask from_bits(uint32_t b) {
   vi lane_bit;
   for (int i = 0; i < kLanes; ++i) lane_bit[i] = 1 << i;

@@ -1,0 +1,182 @@
+// Weighted selection: the value at which a running weight, from the highest value down, reaches a target.
+#pragma once
+
+#include "core/filters.h"
+#include "cpu/mass.h"
+
+namespace fastsample {
+namespace {
+
+// What top-k and top-p weigh tokens by: one each, or their mass. A Sum holds at most kBlock of them.
+struct Counting {
+  uint64_t k;
+
+  struct Of {};
+  struct Sum {
+    vu lanes = {};
+  };
+  static constexpr bool kNeedsTotal = false;
+
+  FS_MEMBER Of of(const Pack<kAbreast>&) const { return Of{}; }
+  FS_MEMBER void add(Sum& s, Of, const Mask (&where)[kAbreast]) const {
+    FS_EACH(kAbreast) s.lanes = add_where(where[u], s.lanes, (vu)splat(1));
+  }
+  FS_MEMBER vf rough(Of, int) const { return splat(1.0f); }
+  FS_MEMBER uint64_t total(const Sum& s) const { return reduce_add(s.lanes); }
+  FS_MEMBER uint64_t one(float) const { return 1; }
+  FS_MEMBER uint64_t target(uint64_t) const { return k; }
+  FS_MEMBER double estimate_target(double) const { return (double)k; }
+  FS_MEMBER double share() const { return 0; }
+  FS_MEMBER float certain_low(double, double) const { return -INFINITY; }
+  FS_MEMBER float lowest() const { return -INFINITY; }
+};
+
+struct Weighing {
+  Weigher weigher;
+  float top_p;
+
+  typedef Mass<kAbreast> Of;
+  typedef MassSum Sum;
+  static constexpr bool kNeedsTotal = true;
+
+  FS_MEMBER Of of(const Pack<kAbreast>& x) const { return weigh(weigher, x); }
+  FS_MEMBER void add(Sum& s, const Of& mass, const Mask (&where)[kAbreast]) const { add_where(s, where, mass); }
+  FS_MEMBER vf rough(const Of& m, int u) const { return to_float((vi)m.hi[u]) * 0x1p20f + to_float((vi)m.lo[u]); }
+  FS_MEMBER uint64_t total(const Sum& s) const { return fastsample::total(s); }
+  FS_MEMBER uint64_t one(float x) const { return weigh(weigher, x); }
+  FS_MEMBER uint64_t target(uint64_t total) const { return top_p_target(top_p, total); }
+  FS_MEMBER double estimate_target(double total) const { return (double)top_p * total; }
+  FS_MEMBER double share() const { return top_p; }
+  // A value that the boundary does not lie below: all tokens below it together weigh less than what top-p leaves out
+  // of `part`, the weight of some of the tokens.
+  FS_MEMBER float certain_low(double part, double tokens) const {
+    const double mass = (1 - (double)top_p) * part / tokens;
+    return mass > 1 ? nextafterf(lowest_x(weigher, (uint64_t)mass), -INFINITY) : lowest();
+  }
+  FS_MEMBER float lowest() const { return lowest_x(weigher, weigher.floor ? weigher.floor : 1); }
+};
+
+// Weight of the values of a block for which keep(x, position) holds.
+template <class Weight, class Keep>
+FS_INLINE uint64_t weigh_block(const Weight& weight, const float* x, Keep keep) {
+  typename Weight::Sum sum;
+  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+    const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
+    Mask kept[kAbreast];
+    FS_EACH(kAbreast) kept[u] = keep(p.v[u], i + u * kLanes);
+    weight.add(sum, weight.of(p), kept);
+  }
+  return weight.total(sum);
+}
+
+// Values in no order, filled up with -inf to a whole block, and their range.
+struct Span {
+  float* x;
+  int n;
+  float low, high;
+};
+
+FS_INLINE void fill_up(float* x, int n) {
+  for (int i = 0; i < kBlock; i += kLanes) store(x + n + i, splat(-INFINITY));
+}
+
+template <class Weight>
+uint64_t weight_above(const Weight& weight, const Span& s, float pivot) {
+  uint64_t sum = 0;
+  for (int begin = 0; begin < s.n; begin += kBlock) {
+    sum += weigh_block(weight, s.x + begin, [&](vf v, int) { return gt(v, splat(pivot)); });
+  }
+  return sum;
+}
+
+// Sum of the squared weights of a span's values above (or not above) a pivot, roughly: for estimates only.
+template <class Weight>
+void sum_squares(const Weight& weight, const Span& s, float pivot, double* above, double* below) {
+  vf all = splat(0.0f), upper = splat(0.0f);
+  for (int i = 0; i < s.n; i += kAbreast * kLanes) {
+    const Pack<kAbreast> p = load_pack<kAbreast>(s.x + i);
+    const typename Weight::Of w = weight.of(p);
+    FS_EACH(kAbreast) {
+      const vf rough = select(gt(p.v[u], splat(-INFINITY)), weight.rough(w, u), splat(0.0f));
+      all = all + rough * rough;
+      upper = select(gt(p.v[u], splat(pivot)), upper + rough * rough, upper);
+    }
+  }
+  *above = *below = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    *above += (double)upper[i];
+    *below += (double)all[i] - (double)upper[i];
+  }
+}
+
+// Copies the n values for which keep(x) holds to `to` (which may be x itself) and finds their range.
+template <class Keep>
+FS_INLINE Span filter(const float* x, int n, float* to, Keep keep) {
+  Span kept = {to, 0, 0, 0};
+  vf low = splat(INFINITY), high = splat(-INFINITY);
+  const auto take = [&](int i, Mask valid) {
+    const vf v = load(x + i);
+    const Mask m = both(valid, keep(v));
+    low = select(m, min(low, v), low);
+    high = select(m, max(high, v), high);
+    kept.n += compress_store(to + kept.n, v, m);
+  };
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) take(i, from_bits(kAllLanes));
+  if (i < n) take(i, from_bits((1u << (n - i)) - 1));
+  fill_up(to, kept.n);
+  kept.low = reduce_min(low);
+  kept.high = reduce_max(high);
+  return kept;
+}
+
+FS_INLINE Span copy(const float* x, int n, float* to) {
+  return filter(x, n, to, [](vf v) { return gt(v, splat(-INFINITY)); });
+}
+
+// Order-preserving integers: -0.0 and +0.0 share key 0, and no key between two finite floats is a NaN.
+FS_INLINE int64_t key_of(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits < 0 ? -(int64_t)(bits & INT32_MAX) : bits;
+}
+
+FS_INLINE float from_key(int64_t key) {
+  const uint32_t bits = key < 0 ? 0x80000000u | (uint32_t)-key : (uint32_t)key;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+struct Boundary {
+  float x;
+  int equal;       // values of the span that equal x
+  uint64_t above;  // weight strictly above x: below the target
+};
+
+// The value at which `above` plus the weight of s, from its highest value down, reaches `target`, which it must.
+// Halving the range of keys bounds the rounds by 32 whatever the values are. Reorders s.
+template <class Weight>
+Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
+  while (key_of(s.low) < key_of(s.high)) {
+    const float pivot = from_key((key_of(s.low) + key_of(s.high)) >> 1);
+    const uint64_t upper = weight_above(weight, s, pivot);
+    if (above + upper >= target) {
+      s = filter(s.x, s.n, s.x, [&](vf v) { return gt(v, splat(pivot)); });
+    } else {
+      above += upper;
+      s = filter(s.x, s.n, s.x, [&](vf v) { return ge(splat(pivot), v); });
+    }
+  }
+  return Boundary{s.high, s.n, above};
+}
+
+// How many of the values equal to the boundary the target needs.
+template <class Weight>
+FS_INLINE uint64_t ties_needed(const Weight& weight, const Boundary& edge, uint64_t target) {
+  const uint64_t each = weight.one(edge.x);
+  return (target - edge.above + each - 1) / each;
+}
+
+}  // namespace
+}  // namespace fastsample
