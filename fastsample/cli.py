@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import os
 import platform
 import secrets
@@ -41,7 +42,7 @@ except ImportError:
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
-class _Refusal(Exception):
+class _RefusedError(Exception):
     """What cannot be done, in one line."""
 
 
@@ -52,7 +53,7 @@ class _Group(TyperGroup):
         kwargs["standalone_mode"] = False
         try:
             code = super().main(*args, **kwargs)
-        except (_Refusal, _ClickException) as error:
+        except (_RefusedError, _ClickException) as error:
             message = error.format_message() if hasattr(error, "format_message") else str(error)
             print("fastsample:", " ".join(message.split()), file=sys.stderr)
             code = 2
@@ -103,7 +104,7 @@ def _told(kinds: tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
         yield
     except kinds as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise _Refusal(what + lines[0]) from None
+        raise _RefusedError(what + lines[0]) from None
 
 
 # fastsample generate -------------------------------------------------------------------------------------------------
@@ -166,9 +167,10 @@ def generate(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' advice and progress bars off the terminal."""
-    logging = _transformers().utils.logging
-    logging.set_verbosity(50)  # above every level
-    logging.disable_progress_bar()
+    advice = _transformers().utils.logging
+    advice.set_verbosity(logging.CRITICAL)
+    advice.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports each retry
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -178,7 +180,7 @@ def _transformers() -> Any:
     try:
         return import_module("transformers")
     except ImportError:
-        raise _Refusal(f"generate needs transformers: {INSTALL}") from None
+        raise _RefusedError(f"generate needs transformers: {INSTALL}") from None
 
 
 def _load(model: str) -> tuple[Any, Any]:
@@ -187,10 +189,10 @@ def _load(model: str) -> tuple[Any, Any]:
     name = model or str(shipped_model())
     local = not model or Path(model).is_dir()
     if not local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise _Refusal(f"--model {model}: no such folder")
+        raise _RefusedError(f"--model {model}: no such folder")
     with _told((OSError, ValueError, KeyError, ImportError), f"--model {name}: "):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
         lm = transformers.AutoModelForCausalLM.from_pretrained(name, local_files_only=local).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
     if lm.dtype == torch.float16:
         lm = lm.float()  # CPUs are slow at float16
     # The command's options alone say how to sample.
@@ -212,14 +214,14 @@ def _encode(prompt: str, lm: Any, tokenizer: Any, max_new_tokens: int) -> tuple[
     if not ids.shape[1]:
         start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
         if start is None:
-            raise _Refusal("the prompt is empty, and this model has no token to start from")
+            raise _RefusedError("the prompt is empty, and this model has no token to start from")
         ids = torch.tensor([[start]])
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return ids, max_new_tokens
     room = context - ids.shape[1]
     if room < 1:
-        raise _Refusal(f"the prompt has {ids.shape[1]} tokens and leaves no room in a context of {context}")
+        raise _RefusedError(f"the prompt has {ids.shape[1]} tokens and leaves no room in a context of {context}")
     if room < max_new_tokens:
         print(f"fastsample: room for {room} of {max_new_tokens} tokens in a context of {context}", file=sys.stderr)
     return ids, min(room, max_new_tokens)
@@ -293,7 +295,8 @@ def _print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, backend: str
     from fastsample.integrations.transformers import fs_generate
 
     if steps < 3:
-        raise _Refusal("--stats needs at least 3 new tokens")
+        raise _RefusedError("--stats needs at least 3 new tokens")
+    steps = min(steps, 32)
     options, missing = _options_of_transformers(fields)
     lm.generation_config.eos_token_id = None  # every round is equally long
     sample = {"do_sample": True, "custom_generate": fs_generate(seed=[seed], backend=backend, **fields)}
