@@ -213,7 +213,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "remove_invalid_values": {"remove_invalid_values": True},
     "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (2, 1.5)},
     "own processor": {"logits_processor": [AddRamp()], "repetition_penalty": 1.9, "temperature": 0.9},
-    "own warper": {"logits_processor": [TopKLogitsWarper(10)], "temperature": 0.9},
+    "own warper": {"logits_processor": [TopKLogitsWarper(60)], "temperature": 0.9, "top_k": 20},
 }
 
 
@@ -232,6 +232,17 @@ def test_scores_are_those_of_transformers(gpt2: GPT2LMHeadModel, options: dict[s
         token = out.sequences[:, prompt + step, None]
         running = ~(out.sequences[:, prompt : prompt + step] == EOS).any(1)
         assert (scores.gather(1, token)[running] > -torch.inf).all()
+
+
+def test_ties_of_the_kth_are_kept(table: TableModel) -> None:
+    tied = TableModel(table.table.detach().round())
+    inputs = {"input_ids": torch.arange(50)[:, None]}
+    options: dict[str, Any] = {"top_k": 3, "max_new_tokens": 1, "pad_token_id": PAD}
+    keep = {"return_dict_in_generate": True, "output_scores": True}
+    out = tied.generate(**inputs, do_sample=True, custom_generate=fs_generate(seed=1), **options, **keep)
+    expected = prepared(tied, inputs, options)(inputs["input_ids"], tied.table[:50].detach())
+    assert torch.equal(out.scores[0], expected)
+    assert ((expected > -torch.inf).sum(1) > 3).any()
 
 
 def test_logits_are_not_spoiled(gpt2: GPT2LMHeadModel) -> None:
