@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 
-from fastsample.engines import LogprobsMode, Outputs, select
+from fastsample.engines import Engine, LogprobsMode, Outputs, select
 from fastsample.params import SamplingParams
 from fastsample.rows import (
     MAX_VOCAB,
@@ -110,7 +111,7 @@ def sample(
     )
     add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
-    return request.run(logits, table, rows, out)
+    return request.run(logits, table, rows.to(table.device), out)
 
 
 def filter_logits(
@@ -162,83 +163,104 @@ def probabilities(
     return _full("probabilities", logits, params, inputs, on_invalid, backend, out, fields)
 
 
-@dataclass(slots=True, frozen=True)
 class Request:
-    """What a sampling call wants besides its rows; checked when made."""
+    """What a sampling call wants besides its rows; checked when made, and the engine found on first use."""
 
-    num_samples: int = 1
-    logprobs: LogprobsMode | None = None
-    top_logprobs: int = 0
-    on_invalid: OnInvalid = "raise"
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        _check_count("num_samples", self.num_samples, 1, 2**31 - 1)
-        _check_count("top_logprobs", self.top_logprobs, 0, MAX_VOCAB)
-        if self.logprobs not in (None, "raw", "processed"):
-            raise ValueError(f"logprobs = {self.logprobs!r}: expected None, 'raw' or 'processed'")
-        if self.top_logprobs and self.logprobs is None:
-            raise ValueError(f"top_logprobs = {self.top_logprobs}: needs logprobs='raw' or 'processed'")
-        check_on_invalid(self.on_invalid)
+    def __init__(
+        self,
+        num_samples: int,
+        logprobs: LogprobsMode | None,
+        top_logprobs: int,
+        on_invalid: OnInvalid,
+        backend: str,
+    ) -> None:
+        _check_count("num_samples", num_samples, 1, 2**31 - 1)
+        _check_count("top_logprobs", top_logprobs, 0, MAX_VOCAB)
+        if logprobs not in (None, "raw", "processed"):
+            raise ValueError(f"logprobs = {logprobs!r}: expected None, 'raw' or 'processed'")
+        if top_logprobs and logprobs is None:
+            raise ValueError(f"top_logprobs = {top_logprobs}: needs logprobs='raw' or 'processed'")
+        check_on_invalid(on_invalid)
+        self.num_samples = num_samples
+        self.logprobs: LogprobsMode | None = logprobs
+        self.top_logprobs = top_logprobs
+        self.raises = on_invalid == "raise"
+        self.backend = backend
+        self._engine: Engine | None = None
+        self._template: SampleOutput | None = None
+        self._made_for: tuple[torch.Size, torch.device] | None = None
 
     def run(
         self, logits: torch.Tensor, table: torch.Tensor, rows: Rows, out: SampleOutput | None = None
     ) -> SampleOutput:
         """Sample [B, V] `table`, the two-dimensional view of `logits`."""
-        if self.top_logprobs > table.shape[1]:
-            raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most V = {table.shape[1]}")
-        engine = select(self.backend, table)
+        if self._made_for != (logits.shape, logits.device):
+            self._prepare(logits, table)
+        assert self._engine is not None
+        assert self._template is not None
         if out is not None:
-            self._check_out(out, logits, table)
+            self._check_out(out, self._template)
         # With "raise", a caller's buffers are filled only once every row is known to be valid.
-        result = out if out is not None and self.on_invalid == "flag" else self.empty(logits)
-        outputs = self._outputs(result, table.shape[0])
-        invalid = engine.run(table, rows.to(table.device), outputs)
-        if self.on_invalid == "raise":
-            raise_if_invalid(invalid, outputs.status)
+        result = _empty_like(self._template) if out is None or self.raises else out
+        outputs = Outputs(
+            result.status,
+            result.tokens,
+            None,
+            None,
+            self.logprobs,
+            result.logprobs,
+            result.ranks,
+            result.top_ids,
+            result.top_logprobs,
+            self.num_samples,
+            self.top_logprobs,
+        )
+        invalid = self._engine.run(table, rows, outputs)
+        if self.raises and invalid != 0:
+            raise_if_invalid(result.status)
         if out is None or out is result:
             return result
-        for name in SampleOutput.__slots__:
-            if getattr(result, name) is not None:
-                getattr(out, name).copy_(getattr(result, name))
+        for name in _wanted(self._template):
+            getattr(out, name).copy_(getattr(result, name))
         return out
 
-    def shapes(self, logits: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each wanted field of SampleOutput."""
-        batch = tuple(logits.shape[:-1])
+    def _prepare(self, logits: torch.Tensor, table: torch.Tensor) -> None:
+        """Everything that depends on shape and device alone: the engine, and buffers to take the shapes of."""
+        if self.top_logprobs > table.shape[1]:
+            raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most V = {table.shape[1]}")
+        self._engine = select(self.backend, table)
+        batch, device = tuple(logits.shape[:-1]), logits.device
         draws = batch if self.num_samples == 1 else (*batch, self.num_samples)
-        shapes = {"tokens": (draws, torch.int64), "status": (batch, torch.int32)}
+        self._template = SampleOutput(
+            tokens=torch.empty(draws, dtype=torch.int64, device=device),
+            status=torch.empty(batch, dtype=torch.int32, device=device),
+        )
         if self.logprobs is not None:
-            shapes |= {"logprobs": (draws, torch.float32), "ranks": (draws, torch.int64)}
+            self._template.logprobs = torch.empty(draws, dtype=torch.float32, device=device)
+            self._template.ranks = torch.empty(draws, dtype=torch.int64, device=device)
         if self.top_logprobs:
             top = (*batch, self.top_logprobs)
-            shapes |= {"top_ids": (top, torch.int64), "top_logprobs": (top, torch.float32)}
-        return shapes
+            self._template.top_ids = torch.empty(top, dtype=torch.int64, device=device)
+            self._template.top_logprobs = torch.empty(top, dtype=torch.float32, device=device)
+        self._made_for = (logits.shape, device)
 
-    def empty(self, logits: torch.Tensor) -> SampleOutput:
-        """Fresh buffers for these logits."""
-        shapes = self.shapes(logits).items()
-        return SampleOutput(**{n: torch.empty(s, dtype=t, device=logits.device) for n, (s, t) in shapes})
-
-    def _outputs(self, result: SampleOutput, batch: int) -> Outputs:
-        def table(t: torch.Tensor | None, width: int) -> torch.Tensor | None:
-            return None if t is None else t.view(batch, width)
-
-        return Outputs(
-            status=result.status.view(batch),
-            tokens=table(result.tokens, self.num_samples),
-            mode=self.logprobs,
-            logprobs=table(result.logprobs, self.num_samples),
-            ranks=table(result.ranks, self.num_samples),
-            top_ids=table(result.top_ids, self.top_logprobs),
-            top_logprobs=table(result.top_logprobs, self.top_logprobs),
-        )
-
-    def _check_out(self, out: SampleOutput, logits: torch.Tensor, table: torch.Tensor) -> None:
+    def _check_out(self, out: SampleOutput, template: SampleOutput) -> None:
         if not isinstance(out, SampleOutput):
             raise TypeError(f"out: expected a SampleOutput, got {type(out).__name__}")
-        for name, (shape, dtype) in self.shapes(logits).items():
-            check_buffer(f"out.{name}", getattr(out, name), shape, dtype, table.device)
+        for name in _wanted(template):
+            check_buffer(f"out.{name}", getattr(out, name), getattr(template, name))
+
+
+def _wanted(output: SampleOutput) -> list[str]:
+    return [name for name in SampleOutput.__slots__ if getattr(output, name) is not None]
+
+
+def _empty_like(template: SampleOutput) -> SampleOutput:
+    fresh = SampleOutput(torch.empty_like(template.tokens), torch.empty_like(template.status))
+    for name in ("logprobs", "ranks", "top_ids", "top_logprobs"):
+        if (like := getattr(template, name)) is not None:
+            setattr(fresh, name, torch.empty_like(like))
+    return fresh
 
 
 def check_logits(logits: torch.Tensor) -> torch.Tensor:
@@ -263,15 +285,28 @@ def check_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 def pack_params(params: SamplingParams | None, fields: dict[str, Any], rows: int) -> torch.Tensor:
-    """Packed records [B or 1, fields] of `params` with `fields` on top."""
-    if params is not None and not isinstance(params, SamplingParams):
+    """Packed records [B or 1, fields] of `params` with `fields` on top. Not to be written to."""
+    if params is None and all(type(value) in _PLAIN for value in fields.values()):
+        return _pack_plain(tuple((name, type(value), value) for name, value in fields.items()))
+    if params is None:
+        params = SamplingParams(**fields)
+    elif not isinstance(params, SamplingParams):
         raise TypeError(f"params: expected SamplingParams, got {type(params).__name__}")
-    if fields:
-        params = SamplingParams(**fields) if params is None else params.replace(**fields)
-    records = (params or SamplingParams()).pack()
+    elif fields:
+        params = params.replace(**fields)
+    records = params.pack()
     if records.shape[0] not in (1, rows):
         raise ValueError(f"params: expected one value or {rows} (one per row of logits), got {records.shape[0]}")
     return records
+
+
+_PLAIN = (float, int, str)
+
+
+@lru_cache(maxsize=256)
+def _pack_plain(fields: tuple[tuple[str, type, Any], ...]) -> torch.Tensor:
+    """Scalar fields are the same call after call. Their types are part of the key: 1 == 1.0 == True."""
+    return SamplingParams(**{name: value for name, _, value in fields}).pack()
 
 
 def add_row_inputs(
@@ -293,15 +328,13 @@ def add_row_inputs(
         rows.output_ids = pack_token_ids("output_ids", output_ids, table)
 
 
-def raise_if_invalid(invalid: int | None, status: torch.Tensor) -> None:
-    """ValueError that names each invalid row (the first few) and what is wrong with it."""
-    if invalid == 0:
-        return
-    bad = status.nonzero()[:, 0].tolist()
+def raise_if_invalid(status: torch.Tensor) -> None:
+    """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device."""
+    bad = status.reshape(-1).nonzero()[:, 0].tolist()
     if bad:
-        shown = ", ".join(f"row {row} has {STATUS[int(status[row])]}" for row in bad[:4])
-        more = f" and {len(bad) - 4} more rows" if len(bad) > 4 else ""
-        raise ValueError(f"logits: {shown}{more}; pass on_invalid='flag' to get token -1 and a status instead")
+        shown = ", ".join(f"row {row} has {STATUS[int(status.reshape(-1)[row])]}" for row in bad[:4])
+        more = f" and {len(bad) - 4} more rows are invalid" if len(bad) > 4 else ""
+        raise ValueError(f"logits: {shown}{more}; on_invalid='flag' returns token -1 and a status instead")
 
 
 def check_on_invalid(on_invalid: str) -> None:
@@ -309,15 +342,13 @@ def check_on_invalid(on_invalid: str) -> None:
         raise ValueError(f"on_invalid = {on_invalid!r}: expected 'raise' or 'flag'")
 
 
-def check_buffer(
-    name: str, buffer: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
+def check_buffer(name: str, buffer: Any, like: torch.Tensor) -> None:
     """A buffer to write to must be exactly what a fresh one would be."""
     if not isinstance(buffer, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
-    if tuple(buffer.shape) != shape or buffer.dtype != dtype or buffer.device != device:
+    if buffer.shape != like.shape or buffer.dtype != like.dtype or buffer.device != like.device:
         got = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
-        raise ValueError(f"{name}: expected {dtype} {list(shape)} on {device}, got {got}")
+        raise ValueError(f"{name}: expected {like.dtype} {list(like.shape)} on {like.device}, got {got}")
     if not buffer.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
 
@@ -348,12 +379,16 @@ def _full(
     engine = select(backend, table)
     rows = rows.to(table.device)
     status = torch.empty(table.shape[0], dtype=torch.int32, device=table.device)
+    result = torch.empty(logits.shape, dtype=torch.float32, device=table.device)
     if out is not None:
-        check_buffer("out", out, tuple(logits.shape), torch.float32, table.device)
+        check_buffer("out", out, result)
         if on_invalid == "raise":  # a first run that only looks, so that nothing is written on an error
-            raise_if_invalid(engine.run(table, rows, Outputs(status)), status)
-    result = torch.empty(logits.shape, dtype=torch.float32, device=table.device) if out is None else out
-    invalid = engine.run(table, rows, Outputs(status, **{kind: result.view(table.shape)}))
-    if on_invalid == "raise":
-        raise_if_invalid(invalid, status)
+            engine.run(table, rows, Outputs(status))
+            raise_if_invalid(status)
+        result = out
+    outputs = Outputs(status)
+    setattr(outputs, kind, result)
+    invalid = engine.run(table, rows, outputs)
+    if on_invalid == "raise" and invalid != 0:
+        raise_if_invalid(status)
     return result

@@ -59,6 +59,8 @@ class _Group(TyperGroup):
             code = 2
         except (KeyboardInterrupt, typer.Abort):
             code = 130
+        if code == 130:
+            print(file=sys.stderr)  # the shell's prompt belongs on a line of its own
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -69,9 +71,6 @@ class _Group(TyperGroup):
         except BrokenPipeError:  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
             return 0
-        except KeyboardInterrupt:
-            print()
-            raise typer.Exit(130) from None
 
 
 app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)

@@ -107,9 +107,7 @@ class SamplingParams:
         1.0, "keep the shortest ranked prefix with this probability", low=0.0, high=1.0, open_low=True
     )
     min_p: Values = _real(0.0, "keep tokens this probable relative to the best", low=0.0, high=1.0)
-    repetition_penalty: Values = _real(
-        1.0, "shrinks logits of tokens in prompt or output", low=0.0, open_low=True
-    )
+    repetition_penalty: Values = _real(1.0, "shrinks logits of tokens in prompt or output", low=0.0, open_low=True)
     frequency_penalty: Values = _real(0.0, "subtracted per occurrence in the output")
     presence_penalty: Values = _real(0.0, "subtracted from tokens in the output")
     ties: Ties | Sequence[Ties] = _choice("what top-k does with equal logits", "first", "all")
@@ -164,7 +162,8 @@ def _code(spec: Spec, value: Any) -> Any:
 def _normalise(name: str, spec: Spec, value: Any) -> Any:
     """The validated value: a number or a name, or per row a 1-D tensor or a tuple of names."""
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        numeric = value.dtype.kind in "biuf"
+        value = torch.from_numpy(np.ascontiguousarray(value)) if numeric else value.tolist()
     if isinstance(value, torch.Tensor) and value.ndim == 0 and value.device.type != "meta":
         value = value.item()
     if isinstance(value, torch.Tensor):
@@ -176,25 +175,25 @@ def _normalise(name: str, spec: Spec, value: Any) -> Any:
 
 
 def _scalar(name: str, spec: Spec, value: Any, where: str) -> Any:
-    kinds: dict[str, type] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
+    kinds: dict[str, Any] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
     if not isinstance(value, kinds[spec.kind]) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} = {value!r} ({where}): expected {spec.range}")
     if spec.kind == "choice":
         good = value in spec.choices
     else:
-        number = min(int(value), _INT32_MAX) if spec.kind == "int" else _float32(float(value))
+        number = min(int(value), _INT32_MAX) if spec.kind == "int" else to_float32(value)
         good = spec.accepts(number)
     if not good:
         raise ValueError(f"{name} = {value!r} ({where}): expected {spec.range}")
     return value if spec.kind == "choice" else number
 
 
-def _float32(value: float) -> float:
-    """The nearest float32, as a Python float; infinite where it overflows."""
+def to_float32(value: Any) -> float:
+    """The nearest float32 to a real number, as a Python float; infinite where it overflows."""
     try:
-        return float(struct.unpack("f", struct.pack("f", value))[0])
+        return float(struct.unpack("f", struct.pack("f", float(value)))[0])
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:
@@ -220,8 +219,6 @@ def _dtype(spec: Spec) -> torch.dtype:
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_SPECS: tuple[tuple[str, Spec], ...] = tuple(
-    (f.name, f.metadata["spec"]) for f in dataclasses.fields(SamplingParams)
-)
+_SPECS: tuple[tuple[str, Spec], ...] = tuple((f.name, f.metadata["spec"]) for f in dataclasses.fields(SamplingParams))
 _RECORD = "=" + "".join("f" if spec.kind == "float" else "i" for _, spec in _SPECS)
 _INTS = "=" + "i" * len(_SPECS)

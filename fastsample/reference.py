@@ -7,6 +7,7 @@ its reciprocal on GPUs, so parameters are always [B, 1] columns on the logits' d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +76,11 @@ def probabilities(dist: Distribution) -> Tensor:
 
 def columns(rows: Rows) -> dict[str, Tensor]:
     """Each parameter as a column [B or 1, 1]."""
-    packed = zip(specs(), rows.records.split(1, dim=1), strict=True)
-    return {name: c.view(torch.float32) if spec.kind == "float" else c for (name, spec), c in packed}
+    columns = {}
+    for i, (name, spec) in enumerate(specs()):
+        column = rows.records[:, i : i + 1]
+        columns[name] = column.view(torch.float32) if spec.kind == "float" else column
+    return columns
 
 
 def choice(params: dict[str, Tensor], name: str, value: str) -> Tensor:
@@ -147,7 +151,7 @@ def check(x: Tensor) -> Tensor:
 
 
 def mass(x: Tensor, temperature: Tensor) -> Tensor:
-    """w = trunc(2^40 exp((x - max) / T)) as the contract computes it, int64 [B, V]. Rows must hold no NaN and no inf."""
+    """w = trunc(2^40 exp((x - max) / T)) as the contract computes it, int64 [B, V]. Rows hold no NaN and no +inf."""
     scale = torch.full_like(temperature, LOG2E) / temperature
     y = (x - x.amax(-1, keepdim=True)) * scale
     n = (y + ROUND_MAGIC) - ROUND_MAGIC
@@ -230,13 +234,13 @@ def draw(w: Tensor, rows: Rows, num_samples: int) -> Tensor:
 
 def uniform60(seed: Tensor, offset: Tensor, index: Tensor) -> Tensor:
     """60 uniform bits per (seed, offset, draw index)."""
-    zero = torch.zeros_like(index)
-    counter = (low32(offset), low32(offset >> 32), index, zero)
-    words = philox4x32(torch.broadcast_tensors(*counter), (low32(seed), low32(seed >> 32)))
+    zero = torch.zeros_like(offset + index)
+    counter = (zero + low32(offset), zero + low32(offset >> 32), zero + index, zero)
+    words = philox4x32(counter, (low32(seed), low32(seed >> 32)))
     return (words[0] << 28) | (words[1] >> 4)
 
 
-def philox4x32(counter: tuple[Tensor, ...] | list[Tensor], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
+def philox4x32(counter: Sequence[Tensor], key: tuple[Tensor, Tensor], rounds: int = 10) -> list[Tensor]:
     """Philox4x32 (Salmon et al. 2011) on 32-bit words held in int64 tensors."""
     c, (k0, k1) = list(counter), key
     for _ in range(rounds):
@@ -289,4 +293,3 @@ def ranks(x: Tensor, tokens: Tensor) -> Tensor:
 
 def one_hot(ids: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool).scatter(1, ids, True)
-

@@ -1,4 +1,4 @@
-"""Rows: what an engine sees of a batch besides the logits, validated once and packed per row (stem of csrc/core/rows.h)."""
+"""Rows: what an engine sees of a batch besides the logits, validated once and packed per row (see csrc/core/rows.h)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+
+from fastsample.params import to_float32
 
 MAX_VOCAB = 2**20
 
@@ -38,21 +40,27 @@ class Rows:
     bias: Bias | None = None
     prompt_ids: torch.Tensor | None = None  # int64 [B, L], ids outside the vocabulary are padding
     output_ids: torch.Tensor | None = None  # int64 [B, L]
+    native: Any = None  # an engine's own form of these rows, kept for the next step
 
     def to(self, device: torch.device) -> Rows:
         """The same rows with the packed parameters on the device of the logits."""
         if self.records.device == device:
             return self
-        moved = (t.to(device, non_blocking=True) for t in (self.records, self.seeds, self.offsets))
-        return Rows(*moved, self.bitmask, self.bias, self.prompt_ids, self.output_ids)
+        records, seeds, offsets = (t.to(device, non_blocking=True) for t in (self.records, self.seeds, self.offsets))
+        return Rows(records, seeds, offsets, self.bitmask, self.bias, self.prompt_ids, self.output_ids)
+
+
+_GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def splitmix64(seed: int, count: int) -> torch.Tensor:
     """splitmix64(seed + row) for row in range(count) as int64 bits [count] (Steele, Lea and Flood 2014)."""
-    z = np.arange(count, dtype=np.uint64) + np.uint64((seed + 0x9E3779B97F4A7C15) % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy((z ^ (z >> np.uint64(31))).view(np.int64))
+    z = np.arange(count, dtype=np.uint64)
+    z += np.uint64((seed + _GAMMA) % 2**64)
+    z = (z ^ (z >> _S30)) * _MIX1
+    z = (z ^ (z >> _S27)) * _MIX2
+    return torch.from_numpy((z ^ (z >> _S31)).view(np.int64))
 
 
 def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
@@ -60,8 +68,8 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     if seed is None:
         # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
         seed = int(torch.empty((), dtype=torch.int64).random_())
-    if isinstance(seed, torch.Tensor) and seed.ndim == 0 and seed.device.type != "meta":
-        seed = int(seed)
+    if isinstance(seed, torch.Tensor) and seed.ndim == 0:
+        seed = int(_uint64_column("seed", seed, rows))
     if isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
         return splitmix64(_uint64("seed", int(seed)), rows)
     return _uint64_column("seed", seed, rows)
@@ -70,7 +78,7 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
 def pack_offsets(offset: Seed, rows: int) -> torch.Tensor:
     """Per-row offsets, int64 bits [B], or [1] where all rows share one."""
     if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
-        return torch.tensor([_signed(_uint64("offset", int(offset)))])
+        return torch.full((1,), _signed(_uint64("offset", int(offset))), dtype=torch.int64)
     return _uint64_column("offset", offset, rows)
 
 
@@ -81,9 +89,7 @@ def pack_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"bitmask: expected int32 words, got {bitmask.dtype}")
     mask = bitmask.unsqueeze(0) if bitmask.ndim == 1 else bitmask
     if mask.ndim != 2 or mask.shape[0] not in (1, logits.shape[0]):
-        raise ValueError(
-            f"bitmask: expected shape [{logits.shape[0]}, words] or [words], got {tuple(bitmask.shape)}"
-        )
+        raise ValueError(f"bitmask: expected shape [{logits.shape[0]}, words] or [words], got {tuple(bitmask.shape)}")
     return mask if mask.stride(1) == 1 or mask.shape[1] <= 1 else mask.contiguous()
 
 
@@ -139,7 +145,7 @@ def _bias_dicts(bias: Any, rows: int, device: torch.device) -> Bias:
 def _bias_value(value: Any, token: Any, row: int) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"bias of id {token} (row {row}): expected a number, got {value!r}")
-    return float(value)
+    return to_float32(value)
 
 
 def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> Bias:
@@ -230,7 +236,8 @@ def _signed(value: int) -> int:
 
 def _uint64_column(name: str, values: Any, rows: int) -> torch.Tensor:
     if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(values))
+        numeric = values.dtype.kind in "biuf"
+        values = torch.from_numpy(np.ascontiguousarray(values)) if numeric else values.tolist()
     if isinstance(values, Sequence) and not isinstance(values, str):
         numbers_ = [_uint64(name, _big_integer(name, v, row), row) for row, v in enumerate(values)]
         values = torch.tensor([_signed(v) for v in numbers_], dtype=torch.int64)

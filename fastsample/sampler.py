@@ -47,7 +47,7 @@ class Sampler:
         self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
         records = pack_params(params, fields, batch_size)
         self._rows = Rows(
-            records.expand(batch_size, -1).contiguous(),
+            records.repeat(batch_size // records.shape[0], 1),
             pack_seeds(seed, batch_size).clone(),
             pack_offsets(offset, batch_size).expand(batch_size).clone(),
         )
@@ -85,7 +85,7 @@ class Sampler:
             rows = Rows(rows.records, rows.seeds, rows.offsets)
             add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
         result = self._request.run(logits, table, rows, out)
-        rows.offsets.add_(1)
+        rows.offsets += 1
         return result
 
     def set_row(

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -50,18 +49,22 @@ TokenIds token_ids(const std::optional<Table>& ids) {
 
 constexpr int64_t kFields = sizeof(RowParams) / sizeof(int32_t);
 
-int64_t run(std::tuple<Address, int64_t, int64_t, int32_t, int32_t> logits, Strided params, Strided seeds,
-            Strided offsets, std::optional<Table> mask, std::optional<Triple> bias, std::optional<Table> prompt,
-            std::optional<Table> output, std::array<Address, 8> out, int32_t num_samples, int32_t mode,
-            int32_t num_top, int threads) {
-  const auto [address, stride, rows, vocab, dtype] = logits;
+// A batch's Rows, made once and used for many steps; Python keeps the tensors alive.
+Rows make_rows(Strided params, Strided seeds, Strided offsets, std::optional<Table> mask, std::optional<Triple> bias,
+               std::optional<Table> prompt, std::optional<Table> output) {
+  return Rows{column<RowParams>(params, kFields), column<int64_t>(seeds), column<int64_t>(offsets), bitmask(mask),
+              bias_entries(bias),                 token_ids(prompt),      token_ids(output)};
+}
+
+int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab, int32_t dtype,
+            Address status, Address tokens, Address filtered, Address probabilities, Address logprobs, Address ranks,
+            Address top_ids, Address top_logprobs, int32_t num_samples, int32_t num_top, int32_t mode, int threads) {
   const Batch batch = {
-      Logits{pointer<const void>(address), stride, rows, vocab, (DType)dtype},
-      Rows{column<RowParams>(params, kFields), column<int64_t>(seeds), column<int64_t>(offsets), bitmask(mask),
-           bias_entries(bias), token_ids(prompt), token_ids(output)},
-      Outputs{pointer<int32_t>(out[0]), pointer<int64_t>(out[1]), pointer<float>(out[2]), pointer<float>(out[3]),
-              pointer<float>(out[4]), pointer<int64_t>(out[5]), pointer<int64_t>(out[6]), pointer<float>(out[7]),
-              num_samples, num_top, (LogprobsMode)mode},
+      Logits{pointer<const void>(logits), stride, batch_size, vocab, (DType)dtype},
+      rows,
+      Outputs{pointer<int32_t>(status), pointer<int64_t>(tokens), pointer<float>(filtered),
+              pointer<float>(probabilities), pointer<float>(logprobs), pointer<int64_t>(ranks),
+              pointer<int64_t>(top_ids), pointer<float>(top_logprobs), num_samples, num_top, (LogprobsMode)mode},
   };
   const py::gil_scoped_release unlocked;
   return sample_batch(batch, threads);
@@ -83,6 +86,7 @@ PYBIND11_MODULE(_cpu, m) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
+  py::class_<fs::Rows>(m, "Rows").def(py::init(&fs::make_rows));
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def("vector_bytes", [] { return fs::kernel().vector_bytes; }, "Vector width of the code in use.");

@@ -17,7 +17,7 @@ LogprobsMode = Literal["raw", "processed"]
 
 @dataclass(slots=True)
 class Outputs:
-    """Buffers for an engine to fill; None means not wanted. Contiguous in their last dimension."""
+    """Contiguous buffers for an engine to fill; None means not wanted. Dimensions of size 1 may be missing."""
 
     status: torch.Tensor  # int32 [B]
     tokens: torch.Tensor | None = None  # int64 [B, num_samples]
@@ -26,8 +26,10 @@ class Outputs:
     mode: LogprobsMode | None = None  # what the four below are of
     logprobs: torch.Tensor | None = None  # float32 [B, num_samples]
     ranks: torch.Tensor | None = None  # int64 [B, num_samples]
-    top_ids: torch.Tensor | None = None  # int64 [B, N]
-    top_logprobs: torch.Tensor | None = None  # float32 [B, N]
+    top_ids: torch.Tensor | None = None  # int64 [B, num_top]
+    top_logprobs: torch.Tensor | None = None  # float32 [B, num_top]
+    num_samples: int = 1
+    num_top: int = 0
 
 
 class Engine(Protocol):
@@ -78,7 +80,7 @@ def engine(name: str) -> Engine:
 def select(backend: str, logits: torch.Tensor) -> Engine:
     """The engine for these logits. `auto` takes the first that can; any other name serves or raises with the reason."""
     if backend == "auto":
-        backend = os.environ.get("FASTSAMPLE_BACKEND", "auto")
+        backend = os.environ.get("FASTSAMPLE_BACKEND") or "auto"
     if backend != "auto":
         chosen = engine(backend)
         reason = chosen.why_not(logits)

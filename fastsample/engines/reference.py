@@ -18,49 +18,40 @@ class ReferenceEngine:
     @torch.no_grad()
     def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
         dist = spec.distribution(logits, rows)
-        out.status.copy_(dist.status)
+        _fill(out.status, dist.status)
         if out.filtered is not None:
-            out.filtered.copy_(spec.filter_logits(dist, rows))
+            _fill(out.filtered, spec.filter_logits(dist, rows))
         if out.probabilities is not None:
-            out.probabilities.copy_(spec.probabilities(dist))
+            _fill(out.probabilities, spec.probabilities(dist))
         if out.tokens is not None:
-            out.tokens.copy_(spec.sample(dist, rows, out.tokens.shape[1]))
+            tokens = spec.sample(dist, rows, out.num_samples)
+            _fill(out.tokens, tokens)
             if out.mode is not None:
-                self._logprobs(logits, dist, out.tokens, out)
+                self._logprobs(logits, dist, tokens, out)
         return int((dist.status != 0).sum())
 
-    def _logprobs(
-        self, logits: torch.Tensor, dist: spec.Distribution, tokens: torch.Tensor, out: Outputs
-    ) -> None:
+    def _logprobs(self, logits: torch.Tensor, dist: spec.Distribution, tokens: torch.Tensor, out: Outputs) -> None:
         raw = out.mode == "raw"
         x = logits.float() if raw else dist.x
         logprobs = spec.raw_logprobs(x) if raw else spec.processed_logprobs(dist)
         valid = (dist.status == 0)[:, None]
         if out.logprobs is not None:
             own = logprobs.gather(1, tokens.clamp(min=0))
-            out.logprobs.copy_(torch.where(valid, own, torch.nan))
+            _fill(out.logprobs, torch.where(valid, own, torch.nan))
         if out.ranks is not None:
-            out.ranks.copy_(torch.where(valid, spec.ranks(x, tokens), 0))
+            _fill(out.ranks, torch.where(valid, spec.ranks(x, tokens), 0))
         if out.top_ids is not None and out.top_logprobs is not None:
-            self._top(x, logprobs, valid, dist, out.top_ids, out.top_logprobs, raw)
+            sound = valid & spec.raw_is_sound(x)[:, None] if raw else valid
+            listed = (x > spec.NEG_INF if raw else dist.kept) & sound
+            order = spec.rank_order(torch.where(listed, x, spec.NEG_INF))[:, : out.num_top]
+            there = listed.gather(1, order)
+            _fill(out.top_ids, torch.where(there, order, -1))
+            missing = torch.where(sound, spec.NEG_INF, torch.nan)
+            _fill(out.top_logprobs, torch.where(there, logprobs.gather(1, order), missing))
 
-    def _top(
-        self,
-        x: torch.Tensor,
-        logprobs: torch.Tensor,
-        valid: torch.Tensor,
-        dist: spec.Distribution,
-        top_ids: torch.Tensor,
-        top_logprobs: torch.Tensor,
-        raw: bool,
-    ) -> None:
-        sound = valid & spec.raw_is_sound(x)[:, None] if raw else valid
-        listed = (x > spec.NEG_INF if raw else dist.kept) & sound
-        order = spec.rank_order(torch.where(listed, x, spec.NEG_INF))[:, : top_ids.shape[1]]
-        there = listed.gather(1, order)
-        top_ids.copy_(torch.where(there, order, -1))
-        missing = torch.where(sound, spec.NEG_INF, torch.nan)
-        top_logprobs.copy_(torch.where(there, logprobs.gather(1, order), missing))
+
+def _fill(buffer: torch.Tensor, values: torch.Tensor) -> None:
+    buffer.copy_(values.view(buffer.shape))
 
 
 ENGINE = ReferenceEngine()
