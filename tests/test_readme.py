@@ -17,7 +17,7 @@ def parameter_rows():
         yield f"| `{name}` | `{default!r}` | {spec.range} | {spec.meaning} |"
 
 
-@pytest.mark.parametrize("row", parameter_rows())
+@pytest.mark.parametrize("row", list(parameter_rows()))
 def test_parameter_table(row):
     assert row in README
 
