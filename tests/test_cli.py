@@ -323,7 +323,9 @@ def test_the_console_script_is_main() -> None:
 
 
 def process(*args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *args], stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 @pytest.mark.parametrize("args", [("info",), ("generate", PROMPT, "--max-new-tokens", "200")], ids=lambda a: a[0])
