@@ -16,6 +16,7 @@ from fastsample.engines.cpu import native
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=200, database=None)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=5000)  # pytest --hypothesis-profile=long
 hypothesis.settings.load_profile("repeatable")
 
 
