@@ -1,0 +1,35 @@
+"""`python -m bench`: benchmarks that print a table and write JSON. `pytest bench` runs the pytest-benchmark suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def root() -> None:
+    """Benchmarks of fastsample."""
+
+
+@app.command()
+def cpu(
+    logits: Annotated[str, typer.Option(help="Maker of logits in tests/cases.py.")] = "flat",
+    vocab: Annotated[int, typer.Option(min=1, max=2**20)] = 128256,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1 and 64]")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for each mode.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+) -> None:
+    """The CPU engine's modes against torch.amax over the same logits."""
+    from bench.cpu import run
+
+    run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")
