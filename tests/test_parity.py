@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, LOG2E, Case
 
 import fastsample as fs
+from fastsample import reference
 from fastsample.engines.cpu import native
 
 LOGPROB_ULP = 2
@@ -87,6 +88,46 @@ def test_all_logprobs_and_many_draws(vocab: int, mode: str, variant: str) -> Non
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
     assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+
+
+# The draw on the edge between two tokens ------------------------------------------------------------------------------
+
+
+def edge(u: int, best: int) -> tuple[torch.Tensor, int]:
+    """A row for T = LOG2E whose first tokens have the mass r, to the unit, that u falls on; then `best` maxima follow.
+
+    Every mass is a power of two. A token of mass 1 more or less among the first moves the draw to the other side.
+    """
+    unit, scale = 2**40, 2**60
+    low, high = 0, 2 * best * unit  # floor(u * (r + rest) / 2^60) - r falls from above 0 to below it in steps of 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if u * (middle + best * unit) // scale >= middle else (low, middle)
+    powers = [k for k in range(1, 41) if low >> (40 - k) & 1]
+    return torch.tensor([0.0] * (low >> 40) + [-float(k) for k in powers] + [0.0] * best), (low >> 40) + len(powers)
+
+
+def test_edge_is_exact() -> None:
+    for u in (2**59, 2**58 + 12345, 3**36):
+        x, first = edge(u, 3)
+        masses = [2 ** (40 + int(v)) for v in x.tolist()]
+        assert u * sum(masses) // 2**60 == sum(masses[:first])
+        assert first >= 1
+
+
+@pytest.mark.parametrize("best", [1, 5, 1000, 2**19 - 100], ids=lambda n: f"{n} maxima")
+def test_draws_on_the_edge_of_a_token(best: int, variant: str) -> None:
+    """Every bit of u and of its product counts: the mass before the edge is r itself, which does not exceed r. One unit
+    more before it (2^-40 of a maximum), and the draw falls on the last token before the edge."""
+    draws = {seed: int(reference.uniform60(*torch.tensor([[seed], [7], [0]]))) for seed in range(64)}
+    low = {seed: u for seed, u in draws.items() if u < 2**59}  # so that `edge` needs no more than 2 * best tokens
+    for seed, u in list(low.items())[: 20 if best < 2**10 else 2]:
+        x, first = edge(u, best)
+        more = torch.cat([torch.tensor([-40.0]), x])
+        for row in (x, more):  # in `more`, every id is one higher
+            for backend in ("reference", variant):
+                out = fs.sample(row, temperature=LOG2E, seed=[seed], offset=7, backend=backend)
+                assert int(out.tokens) == first
 
 
 def invalid_rows() -> torch.Tensor:
