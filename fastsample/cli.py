@@ -30,6 +30,7 @@ from fastsample.params import specs
 from fastsample.rows import pack_seeds
 
 INSTALL = "pip install 'fastsample[hf]'"
+DEFAULTS = {"temperature": 0.8, "top_p": 0.95}  # for readable text; the table's own defaults filter nothing
 
 try:
     import typer
@@ -116,7 +117,7 @@ def _with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     kinds: dict[str, Any] = {"float": float, "int": int, "choice": str}
     for name, spec in specs():
         option = typer.Option(help=f"{spec.meaning} ({spec.range})")
-        default = getattr(fs.SamplingParams, name)
+        default = DEFAULTS.get(name, getattr(fs.SamplingParams, name))
         annotation: Any = Annotated[kinds[spec.kind], option]
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -79,10 +79,10 @@ def test_prints_the_prompt_and_what_the_drop_in_generates(shipped: tuple[Any, An
     model, tokenizer = shipped
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     seed = int(splitmix64(7, 1))
-    sample = drop_in.fs_generate(seed=[seed], temperature=0.8, top_k=50, ties="first")
+    sample = drop_in.fs_generate(seed=[seed], temperature=0.7, top_k=50, top_p=1.0, ties="first")
     tokens = model.generate(ids, do_sample=True, max_new_tokens=8, custom_generate=sample)
     expected = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    assert text("--seed", "7", "--temperature", "0.8", "--top-k", "50") == expected + "\n"
+    assert text("--seed", "7", "--temperature", "0.7", "--top-k", "50", "--top-p", "1") == expected + "\n"
 
 
 def test_continuations_are_labelled_and_the_first_is_that_of_one(shipped: tuple[Any, Any]) -> None:
@@ -109,11 +109,11 @@ def test_every_sampling_parameter_reaches_the_drop_in(sampled_with: list[dict[st
     assert call["backend"] == "reference"
 
 
-def test_defaults_and_help_are_those_of_the_table(sampled_with: list[dict[str, Any]]) -> None:
+def test_defaults_and_help_are_the_tables_but_for_readable_text(sampled_with: list[dict[str, Any]]) -> None:
     shown = " ".join(run("generate", "--help").stdout.split())
     text("--seed", "1")
     for name, spec in specs():
-        default = getattr(fs.SamplingParams, name)
+        default = {"temperature": 0.8, "top_p": 0.95}.get(name, getattr(fs.SamplingParams, name))
         assert sampled_with[0][name] == default
         assert f"{spec.meaning} ({spec.range}) [default: {default}]" in shown
 
