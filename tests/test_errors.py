@@ -206,7 +206,7 @@ def bad_parameters() -> list[Any]:
         cases.append((name, [[default]] * 3, TypeError, ("row 0",)))
         cases.append((name, torch.zeros(B, dtype=torch.bool), TypeError, ("torch.bool",)))
         cases.append((name, torch.zeros(B, dtype=torch.complex64), TypeError, ("torch.complex64",)))
-        cases.append((name, np.array(["a"] * B), TypeError, ()))
+        cases.append((name, np.array(["a"] * B), ValueError if spec.kind == "choice" else TypeError, ()))
         cases.append((name, np.array([None] * B), TypeError, ()))
         if spec.kind != "choice":
             kind = torch.float32 if spec.kind == "float" else torch.int64

@@ -83,7 +83,7 @@ def test_cpu_equals_reference(call: tuple[torch.Tensor, dict[str, Any]], seed: i
 @given(calls(), SEEDS)
 def test_laws_of_the_kept_set(call: tuple[torch.Tensor, dict[str, Any]], seed: int) -> None:
     x, kwargs = call
-    x = torch.where(x.isinf(), x, x.clamp(-1e30, 1e30))  # so that x / T is finite where it is kept
+    x = x.clamp(min=-1e30, max=1e30).where(x.isfinite(), x) if x.dtype != torch.float16 else x  # x / T stays finite
     common = {**kwargs, "backend": "cpu", "on_invalid": "flag"}
     out = fs.sample(x, **common, seed=seed, num_samples=4)
     p, kept = fs.probabilities(x, **common), fs.filter_logits(x, **common).isfinite()
