@@ -188,6 +188,7 @@ PARAMS: dict[str, Callable[[int, int], Fields]] = {
     "all-joint-ties": lambda v, b: {"top_k": 9, "top_p": 0.6, "min_p": 0.05, "ties": "all", "order": "joint"},
     "p-m-vllm": lambda v, b: {"top_p": 0.9, "min_p": 0.2, "order": "min_p_first"},
     "p-m-joint": lambda v, b: {"top_p": 0.9, "min_p": 0.2, "order": "joint"},
+    "k3-p.7-vllm": lambda v, b: {"temperature": 2.0, "top_k": 3, "top_p": 0.7, "min_p": 1e-3, "order": "min_p_first"},
     "p~1-k-joint": lambda v, b: {"top_p": BELOW_ONE, "top_k": 3, "order": "joint"},
     "rows": lambda v, b: {
         "temperature": cycle(b, 0.0, 0.37, 1.0, 1e-6, 2.0),
