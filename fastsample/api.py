@@ -103,15 +103,15 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
-    table = check_logits(logits)
+    request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
+    table = request.table(logits)
     rows = Rows(
         pack_params(params, fields, table.shape[0]),
         pack_seeds(seed, table.shape[0]),
         pack_offsets(offset, table.shape[0]),
     )
     add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
-    request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
-    return request.run(logits, table, rows.to(table.device), out)
+    return request.run(table, rows.to(table.device), out)
 
 
 def filter_logits(
@@ -163,8 +163,14 @@ def probabilities(
     return _full("probabilities", logits, params, inputs, on_invalid, backend, out, fields)
 
 
+FIELDS = tuple(SampleOutput.__slots__)
+
+
 class Request:
-    """What a sampling call wants besides its rows; checked when made, and the engine found on first use."""
+    """What a sampling call wants besides its rows; checked when made.
+
+    Once logits of some shape have been seen, a step of the same shape costs little Python: a Sampler keeps its request.
+    """
 
     def __init__(
         self,
@@ -173,6 +179,7 @@ class Request:
         top_logprobs: int,
         on_invalid: OnInvalid,
         backend: str,
+        reused: bool = False,
     ) -> None:
         _check_count("num_samples", num_samples, 1, 2**31 - 1)
         _check_count("top_logprobs", top_logprobs, 0, MAX_VOCAB)
@@ -186,23 +193,79 @@ class Request:
         self.top_logprobs = top_logprobs
         self.raises = on_invalid == "raise"
         self.backend = backend
-        self._engine: Engine | None = None
+        self.reused = reused
+        self._engine: Engine
+        self._batch: tuple[int, ...] = ()  # [B], or [] for 1-D logits
+        self._checked: tuple[Any, ...] | None = None
         self._template: SampleOutput | None = None
-        self._made_for: tuple[torch.Size, torch.device] | None = None
+        self._last: tuple[SampleOutput, Outputs] | None = None
 
-    def run(
-        self, logits: torch.Tensor, table: torch.Tensor, rows: Rows, out: SampleOutput | None = None
-    ) -> SampleOutput:
-        """Sample [B, V] `table`, the two-dimensional view of `logits`."""
-        if self._made_for != (logits.shape, logits.device):
-            self._prepare(logits, table)
-        assert self._engine is not None
-        assert self._template is not None
-        if out is not None:
-            self._check_out(out, self._template)
-        # With "raise", a caller's buffers are filled only once every row is known to be valid.
-        result = _empty_like(self._template) if out is None or self.raises else out
-        outputs = Outputs(
+    def table(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
+        known = self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided
+        if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
+            return logits if logits.ndim == 2 else logits.unsqueeze(0)
+        table = check_logits(logits)
+        if self.top_logprobs > table.shape[1]:
+            raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most V = {table.shape[1]}")
+        self._engine = select(self.backend, table)
+        self._batch = tuple(logits.shape[:-1])
+        self._template = self._last = None
+        self._checked = (logits.shape, logits.stride(), logits.dtype, logits.device)
+        return table
+
+    def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
+        """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
+        wanted = None if out is None else self._checked_outputs(out, table.device)
+        if wanted is None or self.raises:
+            # A caller's buffers are filled only once every row is known to be valid.
+            result = self._fresh(table.device)
+            outputs = self._outputs(result)
+        else:
+            result, outputs = out, wanted  # type: ignore[assignment]
+        invalid = self._engine.run(table, rows, outputs)
+        if self.raises and invalid != 0:
+            raise_if_invalid(result.status)
+        if advance:
+            self._engine.advance(rows)
+        if out is None or out is result:
+            return result
+        for name in FIELDS:
+            if (value := getattr(result, name)) is not None:
+                getattr(out, name).copy_(value)
+        return out
+
+    def _buffers(self, device: torch.device) -> SampleOutput:
+        """Buffers of the shapes and dtypes that the logits need."""
+        batch = self._batch
+        draws = batch if self.num_samples == 1 else (*batch, self.num_samples)
+        buffers = SampleOutput(
+            tokens=torch.empty(draws, dtype=torch.int64, device=device),
+            status=torch.empty(batch, dtype=torch.int32, device=device),
+        )
+        if self.logprobs is not None:
+            buffers.logprobs = torch.empty(draws, dtype=torch.float32, device=device)
+            buffers.ranks = torch.empty(draws, dtype=torch.int64, device=device)
+        if self.top_logprobs:
+            top = (*batch, self.top_logprobs)
+            buffers.top_ids = torch.empty(top, dtype=torch.int64, device=device)
+            buffers.top_logprobs = torch.empty(top, dtype=torch.float32, device=device)
+        return buffers
+
+    def _fresh(self, device: torch.device) -> SampleOutput:
+        """New buffers for each call; like the template's they are made in half the time, which pays from the second."""
+        if self._template is None:
+            self._template = self._buffers(device)
+            return self._buffers(device) if self.reused else self._template
+        like = self._template
+        fresh = SampleOutput(torch.empty_like(like.tokens), torch.empty_like(like.status))
+        for name in FIELDS[2:]:
+            if (value := getattr(like, name)) is not None:
+                setattr(fresh, name, torch.empty_like(value))
+        return fresh
+
+    def _outputs(self, result: SampleOutput) -> Outputs:
+        return Outputs(
             result.status,
             result.tokens,
             None,
@@ -215,52 +278,23 @@ class Request:
             self.num_samples,
             self.top_logprobs,
         )
-        invalid = self._engine.run(table, rows, outputs)
-        if self.raises and invalid != 0:
-            raise_if_invalid(result.status)
-        if out is None or out is result:
-            return result
-        for name in _wanted(self._template):
-            getattr(out, name).copy_(getattr(result, name))
-        return out
 
-    def _prepare(self, logits: torch.Tensor, table: torch.Tensor) -> None:
-        """Everything that depends on shape and device alone: the engine, and buffers to take the shapes of."""
-        if self.top_logprobs > table.shape[1]:
-            raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most V = {table.shape[1]}")
-        self._engine = select(self.backend, table)
-        batch, device = tuple(logits.shape[:-1]), logits.device
-        draws = batch if self.num_samples == 1 else (*batch, self.num_samples)
-        self._template = SampleOutput(
-            tokens=torch.empty(draws, dtype=torch.int64, device=device),
-            status=torch.empty(batch, dtype=torch.int32, device=device),
-        )
-        if self.logprobs is not None:
-            self._template.logprobs = torch.empty(draws, dtype=torch.float32, device=device)
-            self._template.ranks = torch.empty(draws, dtype=torch.int64, device=device)
-        if self.top_logprobs:
-            top = (*batch, self.top_logprobs)
-            self._template.top_ids = torch.empty(top, dtype=torch.int64, device=device)
-            self._template.top_logprobs = torch.empty(top, dtype=torch.float32, device=device)
-        self._made_for = (logits.shape, device)
-
-    def _check_out(self, out: SampleOutput, template: SampleOutput) -> None:
+    def _checked_outputs(self, out: SampleOutput, device: torch.device) -> Outputs:
+        """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
+        if self._last is not None and self._last[0] is out:
+            outputs = self._last[1]
+            if all(getattr(out, name) is getattr(outputs, name) for name in FIELDS):
+                return outputs
         if not isinstance(out, SampleOutput):
             raise TypeError(f"out: expected a SampleOutput, got {type(out).__name__}")
-        for name in _wanted(template):
-            check_buffer(f"out.{name}", getattr(out, name), getattr(template, name))
-
-
-def _wanted(output: SampleOutput) -> list[str]:
-    return [name for name in SampleOutput.__slots__ if getattr(output, name) is not None]
-
-
-def _empty_like(template: SampleOutput) -> SampleOutput:
-    fresh = SampleOutput(torch.empty_like(template.tokens), torch.empty_like(template.status))
-    for name in ("logprobs", "ranks", "top_ids", "top_logprobs"):
-        if (like := getattr(template, name)) is not None:
-            setattr(fresh, name, torch.empty_like(like))
-    return fresh
+        if self._template is None:
+            self._template = self._buffers(device)
+        for name in FIELDS:
+            if (like := getattr(self._template, name)) is not None:
+                check_buffer(f"out.{name}", getattr(out, name), like)
+        outputs = self._outputs(out)
+        self._last = (out, outputs)
+        return outputs
 
 
 def check_logits(logits: torch.Tensor) -> torch.Tensor:

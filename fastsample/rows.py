@@ -50,17 +50,22 @@ class Rows:
         return Rows(records, seeds, offsets, self.bitmask, self.bias, self.prompt_ids, self.output_ids)
 
 
-_GAMMA, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_MASK = 2**64 - 1
 
 
 def splitmix64(seed: int, count: int) -> torch.Tensor:
     """splitmix64(seed + row) for row in range(count) as int64 bits [count] (Steele, Lea and Flood 2014)."""
-    z = np.arange(count, dtype=np.uint64)
-    z += np.uint64((seed + _GAMMA) % 2**64)
-    z = (z ^ (z >> _S30)) * _MIX1
-    z = (z ^ (z >> _S27)) * _MIX2
-    return torch.from_numpy((z ^ (z >> _S31)).view(np.int64))
+    first = (seed + 0x9E3779B97F4A7C15) & _MASK
+    if count == 1:  # numpy's overhead is most of a single row's sampling
+        return torch.tensor([_signed(_mix(first))])
+    return torch.from_numpy(_mix(np.arange(count, dtype=np.uint64) + np.uint64(first)).view(np.int64))
+
+
+def _mix(z: Any) -> Any:
+    """The finaliser of splitmix64, for a Python int or an array of uint64."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
 
 
 def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastsample.api import OnInvalid, Request, SampleOutput, add_row_inputs, check_logits, pack_params
+from fastsample.api import OnInvalid, Request, SampleOutput, add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
 from fastsample.params import SamplingParams
 from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds
@@ -44,7 +44,8 @@ class Sampler:
             raise TypeError(f"batch_size = {batch_size!r}: expected an integer")
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: expected at least 1")
-        self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
+        self._batch_size = batch_size
+        self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, reused=True)
         records = pack_params(params, fields, batch_size)
         self._rows = Rows(
             records.repeat(batch_size // records.shape[0], 1),
@@ -56,7 +57,7 @@ class Sampler:
     @property
     def batch_size(self) -> int:
         """Number of slots."""
-        return self._rows.seeds.shape[0]
+        return self._batch_size
 
     @property
     def offsets(self) -> torch.Tensor:
@@ -77,16 +78,14 @@ class Sampler:
 
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
         """
-        table = check_logits(logits)
-        if table.shape[0] != self.batch_size:
-            raise ValueError(f"logits: expected {self.batch_size} rows (batch_size), got {table.shape[0]}")
+        table = self._request.table(logits)
+        if table.shape[0] != self._batch_size:
+            raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
         self._rows = rows = self._rows.to(table.device)
         if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
             rows = Rows(rows.records, rows.seeds, rows.offsets)
             add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
-        result = self._request.run(logits, table, rows, out)
-        rows.offsets += 1
-        return result
+        return self._request.run(table, rows, out, advance=True)
 
     def set_row(
         self,

@@ -70,6 +70,12 @@ int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size
   return sample_batch(batch, threads);
 }
 
+// The next step of every sequence. Python hands over offsets that it owns.
+void advance(const Rows& rows, int64_t count) {
+  int64_t* offsets = const_cast<int64_t*>(rows.offsets.data);
+  for (int64_t r = 0; r < count; ++r) offsets[r] = (int64_t)((uint64_t)offsets[r] + 1);
+}
+
 py::tuple param_fields() {
 #define FASTSAMPLE_NAME(type, name) #name,
   constexpr const char* kNames[] = {FASTSAMPLE_PARAM_FIELDS(FASTSAMPLE_NAME)};
@@ -88,6 +94,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("PARAM_FIELDS") = fs::param_fields();
   py::class_<fs::Rows>(m, "Rows").def(py::init(&fs::make_rows));
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
+  m.def("advance", &fs::advance, "Add 1 to the first `count` offsets.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def("vector_bytes", [] { return fs::kernel().vector_bytes; }, "Vector width of the code in use.");
   m.def("isas", &fs::isas, "Instruction sets that this CPU can run, best first.");

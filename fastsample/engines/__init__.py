@@ -46,6 +46,10 @@ class Engine(Protocol):
         Returns the number of invalid rows, or None where to know it would mean waiting for the device.
         """
 
+    def advance(self, rows: Rows) -> None:
+        """Add 1 to every offset, in place and in the order of the device's other work."""
+        rows.offsets += 1
+
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Engine names, fastest first where several can serve; each is the module of that name."""
@@ -53,7 +57,7 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 _ABSENT = frozenset({"cuda", "triton"})
 
 
-class Absent:
+class Absent(Engine):
     """An engine that this version does not have; it says so."""
 
     def __init__(self, name: str) -> None:

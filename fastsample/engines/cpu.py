@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastsample.engines import Outputs
+from fastsample.engines import Engine, Outputs
 from fastsample.params import specs
 from fastsample.rows import Rows
 from fastsample.threads import get_num_threads
@@ -37,7 +37,7 @@ def native() -> Any:
     return _native
 
 
-class CpuEngine:
+class CpuEngine(Engine):
     """Native code on CPU tensors."""
 
     name = "cpu"
@@ -53,7 +53,7 @@ class CpuEngine:
         batch, vocab = logits.shape
         if rows.native is None:
             rows.native = _native_rows(rows)
-        invalid: int = native().run(
+        invalid: int = _native.run(
             rows.native,
             logits.data_ptr(),
             logits.stride(0),
@@ -75,10 +75,13 @@ class CpuEngine:
         )
         return invalid
 
+    def advance(self, rows: Rows) -> None:
+        _native.advance(rows.native, rows.offsets.shape[0])  # torch takes longer for this than for a small row
+
 
 def _native_rows(rows: Rows) -> Any:
     mask, bias = rows.bitmask, rows.bias
-    return native().Rows(
+    return _native.Rows(
         _column(rows.records),
         _column(rows.seeds),
         _column(rows.offsets),

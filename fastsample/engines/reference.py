@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from fastsample import reference as spec
-from fastsample.engines import Outputs
+from fastsample.engines import Engine, Outputs
 from fastsample.rows import Rows
 
 
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     name = "reference"
 
     def why_not(self, logits: torch.Tensor | None) -> str | None:
