@@ -463,6 +463,8 @@ def _grid() -> list[Case]:
             cases.append(Case(("lm", "ties", "flat")[j % 3], params, vocab, kinds[(e + j) % 3], extra))
     for extra in ("everything", "mask_long", "bias_tensors"):
         cases += [Case("flat", "penalties", vocab, "f32", extra) for vocab in (1, 2, 31)]
+    # What is not touched keeps even the sign of its zero.
+    cases += [Case("zeros", "penalties" if "ids" in extra else "plain", 100, "f32", extra) for extra in EXTRAS]
     # No rows, one row, many rows.
     for params in ("plain", "all-hf", "rows"):
         cases += [Case("flat", params, 100, "f32", None, rows) for rows in (0, 1, 67)]
