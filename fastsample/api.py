@@ -330,7 +330,8 @@ def pack_params(params: SamplingParams | None, fields: dict[str, Any], rows: int
         params = params.replace(**fields)
     records = params.pack()
     if records.shape[0] not in (1, rows):
-        raise ValueError(f"params: expected one value or {rows} (one per row of logits), got {records.shape[0]}")
+        names = ", ".join(params.per_row())
+        raise ValueError(f"{names}: expected one value or {rows} (one per row of logits), got {records.shape[0]}")
     return records
 
 

@@ -123,16 +123,16 @@ class SamplingParams:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **fields)
 
-    def batch_size(self) -> int | None:
-        """B where some field has one value per row, else None. ValueError where two fields disagree."""
+    def per_row(self) -> dict[str, int]:
+        """Number of values of each field that has one per row. ValueError where two fields disagree."""
         sizes = {name: len(v) for name, v in self._values() if isinstance(v, (torch.Tensor, tuple))}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"parameters have different numbers of rows: {sizes}")
-        return next(iter(sizes.values()), None)
+        return sizes
 
     def pack(self) -> torch.Tensor:
         """The records that the engines read: int32 [B or 1, number of fields] on the CPU, floats as their bits."""
-        rows = self.batch_size()
+        rows = next(iter(self.per_row().values()), None)
         columns = [_code(spec, value) for (_, spec), (_, value) in zip(_SPECS, self._values(), strict=True)]
         if rows is None:
             bits = struct.unpack(_INTS, struct.pack(_RECORD, *columns))

@@ -102,9 +102,9 @@ def test_the_ends_of_the_range_belong_to_it(name: str, spec: Spec) -> None:
         value = int(value) if spec.kind == "int" else value
         params = fs.SamplingParams(**{name: value})
         assert getattr(params, name) == pytest.approx(value, rel=1e-6)
-        assert fs.SamplingParams(**{name: [value, value]}).batch_size() == 2
+        assert fs.SamplingParams(**{name: [value, value]}).per_row() == {name: 2}
         kind = torch.float32 if spec.kind == "float" else torch.int64
-        assert fs.SamplingParams(**{name: torch.tensor([value], dtype=kind)}).batch_size() == 1
+        assert fs.SamplingParams(**{name: torch.tensor([value], dtype=kind)}).per_row() == {name: 1}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,7 +189,7 @@ def test_the_record_is_one_word_per_field() -> None:
     assert floats[[0, 2, 3, 4, 5, 6]].tolist() == [0.5, 0.25, 0.125, 2.0, -1.0, 3.0]
     assert words[0, [1, 7, 8]].tolist() == [7, 1, 2]
     mixed = params.replace(ties=["first", "all"], order=("min_p_first", "top_k_first"), top_k=[1, 2])
-    assert mixed.batch_size() == 2
+    assert mixed.per_row() == {"ties": 2, "order": 2, "top_k": 2}
     assert mixed.pack()[:, [1, 7, 8]].tolist() == [[1, 0, 1], [2, 1, 0]]
     assert mixed.pack().view(torch.float32)[1, [0, 2, 3, 4, 5, 6]].tolist() == [0.5, 0.25, 0.125, 2.0, -1.0, 3.0]
 

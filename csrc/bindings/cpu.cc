@@ -1,4 +1,5 @@
-// fastsample._cpu: addresses and strides in, exceptions out, the GIL released. Python has validated everything.
+// fastsample._cpu: addresses and strides in, exceptions out, the GIL released. Python has validated
+// everything.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -38,7 +39,8 @@ Bitmask bitmask(const std::optional<Table>& mask) {
 BiasEntries bias_entries(const std::optional<Triple>& bias) {
   if (!bias) return BiasEntries{nullptr, nullptr, nullptr};
   const auto [row_ptr, ids, values] = *bias;
-  return BiasEntries{pointer<const int64_t>(row_ptr), pointer<const int64_t>(ids), pointer<const float>(values)};
+  return BiasEntries{pointer<const int64_t>(row_ptr), pointer<const int64_t>(ids),
+                     pointer<const float>(values)};
 }
 
 TokenIds token_ids(const std::optional<Table>& ids) {
@@ -50,21 +52,29 @@ TokenIds token_ids(const std::optional<Table>& ids) {
 constexpr int64_t kFields = sizeof(RowParams) / sizeof(int32_t);
 
 // A batch's Rows, made once and used for many steps; Python keeps the tensors alive.
-Rows make_rows(Strided params, Strided seeds, Strided offsets, std::optional<Table> mask, std::optional<Triple> bias,
-               std::optional<Table> prompt, std::optional<Table> output) {
-  return Rows{column<RowParams>(params, kFields), column<int64_t>(seeds), column<int64_t>(offsets), bitmask(mask),
-              bias_entries(bias),                 token_ids(prompt),      token_ids(output)};
+Rows make_rows(Strided params, Strided seeds, Strided offsets, std::optional<Table> mask,
+               std::optional<Triple> bias, std::optional<Table> prompt,
+               std::optional<Table> output) {
+  return Rows{column<RowParams>(params, kFields),
+              column<int64_t>(seeds),
+              column<int64_t>(offsets),
+              bitmask(mask),
+              bias_entries(bias),
+              token_ids(prompt),
+              token_ids(output)};
 }
 
-int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab, int32_t dtype,
-            Address status, Address tokens, Address filtered, Address probabilities, Address logprobs, Address ranks,
-            Address top_ids, Address top_logprobs, int32_t num_samples, int32_t num_top, int32_t mode, int threads) {
+int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab,
+            int32_t dtype, Address status, Address tokens, Address filtered, Address probabilities,
+            Address logprobs, Address ranks, Address top_ids, Address top_logprobs,
+            int32_t num_samples, int32_t num_top, int32_t mode, int threads) {
   const Batch batch = {
       Logits{pointer<const void>(logits), stride, batch_size, vocab, (DType)dtype},
       rows,
       Outputs{pointer<int32_t>(status), pointer<int64_t>(tokens), pointer<float>(filtered),
               pointer<float>(probabilities), pointer<float>(logprobs), pointer<int64_t>(ranks),
-              pointer<int64_t>(top_ids), pointer<float>(top_logprobs), num_samples, num_top, (LogprobsMode)mode},
+              pointer<int64_t>(top_ids), pointer<float>(top_logprobs), num_samples, num_top,
+              (LogprobsMode)mode},
   };
   const py::gil_scoped_release unlocked;
   return sample_batch(batch, threads);
@@ -96,7 +106,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
   m.def("advance", &fs::advance, "Add 1 to the first `count` offsets.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
-  m.def("vector_bytes", [] { return fs::kernel().vector_bytes; }, "Vector width of the code in use.");
+  m.def(
+      "vector_bytes", [] { return fs::kernel().vector_bytes; }, "Vector width of the code in use.");
   m.def("isas", &fs::isas, "Instruction sets that this CPU can run, best first.");
-  m.def("force_isa", &fs::force_isa, "Use this instruction set from now on; ValueError where it cannot run here.");
+  m.def("force_isa", &fs::force_isa,
+        "Use this instruction set from now on; ValueError where it cannot run here.");
 }

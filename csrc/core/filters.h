@@ -15,7 +15,8 @@ FS_HD bool uses_top_p(const RowParams& p) { return p.top_p < 1.0f; }
 // Tokens of at least this mass survive min-p; 0 keeps all.
 FS_HD uint64_t min_p_threshold(float min_p) { return (uint64_t)(min_p * 0x1p40f); }
 
-// The mass that top-p's prefix must reach: max(1, floor(trunc(p * 2^30) * total / 2^30)), total <= 2^60.
+// The mass that top-p's prefix must reach: max(1, floor(trunc(p * 2^30) * total / 2^30)), total <=
+// 2^60.
 FS_HD uint64_t top_p_target(float top_p, uint64_t total) {
   const uint64_t low = ((uint64_t)1 << 30) - 1;
   const uint64_t p30 = (uint64_t)(top_p * 0x1p30f);

@@ -9,9 +9,10 @@ namespace fastsample {
 
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kGreedyBelow = 1e-5f;
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds a small float to an integer
-constexpr float kMassFloor = -60.0f;        // below this y there is no mass (in fact from -41 on)
-constexpr int kMassBits = 40;               // the maximum weighs 2^40
+constexpr float kRoundMagic =
+    12582912.0f;                      // 1.5 * 2^23: adding it rounds a small float to an integer
+constexpr float kMassFloor = -60.0f;  // below this y there is no mass (in fact from -41 on)
+constexpr int kMassBits = 40;         // the maximum weighs 2^40
 constexpr uint64_t kMassUnit = (uint64_t)1 << kMassBits;
 
 FS_HD float mass_scale(float temperature) { return kLog2E / temperature; }

@@ -1,11 +1,12 @@
-// POD views of a batch: borrowed pointers, strides in elements, a row stride of 0 where all rows share one.
+// POD views of a batch: borrowed pointers, strides in elements, a row stride of 0 where all rows
+// share one.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-// Everything in core/ has internal linkage: a translation unit built for AVX-512 must not lend a weak symbol to one
-// that runs on any CPU.
+// Everything in core/ has internal linkage: a translation unit built for AVX-512 must not lend a
+// weak symbol to one that runs on any CPU.
 #if defined(__CUDACC__)
 #define FS_HD static __host__ __device__ __forceinline__
 #else

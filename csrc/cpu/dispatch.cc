@@ -125,7 +125,8 @@ Workspace workspace_for(const Batch& batch) {
   return scratch.workspace(batch.logits.vocab, edits);
 }
 
-// The contract's float environment (nearest-even, subnormals kept), whatever the caller's thread has set.
+// The contract's float environment (nearest-even, subnormals kept), whatever the caller's thread
+// has set.
 class FloatEnvironment {
  public:
 #if defined(__x86_64__)

@@ -11,8 +11,8 @@
 
 namespace fastsample {
 
-// The kernel in use: the best that this CPU can run, or the one that FASTSAMPLE_ISA or force_isa names.
-// Throws std::invalid_argument where FASTSAMPLE_ISA names none that runs here.
+// The kernel in use: the best that this CPU can run, or the one that FASTSAMPLE_ISA or force_isa
+// names. Throws std::invalid_argument where FASTSAMPLE_ISA names none that runs here.
 const Kernel& kernel();
 
 // Names of the ISAs that this CPU can run, best first.

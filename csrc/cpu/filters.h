@@ -7,7 +7,8 @@
 namespace fastsample {
 namespace {
 
-// A domain is a set of tokens in id order, in blocks of kBlock: a whole row, or a list gathered from it.
+// A domain is a set of tokens in id order, in blocks of kBlock: a whole row, or a list gathered
+// from it.
 template <class T>
 struct Dense {
   Row<T> row;
@@ -64,7 +65,8 @@ Span collect(const Domain& d, float low, float high, float* to) {
   return copy(to, n, to);
 }
 
-// The id of the m-th token (from 1) whose logit equals x, in id order; INT32_MAX where there are fewer.
+// The id of the m-th token (from 1) whose logit equals x, in id order; INT32_MAX where there are
+// fewer.
 template <class Domain>
 int32_t nth_equal(const Domain& d, float x, uint64_t m) {
   float buffer[kBlock];
@@ -107,7 +109,8 @@ uint64_t weigh_blocks(const Domain& d, Cutoff cut, const Weigher& weigher, uint6
     } else if (cut.id == INT32_MAX) {
       block_mass[b] = weigh_block(weight, x, [&](vf v, int) { return ge(v, splat(cut.x)); });
     } else {
-      block_mass[b] = weigh_block(weight, x, [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); });
+      block_mass[b] =
+          weigh_block(weight, x, [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); });
     }
     sum += block_mass[b];
   }
@@ -119,7 +122,8 @@ struct Bracket {
   float low, high;
 };
 
-// Some values of a domain, evenly spread, about kSample of them; returns how many tokens each stands for.
+// Some values of a domain, evenly spread, about kSample of them; returns how many tokens each
+// stands for.
 constexpr int kSample = 2048;
 
 template <class Domain>
@@ -136,7 +140,8 @@ double take_sample(const Domain& d, float* to, int* n) {
   return (double)blocks(d) * kBlock / *n;
 }
 
-// The highest fifth of a row's block maxima: nearly all of its highest tokens, each of which stands for itself.
+// The highest fifth of a row's block maxima: nearly all of its highest tokens, each of which stands
+// for itself.
 template <class T>
 Span take_heads(const Dense<T>& d, float* to) {
   Span all = copy(d.block_max, d.row.blocks, to);
@@ -156,7 +161,8 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   int n;
   const double each = take_sample(d, ws.values, &n);
   double head = (double)weight_above(weight, heads, -INFINITY);
-  // Where few tokens lie above a value that the boundary cannot lie below, there is nothing to estimate.
+  // Where few tokens lie above a value that the boundary cannot lie below, there is nothing to
+  // estimate.
   const float certain = weight.certain_low(head, (double)blocks(d) * kBlock);
   const Span few = filter(ws.values, n, spare, [&](vf v) { return gt(v, splat(certain)); });
   if (few.n < n / 32) return Bracket{certain, INFINITY};
@@ -166,7 +172,9 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
     heads = Span{ws.spare, 0, INFINITY, INFINITY};
     head = 0;
   }
-  const auto below_heads = [&](vf v) { return both(gt(v, splat(-INFINITY)), gt(splat(heads.low), v)); };
+  const auto below_heads = [&](vf v) {
+    return both(gt(v, splat(-INFINITY)), gt(splat(heads.low), v));
+  };
   const Span body = filter(ws.values, n, ws.values, below_heads);
   const double mean = (double)weight_above(weight, body, -INFINITY);
   const double target = weight.estimate_target(head + each * mean);
@@ -174,21 +182,24 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
     if (goal <= 0) return (float)INFINITY;
     if (goal < head) return narrow(weight, copy(heads.x, heads.n, spare), 0, (uint64_t)goal + 1).x;
     const double rest = (goal - head) / each;
-    return rest < mean ? narrow(weight, copy(body.x, body.n, spare), 0, (uint64_t)rest + 1).x : none;
+    return rest < mean ? narrow(weight, copy(body.x, body.n, spare), 0, (uint64_t)rest + 1).x
+                       : none;
   };
-  // Three standard deviations of the estimate, were the sample Poisson: what lies above the boundary counts against
-  // what lies below it as far as both move the target.
+  // Three standard deviations of the estimate, were the sample Poisson: what lies above the
+  // boundary counts against what lies below it as far as both move the target.
   const double share = weight.share();
   const float guess = value_at(target, weight.lowest());
   double above, below;
   sum_squares(weight, body, guess, &above, &below);
   above += (double)weight.one(guess) * (double)weight.one(guess);
   const double slack = 3 * each * sqrt((1 - share) * (1 - share) * above + share * share * below);
-  const float high = value_at(target - slack, -FLT_MAX), low = value_at(target + slack, weight.lowest());
+  const float high = value_at(target - slack, -FLT_MAX),
+              low = value_at(target + slack, weight.lowest());
   return Bracket{low < high ? low : nextafterf(high, -INFINITY), high};
 }
 
-// One pass over a domain: its weight, the weight from high up (in each block too), and the values in the bracket.
+// One pass over a domain: its weight, the weight from high up (in each block too), and the values
+// in the bracket.
 struct Split {
   uint64_t total, upper;
   Span middle;  // in id order; block b's part begins at segment[b]
@@ -229,8 +240,10 @@ Split split(const Weight& weight, const Domain& d, Bracket bracket, const Worksp
   return s;
 }
 
-// Adds to each block's mass what the boundary keeps of the block's values in the bracket, m ties first.
-FS_INLINE void add_segments(const Weighing& weight, const Boundary& edge, uint64_t m, int blocks, const Workspace& ws) {
+// Adds to each block's mass what the boundary keeps of the block's values in the bracket, m ties
+// first.
+FS_INLINE void add_segments(const Weighing& weight, const Boundary& edge, uint64_t m, int blocks,
+                            const Workspace& ws) {
   const uint64_t each = weight.one(edge.x);
   for (int b = 0; b < blocks; ++b) {
     MassSum above;
@@ -253,7 +266,8 @@ FS_INLINE void add_segments(const Counting&, const Boundary&, uint64_t, int, con
 
 struct Found {
   Cutoff cut;
-  uint64_t total;  // what the cutoff keeps, when workspace.block_mass holds it block by block; else 0
+  uint64_t
+      total;  // what the cutoff keeps, when workspace.block_mass holds it block by block; else 0
 };
 
 // The cutoff at which the weight of a domain's rank order reaches the weight's target.
@@ -271,7 +285,8 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
       add_segments(weight, edge, m, blocks(d), ws);
       return Found{cut_at(d, edge.x, m, edge.equal), edge.above + m * weight.one(edge.x)};
     }
-    // Below the bracket. Everything there may still be too little for a count: then everything is kept.
+    // Below the bracket. Everything there may still be too little for a count: then everything is
+    // kept.
     const Span rest = collect(d, weight.lowest(), nextafterf(bracket.low, INFINITY), ws.values);
     if (reached + weight_above(weight, rest, -INFINITY) < target) return Found{kKeepAlive, 0};
     const Boundary edge = narrow(weight, rest, reached, target);
@@ -281,7 +296,8 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
   const Span rest = collect(d, bracket.high, INFINITY, ws.values);
   const uint64_t above = weight_above(weight, rest, -INFINITY);
   const int equal = (int)((s.upper - above) / weight.one(bracket.high));
-  const Boundary edge = above < target ? Boundary{bracket.high, equal, above} : narrow(weight, rest, 0, target);
+  const Boundary edge =
+      above < target ? Boundary{bracket.high, equal, above} : narrow(weight, rest, 0, target);
   return Found{cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal), 0};
 }
 
@@ -303,7 +319,8 @@ FS_INLINE Cutoff small_top_k(const List& d, int32_t k, const Workspace& ws) {
 
 template <class Domain>
 Cutoff top_k_cutoff(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
-  Cutoff cut = k <= blocks(d) ? small_top_k(d, k, ws) : find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
+  Cutoff cut =
+      k <= blocks(d) ? small_top_k(d, k, ws) : find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
   if (ties == kTiesAll) cut.id = INT32_MAX;
   return cut;
 }
@@ -329,12 +346,21 @@ List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
   for (int b = 0; b < blocks(d); ++b) {
     if (upper_bound(d, b) < cut.x) continue;
     const float* v = values(d, b, buffer);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const vf value = load(v + i);
-      const vi token = ids(d, b, i);
-      const Mask m = keeps(cut, value, token);
-      compress_store(id + n, token, m);
-      n += compress_store(x + n, value, m);
+    if (cut.id == INT32_MAX) {
+      for (int i = 0; i < kBlock; i += kLanes) {
+        const vf value = load(v + i);
+        const Mask m = ge(value, splat(cut.x));
+        compress_store(id + n, ids(d, b, i), m);
+        n += compress_store(x + n, value, m);
+      }
+    } else {
+      for (int i = 0; i < kBlock; i += kLanes) {
+        const vf value = load(v + i);
+        const vi token = ids(d, b, i);
+        const Mask m = keeps(cut, value, token);
+        compress_store(id + n, token, m);
+        n += compress_store(x + n, value, m);
+      }
     }
   }
   return list_of(x, id, n);

@@ -19,15 +19,19 @@ int64_t rank_of(const Dense<T>& d, float x) {
   int64_t above = 0;
   for (int b = 0; b < blocks(d); ++b) {
     if (!(upper_bound(d, b) > x)) continue;
-    above += (int64_t)weigh_block(Counting{}, values(d, b, buffer), [&](vf v, int) { return gt(v, splat(x)); });
+    above += (int64_t)weigh_block(Counting{}, values(d, b, buffer),
+                                  [&](vf v, int) { return gt(v, splat(x)); });
   }
   return 1 + above;
 }
 
-FS_INLINE float log_ratio(uint64_t mass, uint64_t total) { return (float)log((double)mass / (double)total); }
+FS_INLINE float log_ratio(uint64_t mass, uint64_t total) {
+  return (float)log((double)mass / (double)total);
+}
 
 template <class T>
-void write_processed(const Outputs& out, int64_t slot, const Dense<T>& d, const Drawn& token, uint64_t total) {
+void write_processed(const Outputs& out, int64_t slot, const Dense<T>& d, const Drawn& token,
+                     uint64_t total) {
   if (out.logprobs) out.logprobs[slot] = log_ratio(token.mass, total);
   if (out.ranks) out.ranks[slot] = rank_of(d, token.x);
 }
@@ -93,23 +97,26 @@ FS_INLINE List drop_light(const List& list, const Weigher& weigher, const Worksp
 }
 
 template <class T, class Domain>
-void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& dense, const Domain& d,
-                         Cutoff cut, const Weigher& weigher, uint64_t total) {
+void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& dense,
+                         const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t total) {
   const int32_t n = batch.out.num_top;
   List top;
   if (weigher.floor) {
-    // Mass is not quite monotone in x, so min-p's floor may leave gaps in the rank order: count without them.
+    // Mass is not quite monotone in x, so min-p's floor may leave gaps in the rank order: count
+    // without them.
     const List kept = drop_light(gather(d, cut, ws.list_x, ws.list_id), weigher, ws);
     top = gather(kept, top_k_cutoff(kept, n, kTiesFirst, ws), ws.list_x, ws.list_id);
   } else {
-    top = gather(dense, stricter(cut, top_k_cutoff(dense, n, kTiesFirst, ws)), ws.list_x, ws.list_id);
+    top =
+        gather(dense, stricter(cut, top_k_cutoff(dense, n, kTiesFirst, ws)), ws.list_x, ws.list_id);
   }
   write_top(batch.out, r, ws, top.n, [&](float x) { return log_ratio(weigh(weigher, x), total); });
 }
 
 // log-softmax of the row as given; `processed` lends its block maxima where nothing was changed.
 template <class T>
-void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& processed, float peak) {
+void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& processed,
+               float peak) {
   const Outputs& out = batch.out;
   const Dense<T> raw = {raw_row<T>(batch, r), ws.block_max};
   bool sound = true;
@@ -122,7 +129,8 @@ void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T
   }
   const Weigher weigher = {peak, mass_scale(1.0f), 0};
   const double normaliser =
-      sound ? log((double)weigh_blocks(raw, kKeepAlive, weigher, ws.block_mass) / (double)kMassUnit) : (double)NAN;
+      sound ? log((double)weigh_blocks(raw, kKeepAlive, weigher, ws.block_mass) / (double)kMassUnit)
+            : (double)NAN;
   const auto logprob = [&](float x) { return (float)(((double)x - (double)peak) - normaliser); };
   float buffer[kBlock];
   for (int j = 0; j < out.num_samples; ++j) {
@@ -134,7 +142,8 @@ void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T
   }
   if (!out.num_top) return;
   if (!sound) return write_no_top(out, r);
-  const List top = gather(raw, top_k_cutoff(raw, out.num_top, kTiesFirst, ws), ws.list_x, ws.list_id);
+  const List top =
+      gather(raw, top_k_cutoff(raw, out.num_top, kTiesFirst, ws), ws.list_x, ws.list_id);
   write_top(out, r, ws, top.n, logprob);
 }
 

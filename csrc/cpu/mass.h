@@ -1,4 +1,5 @@
-// Stage 6 in vectors. A mass w is held as w = hi * 2^20 + lo, two 32-bit lanes that every ISA can convert and add.
+// Stage 6 in vectors. A mass w is held as w = hi * 2^20 + lo, two 32-bit lanes that every ISA can
+// convert and add.
 #pragma once
 
 #include <float.h>
@@ -19,8 +20,9 @@ struct Weigher {
   uint64_t floor;  // masses below it count as 0 (min-p)
 };
 
-// Vectors that are weighed side by side. The chain of one is some 70 cycles long, and an out-of-order core sees only
-// two or three such chains ahead when they stand one behind the other. As many as the registers hold.
+// Vectors that are weighed side by side. The chain of one is some 70 cycles long, and an
+// out-of-order core sees only two or three such chains ahead when they stand one behind the other.
+// As many as the registers hold.
 #if defined(FASTSAMPLE_ISA_avx512)
 constexpr int kAbreast = 8;
 #else
@@ -34,16 +36,16 @@ struct Pack {
   vf v[N];
 };
 
-#define FS_PACK_OPERATOR(op)                                 \
-  template <int N>                                           \
-  FS_INLINE Pack<N> operator op(Pack<N> a, float b) {        \
-    FS_EACH(N) a.v[u] = a.v[u] op b;                         \
-    return a;                                                \
-  }                                                          \
-  template <int N>                                           \
+#define FS_PACK_OPERATOR(op)                                   \
+  template <int N>                                             \
+  FS_INLINE Pack<N> operator op(Pack<N> a, float b) {          \
+    FS_EACH(N) a.v[u] = a.v[u] op b;                           \
+    return a;                                                  \
+  }                                                            \
+  template <int N>                                             \
   FS_INLINE Pack<N> operator op(Pack<N> a, const Pack<N>& b) { \
-    FS_EACH(N) a.v[u] = a.v[u] op b.v[u];                    \
-    return a;                                                \
+    FS_EACH(N) a.v[u] = a.v[u] op b.v[u];                      \
+    return a;                                                  \
   }
 FS_PACK_OPERATOR(+)
 FS_PACK_OPERATOR(-)
@@ -65,8 +67,8 @@ struct Mass {
 // Masses of N vectors. -inf clamps to a y that has no mass; valid rows hold no NaN.
 template <int N>
 FS_INLINE Mass<N> weigh(const Weigher& w, const Pack<N>& x) {
-  // 20 more in the magic leaves n as it is and puts n + 20 into t's low bits: shifted into the exponent of p they make
-  // q = p * 2^n * 2^20, with hi before the binary point.
+  // 20 more in the magic leaves n as it is and puts n + 20 into t's low bits: shifted into the
+  // exponent of p they make q = p * 2^n * 2^20, with hi before the binary point.
   constexpr float kMagic = kRoundMagic + kHalfBits;
   Pack<N> y = (x - w.max) * w.scale;
   FS_EACH(N) y.v[u] = max(y.v[u], splat(kMassFloor));
@@ -77,7 +79,8 @@ FS_INLINE Mass<N> weigh(const Weigher& w, const Pack<N>& x) {
   FS_EACH(N) m.hi[u] = (vu)truncate(q.v[u]);
   FS_EACH(N) m.lo[u] = (vu)truncate((q.v[u] - to_float((vi)m.hi[u])) * 0x1p20f);
   if (!w.floor) return m;
-  // The threshold has at most 24 significant bits, so it is exact as a float, and trunc(q) >= t is q >= t.
+  // The threshold has at most 24 significant bits, so it is exact as a float, and trunc(q) >= t is
+  // q >= t.
   const vf floor = splat((float)w.floor * 0x1p-20f);
   FS_EACH(N) {
     const Mask heavy = ge(q.v[u], floor);
@@ -107,9 +110,12 @@ FS_INLINE void add_where(MassSum& s, const Mask (&where)[N], const Mass<N>& m) {
   }
 }
 
-FS_INLINE uint64_t total(const MassSum& s) { return (reduce_add(s.hi) << kHalfBits) + reduce_add(s.lo); }
+FS_INLINE uint64_t total(const MassSum& s) {
+  return (reduce_add(s.hi) << kHalfBits) + reduce_add(s.lo);
+}
 
-// An x that every token of at least this mass exceeds. Conservative: rounding errors are far below the margin.
+// An x that every token of at least this mass exceeds. Conservative: rounding errors are far below
+// the margin.
 FS_INLINE float lowest_x(const Weigher& w, uint64_t mass) {
   const double y = log2((double)mass) - kMassBits - 1e-3;
   const double x = (double)w.max + y / (double)w.scale;

@@ -32,7 +32,8 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
     work_ = nullptr;
-    if (const std::exception_ptr error = std::exchange(error_, nullptr)) std::rethrow_exception(error);
+    if (const std::exception_ptr error = std::exchange(error_, nullptr))
+      std::rethrow_exception(error);
   }
 
   std::mutex busy;  // held by the caller whose work this is
@@ -70,8 +71,9 @@ class Pool {
   int size_ = 0, wanted_ = 0, running_ = 0;
 };
 
-// Never destroyed: its threads may still wait when the process exits. A forked child has none of them, so it starts
-// with a pool of its own and forgets the parent's, whose locks may have been held.
+// Never destroyed: its threads may still wait when the process exits. A forked child has none of
+// them, so it starts with a pool of its own and forgets the parent's, whose locks may have been
+// held.
 Pool* pool = nullptr;
 std::once_flag once;
 

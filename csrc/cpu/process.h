@@ -1,4 +1,5 @@
-// Stages 0 to 4 for one row: processed logits, block by block, and the one streaming pass over them.
+// Stages 0 to 4 for one row: processed logits, block by block, and the one streaming pass over
+// them.
 #pragma once
 
 #include <math.h>
@@ -10,7 +11,8 @@
 namespace fastsample {
 namespace {
 
-// A row after stages 0 to 3. Blocks are made when asked for: an untouched float32 block is the caller's memory itself.
+// A row after stages 0 to 3. Blocks are made when asked for: an untouched float32 block is the
+// caller's memory itself.
 template <class T>
 struct Row {
   const T* logits;
@@ -27,7 +29,8 @@ template <class T>
 Row<T> raw_row(const Batch& batch, int64_t r) {
   const Logits& l = batch.logits;
   const T* logits = (const T*)l.data + r * l.stride;
-  return Row<T>{logits, l.vocab, (l.vocab + kBlock - 1) / kBlock, nullptr, 0, nullptr, nullptr, nullptr};
+  return Row<T>{logits,  l.vocab, (l.vocab + kBlock - 1) / kBlock, nullptr, 0, nullptr,
+                nullptr, nullptr};
 }
 
 template <class T>
@@ -99,19 +102,19 @@ struct Peak {
   bool nan;
 };
 
-// Maximum of kBlock values of any type that `load` knows; notes NaNs.
+// Maximum of kBlock values of any type that `load` knows; notes NaNs, two vectors at a time.
 template <class T>
 FS_INLINE float block_peak(const T* x, Mask& nan) {
-  vf m0 = load(x), m1 = load(x + kLanes);
-  Mask bad = unordered(m0, m1);
-  for (int i = 2 * kLanes; i < kBlock; i += 2 * kLanes) {
-    const vf a = load(x + i), b = load(x + i + kLanes);
-    bad = either(bad, unordered(a, b));
-    m0 = max(m0, a);
-    m1 = max(m1, b);
+  constexpr int kStreams = 4;
+  vf m[kStreams];
+  for (int u = 0; u < kStreams; ++u) m[u] = splat(-INFINITY);
+  for (int i = 0; i < kBlock; i += kStreams * kLanes) {
+    vf v[kStreams];
+    for (int u = 0; u < kStreams; ++u) v[u] = load(x + i + u * kLanes);
+    nan = either(nan, either(unordered(v[0], v[1]), unordered(v[2], v[3])));
+    for (int u = 0; u < kStreams; ++u) m[u] = max(m[u], v[u]);
   }
-  nan = either(nan, bad);
-  return reduce_max(max(m0, m1));
+  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
 // The streaming pass: the maximum of every block and of the row.
@@ -119,15 +122,16 @@ template <class T>
 Peak scan(const Row<T>& row, float* block_max) {
   float buffer[kBlock];
   Mask nan = from_bits(0);
-  float peak = -INFINITY;
-  for (int b = 0; b < row.blocks; ++b) {
-    const float m = is_clean(row, b) ? block_peak(row.logits + b * kBlock, nan)
-                                     : block_peak(block(row, b, buffer), nan);
-    block_max[b] = m;
-    peak = m > peak ? m : peak;
+  const int untouched = row.mask || row.edits ? 0 : row.vocab / kBlock;
+  for (int b = 0; b < untouched; ++b) block_max[b] = block_peak(row.logits + b * kBlock, nan);
+  for (int b = untouched; b < row.blocks; ++b) {
+    block_max[b] = is_clean(row, b) ? block_peak(row.logits + b * kBlock, nan)
+                                    : block_peak(block(row, b, buffer), nan);
   }
   for (int i = 0; i < kPad; ++i) block_max[row.blocks + i] = -INFINITY;
-  return Peak{peak, any(nan)};
+  vf peak = splat(-INFINITY);
+  for (int b = 0; b < row.blocks; b += kLanes) peak = max(peak, load(block_max + b));
+  return Peak{reduce_max(peak), any(nan)};
 }
 
 FS_INLINE Status status_of(Peak peak) {
@@ -136,7 +140,8 @@ FS_INLINE Status status_of(Peak peak) {
   return peak.max == -INFINITY ? kNothingLeft : kValid;
 }
 
-// Calls f(id, kind, bias) for every edit within the vocabulary, in the order in which a block needs them.
+// Calls f(id, kind, bias) for every edit within the vocabulary, in the order in which a block needs
+// them.
 template <class F>
 FS_INLINE void each_edit(const Batch& batch, int64_t r, const RowParams& params, F f) {
   const Rows& rows = batch.rows;

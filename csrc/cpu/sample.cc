@@ -1,4 +1,5 @@
-// The pipeline for one row, from logits to token. Compiled once per ISA; exports nothing but that ISA's Kernel.
+// The pipeline for one row, from logits to token. Compiled once per ISA; exports nothing but that
+// ISA's Kernel.
 #include "core/philox.h"
 #include "cpu/filters.h"
 #include "cpu/logprobs.h"
@@ -64,7 +65,8 @@ Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, 
 
 // Stage 8: block_mass holds running sums, block by block.
 template <class Domain>
-Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* running, uint64_t r) {
+Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* running,
+           uint64_t r) {
   int low = 0, high = blocks(d) - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -159,9 +161,11 @@ void sample_greedy(const Task<T>& t) {
   finish(t, list_of(t.ws.list_x, t.ws.list_id, 1), Found{argmax, 0});
 }
 
-// Stage 7's last filter and stage 8, on the row or on the list that holds all that can still be kept.
+// Stage 7's last filter and stage 8, on the row or on the list that holds all that can still be
+// kept.
 template <class T, class Domain>
-void filter_and_finish(const Task<T>& t, const Domain& d, Cutoff cut, bool top_p, const RowParams& p) {
+void filter_and_finish(const Task<T>& t, const Domain& d, Cutoff cut, bool top_p,
+                       const RowParams& p) {
   Found kept = {cut, 0};
   if (top_p) {
     Weigher base = t.weigher;
@@ -210,7 +214,8 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   }
   const bool greedy = is_greedy(p);
   const float temperature = greedy ? 1.0f : p.temperature;
-  const Weigher weigher = {peak.max, mass_scale(temperature), greedy ? 0 : min_p_threshold(p.min_p)};
+  const Weigher weigher = {peak.max, mass_scale(temperature),
+                           greedy ? 0 : min_p_threshold(p.min_p)};
   const Task<T> task = {batch, r, ws, {row, ws.block_max}, weigher, temperature};
   if (greedy) {
     sample_greedy(task);
@@ -235,6 +240,7 @@ Status sample_row(const Batch& batch, int64_t r, const Workspace& ws) {
 }  // namespace
 
 extern const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA);
-const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA) = {FASTSAMPLE_STRING(FASTSAMPLE_ISA), FASTSAMPLE_VECTOR_BYTES, sample_row};
+const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA) = {FASTSAMPLE_STRING(FASTSAMPLE_ISA),
+                                                  FASTSAMPLE_VECTOR_BYTES, sample_row};
 
 }  // namespace fastsample

@@ -1,4 +1,5 @@
-// Weighted selection: the value at which a running weight, from the highest value down, reaches a target.
+// Weighted selection: the value at which a running weight, from the highest value down, reaches a
+// target.
 #pragma once
 
 #include "core/filters.h"
@@ -7,7 +8,8 @@
 namespace fastsample {
 namespace {
 
-// What top-k and top-p weigh tokens by: one each, or their mass. A Sum holds at most kBlock of them.
+// What top-k and top-p weigh tokens by: one each, or their mass. A Sum holds at most kBlock of
+// them.
 struct Counting {
   uint64_t k;
 
@@ -40,15 +42,19 @@ struct Weighing {
   static constexpr bool kNeedsTotal = true;
 
   FS_MEMBER Of of(const Pack<kAbreast>& x) const { return weigh(weigher, x); }
-  FS_MEMBER void add(Sum& s, const Of& mass, const Mask (&where)[kAbreast]) const { add_where(s, where, mass); }
-  FS_MEMBER vf rough(const Of& m, int u) const { return to_float((vi)m.hi[u]) * 0x1p20f + to_float((vi)m.lo[u]); }
+  FS_MEMBER void add(Sum& s, const Of& mass, const Mask (&where)[kAbreast]) const {
+    add_where(s, where, mass);
+  }
+  FS_MEMBER vf rough(const Of& m, int u) const {
+    return to_float((vi)m.hi[u]) * 0x1p20f + to_float((vi)m.lo[u]);
+  }
   FS_MEMBER uint64_t total(const Sum& s) const { return fastsample::total(s); }
   FS_MEMBER uint64_t one(float x) const { return weigh(weigher, x); }
   FS_MEMBER uint64_t target(uint64_t total) const { return top_p_target(top_p, total); }
   FS_MEMBER double estimate_target(double total) const { return (double)top_p * total; }
   FS_MEMBER double share() const { return top_p; }
-  // A value that the boundary does not lie below: all tokens below it together weigh less than what top-p leaves out
-  // of `part`, the weight of some of the tokens.
+  // A value that the boundary does not lie below: all tokens below it together weigh less than what
+  // top-p leaves out of `part`, the weight of some of the tokens.
   FS_MEMBER float certain_low(double part, double tokens) const {
     const double mass = (1 - (double)top_p) * part / tokens;
     return mass > 1 ? nextafterf(lowest_x(weigher, (uint64_t)mass), -INFINITY) : lowest();
@@ -89,7 +95,8 @@ uint64_t weight_above(const Weight& weight, const Span& s, float pivot) {
   return sum;
 }
 
-// Sum of the squared weights of a span's values above (or not above) a pivot, roughly: for estimates only.
+// Sum of the squared weights of a span's values above (or not above) a pivot, roughly: for
+// estimates only.
 template <class Weight>
 void sum_squares(const Weight& weight, const Span& s, float pivot, double* above, double* below) {
   vf all = splat(0.0f), upper = splat(0.0f);
@@ -109,7 +116,8 @@ void sum_squares(const Weight& weight, const Span& s, float pivot, double* above
   }
 }
 
-// Copies the n values for which keep(x) holds to `to` (which may be x itself) and finds their range.
+// Copies the n values for which keep(x) holds to `to` (which may be x itself) and finds their
+// range.
 template <class Keep>
 FS_INLINE Span filter(const float* x, int n, float* to, Keep keep) {
   Span kept = {to, 0, 0, 0};
@@ -134,7 +142,8 @@ FS_INLINE Span copy(const float* x, int n, float* to) {
   return filter(x, n, to, [](vf v) { return gt(v, splat(-INFINITY)); });
 }
 
-// Order-preserving integers: -0.0 and +0.0 share key 0, and no key between two finite floats is a NaN.
+// Order-preserving integers: -0.0 and +0.0 share key 0, and no key between two finite floats is a
+// NaN.
 FS_INLINE int64_t key_of(float x) {
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -154,8 +163,9 @@ struct Boundary {
   uint64_t above;  // weight strictly above x: below the target
 };
 
-// The value at which `above` plus the weight of s, from its highest value down, reaches `target`, which it must.
-// Halving the range of keys bounds the rounds by 32 whatever the values are. Reorders s.
+// The value at which `above` plus the weight of s, from its highest value down, reaches `target`,
+// which it must. Halving the range of keys bounds the rounds by 32 whatever the values are.
+// Reorders s.
 template <class Weight>
 Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
   while (key_of(s.low) < key_of(s.high)) {

@@ -1,5 +1,6 @@
-// The whole SIMD vocabulary: GCC/Clang vector extensions, and an intrinsic where the extension has no word for it.
-// Everything is in an anonymous namespace: this header means something else in every ISA's translation unit.
+// The whole SIMD vocabulary: GCC/Clang vector extensions, and an intrinsic where the extension has
+// no word for it. Everything is in an anonymous namespace: this header means something else in
+// every ISA's translation unit.
 #pragma once
 
 #include <stdint.h>
@@ -78,7 +79,8 @@ FS_INLINE vf load(const Half* p) {
   return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
 #else
   const vu h = __builtin_convertvector(load_as<vh>(p), vu);
-  // Exponent and mantissa in place, rescaled by an exact product, which also makes subnormals normal.
+  // Exponent and mantissa in place, rescaled by an exact product, which also makes subnormals
+  // normal.
   const vf magnitude = (vf)((h & 0x7fff) << 13) * 0x1p112f;
   const vu special = (vu)((h & 0x7c00) == 0x7c00) & 0x7f800000;
   return (vf)((vu)magnitude | special | ((h & 0x8000) << 16));
