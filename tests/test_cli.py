@@ -28,7 +28,9 @@ from fastsample.params import specs
 from fastsample.rows import splitmix64
 
 PROMPT = "The future of AI is"
-COMMAND = [sys.executable, "-c", "from fastsample.cli import main; main()"]
+# A shell's background job ignores SIGINT, and so would its children; a terminal's command does not.
+TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+COMMAND = [sys.executable, "-c", TERMINAL + "from fastsample.cli import main; main()"]
 
 
 def run(*args: str) -> Any:
@@ -347,5 +349,5 @@ def test_control_c_ends_it_quietly() -> None:
         assert child.stderr is not None
         child.stdout.read(len("[1] " + PROMPT) + 5)
         child.send_signal(signal.SIGINT)
-        assert child.communicate()[1].strip() == ""
+        assert child.communicate(timeout=60)[1].strip() == ""
     assert child.returncode == 130
