@@ -401,7 +401,7 @@ def test_fields_per_sequence(table: TableModel) -> None:
     for row, start in enumerate((11, 40, 3)):
         fields = {name: values[row] for name, values in given.items()}
         assert got[row].tolist() == expected_tokens(table, start, row + 1, 10, **fields)
-    with pytest.raises(ValueError, match=r"params.*3"):
+    with pytest.raises(ValueError, match=r"temperature.*3"):
         drawn(table, padded_batch(), max_new_tokens=2, given={"temperature": [1.0, 2.0]})
 
 

@@ -38,10 +38,29 @@ FS_INLINE bool has_edits(const Row<T>& row, int b) {
   return row.edits && row.edit_start[b] != row.edit_start[b + 1];
 }
 
+// The words of a block's bitmask combined: all ones in `every` where all is allowed, 0 in `some`
+// where nothing is.
+struct MaskSummary {
+  uint32_t every, some;
+};
+
+template <class T>
+FS_INLINE MaskSummary summarise_mask(const Row<T>& row, int b) {
+  MaskSummary s = {~0u, 0};
+  if (!row.mask) return MaskSummary{~0u, ~0u};
+  const int64_t begin = (int64_t)b * (kBlock / 32);
+  for (int64_t i = begin; i < begin + kBlock / 32; ++i) {
+    const uint32_t word = i < row.mask_words ? (uint32_t)row.mask[i] : 0;
+    s.every &= word;
+    s.some |= word;
+  }
+  return s;
+}
+
 // Whether a block is a whole one that nothing changes.
 template <class T>
 FS_INLINE bool is_clean(const Row<T>& row, int b) {
-  return (b + 1) * kBlock <= row.vocab && !row.mask && !has_edits(row, b);
+  return (b + 1) * kBlock <= row.vocab && !has_edits(row, b) && summarise_mask(row, b).every == ~0u;
 }
 
 template <class T>
@@ -90,9 +109,12 @@ void apply_edits(const Row<T>& row, int b, float* x) {
 template <class T>
 const float* block(const Row<T>& row, int b, float* buffer) {
   if (sizeof(T) == sizeof(float) && is_clean(row, b)) return (const float*)row.logits + b * kBlock;
+  const MaskSummary mask = summarise_mask(row, b);
   const int begin = b * kBlock;
-  upcast(row, begin, row.vocab - begin < kBlock ? row.vocab - begin : kBlock, buffer);
-  if (row.mask) apply_bitmask(row, b, buffer);
+  const int n = row.vocab - begin < kBlock ? row.vocab - begin : kBlock;
+  upcast(row, begin, mask.some ? n : 0,
+         buffer);  // a block that the grammar rules out is not even read
+  if (mask.some && mask.every != ~0u) apply_bitmask(row, b, buffer);
   if (has_edits(row, b)) apply_edits(row, b, buffer);
   return buffer;
 }
