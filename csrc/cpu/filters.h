@@ -185,14 +185,14 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
     return rest < mean ? narrow(weight, copy(body.x, body.n, spare), 0, (uint64_t)rest + 1).x
                        : none;
   };
-  // Three standard deviations of the estimate, were the sample Poisson: what lies above the
-  // boundary counts against what lies below it as far as both move the target.
+  // Two and a half standard deviations of the estimate, were the sample Poisson: what lies above
+  // the boundary counts against what lies below it as far as both move the target.
   const double share = weight.share();
   const float guess = value_at(target, weight.lowest());
   double above, below;
   sum_squares(weight, body, guess, &above, &below);
   above += (double)weight.one(guess) * (double)weight.one(guess);
-  const double slack = 3 * each * sqrt((1 - share) * (1 - share) * above + share * share * below);
+  const double slack = 2.5 * each * sqrt((1 - share) * (1 - share) * above + share * share * below);
   const float high = value_at(target - slack, -FLT_MAX),
               low = value_at(target + slack, weight.lowest());
   return Bracket{low < high ? low : nextafterf(high, -INFINITY), high};
@@ -277,20 +277,17 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
   const Split s = split(weight, d, bracket, ws);
   const uint64_t target = weight.target(s.total);
   if (s.upper < target) {
-    const Span middle = copy(ws.values, s.middle.n, ws.spare);
-    const uint64_t reached = s.upper + weight_above(weight, middle, -INFINITY);
-    if (reached >= target) {
-      const Boundary edge = narrow(weight, middle, s.upper, target);
+    const Boundary edge = narrow(weight, copy(ws.values, s.middle.n, ws.spare), s.upper, target);
+    if (reached(weight, edge) >= target) {
       const uint64_t m = ties_needed(weight, edge, target);
       add_segments(weight, edge, m, blocks(d), ws);
       return Found{cut_at(d, edge.x, m, edge.equal), edge.above + m * weight.one(edge.x)};
     }
-    // Below the bracket. Everything there may still be too little for a count: then everything is
-    // kept.
+    // Below the bracket. All there is may still be too little for a count: then everything is kept.
     const Span rest = collect(d, weight.lowest(), nextafterf(bracket.low, INFINITY), ws.values);
-    if (reached + weight_above(weight, rest, -INFINITY) < target) return Found{kKeepAlive, 0};
-    const Boundary edge = narrow(weight, rest, reached, target);
-    return Found{cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal), 0};
+    const Boundary last = narrow(weight, rest, reached(weight, edge), target);
+    if (reached(weight, last) < target) return Found{kKeepAlive, 0};
+    return Found{cut_at(d, last.x, ties_needed(weight, last, target), last.equal), 0};
   }
   // Above the bracket, or at its upper end, where the ties may be many.
   const Span rest = collect(d, bracket.high, INFINITY, ws.values);

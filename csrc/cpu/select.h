@@ -163,9 +163,9 @@ struct Boundary {
   uint64_t above;  // weight strictly above x: below the target
 };
 
-// The value at which `above` plus the weight of s, from its highest value down, reaches `target`,
-// which it must. Halving the range of keys bounds the rounds by 32 whatever the values are.
-// Reorders s.
+// The value at which `above` plus the weight of s, from its highest value down, reaches `target`;
+// the lowest value where all of it does not. Halving the range of keys bounds the rounds by 32
+// whatever the values are. Reorders s.
 template <class Weight>
 Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
   while (key_of(s.low) < key_of(s.high)) {
@@ -179,6 +179,12 @@ Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
     }
   }
   return Boundary{s.high, s.n, above};
+}
+
+// The weight from the boundary up.
+template <class Weight>
+FS_INLINE uint64_t reached(const Weight& weight, const Boundary& edge) {
+  return edge.above + (edge.equal ? edge.equal * weight.one(edge.x) : 0);
 }
 
 // How many of the values equal to the boundary the target needs.

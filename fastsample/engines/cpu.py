@@ -61,13 +61,13 @@ class CpuEngine(Engine):
             vocab,
             _DTYPES[logits.dtype],
             out.status.data_ptr(),
-            _pointer(out.tokens),
-            _pointer(out.filtered),
-            _pointer(out.probabilities),
-            _pointer(out.logprobs),
-            _pointer(out.ranks),
-            _pointer(out.top_ids),
-            _pointer(out.top_logprobs),
+            0 if out.tokens is None else out.tokens.data_ptr(),
+            0 if out.filtered is None else out.filtered.data_ptr(),
+            0 if out.probabilities is None else out.probabilities.data_ptr(),
+            0 if out.logprobs is None else out.logprobs.data_ptr(),
+            0 if out.ranks is None else out.ranks.data_ptr(),
+            0 if out.top_ids is None else out.top_ids.data_ptr(),
+            0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
             out.num_samples,
             out.num_top,
             _MODES[out.mode],
@@ -90,10 +90,6 @@ def _native_rows(rows: Rows) -> Any:
         _token_ids(rows.prompt_ids),
         _token_ids(rows.output_ids),
     )
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _column(tensor: torch.Tensor) -> tuple[int, int]:
