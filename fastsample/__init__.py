@@ -2,9 +2,10 @@
 
 from importlib.metadata import version as _version
 
-from fastsample.api import SampleOutput, filter_logits, probabilities, sample
+from fastsample.api import filter_logits, probabilities, sample
 from fastsample.engines import engines
 from fastsample.params import SamplingParams
+from fastsample.request import SampleOutput
 from fastsample.sampler import Sampler
 from fastsample.threads import get_num_threads, set_num_threads
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from fastsample.api import OnInvalid, Request, SampleOutput, add_row_inputs, pack_params
+from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
 from fastsample.params import SamplingParams
+from fastsample.request import OnInvalid, Request, SampleOutput
 from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds
 
 
