@@ -215,6 +215,10 @@ Split split(const Weight& weight, const Domain& d, Bracket bracket, const Worksp
     ws.block_mass[b] = 0;
     if (!(upper_bound(d, b) > lowest)) continue;
     const float* x = values(d, b, buffer);
+    if (!(upper_bound(d, b) > bracket.low)) {
+      s.total += weigh_block(weight, x, [](vf, int) { return from_bits(kAllLanes); });
+      continue;
+    }
     typename Weight::Sum all, upper;
     for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
       const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
@@ -223,12 +227,10 @@ Split split(const Weight& weight, const Domain& d, Bracket bracket, const Worksp
       FS_EACH(kAbreast) every[u] = from_bits(kAllLanes);
       FS_EACH(kAbreast) high[u] = ge(p.v[u], splat(bracket.high));
       if (Weight::kNeedsTotal) weight.add(all, w, every);
-      weight.add(upper, w, high);
-      if (upper_bound(d, b) > bracket.low) {
-        FS_EACH(kAbreast) {
-          const Mask inside = but_not(gt(p.v[u], splat(bracket.low)), high[u]);
-          s.middle.n += compress_store(ws.values + s.middle.n, p.v[u], inside);
-        }
+      if (bracket.high < INFINITY) weight.add(upper, w, high);
+      FS_EACH(kAbreast) {
+        const Mask inside = but_not(gt(p.v[u], splat(bracket.low)), high[u]);
+        s.middle.n += compress_store(ws.values + s.middle.n, p.v[u], inside);
       }
     }
     if (Weight::kNeedsTotal) s.total += weight.total(all);
