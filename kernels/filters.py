@@ -72,6 +72,7 @@ def add_above(
     Mass counts only within the base set: tokens that the cutoff (base_key, base_id) keeps, of mass floor or more.
     """
     total = (tl.zeros([BLOCK // VEC], tl.int64 if WEIGHTED else tl.int32),) * DIGITS
+    one = tl.full([], 1, tl.int32)
     for chunk in range(begin, end):
         # What lies below every pivot adds nothing.
         if tl.load(chunk_max + chunk) >= low:
@@ -83,11 +84,11 @@ def add_above(
                 weight = tl.where(keeps(key, ids, base_key, base_id) & (weight >= floor), weight, 0)
             else:
                 weight = tl.full([BLOCK], 1, tl.int32)
+            # The VEC neighbours that one thread loads are added without leaving it.
+            key, weight = tl.reshape(key, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
             more = ()
             for j in tl.static_range(DIGITS):
-                here = tl.where(key >= low + (tl.full([], j, tl.int32) << shift), weight, 0)
-                # The VEC neighbours that one thread loads are added without leaving it.
-                more = more + (total[j] + tl.sum(tl.reshape(here, [BLOCK // VEC, VEC]), 1),)
+                more = more + (total[j] + tl.sum(tl.where(key >= low + j * (one << shift), weight, 0), 1),)
             total = more
     for j in tl.static_range(DIGITS):
         tl.atomic_add(sums + j, tl.sum(total[j]).to(tl.int64), sem="relaxed")

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .filters import INT_MAX, from_key, keeps, key_of
 from .mass import MASS_UNIT, mass_of, mass_scale
-from .process import NEG_INF, TEMPERATURE, load_float, load_x
+from .process import NEG_INF, TEMPERATURE, load_float, load_x, to_float32
 from .sample import CUT_ID, CUT_KEY, PEAK, TOTAL, load_int, peak_key, status_of
 
 NAN = tl.constexpr(float("nan"))
@@ -39,7 +39,7 @@ def sampled(
     row, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ws = workspace + row * ws_stride
     token = tl.load(tokens + row * num_samples + j)
-    value = tl.load(x + row * x_stride + tl.maximum(token, 0)).to(tl.float32)
+    value = to_float32(tl.load(x + row * x_stride + tl.maximum(token, 0)))
     temperature = load_float(records + row * record_stride, TEMPERATURE)
     good = (token >= 0) & sound(ws)
     own = tl.where(good, logprob(value, ws, temperature, RAW), NAN)
@@ -57,7 +57,7 @@ def rank(x, x_stride, tokens, ranks, num_samples, vocab, chunks, BLOCK: tl.const
     for j in range(num_samples):
         token = tl.load(tokens + row * num_samples + j)
         if token >= 0:
-            own = tl.load(x + token).to(tl.float32)
+            own = to_float32(tl.load(x + token))
             above = tl.full([], 0, tl.int64)
             for chunk in range(part, chunks, parts):
                 ids = chunk * BLOCK + tl.arange(0, BLOCK)

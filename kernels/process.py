@@ -32,7 +32,16 @@ def load_float(record, FIELD: tl.constexpr):
 @triton.jit
 def load_x(x, ids, vocab):
     """Logits of these ids as float32, -inf past the vocabulary."""
-    return tl.load(x + ids, mask=ids < vocab, other=NEG_INF).to(tl.float32)
+    return to_float32(tl.load(x + ids, mask=ids < vocab, other=NEG_INF))
+
+
+@triton.jit
+def to_float32(value):
+    if value.dtype == tl.bfloat16:
+        # By hand: Triton's interpreter takes denormal bfloat16 for 0.
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
 
 
 @triton.jit
