@@ -1,4 +1,4 @@
-"""Log-probabilities, ranks and top-n of the sampled tokens, from integer masses in float64 (stem of csrc/cpu/logprobs.h)."""
+"""Log-probabilities, ranks and top-n of the sampled tokens, from integer masses in float64 (csrc/cpu/logprobs.h)."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Stage 8: the counter RNG (Philox4x32-10, Salmon et al. 2011) and the draw's threshold (stem of csrc/core/philox.h)."""
+"""Stage 8: the counter RNG (Philox4x32-10, Salmon et al. 2011) and the draw's threshold (csrc/core/philox.h)."""
 
 import triton
 import triton.language as tl
@@ -27,9 +27,7 @@ def uniform60(seed, offset, index):
     """60 uniform bits, int64, for draw `index` of the sequence `seed` at position `offset` (int64 bits)."""
     c0, c1 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
     c2 = index.to(tl.uint32)
-    o0, o1, _, _ = philox4x32_10(
-        c0, c1, c2, tl.zeros_like(c2), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    )
+    o0, o1, _, _ = philox4x32_10(c0, c1, c2, tl.zeros_like(c2), seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
     return (o0.to(tl.int64) << 28) | (o1 >> 4).to(tl.int64)
 
 

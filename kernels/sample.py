@@ -1,9 +1,9 @@
 """The pipeline, logits to token, for one row split over many programs (stem of csrc/cpu/sample.cc).
 
-One kernel runs the phases below, in order; a row's programs meet at a barrier after each. Where it is launched
-cooperatively that barrier is in device memory, so the whole pipeline is a single launch. Where one program has the whole
-row it is a block barrier. And since programs share nothing but the workspace, a phase may also be a launch of its own:
-that is how Triton's interpreter, which runs programs one after another, runs split rows.
+One kernel runs the phases below, in order; a row's programs meet at a barrier after each. A cooperative launch has all
+of them on the device at once, so that barrier is in device memory and the whole pipeline is one launch. Where a single
+program has the row it is a block barrier. And since programs share nothing but the workspace, a phase may also be a
+launch of its own: that is how Triton's interpreter, which runs programs one after another, runs split rows.
 
     scan        penalties, the row's maximum and its id, each chunk's maximum
     k rounds    top-k's cutoff, four bits of its key each            } left out
@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from .filters import (
-    DIGITS,
     BITS,
+    DIGITS,
     INT_MAX,
     INT_MIN,
     JOINT,
@@ -61,12 +61,12 @@ from .process import (
 )
 
 # A row's workspace, in int64.
-K_LOW, K_ABOVE = tl.constexpr(0), tl.constexpr(8)  # [8] per round
-P_LOW, P_ABOVE = tl.constexpr(16), tl.constexpr(24)  # [8]
-P_TARGET, NTH, P_KEY = tl.constexpr(32), tl.constexpr(33), tl.constexpr(34)
-K_KEY, K_ID = tl.constexpr(35), tl.constexpr(36)  # top-k's cutoff
-CUT_KEY, CUT_ID = tl.constexpr(37), tl.constexpr(38)  # the stricter of both
-TOTAL, PEAK = tl.constexpr(39), tl.constexpr(40)
+K_LOW, K_ABOVE = tl.constexpr(0), tl.constexpr(9)  # [9], before each round and after the last
+P_LOW, P_ABOVE = tl.constexpr(18), tl.constexpr(27)  # [9]
+P_TARGET, NTH, P_KEY = tl.constexpr(36), tl.constexpr(37), tl.constexpr(38)
+K_KEY, K_ID = tl.constexpr(39), tl.constexpr(40)  # top-k's cutoff
+CUT_KEY, CUT_ID = tl.constexpr(41), tl.constexpr(42)  # the stricter of both
+TOTAL, PEAK = tl.constexpr(43), tl.constexpr(44)
 K_SUMS, P_SUMS = tl.constexpr(64), tl.constexpr(64 + 128)  # [8, DIGITS]
 PEAKS = tl.constexpr(64 + 256)  # [MAX_PARTS]
 MAX_PARTS = tl.constexpr(256)
@@ -77,8 +77,8 @@ CHUNK_SUM = tl.constexpr(64 + 256 + 256)  # [chunks], then the chunks' maxima [c
 def meet(sem, part, parts, SPLIT: tl.constexpr):
     """Barrier of a row's programs; what they wrote before it, they see after it.
 
-    The semaphore's sign flips when all have arrived, so it never needs to be cleared: each arrival adds 1, but the first
-    program adds what makes the sum 2^31. The programs must be on the device all at once (a cooperative launch).
+    The semaphore's sign flips when all have arrived, so it never needs to be cleared: each arrival adds 1, but the
+    first program adds what makes the sum 2^31. The programs must be on the device all at once (a cooperative launch).
     """
     tl.debug_barrier()
     if SPLIT:
@@ -280,9 +280,7 @@ def sample(
             shift = 32 - BITS * phase
             low, _, _ = settle(ws, phase - 1, top_k, part, K_LOW, K_ABOVE, K_SUMS)
             sums = ws + K_SUMS + (phase - 1) * DIGITS
-            add_above(
-                x, vocab, begin, end, chunk_max, low, shift, sums, 0, 0, floor, peak, scale, False, VEC, BLOCK
-            )
+            add_above(x, vocab, begin, end, chunk_max, low, shift, sums, 0, 0, floor, peak, scale, False, VEC, BLOCK)
             meet(sem, part, parts, SPLIT)
         elif uses_k & (phase == ROUNDS + 1):
             key, above, reached = settle(ws, ROUNDS, top_k, part, K_LOW, K_ABOVE, K_SUMS)

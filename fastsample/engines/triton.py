@@ -1,4 +1,4 @@
-"""The Triton engine: adapter to fastsample.kernels (kernels/), for GPUs of any vendor, no build. Launches, never waits."""
+"""The Triton engine: adapter to fastsample.kernels (kernels/), for GPUs of any vendor. It never waits for one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from fastsample.rows import Bias, Rows
 
 Tensor = torch.Tensor
 
-WARPS = 8
+THREADS = 256  # of a program
 PROGRAMS_PER_SM = 2  # that many fit at once, which the barrier relies on: tests/test_triton_compile.py checks it
+REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
 ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits: the leading bits that a key can have
 EDIT_PARTS = 8
 
@@ -80,9 +81,11 @@ class State:
 class TritonEngine:
     name = "triton"
 
-    def __init__(self, block: int | None = None, parts: int | None = None) -> None:
-        """`block` and `parts` override the tuning; results do not depend on it."""
-        self._block, self._parts = block, parts
+    def __init__(self) -> None:
+        # Overrides of the tuning, for tests; results do not depend on it.
+        self.block: int | None = None
+        self.parts: int | None = None
+        self.one_launch = not interpreted()  # interpreted programs run one after another: no barrier may wait
         self._memory: dict[tuple[torch.device, int, str], Tensor] = {}
 
     def why_not(self, logits: Tensor | None) -> str | None:
@@ -105,13 +108,16 @@ class TritonEngine:
             Call(self, logits, rows, out).run()
         return None if logits.device.type == "cuda" else int((out.status != 0).sum())
 
+    def advance(self, rows: Rows) -> None:
+        rows.offsets.add_(1)
+
     def layout(self, table: Table) -> Layout:
         """Enough programs per row to fill the device, no more than can run at once where a row has several."""
         batch, vocab = table.x.shape
         vec = 16 // table.x.element_size()
-        block = self._block or vec * 32 * WARPS
+        block = self.block or vec * THREADS
         chunks = -(-vocab // block)
-        parts = self._parts or PROGRAMS_PER_SM * multiprocessors(table.x.device) // max(batch, 1)
+        parts = self.parts or PROGRAMS_PER_SM * device_shape(table.x.device)[0] // max(batch, 1)
         limit = min(chunks, int(kernels("sample").MAX_PARTS))
         return Layout(block, vec, chunks, max(1, min(parts, limit)), table.rounds)
 
@@ -128,11 +134,20 @@ class TritonEngine:
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
-    """How many the device has; the interpreter runs programs one after another."""
+def device_shape(device: torch.device) -> tuple[int, int]:
+    """Number of multiprocessors, threads per warp; the interpreter runs programs one after another."""
     if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 1, 32
+    found = torch.cuda.get_device_properties(device)
+    return int(found.multi_processor_count), int(found.warp_size)
+
+
+def compile_options(warp_size: int, nvidia: bool) -> dict[str, Any]:
+    """How every kernel is compiled: each float operation rounded by itself, two programs to a multiprocessor."""
+    options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    if nvidia:
+        options["maxnreg"] = REGISTERS // (THREADS * PROGRAMS_PER_SM)
+    return options
 
 
 @cache
@@ -153,7 +168,7 @@ class Call:
         self.batch, self.vocab = logits.shape
         self.options: dict[str, Any] = {}
         if not interpreted():
-            self.options = {"num_warps": WARPS, "enable_fp_fusion": False}
+            self.options = compile_options(device_shape(logits.device)[1], nvidia=torch.version.hip is None)
 
     def run(self) -> None:
         if self.batch == 0:
@@ -222,9 +237,7 @@ class Call:
             **self.options,
         )
 
-    def sample(
-        self, name: str, table: Table, records: Tensor, status: Tensor, tokens: Tensor | None = None
-    ) -> State:
+    def sample(self, name: str, table: Table, records: Tensor, status: Tensor, tokens: Tensor | None = None) -> State:
         """Cutoffs, and tokens where wanted, in one launch; one per phase where the interpreter has split rows."""
         layout = self.engine.layout(table)
         size = self.batch * layout.record
@@ -233,7 +246,7 @@ class Call:
         split = layout.parts > 1
         options = self.options | ({"launch_cooperative_grid": True} if split and self.options else {})
         phases = [(0, layout.last)]
-        if split and not self.options:
+        if split and not self.engine.one_launch:
             phases = [(phase, phase + 1) for phase in range(layout.last)]
         seeds, offsets = self.rows.seeds, self.rows.offsets
         for first, last in phases:
@@ -249,7 +262,7 @@ class Call:
                 _stride(offsets),
                 status,
                 words if tokens is None else tokens,
-                0 if tokens is None else tokens.shape[1],
+                0 if tokens is None else self.out.num_samples,
                 words,
                 layout.record,
                 sems,
@@ -259,7 +272,7 @@ class Call:
                 last,
                 HAS_COUNTS=table.counts is not None,
                 ROUNDS=layout.rounds,
-                SPLIT=split and bool(self.options),
+                SPLIT=split and self.engine.one_launch,
                 CHUNKS=_power_of_two(layout.chunks),
                 VEC=layout.vec,
                 BLOCK=layout.block,
@@ -294,7 +307,7 @@ class Call:
             table = Table(self.logits, ROUNDS[self.logits.dtype])
             records = self.neutral(top_k=0)
             state = self.sample("raw", table, records, unused)
-        draws = tokens.shape[1]
+        draws = out.num_samples
         assert out.logprobs is not None
         assert out.ranks is not None
         kernels("logprobs").sampled[(self.batch, draws)](
@@ -321,7 +334,7 @@ class Call:
         top_logprobs: Tensor,
     ) -> None:
         """The first N of the rank order, by top-k's own cutoff."""
-        raw, n, draws = self.out.mode == "raw", top_ids.shape[1], tokens.shape[1]
+        raw, n, draws = self.out.mode == "raw", self.out.num_top, self.out.num_samples
         if not raw:
             # Min-p may leave gaps in the rank order, so what is kept is written out first.
             kept = self.engine.memory("kept", self.logits, self.batch * self.vocab, torch.float32)

@@ -1,0 +1,159 @@
+"""The Triton engine in Triton's interpreter, on CPU tensors, against the reference: equal to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cases import EXTRAS, MAKERS, PARAMS, Case
+from test_parity import LOGPROB_ULP, bits, ulps
+from triton_interpreter import Job, results
+
+import fastsample as fs
+from fastsample.engines import engine
+from fastsample.engines import triton as adapter
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+KINDS = ("f32", "bf16", "f16")
+PROCESSES = 2
+
+
+def _jobs() -> list[Job]:
+    """A slice of tests/cases.py that the interpreter gets through in a minute or two."""
+    jobs = []
+    sizes = (300, 257, 33, 513)
+    for p, params in enumerate(PARAMS):
+        extra = "ids" if "penalt" in params or params[:4] in ("repe", "freq", "pres") else None
+        maker = ("ties", "lm", "steps", "half_masked", "flat")[p % 5]
+        jobs.append(Job(Case(maker, params, sizes[p % 4], KINDS[p % 3], extra, 2 + 3 * ("rows" in params))))
+    for m, maker in enumerate(MAKERS):
+        params = ("all-hf-ties", "all-joint", "all-vllm", "k50-p.9")[m % 4]
+        jobs.append(Job(Case(maker, params, sizes[m % 4], KINDS[(m // 4) % 3], None, 2), parts=1 + 2 * (m % 2)))
+    for e, extra in enumerate(EXTRAS):
+        params = ("penalties", "all-joint-ties", "rows-penalties", "greedy")[e % 4]
+        jobs.append(Job(Case("ties", params, (300, 97)[e % 2], KINDS[e % 3], extra, 3), parts=1 + e % 2))
+    for vocab in (1, 2, 3, 255, 256, 511, 1025):
+        jobs.append(Job(Case("ties", "all-hf", vocab, KINDS[vocab % 3], None, 1)))
+    jobs += [Job(Case("flat", "plain", 100, "f32", None, 0)), Job(Case("lm", "p.9", 4099, "bf16", None, 1), parts=4)]
+    for params, extra in (("all-hf", None), ("all-joint-ties", "ids"), ("greedy", None), ("plain", "bias")):
+        jobs.append(Job(Case("ties", params, 700, "f32", extra, 2), parts=3, threads=True))
+    jobs.append(Job(Case("zeros", "all-vllm", 1100, "bf16", None, 1), parts=3, threads=True))
+    return jobs
+
+
+JOBS = _jobs()
+
+
+def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Results of these jobs from a process of their own."""
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    command = [sys.executable, str(HERE / "triton_interpreter.py"), str(folder / "jobs.json"), str(folder / "out.pt")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "out.pt")
+    return found
+
+
+@pytest.fixture(scope="session")
+def interpreted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Results of every job that this session asks for."""
+    calls = (item.callspec for item in request.session.items if hasattr(item, "callspec"))
+    jobs = [call.params["job"] for call in calls if isinstance(call.params.get("job"), Job)]
+    folder = tmp_path_factory.mktemp("interpreter")
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        parts = pool.map(lambda i: interpret(jobs[i::PROCESSES], folder / str(i)), range(PROCESSES))
+    return {name: found for part in parts for name, found in part.items()}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_equals_reference(job: Job, interpreted: dict[str, dict[str, torch.Tensor]]) -> None:
+    want, got = results(job.case, "reference"), interpreted[job.name]
+    assert want.keys() == got.keys()
+    for name in want:
+        assert (got[name].shape, got[name].dtype) == (want[name].shape, want[name].dtype), name
+        if name.endswith("logprobs"):
+            assert ulps(got[name], want[name]) <= LOGPROB_ULP, name
+        else:
+            differs = (bits(got[name]) != bits(want[name])).nonzero()
+            assert not len(differs), f"{name} at {differs[:4].tolist()}"
+
+
+def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:
+    cases = [job.case for job in JOBS]
+    assert {case.params for case in cases} == set(PARAMS)
+    assert {case.maker for case in cases} == set(MAKERS)
+    assert {case.extra for case in cases} == {None, *EXTRAS}
+    assert len({job.name for job in JOBS}) == len(JOBS)
+
+
+# Choosing the engine ------------------------------------------------------------------------------------------------
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, cwd=HERE
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_fastsample_and_sampling_on_a_cpu_does_not_import_triton() -> None:
+    code = """
+import sys, torch, fastsample as fs
+from fastsample.engines import engine
+engine("triton").why_not(torch.zeros(1, 9))
+fs.sample(torch.zeros(9)), fs.engines()
+print("triton" in sys.modules, any(name.startswith("fastsample.kernels") for name in sys.modules))
+"""
+    assert python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="") == "False False"
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set")
+def test_it_refuses_cpu_tensors_with_a_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot serve these logits: .*the logits are on cpu"):
+        fs.sample(torch.zeros(9), backend="triton")
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    assert engine("triton").why_not(None) == "triton is not installed"
+    assert engine("triton").why_not(torch.zeros(1, 9)) == "triton is not installed"
+
+
+def test_a_broken_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(stem: str) -> object:
+        raise ImportError("no libtriton")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(adapter, "kernels", broken)
+    monkeypatch.setattr(adapter, "_why_not_kernels", cache(adapter._why_not_kernels.__wrapped__))
+    assert engine("triton").why_not(torch.zeros(1, 9)) == "the kernels cannot be imported: no libtriton"
+
+
+def test_the_environment_forces_it() -> None:
+    code = "import torch, fastsample as fs; print(int(fs.sample(torch.arange(40.0) / 9, seed=7).tokens), fs.engines())"
+    want = int(fs.sample(torch.arange(40.0) / 9, seed=7, backend="reference").tokens)
+    token, engines = python(code, TRITON_INTERPRET="1", FASTSAMPLE_BACKEND="triton").split(" ", 1)
+    assert int(token) == want
+    assert "'triton': None" in engines
+
+
+def test_the_kernels_know_every_parameter() -> None:
+    from fastsample.params import specs
+
+    code = "from fastsample.kernels.process import FIELDS; print(*FIELDS)"
+    assert tuple(python(code).split()) == tuple(name for name, _ in specs())
