@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,82 @@ def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:
     assert {case.maker for case in cases} == set(MAKERS)
     assert {case.extra for case in cases} == {None, *EXTRAS}
     assert len({job.name for job in JOBS}) == len(JOBS)
+
+
+# Launches and memory ------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of a module of kernels: notes what would be launched, and the buffers it would be given."""
+
+    CHUNK_SUM, MAX_PARTS = 576, 256
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
+        self.pointers: list[set[int]] = []
+
+    def __getattr__(self, name: str) -> Kernel:
+        return Kernel(self, name)
+
+    def launch(self, name: str, grid: tuple[int, ...], *args: object, **options: object) -> None:
+        self.launches.append((name, grid, options))
+        self.pointers.append({a.data_ptr() for a in args if isinstance(a, torch.Tensor)})
+
+
+class Kernel:
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.recorder.launch, self.name, grid)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """An engine on a device of 132 multiprocessors, all of whose launches are noted and not run."""
+    recorder = Recorder()
+    fresh = adapter.TritonEngine()
+    monkeypatch.setattr(fresh, "why_not", lambda logits: None)
+    monkeypatch.setattr("fastsample.request.select", lambda backend, logits: fresh)
+    monkeypatch.setattr(adapter, "kernels", lambda stem: recorder)
+    monkeypatch.setattr(adapter, "device_shape", lambda device: (132, 32))
+    return recorder
+
+
+def test_one_launch_from_logits_to_token(recorded: Recorder) -> None:
+    fs.sample(torch.zeros(8, 128256), top_k=50, top_p=0.9, seed=1, on_invalid="flag")
+    ((name, grid, options),) = recorded.launches
+    assert (name, grid) == ("sample", (8, 33))
+    assert options["launch_cooperative_grid"]
+    assert options["SPLIT"]
+    assert not options["enable_fp_fusion"]
+
+
+def test_three_launches_with_everything(recorded: Recorder) -> None:
+    words = torch.zeros(8, 1000, dtype=torch.int32)
+    more = {"bitmask": words, "bias": {3: 1.0}, "prompt_ids": words.long(), "output_ids": words.long()}
+    fs.sample(torch.zeros(8, 32000), top_k=50, min_p=0.1, seed=1, on_invalid="flag", **more)
+    assert [name for name, _, _ in recorded.launches] == ["prepare", "edit", "sample"]
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(1, 126), (2, 126), (8, 33), (64, 4), (132, 2), (133, 1), (1000, 1)])
+def test_programs_per_row(batch: int, parts: int, recorded: Recorder) -> None:
+    """As many as fit the device at once, which the barrier needs; a lone program has no barrier to wait at."""
+    fs.sample(torch.zeros(1, 128256).expand(batch, -1), seed=1, on_invalid="flag")
+    ((_, grid, options),) = recorded.launches
+    assert grid == (batch, parts)
+    assert parts == 1 or batch * parts <= 264
+    assert options["SPLIT"] == (parts > 1) == options.get("launch_cooperative_grid", False)
+
+
+def test_a_sampler_given_out_allocates_nothing(recorded: Recorder) -> None:
+    sampler = fs.Sampler(batch_size=2, seed=1, on_invalid="flag", top_p=0.9)
+    logits = torch.zeros(2, 5000)
+    out = sampler(logits)
+    for _ in range(3):
+        sampler(logits, out=out)
+    assert recorded.pointers[1] == recorded.pointers[2] == recorded.pointers[3]
+    assert recorded.pointers[1] != recorded.pointers[0]  # from its second step on, it has a workspace to itself
 
 
 # Choosing the engine ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastsample.engines import Outputs
+from fastsample.engines import Engine, Outputs
 from fastsample.params import SamplingParams, specs
 from fastsample.rows import Bias, Rows
 
@@ -23,6 +23,7 @@ PROGRAMS_PER_SM = 2  # that many fit at once, which the barrier relies on: tests
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
 ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits: the leading bits that a key can have
 EDIT_PARTS = 8
+MIN_CHUNKS = 128  # fewer are not worth a compilation of their own
 
 
 def interpreted() -> bool:
@@ -78,7 +79,25 @@ class State:
     layout: Layout
 
 
-class TritonEngine:
+SEEN = object()  # in Rows.native: these rows were sampled once
+
+
+class Memory:
+    """Named buffers that grow and are kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """`numel` elements: zero when new, then as the last call left them."""
+        found = self._buffers.get(name)
+        if found is None or found.numel() < numel:
+            found = self._buffers[name] = torch.zeros(numel, dtype=dtype, device=self._device)
+        return found[:numel]
+
+
+class TritonEngine(Engine):
     name = "triton"
 
     def __init__(self) -> None:
@@ -86,7 +105,7 @@ class TritonEngine:
         self.block: int | None = None
         self.parts: int | None = None
         self.one_launch = not interpreted()  # interpreted programs run one after another: no barrier may wait
-        self._memory: dict[tuple[torch.device, int, str], Tensor] = {}
+        self._memory: dict[tuple[torch.device, int], Memory] = {}
 
     def why_not(self, logits: Tensor | None) -> str | None:
         if find_spec("triton") is None:
@@ -108,9 +127,6 @@ class TritonEngine:
             Call(self, logits, rows, out).run()
         return None if logits.device.type == "cuda" else int((out.status != 0).sum())
 
-    def advance(self, rows: Rows) -> None:
-        rows.offsets.add_(1)
-
     def layout(self, table: Table) -> Layout:
         """Enough programs per row to fill the device, no more than can run at once where a row has several."""
         batch, vocab = table.x.shape
@@ -121,16 +137,23 @@ class TritonEngine:
         limit = min(chunks, int(kernels("sample").MAX_PARTS))
         return Layout(block, vec, chunks, max(1, min(parts, limit)), table.rounds)
 
-    def memory(self, name: str, like: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer of at least `numel` elements that this stream has to itself, zero when new."""
-        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.zeros(numel, dtype=dtype, device=like.device)  # the graph's own: replays may overlap us
-        stream = torch.cuda.current_stream().cuda_stream if like.device.type == "cuda" else 0
-        key = (like.device, stream, name)
-        found = self._memory.get(key)
-        if found is None or found.numel() < numel:
-            found = self._memory[key] = torch.zeros(numel, dtype=dtype, device=like.device)
-        return found[:numel]
+    def memory(self, logits: Tensor, rows: Rows) -> Memory:
+        """Workspace that nothing else can be using while this call's launches run.
+
+        A stream's calls run one after another and share one. Rows that come back (a Sampler's) get their own, since a
+        graph that was captured with it may be replayed on another stream. A capture that cannot have that allocates.
+        """
+        on_gpu = logits.device.type == "cuda"
+        if isinstance(rows.native, Memory):
+            return rows.native
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            return Memory(logits.device)
+        if rows.native is SEEN:
+            rows.native = own = Memory(logits.device)
+            return own
+        rows.native = SEEN
+        stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+        return self._memory.setdefault((logits.device, stream), Memory(logits.device))
 
 
 @cache
@@ -166,6 +189,7 @@ class Call:
     def __init__(self, engine: TritonEngine, logits: Tensor, rows: Rows, out: Outputs) -> None:
         self.engine, self.logits, self.rows, self.out = engine, logits, rows, out
         self.batch, self.vocab = logits.shape
+        self.memory = engine.memory(logits, rows)
         self.options: dict[str, Any] = {}
         if not interpreted():
             self.options = compile_options(device_shape(logits.device)[1], nvidia=torch.version.hip is None)
@@ -190,10 +214,10 @@ class Call:
             return Table(logits, rounds)
         counted = rows.prompt_ids is not None or rows.output_ids is not None
         width = -(-self.vocab // 16) * 16
-        x = self.engine.memory("x", logits, self.batch * width, torch.float32).view(self.batch, width)
+        x = self.memory("x", self.batch * width, torch.float32).view(self.batch, width)
         counts = x  # a pointer that no kernel follows
         if counted:
-            counts = self.engine.memory("counts", logits, self.batch * width, torch.int32).view(self.batch, width)
+            counts = self.memory("counts", self.batch * width, torch.int32).view(self.batch, width)
         if counted or rows.bias is not None:
             rounds = ROUNDS[torch.float32]
         table = Table(x[:, : self.vocab], rounds, counts if counted else None)
@@ -241,8 +265,8 @@ class Call:
         """Cutoffs, and tokens where wanted, in one launch; one per phase where the interpreter has split rows."""
         layout = self.engine.layout(table)
         size = self.batch * layout.record
-        words = self.engine.memory(name, self.logits, size, torch.int64)
-        sems = self.engine.memory("sems", self.logits, self.batch, torch.int32)
+        words = self.memory(name, size, torch.int64)
+        sems = self.memory("sems", self.batch, torch.int32)
         split = layout.parts > 1
         options = self.options | ({"launch_cooperative_grid": True} if split and self.options else {})
         phases = [(0, layout.last)]
@@ -273,7 +297,7 @@ class Call:
                 HAS_COUNTS=table.counts is not None,
                 ROUNDS=layout.rounds,
                 SPLIT=split and self.engine.one_launch,
-                CHUNKS=_power_of_two(layout.chunks),
+                CHUNKS=max(MIN_CHUNKS, _power_of_two(layout.chunks)),
                 VEC=layout.vec,
                 BLOCK=layout.block,
                 **options,
@@ -300,8 +324,8 @@ class Call:
 
     def logprobs(self, table: Table, state: State, tokens: Tensor) -> None:
         out, raw = self.out, self.out.mode == "raw"
-        unused = self.engine.memory("unused", self.logits, self.batch, torch.int32)
-        listed = self.engine.memory("listed", self.logits, self.batch, torch.int32)
+        unused = self.memory("unused", self.batch, torch.int32)
+        listed = self.memory("listed", self.batch, torch.int32)
         records = self.rows.records
         if raw:
             table = Table(self.logits, ROUNDS[self.logits.dtype])
@@ -337,7 +361,7 @@ class Call:
         raw, n, draws = self.out.mode == "raw", self.out.num_top, self.out.num_samples
         if not raw:
             # Min-p may leave gaps in the rank order, so what is kept is written out first.
-            kept = self.engine.memory("kept", self.logits, self.batch * self.vocab, torch.float32)
+            kept = self.memory("kept", self.batch * self.vocab, torch.float32)
             kept = kept.view(self.batch, self.vocab)
             self.write("KEPT", table, state, kept)
             table = Table(kept, table.rounds)
@@ -345,7 +369,7 @@ class Call:
         layout = cuts.layout
         if layout.record != state.layout.record:
             state = replace(state, words=state.words[:, : layout.record].contiguous())
-        found = self.engine.memory("found", self.logits, self.batch * n, torch.int64)
+        found = self.memory("found", self.batch * n, torch.int64)
         kernels("logprobs").collect[(self.batch, layout.chunks)](
             table.x, table.stride, state.words, cuts.words, layout.record, tokens, draws, listed, found, n,
             self.vocab, BLOCK=layout.block, **self.options,
