@@ -220,7 +220,10 @@ def draw(
         tl.store(tokens + j, (chunk * BLOCK + tl.sum((running <= threshold).to(tl.int32))).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["num_samples", "first", "last", "chunks"])
+STRIDES = ["record_stride", "seed_stride", "offset_stride", "ws_stride"]
+
+
+@triton.jit(do_not_specialize=["num_samples", "first", "last", "chunks", *STRIDES])
 def sample(
     x,  # [B, V] logits, or float32 [B, x_stride] made by `prepare`
     x_stride,

@@ -167,7 +167,7 @@ def test_at_most_three_kernels_from_logits_to_token() -> None:
 
 def test_auto_takes_a_gpu_engine() -> None:
     logits = torch.randn(2, 1000, device="cuda")
-    assert [name for name, why in fs.engines().items() if why is None][0] in ("cuda", "triton")
+    assert next(name for name, why in fs.engines().items() if why is None) in ("cuda", "triton")
     assert fs.sample(logits, seed=1).tokens.device == logits.device
 
 

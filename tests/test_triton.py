@@ -46,6 +46,8 @@ def _jobs() -> list[Job]:
     for vocab in (1, 2, 3, 255, 256, 511, 1025):
         jobs.append(Job(Case("ties", "all-hf", vocab, KINDS[vocab % 3], None, 1)))
     jobs += [Job(Case("flat", "plain", 100, "f32", None, 0)), Job(Case("lm", "p.9", 4099, "bf16", None, 1), parts=4)]
+    large = (("equal", "p.9", 2**20, "f32"), ("ties", "all-joint", 2**20, "bf16"), ("lm", "k50-p.9", 128256, "f32"))
+    jobs += [Job(Case(m, p, vocab, dtype, None, 1), 1 + i, block=2**16) for i, (m, p, vocab, dtype) in enumerate(large)]
     for params, extra in (("all-hf", None), ("all-joint-ties", "ids"), ("greedy", None), ("plain", "bias")):
         jobs.append(Job(Case("ties", params, 700, "f32", extra, 2), parts=3, threads=True))
     jobs.append(Job(Case("zeros", "all-vllm", 1100, "bf16", None, 1), parts=3, threads=True))

@@ -17,8 +17,6 @@ from cases import Case
 
 import fastsample as fs
 
-BLOCK = 256  # small, so that small rows have several chunks
-
 
 @dataclass(frozen=True)
 class Job:
@@ -26,6 +24,7 @@ class Job:
 
     case: Case
     parts: int = 1  # programs per row
+    block: int = 256  # tokens per chunk: few, so that small rows have several
     threads: bool = False  # the one launch that a GPU gets, barriers included, each program in a thread
 
     @property
@@ -117,7 +116,7 @@ def main() -> None:
         if job.threads and not engine.ENGINE.one_launch:
             engine.ENGINE.one_launch = True
             run_programs_in_threads()
-        engine.ENGINE.block, engine.ENGINE.parts = BLOCK, job.parts
+        engine.ENGINE.block, engine.ENGINE.parts = job.block, job.parts
         found[job.name] = results(job.case, "triton")
     torch.save(found, sys.argv[2])
 
