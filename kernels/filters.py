@@ -56,6 +56,16 @@ def min_p_threshold(min_p):
 
 
 @triton.jit
+def may_reach(heaviest, floor):
+    """Whether a chunk may hold a token of mass `floor`, given the mass of its highest logit.
+
+    Another token of the chunk may be heavier by the unit in the last place by which mass is not monotone; what is
+    allowed for here is 8 of them.
+    """
+    return heaviest + (heaviest >> 20) + 1 >= floor
+
+
+@triton.jit
 def top_p_target(top_p, total):
     """The mass that top-p's prefix must reach: max(1, floor(trunc(p * 2^30) * total / 2^30))."""
     p30 = (top_p * 1073741824.0).to(tl.int64)
@@ -73,9 +83,10 @@ def add_above(
     """
     total = (tl.zeros([BLOCK // VEC], tl.int64 if WEIGHTED else tl.int32),) * DIGITS
     one = tl.full([], 1, tl.int32)
+    lowest = tl.maximum(low, base_key)
     for chunk in range(begin, end):
-        # What lies below every pivot adds nothing.
-        if tl.load(chunk_max + chunk) >= low:
+        # What lies below every pivot, or below the base set, adds nothing.
+        if tl.load(chunk_max + chunk) >= lowest:
             ids = chunk * BLOCK + tl.arange(0, BLOCK)
             value = load_x(x, ids, vocab)
             key = key_of(value)

@@ -38,6 +38,7 @@ from .filters import (
     from_key,
     keeps,
     key_of,
+    may_reach,
     min_p_threshold,
     nth_equal,
     stricter,
@@ -283,7 +284,9 @@ def sample(
             shift = 32 - BITS * phase
             low, _, _ = settle(ws, phase - 1, top_k, part, K_LOW, K_ABOVE, K_SUMS)
             sums = ws + K_SUMS + (phase - 1) * DIGITS
-            add_above(x, vocab, begin, end, chunk_max, low, shift, sums, 0, 0, floor, peak, scale, False, VEC, BLOCK)
+            add_above(
+                x, vocab, begin, end, chunk_max, low, shift, sums, INT_MIN, 0, floor, peak, scale, False, VEC, BLOCK
+            )
             meet(sem, part, parts, SPLIT)
         elif uses_k & (phase == ROUNDS + 1):
             key, above, reached = settle(ws, ROUNDS, top_k, part, K_LOW, K_ABOVE, K_SUMS)
@@ -338,7 +341,8 @@ def sample(
             cut_key, cut_id = final_cut(ws, best, greedy)
             for chunk in range(begin, end):
                 mass = tl.full([], 0, tl.int64)
-                if tl.load(chunk_max + chunk) >= cut_key:
+                key = tl.load(chunk_max + chunk).to(tl.int32)
+                if (key >= cut_key) & may_reach(mass_of(from_key(key), peak, scale), floor):
                     ids = chunk * BLOCK + tl.arange(0, BLOCK)
                     mass = tl.sum(kept_mass(x, vocab, ids, cut_key, cut_id, floor, peak, scale))
                 tl.store(chunk_sum + chunk, mass)

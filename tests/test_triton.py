@@ -223,6 +223,14 @@ def test_a_broken_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine("triton").why_not(torch.zeros(1, 9)) == "the kernels cannot be imported: no libtriton"
 
 
+def test_an_old_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    monkeypatch.setattr(adapter, "_why_not_kernels", cache(adapter._why_not_kernels.__wrapped__))
+    reason = "Triton 3.5.1 is too old: before 3.7 its divisions flush denormals to 0"
+    assert engine("triton").why_not(torch.zeros(1, 9)) == reason
+
+
 def test_the_environment_forces_it() -> None:
     code = "import torch, fastsample as fs; print(int(fs.sample(torch.arange(40.0) / 9, seed=7).tokens), fs.engines())"
     want = int(fs.sample(torch.arange(40.0) / 9, seed=7, backend="reference").tokens)

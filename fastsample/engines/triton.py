@@ -23,6 +23,7 @@ PROGRAMS_PER_SM = 2  # that many fit at once, which the barrier relies on: tests
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
 ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits: the leading bits that a key can have
 EDIT_PARTS = 8
+OLDEST = (3, 7)  # version of Triton
 MIN_CHUNKS = 128  # fewer are not worth a compilation of their own
 
 
@@ -176,6 +177,9 @@ def compile_options(warp_size: int, nvidia: bool) -> dict[str, Any]:
 @cache
 def _why_not_kernels() -> str | None:
     try:
+        found = import_module("triton").__version__
+        if tuple(map(int, found.split(".")[:2])) < OLDEST:
+            return f"Triton {found} is too old: before {'.'.join(map(str, OLDEST))} its divisions flush denormals to 0"
         fields = kernels("process").FIELDS
     except ImportError as error:
         return f"the kernels cannot be imported: {error}"
