@@ -31,10 +31,9 @@ def test_every_stem_is_a_module_of_the_package(stem: str) -> None:
     assert Path(spec.origin).read_text() == (ROOT / "kernels" / f"{stem}.py").read_text()
 
 
-def test_it_is_found_from_anywhere(tmp_path: Path) -> None:
+def test_it_is_found_from_outside_the_tree(tmp_path: Path) -> None:
     code = "import importlib.util as u; print(u.find_spec('fastsample.kernels.mass').origin)"
-    for cwd in (ROOT, tmp_path):
-        assert python(code, cwd)[0].endswith(("kernels/mass.py", "kernels\\mass.py"))
+    assert Path(python(code, tmp_path)[0]).parts[-2:] == ("kernels", "mass.py")
 
 
 def test_a_package_called_kernels_wins_from_the_root(tmp_path: Path) -> None:
