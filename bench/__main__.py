@@ -31,5 +31,19 @@ def cpu(
     run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out)
 
 
+@app.command()
+def gpu(
+    minutes: Annotated[float, typer.Option(help="What does not fit is left out, and said to be.")] = 8.0,
+    tests: Annotated[bool, typer.Option(help="Run the gpu tests first.")] = True,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8, 64 and 256]")] = None,
+    vocab: Annotated[list[int] | None, typer.Option(help="[default: 32000, 128256 and 262144]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+) -> None:
+    """On a GPU: the gpu tests, then every mode against torch's own operations and FlashInfer."""
+    from bench.gpu import BATCHES, VOCABS, run
+
+    run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m bench")

@@ -62,8 +62,8 @@ def prepare(mode: Mode, logits: torch.Tensor, backend: str = "auto") -> Callable
     extras: dict[str, Any] = {}
     if mode.extras:
         g = torch.Generator().manual_seed(3)
-        ids = torch.randint(vocab, (rows, 500), generator=g)
+        ids = torch.randint(vocab, (rows, 500), generator=g).to(logits.device)
         extras = {"prompt_ids": ids[:, :250], "output_ids": ids[:, 250:]}
-        extras["bitmask"] = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32)
+        extras["bitmask"] = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32, device=logits.device)
     out = sampler(logits, **extras)
     return lambda: sampler(logits, out=out, **extras)

@@ -54,7 +54,7 @@ class Engine(Protocol):
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Engine names, fastest first where several can serve; each is the module of that name."""
 
-_ABSENT = frozenset({"cuda", "triton"})
+_ABSENT = frozenset({"cuda"})
 
 
 class Absent(Engine):

@@ -1,0 +1,201 @@
+"""GPU engines against torch's own operations and FlashInfer: `python -m bench gpu`.
+
+First the `gpu` tests, since a fast wrong token is worth nothing. Then each mode, captured in a CUDA graph of several
+calls and timed with events: on inputs that take turns and together exceed the L2 cache (cold), and on one input (hot).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastsample as fs
+from bench import peers
+from bench.modes import MODES, Mode, make_logits, prepare
+from fastsample.engines import engine
+
+ROOT = Path(__file__).parents[1]
+BATCHES, VOCABS, DTYPES = (1, 8, 64, 256), (32000, 128256, 262144), ("float32", "bfloat16")
+NAMES = ("greedy", "k50 p.95", "p.95", "min_p", "T", "everything")
+REPLAYS = 5
+BANDWIDTH = 3.35e12  # bytes per second that an H100 SXM reads; only for the column of floors
+
+
+@dataclass
+class Budget:
+    """Seconds since the start, and how many there are."""
+
+    seconds: float
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.perf_counter() - self.start)
+
+
+def run_tests(budget: Budget, console: Console) -> dict[str, Any]:
+    """The gpu tests in a process of their own: (passed, last line)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, budget.left / 2))
+        passed, text = done.returncode == 0, done.stdout
+    except subprocess.TimeoutExpired as error:
+        passed, text = False, f"{error.stdout or ''}\nout of time"
+    console.print(text if not passed else text.strip().splitlines()[-1], markup=False)
+    return {"passed": passed, "summary": text.strip().splitlines()[-1] if text.strip() else ""}
+
+
+def l2_bytes() -> int:
+    return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 * 2**20))
+
+
+def turns(row_bytes: int) -> int:
+    """How many inputs it takes to exceed twice the L2 cache; at least 2, at most 64."""
+    return min(64, max(2, math.ceil(2 * l2_bytes() / row_bytes)))
+
+
+def timed(calls: list[Callable[[], Any]]) -> tuple[float, bool]:
+    """Microseconds per call, the median of some replays, and whether a graph could be captured."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls * 2:  # kernels compiled, a Sampler's workspace its own
+            call()
+    torch.cuda.synchronize()
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    captured = True
+    replay: Callable[[], Any] = all_of_them
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            all_of_them()
+        replay = graph.replay
+    except RuntimeError:
+        captured = False
+        torch.cuda.synchronize()
+    replay()
+    samples = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(samples)[REPLAYS // 2], captured
+
+
+def ours(backend: str) -> Callable[[Mode, torch.Tensor], Callable[[], Any]]:
+    return lambda mode, logits: prepare(mode, logits, backend)
+
+
+def contenders() -> dict[str, Callable[[Mode, torch.Tensor], Callable[[], Any] | None]]:
+    """Name -> what makes a step for a mode and logits, or None where it cannot serve that mode."""
+    found: dict[str, Any] = {}
+    probe = torch.zeros(1, 1, device="cuda")
+    for name in ("cuda", "triton"):
+        if engine(name).why_not(probe) is None:
+            found[f"fastsample {name}"] = ours(name)
+    return found | {"torch": peers.torch_step, **peers.flashinfer_steps()}
+
+
+def measure(mode: Mode, batch: int, vocab: int, dtype: str, budget: Budget) -> Iterator[dict[str, Any]]:
+    """One result per contender."""
+    first = make_logits("lm", batch, vocab, getattr(torch, dtype)).cuda()
+    inputs = [first] + [first.roll(97 * i, -1) for i in range(1, turns(first.nbytes))]
+    floor = first.nbytes / BANDWIDTH * 1e6
+    for name, make in contenders().items():
+        result = {
+            "mode": mode.name,
+            "rows": batch,
+            "vocab": vocab,
+            "dtype": dtype,
+            "name": name,
+            "h100_floor_us": floor,
+        }
+        if budget.left < 5:
+            yield result | {"skipped": "out of time"}
+            continue
+        try:
+            steps = [make(mode, logits) for logits in inputs]
+            if steps[0] is None:
+                continue
+            cold, captured = timed(steps)
+            hot, _ = timed([steps[0]] * len(steps))
+            yield result | {"cold_us": cold, "hot_us": hot, "graph": captured}
+        except Exception as error:  # a peer's failure is a result, and must not end the run
+            yield result | {"skipped": f"{type(error).__name__}: {error}"[:200]}
+    del inputs
+    torch.cuda.empty_cache()
+
+
+def machine() -> dict[str, Any]:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("torch", "triton", "flashinfer-python", "fastsample")
+    return {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(0),
+        "l2_bytes": l2_bytes(),
+        "cuda": torch.version.cuda,
+        **{name: installed(name) for name in packages},
+    }
+
+
+def table(results: list[dict[str, Any]], title: str) -> Table:
+    """A line per mode and shape, a column per contender: cold / hot microseconds."""
+    names = list(dict.fromkeys(r["name"] for r in results))
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    for r in results:
+        cell = "-" if "skipped" in r else f"{r['cold_us']:.1f} / {r['hot_us']:.1f}" + ("" if r["graph"] else " *")
+        lines.setdefault((r["mode"], r["rows"], r["vocab"], r["dtype"]), {})[r["name"]] = cell
+    found = Table("mode", "B", "V", "dtype", *names, title=title, caption="us cold / hot; * without a CUDA graph")
+    for key, cells in lines.items():
+        found.add_row(*map(str, key), *(cells.get(name, "") for name in names))
+    return found
+
+
+def run(minutes: float, tests: bool, batches: list[int], vocabs: list[int], out: Path | None) -> None:
+    """Test, measure, print, and write JSON to `out`."""
+    console = Console()
+    if not torch.cuda.is_available():
+        console.print("there is no GPU that torch can use: nothing to measure")
+        sys.exit(1)
+    budget = Budget(60 * minutes)
+    tested = run_tests(budget, console) if tests else {"passed": None, "summary": "not run"}
+    modes = [mode for name in NAMES for mode in MODES if mode.name == name]
+    results: list[dict[str, Any]] = []
+    for dtype in DTYPES:
+        for vocab in vocabs:
+            for batch in batches:
+                for mode in modes:
+                    results += measure(mode, batch, vocab, dtype, budget)
+    where = machine()
+    verdict = {True: "", None: " - NOT TESTED", False: " - TESTS FAILED: these times mean nothing"}[tested["passed"]]
+    console.print(table(results, f"{where['gpu']}, fastsample {fs.__version__}{verdict}"))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": where, "tests": tested, "results": results}, indent=1) + "\n")
+        console.print(f"written to {out}")
+    if tested["passed"] is False:
+        sys.exit(1)

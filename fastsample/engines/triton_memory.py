@@ -1,0 +1,78 @@
+"""What the Triton engine's launches share: how rows are cut up, tables of logits, workspaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@cache
+def kernels(stem: str) -> Any:
+    """The module fastsample.kernels.<stem>; imports triton."""
+    return import_module(f"fastsample.kernels.{stem}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are cut up: V = chunks * block at most, dealt out to `parts` programs per row."""
+
+    block: int
+    vec: int  # neighbours that one thread loads at once
+    chunks: int
+    parts: int
+    rounds: int
+
+    @property
+    def record(self) -> int:
+        """int64 words of workspace per row."""
+        return int(kernels("sample").CHUNK_SUM) + 2 * self.chunks
+
+    @property
+    def last(self) -> int:
+        """One past the last phase of kernels/sample.py."""
+        return 2 * self.rounds + 7
+
+
+@dataclass
+class Table:
+    """Rows that a kernel reads: the caller's logits or a copy that something was done to."""
+
+    x: Tensor  # [B, V]
+    rounds: int
+    counts: Tensor | None = None  # int32, same strides
+
+    @property
+    def stride(self) -> int:
+        return self.x.stride(0)
+
+
+@dataclass
+class State:
+    """The workspace of one pass over a table."""
+
+    words: Tensor  # int64 [B, record]
+    layout: Layout
+
+
+SEEN = object()  # in Rows.native: these rows were sampled once
+
+
+class Memory:
+    """Named buffers that grow and are kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """`numel` elements: zero when new, then as the last call left them."""
+        found = self._buffers.get(name)
+        if found is None or found.numel() < numel:
+            found = self._buffers[name] = torch.zeros(numel, dtype=dtype, device=self._device)
+        return found[:numel]

@@ -1,0 +1,108 @@
+"""Log-probabilities, ranks and top-n of the sampled tokens, from integer masses in float64 (csrc/cpu/logprobs.h)."""
+
+import triton
+import triton.language as tl
+
+from .filters import INT_MAX, from_key, keeps, key_of
+from .mass import MASS_UNIT, mass_of, mass_scale
+from .process import NEG_INF, TEMPERATURE, load_float, load_x, to_float32
+from .sample import CUT_ID, CUT_KEY, PEAK, TOTAL, load_int, peak_key, status_of
+
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def logprob(x, ws, temperature, RAW: tl.constexpr):
+    """Of tokens with logit x. `ws` belongs to the distribution: of the raw logits, or of the one drawn from."""
+    peak = from_key(peak_key(tl.load(ws + PEAK)))
+    total = tl.load(ws + TOTAL).to(tl.float64)
+    if RAW:
+        normaliser = tl.log(total / MASS_UNIT)
+        result = (x.to(tl.float64) - peak.to(tl.float64)) - normaliser
+    else:
+        result = tl.log(mass_of(x, peak, mass_scale(temperature)).to(tl.float64) / total)
+    return result.to(tl.float32)
+
+
+@triton.jit
+def sound(ws):
+    """Whether the row of this workspace is a distribution at all."""
+    return status_of(tl.load(ws + PEAK)) == 0
+
+
+@triton.jit
+def sampled(
+    x, x_stride, records, record_stride, workspace, ws_stride, tokens, logprobs, ranks, listed, num_samples,
+    RAW: tl.constexpr,
+):  # fmt: skip
+    """Log-probability of one draw; its rank and the row's list made ready. Grid: rows, draws."""
+    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    ws = workspace + row * ws_stride
+    token = tl.load(tokens + row * num_samples + j)
+    value = to_float32(tl.load(x + row * x_stride + tl.maximum(token, 0)))
+    temperature = load_float(records + row * record_stride, TEMPERATURE)
+    good = (token >= 0) & sound(ws)
+    own = tl.where(good, logprob(value, ws, temperature, RAW), NAN)
+    tl.store(logprobs + row * num_samples + j, own)
+    tl.store(ranks + row * num_samples + j, (token >= 0).to(tl.int64))
+    if j == 0:
+        tl.store(listed + row, tl.full([], 0, tl.int32))
+
+
+@triton.jit
+def rank(x, x_stride, tokens, ranks, num_samples, vocab, chunks, BLOCK: tl.constexpr):
+    """Add to each rank the tokens of this part that are strictly above. Grid: rows, parts."""
+    row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    x += row * x_stride
+    for j in range(num_samples):
+        token = tl.load(tokens + row * num_samples + j)
+        if token >= 0:
+            own = to_float32(tl.load(x + token))
+            above = tl.full([], 0, tl.int64)
+            for chunk in range(part, chunks, parts):
+                ids = chunk * BLOCK + tl.arange(0, BLOCK)
+                above += tl.sum((load_x(x, ids, vocab) > own).to(tl.int32))
+            tl.atomic_add(ranks + row * num_samples + j, above, sem="relaxed")
+
+
+@triton.jit
+def collect(
+    x, x_stride, workspace, cuts, ws_stride, tokens, num_samples, listed, found, num_top, vocab, BLOCK: tl.constexpr
+):
+    """Note the tokens of one chunk that the cutoff in `cuts` keeps, in any order. Grid: rows, chunks."""
+    row = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if sound(workspace + row * ws_stride) & (tl.load(tokens + row * num_samples) >= 0):
+        key = key_of(load_x(x + row * x_stride, ids, vocab))
+        ws = cuts + row * ws_stride
+        kept = keeps(key, ids, load_int(ws, CUT_KEY), load_int(ws, CUT_ID)).to(tl.int32)
+        if tl.max(kept) > 0:
+            at = tl.atomic_add(listed + row, tl.sum(kept), sem="relaxed") + tl.cumsum(kept, 0) - 1
+            packed = (key.to(tl.int64) << 32) | (INT_MAX - ids)
+            tl.store(found + row * num_top + at, packed, mask=kept > 0)
+
+
+@triton.jit
+def arrange(
+    records, record_stride, workspace, ws_stride, tokens, num_samples, listed, found, num_top, top_ids, top_logprobs,
+    RAW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Put noted tokens in rank order: a token's place is the number of those above it. Grid: rows, blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    ws = workspace + row * ws_stride
+    here = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(listed + row)
+    own = tl.load(found + row * num_top + here, mask=here < count, other=0)
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        there = start + tl.arange(0, BLOCK)
+        other = tl.load(found + row * num_top + there, mask=there < count, other=-(2**63))
+        place += tl.sum((other[None, :] > own[:, None]).to(tl.int32), 1)
+    there = here < count
+    place = tl.where(there, place, here)
+    value = logprob(from_key(peak_key(own)), ws, load_float(records + row * record_stride, TEMPERATURE), RAW)
+    good = sound(ws) & (tl.load(tokens + row * num_samples) >= 0)
+    value = tl.where(there, value, tl.where(good, NEG_INF, NAN))
+    token = tl.where(there, INT_MAX - (own & INT_MAX).to(tl.int32), -1)
+    tl.store(top_ids + row * num_top + place, token.to(tl.int64), mask=here < num_top)
+    tl.store(top_logprobs + row * num_top + place, value, mask=here < num_top)

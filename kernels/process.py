@@ -1,0 +1,146 @@
+"""Stages 0 to 3: bitmask, bias, penalties (stem of csrc/core/process.h).
+
+Rows that something is done to are copied to the workspace as float32: `prepare` upcasts, masks and clears the counts,
+`edit` scatters bias and token ids, and the scan of sample.py penalises each token as it first reads it.
+"""
+
+import triton
+import triton.language as tl
+
+# The packed record of one row, in the order of fastsample/params.py.
+FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "ties",
+    "order",
+)
+TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE, TIES, ORDER = map(tl.constexpr, range(9))
+NEG_INF = tl.constexpr(float("-inf"))
+IN_PROMPT = tl.constexpr(1 << 30)  # bit of a token's count word; the bits below count its occurrences in the output
+
+
+@triton.jit
+def load_float(record, FIELD: tl.constexpr):
+    return tl.load(record + FIELD).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_x(x, ids, vocab):
+    """Logits of these ids as float32, -inf past the vocabulary."""
+    return to_float32(tl.load(x + ids, mask=ids < vocab, other=NEG_INF))
+
+
+@triton.jit
+def to_float32(value):
+    if value.dtype == tl.bfloat16:
+        # By hand: Triton's interpreter takes denormal bfloat16 for 0.
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def allowed(words, num_words, ids):
+    """Whether each token's bit is 1; tokens past the last word are not allowed."""
+    word = ids >> 5
+    bits = tl.load(words + word, mask=word < num_words, other=0)
+    return ((bits >> (ids & 31)) & 1) != 0
+
+
+@triton.jit
+def penalise(x, count, repetition, frequency, presence):
+    """`count` holds the occurrences in the output, and IN_PROMPT where the prompt has the token."""
+    seen = count != 0
+    count = count & (IN_PROMPT - 1)
+    # As blocks: Triton's interpreter cannot broadcast a comparison of scalars.
+    zero = tl.zeros_like(x)
+    repetition, frequency, presence = zero + repetition, zero + frequency, zero + presence
+    repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
+    x = tl.where(seen & (repetition != 1.0), repeated, x)
+    x = tl.where((count > 0) & (frequency != 0.0), x - frequency * count.to(tl.float32), x)
+    return tl.where((count > 0) & (presence != 0.0), x - presence, x)
+
+
+@triton.jit(do_not_specialize=["mask_words"])
+def prepare(
+    logits,
+    stride,
+    mask,
+    mask_stride,
+    mask_words,
+    x,  # float32 [B, x_stride]
+    counts,  # int32 [B, x_stride]
+    x_stride,
+    vocab,
+    HAS_MASK: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stages 0 and 1 of one chunk of a row, and its counts cleared. Grid: rows, chunks."""
+    row = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < vocab
+    value = load_x(logits + row * stride, ids, vocab)
+    if HAS_MASK:
+        value = tl.where(allowed(mask + row * mask_stride, mask_words, ids), value, NEG_INF)
+    tl.store(x + row * x_stride + ids, value, mask=inside)
+    if HAS_COUNTS:
+        tl.store(counts + row * x_stride + ids, tl.zeros([BLOCK], tl.int32), mask=inside)
+
+
+@triton.jit
+def count_ids(token_ids, length, counts, vocab, part, parts, PROMPT: tl.constexpr, BLOCK: tl.constexpr):
+    """Note every id of a row's list; ids outside the vocabulary are padding."""
+    for start in range(part * BLOCK, length, parts * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        token = tl.load(token_ids + at, mask=at < length, other=-1)
+        inside = (token >= 0) & (token < vocab)
+        if PROMPT:
+            tl.atomic_or(counts + token, tl.full([BLOCK], IN_PROMPT, tl.int32), mask=inside, sem="relaxed")
+        else:
+            tl.atomic_add(counts + token, tl.full([BLOCK], 1, tl.int32), mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["prompt_length", "output_length"])
+def edit(
+    x,
+    counts,
+    x_stride,
+    row_ptr,
+    bias_ids,
+    bias_values,
+    prompt,
+    prompt_stride,
+    prompt_length,
+    output,
+    output_stride,
+    output_length,
+    vocab,
+    HAS_BIAS: tl.constexpr,
+    HAS_PROMPT: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stage 2, and the counts that stage 3 needs. Grid: rows, parts."""
+    row = tl.program_id(0).to(tl.int64)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    x += row * x_stride
+    counts += row * x_stride
+    if HAS_BIAS:
+        # An id appears once per row, so no two lanes write the same token.
+        end = tl.load(row_ptr + row + 1)
+        for start in range(tl.load(row_ptr + row) + part * BLOCK, end, parts * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            token = tl.load(bias_ids + at, mask=at < end, other=0)
+            bias = tl.load(bias_values + at, mask=at < end, other=0.0)
+            value = tl.load(x + token, mask=at < end, other=0.0)
+            tl.store(x + token, value + bias, mask=at < end)
+    if HAS_OUTPUT:
+        count_ids(output + row * output_stride, output_length, counts, vocab, part, parts, False, BLOCK)
+    if HAS_PROMPT:
+        count_ids(prompt + row * prompt_stride, prompt_length, counts, vocab, part, parts, True, BLOCK)

@@ -1,0 +1,179 @@
+"""Engines on a real GPU against the reference on the CPU: the cases of every other engine, graphs, streams, waiting."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, LARGE, Case
+from test_parity import LOGPROB_ULP, bits, invalid_rows, ulps
+from triton_interpreter import results
+
+import fastsample as fs
+from fastsample.engines import engine
+
+AVAILABLE = torch.cuda.is_available()
+WHY = "there is no GPU that torch can use"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason=WHY)]
+STEPS = 5
+
+# Every third small case (the maker, parameter and dtype cycles are coprime to it) and all large ones.
+SLICE = [case for i, case in enumerate(CASES) if i % 3 == 0 or case.vocab in LARGE]
+
+
+def backends() -> list[str]:
+    """The GPU engines that can serve this GPU; Triton's must."""
+    if not AVAILABLE:
+        return ["triton"]
+    probe = torch.zeros(1, 1, device="cuda")
+    return ["triton"] + ["cuda"] * (engine("cuda").why_not(probe) is None)
+
+
+@pytest.fixture(params=backends())
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def to_gpu(value: Any) -> Any:
+    """On the GPU with the same strides and storage offset."""
+    if isinstance(value, tuple):
+        return tuple(map(to_gpu, value))
+    if not isinstance(value, torch.Tensor):
+        return value
+    base = value if value._base is None else value._base
+    return base.cuda().as_strided(value.size(), value.stride(), value.storage_offset())
+
+
+class OnGpu:
+    """A case whose tensors are on the GPU."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.vocab = case, case.vocab
+
+    def build(self) -> Any:
+        inputs = self.case.build()
+        moved = {name: to_gpu(value) for name, value in inputs.row_inputs.items()}
+        return type(inputs)(to_gpu(inputs.logits), inputs.params, moved, inputs.draw)
+
+
+expected = lru_cache(maxsize=2)(lambda case: results(case, "reference"))
+
+
+def check(want: dict[str, Any], got: dict[str, Any]) -> None:
+    for name, value in want.items():
+        mine = got[name].cpu()
+        if name.endswith("logprobs"):
+            assert ulps(mine, value) <= LOGPROB_ULP, name
+        else:
+            differs = (bits(mine) != bits(value)).nonzero()
+            assert not len(differs), f"{name} at {differs[:4].tolist()}"
+
+
+@pytest.mark.parametrize("case", SLICE, ids=lambda case: case.name)
+def test_engine_equals_reference(case: Case, backend: str) -> None:
+    check(expected(case), results(OnGpu(case), backend))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 100])
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_triton_however_rows_are_split(parts: int, one_launch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The barrier in device memory, and a launch per phase instead."""
+    adapter = engine("triton")
+    monkeypatch.setattr(adapter, "parts", parts)
+    monkeypatch.setattr(adapter, "one_launch", one_launch)
+    for params in ("all-hf-ties", "all-joint", "p.9"):
+        for dtype in ("f32", "bf16"):
+            case = Case("ties", params, 128256, dtype, None, 2)
+            check(results(case, "reference"), results(OnGpu(case), "triton"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [None, "raw", "processed"])
+def test_invalid_rows(mode: str | None, backend: str) -> None:
+    logits = invalid_rows()
+    kwargs = {"top_p": 0.9, "seed": 3, "on_invalid": "flag", "logprobs": mode, "top_logprobs": 4 if mode else 0}
+    want = fs.sample(logits, backend="reference", **kwargs)
+    got = fs.sample(logits.cuda(), backend=backend, **kwargs)
+    names = [name for name in fs.SampleOutput.__slots__ if getattr(want, name) is not None]
+    check({n: getattr(want, n) for n in names}, {n: getattr(got, n) for n in names})
+    with pytest.raises(ValueError, match="row 0 has a NaN logit"):
+        fs.sample(logits.cuda(), seed=3, backend=backend)
+
+
+def steps(logits: torch.Tensor, backend: str, count: int, **fields: Any) -> list[list[int]]:
+    sampler = fs.Sampler(batch_size=len(logits), seed=11, backend=backend, **fields)
+    return [sampler(logits).tokens.tolist() for _ in range(count)]
+
+
+def test_a_captured_step_is_replayed_at_the_next_offsets(backend: str) -> None:
+    """Offsets live on the device, so each replay draws the next step's tokens."""
+    logits = torch.randn(4, 50257, generator=torch.Generator().manual_seed(1))
+    want = steps(logits, "reference", 3 + STEPS, top_p=0.95, top_k=200)
+    sampler = fs.Sampler(batch_size=4, seed=11, backend=backend, on_invalid="flag", top_p=0.95, top_k=200)
+    static = logits.cuda()
+    out = sampler(static)
+    sampler(static, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler(static, out=out)
+    found = []
+    for _ in range(STEPS):
+        graph.replay()
+        found.append(out.tokens.tolist())
+    assert found == want[2 : 2 + STEPS]
+
+
+def test_a_step_neither_waits_nor_allocates(backend: str) -> None:
+    sampler = fs.Sampler(batch_size=8, seed=1, backend=backend, on_invalid="flag", temperature=0.8, top_p=0.9)
+    logits = torch.randn(8, 32000, device="cuda")
+    out = sampler(logits)
+    sampler(logits, out=out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(STEPS):
+            sampler(logits, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_streams_do_not_disturb_each_other(backend: str) -> None:
+    logits = torch.randn(16, 32000, generator=torch.Generator().manual_seed(2))
+    want = [fs.sample(logits, seed=i, top_p=0.9, backend="reference").tokens for i in range(8)]
+    on_gpu, streams = logits.cuda(), [torch.cuda.Stream() for _ in range(8)]
+    torch.cuda.synchronize()
+    got = []
+    for i, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            got.append(fs.sample(on_gpu, seed=i, top_p=0.9, backend=backend, on_invalid="flag").tokens)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(want, got, strict=True))
+
+
+def test_at_most_three_kernels_from_logits_to_token() -> None:
+    logits = torch.randn(8, 32000, device="cuda")
+    ids = torch.randint(32000, (8, 100), device="cuda")
+    sampler = fs.Sampler(batch_size=8, seed=1, backend="triton", on_invalid="flag", top_p=0.9, repetition_penalty=1.1)
+    out = sampler(logits, output_ids=ids)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sampler(logits, output_ids=ids, out=out)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.name in ("prepare", "edit", "sample")]
+    assert sorted(names) == ["edit", "prepare", "sample"]
+
+
+def test_auto_takes_a_gpu_engine() -> None:
+    logits = torch.randn(2, 1000, device="cuda")
+    assert next(name for name, why in fs.engines().items() if why is None) in ("cuda", "triton")
+    assert fs.sample(logits, seed=1).tokens.device == logits.device
+
+
+def test_a_row_alone_gets_the_token_it_gets_in_a_batch(backend: str) -> None:
+    logits = torch.randn(300, 5000, device="cuda")
+    seeds = torch.arange(300) * 7919
+    batch = fs.sample(logits, seed=seeds, top_p=0.9, backend=backend).tokens
+    alone = [int(fs.sample(logits[i], seed=seeds[i : i + 1], top_p=0.9, backend=backend).tokens) for i in (0, 7, 299)]
+    assert alone == batch[[0, 7, 299]].tolist()

@@ -1,0 +1,69 @@
+"""Every Triton kernel compiled for GPUs that are not here, and gates read from the binaries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+from triton_gates import KERNELS, TARGETS, Measures, instructions, measure, table
+
+FOUND: dict[tuple[str, str], Measures] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The table of what was compiled, on the terminal."""
+    yield
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and FOUND:
+        reporter.write_line("")
+        reporter.write_line(table(FOUND))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_gates(name: str, target: str) -> None:
+    FOUND[name, target] = found = measure(KERNELS[name], target)
+    assert found.broken(KERNELS[name], target) == [], found
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_fusion_breaks_a_gate(target: str) -> None:
+    kernel = KERNELS["write kept"]
+    found = measure(kernel, target, enable_fp_fusion=True)
+    assert found.fused >= 4, "the polynomial has five places to fuse"
+    assert found.broken(kernel, target) == ["fused multiply-adds"]
+
+
+def test_too_few_registers_break_a_gate() -> None:
+    kernel = KERNELS["sample f32"]
+    assert "spills" in measure(kernel, "sm_90", maxnreg=40).broken(kernel, "sm_90")
+
+
+def test_too_many_registers_break_a_gate() -> None:
+    kernel = KERNELS["sample f32"]
+    assert Measures(129, 0, 0, 9, 0, 0, 0).broken(kernel, "sm_90") == ["registers"]
+    assert Measures(128, 200 * 1024, 0, 9, 0, 0, 0).broken(kernel, "sm_90") == ["shared memory"]
+    assert Measures(128, 0, 0, 8, 0, 1, 1).broken(kernel, "sm_90") == [
+        "float64",
+        "approximations",
+        "16-byte row loads",
+    ]
+
+
+def test_multiply_adds_of_a_division_are_told_from_others() -> None:
+    sass = """
+        /*0010*/                   MUFU.RCP R4, R3 ;
+        /*0020*/                   FFMA R5, -R3, R4, 1 ;
+        /*0030*/                   FFMA R9, R8, R7, R6 ;
+        /*0040*/                   FFMA R4, R4, R5, R4 ;
+        /*0050*/                   FMUL R4, R4, R2 ;
+        /*0060*/                   FFMA R4, R4, R2, R1 ;
+    """
+    assert [division for opcode, division in instructions(sass) if opcode == "FFMA"] == [True, False, True, False]
