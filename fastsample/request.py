@@ -92,13 +92,13 @@ class Request:
 
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
         """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
-        wanted = None if out is None else self._checked_outputs(out, table.device)
-        if wanted is None or self.raises:
+        outputs = None if out is None else self._checked_outputs(out, table.device)
+        if out is None or outputs is None or self.raises:
             # A caller's buffers are filled only once every row is known to be valid.
             result = self._fresh(table.device)
             outputs = self._outputs(result)
         else:
-            result, outputs = out, wanted  # type: ignore[assignment]
+            result = out
         invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
             raise_if_invalid(result.status)
