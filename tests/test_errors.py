@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastsample as fs
+from fastsample.engines import engine
 from fastsample.params import Spec, specs
 
 B, V = 3, 50
@@ -435,9 +436,10 @@ def test_full_out(call: Callable[..., torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_named_engine_is_never_replaced(backend: str) -> None:
-    assert fs.engines()[backend] is not None
+    reason = engine(backend).why_not(logits())
+    assert reason is not None
     for call in (fs.sample, fs.filter_logits, fs.probabilities):
-        fails(RuntimeError, (backend, fs.engines()[backend]), lambda call=call: call(logits(), backend=backend))
+        fails(RuntimeError, (backend, reason), lambda call=call: call(logits(), backend=backend))
 
 
 def test_the_environment_names_an_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:

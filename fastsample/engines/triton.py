@@ -44,14 +44,13 @@ class TritonEngine(Engine):
         self._memory: dict[tuple[torch.device, int], Memory] = {}
 
     def why_not(self, logits: Tensor | None) -> str | None:
-        if find_spec("triton") is None:
+        if not _is_installed():
             return "triton is not installed"
-        if interpreted():
-            return _why_not_kernels()
-        if logits is not None and logits.device.type != "cuda":
-            return f"it serves tensors on a CUDA or HIP device, and the logits are on {logits.device}"
-        if logits is None and not torch.cuda.is_available():
-            return "there is no CUDA or HIP device"
+        if not interpreted():
+            if not _has_device():
+                return "there is no CUDA or HIP device"
+            if logits is not None and logits.device.type != "cuda":
+                return f"it serves tensors on a CUDA or HIP device, and the logits are on {logits.device}"
         return _why_not_kernels()
 
     @torch.no_grad()
@@ -90,6 +89,16 @@ class TritonEngine(Engine):
         rows.native = SEEN
         stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
         return self._memory.setdefault((logits.device, stream), Memory(logits.device))
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _has_device() -> bool:
+    return torch.cuda.is_available()
 
 
 @cache
