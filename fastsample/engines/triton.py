@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastsample.engines import Engine, Outputs
-from fastsample.engines.triton_memory import SEEN, Layout, Memory, State, Table, kernels
+from fastsample.engines.triton_memory import SEEN, SEMAPHORES, Layout, Memory, State, Table, kernels
 from fastsample.params import SamplingParams, specs
 from fastsample.rows import Bias, Rows
 
@@ -214,7 +214,7 @@ class Call:
         layout = self.engine.layout(table)
         size = self.batch * layout.record
         words = self.memory(name, size, torch.int64)
-        sems = self.memory("sems", self.batch, torch.int32)
+        sems = self.memory(SEMAPHORES, self.batch, torch.int32)
         split = layout.parts > 1
         options = self.options | ({"launch_cooperative_grid": True} if split and self.options else {})
         phases = [(0, layout.last)]
