@@ -6,6 +6,7 @@ calls and timed with events: on inputs that take turns and together exceed the L
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 BATCHES, VOCABS, DTYPES = (1, 8, 64, 256), (32000, 128256, 262144), ("float32", "bfloat16")
 NAMES = ("greedy", "k50 p.95", "p.95", "min_p", "T", "everything")
 REPLAYS = 5
+TEST_SHARE = 0.6  # of the time, at most
 BANDWIDTH = 3.35e12  # bytes per second that an H100 SXM reads; only for the column of floors
 
 
@@ -50,7 +52,9 @@ def run_tests(budget: Budget, console: Console) -> dict[str, Any]:
     """The gpu tests in a process of their own: (passed, last line)."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, budget.left / 2))
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, budget.left * TEST_SHARE)
+        )
         passed, text = done.returncode == 0, done.stdout
     except subprocess.TimeoutExpired as error:
         passed, text = False, f"{error.stdout or ''}\nout of time"
@@ -115,20 +119,20 @@ def contenders() -> dict[str, Callable[[Mode, torch.Tensor], Callable[[], Any] |
     return found | {"torch": peers.torch_step, **peers.flashinfer_steps()}
 
 
-def measure(mode: Mode, batch: int, vocab: int, dtype: str, budget: Budget) -> Iterator[dict[str, Any]]:
+def make_inputs(batch: int, vocab: int, dtype: str) -> list[torch.Tensor]:
+    """Logits [batch, vocab] that take turns: a few rows of a language model's, rolled by different numbers of ids."""
+    rows = make_logits("lm", min(batch, 8), vocab, getattr(torch, dtype)).cuda()
+    first = torch.cat([rows.roll(977 * i, -1) for i in range(-(-batch // len(rows)))])[:batch].contiguous()
+    return [first] + [first.roll(97 * i, -1) for i in range(1, turns(first.nbytes))]
+
+
+def measure(mode: Mode, inputs: list[torch.Tensor], budget: Budget) -> Iterator[dict[str, Any]]:
     """One result per contender."""
-    first = make_logits("lm", batch, vocab, getattr(torch, dtype)).cuda()
-    inputs = [first] + [first.roll(97 * i, -1) for i in range(1, turns(first.nbytes))]
-    floor = first.nbytes / BANDWIDTH * 1e6
+    rows, vocab = inputs[0].shape
+    dtype = str(inputs[0].dtype).removeprefix("torch.")
+    floor = inputs[0].nbytes / BANDWIDTH * 1e6
     for name, make in contenders().items():
-        result = {
-            "mode": mode.name,
-            "rows": batch,
-            "vocab": vocab,
-            "dtype": dtype,
-            "name": name,
-            "h100_floor_us": floor,
-        }
+        result = {"mode": mode.name, "rows": rows, "vocab": vocab, "dtype": dtype, "name": name, "floor_us": floor}
         if budget.left < 5:
             yield result | {"skipped": "out of time"}
             continue
@@ -141,7 +145,6 @@ def measure(mode: Mode, batch: int, vocab: int, dtype: str, budget: Budget) -> I
             yield result | {"cold_us": cold, "hot_us": hot, "graph": captured}
         except Exception as error:  # a peer's failure is a result, and must not end the run
             yield result | {"skipped": f"{type(error).__name__}: {error}"[:200]}
-    del inputs
     torch.cuda.empty_cache()
 
 
@@ -185,11 +188,10 @@ def run(minutes: float, tests: bool, batches: list[int], vocabs: list[int], out:
     tested = run_tests(budget, console) if tests else {"passed": None, "summary": "not run"}
     modes = [mode for name in NAMES for mode in MODES if mode.name == name]
     results: list[dict[str, Any]] = []
-    for dtype in DTYPES:
-        for vocab in vocabs:
-            for batch in batches:
-                for mode in modes:
-                    results += measure(mode, batch, vocab, dtype, budget)
+    for dtype, vocab, batch in itertools.product(DTYPES, vocabs, batches):
+        inputs = make_inputs(batch, vocab, dtype)
+        for mode in modes:
+            results += measure(mode, inputs, budget)
     where = machine()
     verdict = {True: "", None: " - NOT TESTED", False: " - TESTS FAILED: these times mean nothing"}[tested["passed"]]
     console.print(table(results, f"{where['gpu']}, fastsample {fs.__version__}{verdict}"))

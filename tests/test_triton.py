@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from test_parity import LOGPROB_ULP, bits, ulps
 from triton_interpreter import Job, results
 
 import fastsample as fs
-from fastsample.engines import engine
+from fastsample.engines import engine, select
 from fastsample.engines import triton as adapter
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -202,13 +203,27 @@ print("triton" in sys.modules, any(name.startswith("fastsample.kernels") for nam
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set")
-def test_it_refuses_cpu_tensors_with_a_reason() -> None:
+def test_it_refuses_cpu_tensors_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_has_device", lambda: False)
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot serve these logits: there is no CUDA or HIP device"
+    ):
+        fs.sample(torch.zeros(9), backend="triton")
+    monkeypatch.setattr(adapter, "_has_device", lambda: True)
     with pytest.raises(RuntimeError, match=r"backend 'triton' cannot serve these logits: .*the logits are on cpu"):
         fs.sample(torch.zeros(9), backend="triton")
 
 
+def test_auto_takes_it_for_gpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_has_device", lambda: True)
+    monkeypatch.setattr(adapter, "_why_not_kernels", lambda: None)
+    on_gpu, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda:0", "cpu"))
+    assert select("auto", on_gpu).name == "triton"  # type: ignore[arg-type]
+    assert select("auto", on_cpu).name == "cpu"  # type: ignore[arg-type]
+
+
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapter, "_is_installed", lambda: False)
     assert engine("triton").why_not(None) == "triton is not installed"
     assert engine("triton").why_not(torch.zeros(1, 9)) == "triton is not installed"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 
@@ -20,10 +21,9 @@ FOUND: dict[tuple[str, str], Measures] = {}
 def report(request: pytest.FixtureRequest) -> Iterator[None]:
     """The table of what was compiled, on the terminal."""
     yield
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and FOUND:
-        reporter.write_line("")
-        reporter.write_line(table(FOUND))
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        print(f"\n{table(FOUND)}")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastsample.engines import Engine, Outputs
-from fastsample.engines.triton_memory import SEEN, Layout, Memory, State, Table, kernels
+from fastsample.engines.triton_memory import SEEN, SEMAPHORES, Layout, Memory, State, Table, kernels
 from fastsample.params import SamplingParams, specs
 from fastsample.rows import Bias, Rows
 
@@ -44,14 +44,13 @@ class TritonEngine(Engine):
         self._memory: dict[tuple[torch.device, int], Memory] = {}
 
     def why_not(self, logits: Tensor | None) -> str | None:
-        if find_spec("triton") is None:
+        if not _is_installed():
             return "triton is not installed"
-        if interpreted():
-            return _why_not_kernels()
-        if logits is not None and logits.device.type != "cuda":
-            return f"it serves tensors on a CUDA or HIP device, and the logits are on {logits.device}"
-        if logits is None and not torch.cuda.is_available():
-            return "there is no CUDA or HIP device"
+        if not interpreted():
+            if not _has_device():
+                return "there is no CUDA or HIP device"
+            if logits is not None and logits.device.type != "cuda":
+                return f"it serves tensors on a CUDA or HIP device, and the logits are on {logits.device}"
         return _why_not_kernels()
 
     @torch.no_grad()
@@ -90,6 +89,16 @@ class TritonEngine(Engine):
         rows.native = SEEN
         stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
         return self._memory.setdefault((logits.device, stream), Memory(logits.device))
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _has_device() -> bool:
+    return torch.cuda.is_available()
 
 
 @cache
@@ -205,7 +214,7 @@ class Call:
         layout = self.engine.layout(table)
         size = self.batch * layout.record
         words = self.memory(name, size, torch.int64)
-        sems = self.memory("sems", self.batch, torch.int32)
+        sems = self.memory(SEMAPHORES, self.batch, torch.int32)
         split = layout.parts > 1
         options = self.options | ({"launch_cooperative_grid": True} if split and self.options else {})
         phases = [(0, layout.last)]

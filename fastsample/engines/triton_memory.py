@@ -63,6 +63,9 @@ class State:
 SEEN = object()  # in Rows.native: these rows were sampled once
 
 
+SEMAPHORES = "semaphores"
+
+
 class Memory:
     """Named buffers that grow and are kept."""
 
@@ -71,8 +74,10 @@ class Memory:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """`numel` elements: zero when new, then as the last call left them."""
+        """`numel` elements as the last call left them."""
         found = self._buffers.get(name)
         if found is None or found.numel() < numel:
-            found = self._buffers[name] = torch.zeros(numel, dtype=dtype, device=self._device)
+            # Semaphores must start at 0; everything else is written before it is read.
+            new = torch.zeros if name == SEMAPHORES else torch.empty
+            found = self._buffers[name] = new(numel, dtype=dtype, device=self._device)
         return found[:numel]
