@@ -19,8 +19,8 @@ WHY = "there is no GPU that torch can use"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason=WHY)]
 STEPS = 5
 
-# Every seventh small case (which no cycle of the table divides) and a third of the large ones: each combination of dtype,
-# alignment and extras costs a compilation.
+# Every seventh small case (which no cycle of the table divides) and a third of the large ones: each combination of
+# dtype, alignment and extras costs a compilation.
 SLICE = [case for i, case in enumerate(CASES) if i % 7 == 0 or (case.vocab in LARGE and i % 3 == 0)]
 
 
