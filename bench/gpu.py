@@ -74,6 +74,7 @@ def turns(row_bytes: int) -> int:
 def timed(calls: list[Callable[[], Any]]) -> tuple[float, bool]:
     """Microseconds per call, the median of some replays, and whether a graph could be captured."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for call in calls * 2:  # kernels compiled, a Sampler's workspace its own
             call()
