@@ -35,8 +35,8 @@ def sampled(
     x, x_stride, records, record_stride, workspace, ws_stride, tokens, logprobs, ranks, listed, num_samples,
     RAW: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability of one draw; its rank and the row's list made ready. Grid: rows, draws."""
-    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Log-probability of one draw; its rank and the row's list made ready. Grid: rows x draws."""
+    row, j = tl.program_id(0).to(tl.int64) // num_samples, tl.program_id(0) % num_samples
     ws = workspace + row * ws_stride
     token = tl.load(tokens + row * num_samples + j)
     value = to_float32(tl.load(x + row * x_stride + tl.maximum(token, 0)))

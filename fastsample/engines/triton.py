@@ -282,7 +282,7 @@ class Call:
         draws = out.num_samples
         assert out.logprobs is not None
         assert out.ranks is not None
-        kernels("logprobs").sampled[(self.batch, draws)](
+        kernels("logprobs").sampled[(self.batch * draws,)](
             table.x, table.stride, records, _stride(records), state.words, state.layout.record,
             tokens, out.logprobs, out.ranks, listed, draws, RAW=raw, **self.options,
         )  # fmt: skip
