@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,3 +227,17 @@ def test_the_environment_names_an_unknown_isa(backend: str, tmp_path: Path) -> N
     assert "FASTSAMPLE_ISA" in last
     assert "'sse9'" in last
     assert "baseline" in last or "neon" in last
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_k": 50000, "top_p": 0.9}, {"top_p": 0.9}, {"top_k": 50000, "top_p": 0.5, "order": "joint"}],
+    ids=str,
+)
+def test_mass_that_a_sample_of_the_row_misses(fields: dict[str, Any]) -> None:
+    """All mass on one or three of 60000 tokens: what the CPU engine estimates from a sample is then worth nothing."""
+    x = torch.randn(2, 60000, generator=torch.Generator().manual_seed(1)) - 200
+    x[0, [7, 30000, 59999]] = 5.0
+    x[1, 77] = 9.0
+    got, expected = (fs.filter_logits(x, backend=name, **fields) for name in ("cpu", "reference"))
+    assert torch.equal(got, expected)

@@ -178,6 +178,7 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   const Span body = filter(ws.values, n, ws.values, below_heads);
   const double mean = (double)weight_above(weight, body, -INFINITY);
   const double target = weight.estimate_target(head + each * mean);
+  if (target <= 0) return Bracket{weight.lowest(), INFINITY};  // what has mass, the sample missed
   const auto value_at = [&](double goal, float none) {
     if (goal <= 0) return (float)INFINITY;
     if (goal < head) return narrow(weight, copy(heads.x, heads.n, spare), 0, (uint64_t)goal + 1).x;
