@@ -433,7 +433,7 @@ def test_a_given_repetition_penalty_replaces_that_of_generate(gpt2: GPT2LMHeadMo
     [
         ({"typical_p": 0.8}, {"temperature": 0.5}, "TypicalLogitsWarper"),
         ({"renormalize_logits": True}, {"frequency_penalty": 0.5}, "LogitNormalization"),
-        ({"repetition_penalty": 1.5, "min_new_tokens": 2}, {"repetition_penalty": 2.0}, "RepetitionPenalty"),
+        ({"repetition_penalty": 1.5, "remove_invalid_values": True}, {"repetition_penalty": 2.0}, "RepetitionPenalty"),
     ],
 )
 def test_given_fields_never_act_in_the_wrong_place(
