@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import fastsample as fs
 import fastsample.integrations.transformers as drop_in
-from fastsample import cli
+from fastsample import cli, cli_generate, cli_output, cli_stats
 from fastsample.params import specs
 from fastsample.rows import splitmix64
 
@@ -56,7 +56,7 @@ def refusal(*args: str) -> str:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
-    folder = str(cli.shipped_model())
+    folder = str(cli_generate.shipped_model())
     return AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -66,9 +66,9 @@ def sampled_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     real = drop_in.fs_generate
 
-    def spy(**kwargs: Any) -> Callable[..., Any]:
+    def spy(seed: Any, **kwargs: Any) -> Callable[..., Any]:
         calls.append(kwargs)
-        return real(**kwargs)
+        return real(seed, **kwargs)
 
     monkeypatch.setattr(drop_in, "fs_generate", spy)
     return calls
@@ -128,14 +128,14 @@ def test_greedy(shipped: tuple[Any, Any]) -> None:
 
 
 def test_the_model_is_loaded_at_a_dtype_that_cpus_are_quick_at() -> None:
-    with cli._quiet():
-        model, _ = cli._load("")
+    with cli_generate.quiet():
+        model, _ = cli_generate.load("")
     assert model.dtype == torch.float32
     assert not model.training
 
 
 def test_a_model_of_ones_own_is_sampled_as_the_options_say(tmp_path: Path) -> None:
-    folder = shutil.copytree(cli.shipped_model(), tmp_path / "own")
+    folder = shutil.copytree(cli_generate.shipped_model(), tmp_path / "own")
     config = folder / "generation_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"do_sample": True, "top_k": 1, "typical_p": 0.1}))
     assert text("--seed", "3", "--model", str(folder)) == text("--seed", "3")
@@ -178,12 +178,12 @@ def test_a_prompt_that_leaves_little_room(shipped: tuple[Any, Any]) -> None:
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **_: bool) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
 def test_the_writer_waits_for_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = cli._Writer(Bytes())
+    writer = cli_generate.Writer(Bytes())
     writer.put(torch.tensor([[*b"on screen already"]]))
     shown = []
     for byte in "aé€".encode() + b"\xe2":
@@ -202,7 +202,7 @@ def test_output_is_flushed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
             flushed.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Stream())
-    writer = cli._Writer(Bytes())
+    writer = cli_generate.Writer(Bytes())
     writer.put(torch.tensor([[]], dtype=torch.int64))
     for byte in b"ab":
         writer.put(torch.tensor([byte]))
@@ -223,9 +223,9 @@ def test_stats_compare_with_the_sampler_of_transformers() -> None:
 def test_stats_ask_transformers_for_the_same() -> None:
     fields = {name: getattr(fs.SamplingParams, name) for name, _ in specs()}
     same = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
-    options, missing = cli._options_of_transformers(fields | same)
+    options, missing = cli_stats.options_of_transformers(fields | same)
     assert (options, missing) == ({"do_sample": True} | same, [])
-    options, missing = cli._options_of_transformers(fields | {"temperature": 0.0, "frequency_penalty": 0.1})
+    options, missing = cli_stats.options_of_transformers(fields | {"temperature": 0.0, "frequency_penalty": 0.1})
     assert (options["do_sample"], missing) == (False, ["frequency_penalty"])
 
 
@@ -267,7 +267,7 @@ def test_a_terminal_gets_a_frame() -> None:
             return True
 
     stream = Terminal()
-    cli._print_table([("name", "value"), ("a", "[b]")], header=True, stream=stream)
+    cli_output.print_table([("name", "value"), ("a", "[b]")], header=True, stream=stream)
     assert "name" in stream.getvalue()
     assert "[b]" in stream.getvalue()
     assert "─" in stream.getvalue()
@@ -299,7 +299,7 @@ def test_refusals_are_one_line(args: list[str], message: str) -> None:
 
 
 def test_an_engine_that_cannot_serve_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "load", None)
     absent = [name for name, why_not in fs.engines().items() if why_not]
     for name in absent:
         assert f"backend '{name}' cannot serve" in refusal("generate", "x", "--backend", name)
