@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare
+from table_model import TableModel
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -17,8 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     T5Config,
@@ -27,7 +26,6 @@ from transformers import (
 )
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import CausalLMOutput
 
 import fastsample as fs
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_generate
@@ -35,29 +33,6 @@ from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_g
 V = 120
 PAD = 1
 EOS = 2
-
-
-class TableConfig(PreTrainedConfig):
-    model_type = "fastsample-table"
-    vocab_size = V
-
-
-class TableModel(PreTrainedModel, GenerationMixin):
-    """The next token's logits are a row of a table: the same bits in any batch, slot and padding."""
-
-    config_class = TableConfig
-    main_input_name = "input_ids"
-
-    def __init__(self, table: torch.Tensor) -> None:
-        super().__init__(TableConfig())
-        self.table = torch.nn.Parameter(table)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **_: Any) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.table[input_ids])
 
 
 class Collect(BaseStreamer):

@@ -17,6 +17,7 @@ and alone where it cannot go on. In a loop of your own, `GrammarBatch` keeps the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
@@ -87,18 +88,19 @@ class GrammarCompiler:
         return self._compile("json_schema", schema, self._any_whitespace)
 
     def regex(self, pattern: str) -> Grammar:
-        """A grammar of the texts that a regular expression matches from end to end.
+        r"""A grammar of the texts that a regular expression matches from end to end.
 
         Args:
             pattern: in the backend's dialect (llguidance, outlines-core: Rust's; xgrammar: ECMAScript's), without
-                look-around. A leading ^ and a trailing $ are understood.
+                look-around. A leading ^ and a trailing $ are understood. \d, \w and \s are ASCII, so that every
+                dialect agrees on what they match; \D, \W, \S and [^...] are the dialect's.
 
         Raises:
             TypeError, ValueError: not a pattern that a backend takes.
         """
         if not isinstance(pattern, str):
             raise TypeError(f"regex: expected a str, got {type(pattern).__name__}")
-        return self._compile("regex", _unanchored(pattern))
+        return self._compile("regex", _in_ascii(_unanchored(pattern)))
 
     def choices(self, choices: Sequence[str]) -> Grammar:
         """A grammar of exactly these texts.
@@ -179,6 +181,10 @@ class GrammarBatch:
         self._ended = [False] * len(grammars)
         self._complete = [matcher is None or matcher.complete() for matcher in self._matchers]
         self._masks: _Masks | None = None
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self._matchers)
 
     def bitmask(self, logits: torch.Tensor) -> torch.Tensor:
         """The tokens that may come next, for logits [B, V]: int32 [B, words] on their device, as `sample` takes it.
@@ -288,6 +294,24 @@ def _unanchored(pattern: str) -> str:
     body = pattern[1:] if pattern.startswith("^") else pattern
     escaped = len(body[:-1]) - len(body[:-1].rstrip("\\"))
     return body[:-1] if body.endswith("$") and escaped % 2 == 0 else body
+
+
+_ASCII = {r"\d": "0-9", r"\w": "0-9A-Za-z_", r"\s": r" \t\n\r\f\x0b"}
+
+
+def _in_ascii(pattern: str) -> str:
+    """The pattern with its classes of digits, word characters and spaces spelt out, except under a negation."""
+    pieces = []
+    inside = negated = False
+    for piece in re.findall(r"\\.|\[\^?|.", pattern, re.DOTALL):
+        if piece in ("[", "[^") and not inside:
+            inside, negated = True, piece == "[^"
+        elif piece == "]":
+            inside = negated = False
+        elif piece in _ASCII and not negated:
+            piece = _ASCII[piece] if inside else f"[{_ASCII[piece]}]"
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _check_schema(schema: Any) -> None:

@@ -274,6 +274,7 @@ ENGINES: dict[str, type[LLGuidance] | type[XGrammar] | type[OutlinesCore]] = {
 
 def _alternatives(choices: list[str]) -> str:
     """A regular expression of exactly these texts, in the dialect of Rust's regex crates."""
+    choices = sorted(choices, key=len, reverse=True)  # for engines that stop at the first which matches
     return "|".join("".join(rf"\x{{{ord(c):X}}}" if not c.isalnum() else c for c in choice) for choice in choices)
 
 
