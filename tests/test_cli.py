@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -229,6 +230,76 @@ def test_stats_ask_transformers_for_the_same() -> None:
     assert (options["do_sample"], missing) == (False, ["frequency_penalty"])
 
 
+# Grammars and Best-of-N -----------------------------------------------------------------------------------------------
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}, "ok": {"enum": [True, None, "é"]}},
+    "required": ["age", "ok"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def schema(tmp_path: Path) -> str:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMA))
+    return str(file)
+
+
+@pytest.mark.parametrize("backend", ["auto", "llguidance"])
+def test_json_of_a_schema_is_printed_alone(schema: str, backend: str) -> None:
+    arguments = ("--json-schema", schema, "--num", "4", "--seed", "5", "--max-new-tokens", "60")
+    lines = text(*arguments, "--grammar-backend", backend).splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        jsonschema.validate(json.loads(line), SCHEMA)
+    assert text(*arguments).splitlines() == lines
+    assert text("--json-schema", schema, "--seed", "5", "--max-new-tokens", "60").splitlines() == lines[:1]
+
+
+def test_regex_and_choices() -> None:
+    for line in text("--regex", "[0-9]{2}-[a-c]+x", "--num", "3", "--max-new-tokens", "60").splitlines():
+        assert re.fullmatch("[0-9]{2}-[a-c]+x", line)
+    assert set(text("--choices", "yes,no,may be", "--num", "3").splitlines()) <= {"yes", "no", "may be"}
+
+
+def test_truncation_is_an_exit_status_and_a_line(schema: str) -> None:
+    result = run("generate", PROMPT, "--json-schema", schema, "--max-new-tokens", "3", "--num", "2", "--seed", "1")
+    assert result.exit_code == 1
+    assert result.stderr == ("fastsample: truncated at 3 tokens: continuation 1, 2; try --max-new-tokens\n")
+    assert len(result.stdout.splitlines()) == 2
+    best = run("generate", PROMPT, "--json-schema", schema, "--max-new-tokens", "3", "--best-of", "2", "--seed", "1")
+    assert best.exit_code == 1
+    assert "truncated at 3 tokens" in best.stderr
+
+
+def test_best_of_prints_the_best_and_shows_all() -> None:
+    result = run("generate", PROMPT, "--best-of", "3", "--seed", "4", "--max-new-tokens", "6")
+    assert result.exit_code == 0
+    header, *rows = result.stderr.splitlines()
+    assert header.split()[:2] == ["draw", "mean"]
+    scores = [float(row.split()[1]) for row in rows]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert result.stdout.startswith(PROMPT)
+    seed = [int(splitmix64(4, 1))]
+    folder = str(cli_generate.shipped_model())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
+    options = {"tokenizer": tokenizer, "seed": seed, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}
+    best = fs.best_of_n(model, PROMPT, 3, top_k=0, ties="first", **options).best
+    assert result.stdout == PROMPT + best.text + "\n"
+
+
+def test_vote() -> None:
+    arguments = ("--best-of", "6", "--seed", "2", "--regex", "[01]{2}", "--vote", "[01]$", "--max-new-tokens", "6")
+    result = run("generate", PROMPT, *arguments)
+    answer, votes = re.search(r"fastsample: '([01])' has (\d) of 6 votes\n", result.stderr).groups()
+    assert result.stdout[-2] == answer
+    assert int(votes) >= 3
+
+
 # info and the rest ----------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +360,15 @@ def test_version_and_help() -> None:
         (["generate", "x", "--backend", "abacus"], "backend = 'abacus'"),
         (["generate", "x", "--colour"], "--colour"),
         (["generate", "x", "--stats", "--max-new-tokens", "2"], "--stats needs"),
+        (["generate", "x", "--regex", "(a"], "regex (a: llguidance: "),
+        (["generate", "x", "--choices", "a,,b"], "choices: "),
+        (["generate", "x", "--json-schema", "missing.json"], "--json-schema: [Errno 2]"),
+        (["generate", "x", "--regex", "a", "--choices", "a"], "expected one of them"),
+        (["generate", "x", "--regex", "a", "--grammar-backend", "none"], "backend = 'none'"),
+        (["generate", "x", "--vote", "a"], "--vote needs --best-of"),
+        (["generate", "x", "--vote", "(", "--best-of", "2"], "--vote (: "),
+        (["generate", "x", "--best-of", "2", "--num", "2"], "--num and --best-of"),
+        (["generate", "x", "--best-of", "2", "--stats"], "--stats measures plain sampling"),
         (["generate"], "prompt"),
         (["divine"], "'divine'"),
     ],
