@@ -176,9 +176,8 @@ def test_with_a_grammar(model: Any, tokenizer: Any) -> None:
         model, "The answer is", 8, tokenizer=tokenizer, seed=7, grammar=grammar, max_new_tokens=8, vote=int
     )
     assert all(re.fullmatch("[0-9]{2}", c.text) and not c.truncated for c in result.candidates)
-    cut = fs.best_of_n(
-        model, "The", 3, tokenizer=tokenizer, seed=7, grammar=GrammarCompiler(tokenizer).regex("a{9}"), max_new_tokens=2
-    )
+    nines = GrammarCompiler(tokenizer).regex("a{9}")
+    cut = fs.best_of_n(model, "The", 3, tokenizer=tokenizer, seed=7, grammar=nines, max_new_tokens=2)
     assert all(c.truncated for c in cut.candidates)
 
 

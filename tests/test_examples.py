@@ -16,9 +16,8 @@ SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "train_tin
 
 def run(path: Path) -> list[str]:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(path)], capture_output=True, text=True, timeout=300, env=env, check=False
-    )
+    command = [sys.executable, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from fastsample.api import sample
 from fastsample.integrations.transformers_plan import make_plan
 from fastsample.params import SamplingParams
-from fastsample.rows import Seed, pack_seeds, splitmix64
+from fastsample.rows import pack_seeds, splitmix64
 
 _FIELDS = ("temperature", "top_k", "top_p", "min_p")
 
@@ -159,6 +159,8 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
 
     def prepare_tensor_args(self, requests_in_batch: Any, arg_storage: torch.Tensor) -> torch.Tensor:
         states = [request.state for request in requests_in_batch if request.has_new_token]
+        if not states:
+            return arg_storage
         fields = [self.defaults | {k: v for k, v in s.logit_processor_kwargs.items() if k != "seed"} for s in states]
         # A request that was put back into the queue has its first tokens in its prompt.
         begun = [len(s.initial_tokens) - (s._true_initial_tokens or len(s.initial_tokens)) for s in states]
@@ -186,7 +188,7 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
         return torch.zeros_like(scores).scatter_(1, tokens[:, None], 1.0)
 
 
-def _pack(fields: list[dict[str, Any]], seeds: Sequence[Seed], offsets: list[int]) -> torch.Tensor:
+def _pack(fields: list[dict[str, Any]], seeds: list[int], offsets: list[int]) -> torch.Tensor:
     """int32 [8, requests]: temperature, top_k, top_p, min_p, and two words each of the seed and the offset."""
     params = SamplingParams(**{name: [f[name] for f in fields] for name in _FIELDS})
     floats = [torch.as_tensor(getattr(params, name)) for name in _FIELDS]

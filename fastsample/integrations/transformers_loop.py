@@ -276,7 +276,8 @@ class Draw(LogitsProcessor):
 def _repeated(params: SamplingParams, copies: int) -> SamplingParams:
     """One value per sequence where there was one per prompt."""
     values = {name: getattr(params, name) for name in params.per_row()}
-    return params.replace(**{name: [v for v in value for _ in range(copies)] for name, value in values.items()})
+    lists = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+    return params.replace(**{name: [v for v in values for _ in range(copies)] for name, values in lists.items()})
 
 
 class _Criteria(StoppingCriteriaList):
