@@ -219,7 +219,10 @@ class _XMatcher:
 
 
 class OutlinesCore:
-    """https://github.com/dottxt-ai/outlines-core: a schema becomes a regular expression, and that an automaton."""
+    """https://github.com/dottxt-ai/outlines-core: a schema becomes a regular expression, and that an automaton.
+
+    Where a text is complete, it goes on only by a token that completes it again.
+    """
 
     name = "outlines-core"
 
@@ -244,6 +247,9 @@ class OutlinesCore:
         return lambda: _OutlinesMatcher(self._module.Guide(index))
 
     def choices(self, choices: list[str]) -> Start:
+        for choice in choices:
+            if longer := next((other for other in choices if other != choice and other.startswith(choice)), None):
+                raise ValueError(f"it would end {longer!r} at {choice!r}")
         return self.regex(_alternatives(choices))
 
 
@@ -274,7 +280,6 @@ ENGINES: dict[str, type[LLGuidance] | type[XGrammar] | type[OutlinesCore]] = {
 
 def _alternatives(choices: list[str]) -> str:
     """A regular expression of exactly these texts, in the dialect of Rust's regex crates."""
-    choices = sorted(choices, key=len, reverse=True)  # for engines that stop at the first which matches
     return "|".join("".join(rf"\x{{{ord(c):X}}}" if not c.isalnum() else c for c in choice) for choice in choices)
 
 
