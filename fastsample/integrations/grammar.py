@@ -43,7 +43,8 @@ class GrammarCompiler:
         tokenizer: a tokenizer of transformers, byte-level BPE or SentencePiece.
         backend: "llguidance", "xgrammar", "outlines-core", or "auto": the first of these, in this order, that is
             installed and takes the grammar. xgrammar and outlines-core ignore some keywords of JSON Schema; a schema
-            that holds one is refused. outlines-core goes on from a complete text only by a token that completes it again.
+            that holds one is refused. outlines-core goes on from a complete text only by a token that completes it
+            again.
         any_whitespace: allow any whitespace between the parts of JSON. By default there is one form: that of
             `json.dumps` (outlines-core: without spaces), which leaves a small model no room to dawdle.
 
