@@ -479,13 +479,15 @@ def test_without_an_end_of_sequence_a_text_ends_where_it_is_first_complete(
 
 def test_several_ends_of_sequence(table: TableModel, tokenizer: Any, compiler: GrammarCompiler) -> None:
     newline = tokenizer("\n")["input_ids"][0]
-    got = table.generate(
-        PROMPT,
-        **{"do_sample": True, "top_k": 0, "max_new_tokens": 60, "eos_token_id": [newline, EOS]},
-        custom_generate=fs_generate(7, grammar=compiler.regex("[0-9]{4}\n?")),
-    )[0, 2:].tolist()
-    assert got[-1] in (newline, EOS)
-    assert re.fullmatch("[0-9]{4}", tokenizer.decode(got[:-1]))
+    grammar = compiler.regex("(\n?[0-9]){4}\n?")
+    for seed in range(12):  # the grammar allows a newline anywhere; as an end of sequence it has to wait
+        got = table.generate(
+            PROMPT,
+            **{"do_sample": True, "top_k": 0, "max_new_tokens": 60, "eos_token_id": [newline, EOS]},
+            custom_generate=fs_generate(seed, grammar=grammar),
+        )[0, 2:].tolist()
+        assert got[-1] in (newline, EOS)
+        assert re.fullmatch("[0-9]{4}", tokenizer.decode(got[:-1]))
 
 
 def test_greedy_search_is_masked_too(table: TableModel, tokenizer: Any, compiler: GrammarCompiler) -> None:
