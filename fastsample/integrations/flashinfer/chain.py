@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from fastsample import reference as spec
 from fastsample.integrations.flashinfer.arguments import pack_seed_offset, raise_where, table
-from fastsample.integrations.flashinfer.pipeline import draw, masses
+from fastsample.integrations.flashinfer.pipeline import draw, scale, uniform60
 
 Tensor = torch.Tensor
 
@@ -55,7 +54,7 @@ def chain_speculative_sampling(
     passes = _passes(draft, target, ids, seeds, offsets)
     prefix = passes.int().cumprod(-1).sum(-1)
     wanted = _wanted(draft, target, prefix)
-    last = draw(*masses(wanted), seeds, offsets, None)
+    last = draw(*scale(wanted), seeds, offsets, None)
     if draft.device.type == "cpu":
         raise_where(last < 0, "target_probs", wanted)
 
@@ -74,18 +73,18 @@ def _passes(draft: Tensor, target: Tensor, ids: Tensor, seeds: Tensor, offsets: 
     p, q = draft.gather(2, at)[:, :, 0].double(), target[:, :count].gather(2, at)[:, :, 0].double()
     steps = torch.arange(1, count + 1, device=draft.device)
     # 53 of the 60 bits are exact in a float64; one product and one comparison are then the same on every device.
-    u = (spec.uniform60(seeds[:, None], offsets[:, None], steps) >> 7).double() * 2.0**-53
+    u = (uniform60(seeds[:, None], offsets[:, None], steps) >> 7).double() * 2.0**-53
     return (u * p < q) & (ids >= 0) & (ids < vocab)
 
 
 def _wanted(draft: Tensor, target: Tensor, prefix: Tensor) -> Tensor:
-    """What the token after the accepted ones is drawn from, float64 [B, V] up to a factor."""
+    """What the token after the accepted ones is drawn from, float32 [B, V] up to a factor."""
     batch, count = draft.shape[:2]
     rows = torch.arange(batch, device=draft.device)
-    wanted = target[rows, prefix].double()
+    wanted = target[rows, prefix].float()
     if count == 0:
         return wanted
-    proposed = draft[rows, prefix.clamp(max=count - 1)].double()
+    proposed = draft[rows, prefix.clamp(max=count - 1)].float()
     rest = (wanted - torch.where((prefix < count)[:, None], proposed, 0)).clamp(min=0)
     # Nothing is left where draft and target differ by rounding alone: the target is then what to draw from.
     some = (rest > 0).any(-1, keepdim=True) | rest.isnan().any(-1, keepdim=True)

@@ -1,13 +1,14 @@
 """From checked arguments to tokens: kept sets, integer masses and draws.
 
 Logits go to an engine as they are. Probabilities are never turned into logits: a logarithm would merge neighbours and
-move sums. Their mass is the probability itself, as an integer (`masses`), and the draw is the contract's stage 8 on it.
+move sums. Their mass is the probability itself, as an integer (`scale`), and the draw is the contract's stage 8 on it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastsample import reference as spec
@@ -74,8 +75,7 @@ def sample_probs(
     outputs = count_outputs(indices, p)
     check_no_nan(check_nan, "probs", p)
     seeds, offsets = pack_seed_offset(seed, offset, generator, outputs, p.device)
-    w, valid = _kept_masses(p, checked, order)
-    tokens = draw(w, valid, seeds, offsets, indices)
+    tokens = draw(*_keep(p, checked, order), seeds, offsets, indices)
     if return_valid:
         tokens = _mark(tokens, checked, indices, p)
         return tokens.clamp(min=0).to(_dtype(indices)), tokens >= 0
@@ -86,12 +86,12 @@ def renormalise(probs: Tensor, given: dict[str, Any]) -> Tensor:
     """Kept probabilities over their sum, 0 elsewhere; float32 [B, V]."""
     p = table("probs", probs)
     checked = limits(given, len(p))
-    w, valid = _kept_masses(p, checked, "top_k_first")
+    y, valid = _keep(p, checked, "top_k_first")
     if p.device.type == "cpu":
         raise_where(~valid, "probs", p)
     sound = valid & ~any_bad(checked, p)
-    kept = torch.where((w > 0) & sound[:, None], p, 0).double()
-    return (kept / torch.where(sound[:, None], kept.sum(-1, keepdim=True), 1)).float()
+    total = torch.where(sound[:, None], y.sum(-1, keepdim=True, dtype=torch.float64), INF)
+    return (y / total).float()
 
 
 def any_bad(given: tuple[Limit, ...], values: Tensor) -> Tensor:
@@ -150,33 +150,38 @@ def _logit_masses(filtered: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Probabilities -------------------------------------------------------------------------------------------------------
+#
+# Masks multiply: on a CPU torch.where takes several times as long.
 
 
-def masses(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass trunc(p 2^s) as int64 [B, V] and which rows are valid, bool [B].
+def scale(p: Tensor) -> tuple[Tensor, Tensor]:
+    """p 2^s, float32 [B, V], whose integer part is the mass of a token; and which rows are valid, bool [B].
 
     s differs from row to row: the largest p has a mass in [2^39, 2^40), so that sums fit the contract's 60 bits. The
-    scaling is exact, and so is the mass of every float32 p down to 2^-16 of the largest; below 2^-40 of it, it is 0.
+    scaling is exact, and so is the mass of every p down to 2^-16 of the largest; below 2^-40 of it, the mass is 0.
     """
+    p = p.float()
     low, high = p.amin(-1), p.amax(-1)  # NaN where there is one
     valid = (low >= 0) & (high > 0) & (high < INF)
-    exponent = torch.where(valid, high, 1).double().frexp().exponent.to(torch.int64)
-    scale = ((40 - exponent + 1023) << 52).view(torch.float64)
-    return (torch.where(valid[:, None], p, 0).double() * scale[:, None]).to(torch.int64), valid
+    if p.device.type != "cpu" or not bool(valid.all()):
+        p = torch.where(valid[:, None], p, 0)
+    exponent = torch.where(valid, high, 1).frexp().exponent
+    factor = ((40 - exponent).clamp(max=127) + 127 << 23).view(torch.float32)
+    return p * factor[:, None], valid
 
 
-def _kept_masses(p: Tensor, given: tuple[Limit, ...], order: str) -> tuple[Tensor, Tensor]:
-    """Mass of the kept tokens, 0 elsewhere, and which rows are valid."""
-    whole, valid = masses(p)
-    w = whole
+def _keep(p: Tensor, given: tuple[Limit, ...], order: str) -> tuple[Tensor, Tensor]:
+    """Scaled probabilities of the kept tokens, 0 elsewhere, and which rows are valid."""
+    whole, valid = scale(p)
+    y = whole
     for one in given:  # top_k comes before top_p
         if one.name == "min_p":
-            w = torch.where(_keep_min_p(p, one), w, 0)
+            y = y * _keep_min_p(y, one)
         elif one.name == "top_k":
-            w = torch.where(keep_top_k(p, (one,)), w, 0)
+            y = y * keep_top_k(y, (one,))
         else:
-            w = torch.where(_keep_top_p(p, whole if order == "joint" else w, one), w, 0)
-    return w, valid
+            y = y * _keep_top_p(whole if order == "joint" else y, one)
+    return y, valid
 
 
 def keep_top_k(values: Tensor, given: tuple[Limit, ...]) -> Tensor:
@@ -184,38 +189,37 @@ def keep_top_k(values: Tensor, given: tuple[Limit, ...]) -> Tensor:
     return _filter(values, pack(given, "top_k_first", values)) > spec.NEG_INF
 
 
-def _keep_min_p(p: Tensor, min_p: Limit) -> Tensor:
-    """p >= min_p max(p), exactly: the product of two float32 fits a float64."""
-    threshold = min_p.column(p.device).float().double() * p.amax(-1, keepdim=True).double()
-    return p >= threshold
+def _keep_min_p(y: Tensor, min_p: Limit) -> Tensor:
+    """y >= min_p max(y), exactly: the product of two float32 fits a float64."""
+    return y >= min_p.column(y.device).float().double() * y.amax(-1, keepdim=True)
 
 
-def _keep_top_p(p: Tensor, w: Tensor, top_p: Limit) -> Tensor:
-    """The shortest ranked prefix of the tokens with mass w that reaches p of it, lower ids first; bool [B, V]."""
-    share = top_p.column(p.device)
-    total = w.sum(-1, keepdim=True)
+def _keep_top_p(y: Tensor, top_p: Limit) -> Tensor:
+    """The shortest ranked prefix that reaches p of the mass, lower ids first; bool [B, V]."""
+    share = top_p.column(y.device)
+    total = y.to(torch.int64).sum(-1, keepdim=True)
     target = (share * total.double() * (1 - TOP_P_SLACK)).to(torch.int64).clamp(min=1)
-    kept = prefix_by_cutoff(p, w, target, top_p) if p.device.type == "cpu" else prefix_by_sort(p, w, target)
-    return torch.where(share == 1, w > 0, kept)
+    kept = prefix_by_cutoff(y, target, top_p) if y.device.type == "cpu" else prefix_by_sort(y, target)
+    return kept | (share == 1)
 
 
-def prefix_by_sort(p: Tensor, w: Tensor, target: Tensor) -> Tensor:
+def prefix_by_sort(y: Tensor, target: Tensor) -> Tensor:
     """The shortest ranked prefix whose mass reaches the target. No step depends on the data: no GPU is waited for."""
-    ranked = torch.where(w > 0, p, -1).sort(dim=-1, descending=True, stable=True).indices
-    mass = w.gather(1, ranked)
+    ranked = y.sort(dim=-1, descending=True, stable=True).indices
+    mass = y.gather(1, ranked).to(torch.int64)
     before = mass.cumsum(-1) - mass
-    return torch.zeros_like(w, dtype=torch.bool).scatter(1, ranked, (before < target) & (mass > 0))
+    return torch.zeros_like(y, dtype=torch.bool).scatter(1, ranked, (before < target) & (mass > 0))
 
 
-def prefix_by_cutoff(p: Tensor, w: Tensor, target: Tensor, top_p: Limit) -> Tensor:
-    """The same, seldom sorting: an engine's top-p over log(p) guesses the least kept p, and exact sums confirm it."""
-    guess = _filter(torch.where(w > 0, p, 0).float().log(), pack((top_p,), "top_k_first", p))
-    cutoff = torch.where(guess > spec.NEG_INF, p, INF).amin(-1, keepdim=True)
-    above = (p > cutoff) & (w > 0)
-    tied = (p == cutoff) & (w > 0)
-    each = torch.where(tied, w, 0).amax(-1, keepdim=True).clamp(min=1)
-    count = tied.sum(-1, keepdim=True)
-    missing = target - torch.where(above, w, 0).sum(-1, keepdim=True)
+def prefix_by_cutoff(y: Tensor, target: Tensor, top_p: Limit) -> Tensor:
+    """The same, seldom sorting: an engine's top-p over log(y) guesses the least kept y, and exact sums confirm it."""
+    guess = _filter(y.log(), pack((top_p,), "top_k_first", y)) > spec.NEG_INF
+    # The least positive float32 is the least of their bits; those of 0 wrap to the largest.
+    bits = (y * guess).view(torch.int32).sub_(1).bitwise_and_(2**31 - 1)
+    cutoff = (bits.amin(-1, keepdim=True) + 1).view(torch.float32)
+    above, tied = y > cutoff, y == cutoff
+    each, count = cutoff.to(torch.int64).clamp(min=1), tied.sum(-1, keepdim=True)
+    missing = target - (y * above).to(torch.int64).sum(-1, keepdim=True)
     needed = (missing + each - 1).div(each, rounding_mode="floor")
     kept = above | tied
     if bool((needed < count).any()):
@@ -223,7 +227,7 @@ def prefix_by_cutoff(p: Tensor, w: Tensor, target: Tensor, top_p: Limit) -> Tens
     wrong = (needed < 1) | (needed > count)
     if bool(wrong.any()):
         rows = wrong[:, 0].nonzero()[:, 0]
-        kept[rows] = prefix_by_sort(p[rows], w[rows], target[rows])
+        kept[rows] = prefix_by_sort(y[rows], target[rows])
     return kept
 
 
@@ -231,16 +235,19 @@ def prefix_by_cutoff(p: Tensor, w: Tensor, target: Tensor, top_p: Limit) -> Tens
 
 
 def draw(w: Tensor, valid: Tensor, seeds: Tensor, offsets: Tensor, indices: Tensor | None) -> Tensor:
-    """The contract's stage 8 for each output, int64 [N]; -1 where row `indices[i]` (default i) is invalid."""
+    """The contract's stage 8 with mass trunc(w), for each output: int64 [N]; -1 where its row is invalid."""
     batch, vocab = w.shape
-    rows = torch.arange(batch, device=w.device) if indices is None else indices.to(torch.int64)
+    running = w.to(torch.int64).cumsum_(-1)
+    u = uniform60(seeds, offsets, torch.zeros(1, dtype=torch.int64, device=w.device))
+    if indices is None:
+        threshold = spec.multiply_high60(u, running[:, -1])
+        tokens = torch.searchsorted(running, threshold[:, None], right=True)[:, 0].clamp(max=vocab - 1)
+        return torch.where(valid, tokens, -1)
     if batch == 0:
-        return torch.full_like(rows, -1)
-    inside = (rows >= 0) & (rows < batch)
-    rows = torch.where(inside, rows, 0)
-    running = w.cumsum(-1)
-    first_draw = torch.zeros((), dtype=torch.int64, device=w.device)
-    threshold = spec.multiply_high60(spec.uniform60(seeds, offsets, first_draw), running[rows, -1])
+        return torch.full((len(indices),), -1, device=w.device)
+    inside = (indices >= 0) & (indices < batch)
+    rows = torch.where(inside, indices, 0).to(torch.int64)
+    threshold = spec.multiply_high60(u, running[rows, -1])
     tokens = _first_above(running.flatten(), rows * vocab, vocab, threshold)
     return torch.where(inside & valid[rows], tokens, -1)
 
@@ -253,3 +260,16 @@ def _first_above(running: Tensor, start: Tensor, vocab: int, threshold: Tensor) 
         right = running[start + middle] <= threshold
         low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
     return low.clamp(max=vocab - 1)
+
+
+def uniform60(seeds: Tensor, offsets: Tensor, index: Tensor) -> Tensor:
+    """60 uniform bits per (seed, offset, draw index), as the reference has them."""
+    if seeds.device.type != "cpu":
+        return spec.uniform60(seeds, offsets, index)
+    # The same words from numpy: a call costs a fraction of torch's, and there are hundreds.
+    seed: Any = seeds.numpy()
+    offset: Any = offsets.numpy()
+    zero: Any = np.zeros_like((offsets + index).numpy())
+    counter = (zero + spec.low32(offset), zero + spec.low32(offset >> 32), zero + index.numpy(), zero)
+    words: Any = spec.philox4x32(counter, (spec.low32(seed), spec.low32(seed >> 32)))
+    return torch.from_numpy((words[0] << 28) | (words[1] >> 4))
