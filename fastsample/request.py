@@ -70,6 +70,7 @@ class Request:
         self.raises = on_invalid == "raise"
         self.backend = backend
         self.reused = reused
+        self.wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
         self._engine: Engine
         self._batch: tuple[int, ...] = ()  # [B], or [] for 1-D logits
         self._checked: tuple[Any, ...] | None = None
