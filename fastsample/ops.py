@@ -1,7 +1,7 @@
 """torch.library operators for torch.compile and torch.export; a trace that samples imports this, eager calls do not.
 
-The traced half below only sorts arguments; the operators are opaque to the compiler and run what an eager call runs, checks
-and errors included. Everything that changes from step to step may be a tensor, so that no step compiles anew.
+The traced half below only sorts arguments; the operators are opaque to the compiler and run what an eager call runs,
+checks and errors included. What changes from step to step may be a tensor, so that no step compiles anew.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def sample(
 ) -> SampleOutput:
     """`fastsample.sample` in a trace."""
     _refuse_out(out)
-    own = () if seed is None else (_word("seed", seed),)
+    seeds = torch.ops.fastsample.fresh_seed(_DRAWN) if seed is None else _words("seed", seed)
     result = torch.ops.fastsample.sample(
-        logits.detach(), *_params(params, fields), own, _word("offset", offset), *_inputs(*inputs), *wishes
+        logits.detach(), *_params(params, fields), seeds, _words("offset", offset), *_inputs(*inputs), *wishes
     )
     return _named(result, wishes)
 
@@ -58,9 +58,8 @@ def step(
     _refuse_out(out)
     rows = sampler._rows
     if rows.records.device != logits.device:
-        sampler._rows = rows = Rows(
-            rows.records.to(logits.device), rows.seeds.to(logits.device), rows.offsets.to(logits.device)
-        )
+        records, seeds, offsets = (t.to(logits.device) for t in (rows.records, rows.seeds, rows.offsets))
+        sampler._rows = rows = Rows(records, seeds, offsets, workspace=rows.workspace)
     result = torch.ops.fastsample.sample_step(
         logits.detach(), rows.records, rows.seeds, rows.offsets, *_inputs(*inputs), *wishes
     )
@@ -114,13 +113,21 @@ def _position(name: str, choices: tuple[str, ...], value: str) -> int:
     return choices.index(value)
 
 
-def _word(name: str, value: Any) -> Tensor:
-    """Seeds or offsets as a tensor: [1] of a number, which means what a number means, or one per row."""
+def _words(name: str, value: Any) -> Tensor:
+    """Seeds or offsets as 64-bit words: 0-D of a number, which means what the number means, or one per row."""
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (list, tuple)):
-        return torch.tensor([v - 2**64 if v >= 2**63 else v for v in value], dtype=torch.int64)
-    return torch.tensor(value - 2**64 if value >= 2**63 else value, dtype=torch.int64)
+        return torch.tensor([_word(name, v) for v in value], dtype=torch.int64)
+    return torch.tensor(_word(name, value), dtype=torch.int64)
+
+
+def _word(name: str, value: Any) -> Any:
+    if isinstance(value, (bool, float)):
+        raise TypeError(f"{name} = {value!r}: expected an integer")
+    if value < -(2**63) or value >= 2**64:
+        raise ValueError(f"{name} = {value}: expected a 64-bit integer, -2^63 <= value < 2^64")
+    return value - 2**64 if value >= 2**63 else value
 
 
 def _inputs(bitmask: Any, bias: Any, prompt_ids: Any, output_ids: Any) -> tuple[Any, ...]:
@@ -153,6 +160,20 @@ def _named(result: Sequence[Tensor], wishes: tuple[Any, ...]) -> SampleOutput:
 
 # The operators -------------------------------------------------------------------------------------------------------
 
+_DRAWN = torch.zeros(1, dtype=torch.int64, device="cpu")
+_TAGS: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):  # parameters are checked on the host
+    _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op(
+    "fastsample::fresh_seed", mutates_args=("drawn",), schema="(Tensor(a!) drawn) -> Tensor", **_TAGS
+)
+def _fresh_seed(drawn: Tensor) -> Tensor:
+    """A seed from torch's default CPU generator. It counts in `drawn`, without which two calls would become one."""
+    drawn += 1
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()
+
 
 def _run(table: Tensor, request: Request, rows: Rows, inputs: tuple[Any, ...], advance: bool) -> tuple[Tensor, ...]:
     bitmask, bias, prompt_ids, output_ids = inputs
@@ -178,13 +199,14 @@ def _fields(values: Sequence[float], columns: Sequence[Tensor | None]) -> dict[s
 @torch.library.custom_op(
     "fastsample::sample",
     mutates_args=(),
-    schema=f"(Tensor logits, {_PARAMS}, Tensor[] seed, Tensor offset, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    schema=f"(Tensor logits, {_PARAMS}, Tensor seed, Tensor offset, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    **_TAGS,
 )
 def _sample(
     logits: Tensor,
     values: Sequence[float],
     columns: Sequence[Tensor | None],
-    seed: Sequence[Tensor],
+    seed: Tensor,
     offset: Tensor,
     bitmask: Tensor | None,
     bias: Sequence[Tensor],
@@ -197,7 +219,7 @@ def _sample(
     count = table.shape[0]
     rows = Rows(
         api.pack_params(None, _fields(values, columns), count),
-        pack_seeds(seed[0] if seed else None, count),
+        pack_seeds(seed, count),
         pack_offsets(offset, count),
     )
     return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), False)
@@ -231,6 +253,7 @@ def _step(
     "fastsample::full",
     mutates_args=(),
     schema=f"(str kind, Tensor logits, {_PARAMS}, {_INPUTS}, str on_invalid, str backend) -> Tensor",
+    **_TAGS,
 )
 def _full(
     kind: Any,
@@ -246,6 +269,11 @@ def _full(
 ) -> Tensor:
     inputs = (bitmask, tuple(bias) or None, prompt_ids, output_ids)
     return api.full(kind, logits, None, inputs, on_invalid, backend, None, _fields(values, columns))
+
+
+@_fresh_seed.register_fake
+def _(drawn: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @_sample.register_fake
