@@ -15,6 +15,9 @@ import fastsample as fs
 from fastsample import ops
 from fastsample.integrations import flashinfer
 
+# Inductor imports torch's own deprecated parts.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
 VOCAB = 300
 STEPS = 4
 GPU = torch.cuda.is_available()
