@@ -1,4 +1,4 @@
-"""nox sessions: tests, lint, wheel, bench, flashinfer. All install with pip, whose configuration decides where torch comes from."""
+"""nox sessions: tests, lint, wheel, bench, flashinfer. pip's configuration decides where torch comes from."""
 
 from __future__ import annotations
 
