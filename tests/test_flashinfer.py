@@ -321,3 +321,14 @@ def test_softmax_at_zero_is_greedy() -> None:
     mixed = fi.softmax(x, torch.tensor([0.0, 1.0]))
     assert mixed[0].tolist() == [0, 1, 0, 0]
     torch.testing.assert_close(mixed[1], torch.softmax(x[1], -1))
+
+
+@pytest.mark.parametrize(("bits", "token"), [(0, 2), (2**60 - 1, 4)])
+@pytest.mark.parametrize("indices", [None, torch.zeros(1, dtype=torch.int32)])
+def test_the_ends_of_the_uniforms(
+    bits: int, token: int, indices: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probability of 0 is drawn at neither end."""
+    monkeypatch.setattr(pipeline, "uniform60", lambda seeds, offsets, index: torch.full((1,), bits))
+    p = torch.tensor([[0, 0, 0.5, 0, 0.5, 0]])
+    assert fi.sampling_from_probs(p, indices).tolist() == [token]
