@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch.compiler import is_compiling
 
 from fastsample.engines import LogprobsMode, Outputs, select
 from fastsample.params import SamplingParams
@@ -83,6 +84,12 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
+    if is_compiling():
+        from fastsample import ops
+
+        inputs = (bitmask, bias, prompt_ids, output_ids)
+        wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
+        return ops.sample(logits, params, fields, seed, offset, inputs, wishes, out)
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
     table = request.table(logits)
     rows = Rows(
@@ -189,6 +196,23 @@ def add_row_inputs(
 
 
 def _full(
+    kind: Literal["filtered", "probabilities"],
+    logits: torch.Tensor,
+    params: SamplingParams | None,
+    inputs: tuple[Any, ...],
+    on_invalid: OnInvalid,
+    backend: str,
+    out: torch.Tensor | None,
+    fields: dict[str, Any],
+) -> torch.Tensor:
+    if is_compiling():
+        from fastsample import ops
+
+        return ops.full(kind, logits, params, inputs, on_invalid, backend, out, fields)
+    return full(kind, logits, params, inputs, on_invalid, backend, out, fields)
+
+
+def full(
     kind: Literal["filtered", "probabilities"],
     logits: torch.Tensor,
     params: SamplingParams | None,

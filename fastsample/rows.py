@@ -111,7 +111,8 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
     table = ids.unsqueeze(0) if ids.ndim == 1 and rows == 1 else ids
     if table.ndim != 2 or table.shape[0] != rows:
         raise ValueError(f"{name}: expected shape [{rows}, L], got {tuple(ids.shape)}")
-    table = table.to(torch.int64)
+    if table.dtype != torch.int64:
+        table = table.to(torch.int64)
     return table if table.stride(1) == 1 or table.shape[1] <= 1 else table.contiguous()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
@@ -80,6 +81,10 @@ class Sampler:
 
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
         """
+        if is_compiling():
+            from fastsample import ops
+
+            return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
         table = self._request.table(logits)
         if table.shape[0] != self._batch_size:
             raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
