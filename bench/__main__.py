@@ -45,5 +45,18 @@ def gpu(
     run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out)
 
 
+@app.command()
+def grammar(
+    vocab: Annotated[int, typer.Option(min=1, max=2**20)] = 128256,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for each batch size and mask.")] = 3.0,
+) -> None:
+    """A grammar's mask inside the pass that samples, against applying it apart."""
+    from bench.grammar import run
+
+    run(vocab, batch or [1, 8, 32], threads, seconds)
+
+
 if __name__ == "__main__":
     app(prog_name="python -m bench")
