@@ -26,15 +26,16 @@ def missing(stack: str, *distributions: str) -> str | None:
 
 
 class Script:
-    """A Python script in its own process: `result` is what it writes as JSON to the file named by its last argument."""
+    """A Python script in its own process; its arguments are the JSON files to read `ask` from and write `result` to."""
 
-    def __init__(self, source: str, *arguments: str, **environment: str) -> None:
+    def __init__(self, source: str, ask: Any, **environment: str) -> None:
         folder = Path(tempfile.mkdtemp())
-        self._file, self._log = folder / "result.json", folder / "log.txt"
+        self._result, self._log = folder / "result.json", folder / "log.txt"
         (folder / "script.py").write_text(source)
+        (folder / "ask.json").write_text(json.dumps(ask))
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(folder / "script.py"), *arguments, str(self._file)],
+                [sys.executable, "script.py", "ask.json", "result.json"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
@@ -49,4 +50,4 @@ class Script:
     def result(self) -> Any:
         code = self._process.wait(timeout=400)
         assert code == 0, self.log[-4000:]
-        return json.loads(self._file.read_text())
+        return json.loads(self._result.read_text())

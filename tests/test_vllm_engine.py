@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,13 +34,12 @@ SEEDED: list[dict[str, Any]] = [
     {"seed": 5, "frequency_penalty": 0.5, "presence_penalty": 0.3, "top_p": 0.5, "max_tokens": 16},
 ]
 
-# Arguments: JSON of {engine, prompts, batches of params}, then where to write the tokens of each batch.
 SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
 
 def main():
-    ask = json.loads(sys.argv[1])
+    ask = json.load(open(sys.argv[1]))
     llm = LLM(**ask["engine"])
     found = []
     for batch in ask["batches"]:
@@ -56,7 +54,7 @@ if __name__ == "__main__":
 
 def elsewhere(batches: list[list[dict[str, Any]]], engine: dict[str, Any], **environment: str) -> Script:
     ask = {"engine": {"model": str(MODEL), **ENGINE, **engine}, "prompts": PROMPTS, "batches": batches}
-    return Script(SCRIPT, json.dumps(ask), **ENVIRONMENT, **environment)
+    return Script(SCRIPT, ask, **ENVIRONMENT, **environment)
 
 
 @pytest.fixture(scope="module")
