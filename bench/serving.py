@@ -62,14 +62,8 @@ def engine(vocab: int) -> Any:
 
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": vocab}))
-    llm = LLM(
-        str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=64,
-        dtype="float32",
-    )
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32"}
+    llm = LLM(str(folder), max_model_len=64, **options)
     runner(llm).model.lm_head.weight.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
     return llm
 
