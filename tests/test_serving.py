@@ -28,6 +28,10 @@ def logger() -> logging.Logger:
     return logging.getLogger("fastsample.tests")
 
 
+def make(logger: logging.Logger, **fields: Any) -> Step:
+    return Step(logger, "the filters", "the rest stays", **fields)
+
+
 def rows(maker: str = "ties", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return MAKERS[maker](4, VOCAB, torch.Generator().manual_seed(1)).to(dtype)
 
@@ -38,7 +42,7 @@ def rows(maker: str = "ties", dtype: torch.dtype = torch.float32) -> torch.Tenso
 def test_a_step_is_sample_and_filter_logits(
     logger: logging.Logger, fixed: dict[str, Any], columns: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    step, logits = Step(logger, **fixed), rows(dtype=dtype)
+    step, logits = make(logger, **fixed), rows(dtype=dtype)
     fields = fixed | {name: value for name, value in columns.items() if value is not None}
     wanted = fs.sample(logits, **fields, seed=SEEDS, offset=OFFSETS)
     assert torch.equal(step.draw(logits, SEEDS, OFFSETS, **columns), wanted.tokens)
@@ -47,13 +51,13 @@ def test_a_step_is_sample_and_filter_logits(
 
 def test_logits_of_any_strides(logger: logging.Logger) -> None:
     logits = rows("lm")
-    wanted = Step(logger).draw(logits, SEEDS, OFFSETS)
-    assert torch.equal(Step(logger).draw(logits.T.contiguous().T, SEEDS, OFFSETS), wanted)
-    assert torch.equal(Step(logger).draw(torch.cat([logits, logits], 1)[:, :VOCAB], SEEDS, OFFSETS), wanted)
+    wanted = make(logger).draw(logits, SEEDS, OFFSETS)
+    assert torch.equal(make(logger).draw(logits.T.contiguous().T, SEEDS, OFFSETS), wanted)
+    assert torch.equal(make(logger).draw(torch.cat([logits, logits], 1)[:, :VOCAB], SEEDS, OFFSETS), wanted)
 
 
 def test_a_bad_row_gets_token_0_and_one_warning(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
-    step, logits = Step(logger), rows("lm")
+    step, logits = make(logger), rows("lm")
     wanted = step.draw(logits, SEEDS, OFFSETS)
     logits[1, 3], logits[3] = torch.inf, -torch.inf
     for _ in range(2):
@@ -65,13 +69,23 @@ def test_a_bad_row_gets_token_0_and_one_warning(logger: logging.Logger, caplog: 
 
 
 def test_what_is_left_to_the_stack(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Step(logger)
+    step = make(logger)
     assert step.why_not(rows()) is None
     assert "2^20" in str(step.why_not(torch.empty(1, 2**20 + 1)))
     monkeypatch.setattr(engine("cpu"), "why_not", lambda logits: "not here")
     assert "no fast engine" in str(step.why_not(rows()))
     monkeypatch.setenv("FASTSAMPLE_BACKEND", "reference")  # asked for by name
     assert step.why_not(rows()) is None
+
+
+def test_it_says_once_who_does_what(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    step = make(logger)
+    for _ in range(3):
+        assert step.why_not(rows()) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "fastsample: the filters are done by engine 'cpu'; the rest stays"
+    ]
 
 
 def test_the_entry_points_name_the_adapters() -> None:

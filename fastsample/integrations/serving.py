@@ -23,11 +23,12 @@ class Step:
 
     Args:
         logger: where what is worth a line is said, once.
+        work, stays: what this step does, and what it leaves to the stack; said with the name of the engine.
         **fields: SamplingParams fields of every row, unless a call has a column for them.
     """
 
-    def __init__(self, logger: logging.Logger, **fields: float | int | str) -> None:
-        self._logger = logger
+    def __init__(self, logger: logging.Logger, work: str, stays: str, **fields: float | int | str) -> None:
+        self._logger, self._work, self._stays = logger, work, stays
         self._record = SamplingParams(**fields).pack()  # type: ignore[arg-type]
         self._said: set[str] = set()
 
@@ -35,8 +36,10 @@ class Step:
         """Why the stack should keep these logits [B, V] to itself, or None."""
         if not 1 <= logits.shape[-1] <= MAX_VOCAB:
             return f"the vocabulary has {logits.shape[-1]} tokens, more than 2^20"
-        if select("auto", logits).name == "reference" and not os.environ.get("FASTSAMPLE_BACKEND"):
+        name = select("auto", logits).name
+        if name == "reference" and not os.environ.get("FASTSAMPLE_BACKEND"):
             return f"no fast engine of fastsample serves {logits.dtype} on {logits.device} here"
+        self.say(logging.INFO, f"{self._work} are done by engine {name!r}; {self._stays}")
         return None
 
     def draw(
@@ -86,7 +89,7 @@ class Step:
         out: Outputs,
     ) -> int | None:
         table = logits if logits.shape[1] == 1 or logits.stride(1) == 1 else logits.contiguous()
-        records = self._record.to(logits.device, non_blocking=True).repeat(len(table), 1)
+        records = self._record.to(logits.device, non_blocking=True).expand(len(table), -1).clone()
         for name, values in columns.items():
             if values is not None:
                 column, kind = _COLUMNS[name]

@@ -33,16 +33,17 @@ from sglang.srt.layers import sampler as theirs
 from sglang.srt.runtime_context import get_exec, get_server_args
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-from fastsample.engines import select
 from fastsample.integrations.serving import Step
 from fastsample.rows import pack_seeds
 
 __all__ = ["FastSampler", "register"]
 
 logger = logging.getLogger(__name__)
-_STEP = Step(logger, order="joint")
-_STAYS = (
-    "greedy batches, grammars, penalties, logit processors, log-probabilities and speculative decoding stay SGLang's"
+_STEP = Step(
+    logger,
+    "temperature, filters and the draw",
+    "greedy batches, grammars, penalties, logit processors, log-probabilities and speculative decoding stay SGLang's",
+    order="joint",
 )
 
 
@@ -131,8 +132,6 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
         reason = _STEP.why_not(logits)
         if reason is not None:
             raise RuntimeError(f"--sampling-backend fastsample: {reason}")
-        name = select("auto", logits).name
-        _STEP.say(logging.INFO, f"temperature, filters and the draw are done by engine {name!r}; {_STAYS}")
         columns = {
             "temperature": info.temperatures.view(-1),
             "top_k": info.top_ks,

@@ -36,7 +36,6 @@ from weakref import WeakKeyDictionary
 import torch
 from vllm.logger import init_logger
 
-from fastsample.engines import select
 from fastsample.integrations.serving import Step
 from fastsample.rows import pack_seeds
 
@@ -45,9 +44,13 @@ __all__ = ["register"]
 logger = init_logger("vllm.plugins.fastsample")
 
 # vLLM's PyTorch sampler keeps what equals the k-th value. Temperature and min-p lie behind us when we are called.
-_STEP = Step(logger, ties="all")
+_STEP = Step(
+    logger,
+    "top-k, top-p and the draw",
+    "all other stages stay vLLM's, speculative decoding's rejection sampler among them",
+    ties="all",
+)
 _PROCESSED = ("processed_logits", "processed_logprobs")
-_STAYS = "all other stages stay vLLM's, speculative decoding's rejection sampler among them"
 
 
 def register() -> None:
@@ -86,14 +89,11 @@ def _swap(owner: type, name: str, ours: Callable[..., Any], called: Callable[...
 
 
 def _left(logits: torch.Tensor) -> bool:
-    """Whether vLLM must sample these logits itself; says once who does what."""
+    """Whether vLLM must sample these logits itself, which is said once."""
     reason = _STEP.why_not(logits)
     if reason is not None:
         _STEP.say(logging.WARNING, f"vLLM samples by itself: {reason}")
-        return True
-    name = select("auto", logits).name
-    _STEP.say(logging.INFO, f"top-k, top-p and the draw are done by engine {name!r}; {_STAYS}")
-    return False
+    return reason is not None
 
 
 # Runner V1 -----------------------------------------------------------------------------------------------------------
