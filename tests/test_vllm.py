@@ -436,16 +436,26 @@ def test_v2_rows_of_one_request_differ_by_their_position(runner: type[RunnerV2])
 # The swap ------------------------------------------------------------------------------------------------------------
 
 
-def test_another_vllm_than_we_know_is_left_alone(plug: Any, said: list[str]) -> None:
-    class Changed:
-        def work(self, logits: Any, temperature: Any) -> str:
-            return "theirs"
+class Changed:
+    """A sampler of some later vLLM."""
 
-    plug._swap(Changed, "work", lambda *_: "ours", Changed.work, ("logits", "generators"))
+    def work(self, logits: Any, temperature: Any) -> str:
+        return "theirs"
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [("vllm.Changed", "takes ('logits', 'temperature')"), ("vllm.Gone", "no attribute"), ("vllm.gone.Gone", "gone")],
+)
+def test_another_vllm_than_we_know_is_left_alone(
+    plug: Any, said: list[str], monkeypatch: pytest.MonkeyPatch, where: str, why: str
+) -> None:
+    monkeypatch.setattr("vllm.Changed", Changed, raising=False)
+    plug._swap(where, "work", lambda *_: "ours", "work", ("logits", "generators"))
     assert Changed().work(0, 0) == "theirs"
     assert len(said) == 1
-    assert "Changed" in said[0]
-    assert "temperature" in said[0]
+    assert f"{where} cannot be swapped" in said[0]
+    assert why in said[0]
 
 
 def test_switched_off(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:

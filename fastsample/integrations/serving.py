@@ -29,7 +29,7 @@ class Step:
 
     def __init__(self, logger: logging.Logger, work: str, stays: str, **fields: float | int | str) -> None:
         self._logger, self._work, self._stays = logger, work, stays
-        self._record = SamplingParams(**fields).pack()  # type: ignore[arg-type]
+        self._records = {torch.device("cpu"): SamplingParams(**fields).pack()}  # type: ignore[arg-type]
         self._said: set[str] = set()
 
     def why_not(self, logits: torch.Tensor) -> str | None:
@@ -89,7 +89,9 @@ class Step:
         out: Outputs,
     ) -> int | None:
         table = logits if logits.shape[1] == 1 or logits.stride(1) == 1 else logits.contiguous()
-        records = self._record.to(logits.device, non_blocking=True).expand(len(table), -1).clone()
+        if logits.device not in self._records:
+            self._records[logits.device] = self._records[torch.device("cpu")].to(logits.device)
+        records = self._records[logits.device].expand(len(table), -1).clone()
         for name, values in columns.items():
             if values is not None:
                 column, kind = _COLUMNS[name]

@@ -30,6 +30,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,27 +58,29 @@ def register() -> None:
     """Swap the samplers of both model runners; a second call changes nothing. Does nothing with FASTSAMPLE_VLLM=0."""
     if os.environ.get("FASTSAMPLE_VLLM") == "0":
         return
-    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
-
-    _swap(TopKTopPSampler, "__init__", _init_v1, TopKTopPSampler.forward_native, ("logits", "generators", "k", "p"))
-    try:
-        from vllm.v1.worker.gpu.sample.sampler import Sampler
-    except ImportError as error:
-        _STEP.say(logging.WARNING, f"vLLM's V2 sampler cannot be imported and stays as it is: {error}")
-        return
+    known = ("logits", "generators", "k", "p")
+    _swap("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler", "__init__", _init_v1, "forward_native", known)
     known = ("processed_logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "top_k", "top_p")
-    _swap(Sampler, "_sample_random", _sample_random_v2, Sampler._sample_random, known)
+    _swap("vllm.v1.worker.gpu.sample.sampler.Sampler", "_sample_random", _sample_random_v2, "_sample_random", known)
 
 
-def _swap(owner: type, name: str, ours: Callable[..., Any], called: Callable[..., Any], known: tuple[str, ...]) -> None:
-    """Replace a method by ours(theirs, self, ...), unless that is done or `called` has other arguments than we know."""
-    theirs = getattr(owner, name)
+def _swap(where: str, name: str, ours: Callable[..., Any], called: str, known: tuple[str, ...]) -> None:
+    """Replace a method of a class by ours(theirs, self, ...), once.
+
+    Where there is no such class, or its method `called` has other arguments than we know, it stays as it is, with a
+    warning: a plugin that raises would stop vLLM.
+    """
+    module, _, class_name = where.rpartition(".")
+    try:
+        owner = getattr(import_module(module), class_name)
+        theirs, found = getattr(owner, name), tuple(inspect.signature(getattr(owner, called)).parameters)
+    except (ImportError, AttributeError) as error:
+        _STEP.say(logging.WARNING, f"{where} cannot be swapped in this vLLM: {error}")
+        return
     if hasattr(theirs, "_fastsample"):
         return
-    found = tuple(inspect.signature(called).parameters)[1 : len(known) + 1]
-    if found != known:
-        where = f"{owner.__module__}.{owner.__qualname__}"
-        _STEP.say(logging.WARNING, f"{where} takes {found}, not {known}: another vLLM than we know; it stays as it is")
+    if found[1 : len(known) + 1] != known:
+        _STEP.say(logging.WARNING, f"{where} cannot be swapped in this vLLM: {called} takes {found[1:]}, not {known}")
         return
 
     @functools.wraps(theirs)
