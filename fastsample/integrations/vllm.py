@@ -58,10 +58,10 @@ def register() -> None:
     """Swap the samplers of both model runners; a second call changes nothing. Does nothing with FASTSAMPLE_VLLM=0."""
     if os.environ.get("FASTSAMPLE_VLLM") == "0":
         return
-    known = ("logits", "generators", "k", "p")
-    _swap("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler", "__init__", _init_v1, "forward_native", known)
+    v1, v2 = "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler", "vllm.v1.worker.gpu.sample.sampler.Sampler"
+    _swap(v1, "__init__", _init_v1, "forward_native", ("logits", "generators", "k", "p"))
     known = ("processed_logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "top_k", "top_p")
-    _swap("vllm.v1.worker.gpu.sample.sampler.Sampler", "_sample_random", _sample_random_v2, "_sample_random", known)
+    _swap(v2, "_sample_random", _sample_random_v2, "_sample_random", known)
 
 
 def _swap(where: str, name: str, ours: Callable[..., Any], called: str, known: tuple[str, ...]) -> None:
