@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from stacks import Script, missing
 from test_distribution import LEAST_P, chi_square
+
+import fastsample as fs
 
 WHY = missing("SGLang", "sglang")
 pytestmark = [
@@ -210,3 +213,103 @@ def test_the_draws_fit_sglangs_probabilities(ours: Any, theirs: Any, name: str) 
     p = np.where(kept, p, 0)
     drawn = [line[0] for line in tokens(ours[f"draws {name}"])]
     assert chi_square(np.bincount(drawn, minlength=VOCAB), p / p.sum()) > LEAST_P
+
+
+# SGLang's classes, without an engine ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(model)
+    from fastsample.integrations import sglang
+
+    return sglang
+
+
+@pytest.fixture
+def sampler(adapter: Any) -> Any:
+    """A FastSampler without what SGLang's own part of it takes from a running server."""
+    sampler = adapter.FastSampler.__new__(adapter.FastSampler)
+    torch.nn.Module.__init__(sampler)
+    sampler._positions = sampler._drawn = None
+    return sampler
+
+
+def info(rows: list[dict[str, Any]], **more: Any) -> SimpleNamespace:
+    columns = {
+        "temperatures": torch.tensor([[row.get("temperature", 1.0)] for row in rows]),
+        "top_ks": torch.tensor([row.get("top_k", 1 << 30) for row in rows], dtype=torch.int32),
+        "top_ps": torch.tensor([row.get("top_p", 1.0) for row in rows]),
+        "min_ps": torch.tensor([row.get("min_p", 0.0) for row in rows]),
+    }
+    return SimpleNamespace(**{"sampling_seed": None, "sampling_mask_batch_indices": None} | columns | more)
+
+
+ROWS: list[dict[str, Any]] = [{"temperature": 0.7, "top_k": 30}, {"top_k": 1}, {"top_p": 0.8, "min_p": 0.01}, {}]
+
+
+def test_a_batch_is_drawn_as_fastsample_draws(sampler: Any) -> None:
+    logits, seeds, positions = torch.randn(4, VOCAB) * 3, torch.tensor([5, 6, -7, 8]), torch.tensor([1, 9, 2, 1])
+    tokens, weights = sampler._draw(logits, info(ROWS, sampling_seed=seeds), positions)
+    names = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    fields = {name: [row.get(name, off) for row in ROWS] for name, off in names.items()}
+    assert weights is None
+    assert tokens.dtype == torch.int32
+    assert tokens.tolist() == fs.sample(logits, **fields, order="joint", seed=seeds, offset=positions).tokens.tolist()
+
+
+def test_sampling_masks_are_what_is_kept(sampler: Any) -> None:
+    logits, positions, rows = torch.randn(4, VOCAB) * 3, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2])
+    asked = info(ROWS, sampling_mask_batch_indices=rows)
+    sampler._drawn = sampler._draw(logits, asked, positions)
+    _, capture = sampler._sample_from_probs(logits.softmax(-1), asked, positions, False)
+    kept = {"temperature": [0.7, 1.0], "top_k": [30, 0], "top_p": [1.0, 0.8], "min_p": [0.0, 0.01]}
+    torch.testing.assert_close(capture.weights, fs.probabilities(logits[rows], **kept, order="joint"))
+    assert torch.equal(capture.weights > 0, fs.filter_logits(logits[rows], **kept, order="joint").isfinite())
+    assert capture.batch_rows is rows
+    assert sampler._drawn is None
+
+
+def test_what_was_not_drawn_is_left_to_sglang(adapter: Any, sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter.theirs.Sampler, "_sample_from_probs", lambda self, *_: "theirs")
+    assert sampler._sample_from_probs(torch.ones(1, 2), info([{}]), torch.zeros(1), True) == "theirs"
+
+
+def test_requests_keep_their_seeds_out_of_deterministic_mode(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_is_chosen", lambda: True)
+    requests = [SimpleNamespace(sampling_params=SimpleNamespace(sampling_seed=seed)) for seed in (7, None, -1, 2**63)]
+
+    def seeds(chosen: Any = None, drafts: bool = False) -> torch.Tensor | None:
+        batch = SimpleNamespace(reqs=requests, spec_algorithm=SimpleNamespace(is_none=lambda: not drafts))
+        found = SimpleNamespace(sampling_seed=chosen, device="cpu")
+        adapter._seed(found, lambda self, batch, vocab_size: None, batch, VOCAB)
+        return found.sampling_seed
+
+    torch.manual_seed(1)
+    first, second = seeds(), seeds()
+    assert first is not None
+    assert second is not None
+    assert first[[0, 2, 3]].tolist() == second[[0, 2, 3]].tolist() == [7, -1, -(2**63)]
+    assert first[1] != second[1]
+    torch.manual_seed(1)
+    assert torch.equal(seeds(), first)
+    theirs = torch.tensor([1, 42, 3, 4])
+    assert seeds(theirs) is theirs
+    assert seeds(drafts=True) is None
+    monkeypatch.setattr(adapter, "_is_chosen", lambda: False)
+    assert seeds() is None
+
+
+def test_registering_twice_registers_once_and_0_not_at_all(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter.theirs, "_CUSTOM_SAMPLER_FACTORIES", {})
+    monkeypatch.setenv("FASTSAMPLE_SGLANG", "0")
+    adapter.register()
+    assert adapter.theirs._CUSTOM_SAMPLER_FACTORIES == {}
+    monkeypatch.delenv("FASTSAMPLE_SGLANG")
+    monkeypatch.setattr(adapter.SamplingBatchInfo, "adjusted_from_schedule_batch", lambda *_: None)
+    adapter.register()
+    swapped = vars(adapter.SamplingBatchInfo)["adjusted_from_schedule_batch"]
+    adapter.register()
+    assert set(adapter.theirs._CUSTOM_SAMPLER_FACTORIES) == {"fastsample", "pytorch"}
+    assert vars(adapter.SamplingBatchInfo)["adjusted_from_schedule_batch"] is swapped
+    assert swapped.func is adapter._seed

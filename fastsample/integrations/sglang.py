@@ -155,6 +155,11 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
         self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
     ) -> tuple[torch.Tensor, Any]:
         """Tokens int32 [B], and the kept probabilities of the rows that return a sampling mask."""
+        if self._drawn is None:  # on-policy RL, which is left to SGLang
+            answer: tuple[torch.Tensor, Any] = super()._sample_from_probs(
+                probs, sampling_info, positions, simple_sampling_case
+            )
+            return answer
         tokens, weights = self._take()
         if weights is None:
             return tokens, None
