@@ -43,9 +43,8 @@ MODES: dict[str, dict[str, Any]] = {
     "T": {"temperature": 0.8},
     "k50": {"temperature": 0.8, "top_k": 50},
     "k50 p.9": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
-    "p.9": {"temperature": 0.8, "top_p": 0.9},
 }
-TOKENS = 16
+TOKENS = 8
 PAIRS = 3
 
 
@@ -120,6 +119,7 @@ def run(vocab: int, batch_sizes: Iterable[int], out: Path | None) -> None:
 
     llm = engine(vocab)
     inner = runner(llm).sampler.topk_topp_sampler
+    where = machine() | {"vllm": vllm.__version__}
     results = []
     for rows in batch_sizes:
         for name, mode in MODES.items():
@@ -137,16 +137,13 @@ def run(vocab: int, batch_sizes: Iterable[int], out: Path | None) -> None:
                     "tokens_ratio": gain,
                 }
             )
-    where = machine() | {"vllm": vllm.__version__}
-    console = Console()
+            if out is not None:  # after each, so that a run that is cut short leaves what it has
+                out.parent.mkdir(parents=True, exist_ok=True)
+                report = {"machine": where, "vocab": vocab, "tokens": TOKENS, "pairs": PAIRS, "results": results}
+                out.write_text(json.dumps(report, indent=1) + "\n")
     title = f"vLLM {vllm.__version__}, V = {vocab}, {where['isa']}, {where['threads']} thread(s), {where['cpu']}"
     table = Table("mode", "B", "sampler ms", "vLLM's", "ratio", "tokens/s", "vLLM's", "ratio", title=title)
     for r in results:
         figures = (f"{r[key]:.3g}" for key in list(r)[2:])
         table.add_row(r["mode"], str(r["rows"]), *figures)
-    console.print(table)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"machine": where, "vocab": vocab, "tokens": TOKENS, "pairs": PAIRS, "results": results}
-        out.write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"written to {out}")
+    Console().print(table)
