@@ -26,6 +26,13 @@ FS_DEVICE float from_key(int32_t key) {
   return from_bits(key < 0 ? 0x80000000u | (uint32_t)-key : (uint32_t)key);
 }
 
+// A token as one integer that follows the rank order, and back.
+FS_DEVICE long long ranked(int32_t key, int32_t id) {
+  return (long long)((u64)(uint32_t)key << 32 | (uint32_t)(INT32_MAX - id));
+}
+FS_DEVICE int32_t key_in(long long token) { return (int32_t)(token >> 32); }
+FS_DEVICE int32_t id_in(long long token) { return INT32_MAX - (int32_t)(token & INT32_MAX); }
+
 FS_DEVICE bool keeps(KeyCut c, int32_t key, int32_t id) {
   return key > c.key || (key == c.key && id <= c.id);
 }

@@ -106,18 +106,18 @@ FS_DEVICE void write_top(const Batch& batch, const Workspace& ws, int64_t r,
       const int32_t key = key_of(x);
       if (!keeps(cut, key, id) || !row.listed(x, id)) return;
       const int32_t place = atomicAdd(&team.own->listed, 1);
-      list[place] = (long long)key << 32 | (INT32_MAX - id);
+      list[place] = ranked(key, id);
     });
   }
   sort_descending(list, ws.list_length);
   for (int32_t i = (int32_t)threadIdx.x; i < n; i += (int32_t)blockDim.x) {
     const bool there = list[i] != LLONG_MIN;
     const int64_t at = r * n + i;
-    const int64_t id = INT32_MAX - (int32_t)(list[i] & INT32_MAX);
+    const int64_t id = id_in(list[i]);
     const float none = row.sound ? -INFINITY : NAN;
     store_global(out.top_ids + at, there ? id : (int64_t)-1);
     store_global(out.top_logprobs + at,
-                 there ? row.logprob(from_key((int32_t)(list[i] >> 32))) : none);
+                 there ? row.logprob(from_key(key_in(list[i]))) : none);
   }
 }
 

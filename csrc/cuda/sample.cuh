@@ -38,8 +38,8 @@ FS_DEVICE Status status_of(int32_t peak_key) {
 }
 
 FS_DEVICE void set_peak(RowTask& t, long long best) {
-  t.peak_key = (int32_t)(best >> 32);
-  t.argmax = INT32_MAX - (int32_t)(best & INT32_MAX);
+  t.peak_key = key_in(best);
+  t.argmax = id_in(best);
   t.status = status_of(t.peak_key);
   t.peak = from_key(t.peak_key);
 }
@@ -86,14 +86,14 @@ FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, RowTask& t) {
   });
   // A lane sees ascending ids, so the first of its maxima has the lowest.
   const bool any = slice.begin() + lane() < slice.end();
-  long long best = any ? (long long)key << 32 | (INT32_MAX - at) : LLONG_MIN;
+  long long best = any ? ranked(key, at) : LLONG_MIN;
   best = warp_max(best);
   const int32_t lane_low = warp_reduce(any ? key : INT32_MAX, Lower());
   Shared& own = *team.own;
   if (lane() == 0) {
     own.best[warp()] = best;
     own.lane_low[warp()] = lane_low;
-    own.warp_low[warp()] = slice.begin() < slice.end() ? (int32_t)(best >> 32) : INT32_MAX;
+    own.warp_low[warp()] = slice.begin() < slice.end() ? key_in(best) : INT32_MAX;
   }
   __syncthreads();
   const auto reduce = [&](const long long* b, const int32_t* w, const int32_t* l, int n,

@@ -18,6 +18,36 @@
 #define SIMT_ASAN 0
 #endif
 
+// A switch by ucontext takes system calls. These few instructions do not, but AddressSanitizer has
+// to be told of each switch and knows ucontext.
+#if defined(__x86_64__) && !SIMT_ASAN
+#define SIMT_ASM 1
+extern "C" void simt_switch(void** save, void* load);
+asm(R"(
+.text
+.type simt_switch, @function
+simt_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+.size simt_switch, .-simt_switch
+)");
+#else
+#define SIMT_ASM 0
+#endif
+
 namespace simt {
 
 Settings settings;
@@ -54,20 +84,22 @@ struct Fiber {
   Warp* warp;
   const uint64_t* waits_for = nullptr;  // runs again once this differs from `seen`
   uint64_t seen = 0;
-  bool paused = false, done = false, started = false;
+  bool paused = false, done = false;
   char* stack = nullptr;
+  void* sp = nullptr;
   ucontext_t context;
-  void* jump[5];
   void* fake_stack = nullptr;
 };
 
-#if SIMT_ASAN
+#if SIMT_ASM
+void* scheduler_sp;
+#else
 ucontext_t scheduler;
+#endif
+#if SIMT_ASAN
 void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
-#else
-void* scheduler_jump[5];
 #endif
 Fiber* current;
 Body body;
@@ -75,18 +107,19 @@ const void* body_context;
 const char* failure;
 std::vector<char*> free_stacks;
 
-// A switch by ucontext costs a system call or two, one by a jump nothing; but AddressSanitizer does
-// not like jumps between stacks.
-__attribute__((noinline)) void to_scheduler(bool for_good = false) {
+void to_scheduler() {
   Fiber* self = current;
-#if SIMT_ASAN
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, scheduler_stack,
-                                 scheduler_stack_size);
-  swapcontext(&self->context, &scheduler);
-  __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
+#if SIMT_ASM
+  simt_switch(&self->sp, scheduler_sp);
 #else
-  (void)for_good;
-  if (!__builtin_setjmp(self->jump)) __builtin_longjmp(scheduler_jump, 1);
+#if SIMT_ASAN
+  __sanitizer_start_switch_fiber(self->done ? nullptr : &self->fake_stack, scheduler_stack,
+                                 scheduler_stack_size);
+#endif
+  swapcontext(&self->context, &scheduler);
+#if SIMT_ASAN
+  __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
+#endif
 #endif
 }
 
@@ -96,34 +129,39 @@ void fiber_main() {
 #endif
   body(body_context);
   current->done = true;
-  to_scheduler(true);
+  to_scheduler();
 }
 
-__attribute__((noinline)) void resume(Fiber* fiber) {
+void prepare(Fiber* fiber) {
+#if SIMT_ASM
+  void** top = (void**)(fiber->stack + kStack) - 1;  // aligned as after a call
+  *top = nullptr;
+  *--top = (void*)fiber_main;
+  fiber->sp = top - 6;  // six registers of no meaning
+#else
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack;
+  fiber->context.uc_stack.ss_size = kStack;
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, fiber_main, 0);
+#endif
+}
+
+void resume(Fiber* fiber) {
   current = fiber;
   here = &fiber->place;
   fiber->waits_for = nullptr;
   fiber->paused = false;
-  const bool started = fiber->started;
-  fiber->started = true;
-  if (!started) {
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack;
-    fiber->context.uc_stack.ss_size = kStack;
-    fiber->context.uc_link = nullptr;
-    makecontext(&fiber->context, fiber_main, 0);
-  }
+#if SIMT_ASM
+  simt_switch(&scheduler_sp, fiber->sp);
+#else
 #if SIMT_ASAN
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber->stack, kStack);
+#endif
   swapcontext(&scheduler, &fiber->context);
+#if SIMT_ASAN
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#else
-  if (__builtin_setjmp(scheduler_jump)) return;
-  if (started) {
-    __builtin_longjmp(fiber->jump, 1);
-  } else {
-    setcontext(&fiber->context);
-  }
+#endif
 #endif
 }
 
@@ -223,6 +261,7 @@ void run_together(int64_t first, int64_t blocks, int64_t grid, int threads, size
       fiber.block = &block;
       fiber.warp = &block.warps[(size_t)t / 32];
       fiber.stack = take_stack();
+      prepare(&fiber);
       order.push_back(&fiber);
     }
   }
