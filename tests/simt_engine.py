@@ -118,6 +118,14 @@ class Simt:
         if failure is not None:
             raise RuntimeError(failure.decode())
 
+    def plan(self, device: tuple[int, ...], rows: int, vocab: int, itemsize: int, edits: bool) -> tuple[int, ...]:
+        """What tuning.h says: policy, blocks per row, threads, rows in flight, bytes of shared memory."""
+        chosen = (ctypes.c_int64 * 5)()
+        self._library.simt_plan(
+            _array(device), *map(ctypes.c_int64, (rows, vocab, itemsize, edits)), chosen
+        )
+        return tuple(chosen)
+
     def counters(self) -> Counters:
         found = (ctypes.c_int64 * 6)()
         self._library.simt_counters(found)

@@ -127,14 +127,18 @@ constexpr int32_t wanted_parts(const Device& d, const Shape& s, int32_t limit) {
 }
 
 constexpr Plan plan(const Device& d, const Shape& s) {
-  if (d.arch >= 90) {
-    // Device memory is read once. Fewest blocks that hold the row, more where rows are few.
-    const int32_t fewest_parts =
-        fewest(d.largest_cluster, [&](int32_t parts) { return fits(d, s, true, parts); });
-    if (fewest_parts) {
-      const int32_t wanted = wanted_parts(d, s, kPortableCluster);
-      return make_plan(d, s, kClusterPolicy, wanted > fewest_parts ? wanted : fewest_parts);
-    }
+  // Blocks of a cluster that hold the row: few enough to be portable and small enough that two
+  // share a multiprocessor; else whatever holds it.
+  const auto small = [&](int32_t parts) {
+    return blocks_per_sm(d, shared_bytes(s, true, parts, kThreads)) == kBlocksPerSM;
+  };
+  int32_t holding = d.arch >= 90 ? fewest(kPortableCluster, small) : 0;
+  if (d.arch >= 90 && !holding) {
+    holding = fewest(d.largest_cluster, [&](int32_t parts) { return fits(d, s, true, parts); });
+  }
+  if (holding) {
+    const int32_t wanted = wanted_parts(d, s, kPortableCluster);
+    return make_plan(d, s, kClusterPolicy, wanted > holding ? wanted : holding);
   }
   const int32_t needed =
       fewest(kMaxParts, [&](int32_t parts) { return fits(d, s, false, parts); });

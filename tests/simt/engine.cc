@@ -108,6 +108,15 @@ const char* simt_run(const RowArguments* row_arguments, const CallArguments* cal
   return failure;
 }
 
+// The plan for a device that need not be there: policy, parts, threads, teams, shared memory.
+void simt_plan(const int64_t* d, int64_t rows, int64_t vocab, int64_t itemsize, int64_t edits,
+               int64_t* chosen) {
+  const Device device = {(int32_t)d[0], (int32_t)d[1], (int32_t)d[2], (int32_t)d[3], (int32_t)d[4]};
+  const Plan p = plan(device, Shape{rows, (int32_t)vocab, (int32_t)itemsize, edits != 0});
+  const int64_t out[] = {p.policy, p.parts, p.threads, p.teams, p.shared};
+  memcpy(chosen, out, sizeof out);
+}
+
 void simt_settings(int order, uint64_t seed, const char* skip_file, int skip_line) {
   simt::settings.order = order;
   simt::settings.seed = seed;
