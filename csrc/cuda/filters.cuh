@@ -49,6 +49,7 @@ struct alignas(16) Shared {
   long long best[32];
   int32_t warp_low[32], lane_low[32];
   int32_t listed;
+  Overlay overlay;
 };
 static_assert(sizeof(Shared) <= kFixedShared, "tuning.h counts on less");
 
@@ -56,9 +57,16 @@ static_assert(sizeof(Shared) <= kFixedShared, "tuning.h counts on less");
 template <Policy kPolicy>
 struct Team {
   Shared* own;
-  Board* board;  // the team's
-  int rank, parts;
+  Board* grid_board;  // kGridPolicy only, like the next
   uint32_t* semaphore;
+  int rank, parts;
+
+  // The team's board. A cluster's is looked up again each time, which is cheaper than to hold on to.
+  FS_METHOD Board* board() const {
+    if constexpr (kPolicy == kGridPolicy) return grid_board;
+    if constexpr (kPolicy == kClusterPolicy) return of_cluster_block(&own->board, 0);
+    return &own->board;
+  }
 
   FS_METHOD bool leads() const { return rank == 0; }
   FS_METHOD bool shares_board() const { return kPolicy == kGridPolicy || !leads(); }
@@ -81,7 +89,7 @@ struct Team {
       if (shares_board()) {
         for (int bin = (int)threadIdx.x; bin < kBins; bin += (int)blockDim.x) {
           const u64 value = wide(mine + 2 * bin);
-          if (value) add_wide(board->bins + 2 * bin, value);
+          if (value) add_wide(board()->bins + 2 * bin, value);
           mine[2 * bin] = mine[2 * bin + 1] = 0;
         }
       }
@@ -101,27 +109,29 @@ FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
 
 // The leader narrows the bracket to the bin at which the weight, from the top, reaches the target.
 template <Policy kPolicy, class Target>
-FS_DEVICE void choose_bin(const Team<kPolicy>& team, Bracket b, int shift, Target target_of) {
-  Board& board = *team.board;
+FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, int32_t high,
+                          int shift, Target target_of) {
+  Board& board = *team.board();
   const int each = (kBins + (int)blockDim.x - 1) / (int)blockDim.x;
   const int top = kBins - 1 - (int)threadIdx.x * each;
   u64 sum = 0;
   for (int bin = top; bin > top - each && bin >= 0; --bin) sum += wide(board.bins + 2 * bin);
-  if (!b.total) b.total = board.total;
+  const u64 total = first ? board.total : board.bracket.total;
+  const u64 target = target_of(total);
+  u64 above = first ? 0 : board.bracket.above;
   u64 all;
-  u64 above = b.above + block_scan(sum, team.own->scratch, all);
-  const u64 target = target_of(b.total);
+  above += block_scan(sum, team.own->scratch, all);
   const bool mine = above < target && above + sum >= target;
   for (int bin = top; bin > top - each && bin >= 0; --bin) {
     const u64 here = wide(board.bins + 2 * bin);
     board.bins[2 * bin] = board.bins[2 * bin + 1] = 0;
     if (!mine || above >= target) continue;
     if (above + here >= target) {
-      const uint32_t low = (uint32_t)b.low + ((uint32_t)bin << shift);
-      const uint32_t last = low + (((uint32_t)1 << shift) - 1);
-      const bool full = (uint32_t)b.high - low < ((uint32_t)1 << shift);
+      const uint32_t least = (uint32_t)low + ((uint32_t)bin << shift);
+      const uint32_t most = least + (((uint32_t)1 << shift) - 1);
+      const bool cut_off = (uint32_t)high - least < ((uint32_t)1 << shift);
       board.bracket =
-          Bracket{(int32_t)low, full ? b.high : (int32_t)last, above, above + here, b.total};
+          Bracket{(int32_t)least, cut_off ? high : (int32_t)most, above, above + here, total};
     }
     above += here;
   }
@@ -135,16 +145,16 @@ FS_DEVICE void choose_bin(const Team<kPolicy>& team, Bracket b, int shift, Targe
 template <bool kMass, Policy kPolicy, class S, class Weight, class Target>
 FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int32_t low, int32_t high,
                          int low_bits, Weight weight, Target target_of) {
-  Bracket b = {low & -(1 << low_bits), high, 0, 0, 0};
   uint32_t* bins = team.own->board.bins;
+  low &= -(1 << low_bits);
   for (bool first = true;; first = false) {
-    const uint32_t width = (uint32_t)b.high - (uint32_t)b.low;
+    const uint32_t width = (uint32_t)high - (uint32_t)low;
     const int bits = 32 - __clz((int)width) - kDigitBits;
     const int shift = bits > low_bits ? bits : low_bits;
     u64 total = 0;
     each(slice, [&](float x, int32_t id) {
       const int32_t key = key_of(x);
-      const uint32_t distance = (uint32_t)key - (uint32_t)b.low;
+      const uint32_t distance = (uint32_t)key - (uint32_t)low;
       const bool inside = distance <= width;
       if (!inside && !(kMass && first)) return;
       const u64 w = weight(x, key, id);
@@ -159,13 +169,14 @@ FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int32_t low,
     });
     if (kMass && first) {
       total = warp_sum(total);
-      if (lane() == 0) atomicAdd((u64*)&team.board->total, total);
+      if (lane() == 0) atomicAdd((u64*)&team.board()->total, total);
     }
     team.merge();
-    if (team.leads()) choose_bin(team, b, shift, target_of);
+    if (team.leads()) choose_bin(team, first, low, high, shift, target_of);
     team.sync();
-    b = team.board->bracket;
-    if (shift == low_bits) return b;
+    if (shift == low_bits) return team.board()->bracket;
+    low = team.board()->bracket.low;
+    high = team.board()->bracket.high;
   }
 }
 
@@ -184,13 +195,13 @@ FS_DEVICE u64 sum_segments(const Team<kPolicy>& team, const S& slice, Weight wei
   u64 sum = 0;
   each(slice, [&](float x, int32_t id) { sum += weight(x, id); });
   sum = warp_sum(sum);
-  if (lane() == 0) team.board->sums[team.rank * warps() + warp()] = sum;
+  if (lane() == 0) team.board()->sums[team.rank * warps() + warp()] = sum;
   team.sync();
   const int segments = team.parts * warps();
   u64 before = 0;
   for (int i = 0; i < segments; i += (int)blockDim.x) {
     const int segment = i + (int)threadIdx.x;
-    const u64 here = segment < segments ? team.board->sums[segment] : 0;
+    const u64 here = segment < segments ? team.board()->sums[segment] : 0;
     u64 total;
     const u64 running = before + block_scan(here, team.own->scratch, total) + here;
     if (segment < segments) team.own->running[segment] = running;

@@ -16,7 +16,7 @@ FS_DEVICE void write_rows(const Batch& batch, int64_t r, const S& slice, const R
                           const RowState& state) {
   const Outputs& out = batch.out;
   const int32_t vocab = slice.vocab;
-  const float divisor = t.greedy ? 1.0f : t.params.temperature;
+  const float divisor = t.greedy ? 1.0f : t.params->temperature;
   const double total = (double)state.total;
   each(slice, [&](float x, int32_t id) {
     if (id < 0 || id >= vocab) return;
@@ -50,12 +50,10 @@ struct LogRow {
 template <class S>
 FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice) {
   LogRow row = {};
-  RowParams plain = {};
-  plain.temperature = 1.0f;
-  row.task = make_task(plain);
+  row.task.scale = mass_scale(1.0f);
   row.cut = kKeepAlive;
   row.raw = true;
-  scan(team, slice, row.task);
+  scan(team, slice, 0, row.task);
   __syncthreads();
   row.sound = row.task.status == kValid;
   if (!row.sound) return row;
@@ -137,8 +135,7 @@ FS_DEVICE void write_logprobs(const Batch& batch, const Workspace& ws, int64_t r
   const bool valid = state.status == kValid;
   LogRow row = {t, state.cut, false, valid, (double)state.total};
   if (out.mode == kRawLogprobs) {
-    slice.mask = nullptr;
-    slice.edited = nullptr;
+    slice.overlay = nullptr;
     if (valid) row = raw_log_row(team, slice);
   }
   for (int32_t j = 0; j < out.num_samples; ++j) {
@@ -156,15 +153,15 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     outputs_kernel(const __grid_constant__ Batch batch, const __grid_constant__ Workspace ws) {
   Shared* own = (Shared*)shared_memory();
-  const Team<kBlockPolicy> team = {own, &own->board, 0, 1, nullptr};
+  const Team<kBlockPolicy> team = {own, nullptr, nullptr, 0, 1};
   clear_bins(team);
   for (int64_t r = blockIdx.x; r < batch.logits.rows; r += gridDim.x) {
     auto slice = make_slice<T, false>(batch, r, 0, 1);
     RowTask t = make_task(at(batch.rows.params, r));
-    const RowState state = ws.states[r];
+    const RowState& state = ws.states[r];
     t.peak_key = state.peak_key;
     t.peak = from_key(state.peak_key);
-    process_row(batch, ws, r, t.params, team, slice);
+    process_row(batch, ws, r, *t.params, team, slice);
     if (batch.out.filtered || batch.out.probabilities) write_rows(batch, r, slice, t, state);
     if (batch.out.mode != kNoLogprobs) write_logprobs(batch, ws, r, team, slice, t, state);
     __syncthreads();

@@ -88,6 +88,18 @@ FS_DEVICE float edited_value(const Table& t, int32_t id) {
   }
 }
 
+// What is asked of a row's logits, in shared memory: most rows of most batches have none of it.
+struct Overlay {
+  const int32_t* mask;  // null: all allowed
+  int64_t mask_words;
+  uint32_t* edited;  // bit per position of the slice; null: none
+  Table table;
+
+  FS_METHOD uint32_t mask_word(int32_t index) const {
+    return index >= 0 && index < mask_words ? (uint32_t)load_global(mask + index) : 0;
+  }
+};
+
 // The part of a row that one block works on. Positions count from the last 16-byte boundary at or
 // before the row: id = position - shift. Vectors are kVec positions.
 template <class T, bool kResident>
@@ -100,10 +112,7 @@ struct Slice {
   int32_t per_warp;  // vectors
   int32_t first;     // vector
   Vec16* held;       // [warps * per_warp] the raw logits, -inf outside the row; resident only
-  const int32_t* mask;  // null: all allowed
-  int64_t mask_words;
-  uint32_t* edited;  // bit per position of the slice; null: none
-  Table table;
+  const Overlay* overlay;  // null: the logits are taken as they are
 
   FS_METHOD bool owns(int64_t id) const {
     if (id < 0 || id >= vocab) return false;
@@ -139,39 +148,43 @@ struct Slice {
     return held[vector - first];
   }
 
-  FS_METHOD uint32_t mask_word(int32_t index) const {
-    return index >= 0 && index < mask_words ? (uint32_t)load_global(mask + index) : 0;
-  }
-
   FS_METHOD void process(const Vec16& v, int32_t vector, float (&x)[kVec<T>]) const {
     unpack<T>(v, x);
+    if (!overlay) return;
     const int32_t id = vector * kVec<T> - shift;
-    if (mask) {
+    if (overlay->mask) {
       const int32_t word = id >> 5, bit = id & 31;
-      uint32_t allowed = mask_word(word) >> bit;
-      if (bit + kVec<T> > 32) allowed |= mask_word(word + 1) << (32 - bit);
+      uint32_t allowed = overlay->mask_word(word) >> bit;
+      if (bit + kVec<T> > 32) allowed |= overlay->mask_word(word + 1) << (32 - bit);
 #pragma unroll
       for (int i = 0; i < kVec<T>; ++i) {
         if (!(allowed >> i & 1)) x[i] = -INFINITY;
       }
     }
-    if (edited) {
+    if (overlay->edited) {
       const int32_t position = (vector - first) * kVec<T>;
-      const uint32_t marks = edited[position >> 5] >> (position & 31);
+      uint32_t marks = overlay->edited[position >> 5] >> (position & 31) & ((1u << kVec<T>)-1);
+      // A loop with one look-up in it is less code than a look-up for each.
+      for (; marks; marks &= marks - 1) {
+        const int edited = __ffs((int)marks) - 1;
+        const float value = edited_value(overlay->table, id + edited);
 #pragma unroll
-      for (int i = 0; i < kVec<T>; ++i) {
-        if (marks >> i & 1) x[i] = edited_value(table, id + i);
+        for (int i = 0; i < kVec<T>; ++i) x[i] = i == edited ? value : x[i];
       }
     }
   }
 
   // One processed logit of this slice.
   FS_METHOD float value(int32_t id) const {
-    if (edited) {
+    if (overlay && overlay->edited) {
       const int32_t position = id + shift - first * kVec<T>;
-      if (edited[position >> 5] >> (position & 31) & 1) return edited_value(table, id);
+      if (overlay->edited[position >> 5] >> (position & 31) & 1) {
+        return edited_value(overlay->table, id);
+      }
     }
-    if (mask && !allowed(mask, mask_words, id)) return -INFINITY;
+    if (overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id)) {
+      return -INFINITY;
+    }
     return logit(row, id);
   }
 
@@ -191,11 +204,6 @@ FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank
   s.vectors = (s.shift + s.vocab + kVec<T> - 1) / kVec<T>;
   s.per_warp = vectors_per_warp(s.vocab, (int32_t)sizeof(T), parts * warps());
   s.first = rank * warps() * s.per_warp;
-  const Bitmask& mask = batch.rows.bitmask;
-  if (mask.data) {
-    s.mask = mask.data + r * mask.stride;
-    s.mask_words = mask.words;
-  }
   return s;
 }
 
@@ -203,7 +211,9 @@ FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank
 // kFirst: the logits have not been read before.
 template <bool kFirst, class T, bool kResident, class F>
 FS_DEVICE void each_maybe_first(const Slice<T, kResident>& s, F f) {
-  constexpr int kAhead = kResident && !kFirst ? 2 : 4;
+  // Logits of a lane in one go: from device memory many, so that loads overlap.
+  constexpr int kAtOnce = kFirst ? 16 : kResident ? kVec<T> : 8;
+  constexpr int kAhead = kAtOnce / kVec<T>;
   const int32_t end = s.end();
   for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
     Vec16 raw[kAhead];
@@ -274,25 +284,23 @@ FS_DEVICE int64_t table_offset(const Batch& batch, int64_t r) {
 
 // Stages 2 and 3. Few edits go to a table of this block's own (`near`), many to the row's shared
 // one in device memory (`far`); `sync_team` is the barrier of the blocks that share it.
-template <class T, bool kResident, class Sync>
+template <class S, class Sync>
 FS_DEVICE void apply_edits(const Batch& batch, int64_t r, const RowParams& p, Entry* near,
                            uint32_t* bitmap, Entry* far, int rank, int parts, Sync sync_team,
-                           Slice<T, kResident>& s) {
+                           Overlay& overlay, const S& s) {
   const int64_t n = count_edits(batch, r, p);
   if (n == 0) return;
   const bool own = n <= kPrivateEntries;
-  s.table = own ? Table{near, (uint32_t)(2 * n)}
-                : Table{far + table_offset(batch, r), (uint32_t)(2 * n)};
-  s.edited = bitmap;
-  const int32_t words = warps() * s.per_warp * kVec<T> / 32;
+  const Table table = {own ? near : far + table_offset(batch, r), (uint32_t)(2 * n)};
+  const int32_t words = warps() * s.per_warp * S::kWidth / 32;
   for (int32_t i = (int32_t)threadIdx.x; i < words; i += (int32_t)blockDim.x) bitmap[i] = 0;
   const uint32_t start = (own ? 0 : rank * blockDim.x) + threadIdx.x;
   const uint32_t step = (own ? 1 : parts) * blockDim.x;
-  for (uint32_t i = start; i < s.table.size; i += step) s.table.entries[i] = Entry{-1, 0, 0.0f};
+  for (uint32_t i = start; i < table.size; i += step) table.entries[i] = Entry{-1, 0, 0.0f};
   own ? __syncthreads() : sync_team();
 
   each_edit(batch, r, p, s, [&](int32_t id, uint32_t flag, float bias) {
-    Entry& entry = claim(s.table, id);
+    Entry& entry = claim(table, id);
     if (flag == 1) {
       atomicAdd(&entry.count, 1u);
     } else {
@@ -302,16 +310,21 @@ FS_DEVICE void apply_edits(const Batch& batch, int64_t r, const RowParams& p, En
   });
   __syncthreads();
 
-  for (uint32_t i = threadIdx.x; i < s.table.size; i += blockDim.x) {
-    Entry& entry = s.table.entries[i];
+  for (uint32_t i = threadIdx.x; i < table.size; i += blockDim.x) {
+    Entry& entry = table.entries[i];
     const int32_t id = *(volatile int32_t*)&entry.id;
     if (id < 0 || !s.owns(id)) continue;
-    float x = s.mask && !allowed(s.mask, s.mask_words, id) ? -INFINITY : logit(s.row, id);
+    float x = s.value(id);  // behind the mask: no token is marked yet
     if (entry.count & kHasBias) x = x + entry.value;
     const int32_t count = (int32_t)(entry.count & kCount);
     entry.value = penalise(x, p, count, count > 0 || (entry.count & kInPrompt));
-    const int32_t position = id + s.shift - s.first * kVec<T>;
+    const int32_t position = id + s.shift - s.first * S::kWidth;
     atomicOr(bitmap + (position >> 5), 1u << (position & 31));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    overlay.edited = bitmap;
+    overlay.table = table;
   }
   __syncthreads();
 }

@@ -19,7 +19,7 @@ namespace fastsample {
 
 // A row's parameters, and its distribution once the scan has found the maximum.
 struct RowTask {
-  RowParams params;
+  const RowParams* params;
   bool greedy;
   int32_t peak_key;
   int32_t argmax;
@@ -46,7 +46,7 @@ FS_DEVICE void set_peak(RowTask& t, long long best) {
 
 FS_DEVICE RowTask make_task(const RowParams& params) {
   RowTask t = {};
-  t.params = params;
+  t.params = &params;
   t.greedy = is_greedy(params);
   t.scale = mass_scale(t.greedy ? 1.0f : params.temperature);
   t.floor = t.greedy ? 0 : min_p_threshold(params.min_p);
@@ -75,7 +75,7 @@ struct Lower {
 // The first pass over the row: the best (key, lowest id), and the lowest of the warps' and of the
 // lanes' maxima.
 template <Policy kPolicy, class S>
-FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, RowTask& t) {
+FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, RowTask& t) {
   int32_t key = kKeyMinusInfinity, at = 0;
   each_first(slice, [&](float x, int32_t id) {
     const int32_t k = x != x ? kKeyNaN : key_of(x);
@@ -107,22 +107,20 @@ FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, RowTask& t) {
   if (warp() == 0) {
     best = reduce(own.best, own.warp_low, own.lane_low, warps(), low_w, low_l);
     if (lane() == 0) {
-      team.board->best[team.rank] = best;
-      team.board->warp_low[team.rank] = low_w;
-      team.board->lane_low[team.rank] = low_l;
+      team.board()->best[team.rank] = best;
+      team.board()->warp_low[team.rank] = low_w;
+      team.board()->lane_low[team.rank] = low_l;
     }
   }
   team.sync();
-  const Board& board = *team.board;
+  const Board& board = *team.board();
   best = reduce(board.best, board.warp_low, board.lane_low, team.parts, low_w, low_l);
   set_peak(t, best);
   // At least k tokens reach the lowest of k maxima of disjoint parts of the row.
   const int64_t busy_warps = ceil_div(slice.vectors, slice.per_warp);
   const int64_t rest = slice.vectors - (busy_warps - 1) * slice.per_warp;
   const int64_t busy_lanes = (busy_warps - 1) * 32 + (rest < 32 ? rest : 32);
-  t.k_bound = t.params.top_k <= busy_warps   ? low_w
-              : t.params.top_k <= busy_lanes ? low_l
-                                             : kKeyMinusInfinity;
+  t.k_bound = top_k <= busy_warps ? low_w : top_k <= busy_lanes ? low_l : kKeyMinusInfinity;
 }
 
 // The id of the nth (from 1) of the tokens with this key.
@@ -132,14 +130,14 @@ FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, int32_t k
     return key_of(x) == key && id >= 0 && id < slice.vocab;
   };
   sum_segments(team, slice, equal);
-  locate(team, slice, nth - 1, equal, [&](int32_t id) { team.board->id = id; });
+  locate(team, slice, nth - 1, equal, [&](int32_t id) { team.board()->id = id; });
   team.sync();
-  return team.board->id;
+  return team.board()->id;
 }
 
 template <class S>
 FS_DEVICE int low_bits(const S& slice) {
-  return slice.edited ? 0 : S::kUnusedBits;
+  return slice.overlay && slice.overlay->edited ? 0 : S::kUnusedBits;
 }
 
 // The first n tokens of the rank order, or with `all` everything that equals the last of them.
@@ -158,7 +156,7 @@ template <Policy kPolicy, class S>
 FS_DEVICE KeyCut top_p_cut(const Team<kPolicy>& team, const S& slice, const RowTask& t, KeyCut base,
                            u64 floor) {
   // All tokens that weigh less than this together weigh less than what top-p leaves out.
-  const u64 p30 = (u64)(t.params.top_p * 0x1p30f);
+  const u64 p30 = (u64)(t.params->top_p * 0x1p30f);
   const u64 light = ((((u64)1 << 30) - p30) << 10) / (u64)slice.vocab;
   const int32_t low = key_reaching(light > floor ? light : floor, t.peak, t.scale);
   const auto weight = [&](float x, int32_t key, int32_t id) -> u64 {
@@ -166,7 +164,7 @@ FS_DEVICE KeyCut top_p_cut(const Team<kPolicy>& team, const S& slice, const RowT
     const u64 w = mass_in(t, x);
     return w >= floor ? w : 0;
   };
-  const float top_p = t.params.top_p;
+  const float top_p = t.params->top_p;
   const auto target_of = [top_p](u64 total) -> u64 { return top_p_target(top_p, total); };
   const Bracket b = select<true>(team, slice, low > base.key ? low : base.key, t.peak_key,
                                  low_bits(slice), weight, target_of);
@@ -179,7 +177,7 @@ FS_DEVICE KeyCut top_p_cut(const Team<kPolicy>& team, const S& slice, const RowT
 // Stage 7 but for min-p, which every later sum asks of the mass itself.
 template <Policy kPolicy, class S>
 FS_DEVICE KeyCut find_cut(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
-  const RowParams& p = t.params;
+  const RowParams& p = *t.params;
   KeyCut cut = kKeepAlive;
   if (uses_top_k(p, slice.vocab)) {
     const auto one = [](float, int32_t, int32_t) -> u64 { return 1; };
@@ -201,28 +199,39 @@ FS_DEVICE u64 draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, con
   const u64 total = sum_segments(team, slice, weight);
   const Outputs& out = batch.out;
   if (!out.tokens) return total;
-  const uint64_t seed = (uint64_t)at(batch.rows.seeds, r);
-  const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
+  // Seed, offset and total are looked up for each draw rather than held in registers all along.
   for (int32_t j = 0; j < out.num_samples; ++j) {
-    int64_t* token = out.tokens + r * out.num_samples + j;
-    locate(team, slice, draw_threshold(seed, offset, (uint32_t)j, total), weight,
-           [&](int32_t id) { store_global(token, (int64_t)id); });
+    const uint64_t seed = (uint64_t)at(batch.rows.seeds, r);
+    const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
+    const u64 sum = team.own->running[team.parts * warps() - 1];
+    locate(team, slice, draw_threshold(seed, offset, (uint32_t)j, sum), weight, [&](int32_t id) {
+      store_global(out.tokens + r * out.num_samples + j, (int64_t)id);
+    });
   }
   return total;
 }
 
-// Stages 1 to 3; returns what is left of the shared memory.
-template <Policy kPolicy, class S>
-FS_DEVICE char* process_row(const Batch& batch, const Workspace& ws, int64_t r, const RowParams& p,
-                            const Team<kPolicy>& team, S& slice) {
-  char* more = (char*)(team.own + 1);
-  if (!has_edits(batch.rows)) return more;
-  Entry* near = (Entry*)more;
-  const bool far = kPolicy == kBlockPolicy && ws.bitmaps;
-  uint32_t* bitmap = far ? ws.bitmaps + blockIdx.x * ws.bitmap_words : (uint32_t*)(more + kTableBytes);
+// Stages 1 to 3. A block's shared memory holds Shared, the slice's logits in the resident case,
+// and, where any row may have edits, their table and the marks.
+template <class T, Policy kPolicy, bool kResident>
+FS_DEVICE void process_row(const Batch& batch, const Workspace& ws, int64_t r, const RowParams& p,
+                           const Team<kPolicy>& team, Slice<T, kResident>& slice) {
+  slice.held = (Vec16*)(team.own + 1);
+  const Bitmask& mask = batch.rows.bitmask;
+  if (!mask.data && !has_edits(batch.rows)) return;
+  Overlay& overlay = team.own->overlay;
+  if (threadIdx.x == 0) {
+    overlay = Overlay{mask.data ? mask.data + r * mask.stride : nullptr, mask.words, nullptr, {}};
+  }
+  __syncthreads();
+  slice.overlay = &overlay;
+  if (!has_edits(batch.rows)) return;
+  Entry* near = (Entry*)(slice.held + (kResident ? warps() * slice.per_warp : 0));
+  uint32_t* bitmap = (uint32_t*)((char*)near + kTableBytes);
+  if (kPolicy == kBlockPolicy && ws.bitmaps) bitmap = ws.bitmaps + blockIdx.x * ws.bitmap_words;
   const auto sync_team = [&] { team.sync(); };
-  apply_edits(batch, r, p, near, bitmap, ws.tables, team.rank, team.parts, sync_team, slice);
-  return more + kTableBytes + bitmap_bytes(warps() * slice.per_warp, 16 / S::kWidth);
+  apply_edits(batch, r, p, near, bitmap, ws.tables, team.rank, team.parts, sync_team, overlay,
+              slice);
 }
 
 template <class T, Policy kPolicy>
@@ -231,8 +240,8 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   constexpr bool kResident = kPolicy == kClusterPolicy;
   auto slice = make_slice<T, kResident>(batch, r, team.rank, team.parts);
   RowTask t = make_task(at(batch.rows.params, r));
-  slice.held = (Vec16*)process_row(batch, ws, r, t.params, team, slice);
-  scan(team, slice, t);
+  process_row(batch, ws, r, *t.params, team, slice);
+  scan(team, slice, t.params->top_k, t);
   const bool first = team.leads() && threadIdx.x == 0;
   KeyCut cut = {t.peak_key, t.argmax};
   u64 total = kMassUnit;
@@ -255,20 +264,19 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
 template <class T, Policy kPolicy>
 FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t parts) {
   Shared* own = (Shared*)shared_memory();
-  Team<kPolicy> team = {own, &own->board, 0, parts, nullptr};
-  const int64_t index = blockIdx.x / parts, teams = gridDim.x / parts;
+  Team<kPolicy> team = {own, nullptr, nullptr, 0, parts};
+  const uint32_t index = blockIdx.x / (uint32_t)parts, teams = gridDim.x / (uint32_t)parts;
   clear_bins(team);
   if constexpr (kPolicy == kClusterPolicy) {
     team.rank = cluster_rank();
-    team.board = of_cluster_block(&own->board, 0);
     team.sync();  // the other blocks' shared memory is there from now on
   }
   if constexpr (kPolicy == kGridPolicy) {
-    team.rank = (int)(blockIdx.x % parts);
-    team.board = ws.boards + index;
+    team.rank = (int)(blockIdx.x % (uint32_t)parts);
+    team.grid_board = ws.boards + index;
     team.semaphore = ws.semaphores + index;
   }
-  for (int64_t r = index; r < batch.logits.rows; r += teams) {
+  for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
     sample_row<T>(batch, ws, r, team);
     team.sync();  // nobody reads this row's shared memory any more
   }
