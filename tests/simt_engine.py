@@ -32,7 +32,7 @@ FLAGS = (
 ).split()  # fmt: skip
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 POLICIES = {"auto": -1, "cluster": 0, "block": 1, "grid": 2}
-ORDERS = ("ascending", "descending", "shuffled", "warps shuffled")
+ORDERS = ("ascending", "descending", "shuffled", "warp by warp")
 H100 = (90, 132, 227 * 1024, 228 * 1024, 16)
 A100 = (80, 108, 163 * 1024, 164 * 1024, 1)
 

@@ -174,6 +174,13 @@ struct Slice {
     }
   }
 
+  // One logit behind the mask.
+  FS_METHOD float masked(int32_t id) const {
+    const bool gone =
+        overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id);
+    return gone ? -INFINITY : logit(row, id);
+  }
+
   // One processed logit of this slice.
   FS_METHOD float value(int32_t id) const {
     if (overlay && overlay->edited) {
@@ -182,10 +189,7 @@ struct Slice {
         return edited_value(overlay->table, id);
       }
     }
-    if (overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id)) {
-      return -INFINITY;
-    }
-    return logit(row, id);
+    return masked(id);
   }
 
   FS_METHOD int32_t begin() const { return first + warp() * per_warp; }
@@ -314,14 +318,13 @@ FS_DEVICE void apply_edits(const Batch& batch, int64_t r, const RowParams& p, En
     Entry& entry = table.entries[i];
     const int32_t id = *(volatile int32_t*)&entry.id;
     if (id < 0 || !s.owns(id)) continue;
-    float x = s.value(id);  // behind the mask: no token is marked yet
+    float x = s.masked(id);
     if (entry.count & kHasBias) x = x + entry.value;
     const int32_t count = (int32_t)(entry.count & kCount);
     entry.value = penalise(x, p, count, count > 0 || (entry.count & kInPrompt));
     const int32_t position = id + s.shift - s.first * S::kWidth;
     atomicOr(bitmap + (position >> 5), 1u << (position & 31));
   }
-  __syncthreads();
   if (threadIdx.x == 0) {
     overlay.edited = bitmap;
     overlay.table = table;

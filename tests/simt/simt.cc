@@ -199,7 +199,7 @@ void arrange(std::vector<Fiber*>& fibers, std::mt19937_64& random) {
     case kShuffled:
       std::shuffle(fibers.begin(), fibers.end(), random);
       break;
-    default: {  // whole warps, in any order
+    default: {  // kWarpByWarp
       std::vector<size_t> warps(fibers.size() / 32);
       for (size_t i = 0; i < warps.size(); ++i) warps[i] = i;
       std::shuffle(warps.begin(), warps.end(), random);
@@ -216,14 +216,25 @@ void arrange(std::vector<Fiber*>& fibers, std::mt19937_64& random) {
 void schedule(std::vector<Fiber*> fibers) {
   while (!fibers.empty() && !failure) {
     bool progress = false, finished = false;
-    for (Fiber* fiber : fibers) {
-      if (fiber->done || (fiber->waits_for && *fiber->waits_for == fiber->seen)) continue;
-      const bool was_paused = fiber->paused;
-      resume(fiber);
-      progress |= !was_paused || !fiber->paused;
-      finished |= fiber->done;
+    const size_t group = settings.order == kWarpByWarp ? 32 : fibers.size();
+    for (size_t begin = 0; begin < fibers.size(); begin += group) {
+      bool moved = true;
+      while (moved) {
+        moved = false;
+        for (size_t i = begin; i < std::min(begin + group, fibers.size()); ++i) {
+          Fiber* fiber = fibers[i];
+          if (fiber->done || (fiber->waits_for && *fiber->waits_for == fiber->seen)) continue;
+          const bool was_paused = fiber->paused;
+          resume(fiber);
+          moved |= !was_paused && !fiber->paused;
+          progress |= !was_paused || !fiber->paused;
+          finished |= fiber->done;
+        }
+        if (settings.order != kWarpByWarp) break;
+      }
     }
     if (!progress) failure = "deadlock: every thread waits";
+    // Warps stay whole: their lanes end together.
     if (finished) {
       for (Fiber* fiber : fibers) {
         if (fiber->done) free_stacks.push_back(fiber->stack);

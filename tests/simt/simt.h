@@ -1,7 +1,8 @@
 // CUDA's names for the host: every thread of a block, a cluster or a grid is a fiber. csrc/cuda
 // includes this file where nvcc does not compile it, and nothing else there differs.
 //
-// Fibers change only at barriers and warp operations, in an order that the test chooses. What a
+// Fibers change only at barriers and warp operations, in an order that the test chooses: lane by
+// lane, or (kWarpByWarp) each warp, in shuffled order, as far as it gets. What a
 // missing barrier would have made wait is thus run too early or too late in one order or another.
 #pragma once
 
@@ -24,7 +25,7 @@ struct Index {
   uint32_t x, y, z;
 };
 
-enum Order : int { kAscending = 0, kDescending = 1, kShuffled = 2, kWarpsShuffled = 3 };
+enum Order : int { kAscending = 0, kDescending = 1, kShuffled = 2, kWarpByWarp = 3 };
 
 // What a launch did.
 struct Counters {
