@@ -89,7 +89,7 @@ def measure(sass: str, registers: int, local: int) -> Measures:
         count(r"LDG\.E\.(\w+\.)*128"),
         count("FFMA", dividing=False),
         count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w+64H|F2F\.F64|I2F\.F64"),
-        count(r"MUFU\.(EX2|LG2|SIN|COS|TANH)|F(ADD|MUL|FMA)\.FTZ"),
+        count(r"MUFU\.(EX2|LG2|SIN|COS|TANH)|F(ADD|MUL|FMA)\.FTZ", dividing=False),
     )
 
 

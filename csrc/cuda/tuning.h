@@ -14,9 +14,9 @@ enum Policy : int32_t {
 };
 constexpr int kPolicies = 3;
 
-constexpr int kThreads = 384;
+constexpr int kThreads = 256;
 constexpr int kBlocksPerSM = 2;
-constexpr int kRegisters = 80;  // per thread, so that two blocks fit: 6 warps on each of 4 schedulers
+constexpr int kRegisters = 128;  // per thread, so that two blocks fit; with fewer some kernels spill
 constexpr int kMaxParts = 32;         // blocks per row
 constexpr int kPortableCluster = 8;   // blocks per cluster that every GPU with clusters can run
 constexpr int kLargestCluster = 16;   // where the GPU allows more
