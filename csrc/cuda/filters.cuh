@@ -98,13 +98,13 @@ struct Team {
   }
 };
 
-// Zeroes what must be 0 before the first selection. A grid's board is 0 already.
+// Zeroes what must be 0 before the first selection, which the scan's barrier stands before. A grid's
+// board is 0 already.
 template <Policy kPolicy>
 FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
   uint32_t* bins = team.own->board.bins;
   for (int i = (int)threadIdx.x; i < 2 * kBins; i += (int)blockDim.x) bins[i] = 0;
   if (threadIdx.x == 0) team.own->board.total = 0;
-  __syncthreads();
 }
 
 // The leader narrows the bracket to the bin at which the weight, from the top, reaches the target.

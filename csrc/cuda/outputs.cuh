@@ -54,7 +54,6 @@ FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice) {
   row.cut = kKeepAlive;
   row.raw = true;
   scan(team, slice, 0, row.task);
-  __syncthreads();
   row.sound = row.task.status == kValid;
   if (!row.sound) return row;
   const RowTask& t = row.task;
