@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,8 @@ from fastsample.engines.cuda import CudaEngine
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
-FLAGS = (
-    "-std=c++17 -O2 -g1 -ffp-contract=off -fPIC -shared -pthread "
-    "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
-).split()  # fmt: skip
+FLAGS = ("-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
+QUIET = ("-Wno-unknown-pragmas", "-Wno-psabi")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 POLICIES = {"auto": -1, "cluster": 0, "block": 1, "grid": 2}
 ORDERS = ("ascending", "descending", "shuffled", "warp by warp")
@@ -48,7 +46,16 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     assert chosen is not None, "there is no C++ compiler"
     target = folder / ("simt-sanitized.so" if sanitize else "simt.so")
     sources = [str(HERE / "simt" / name) for name in ("simt.cc", "engine.cc")]
-    command = [chosen, *FLAGS, *(SANITIZERS if sanitize else ()), f"-I{CSRC}", f"-I{HERE / 'simt'}", "-o", str(target)]
+    command = [
+        chosen,
+        *FLAGS,
+        *QUIET,
+        *(SANITIZERS if sanitize else ()),
+        f"-I{CSRC}",
+        f"-I{HERE / 'simt'}",
+        "-o",
+        str(target),
+    ]
     done = subprocess.run([*command, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return target
@@ -121,9 +128,7 @@ class Simt:
     def plan(self, device: tuple[int, ...], rows: int, vocab: int, itemsize: int, edits: bool) -> tuple[int, ...]:
         """What tuning.h says: policy, blocks per row, threads, rows in flight, bytes of shared memory."""
         chosen = (ctypes.c_int64 * 5)()
-        self._library.simt_plan(
-            _array(device), *map(ctypes.c_int64, (rows, vocab, itemsize, edits)), chosen
-        )
+        self._library.simt_plan(_array(device), *map(ctypes.c_int64, (rows, vocab, itemsize, edits)), chosen)
         return tuple(chosen)
 
     def counters(self) -> Counters:

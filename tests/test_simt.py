@@ -1,4 +1,4 @@
-"""The CUDA sources on fibers (tests/simt) against the reference: equal to the bit, whatever the policy and the order."""
+"""The CUDA sources on fibers (tests/simt) against the reference: equal to the bit in every policy and order."""
 
 from __future__ import annotations
 
@@ -134,16 +134,18 @@ def test_more_edits_than_shared_memory_holds(how: How, simt: Simt) -> None:
     """The table then lies in device memory, shared by the row's blocks."""
     g = torch.Generator().manual_seed(9)
     logits = torch.randn(3, 3000, generator=g)
-    ids = {"prompt_ids": torch.randint(3000, (3, 900), generator=g), "bias": {i: -0.5 for i in range(0, 3000, 7)}}
+    ids = {"prompt_ids": torch.randint(3000, (3, 900), generator=g), "bias": dict.fromkeys(range(0, 3000, 7), -0.5)}
     kwargs = {"output_ids": torch.randint(-1, 3000, (3, 700), generator=g), **ids, "repetition_penalty": 1.3}
     kwargs |= {"frequency_penalty": 0.2, "top_p": 0.95, "seed": 2}
-    want = fs.sample(logits, backend="reference", **kwargs), fs.filter_logits(
-        logits, backend="reference", **{k: v for k, v in kwargs.items() if k != "seed"}
+    want = (
+        fs.sample(logits, backend="reference", **kwargs),
+        fs.filter_logits(logits, backend="reference", **{k: v for k, v in kwargs.items() if k != "seed"}),
     )
     simt.how = how
     with as_backend(simt):
-        got = fs.sample(logits, backend="cuda", **kwargs), fs.filter_logits(
-            logits, backend="cuda", **{k: v for k, v in kwargs.items() if k != "seed"}
+        got = (
+            fs.sample(logits, backend="cuda", **kwargs),
+            fs.filter_logits(logits, backend="cuda", **{k: v for k, v in kwargs.items() if k != "seed"}),
         )
     assert simt.chosen is not None
     assert simt.chosen.workspace > 3 * 2 * 1600 * 12
@@ -270,14 +272,12 @@ def test_nothing_is_found_where_nothing_is_missing(how: How, simt: Simt) -> None
 def test_a_missing_barrier_is_found(barrier: tuple[str, int], simt: Simt) -> None:
     """Left out, it leads to a wrong result or a deadlock in one order of threads or another."""
     hows = (How("cluster", 2, 96, 1), How("grid", 2, 96, 1), How("block", 1, 96, 1))
-    assert any(
-        found_wrong(simt, replace(how, order=order, skip=barrier)) for how in hows for order in reversed(ORDERS)
-    )
+    assert any(found_wrong(simt, replace(how, order=order, skip=barrier)) for how in hows for order in reversed(ORDERS))
 
 
 def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """A slice of the jobs with every buffer exactly as large as it must be."""
-    jobs = [job for job in JOBS if job.case.vocab <= 1100][:: 14]
+    jobs = [job for job in JOBS if job.case.vocab <= 1100][::14]
     (tmp_path / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     library = build(tmp_path, sanitize=True)
     cxx = str(compiler())

@@ -101,17 +101,17 @@ NativeRows make_rows(const std::array<int64_t, kRowArguments>& arguments) {
 using Lent = std::pair<uintptr_t, int64_t>;  // address, bytes
 
 // Launches and returns None, or the bytes of workspace and boards that it takes and did not get.
-std::optional<std::pair<int64_t, int64_t>> run(
-    const NativeRows& rows, int device_index, uintptr_t stream,
-    const std::array<int64_t, kCallArguments>& arguments, Lent workspace, Lent boards) {
+std::optional<std::pair<int64_t, int64_t>> run(const NativeRows& rows, int device_index,
+                                               uintptr_t stream,
+                                               const std::array<int64_t, kCallArguments>& arguments,
+                                               Lent workspace, Lent boards) {
   CallArguments a;
   memcpy(&a, arguments.data(), sizeof a);
   const py::gil_scoped_release unlocked;
   const OnDevice current(device_index);
   const Device& device = device_at(device_index);
   const Batch batch = batch_of(rows.rows, a);
-  const Layout layout =
-      layout_for(device, batch, rows.bias_entries, plan(device, shape_of(batch)));
+  const Layout layout = layout_for(device, batch, rows.bias_entries, plan(device, shape_of(batch)));
   if (layout.workspace > workspace.second || layout.boards > boards.second) {
     return std::make_pair(layout.workspace, layout.boards);
   }
@@ -130,8 +130,8 @@ std::optional<std::string> why_not() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice || (!error && !count)) {
-    return "there is no NVIDIA GPU with a driver that CUDA " + std::to_string(CUDART_VERSION / 1000) +
-           " can use (" + cudaGetErrorString(error) + ")";
+    return "there is no NVIDIA GPU with a driver that CUDA " +
+           std::to_string(CUDART_VERSION / 1000) + " can use (" + cudaGetErrorString(error) + ")";
   }
   if (error) return std::string("CUDA cannot be used: ") + cudaGetErrorString(error);
   return std::nullopt;

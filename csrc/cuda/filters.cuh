@@ -61,7 +61,8 @@ struct Team {
   uint32_t* semaphore;
   int rank, parts;
 
-  // The team's board. A cluster's is looked up again each time, which is cheaper than to hold on to.
+  // The team's board. A cluster's is looked up again each time, which is cheaper than to hold on
+  // to.
   FS_METHOD Board* board() const {
     if constexpr (kPolicy == kGridPolicy) return grid_board;
     if constexpr (kPolicy == kClusterPolicy) return of_cluster_block(&own->board, 0);
@@ -98,8 +99,8 @@ struct Team {
   }
 };
 
-// Zeroes what must be 0 before the first selection, which the scan's barrier stands before. A grid's
-// board is 0 already.
+// Zeroes what must be 0 before the first selection, which the scan's barrier stands before. A
+// grid's board is 0 already.
 template <Policy kPolicy>
 FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
   uint32_t* bins = team.own->board.bins;

@@ -113,8 +113,7 @@ FS_DEVICE void write_top(const Batch& batch, const Workspace& ws, int64_t r,
     const int64_t id = id_in(list[i]);
     const float none = row.sound ? -INFINITY : NAN;
     store_global(out.top_ids + at, there ? id : (int64_t)-1);
-    store_global(out.top_logprobs + at,
-                 there ? row.logprob(from_key(key_in(list[i]))) : none);
+    store_global(out.top_logprobs + at, there ? row.logprob(from_key(key_in(list[i]))) : none);
   }
 }
 

@@ -108,10 +108,10 @@ struct Slice {
   const T* row;
   int32_t vocab;
   int32_t shift;
-  int32_t vectors;   // of the whole row
-  int32_t per_warp;  // vectors
-  int32_t first;     // vector
-  Vec16* held;       // [warps * per_warp] the raw logits, -inf outside the row; resident only
+  int32_t vectors;         // of the whole row
+  int32_t per_warp;        // vectors
+  int32_t first;           // vector
+  Vec16* held;             // [warps * per_warp] the raw logits, -inf outside the row; resident only
   const Overlay* overlay;  // null: the logits are taken as they are
 
   FS_METHOD bool owns(int64_t id) const {
@@ -176,8 +176,7 @@ struct Slice {
 
   // One logit behind the mask.
   FS_METHOD float masked(int32_t id) const {
-    const bool gone =
-        overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id);
+    const bool gone = overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id);
     return gone ? -INFINITY : logit(row, id);
   }
 
@@ -281,8 +280,8 @@ FS_DEVICE int64_t count_edits(const Batch& batch, int64_t r, const RowParams& p)
 FS_DEVICE int64_t table_offset(const Batch& batch, int64_t r) {
   const Rows& rows = batch.rows;
   const int64_t before = rows.bias.row_ptr ? rows.bias.row_ptr[r] : 0;
-  const int64_t lists = (rows.output.data ? rows.output.length : 0) +
-                        (rows.prompt.data ? rows.prompt.length : 0);
+  const int64_t lists =
+      (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
   return 2 * (before + r * lists);
 }
 

@@ -25,8 +25,8 @@ struct RowTask {
   int32_t argmax;
   Status status;
   float peak, scale;
-  u64 floor;         // min-p's
-  int32_t k_bound;   // key that top-k's cutoff cannot lie below
+  u64 floor;        // min-p's
+  int32_t k_bound;  // key that top-k's cutoff cannot lie below
 };
 
 constexpr KeyCut kKeepAlive = {kKeyLowest, INT32_MAX};
@@ -144,8 +144,8 @@ FS_DEVICE int low_bits(const S& slice) {
 template <Policy kPolicy, class S, class Counts>
 FS_DEVICE KeyCut top_k_cut(const Team<kPolicy>& team, const S& slice, int32_t low, int32_t high,
                            u64 n, bool all, Counts counts) {
-  const Bracket b = select<false>(
-      team, slice, low, high, low_bits(slice), counts, [n](u64) { return n; });
+  const Bracket b =
+      select<false>(team, slice, low, high, low_bits(slice), counts, [n](u64) { return n; });
   if (b.low <= kKeyMinusInfinity) return kKeepAlive;
   if (all || b.reached == n) return KeyCut{b.low, INT32_MAX};
   return KeyCut{b.low, nth_equal(team, slice, b.low, n - b.above)};
@@ -204,9 +204,8 @@ FS_DEVICE u64 draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, con
     const uint64_t seed = (uint64_t)at(batch.rows.seeds, r);
     const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
     const u64 sum = team.own->running[team.parts * warps() - 1];
-    locate(team, slice, draw_threshold(seed, offset, (uint32_t)j, sum), weight, [&](int32_t id) {
-      store_global(out.tokens + r * out.num_samples + j, (int64_t)id);
-    });
+    locate(team, slice, draw_threshold(seed, offset, (uint32_t)j, sum), weight,
+           [&](int32_t id) { store_global(out.tokens + r * out.num_samples + j, (int64_t)id); });
   }
   return total;
 }

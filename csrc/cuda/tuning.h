@@ -16,23 +16,24 @@ constexpr int kPolicies = 3;
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSM = 2;
-constexpr int kRegisters = 128;  // per thread, so that two blocks fit; with fewer some kernels spill
-constexpr int kMaxParts = 32;         // blocks per row
-constexpr int kPortableCluster = 8;   // blocks per cluster that every GPU with clusters can run
-constexpr int kLargestCluster = 16;   // where the GPU allows more
-constexpr int kDigitBits = 11;        // of a key, resolved by one round of selection
+constexpr int kRegisters =
+    128;                       // per thread, so that two blocks fit; with fewer some kernels spill
+constexpr int kMaxParts = 32;  // blocks per row
+constexpr int kPortableCluster = 8;  // blocks per cluster that every GPU with clusters can run
+constexpr int kLargestCluster = 16;  // where the GPU allows more
+constexpr int kDigitBits = 11;       // of a key, resolved by one round of selection
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kMaxSegments = kMaxParts * kThreads / 32;  // one per warp that works on the row
-constexpr int kPrivateEntries = 1024;  // edited tokens that fit the table in shared memory
+constexpr int kPrivateEntries = 1024;     // edited tokens that fit the table in shared memory
 constexpr int kMinLogitsPerBlock = 4096;  // fewer are not worth a further block
 
 // What the choice depends on; the host asks the driver once per device.
 struct Device {
-  int32_t arch;            // 80, 90, ...
+  int32_t arch;  // 80, 90, ...
   int32_t multiprocessors;
-  int32_t shared_block;    // bytes that one block may have
-  int32_t shared_sm;       // bytes of a multiprocessor
-  int32_t largest_cluster; // blocks; 1 without clusters
+  int32_t shared_block;     // bytes that one block may have
+  int32_t shared_sm;        // bytes of a multiprocessor
+  int32_t largest_cluster;  // blocks; 1 without clusters
 };
 
 struct Shape {
@@ -56,7 +57,8 @@ FS_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) *
 
 // 16-byte vectors per warp. A row that does not begin on 16 bytes may touch one vector more.
 FS_HD constexpr int32_t vectors_per_warp(int32_t vocab, int32_t itemsize, int32_t warps) {
-  return (int32_t)round_up(ceil_div((int64_t)vocab * itemsize + 15, 16), 32 * (int64_t)warps) / warps;
+  return (int32_t)round_up(ceil_div((int64_t)vocab * itemsize + 15, 16), 32 * (int64_t)warps) /
+         warps;
 }
 
 constexpr int32_t vectors_per_block(const Shape& s, int32_t parts, int32_t threads) {
@@ -141,8 +143,7 @@ constexpr Plan plan(const Device& d, const Shape& s) {
     const int32_t wanted = wanted_parts(d, s, kPortableCluster);
     return make_plan(d, s, kClusterPolicy, wanted > holding ? wanted : holding);
   }
-  const int32_t needed =
-      fewest(kMaxParts, [&](int32_t parts) { return fits(d, s, false, parts); });
+  const int32_t needed = fewest(kMaxParts, [&](int32_t parts) { return fits(d, s, false, parts); });
   const int32_t wanted = wanted_parts(d, s, kMaxParts);
   const int32_t parts = wanted > needed ? wanted : needed;
   return make_plan(d, s, parts > 1 ? kGridPolicy : kBlockPolicy, parts);

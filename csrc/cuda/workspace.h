@@ -54,11 +54,11 @@ constexpr uint32_t kInPrompt = 0x80000000u, kHasBias = 0x40000000u, kCount = 0x3
 
 // Device memory lent to a launch.
 struct Workspace {
-  RowState* states;      // [B], null when no later kernel asks
-  Entry* tables;         // for rows with more edits than shared memory holds
-  long long* lists;      // [teams, list_length] of the kernel that writes top-n
-  int64_t list_length;   // a power of two
-  uint32_t* bitmaps;     // [teams, bitmap_words] of that kernel where shared memory is too small
+  RowState* states;     // [B], null when no later kernel asks
+  Entry* tables;        // for rows with more edits than shared memory holds
+  long long* lists;     // [teams, list_length] of the kernel that writes top-n
+  int64_t list_length;  // a power of two
+  uint32_t* bitmaps;    // [teams, bitmap_words] of that kernel where shared memory is too small
   int64_t bitmap_words;
   Board* boards;         // [teams], zero between launches; kGridPolicy only
   uint32_t* semaphores;  // [teams], likewise
@@ -67,9 +67,9 @@ struct Workspace {
 // How a batch is served, and the bytes of device memory that it takes.
 struct Layout {
   Plan sample;
-  Plan outputs;         // of the second kernel; no teams when none is wanted
-  int64_t workspace;    // any contents
-  int64_t boards;       // zero before the first launch, and left so
+  Plan outputs;       // of the second kernel; no teams when none is wanted
+  int64_t workspace;  // any contents
+  int64_t boards;     // zero before the first launch, and left so
   int64_t table_entries;
 };
 
@@ -113,7 +113,8 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   ws.bitmaps = (uint32_t*)part(more.teams * ws.bitmap_words * 4);
   const bool grid = layout.sample.policy == kGridPolicy;
   ws.boards = grid ? (Board*)boards : nullptr;
-  ws.semaphores = grid ? (uint32_t*)(boards + layout.sample.teams * (int64_t)sizeof(Board)) : nullptr;
+  ws.semaphores =
+      grid ? (uint32_t*)(boards + layout.sample.teams * (int64_t)sizeof(Board)) : nullptr;
   return size;
 }
 
@@ -123,8 +124,8 @@ inline Layout layout_for(const Device& device, const Batch& batch, int64_t bias_
   const Rows& rows = batch.rows;
   Layout layout = {sample, Plan{}, 0, 0, 0};
   if (wants_more(batch.out)) layout.outputs = outputs_plan(device, shape_of(batch));
-  const int64_t lists = (rows.output.data ? rows.output.length : 0) +
-                        (rows.prompt.data ? rows.prompt.length : 0);
+  const int64_t lists =
+      (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
   if (bias_entries + lists > kPrivateEntries) {
     layout.table_entries = 2 * (bias_entries + batch.logits.rows * lists);
   }

@@ -54,6 +54,7 @@ class Engine(Protocol):
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Engine names, fastest first where several can serve; each is the module of that name."""
 
+
 @cache
 def engine(name: str) -> Engine:
     """The engine of that name; imported on first use, so that `import fastsample` loads no compiler and no driver."""

@@ -165,7 +165,9 @@ def _token_ids(ids: Tensor | None) -> tuple[int, int, int]:
 
 @cache
 def _why_not_device(device: torch.device) -> str | None:
-    reason: str | None = native()[0].why_not_device(torch.cuda.current_device() if device.index is None else device.index)
+    reason: str | None = native()[0].why_not_device(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
     return reason
 
 

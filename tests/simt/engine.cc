@@ -28,7 +28,8 @@ struct Launch {
     const int64_t blocks = (int64_t)plan.teams * plan.parts;
     const int cluster = plan.policy == kClusterPolicy ? plan.parts : 1;
     const int64_t together = plan.policy == kGridPolicy ? blocks : cluster;
-    failure = simt::run(blocks, plan.threads, (size_t)plan.shared, together, cluster, call.run, &call);
+    failure =
+        simt::run(blocks, plan.threads, (size_t)plan.shared, together, cluster, call.run, &call);
     return failure ? 1 : 0;
   }
 };
@@ -47,7 +48,8 @@ struct PlanArguments {
 
 Plan plan_of(const Device& device, const Batch& batch, const PlanArguments& a) {
   if (a.policy < 0) return plan(device, shape_of(batch));
-  Plan p = make_plan(device, shape_of(batch), (Policy)a.policy, (int32_t)a.parts, (int32_t)a.threads);
+  Plan p =
+      make_plan(device, shape_of(batch), (Policy)a.policy, (int32_t)a.parts, (int32_t)a.threads);
   p.teams = at_most(a.teams, batch.logits.rows);
   return p;
 }
@@ -77,8 +79,8 @@ const char* simt_run(const RowArguments* row_arguments, const CallArguments* cal
   std::vector<char> workspace((size_t)layout.workspace, (char)0xA5);
   std::vector<char> boards((size_t)layout.boards, 0);
   lay_out(batch, layout, workspace.data(), boards.data(), ws);
-  const int64_t out[] = {plan.policy, plan.parts,       plan.threads,
-                         plan.teams,  plan.shared,      layout.workspace,
+  const int64_t out[] = {plan.policy,   plan.parts,           plan.threads,
+                         plan.teams,    plan.shared,          layout.workspace,
                          layout.boards, layout.outputs.teams, layout.outputs.far_bitmap};
   for (size_t i = 0; i < sizeof out / sizeof *out; ++i) chosen[i] = out[i];
   const Logits& l = batch.logits;

@@ -329,7 +329,8 @@ uint32_t vote(bool mine) {
 }
 
 void count_read(const void* p, size_t bytes) {
-  const bool logits = (const char*)p >= settings.logits_begin && (const char*)p < settings.logits_end;
+  const bool logits =
+      (const char*)p >= settings.logits_begin && (const char*)p < settings.logits_end;
   (logits ? counters.logit_bytes : counters.other_bytes) += (int64_t)bytes;
 }
 

@@ -39,8 +39,8 @@ struct Counters {
 
 struct Settings {
   int order;
-  uint64_t seed;            // of the shuffled orders
-  const char* skip_file;    // a barrier that threads are let through, named by its place
+  uint64_t seed;          // of the shuffled orders
+  const char* skip_file;  // a barrier that threads are let through, named by its place
   int skip_line;
   const char* logits_begin;
   const char* logits_end;
