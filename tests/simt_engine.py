@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 FLAGS = ("-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
 QUIET = ("-Wno-unknown-pragmas", "-Wno-psabi")
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 POLICIES = {"auto": -1, "cluster": 0, "block": 1, "grid": 2}
 ORDERS = ("ascending", "descending", "shuffled", "warp by warp")
 H100 = (90, 132, 227 * 1024, 228 * 1024, 16)
