@@ -21,7 +21,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_6BFloatE": "bfloat16"}
 KERNELS = ("sample cluster", "sample block", "sample grid", "outputs")
 THREADS, BLOCKS_PER_SM, REGISTERS = (
-    int(re.search(rf"{name} = (\d+);", (CSRC / "cuda/tuning.h").read_text())[1])  # type: ignore[index]
+    int(re.search(rf"{name} =\s+(\d+);", (CSRC / "cuda/tuning.h").read_text())[1])  # type: ignore[index]
     for name in ("kThreads", "kBlocksPerSM", "kRegisters")
 )
 NAME = re.compile(r"_ZN10fastsample\d+(sample|outputs)_kernelI(f|NS_4HalfE|NS_6BFloatE)(?:L\w*?E(\d)E)?E")

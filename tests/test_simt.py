@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import os
 import re
@@ -190,6 +191,25 @@ def test_plans(
     plan = simt.plan(device, rows, vocab, dtype.itemsize, edits=False)
     assert plan[:2] == (("cluster", "block", "grid").index(policy), parts)
     assert plan[4] <= device[2]
+
+
+def test_every_plan_fits_its_gpu(simt: Simt) -> None:
+    """Shared memory of a block, blocks of a cluster, and (where blocks wait for each other) all of them at once."""
+    l40 = (89, 142, 99 * 1024, 100 * 1024, 1)
+    rtx50 = (120, 170, 99 * 1024, 100 * 1024, 8)
+    seen = set()
+    for device in (A100, H100, l40, rtx50):
+        for rows, vocab in itertools.product((1, 2, 7, 64, 1000), (1, 999, 32000, 128256, 262144, 2**20)):
+            for itemsize, edits in itertools.product((2, 4), (False, True)):
+                policy, parts, threads, teams, shared = simt.plan(device, rows, vocab, itemsize, edits)
+                seen.add((device[0], policy))
+                assert shared <= device[2], (device, rows, vocab, itemsize, edits)
+                assert 1 <= teams <= rows
+                assert parts <= (device[4] if policy == 0 else 1 if policy == 1 else 32)
+                per_sm = min(2, device[3] // (shared + 1024))
+                assert policy != 2 or teams * parts <= device[1] * per_sm, (device, rows, vocab, itemsize, edits)
+                assert threads == 256
+    assert seen == {(80, 1), (80, 2), (89, 1), (89, 2), (90, 0), (90, 1), (90, 2), (120, 0), (120, 1), (120, 2)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
