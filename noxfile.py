@@ -1,4 +1,4 @@
-"""nox sessions: tests, lint, wheel, bench. All install with pip, whose configuration decides where torch comes from."""
+"""nox sessions: tests, lint, wheel, bench, flashinfer. pip's configuration decides where torch comes from."""
 
 from __future__ import annotations
 
@@ -51,3 +51,13 @@ def bench(session: nox.Session) -> None:
     """The benchmarks; arguments after -- go to pytest."""
     session.install(".[bench]")
     session.run("pytest", "bench", "--benchmark-only", *session.posargs)
+
+
+@nox.session
+def flashinfer(session: nox.Session) -> None:
+    """Our signatures against those of the installed FlashInfer, which needs no GPU to be imported."""
+    session.install("-e", ".", "pytest>=8", "hypothesis>=6.100")
+    session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
+    session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # with them it would replace torch by a CUDA build
+    session.run("python", "-c", "import flashinfer.sampling")  # where this fails, the test would be skipped
+    session.run("pytest", "tests/test_flashinfer_signatures.py", *session.posargs)

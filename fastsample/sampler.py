@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
@@ -52,6 +53,7 @@ class Sampler:
             records.repeat(batch_size // records.shape[0], 1),
             pack_seeds(seed, batch_size).clone(),
             pack_offsets(offset, batch_size).expand(batch_size).clone(),
+            workspace={},
         )
         self._initial_records = self._rows.records.clone()
 
@@ -79,12 +81,16 @@ class Sampler:
 
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
         """
+        if is_compiling():
+            from fastsample import ops
+
+            return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
         table = self._request.table(logits)
         if table.shape[0] != self._batch_size:
             raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
         self._rows = rows = self._rows.to(table.device)
         if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
-            rows = Rows(rows.records, rows.seeds, rows.offsets)
+            rows = Rows(rows.records, rows.seeds, rows.offsets, workspace=rows.workspace)
             add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
         return self._request.run(table, rows, out, advance=True)
 
