@@ -49,15 +49,6 @@ class Buffers:
             self.boards = torch.zeros(boards, dtype=torch.uint8, device=self.device)
 
 
-class NativeRows:
-    """A batch's Rows as native code sees them, and memory of their own once they have come back."""
-
-    def __init__(self, rows: Rows, module: Any) -> None:
-        self.rows = module.Rows(row_arguments(rows))
-        self.buffers: Buffers | None = None
-        self.seen = False
-
-
 class CudaEngine(Engine):
     """One launch from logits to token; a second one for whole rows of output and log-probabilities."""
 
@@ -65,7 +56,7 @@ class CudaEngine(Engine):
 
     def __init__(self, module: Any = None) -> None:
         self._module = module  # tests/simt lends one that needs no GPU
-        self._buffers: dict[tuple[torch.device, int], Buffers] = {}
+        self._buffers: dict[tuple[str, torch.device, int], Buffers] = {}  # by device and stream
 
     def why_not(self, logits: Tensor | None) -> str | None:
         reason = native()[1]
@@ -80,14 +71,14 @@ class CudaEngine(Engine):
             return 0
         module = self._module or native()[0]
         if rows.native is None:
-            rows.native = NativeRows(rows, module)
+            rows.native = module.Rows(row_arguments(rows))
         on_gpu = logits.device.type == "cuda"
         stream = torch.cuda.current_stream(logits.device).cuda_stream if on_gpu else 0
-        buffers = self._memory(logits.device, stream, rows.native)
+        buffers = self._memory(logits.device, stream, rows)
         call = call_arguments(logits, out)
         while True:
             needed = module.run(
-                rows.native.rows,
+                rows.native,
                 logits.device.index or 0,
                 stream,
                 call,
@@ -99,23 +90,20 @@ class CudaEngine(Engine):
             buffers.grow(*needed)  # nothing was launched
         return None if on_gpu else int((out.status != 0).sum())
 
-    def _memory(self, device: torch.device, stream: int, rows: NativeRows) -> Buffers:
-        """The calls of a stream run one after another and share memory.
+    def _memory(self, device: torch.device, stream: int, rows: Rows) -> Buffers:
+        """Memory that nothing else can be using while this call's launches run.
 
-        Rows that come back (a Sampler's) get their own, since a graph captured with it may be replayed on another
-        stream. A capture that cannot have that allocates.
+        A stream's calls run one after another and share it; a Sampler has its own. A capture takes new memory, from the
+        graph's, but for a Sampler that already has some on the capturing stream: a graph may be replayed on any stream.
         """
-        if rows.buffers is not None:
-            return rows.buffers
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        key = (self.name, device, stream)
+        kept = self._buffers if rows.workspace is None else rows.workspace
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and (kept is self._buffers or key not in kept):
             return Buffers(device)
-        if rows.seen:
-            rows.buffers = Buffers(device)
-            return rows.buffers
-        rows.seen = True
-        found = self._buffers.get((device, stream))
-        if found is None:
-            found = self._buffers[device, stream] = Buffers(device)
+        if key not in kept:
+            kept[key] = Buffers(device)
+        found: Buffers = kept[key]
         return found
 
 
@@ -127,7 +115,7 @@ def row_arguments(rows: Rows) -> tuple[int, ...]:
         *_column(rows.seeds),
         *_column(rows.offsets),
         *((0, 0, -1) if mask is None else (*_column(mask), mask.shape[1])),
-        *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias), bias.ids.numel())),
+        *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias[:3]), bias.ids.numel())),
         *_token_ids(rows.prompt_ids),
         *_token_ids(rows.output_ids),
     )
