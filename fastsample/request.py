@@ -76,6 +76,11 @@ class Request:
         self._template: SampleOutput | None = None
         self._last: tuple[SampleOutput, Outputs] | None = None
 
+    def anew(self) -> Request:
+        """The same wishes, and nothing yet of what logits have been seen."""
+        on_invalid: OnInvalid = "raise" if self.raises else "flag"
+        return Request(self.num_samples, self.logprobs, self.top_logprobs, on_invalid, self.backend, self.reused)
+
     def table(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
         known = self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided

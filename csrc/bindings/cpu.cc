@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
 #include <optional>
 #include <tuple>
 
@@ -76,8 +77,19 @@ int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size
               pointer<int64_t>(top_ids), pointer<float>(top_logprobs), num_samples, num_top,
               (LogprobsMode)mode},
   };
-  const py::gil_scoped_release unlocked;
-  return sample_batch(batch, threads);
+  // Not gil_scoped_release: where the interpreter is being finalised, taking the lock back ends
+  // this thread by unwinding its stack, and to unwind a destructor would abort the process.
+  int64_t invalid = 0;
+  std::exception_ptr error;
+  PyThreadState* const unlocked = PyEval_SaveThread();
+  try {
+    invalid = sample_batch(batch, threads);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(unlocked);
+  if (error) std::rethrow_exception(error);
+  return invalid;
 }
 
 // The next step of every sequence. Python hands over offsets that it owns.

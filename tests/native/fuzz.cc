@@ -33,9 +33,9 @@ struct Written {
     top_ids.assign(top, -9);
     top_logprobs.assign(top, -9);
     const auto data = [](auto& v) { return v.empty() ? nullptr : v.data(); };
-    out = Outputs{status.data(),   data(tokens), data(filtered), data(probabilities),
-                  data(logprobs),  data(ranks),  data(top_ids),  data(top_logprobs),
-                  in.num_samples,  in.num_top,   in.mode};
+    out = Outputs{status.data(),  data(tokens), data(filtered), data(probabilities),
+                  data(logprobs), data(ranks),  data(top_ids),  data(top_logprobs),
+                  in.num_samples, in.num_top,   in.mode};
   }
 };
 
@@ -84,7 +84,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Written want(in);
   batch.out = want.out;
   int64_t invalid = 0;
-  for (int64_t r = 0; r < in.rows; ++r) invalid += 0 != (want.status[r] = twin::sample_row(batch, r));
+  for (int64_t r = 0; r < in.rows; ++r)
+    invalid += 0 != (want.status[r] = twin::sample_row(batch, r));
   const std::vector<uint8_t> before = in.logits;
   for (const std::string& isa : names) {
     force_isa(isa);

@@ -7,9 +7,8 @@
 namespace fastsample {
 
 extern const Kernel kernel_baseline;
-const Kernel kernel_baseline = {
-    "twin", 4, [](const Batch& batch, int64_t r, const Workspace&) {
-      return twin::sample_row(batch, r);
-    }};
+const Kernel kernel_baseline = {"twin", 4, [](const Batch& batch, int64_t r, const Workspace&) {
+                                  return twin::sample_row(batch, r);
+                                }};
 
 }  // namespace fastsample

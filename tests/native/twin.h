@@ -221,7 +221,7 @@ inline Status sample_row(const Batch& batch, int64_t r) {
   }
   if (out.top_ids && sound && of_raw) ranked = rank_order(raw);
   int32_t n = 0;
-  for (int32_t i : out.top_ids && sound ? ranked : std::vector<int32_t>()) {
+  for (int32_t i : out.top_ids&& sound ? ranked : std::vector<int32_t>()) {
     if (n == out.num_top) break;
     if (of_raw ? !(raw[i] > -INFINITY) : !keep[i]) continue;
     out.top_ids[r * out.num_top + n] = i;
