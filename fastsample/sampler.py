@@ -63,18 +63,18 @@ class Sampler:
         self._lock = _new_lock(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Numbers, not tensors: those would go to another process through shared memory and file descriptors.
         with self._lock:
             own = self._rows
-            records, seeds, offsets = (column.cpu().clone() for column in (own.records, own.seeds, own.offsets))
-        return {
-            **self.__dict__,
-            "_rows": Rows(records, seeds, offsets),
-            "_request": self._request.anew(),
-            "_lock": None,
-        }
+            columns = [t.tolist() for t in (self._initial_records, own.records, own.seeds, own.offsets)]
+        return {"batch_size": self._batch_size, "request": self._request.anew(), "columns": columns}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self._batch_size = state["batch_size"]
+        self._request = state["request"]
+        initial, records, seeds, offsets = state["columns"]
+        self._initial_records, own = (torch.tensor(t, dtype=torch.int32) for t in (initial, records))
+        self._rows = Rows(own, torch.tensor(seeds), torch.tensor(offsets))
         self._lock = _new_lock(self)
 
     @property

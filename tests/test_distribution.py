@@ -176,7 +176,7 @@ def grouped(counts: np.ndarray, p: np.ndarray, least: float = 30) -> tuple[np.nd
 
 
 def tail_and_fit(counts: np.ndarray, p: np.ndarray) -> dict[str, float]:
-    """p-values: chi-square over all, the tokens that expect fewer than 30 as a whole, and one that expects 30."""
+    """p-values: chi-square over all, the tokens that expect fewer than 30 as a whole, and the one nearest to 30."""
     n = int(counts.sum())
     observed, expected = grouped(counts, p)
     enough = expected >= 5  # but for the last group, which gets what is left
@@ -184,10 +184,9 @@ def tail_and_fit(counts: np.ndarray, p: np.ndarray) -> dict[str, float]:
     rare = p * n < 30
     found["tail"] = float(scipy.stats.binomtest(int(counts[rare].sum()), n, float(p[rare].sum())).pvalue)
     token = int(np.abs(p * n - 30).argmin())
-    if abs(p[token] * n - 30) < 3:
-        seen, mean = int(counts[token]), float(p[token] * n)
-        below, above = scipy.stats.poisson.cdf(seen, mean), scipy.stats.poisson.sf(seen - 1, mean)
-        found["thirty"] = min(1.0, 2 * min(float(below), float(above)))
+    seen, mean = int(counts[token]), float(p[token] * n)
+    below, above = scipy.stats.poisson.cdf(seen, mean), scipy.stats.poisson.sf(seen - 1, mean)
+    found["thirty"] = min(1.0, 2 * min(float(below), float(above)))
     return found
 
 
@@ -203,6 +202,7 @@ def chunks() -> Iterator[int]:
 def fit(maker: str) -> dict[str, float]:
     """Draws of one row: num_samples of each of many offsets."""
     x = row(maker, VOCAB)
+    x[VOCAB // 3] = x.double().logsumexp(0) + np.log(30 / MANY)  # a token that is to be seen 30 times
     counts = np.zeros(VOCAB, np.int64)
     for offset in chunks():
         tokens = fs.sample(x, seed=[31], offset=offset, num_samples=min(CHUNK, MANY), backend=ENGINE).tokens
