@@ -114,7 +114,7 @@ PYBIND11_MODULE(_cpu, m) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
-  py::class_<fs::Rows>(m, "Rows").def(py::init(&fs::make_rows));
+  py::class_<fs::Rows>(m, "Rows", py::module_local()).def(py::init(&fs::make_rows));
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
   m.def("advance", &fs::advance, "Add 1 to the first `count` offsets.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
