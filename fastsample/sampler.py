@@ -49,8 +49,8 @@ class Sampler:
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool):
             raise TypeError(f"batch_size = {batch_size!r}: expected an integer")
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: expected at least 1")
+        if not 1 <= batch_size < 2**31:
+            raise ValueError(f"batch_size = {batch_size}: expected 1 <= batch_size < 2^31")
         self._batch_size = batch_size
         self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, reused=True)
         records = pack_params(params, fields, batch_size)
