@@ -1,5 +1,7 @@
-"""Everything a stranger can send, wherever it can be sent: a result, or an error that names the argument. Never anything
-else, and never another row's business. Which error says what, and that nothing is written, is in test_errors.py."""
+"""Everything a stranger can send, wherever it can be sent: a result, or an error that names the argument.
+
+Never anything else, and never another row's business. Which error says what is in test_errors.py.
+"""
 
 from __future__ import annotations
 
@@ -151,10 +153,12 @@ def judge(name: str, call: Callable[[], Any]) -> bool:
     """Whether the call succeeds. It must, or say which argument is wrong."""
     try:
         call()
-    except (TypeError, ValueError) as error:
-        assert name in str(error), f"{type(error).__name__}: {error}"
-        return False
-    return True
+    except (TypeError, ValueError) as refusal:
+        said = f"{type(refusal).__name__}: {refusal}"
+    else:
+        return True
+    assert name in said.partition(": ")[2]
+    return False
 
 
 def objects() -> list[Any]:
