@@ -1,8 +1,12 @@
-"""nox sessions: tests, lint, wheel, bench, and what keeps the library reliable. All install with pip, whose configuration decides where torch comes from."""
+"""nox sessions: tests, lint, wheel, bench, and what shows that the library is reliable.
+
+All install with pip, whose configuration decides where torch comes from.
+"""
 
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import nox
@@ -92,7 +96,7 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """libFuzzer on the native entry point, from tests/native/corpus; arguments after -- go to it (default: a minute)."""
+    """libFuzzer on the native entry point; arguments after -- go to it (default: 60 seconds)."""
     program = str(Path(session.create_tmp()) / "fuzz")
     env = {
         "CXX": _clang(session),
@@ -146,6 +150,9 @@ def newest(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+BUILT_FROM = ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "csrc", "fastsample", "kernels")
+
+
 @nox.session
 def supply(session: nox.Session) -> None:
     """What is shipped: the sdist's files, built twice alike; wheel and metadata; known vulnerabilities; licences."""
@@ -159,6 +166,11 @@ def supply(session: nox.Session) -> None:
     one, two = (next((built / name).glob("*.tar.gz")).read_bytes() for name in ("one", "two"))
     if one != two:
         session.error("two sdists of the same tree differ")
+    with tarfile.open(next((built / "one").glob("*.tar.gz"))) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    needed = session.run("git", "ls-files", *BUILT_FROM, silent=True, external=True)
+    if shipped != {"PKG-INFO", *str(needed).split()}:
+        session.error(f"the sdist's files are not those of the build: {shipped ^ set(str(needed).split())}")
     session.run("python", "-m", "build", "--wheel", "--outdir", str(built / "one"), str(ROOT), env=env)
     files = sorted(map(str, (built / "one").iterdir()))
     session.run("twine", "check", "--strict", *files)
