@@ -177,3 +177,13 @@ def supply(session: nox.Session) -> None:
     session.run("auditwheel", "show", next(f for f in files if f.endswith(".whl")))
     session.run("pip-audit", "--skip-editable", "--progress-spinner", "off")
     session.run("pip-licenses", "--from=mixed", "--order=license")
+
+
+@nox.session
+def flashinfer(session: nox.Session) -> None:
+    """Our signatures against those of the installed FlashInfer, which needs no GPU to be imported."""
+    session.install("-e", ".", "pytest>=8", "hypothesis>=6.100")
+    session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
+    session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # with them it would replace torch by a CUDA build
+    session.run("python", "-c", "import flashinfer.sampling")  # where this fails, the test would be skipped
+    session.run("pytest", "tests/test_flashinfer_signatures.py", *session.posargs)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch.compiler import is_compiling
 
 from fastsample.engines import LogprobsMode, Outputs, select
 from fastsample.params import SamplingParams
@@ -66,7 +67,8 @@ def sample(
         bitmask: int32 [B, words] or [words]; token j is allowed when bit j % 32 of word j // 32 is 1. Tokens past the
             last word are not allowed (xgrammar's and llguidance's format).
         bias: {id: value} for all rows, a list with a dict or None per row, or tensors (row_ptr [B + 1], ids [N],
-            values [N]); added to the logits. Finite or -inf.
+            values [N]); added to the logits. Finite or -inf. Tensors on a GPU are checked there, which waits for it;
+            what `fastsample.rows.pack_bias(bias, logits)` returns was checked, and a step with it does not wait.
         prompt_ids, output_ids: int64 or int32 [B, L] padded with -1, or a list of lists; what the penalties count.
         logprobs: "raw" reports log-softmax of the logits as given, "processed" that of the distribution drawn from.
         top_logprobs: also report the N most probable tokens, 0 <= N <= V. Needs `logprobs`.
@@ -83,6 +85,12 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
+    if is_compiling():
+        from fastsample import ops
+
+        inputs = (bitmask, bias, prompt_ids, output_ids)
+        wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
+        return ops.sample(logits, params, fields, seed, offset, inputs, wishes, out)
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
     table = request.table(logits)
     rows = Rows(
@@ -189,6 +197,23 @@ def add_row_inputs(
 
 
 def _full(
+    kind: Literal["filtered", "probabilities"],
+    logits: torch.Tensor,
+    params: SamplingParams | None,
+    inputs: tuple[Any, ...],
+    on_invalid: OnInvalid,
+    backend: str,
+    out: torch.Tensor | None,
+    fields: dict[str, Any],
+) -> torch.Tensor:
+    if is_compiling():
+        from fastsample import ops
+
+        return ops.full(kind, logits, params, inputs, on_invalid, backend, out, fields)
+    return full(kind, logits, params, inputs, on_invalid, backend, out, fields)
+
+
+def full(
     kind: Literal["filtered", "probabilities"],
     logits: torch.Tensor,
     params: SamplingParams | None,

@@ -71,6 +71,7 @@ class Request:
         self.raises = on_invalid == "raise"
         self.backend = backend
         self.reused = reused
+        self.wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
         self._engine: Engine
         self._batch: tuple[int, ...] = ()  # [B], or [] for 1-D logits
         self._checked: tuple[Any, ...] | None = None
@@ -79,8 +80,7 @@ class Request:
 
     def anew(self) -> Request:
         """The same wishes, and nothing yet of what logits have been seen."""
-        on_invalid: OnInvalid = "raise" if self.raises else "flag"
-        return Request(self.num_samples, self.logprobs, self.top_logprobs, on_invalid, self.backend, self.reused)
+        return Request(*self.wishes, self.reused)
 
     def table(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
@@ -212,6 +212,8 @@ def check_logits(logits: torch.Tensor) -> torch.Tensor:
 
 def raise_if_invalid(status: torch.Tensor) -> None:
     """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device."""
+    if status.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("on_invalid='raise' waits for the device, which no CUDA graph can; use on_invalid='flag'")
     bad = status.reshape(-1).nonzero()[:, 0].tolist()
     if bad:
         shown = ", ".join(f"row {row} has {STATUS[int(status.reshape(-1)[row])]}" for row in bad[:4])

@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
@@ -20,7 +21,8 @@ class Sampler:
     """Samples step after step with the same slots; each call draws at the slots' offsets and advances them by 1.
 
     Threads may share one: their calls take turns, so that each gets the tokens of some serial order, and the CPU engine
-    gives each call all its threads. A copy or a pickle goes on from the same offsets.
+    gives each call all its threads. A copy or a pickle goes on from the same offsets. (Under
+    torch.compile calls do not take turns.)
 
     Args:
         params: how each slot samples; `fields` override it. One value per slot or one for all.
@@ -58,6 +60,7 @@ class Sampler:
             records.repeat(batch_size // records.shape[0], 1),
             pack_seeds(seed, batch_size).clone(),
             pack_offsets(offset, batch_size).expand(batch_size).clone(),
+            workspace={},
         )
         self._initial_records = self._rows.records.clone()
         self._lock = _new_lock(self)
@@ -74,7 +77,7 @@ class Sampler:
         self._request = state["request"]
         initial, records, seeds, offsets = state["columns"]
         self._initial_records, own = (torch.tensor(t, dtype=torch.int32) for t in (initial, records))
-        self._rows = Rows(own, torch.tensor(seeds), torch.tensor(offsets))
+        self._rows = Rows(own, torch.tensor(seeds), torch.tensor(offsets), workspace={})
         self._lock = _new_lock(self)
 
     @property
@@ -102,13 +105,17 @@ class Sampler:
 
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
         """
+        if is_compiling():
+            from fastsample import ops
+
+            return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
         with self._lock:
             table = self._request.table(logits)
             if table.shape[0] != self._batch_size:
                 raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
             self._rows = rows = self._rows.to(table.device)
             if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
-                rows = Rows(rows.records, rows.seeds, rows.offsets)
+                rows = Rows(rows.records, rows.seeds, rows.offsets, workspace=rows.workspace)
                 add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
             return self._request.run(table, rows, out, advance=True)
 

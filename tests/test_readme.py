@@ -37,6 +37,7 @@ def quick_start():
     return [block for block in blocks if "generate(" not in block]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor imports torch's own deprecated parts
 @pytest.mark.parametrize("block", quick_start())
 def test_examples_run(block):
     exec(compile(block, "README.md", "exec"), {})

@@ -98,18 +98,19 @@ struct Buffer {
 
 struct Scratch {
   Buffer<float> block_max, values, spare, list_x;
-  Buffer<uint64_t> block_mass;
+  Buffer<uint64_t> group_mass;
   Buffer<int32_t> edit_start, segment, list_id;
   Buffer<Edit> edits;
 
   Workspace workspace(int32_t vocab, size_t num_edits) {
     const size_t blocks = (size_t)(vocab + kBlock - 1) / kBlock;
+    const size_t groups = (blocks + kGroup - 1) / kGroup;
     const size_t tokens = (size_t)vocab + kPad;
     return Workspace{block_max.at_least(blocks + kPad),
-                     block_mass.at_least(blocks + 1),
+                     group_mass.at_least(groups),
                      edit_start.at_least(blocks + 1),
                      edits.at_least(num_edits),
-                     segment.at_least(blocks + 1),
+                     segment.at_least(groups + 1),
                      values.at_least(tokens),
                      spare.at_least(tokens),
                      list_x.at_least(tokens),
