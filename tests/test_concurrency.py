@@ -204,13 +204,17 @@ if __name__ == "__main__":
 def forever():
     sampler = fs.Sampler(batch_size=64, seed=5, top_p=0.9, backend="cpu", on_invalid="flag")
     out = sampler(x)
+    sampler(x, out=out)
+    ready.wait()
     while True:
         sampler(x, out=out)
 
+ready = threading.Barrier(7)
 fs.set_num_threads(3)
 for _ in range(6):
     threading.Thread(target=forever, daemon=True).start()
-time.sleep(0.5)
+ready.wait()
+time.sleep(0.3)
 print("same", flush=True)
 """,
     "KeyboardInterrupt": """
