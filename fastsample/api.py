@@ -18,6 +18,7 @@ from fastsample.request import (
     check_logits,
     check_on_invalid,
     raise_if_invalid,
+    share_memory,
 )
 from fastsample.rows import (
     BiasLike,
@@ -234,6 +235,8 @@ def full(
     result = torch.empty(logits.shape, dtype=torch.float32, device=table.device)
     if out is not None:
         check_buffer("out", out, result)
+        if share_memory(out, table):
+            raise ValueError("out: shares memory with the logits, which are never written to; pass another tensor")
         if on_invalid == "raise":  # a first run that only looks, so that nothing is written on an error
             engine.run(table, rows, Outputs(status))
             raise_if_invalid(status)

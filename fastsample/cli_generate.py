@@ -47,9 +47,13 @@ def load(model: str) -> tuple[Any, Any]:
     local = not model or Path(model).is_dir()
     if not local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise RefusedError(f"--model {model}: no such folder")
-    with told((OSError, ValueError, KeyError, ImportError), f"--model {name}: "):
-        lm = transformers.AutoModelForCausalLM.from_pretrained(name, local_files_only=local).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+    # Nothing that comes with a model is executed: no code of its own (asked outright, transformers does not ask at the
+    # terminal), no pickles.
+    safe = {"local_files_only": local, "trust_remote_code": False}
+    wrong = (OSError, ValueError, KeyError, ImportError, import_module("safetensors").SafetensorError)
+    with told(wrong, f"--model {name}: "):
+        lm = transformers.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **safe).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
     if lm.dtype == torch.float16:
         lm = lm.float()  # CPUs are slow at float16
     # The command's options alone say how to sample.

@@ -47,8 +47,7 @@ namespace {
 }
 #endif
 
-// Kernels that this CPU can run, best first.
-std::vector<const Kernel*> supported() {
+std::vector<const Kernel*> find_supported() {
   std::vector<const Kernel*> kernels;
 #if defined(FASTSAMPLE_HAS_avx512)
   if (has_avx512()) kernels.push_back(&kernel_avx512);
@@ -62,6 +61,12 @@ std::vector<const Kernel*> supported() {
 #if defined(FASTSAMPLE_HAS_baseline)
   kernels.push_back(&kernel_baseline);
 #endif
+  return kernels;
+}
+
+// Kernels that this CPU can run, best first. Asked once: a virtual machine traps each cpuid.
+const std::vector<const Kernel*>& supported() {
+  static const std::vector<const Kernel*> kernels = find_supported();
   return kernels;
 }
 

@@ -203,7 +203,8 @@ void sample_random(const Task<T>& t, const RowParams& p) {
   if (t.weigher.floor && (!top_p || p.order == kMinPFirst)) {
     reach = stricter(cut, Cutoff{lowest_x(t.weigher, t.weigher.floor), INT32_MAX});
   }
-  if (reach.x > -FLT_MAX) {
+  // The lowest finite logit can be a cutoff too: then only some of its ties are kept.
+  if (reach.x > -FLT_MAX || reach.id != INT32_MAX) {
     const List list = gather(t.dense, reach, t.ws.list_x, t.ws.list_id);
     filter_and_finish(t, list, cut, top_p, p);
   } else {

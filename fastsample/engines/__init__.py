@@ -59,13 +59,19 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 def engine(name: str) -> Engine:
     """The engine of that name; imported on first use, so that `import fastsample` loads no compiler and no driver."""
     if name not in ORDER:
-        raise ValueError(f"backend = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}")
+        raise ValueError(_unknown(name))
     found: Engine = import_module(f"fastsample.engines.{name}").ENGINE
     return found
 
 
+def _unknown(name: object) -> str:
+    return f"backend = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}"
+
+
 def select(backend: str, logits: torch.Tensor) -> Engine:
     """The engine for these logits. `auto` takes the first that can; any other name serves or raises with the reason."""
+    if not isinstance(backend, str):  # may not even be hashable
+        raise ValueError(_unknown(backend))
     if backend == "auto":
         backend = os.environ.get("FASTSAMPLE_BACKEND") or "auto"
     if backend != "auto":
