@@ -1,0 +1,57 @@
+"""How time is taken: two contenders in turns, medians and spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+Step = Callable[[], Any]
+"""Logits to tokens, once. A step with a method `seconds` runs once and says how long the part that counts took."""
+
+TURN = 2e-3  # seconds; a turn is as many calls as fit, so that a fast contender is not always measured cold
+WARM = 5e-3  # a step that takes longer than this is not run once more before each turn
+LEAST, MOST = 5, 300  # turns
+
+
+def seconds(step: Step) -> float:
+    """One run."""
+    own = getattr(step, "seconds", None)
+    if own is not None:
+        return float(own())
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def turn(step: Step, typical: float) -> float:
+    """Median seconds of a few calls in a row, the first of a fast step not counted."""
+    if typical < WARM:
+        step()
+    return float(np.median([seconds(step) for _ in range(max(1, min(50, int(TURN / typical))))]))
+
+
+def in_turns(ours: Step, theirs: Step, budget: float) -> list[tuple[float, float]]:
+    """A B A B within a time budget, at least LEAST turns of each: seconds of ours and of theirs, turn by turn."""
+    typical = [min(seconds(step) for _ in range(3)) for step in (ours, theirs)]
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + budget
+    while len(pairs) < LEAST or (time.perf_counter() < end and len(pairs) < MOST):
+        pairs.append((turn(ours, typical[0]), turn(theirs, typical[1])))
+    return pairs
+
+
+def spread(values: Any, digits: int = 2) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    low, middle, high = np.percentile(np.asarray(values), [10, 50, 90])
+    return {"median": round(float(middle), digits), "p10": round(float(low), digits), "p90": round(float(high), digits)}
+
+
+def bandwidth(megabytes: int = 256) -> float:
+    """Bytes per second that torch.amax reads from a tensor far larger than a cache, with torch's threads as set."""
+    rows = torch.zeros(64, megabytes * 2**20 // 256)
+    torch.amax(rows, -1)
+    return rows.nbytes / min(seconds(lambda: torch.amax(rows, -1)) for _ in range(5))
