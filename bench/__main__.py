@@ -73,7 +73,7 @@ def cpu(
     """The CPU engine's modes against torch.amax over the same logits, beside what is aimed at."""
     from bench.cpu import run
 
-    run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out)
+    raise typer.Exit(run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out))
 
 
 @app.command()

@@ -8,7 +8,6 @@ one process; nothing is timed before bench/gate.py has passed it.
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fastsample as fs
 from bench import gate, peers
 from bench.modes import BY_NAME, FILTERS, make_logits, prepare
-from bench.record import Results, load, machine, slug
+from bench.record import Results, console, load, machine, slug
 from bench.timing import Step, bandwidth, in_turns, seconds, spread
 from fastsample.engines.cpu import native
 
@@ -197,7 +195,7 @@ def theirs(point: Point, isa: str) -> tuple[Step, str | None]:
         return Ours(point, *other), reason
     peer = peers.BY_NAME[point.against]
     step = peer.make(mode, logits)
-    reason = gate.peer_differs(peer, point.mode)
+    reason = gate.peer_differs(peer, point.mode, "cpu")
     return step, reason or gate.draws_differ(step, mode, logits, peer.fields)
 
 
@@ -273,7 +271,7 @@ def run(choice: Choice, budget: float, minutes: float, out: Path | None, resume:
     results = Results(
         out or Path(__file__).parent / "results" / f"compare-{slug(where)}.json", "compare", where, resume
     )
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    screen = console()
     work = points(choice)
     todo = [p for p in work if not (resume and results.has(asdict(p)))]
     bandwidths = {}
@@ -285,7 +283,7 @@ def run(choice: Choice, budget: float, minutes: float, out: Path | None, resume:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     interrupted = ""
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=screen, transient=True) as progress:
             task = progress.add_task("", total=len(todo))
             for p in todo:
                 if time.perf_counter() - started > 60 * minutes:
@@ -301,16 +299,16 @@ def run(choice: Choice, budget: float, minutes: float, out: Path | None, resume:
         torch.set_num_threads(threads)
         results.write()
     for section in dict.fromkeys(p.section for p in work):
-        console.print(table(section, [r for r in results.records if r["section"] == section]))
+        screen.print(table(section, [r for r in results.records if r["section"] == section]))
     for line in remarks(results.records):
-        console.print(line, markup=False, style="red" if line.startswith("REFUSED") else None)
+        screen.print(line, markup=False, style="red" if line.startswith("REFUSED") else None)
     if draw:
         from bench.plots import draw_all
 
-        for path in draw_all(load([results.path])[0], results.path.with_suffix("")):
-            console.print(f"drawn: {path}", markup=False)
-    console.print(f"written: {results.path}", markup=False)
+        for path in draw_all(load([out])[0], out.with_suffix("")):
+            screen.print(f"drawn: {path}", markup=False)
+    screen.print(f"written: {out}", markup=False)
     if interrupted:
-        console.print(f"{interrupted}: what was measured is kept; --resume goes on from there")
+        screen.print(f"{interrupted}: what was measured is kept; --resume goes on from there")
         return 130
     return int(any("refused" in r for r in results.records))

@@ -39,11 +39,11 @@ def engine_differs(mode: Mode, logits: torch.Tensor, backend: str, **fields: Any
 
 
 @cache
-def peer_differs(peer: Peer, mode_name: str) -> str | None:
+def peer_differs(peer: Peer, mode_name: str, device: str) -> str | None:
     """Why a peer's draws from small inputs, where much can be seen, do not fit our distribution, or None."""
     mode = BY_NAME[mode_name]
     for maker in ("flat", "lm"):
-        logits = MAKERS[maker](*SMALL, torch.Generator().manual_seed(7)).to(peer.devices[-1])
+        logits = MAKERS[maker](*SMALL, torch.Generator().manual_seed(7)).to(device)
         step = peer.make(mode, logits)
         reason = draws_differ(step, mode, logits, peer.fields)
         if reason:

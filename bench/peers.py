@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from bench import adapters
 from bench.modes import Mode
+from bench.record import console
 from bench.timing import Step
 
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class Peer:
     """A way to sample that somebody could use instead of us."""
 
@@ -149,4 +149,4 @@ def listing() -> None:
     table = Table("peer", "here", "what its time covers", show_lines=True)
     for peer in PEERS:
         table.add_row(peer.name, peer.why_not() or "yes", peer.covers)
-    Console().print(table)
+    console().print(table)

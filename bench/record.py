@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import fastsample as fs
 from fastsample.engines.cpu import native
@@ -56,6 +57,11 @@ def slug(where: dict[str, Any]) -> str:
     return "-".join(words)
 
 
+def console() -> Console:
+    """A console whose tables are readable in a file too."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
 def command() -> str:
     """What was typed."""
     return shlex.join(["python", "-m", "bench", *sys.argv[1:]])
@@ -65,16 +71,16 @@ class Results:
     """Figures in a JSON file that is whole after every one of them, so that an interrupted run loses nothing.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is made. None keeps them in memory.
         kind: which command's figures these are.
         where: `machine()`.
         resume: keep the figures that are there already; they must be of this machine and of these versions.
     """
 
-    def __init__(self, path: Path, kind: str, where: dict[str, Any], resume: bool = False) -> None:
+    def __init__(self, path: Path | None, kind: str, where: dict[str, Any], resume: bool = False) -> None:
         self.path = path
         self.data: dict[str, Any] = {"kind": kind, "machine": where, "runs": [], "results": []}
-        if resume and path.exists():
+        if resume and path is not None and path.exists():
             found = json.loads(path.read_text())
             for name in ("kind", "machine"):
                 if found[name] != self.data[name]:
@@ -84,7 +90,8 @@ class Results:
                     )
             self.data = found
         self.data["runs"].append({"date": date.today().isoformat(), "command": command()})
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -101,6 +108,8 @@ class Results:
 
     def write(self) -> None:
         """The whole file, or the one before it; never half of one."""
+        if self.path is None:
+            return
         lines = ",\n  ".join(json.dumps(record) for record in self.records)
         head = json.dumps({name: value for name, value in self.data.items() if name != "results"}, indent=1)
         text = f'{head[:-2]},\n "results": [\n  {lines}\n ]\n}}\n'

@@ -1,0 +1,232 @@
+"""The figures of one machine as plots: `draw_all`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from bench.record import Machine, Record
+
+OURS, THEIRS, FLOOR = "#c2410c", "#94a3b8", "#1f2937"
+COLOURS = {"greedy": "#475569", "k50 p.95": "#c2410c", "min_p": "#0f766e", "p.95": "#7c3aed", "T": "#2563eb"}
+SIZE = {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def plain(value: float, _: Any = None) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
+
+
+def time(us: float) -> str:
+    return f"{us / 1000:.3g} ms" if us >= 1000 else f"{us:.3g} us"
+
+
+def measured(records: Iterable[Record]) -> list[Record]:
+    return [r for r in records if "us" in r]
+
+
+def modes_of(records: Iterable[Record]) -> list[str]:
+    present = {r["mode"] for r in records}
+    return [mode for mode in COLOURS if mode in present] + sorted(present - COLOURS.keys())
+
+
+def logarithmic(axis: Any, which: str = "xy") -> None:
+    for name in which:
+        getattr(axis, f"set_{name}scale")("log")
+        getattr(axis, f"{name}axis").set_major_formatter(FuncFormatter(plain))
+        getattr(axis, f"{name}axis").set_minor_locator(NullLocator())
+    axis.grid(True, which="major", color="#e2e8f0", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def middle(record: Record, name: str = "us") -> float:
+    return float(record[name]["median"])
+
+
+def peer_bars(records: list[Record], rows: int) -> Figure | None:
+    """One panel per mode: microseconds per row of everybody, ours first; one thread."""
+    records = [r for r in measured(records) if r["rows"] == rows and r["threads"] == 1 and r["logits"] == "lm"]
+    modes = modes_of(records)
+    if not modes:
+        return None
+    heights = [1 + len([r for r in records if r["mode"] == mode]) for mode in modes]
+    figure, axes = plt.subplots(
+        len(modes), 1, figsize=(7, 0.8 + 0.22 * sum(heights) + 0.25 * len(modes)), sharex=True, height_ratios=heights
+    )
+    widest = max(middle(r, "against_us") for r in records) / rows
+    for axis, mode in zip([axes] if len(modes) == 1 else axes, modes, strict=True):
+        own = [r for r in records if r["mode"] == mode]
+        bars = [("fastsample", sorted(middle(r) for r in own)[len(own) // 2], None)]
+        bars += [(r["against"], middle(r, "against_us"), middle(r, "ratio")) for r in own]
+        names, values, ratios = zip(*[bars[0], *sorted(bars[1:], key=lambda bar: bar[1])], strict=True)
+        per_row = [value / rows for value in values]
+        axis.barh(range(len(names)), per_row, color=[OURS] + [THEIRS] * (len(names) - 1), height=0.72)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        for i, (value, ratio) in enumerate(zip(per_row, ratios, strict=True)):
+            label = time(value) + ("" if ratio is None else f"  {ratio:.3g}x")
+            axis.text(value * 1.08, i, label, va="center", fontsize=8.5)
+        axis.set_title(mode, loc="left", fontsize=10, fontweight="bold")
+        logarithmic(axis, "x")
+        axis.set_xlim(right=widest * 9)
+    plt.xlabel("us per row (log)")
+    vocab = records[0]["vocab"]
+    figure.suptitle(f"Logits to token, V = {vocab:,}, B = {rows}, LM-like logits, one thread", fontsize=11)
+    return figure
+
+
+def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure | None:
+    """Microseconds per row against V, in cache and from memory, with one read of the row."""
+    records = measured(records)
+    if not records:
+        return None
+    figure, axes = plt.subplots(2, 1, figsize=(7, 8), sharex=True)
+    panels = (
+        ("B = 1: the row is in cache", [r for r in records if r["rows"] == 1]),
+        ("128 MiB of rows: they come from memory", [r for r in records if r["rows"] > 1]),
+    )
+    for axis, (title, own) in zip(axes, panels, strict=True):
+        for mode in modes_of(own):
+            line = sorted((r["vocab"], middle(r) / r["rows"]) for r in own if r["mode"] == mode)
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3.5, label=mode, color=COLOURS.get(mode))
+        floors: dict[int, list[float]] = {}
+        for r in own:
+            floors.setdefault(r["vocab"], []).append(middle(r, "against_us") / r["rows"])
+        line = sorted((vocab, min(values)) for vocab, values in floors.items())
+        axis.plot(*zip(*line, strict=True), color=FLOOR, linestyle="--", label="torch.amax (reads once)")
+        if own and own[0]["rows"] > 1 and gigabytes.get("1"):
+            vocabs = [vocab for vocab, _ in line]
+            axis.plot(
+                vocabs,
+                [4 * v / gigabytes["1"] / 1e3 for v in vocabs],
+                color=FLOOR,
+                linestyle=":",
+                label=f"memory floor: 4V bytes at {gigabytes['1']:.3g} GB/s",
+            )
+        logarithmic(axis)
+        axis.set_ylabel("us per row")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.legend(fontsize=8, frameon=False)
+    axes[-1].set_xlabel("vocabulary V")
+    figure.suptitle("Cost grows linearly with V (float32, one thread)", fontsize=11)
+    return figure
+
+
+def against_batch(records: list[Record]) -> Figure | None:
+    """Microseconds per step against B, one thread and all."""
+    records = measured(records)
+    if not records:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 5))
+    threads = sorted({r["threads"] for r in records})
+    for mode in modes_of(records):
+        for n, style in zip(threads, ("-", "--", ":", "-."), strict=False):
+            line = sorted((r["rows"], middle(r)) for r in records if (r["mode"], r["threads"]) == (mode, n))
+            label = f"{mode}" if n == threads[0] else None
+            axis.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=label, color=COLOURS.get(mode))
+    for n, style in zip(threads[1:], ("--", ":", "-."), strict=False):
+        axis.plot([], [], style, color=FLOOR, label=f"{n} threads")
+    logarithmic(axis)
+    axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2, numticks=20))
+    axis.set_xlabel("batch B")
+    axis.set_ylabel("us per step")
+    axis.legend(fontsize=8, frameon=False)
+    axis.set_title(f"Scaling with B and threads, V = {records[0]['vocab']:,}, LM-like logits", fontsize=11, loc="left")
+    return figure
+
+
+def against_logits(records: list[Record]) -> Figure | None:
+    """A line of dots per mode: one dot per distribution."""
+    records = measured(records)
+    if not records:
+        return None
+    modes = modes_of(records)
+    kinds = list(dict.fromkeys(r["logits"] for r in records))
+    colours = plt.get_cmap("tab10")
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.36 * len(modes)))
+    for y, mode in enumerate(modes):
+        own = {r["logits"]: middle(r) for r in records if r["mode"] == mode}
+        axis.plot([min(own.values()), max(own.values())], [y, y], color="#cbd5e1", linewidth=3, zorder=1)
+        for i, kind in enumerate(kinds):
+            if kind in own:
+                axis.scatter(own[kind], y, s=26, color=colours(i), zorder=2, label=kind if y == 0 else None)
+        ratio = max(own.values()) / min(own.values())
+        axis.text(max(own.values()) * 1.08, y, f"worst / best {ratio:.2g}", va="center", fontsize=8)
+    axis.set_yticks(range(len(modes)), modes)
+    axis.invert_yaxis()
+    logarithmic(axis, "x")
+    axis.set_xlim(right=axis.get_xlim()[1] * 2)
+    axis.set_xlabel("us (B = 1)")
+    figure.legend(fontsize=8, frameon=False, ncol=4, loc="outside lower center")
+    axis.set_title(f"Latency against distribution, V = {records[0]['vocab']:,}, one thread", fontsize=11, loc="left")
+    return figure
+
+
+def end_to_end(records: list[Record]) -> Figure | None:
+    """Tokens per second of generate, and the share of a step that is sampling."""
+    records = [r for r in records if "tokens_per_second" in r]
+    if not records:
+        return None
+    places = list(dict.fromkeys((r["model"], r["vocab"], r["rows"]) for r in records))
+    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.55 * len(places)))
+    for shift, sampler, colour in ((-0.19, "fastsample", OURS), (0.19, "Hugging Face", THEIRS)):
+        for y, place in enumerate(places):
+            own = [r for r in records if (r["model"], r["vocab"], r["rows"]) == place and r["sampler"] == sampler]
+            for r in own:
+                value = r["tokens_per_second"]["median"]
+                label = sampler if y == 0 else None
+                axis.barh(y + shift, value, height=0.36, color=colour, label=label)
+                share = r["sampling_share"]["median"]
+                axis.text(value * 1.03, y + shift, f"{value:,.0f}/s, {share:.0%} sampling", va="center", fontsize=8)
+    axis.set_yticks(range(len(places)), [f"{model}, V = {vocab:,}\nB = {rows}" for model, vocab, rows in places])
+    axis.invert_yaxis()
+    logarithmic(axis, "x")
+    axis.set_xlim(right=axis.get_xlim()[1] * 4)
+    axis.set_xlabel("tokens per second (log)")
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axis.set_title("transformers' generate, end to end", fontsize=11, loc="left")
+    return figure
+
+
+def figures(machine: Machine) -> dict[str, Callable[[], Figure | None]]:
+    """Name -> what draws it, in the order of the report."""
+    of = machine.of
+    bands = [run["gigabytes_per_second"] for run in machine.runs if "gigabytes_per_second" in run]
+    batches = sorted({r["rows"] for r in of("compare", section="peers")})
+    found: dict[str, Callable[[], Figure | None]] = {}
+    for rows in batches:
+        found[f"peers-b{rows}"] = lambda rows=rows: peer_bars(of("compare", section="peers"), rows)  # type: ignore[misc]
+    return found | {
+        "vocab": lambda: against_vocab(of("compare", section="vocab"), bands[-1] if bands else {}),
+        "batch": lambda: against_batch(of("compare", section="batch")),
+        "logits": lambda: against_logits(of("compare", section="logits")),
+        "generate": lambda: end_to_end(of("generate")),
+    }
+
+
+def draw_all(machine: Machine, stem: Path) -> list[Path]:
+    """Write STEM-NAME.png for all that there are figures of."""
+    drawn = []
+    with plt.rc_context(SIZE):
+        for name, make in figures(machine).items():
+            figure = make()
+            if figure is None:
+                continue
+            path = stem.with_name(f"{stem.name}-{name}.png")
+            figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+            drawn.append(path)
+    return drawn
