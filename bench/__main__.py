@@ -121,7 +121,7 @@ def readme(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where it is out of date.")] = False,
 ) -> None:
     """README's performance section, from bench/results/*.json."""
-    from bench.readme import update
+    from bench.summary import update
 
     raise typer.Exit(update(ROOT / "README.md", sorted(RESULTS.glob("*.json")), check))
 

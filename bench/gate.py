@@ -74,7 +74,7 @@ def draws_differ(step: Step, mode: Mode, logits: torch.Tensor, fields: dict[str,
         return f"row {row}: {int(outside[row])} of {tokens.shape[1]} tokens lie outside of our kept set"
     for row, drawn in enumerate(tokens):
         counts = torch.bincount(drawn, minlength=logits.shape[1])
-        never = (probs[row] * len(drawn) >= 25) & (counts == 0)
+        never = (probs[row] * len(drawn) >= 20) & (counts == 0)
         if bool(never.any()):
             return f"row {row}: {int(never.sum())} kept tokens are never drawn, id {int(never.nonzero()[0])} among them"
     value = kstest(in_front(probs, keys, tokens), "uniform").pvalue

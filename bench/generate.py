@@ -84,8 +84,7 @@ def generate(model: Any, ids: torch.Tensor, tokens: int, **options: Any) -> Any:
         max_new_tokens=tokens,
         eos_token_id=None,
         pad_token_id=0,
-        **SAMPLING,
-        **options,
+        **{**SAMPLING, **options},
     )
 
 

@@ -14,24 +14,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.record import Machine, Record
+from bench.timing import duration
 
 OURS, THEIRS, FLOOR = "#c2410c", "#94a3b8", "#1f2937"
 COLOURS = {"greedy": "#475569", "k50 p.95": "#c2410c", "min_p": "#0f766e", "p.95": "#7c3aed", "T": "#2563eb"}
-SIZE = {
-    "figure.dpi": 110,
+STYLE = {
+    "figure.dpi": 140,
     "figure.constrained_layout.use": True,
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+WIDTH = 5.6  # inches: on a phone the text is still read
+TITLES = {
+    "peers": "Everybody's time for a row, and how many times ours it is",
+    "vocab": "Time for a row against the size of the vocabulary, with one read of the row",
+    "batch": "Time for a step against the batch size, one thread and all",
+    "logits": "Time for a row, one dot per distribution",
+    "generate": "Tokens per second of generate, and the share of a step spent sampling",
+}
 
 
 def plain(value: float, _: Any = None) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:g}"
-
-
-def time(us: float) -> str:
-    return f"{us / 1000:.3g} ms" if us >= 1000 else f"{us:.3g} us"
 
 
 def measured(records: Iterable[Record]) -> list[Record]:
@@ -64,7 +69,11 @@ def peer_bars(records: list[Record], rows: int) -> Figure | None:
         return None
     heights = [1 + len([r for r in records if r["mode"] == mode]) for mode in modes]
     figure, axes = plt.subplots(
-        len(modes), 1, figsize=(7, 0.8 + 0.22 * sum(heights) + 0.25 * len(modes)), sharex=True, height_ratios=heights
+        len(modes),
+        1,
+        figsize=(WIDTH, 0.8 + 0.22 * sum(heights) + 0.25 * len(modes)),
+        sharex=True,
+        height_ratios=heights,
     )
     widest = max(middle(r, "against_us") for r in records) / rows
     for axis, mode in zip([axes] if len(modes) == 1 else axes, modes, strict=True):
@@ -77,7 +86,7 @@ def peer_bars(records: list[Record], rows: int) -> Figure | None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         for i, (value, ratio) in enumerate(zip(per_row, ratios, strict=True)):
-            label = time(value) + ("" if ratio is None else f"  {ratio:.3g}x")
+            label = duration(value) + ("" if ratio is None else f"  {ratio:.3g}x")
             axis.text(value * 1.08, i, label, va="center", fontsize=8.5)
         axis.set_title(mode, loc="left", fontsize=10, fontweight="bold")
         logarithmic(axis, "x")
@@ -93,12 +102,13 @@ def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure 
     records = measured(records)
     if not records:
         return None
-    figure, axes = plt.subplots(2, 1, figsize=(7, 8), sharex=True)
-    panels = (
+    panels = [
         ("B = 1: the row is in cache", [r for r in records if r["rows"] == 1]),
         ("128 MiB of rows: they come from memory", [r for r in records if r["rows"] > 1]),
-    )
-    for axis, (title, own) in zip(axes, panels, strict=True):
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(WIDTH, 3.75 * len(panels)), sharex=True, squeeze=False)
+    for axis, (title, own) in zip(axes[:, 0], panels, strict=True):
         for mode in modes_of(own):
             line = sorted((r["vocab"], middle(r) / r["rows"]) for r in own if r["mode"] == mode)
             axis.plot(*zip(*line, strict=True), marker="o", markersize=3.5, label=mode, color=COLOURS.get(mode))
@@ -107,7 +117,7 @@ def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure 
             floors.setdefault(r["vocab"], []).append(middle(r, "against_us") / r["rows"])
         line = sorted((vocab, min(values)) for vocab, values in floors.items())
         axis.plot(*zip(*line, strict=True), color=FLOOR, linestyle="--", label="torch.amax (reads once)")
-        if own and own[0]["rows"] > 1 and gigabytes.get("1"):
+        if own[0]["rows"] > 1 and gigabytes.get("1"):
             vocabs = [vocab for vocab, _ in line]
             axis.plot(
                 vocabs,
@@ -120,7 +130,7 @@ def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure 
         axis.set_ylabel("us per row")
         axis.set_title(title, loc="left", fontsize=10)
         axis.legend(fontsize=8, frameon=False)
-    axes[-1].set_xlabel("vocabulary V")
+    axes[-1, 0].set_xlabel("vocabulary V")
     figure.suptitle("Cost grows linearly with V (float32, one thread)", fontsize=11)
     return figure
 
@@ -130,7 +140,7 @@ def against_batch(records: list[Record]) -> Figure | None:
     records = measured(records)
     if not records:
         return None
-    figure, axis = plt.subplots(figsize=(7, 5))
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.5))
     threads = sorted({r["threads"] for r in records})
     for mode in modes_of(records):
         for n, style in zip(threads, ("-", "--", ":", "-."), strict=False):
@@ -156,7 +166,7 @@ def against_logits(records: list[Record]) -> Figure | None:
     modes = modes_of(records)
     kinds = list(dict.fromkeys(r["logits"] for r in records))
     colours = plt.get_cmap("tab10")
-    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.36 * len(modes)))
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.6 + 0.36 * len(modes)))
     for y, mode in enumerate(modes):
         own = {r["logits"]: middle(r) for r in records if r["mode"] == mode}
         axis.plot([min(own.values()), max(own.values())], [y, y], color="#cbd5e1", linewidth=3, zorder=1)
@@ -181,7 +191,7 @@ def end_to_end(records: list[Record]) -> Figure | None:
     if not records:
         return None
     places = list(dict.fromkeys((r["model"], r["vocab"], r["rows"]) for r in records))
-    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.55 * len(places)))
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.55 * len(places)))
     for shift, sampler, colour in ((-0.19, "fastsample", OURS), (0.19, "Hugging Face", THEIRS)):
         for y, place in enumerate(places):
             own = [r for r in records if (r["model"], r["vocab"], r["rows"]) == place and r["sampler"] == sampler]
@@ -220,7 +230,7 @@ def figures(machine: Machine) -> dict[str, Callable[[], Figure | None]]:
 def draw_all(machine: Machine, stem: Path) -> list[Path]:
     """Write STEM-NAME.png for all that there are figures of."""
     drawn = []
-    with plt.rc_context(SIZE):
+    with plt.rc_context(STYLE):
         for name, make in figures(machine).items():
             figure = make()
             if figure is None:

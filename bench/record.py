@@ -53,7 +53,8 @@ def machine(*names: str) -> dict[str, Any]:
 
 def slug(where: dict[str, Any]) -> str:
     """The machine in a file name."""
-    words = "".join(c if c.isalnum() else " " for c in f"{where['cpu']} {where['isa']}").lower().split()
+    text = where.get("gpu") or f"{where['cpu']} {where['isa']}"
+    words = "".join(c if c.isalnum() else " " for c in text).lower().split()
     return "-".join(words)
 
 
@@ -129,6 +130,10 @@ class Machine:
     def of(self, kind: str, **wanted: Any) -> list[Record]:
         """The records of a kind that have these values."""
         return [r for r in self.results.get(kind, ()) if wanted.items() <= r.items()]
+
+    @property
+    def slug(self) -> str:
+        return slug(self.where)
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""How time is taken: two contenders in turns, medians and spread."""
+"""How time is taken and written: two contenders in turns, medians and spread."""
 
 from __future__ import annotations
 
@@ -55,3 +55,11 @@ def bandwidth(megabytes: int = 256) -> float:
     rows = torch.zeros(64, megabytes * 2**20 // 256)
     torch.amax(rows, -1)
     return rows.nbytes / min(seconds(lambda: torch.amax(rows, -1)) for _ in range(5))
+
+
+def duration(us: float) -> str:
+    """Microseconds with three digits, as us, ms or s."""
+    for scale, unit in ((1e6, "s"), (1e3, "ms")):
+        if us >= scale:
+            return f"{us / scale:.3g} {unit}"
+    return f"{us:.3g} us"
