@@ -120,10 +120,10 @@ def report(
 def readme(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where it is out of date.")] = False,
 ) -> None:
-    """README's performance section, from bench/results/*.json."""
+    """README's performance section and bench/README's tables, from bench/results/*.json."""
     from bench.summary import update
 
-    raise typer.Exit(update(ROOT / "README.md", sorted(RESULTS.glob("*.json")), check))
+    raise typer.Exit(update(ROOT, sorted(RESULTS.glob("*.json")), check))
 
 
 if __name__ == "__main__":

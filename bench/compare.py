@@ -23,7 +23,8 @@ import fastsample as fs
 from bench import gate, peers
 from bench.modes import BY_NAME, FILTERS, make_logits, prepare
 from bench.record import Results, console, load, machine, slug
-from bench.timing import Step, bandwidth, in_turns, seconds, spread
+from bench.summary import disturbed
+from bench.timing import Others, Step, bandwidth, in_turns, seconds, spread
 from fastsample.engines.cpu import native
 
 AMAX, ONE_THREAD, FLOAT32 = "torch.amax", "one thread", "float32"
@@ -217,6 +218,7 @@ def measure(point: Point, budget: float) -> dict[str, Any]:
         if reason:
             return record | {"refused": reason}
         own = Ours(point, point.threads, isa, point.dtype, **(peer.fields if peer else {}))
+        others = Others()
         pairs = in_turns(own, step, budget)
     except Exception as error:  # a peer's failure is a result, and must not end the run
         return record | {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -227,6 +229,7 @@ def measure(point: Point, budget: float) -> dict[str, Any]:
         "against_us": spread([1e6 * b for _, b in pairs]),
         "ratio": spread([b / a for a, b in pairs], 3),
         "turns": len(pairs),
+        "others": others.cores(),
     }
 
 
@@ -253,9 +256,9 @@ def table(section: str, records: list[dict[str, Any]]) -> Table:
     return found
 
 
-def remarks(records: Iterable[dict[str, Any]]) -> list[str]:
+def remarks(records: list[dict[str, Any]]) -> list[str]:
     """A line per refusal, and a line per peer that is not here."""
-    lines = []
+    lines = disturbed(records)
     for r in records:
         if "refused" in r:
             where = f"{r['mode']}, {r['logits']}, B = {r['rows']}, V = {r['vocab']}"

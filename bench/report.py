@@ -12,13 +12,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from bench.peers import PEERS
 from bench.plots import TITLES, draw_all
 from bench.record import Machine, load
-from bench.summary import Grid, amax_grid, generate_grid, gpu_grid, peer_grid, section_grid, spread_grid
-
-SECTIONS = {
-    "dtype": ("16-bit logits against float32", "float32 / 16 bits"),
-    "isa": ("Instruction sets against the best", "best / this one"),
-    "threads": ("All threads against one", "one / all"),
-}
+from bench.summary import (
+    SECTIONS,
+    Grid,
+    disturbed,
+    amax_grid,
+    generate_grid,
+    gpu_grid,
+    peer_grid,
+    section_grid,
+    spread_grid,
+)
 
 
 def embedded(machine: Machine) -> list[dict[str, str]]:
@@ -48,7 +52,7 @@ def grids(machine: Machine) -> list[Grid]:
 def remarks(machine: Machine) -> list[str]:
     """Refusals and absences, each once."""
     records = [r for kind in machine.results.values() for r in kind]
-    lines = []
+    lines = disturbed(records)
     for r in records:
         if "refused" in r:
             who = next((r[key] for key in ("against", "sampler", "name") if key in r), "fastsample")

@@ -10,6 +10,11 @@ from bench.record import Machine, Record, load
 from bench.timing import duration
 
 BEGIN, END = "<!-- bench: begin, written by `python -m bench readme` -->", "<!-- bench: end -->"
+SECTIONS = {
+    "dtype": ("16-bit logits against float32", "float32 / 16 bits"),
+    "isa": ("Instruction sets against the best", "best / this one"),
+    "threads": ("All threads against one", "one / all"),
+}
 ORDER = ("greedy", "k50 p.95", "min_p", "p.95", "T", "everything")
 
 
@@ -149,12 +154,22 @@ def gpu_grid(machine: Machine) -> Grid | None:
     return grid
 
 
+def disturbed(records: Iterable[Record]) -> list[str]:
+    """A warning where other processes kept more than a tenth of a core busy."""
+    loads = [r["others"] for r in records if r.get("others") is not None]
+    noisy = [load for load in loads if load > 0.1]
+    if not noisy:
+        return []
+    text = f"other processes kept up to {max(noisy):.1f} cores busy; several threads suffer most, ratios least"
+    return [f"Not alone: during {len(noisy)} of {len(loads)} figures {text}"]
+
+
 def dates(machine: Machine) -> str:
     found = sorted({run["date"] for run in machine.runs})
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def section(machines: list[Machine], images: str) -> str:
+def section(machines: list[Machine], root: Path) -> str:
     """README's performance section."""
     parts = []
     for machine in machines:
@@ -168,22 +183,42 @@ def section(machines: list[Machine], images: str) -> str:
         generate = generate_grid(machine)
         if generate:
             parts.append(f"{generate.title}:\n\n{generate.markdown()}")
-        image = Path(images.format(machine.slug))
-        if found and image.exists():
-            parts.append(f"![Microseconds per row against vocabulary size]({image.as_posix()})")
+        image = f"bench/results/compare-{machine.slug}-vocab.png"
+        if found and (root / image).exists():
+            parts.append(f"![Microseconds per row against vocabulary size]({image})")
     return "\n\n".join(parts)
 
 
-def update(readme: Path, files: list[Path], check: bool) -> int:
-    """Put the section between its markers. The exit status: 1 where `check` finds it out of date."""
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{readme}: expected a line {BEGIN!r} and a line {END!r}")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    new = f"{head}{BEGIN}\n{section(load(files), 'bench/results/compare-{}-vocab.png')}\n{END}{tail}"
-    if check:
-        print(f"{readme.name} is {'up to date' if new == text else 'out of date: python -m bench readme'}")
-        return int(new != text)
-    readme.write_text(new)
-    return 0
+def details(machines: list[Machine], root: Path) -> str:
+    """bench/README.md's tables."""
+    parts = []
+    for machine in machines:
+        grids = [amax_grid(machine), spread_grid(machine)]
+        grids += [section_grid(machine, name, *words) for name, words in SECTIONS.items()]
+        found = [f"{g.title}:\n\n{g.markdown()}" for g in grids if g]
+        if found:
+            noise = disturbed(r for kind in machine.results.values() for r in kind)
+            parts += [f"{machine.name}, {dates(machine)}.", *(f"{line}." for line in noise), *found]
+    return "\n\n".join(parts)
+
+
+def update(root: Path, files: list[Path], check: bool) -> int:
+    """Put the sections of README.md and bench/README.md between their markers.
+
+    Returns:
+        The exit status: 1 where `check`, which writes nothing, finds one of them out of date.
+    """
+    machines, status = load(files), 0
+    for name, write in (("README.md", section), ("bench/README.md", details)):
+        text = (root / name).read_text()
+        if BEGIN not in text or END not in text:
+            raise SystemExit(f"{name}: expected a line {BEGIN!r} and a line {END!r}")
+        head, rest = text.split(BEGIN, 1)
+        new = f"{head}{BEGIN}\n\n{write(machines, root)}\n\n{END}{rest.split(END, 1)[1]}"
+        if not check:
+            (root / name).write_text(new)
+        elif new != text:
+            status = 1
+        if check:
+            print(f"{name} is {'up to date' if new == text else 'out of date: python -m bench readme'}")
+    return status

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,31 @@ def bandwidth(megabytes: int = 256) -> float:
     rows = torch.zeros(64, megabytes * 2**20 // 256)
     torch.amax(rows, -1)
     return rows.nbytes / min(seconds(lambda: torch.amax(rows, -1)) for _ in range(5))
+
+
+class Others:
+    """How many cores other processes kept busy since this was made; None where the system does not tell."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.own, self.all = sum(os.times()[:4]), self.busy()
+
+    @staticmethod
+    def busy() -> float | None:
+        """Seconds that all cores together have worked, waiting for a disk not counted."""
+        try:
+            values = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _idle, _wait, *rest = map(int, values[:8])
+        return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+    def cores(self) -> float | None:
+        now = self.busy()
+        if now is None or self.all is None:
+            return None
+        used = now - self.all - (sum(os.times()[:4]) - self.own)
+        return round(max(0.0, used / (time.perf_counter() - self.start)), 2)
 
 
 def duration(us: float) -> str:

@@ -276,23 +276,30 @@ def test_a_later_figure_replaces_an_earlier_one_and_an_absence(tmp_path):
 
 
 def test_readme_section_is_up_to_date():
-    assert bench("readme", "--check") == "README.md is up to date"
+    assert bench("readme", "--check") == "README.md is up to date bench/README.md is up to date"
 
 
-def test_readme_section_follows_the_figures(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{summary.BEGIN}\n{summary.END}\nafter\n")
-    file = figures(tmp_path / "a.json", "compare", [point()])
-    assert summary.update(readme, [file], check=True) == 1
-    assert summary.update(readme, [file], check=False) == 0
-    text = readme.read_text()
+def test_readme_section_follows_the_figures(tmp_path, capsys):
+    (tmp_path / "bench").mkdir()
+    for name in ("README.md", "bench/README.md"):
+        (tmp_path / name).write_text(f"before\n{summary.BEGIN}\n{summary.END}\nafter\n")
+    peer, isa = point(), point(section="isa", against="avx512", isa="avx2", others=1.25)
+    file = figures(tmp_path / "a.json", "compare", [peer, isa])
+    assert summary.update(tmp_path, [file], check=True) == 1
+    assert summary.update(tmp_path, [file], check=False) == 0
+    text, tables = ((tmp_path / name).read_text() for name in ("README.md", "bench/README.md"))
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "| torch | 3 ms (150x) |" in text
     assert "<Some> CPU, 3 cores, avx512, 2031-02-03" in text
-    assert summary.update(readme, [file], check=True) == 0
-    figures(tmp_path / "a.json", "compare", [point(ratio={"median": 7.0, "p10": 7.0, "p90": 7.0})])
-    assert summary.update(readme, [file], check=True) == 1
+    assert (
+        "| T | lm | 1 | 999 | float32, avx2, 1 thread | avx512 | 20.0 | 3000.0 | 150.00 (150.00 - 150.00) |" in tables
+    )
+    assert "other processes kept up to 1.2 cores busy" in tables
+    assert summary.update(tmp_path, [file], check=True) == 0
+    figures(tmp_path / "a.json", "compare", [point(ratio={"median": 7.0, "p10": 7.0, "p90": 7.0}), isa])
+    assert summary.update(tmp_path, [file], check=True) == 1
+    assert "README.md is out of date" in capsys.readouterr().out
 
 
 def test_prepared_steps_are_the_modes(monkeypatch):
