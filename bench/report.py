@@ -15,8 +15,8 @@ from bench.record import Machine, load
 from bench.summary import (
     SECTIONS,
     Grid,
-    disturbed,
     amax_grid,
+    disturbed,
     generate_grid,
     gpu_grid,
     peer_grid,
