@@ -76,6 +76,7 @@ def peer_bars(records: list[Record], rows: int) -> Figure | None:
         height_ratios=heights,
     )
     widest = max(middle(r, "against_us") for r in records) / rows
+    narrowest = min(middle(r) for r in records) / rows
     for axis, mode in zip([axes] if len(modes) == 1 else axes, modes, strict=True):
         own = [r for r in records if r["mode"] == mode]
         bars = [("fastsample", sorted(middle(r) for r in own)[len(own) // 2], None)]
@@ -90,7 +91,7 @@ def peer_bars(records: list[Record], rows: int) -> Figure | None:
             axis.text(value * 1.08, i, label, va="center", fontsize=8.5)
         axis.set_title(mode, loc="left", fontsize=10, fontweight="bold")
         logarithmic(axis, "x")
-        axis.set_xlim(right=widest * 9)
+        axis.set_xlim(narrowest / 3, widest * 9)
     plt.xlabel("us per row (log)")
     vocab = records[0]["vocab"]
     figure.suptitle(f"Logits to token, V = {vocab:,}, B = {rows}, LM-like logits, one thread", fontsize=11)
@@ -131,7 +132,7 @@ def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure 
         axis.set_title(title, loc="left", fontsize=10)
         axis.legend(fontsize=8, frameon=False)
     axes[-1, 0].set_xlabel("vocabulary V")
-    figure.suptitle("Cost grows linearly with V (float32, one thread)", fontsize=11)
+    figure.suptitle("Time for a row against V (float32, LM-like logits, one thread)", fontsize=11)
     return figure
 
 
