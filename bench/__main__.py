@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,13 @@ app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
 Names = list[str] | None
 Numbers = list[int] | None
 RESULTS = ROOT / "bench" / "results"
+
+
+def known(values: Iterable[str] | None, names: Iterable[str], option: str) -> None:
+    """A name that does not exist is an error, not an empty table."""
+    for value in values or ():
+        if value not in names:
+            raise typer.BadParameter(f"{value!r}: expected one of {', '.join(names)}", param_hint=option)
 
 
 @app.callback()
@@ -41,13 +49,14 @@ def compare(
     plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
 ) -> None:
     """Us against everybody else, and against one read of the row: table, JSON and plots. Ctrl-C keeps what is there."""
+    from bench import peers as others
     from bench.compare import SECTIONS, Choice, run
+    from bench.modes import BY_NAME, MAKERS
 
-    unknown = set(section or ()) - SECTIONS.keys()
-    if unknown:
-        raise typer.BadParameter(
-            f"{', '.join(unknown)}: expected some of {', '.join(SECTIONS)}", param_hint="--section"
-        )
+    known(section, SECTIONS, "--section")
+    known(peer, others.BY_NAME, "--peer")
+    known(mode, BY_NAME, "--mode")
+    known(logits, MAKERS, "--logits")
     lists = (section, peer, mode, logits, batch, vocab, threads)
     raise typer.Exit(run(Choice(*(tuple(values or ()) for values in lists)), seconds, minutes, out, resume, plots))
 
@@ -72,7 +81,10 @@ def cpu(
 ) -> None:
     """The CPU engine's modes against torch.amax over the same logits, beside what is aimed at."""
     from bench.cpu import run
+    from bench.modes import MAKERS
 
+    known([logits], MAKERS, "--logits")
+    known([dtype], ("float32", "float16", "bfloat16"), "--dtype")
     raise typer.Exit(run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out))
 
 
@@ -88,6 +100,7 @@ def generate(
     """Tokens per second of Hugging Face generate: its own sampler against ours, and each step's share of sampling."""
     from bench.generate import MODELS, run
 
+    known(model, MODELS, "--model")
     raise typer.Exit(run(model or list(MODELS), batch or [1, 8, 32], tokens, seconds, threads, out))
 
 

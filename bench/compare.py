@@ -276,6 +276,8 @@ def run(choice: Choice, budget: float, minutes: float, out: Path | None, resume:
     )
     screen = console()
     work = points(choice)
+    if not work:
+        raise SystemExit("nothing to measure: no point of these sections has these modes, logits and batch sizes")
     todo = [p for p in work if not (resume and results.has(asdict(p)))]
     bandwidths = {}
     for n in all_threads():

@@ -123,12 +123,16 @@ def contenders() -> dict[str, tuple[Make, Differs, tuple[str, ...]]]:
             )
     for peer in peers.PEERS:
         if "cuda" in peer.devices and peer.why_not() is None:
-            found[peer.name] = (peer.make, partial(peer_differs, peer), peer.modes)
+            found[peer.name] = of_peer(peer)
     return found
 
 
+def of_peer(peer: peers.Peer) -> tuple[Make, Differs, tuple[str, ...]]:
+    return peer.make, partial(peer_differs, peer), peer.modes
+
+
 def peer_differs(peer: peers.Peer, mode: Mode, logits: torch.Tensor, step: Callable[[], Any]) -> str | None:
-    reason = gate.peer_differs(peer, mode.name, "cuda")
+    reason = gate.peer_differs(peer, mode.name, logits.device.type)
     return reason or gate.draws_differ(step, mode, logits, peer.fields)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -20,7 +21,7 @@ import fastsample as fs
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # behind site-packages, where the fastsample under test is
 
-from bench import compare, gate, generate, peers, record, summary, timing  # noqa: E402
+from bench import compare, gate, generate, gpu, peers, record, summary, timing  # noqa: E402
 from bench.__main__ import app  # noqa: E402
 from bench.modes import BY_NAME, MODES, make_logits, prepare  # noqa: E402
 
@@ -224,8 +225,30 @@ def test_gpu_says_that_there_is_none(monkeypatch):
     assert "there is no GPU" in bench("gpu", status=1)
 
 
-def test_unknown_section():
-    assert "expected some of peers, vocab" in bench("compare", "--section", "nonsense", status=2)
+def test_gpu_times_nothing_that_is_wrong(monkeypatch):
+    right = peers.BY_NAME["torch"]
+    wrong = dataclasses.replace(right, name="wrong", make=lambda mode, logits: right.make(BY_NAME["T"], logits))
+    monkeypatch.setattr(gpu, "timed", lambda steps: (float(len(steps)), True))  # there is no GPU to time on
+    monkeypatch.setattr(gpu, "contenders", lambda: {p.name: gpu.of_peer(p) for p in (right, wrong)})
+    x = make_logits("flat", 2, 600, torch.float32)
+    good, bad = gpu.measure(BY_NAME["k50 p.95"], [x, x, x], gpu.Budget(60))
+    assert (good["name"], good["cold_us"], good["hot_us"]) == ("torch", 3.0, 3.0)
+    assert "outside" in bad["refused"]
+    assert "cold_us" not in bad
+    assert list(gpu.measure(BY_NAME["T n=16"], [x], gpu.Budget(60))) == []
+    assert [r["skipped"] for r in gpu.measure(BY_NAME["T"], [x], gpu.Budget(0))] == ["out of time"] * 2
+    assert gpu.table([good, bad], "").row_count == 1
+
+
+@pytest.mark.parametrize("option", ["--section", "--peer", "--mode", "--logits"])
+def test_unknown_names(option):
+    text = bench("compare", option, "nonsense", status=2)
+    assert f"{option}: 'nonsense': expected one of " in text.replace("for '", "").replace(f"{option}'", option)
+
+
+def test_a_comparison_of_nothing(tmp_path):
+    args = ("compare", "--section", "isa", "--batch", "7", "--out", tmp_path / "c.json")
+    assert "nothing to measure" in str(CliRunner().invoke(app, [str(a) for a in args]).exception)
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------
