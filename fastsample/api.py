@@ -65,7 +65,8 @@ def sample(
         bitmask: int32 [B, words] or [words]; token j is allowed when bit j % 32 of word j // 32 is 1. Tokens past the
             last word are not allowed (xgrammar's and llguidance's format).
         bias: {id: value} for all rows, a list with a dict or None per row, or tensors (row_ptr [B + 1], ids [N],
-            values [N]); added to the logits. Finite or -inf.
+            values [N]); added to the logits. Finite or -inf. Tensors on a GPU are checked there, which waits for it;
+            what `fastsample.rows.pack_bias(bias, logits)` returns was checked, and a step with it does not wait.
         prompt_ids, output_ids: int64 or int32 [B, L] padded with -1, or a list of lists; what the penalties count.
         logprobs: "raw" reports log-softmax of the logits as given, "processed" that of the distribution drawn from.
         top_logprobs: also report the N most probable tokens, 0 <= N <= V. Needs `logprobs`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,15 +18,16 @@ Seed: TypeAlias = "int | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
 TokenIds: TypeAlias = "torch.Tensor | Sequence[Sequence[int]] | Sequence[int]"
 BiasDict: TypeAlias = Mapping[int, float]
 BiasTensors: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-BiasLike: TypeAlias = "BiasDict | Sequence[BiasDict | None] | BiasTensors"
+BiasLike: TypeAlias = "BiasDict | Sequence[BiasDict | None] | BiasTensors | Bias"
 
 
 class Bias(NamedTuple):
-    """Sparse additions: row i owns entries row_ptr[i] to row_ptr[i + 1]."""
+    """Sparse additions, checked: row i owns entries row_ptr[i] to row_ptr[i + 1]."""
 
     row_ptr: torch.Tensor  # int64 [B + 1]
-    ids: torch.Tensor  # int64 [N]
+    ids: torch.Tensor  # int64 [N], each 0 <= id < vocab and once per row
     values: torch.Tensor  # float32 [N]
+    vocab: int
 
 
 @dataclass(slots=True)
@@ -41,13 +42,14 @@ class Rows:
     prompt_ids: torch.Tensor | None = None  # int64 [B, L], ids outside the vocabulary are padding
     output_ids: torch.Tensor | None = None  # int64 [B, L]
     native: Any = None  # an engine's own form of these rows, kept for the next step
+    workspace: dict[Any, Any] | None = None  # buffers that engines keep for a Sampler's steps
 
     def to(self, device: torch.device) -> Rows:
         """The same rows with the packed parameters on the device of the logits."""
         if self.records.device == device:
             return self
         records, seeds, offsets = (t.to(device, non_blocking=True) for t in (self.records, self.seeds, self.offsets))
-        return Rows(records, seeds, offsets, self.bitmask, self.bias, self.prompt_ids, self.output_ids)
+        return replace(self, records=records, seeds=seeds, offsets=offsets, native=None)
 
 
 _MASK = 2**64 - 1
@@ -114,17 +116,28 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
 
 
 def pack_bias(bias: BiasLike, logits: torch.Tensor) -> Bias:
-    """A dict (for every row), a list with a dict or None per row, or (row_ptr, ids, values), as `Bias`."""
+    """A dict (for every row), a list with a dict or None per row, or (row_ptr, ids, values), as `Bias`.
+
+    To check tensors on a GPU is to wait for it. A step that must not, packs once and passes the `Bias` instead.
+    """
     rows, vocab = logits.shape
+    if isinstance(bias, Bias):
+        if (len(bias.row_ptr), bias.vocab, bias.ids.device) != (rows + 1, vocab, logits.device):
+            was = f"{len(bias.row_ptr) - 1} rows and V = {bias.vocab} on {bias.ids.device}"
+            raise ValueError(f"bias: was packed for {was}, the logits have {rows} and {vocab} on {logits.device}")
+        if bias.ids.is_cuda:
+            return bias
+        bias = bias[:3]
     if isinstance(bias, tuple) and any(isinstance(part, torch.Tensor) for part in bias):
-        packed = _bias_tensors(bias, rows, logits.device)
+        parts = _bias_tensors(bias, rows, logits.device)
     else:
-        packed = _bias_dicts(bias, rows, logits.device)
-    _check_bias(packed, vocab)
-    return packed
+        parts = _bias_dicts(bias, rows)
+    _check_bias(*parts, vocab)
+    row_ptr, ids, values = (part.to(logits.device, non_blocking=True) for part in parts)
+    return Bias(row_ptr, ids, values, vocab)
 
 
-def _bias_dicts(bias: Any, rows: int, device: torch.device) -> Bias:
+def _bias_dicts(bias: Any, rows: int) -> BiasTensors:
     dicts = [bias] * rows if isinstance(bias, Mapping) else bias
     if not isinstance(dicts, Sequence) or isinstance(dicts, str):
         raise TypeError(f"bias: expected a dict, a list of dicts or (row_ptr, ids, values), got {type(bias).__name__}")
@@ -140,10 +153,10 @@ def _bias_dicts(bias: Any, rows: int, device: torch.device) -> Bias:
             ids.append(_integer("bias id", token, row))
             values.append(_bias_value(value, token, row))
         row_ptr.append(len(ids))
-    return Bias(
-        torch.tensor(row_ptr, dtype=torch.int64, device=device),
-        torch.tensor(ids, dtype=torch.int64, device=device),
-        torch.tensor(values, dtype=torch.float32, device=device),
+    return (
+        torch.tensor(row_ptr, dtype=torch.int64),
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor(values, dtype=torch.float32),
     )
 
 
@@ -153,7 +166,7 @@ def _bias_value(value: Any, token: Any, row: int) -> float:
     return to_float32(value)
 
 
-def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> Bias:
+def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> BiasTensors:
     if len(bias) != 3:
         raise ValueError(f"bias: expected (row_ptr, ids, values), got {len(bias)} parts")
     for name, part in zip(("row_ptr", "ids", "values"), bias, strict=True):
@@ -173,24 +186,24 @@ def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> Bia
             f"bias: expected row_ptr of {rows + 1} rising entries from 0 to the number of ids "
             f"({len(ids)} ids, {len(values)} values), got {pointers[:8]}"
         )
-    return Bias(row_ptr.long().contiguous(), ids.long().contiguous(), values.detach().float().contiguous())
+    return row_ptr.long().contiguous(), ids.long().contiguous(), values.detach().float().contiguous()
 
 
-def _check_bias(bias: Bias, vocab: int) -> None:
+def _check_bias(row_ptr: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, vocab: int) -> None:
     """Ids within the vocabulary and once per row, values finite or -inf."""
-    if not len(bias.ids):
+    if not len(ids):
         return
-    row_of = torch.repeat_interleave(bias.row_ptr.diff())
-    outside = (bias.ids < 0) | (bias.ids >= vocab)
+    row_of = torch.repeat_interleave(row_ptr.diff())
+    outside = (ids < 0) | (ids >= vocab)
     if bool(outside.any()):
         at = int(outside.nonzero()[0, 0])
-        raise ValueError(f"bias id {int(bias.ids[at])} (row {int(row_of[at])}): expected 0 <= id < {vocab}")
-    wrong = bias.values.isnan() | (bias.values == torch.inf)
+        raise ValueError(f"bias id {int(ids[at])} (row {int(row_of[at])}): expected 0 <= id < {vocab}")
+    wrong = values.isnan() | (values == torch.inf)
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0, 0])
-        where = f"bias of id {int(bias.ids[at])} (row {int(row_of[at])})"
-        raise ValueError(f"{where}: expected a finite float32 or -inf, got {float(bias.values[at])}")
-    keys = (row_of * vocab + bias.ids).sort().values
+        where = f"bias of id {int(ids[at])} (row {int(row_of[at])})"
+        raise ValueError(f"{where}: expected a finite float32 or -inf, got {float(values[at])}")
+    keys = (row_of * vocab + ids).sort().values
     twice = keys[1:] == keys[:-1]
     if bool(twice.any()):
         key = int(keys[1:][twice][0])

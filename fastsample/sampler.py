@@ -52,6 +52,7 @@ class Sampler:
             records.repeat(batch_size // records.shape[0], 1),
             pack_seeds(seed, batch_size).clone(),
             pack_offsets(offset, batch_size).expand(batch_size).clone(),
+            workspace={},
         )
         self._initial_records = self._rows.records.clone()
 
@@ -84,7 +85,7 @@ class Sampler:
             raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
         self._rows = rows = self._rows.to(table.device)
         if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
-            rows = Rows(rows.records, rows.seeds, rows.offsets)
+            rows = Rows(rows.records, rows.seeds, rows.offsets, workspace=rows.workspace)
             add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
         return self._request.run(table, rows, out, advance=True)
 

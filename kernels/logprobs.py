@@ -67,14 +67,15 @@ def rank(x, x_stride, tokens, ranks, num_samples, vocab, chunks, BLOCK: tl.const
 
 @triton.jit
 def collect(
-    x, x_stride, workspace, cuts, ws_stride, tokens, num_samples, listed, found, num_top, vocab, BLOCK: tl.constexpr
-):
+    x, x_stride, workspace, ws_stride, cuts, cuts_stride, tokens, num_samples, listed, found, num_top, vocab,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Note the tokens of one chunk that the cutoff in `cuts` keeps, in any order. Grid: rows, chunks."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if sound(workspace + row * ws_stride) & (tl.load(tokens + row * num_samples) >= 0):
         key = key_of(load_x(x + row * x_stride, ids, vocab))
-        ws = cuts + row * ws_stride
+        ws = cuts + row * cuts_stride
         kept = keeps(key, ids, load_int(ws, CUT_KEY), load_int(ws, CUT_ID)).to(tl.int32)
         if tl.max(kept) > 0:
             at = tl.atomic_add(listed + row, tl.sum(kept), sem="relaxed") + tl.cumsum(kept, 0) - 1

@@ -136,10 +136,11 @@ def edit(
         end = tl.load(row_ptr + row + 1)
         for start in range(tl.load(row_ptr + row) + part * BLOCK, end, parts * BLOCK):
             at = start + tl.arange(0, BLOCK)
-            token = tl.load(bias_ids + at, mask=at < end, other=0)
-            bias = tl.load(bias_values + at, mask=at < end, other=0.0)
-            value = tl.load(x + token, mask=at < end, other=0.0)
-            tl.store(x + token, value + bias, mask=at < end)
+            token = tl.load(bias_ids + at, mask=at < end, other=-1)
+            inside = (token >= 0) & (token < vocab)  # a checked Bias may have been written to since
+            bias = tl.load(bias_values + at, mask=inside, other=0.0)
+            value = tl.load(x + token, mask=inside, other=0.0)
+            tl.store(x + token, value + bias, mask=inside)
     if HAS_OUTPUT:
         count_ids(output + row * output_stride, output_length, counts, vocab, part, parts, False, BLOCK)
     if HAS_PROMPT:

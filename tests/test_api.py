@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastsample as fs
-from fastsample.rows import splitmix64
+from fastsample.rows import pack_bias, splitmix64
 
 BACKENDS = ("reference", "cpu")
 FIELDS = fs.SampleOutput.__slots__
@@ -212,6 +212,19 @@ def test_what_was_not_asked_for_is_not_written(on_invalid: str) -> None:
     fs.sample(logits(), seed=2, out=odd, on_invalid=on_invalid)
     assert torch.equal(odd.tokens, fs.sample(logits(), seed=2).tokens)
     assert (odd.logprobs.tolist(), odd.ranks.tolist(), odd.top_ids.tolist()) == ([0.0], [0.0] * 4, [0] * 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_packed_once(backend: str) -> None:
+    bias = [{3: 2.0}, None, {5: -1.0, 199: 4.0}, {}]
+    packed = pack_bias(bias, logits())
+    assert pack_bias(packed, logits()).ids.tolist() == [3, 5, 199]
+    sampler = fs.Sampler(batch_size=4, seed=3, backend=backend)
+    for step in range(4):
+        want = fs.filter_logits(logits(seed=step), bias=bias, backend=backend)
+        assert torch.equal(fs.filter_logits(logits(seed=step), bias=packed, backend=backend), want)
+        tokens = fs.sample(logits(seed=step), seed=3, offset=step, bias=bias, backend=backend).tokens
+        assert torch.equal(sampler(logits(seed=step), bias=packed).tokens, tokens)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

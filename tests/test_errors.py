@@ -14,6 +14,7 @@ import torch
 import fastsample as fs
 from fastsample.engines import engine
 from fastsample.params import Spec, specs
+from fastsample.rows import pack_bias
 
 B, V = 3, 50
 BACKENDS = ("reference", "cpu")
@@ -332,6 +333,9 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"bias": 1.0}, TypeError, ("bias", "float")),
     ({"bias": "abc"}, TypeError, ("bias", "str")),
     ({"bias": torch.zeros(B, V)}, TypeError, ("bias", "Tensor")),
+    ({"bias": pack_bias({3: 1.0}, logits()[:2])}, ValueError, ("bias", "2 rows", f"have {B}")),
+    ({"bias": pack_bias({3: 1.0}, logits()[:, :9])}, ValueError, ("bias", "V = 9", f"and {V}")),
+    ({"bias": pack_bias({3: 1.0}, logits())._replace(ids=torch.full((B,), V))}, ValueError, ("bias", f"id {V}")),
     ({"bias": ragged_bias([0, 2, 2, 2], [3, 3], [1.0, 2.0])}, ValueError, ("bias", "id 3", "row 0", "once")),
     ({"bias": ragged_bias([0, 0, 3, 3], [3, 1, 3], [1.0, 2.0, 1.0])}, ValueError, ("bias", "id 3", "row 1", "once")),
     ({"bias": ragged_bias([0, 0, 1, 2], [3, V], [1.0, 2.0])}, ValueError, ("bias", "id 50", "row 2")),

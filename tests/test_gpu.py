@@ -13,6 +13,7 @@ from triton_interpreter import results
 
 import fastsample as fs
 from fastsample.engines import engine
+from fastsample.rows import pack_bias
 
 AVAILABLE = torch.cuda.is_available()
 WHY = "there is no GPU that torch can use"
@@ -125,17 +126,27 @@ def test_a_captured_step_is_replayed_at_the_next_offsets(backend: str) -> None:
     assert found == want[2 : 2 + STEPS]
 
 
-def test_a_step_neither_waits_nor_allocates(backend: str) -> None:
-    sampler = fs.Sampler(batch_size=8, seed=1, backend=backend, on_invalid="flag", temperature=0.8, top_p=0.9)
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("mode", [None, "raw", "processed"])
+def test_a_step_neither_waits_nor_allocates(mode: Any, edited: bool, backend: str) -> None:
+    wanted = {"logprobs": mode, "top_logprobs": 5 if mode else 0}
+    sampler = fs.Sampler(
+        batch_size=8, seed=1, backend=backend, on_invalid="flag", top_p=0.9, repetition_penalty=1.1, **wanted
+    )
     logits = torch.randn(8, 32000, device="cuda")
-    out = sampler(logits)
-    sampler(logits, out=out)
+    ids = torch.randint(32000, (8, 100), device="cuda")
+    inputs: dict[str, Any] = {}
+    if edited:
+        words = torch.full((8, 1000), -2, dtype=torch.int32, device="cuda")
+        inputs = {"bitmask": words, "bias": pack_bias({3: 1.0}, logits), "prompt_ids": ids, "output_ids": ids}
+    out = sampler(logits, **inputs)
+    sampler(logits, out=out, **inputs)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(STEPS):
-            sampler(logits, out=out)
+            sampler(logits, out=out, **inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

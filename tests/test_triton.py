@@ -12,16 +12,19 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from cases import EXTRAS, MAKERS, PARAMS, Case
 from test_parity import LOGPROB_ULP, bits, ulps
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import Job, results
 
 import fastsample as fs
 from fastsample.engines import engine, select
 from fastsample.engines import triton as adapter
+from fastsample.rows import Bias
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -126,7 +129,7 @@ class Recorder:
 
 class Kernel:
     def __init__(self, recorder: Recorder, name: str) -> None:
-        self.recorder, self.name = recorder, name
+        self.recorder, self.name, self.value = recorder, name, name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self.recorder.launch, self.name, grid)
@@ -170,14 +173,40 @@ def test_programs_per_row(batch: int, parts: int, recorded: Recorder) -> None:
     assert options["SPLIT"] == (parts > 1) == options.get("launch_cooperative_grid", False)
 
 
-def test_a_sampler_given_out_allocates_nothing(recorded: Recorder) -> None:
-    sampler = fs.Sampler(batch_size=2, seed=1, on_invalid="flag", top_p=0.9)
-    logits = torch.zeros(2, 5000)
-    out = sampler(logits)
-    for _ in range(3):
-        sampler(logits, out=out)
-    assert recorded.pointers[1] == recorded.pointers[2] == recorded.pointers[3]
-    assert recorded.pointers[1] != recorded.pointers[0]  # from its second step on, it has a workspace to itself
+VIEWS = {"aten.view", "aten.slice", "aten.select", "aten.unsqueeze", "aten.expand", "aten.add_"}
+COUNT_OF_INVALID_ROWS = {"aten.ne", "aten.sum", "aten._local_scalar_dense"}  # not taken on a GPU
+
+
+class NoAllocation(TorchDispatchMode):
+    """Lets through only what makes no tensor with memory of its own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert str(func.overloadpacket) in VIEWS | COUNT_OF_INVALID_ROWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("extras", [(), ("bitmask", "output_ids"), ("bitmask", "bias", "prompt_ids", "output_ids")])
+@pytest.mark.parametrize("mode", [None, "raw", "processed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sampler_given_out_allocates_nothing(
+    dtype: torch.dtype, mode: Any, extras: tuple[str, ...], recorded: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"logprobs": mode, "top_logprobs": 5 if mode else 0}
+    sampler = fs.Sampler(batch_size=2, seed=1, on_invalid="flag", top_p=0.9, repetition_penalty=1.1, **wanted)
+    logits, ids = torch.zeros(2, 5000, dtype=dtype), torch.zeros(2, 7, dtype=torch.int64)
+    bias = Bias(torch.tensor([0, 1, 2]), torch.tensor([3, 4]), torch.tensor([1.0, -1.0]), 5000)
+    words = torch.full((2, 157), -1, dtype=torch.int32)
+    inputs = {"bitmask": words, "bias": bias, "prompt_ids": ids, "output_ids": ids}
+    inputs = {name: inputs[name] for name in extras}
+    monkeypatch.setattr("fastsample.api.pack_bias", lambda bias, logits: bias)  # on a GPU, it was checked when packed
+    out = sampler(logits, **inputs)
+    recorded.pointers.clear()
+    with NoAllocation():
+        for _ in range(2):
+            sampler(logits, out=out, **inputs)
+    half = len(recorded.pointers) // 2
+    assert half
+    assert recorded.pointers[:half] == recorded.pointers[half:]
 
 
 # Choosing the engine ------------------------------------------------------------------------------------------------

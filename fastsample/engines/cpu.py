@@ -86,7 +86,7 @@ def _native_rows(rows: Rows) -> Any:
         _column(rows.seeds),
         _column(rows.offsets),
         None if mask is None else (*_column(mask), mask.shape[1]),
-        None if bias is None else tuple(part.data_ptr() for part in bias),
+        None if bias is None else (bias.row_ptr.data_ptr(), bias.ids.data_ptr(), bias.values.data_ptr()),
         _token_ids(rows.prompt_ids),
         _token_ids(rows.output_ids),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from fastsample.engines import Engine, Outputs
-from fastsample.engines.triton_memory import SEEN, SEMAPHORES, Layout, Memory, State, Table, kernels
-from fastsample.params import SamplingParams, specs
+from fastsample.engines.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
+from fastsample.params import specs
 from fastsample.rows import Bias, Rows
 
 Tensor = torch.Tensor
@@ -41,7 +40,7 @@ class TritonEngine(Engine):
         self.block: int | None = None
         self.parts: int | None = None
         self.one_launch = not interpreted()  # interpreted programs run one after another: no barrier may wait
-        self._memory: dict[tuple[torch.device, int], Memory] = {}
+        self._memory: dict[tuple[torch.device, int], Memory] = {}  # by device and stream
 
     def why_not(self, logits: Tensor | None) -> str | None:
         if not _is_installed():
@@ -75,20 +74,17 @@ class TritonEngine(Engine):
     def memory(self, logits: Tensor, rows: Rows) -> Memory:
         """Workspace that nothing else can be using while this call's launches run.
 
-        A stream's calls run one after another and share one. Rows that come back (a Sampler's) get their own, since a
-        graph that was captured with it may be replayed on another stream. A capture that cannot have that allocates.
+        A stream's calls run one after another and share one; a Sampler has its own. A capture takes a new one, from the
+        graph's memory, but for a Sampler that already has one on the capturing stream: a graph may be replayed on any
+        stream, and no zeros that it is to write are there before.
         """
         on_gpu = logits.device.type == "cuda"
-        if isinstance(rows.native, Memory):
-            return rows.native
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        key = (logits.device, torch.cuda.current_stream().cuda_stream if on_gpu else 0)
+        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+        kept = self._memory if rows.workspace is None else rows.workspace
+        if capturing and (kept is self._memory or key not in kept):
             return Memory(logits.device)
-        if rows.native is SEEN:
-            rows.native = own = Memory(logits.device)
-            return own
-        rows.native = SEEN
-        stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
-        return self._memory.setdefault((logits.device, stream), Memory(logits.device))
+        return kept.setdefault(key, Memory(logits.device))
 
 
 @cache
@@ -191,7 +187,7 @@ class Call:
         return table
 
     def edit(self, x: Tensor, counts: Tensor, bias: Bias | None, prompt: Tensor | None, output: Tensor | None) -> None:
-        row_ptr, bias_ids, bias_values = (x, x, x) if bias is None else bias
+        row_ptr, bias_ids, bias_values = (x, x, x) if bias is None else bias[:3]
         kernels("process").edit[(self.batch, EDIT_PARTS)](
             x,
             counts,
@@ -277,7 +273,7 @@ class Call:
         records = self.rows.records
         if raw:
             table = Table(self.logits, ROUNDS[self.logits.dtype])
-            records = self.neutral(top_k=0)
+            records = self.memory.record(top_k=0)
             state = self.sample("raw", table, records, unused)
         draws = out.num_samples
         assert out.logprobs is not None
@@ -313,28 +309,19 @@ class Call:
             kept = kept.view(self.batch, self.vocab)
             self.write("KEPT", table, state, kept)
             table = Table(kept, table.rounds)
-        cuts = self.sample("cuts", table, self.neutral(top_k=n), unused)
+        cuts = self.sample("cuts", table, self.memory.record(top_k=n), unused)
         layout = cuts.layout
-        if layout.record != state.layout.record:
-            state = replace(state, words=state.words[:, : layout.record].contiguous())
         found = self.memory("found", self.batch * n, torch.int64)
         kernels("logprobs").collect[(self.batch, layout.chunks)](
-            table.x, table.stride, state.words, cuts.words, layout.record, tokens, draws, listed, found, n,
+            table.x, table.stride, state.words, state.layout.record, cuts.words, layout.record, tokens, draws, listed,
+            found, n,
             self.vocab, BLOCK=layout.block, **self.options,
         )  # fmt: skip
         block = min(256, _power_of_two(n))
         kernels("logprobs").arrange[(self.batch, -(-n // block))](
-            records, _stride(records), state.words, layout.record, tokens, draws, listed, found, n,
+            records, _stride(records), state.words, state.layout.record, tokens, draws, listed, found, n,
             top_ids, top_logprobs, RAW=raw, BLOCK=block, **self.options,
         )  # fmt: skip
-
-    def neutral(self, top_k: int) -> Tensor:
-        """The record of a plain row, made on the device."""
-        record = torch.zeros(1, len(specs()), dtype=torch.int32, device=self.logits.device)
-        for column, bits in enumerate(SamplingParams(top_k=top_k).pack()[0].tolist()):
-            if bits:
-                record[:, column].fill_(bits)
-        return record
 
 
 def _stride(tensor: Tensor) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastsample.params import SamplingParams
+
 Tensor = torch.Tensor
 
 
@@ -60,9 +62,6 @@ class State:
     layout: Layout
 
 
-SEEN = object()  # in Rows.native: these rows were sampled once
-
-
 SEMAPHORES = "semaphores"
 
 
@@ -81,3 +80,14 @@ class Memory:
             new = torch.zeros if name == SEMAPHORES else torch.empty
             found = self._buffers[name] = new(numel, dtype=dtype, device=self._device)
         return found[:numel]
+
+    def record(self, top_k: int) -> Tensor:
+        """The packed record of a row that nothing else is asked of, int32 [1, fields]."""
+        name = f"record {top_k}"
+        if name not in self._buffers:
+            host = SamplingParams(top_k=top_k).pack()
+            record = self._buffers[name] = torch.zeros_like(host, device=self._device)
+            for column, bits in enumerate(host[0].tolist()):
+                if bits:  # filled there: a copy from pageable memory cannot be captured
+                    record[:, column].fill_(bits)
+        return self._buffers[name]
