@@ -124,9 +124,10 @@ def report(
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page of everything that was measured: plots, tables, machines, commands."""
+    from bench.record import results_in
     from bench.report import write
 
-    write(files or sorted(RESULTS.glob("*.json")), out)
+    write(files or results_in(RESULTS), out)
 
 
 @app.command()
@@ -134,9 +135,10 @@ def readme(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where it is out of date.")] = False,
 ) -> None:
     """README's performance section and bench/README's tables, from bench/results/*.json."""
+    from bench.record import results_in
     from bench.summary import update
 
-    raise typer.Exit(update(ROOT, sorted(RESULTS.glob("*.json")), check))
+    raise typer.Exit(update(ROOT, results_in(RESULTS), check))
 
 
 if __name__ == "__main__":

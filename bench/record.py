@@ -21,6 +21,7 @@ import fastsample as fs
 from fastsample.engines.cpu import native
 
 Record = dict[str, Any]
+KINDS = ("compare", "generate", "cpu", "gpu")
 
 
 def packages(names: tuple[str, ...]) -> dict[str, str]:
@@ -141,13 +142,18 @@ class Machine:
         return gpu or f"{self.where['cpu']}, {self.where['cores']} cores, {self.where['isa']}"
 
 
+def results_in(folder: Path) -> list[Path]:
+    """The JSON files of a folder that `load` reads; other commands may keep theirs there too."""
+    return [path for path in sorted(folder.glob("*.json")) if json.loads(path.read_text()).get("kind") in KINDS]
+
+
 def load(files: Iterable[Path]) -> list[Machine]:
     """One Machine per processor; a later figure replaces an earlier one of the same point, and a missing one."""
     found: dict[tuple[Any, ...], Machine] = {}
     for path in files:
         data = json.loads(path.read_text())
-        if "kind" not in data:
-            raise SystemExit(f"{path}: not a file of python -m bench (it has no kind)")
+        if data.get("kind") not in KINDS:
+            raise SystemExit(f"{path}: expected a file of python -m bench {', '.join(KINDS)}")
         where = data["machine"]
         key = tuple(where.get(name) for name in ("gpu", "cpu", "cores", "isa"))
         machine = found.setdefault(key, Machine({**where, "packages": {}}))

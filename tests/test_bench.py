@@ -298,6 +298,15 @@ def test_a_later_figure_replaces_an_earlier_one_and_an_absence(tmp_path):
     assert machine.of("compare") == [point()]
 
 
+def test_files_of_other_commands(tmp_path):
+    own = figures(tmp_path / "a.json", "compare", [point()])
+    other = tmp_path / "b.json"
+    other.write_text("{}")
+    assert record.results_in(tmp_path) == [own]
+    with pytest.raises(SystemExit, match="expected a file of python -m bench compare"):
+        record.load([own, other])
+
+
 def test_readme_section_is_up_to_date():
     assert bench("readme", "--check") == "README.md is up to date bench/README.md is up to date"
 
