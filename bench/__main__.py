@@ -45,7 +45,7 @@ def compare(
     seconds: Annotated[float, typer.Option(help="Time for each point; slow contenders take five turns.")] = 0.5,
     minutes: Annotated[float, typer.Option(help="Stop then, with what was measured kept.")] = 1e6,
     out: Annotated[Path | None, typer.Option(help="JSON; plots lie beside it. [default: bench/results/...]")] = None,
-    resume: Annotated[bool, typer.Option(help="Keep what the file holds and measure the rest.")] = False,
+    resume: Annotated[bool, typer.Option(help="Measure what the file lacks, or holds from a busy machine.")] = False,
     plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
 ) -> None:
     """Us against everybody else, and against one read of the row: table, JSON and plots. Ctrl-C keeps what is there."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,20 @@ def middle(record: Record, name: str = "us") -> float:
     return float(record[name]["median"])
 
 
-def peer_bars(records: list[Record], rows: int) -> Figure | None:
-    """One panel per mode: microseconds per row of everybody, ours first; one thread."""
-    records = [r for r in measured(records) if r["rows"] == rows and r["threads"] == 1 and r["logits"] == "lm"]
+def one_vocab(records: Iterable[Record]) -> list[Record]:
+    """The figures of the vocabulary that has most of them."""
+    own = measured(records)
+    most = Counter(r["vocab"] for r in own).most_common(1)
+    return [r for r in own if r["vocab"] == most[0][0]]
+
+
+def peer_bars(records: list[Record]) -> Figure | None:
+    """One panel per mode: microseconds per row of everybody, ours first; one shape, one thread."""
+    records = [r for r in measured(records) if r["threads"] == 1 and r["logits"] == "lm"]
     modes = modes_of(records)
     if not modes:
         return None
+    rows, vocab = records[0]["rows"], records[0]["vocab"]
     heights = [1 + len([r for r in records if r["mode"] == mode]) for mode in modes]
     figure, axes = plt.subplots(
         len(modes),
@@ -93,7 +103,6 @@ def peer_bars(records: list[Record], rows: int) -> Figure | None:
         logarithmic(axis, "x")
         axis.set_xlim(narrowest / 3, widest * 9)
     plt.xlabel("us per row (log)")
-    vocab = records[0]["vocab"]
     figure.suptitle(f"Logits to token, V = {vocab:,}, B = {rows}, LM-like logits, one thread", fontsize=11)
     return figure
 
@@ -138,7 +147,7 @@ def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure 
 
 def against_batch(records: list[Record]) -> Figure | None:
     """Microseconds per step against B, one thread and all."""
-    records = measured(records)
+    records = one_vocab(records)
     if not records:
         return None
     figure, axis = plt.subplots(figsize=(WIDTH, 4.5))
@@ -161,7 +170,7 @@ def against_batch(records: list[Record]) -> Figure | None:
 
 def against_logits(records: list[Record]) -> Figure | None:
     """A line of dots per mode: one dot per distribution."""
-    records = measured(records)
+    records = one_vocab(records)
     if not records:
         return None
     modes = modes_of(records)
@@ -216,10 +225,10 @@ def figures(machine: Machine) -> dict[str, Callable[[], Figure | None]]:
     """Name -> what draws it, in the order of the report."""
     of = machine.of
     bands = [run["gigabytes_per_second"] for run in machine.runs if "gigabytes_per_second" in run]
-    batches = sorted({r["rows"] for r in of("compare", section="peers")})
+    shapes = sorted({(r["vocab"], r["rows"]) for r in of("compare", section="peers")})
     found: dict[str, Callable[[], Figure | None]] = {}
-    for rows in batches:
-        found[f"peers-b{rows}"] = lambda rows=rows: peer_bars(of("compare", section="peers"), rows)  # type: ignore[misc]
+    for v, b in shapes:
+        found[f"peers-v{v}-b{b}"] = partial(peer_bars, of("compare", section="peers", vocab=v, rows=b))
     return found | {
         "vocab": lambda: against_vocab(of("compare", section="vocab"), bands[-1] if bands else {}),
         "batch": lambda: against_batch(of("compare", section="batch")),

@@ -99,13 +99,16 @@ class Results:
     def records(self) -> list[dict[str, Any]]:
         return self.data["results"]  # type: ignore[no-any-return]
 
-    def has(self, key: dict[str, Any]) -> bool:
-        """Is there a figure, or a refusal, with this key already?"""
-        return any(key.items() <= record.items() for record in self.records)
+    def find(self, key: dict[str, Any]) -> Record | None:
+        """The record with this key."""
+        return next((record for record in self.records if key.items() <= record.items()), None)
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Write a figure at once."""
-        self.records.append(record)
+    def add(self, record: Record, instead: Record | None = None) -> None:
+        """Write a record at once, in the place of another."""
+        if instead is None:
+            self.records.append(record)
+        else:
+            self.records[self.records.index(instead)] = record
         self.write()
 
     def write(self) -> None:

@@ -30,7 +30,7 @@ def embedded(machine: Machine) -> list[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         paths = draw_all(machine, Path(folder, "plot"))
         return [
-            {"title": TITLES[path.stem.removeprefix("plot-").split("-b")[0]], "data": encoded(path)} for path in paths
+            {"title": TITLES[path.stem.removeprefix("plot-").split("-")[0]], "data": encoded(path)} for path in paths
         ]
 
 
@@ -40,10 +40,10 @@ def encoded(path: Path) -> str:
 
 def grids(machine: Machine) -> list[Grid]:
     """All tables that there are figures for."""
-    places = sorted(
-        {(r["logits"] != "lm", r["rows"], r["threads"], r["logits"]) for r in machine.of("compare", section="peers")}
-    )
-    found = [peer_grid(machine, rows, threads, logits) for _, rows, threads, logits in places]
+    keys = ("vocab", "logits", "rows", "threads")
+    places = {tuple(r[key] for key in keys) for r in machine.of("compare", section="peers")}
+    ordered = sorted(places, key=lambda place: (place[0], place[1] != "lm", *place[2:]))
+    found = [peer_grid(machine, **dict(zip(keys, place, strict=True))) for place in ordered]
     found += [generate_grid(machine), amax_grid(machine), spread_grid(machine)]
     found += [section_grid(machine, name, *words) for name, words in SECTIONS.items()]
     return [grid for grid in [*found, gpu_grid(machine)] if grid]

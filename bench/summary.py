@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.record import Machine, Record, load
-from bench.timing import duration
+from bench.timing import CALM, duration
 
 BEGIN, END = "<!-- bench: begin, written by `python -m bench readme` -->", "<!-- bench: end -->"
 SECTIONS = {
@@ -41,14 +42,16 @@ def in_order(modes: Iterable[str]) -> list[str]:
     return [m for m in ORDER if m in present] + [m for m in present if m not in ORDER]
 
 
-def peer_grid(machine: Machine, rows: int, threads: int, logits: str = "lm") -> Grid | None:
+def peer_grid(machine: Machine, **place: Any) -> Grid | None:
     """Ours in time per step, everybody else as time and how many times ours that is."""
-    records = machine.of("compare", section="peers", rows=rows, threads=threads, logits=logits)
+    records = machine.of("compare", section="peers", **place)
     records = [r for r in records if "us" in r or "refused" in r]
     if not records:
         return None
     modes = in_order(r["mode"] for r in records)
-    title = f"V = {records[0]['vocab']:,}, B = {rows}, {threads} thread{'s' * (threads > 1)}, {logits} logits"
+    at = records[0]
+    threads = f"{at['threads']} thread{'s' * (at['threads'] > 1)}"
+    title = f"V = {at['vocab']:,}, B = {at['rows']}, {threads}, {at['logits']} logits"
     grid = Grid(title, ["a step of", *modes])
     ours = []
     for mode in modes:
@@ -155,9 +158,9 @@ def gpu_grid(machine: Machine) -> Grid | None:
 
 
 def disturbed(records: Iterable[Record]) -> list[str]:
-    """A warning where other processes kept more than a tenth of a core busy."""
+    """A warning where other processes were busy meanwhile."""
     loads = [r["others"] for r in records if r.get("others") is not None]
-    noisy = [load for load in loads if load > 0.1]
+    noisy = [load for load in loads if load > CALM]
     if not noisy:
         return []
     text = f"other processes kept up to {max(noisy):.1f} cores busy; several threads suffer most, ratios least"
@@ -173,8 +176,9 @@ def section(machines: list[Machine], root: Path) -> str:
     """README's performance section."""
     parts = []
     for machine in machines:
-        batches = sorted({r["rows"] for r in machine.of("compare", section="peers")})
-        grids = [peer_grid(machine, rows, 1) for rows in (batches[:1] + batches[-1:] if len(batches) > 1 else batches)]
+        peers = machine.of("compare", section="peers", threads=1, logits="lm")
+        shapes = sorted({(r["vocab"], r["rows"]) for r in peers})
+        grids = [peer_grid(machine, vocab=v, rows=b, threads=1, logits="lm") for v, b in shapes]
         packages = ", ".join(f"{name} {number}" for name, number in machine.where["packages"].items())
         found = [g for g in grids if g]
         if found:
