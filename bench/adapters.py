@@ -10,6 +10,7 @@ import ctypes
 import json
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -213,7 +214,7 @@ class LlamaCpp:
         for part in parts:
             lc.llama_sampler_chain_add(self.chain, part)
         self.apply, self.reference = lc.llama_sampler_apply, ctypes.byref(self.array)
-        self.free = lc.llama_sampler_free
+        weakref.finalize(self, lc.llama_sampler_free, self.chain)
 
     def run(self) -> tuple[list[int], float]:
         tokens, spent = [], 0.0
@@ -232,9 +233,6 @@ class LlamaCpp:
 
     def __call__(self) -> list[int]:
         return self.run()[0]
-
-    def __del__(self) -> None:
-        self.free(self.chain)
 
 
 # mlx, vLLM, SGLang ----------------------------------------------------------------------------------------------------
