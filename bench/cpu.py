@@ -17,7 +17,8 @@ import fastsample as fs
 from bench import gate
 from bench.modes import MODES, Mode, make_logits, prepare
 from bench.record import Record, Results, console, machine
-from bench.timing import in_turns, spread
+from bench.summary import disturbed
+from bench.timing import Others, in_turns, spread
 
 
 def measure(mode: Mode, logits: torch.Tensor, budget: float) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def measure(mode: Mode, logits: torch.Tensor, budget: float) -> dict[str, Any]:
     reason = gate.engine_differs(mode, logits, "cpu")
     if reason:
         return {"refused": reason}
+    others = Others()
     pairs = in_turns(prepare(mode, logits, "cpu"), lambda: torch.amax(logits, -1), budget)
     return {
         "us": spread([1e6 * a for a, _ in pairs]),
@@ -32,6 +34,7 @@ def measure(mode: Mode, logits: torch.Tensor, budget: float) -> dict[str, Any]:
         "ratio": spread([a / b for a, b in pairs], 3),
         "limit": mode.limits and mode.limits[0 if logits.shape[0] == 1 else 1],
         "turns": len(pairs),
+        "others": others.cores(),
     }
 
 
@@ -69,6 +72,8 @@ def run(
         screen.print("interrupted: what was measured is kept")
     title = f"{logits} logits, V = {vocab}, {dtype}, {where['isa']}, {threads} thread(s), {where['cpu']}"
     screen.print(table(results.records, title))
+    for line in disturbed(results.records):
+        screen.print(line, markup=False)
     if out is not None:
         screen.print(f"written: {out}", markup=False)
     return int(any("refused" in r for r in results.records))

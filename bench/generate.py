@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Stop
 import fastsample as fs
 from bench.gate import ALPHA, in_front
 from bench.record import Record, Results, console, machine, slug
-from bench.timing import spread
+from bench.summary import disturbed
+from bench.timing import Others, spread
 from fastsample.cli import shipped_model
 from fastsample.integrations.transformers import fs_generate
 
@@ -126,10 +127,12 @@ def measure(name: str, model: Any, rows: int, tokens: int, budget: float) -> lis
         reason = differs(model, ids, tokens, sampler.options)
         if reason:
             return [place | {"sampler": sampler.name, "refused": reason}]
+    others = Others()
     end = time.perf_counter() + budget
     while len(samplers[0].seconds) < LEAST or time.perf_counter() < end:
         for sampler in samplers:
             one_turn(model, ids, tokens, sampler)
+    busy = others.cores()
     return [
         place
         | {
@@ -138,6 +141,7 @@ def measure(name: str, model: Any, rows: int, tokens: int, budget: float) -> lis
             "sampling_us": spread([1e6 * t for t in s.sampling], 1),
             "sampling_share": spread(s.shares, 4),
             "turns": len(s.seconds),
+            "others": busy,
         }
         for s in samplers
     ]
@@ -183,6 +187,8 @@ def run(
         interrupted = True
     results.write()
     screen.print(table(results.records))
+    for line in disturbed(results.records):
+        screen.print(line, markup=False)
     screen.print(f"written: {results.path}", markup=False)
     if interrupted:
         screen.print("interrupted: what was measured is kept")
