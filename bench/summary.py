@@ -163,7 +163,7 @@ def disturbed(records: Iterable[Record]) -> list[str]:
     noisy = [load for load in loads if load > CALM]
     if not noisy:
         return []
-    text = f"other processes kept up to {max(noisy):.1f} cores busy; several threads suffer most, ratios least"
+    text = f"other processes kept up to {max(noisy):.1f} cores busy: long steps suffer more than short ones"
     return [f"Not alone: during {len(noisy)} of {len(loads)} figures {text}"]
 
 

@@ -61,7 +61,7 @@ def bandwidth(megabytes: int = 256) -> float:
 
 
 class Others:
-    """How many cores other processes kept busy since this was made; None where the system does not tell."""
+    """How many cores other processes kept busy since this was made; None where the system cannot tell."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -78,11 +78,11 @@ class Others:
         return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
     def cores(self) -> float | None:
-        now = self.busy()
-        if now is None or self.all is None:
+        now, elapsed = self.busy(), time.perf_counter() - self.start
+        if now is None or self.all is None or elapsed < 0.1:  # the system counts in hundredths of a second
             return None
         used = now - self.all - (sum(os.times()[:4]) - self.own)
-        return round(max(0.0, used / (time.perf_counter() - self.start)), 2)
+        return round(max(0.0, used / elapsed), 2)
 
 
 def duration(us: float) -> str:
