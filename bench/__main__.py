@@ -46,6 +46,9 @@ def compare(
     minutes: Annotated[float, typer.Option(help="Stop then, with what was measured kept.")] = 1e6,
     out: Annotated[Path | None, typer.Option(help="JSON; plots lie beside it. [default: bench/results/...]")] = None,
     resume: Annotated[bool, typer.Option(help="Measure what the file lacks, or holds from a busy machine.")] = False,
+    calm: Annotated[
+        float, typer.Option(help="Cores that others may keep busy before a point is measured again.")
+    ] = 0.2,
     plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
 ) -> None:
     """Us against everybody else, and against one read of the row: table, JSON and plots. Ctrl-C keeps what is there."""
@@ -58,7 +61,8 @@ def compare(
     known(mode, BY_NAME, "--mode")
     known(logits, MAKERS, "--logits")
     lists = (section, peer, mode, logits, batch, vocab, threads)
-    raise typer.Exit(run(Choice(*(tuple(values or ()) for values in lists)), seconds, minutes, out, resume, plots))
+    choice = Choice(*(tuple(values or ()) for values in lists))
+    raise typer.Exit(run(choice, seconds, minutes, calm, out, resume, plots))
 
 
 @app.command()

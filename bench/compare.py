@@ -25,7 +25,7 @@ from bench import gate, peers
 from bench.modes import BY_NAME, FILTERS, make_logits, prepare
 from bench.record import Results, console, load, machine, slug
 from bench.summary import disturbed
-from bench.timing import CALM, Others, Step, bandwidth, in_turns, seconds, spread
+from bench.timing import Others, Step, bandwidth, in_turns, seconds, spread
 from fastsample.engines.cpu import native
 
 AMAX, ONE_THREAD, FLOAT32 = "torch.amax", "one thread", "float32"
@@ -239,10 +239,10 @@ def disturbance(record: dict[str, Any] | None) -> float:
     return math.inf if record is None or "missing" in record else record.get("others") or 0.0
 
 
-def calmest(point: Point, budget: float) -> dict[str, Any]:
+def calmest(point: Point, budget: float, calm: float) -> dict[str, Any]:
     """A record, up to three times while other processes disturb it."""
     records = []
-    while len(records) < 3 and (not records or disturbance(records[-1]) > CALM):
+    while len(records) < 3 and (not records or disturbance(records[-1]) > calm):
         records.append(measure(point, budget))
         if "missing" in records[-1]:
             break
@@ -283,7 +283,7 @@ def remarks(records: list[dict[str, Any]]) -> list[str]:
     return lines + [f"{name}: {reason}" for name, reason in missing.items()]
 
 
-def run(choice: Choice, budget: float, minutes: float, out: Path | None, resume: bool, draw: bool) -> int:
+def run(choice: Choice, budget: float, minutes: float, calm: float, out: Path | None, resume: bool, draw: bool) -> int:
     """Measure, print, write JSON and PNG. The exit status: 0, 1 after a refusal, 130 after an interruption."""
     started, threads = time.perf_counter(), torch.get_num_threads()
     where = machine(*PACKAGES)
@@ -294,7 +294,7 @@ def run(choice: Choice, budget: float, minutes: float, out: Path | None, resume:
     work = points(choice)
     if not work:
         raise SystemExit("nothing to measure: no point of these sections has these modes, logits and batch sizes")
-    todo = [p for p in work if disturbance(results.find(asdict(p))) > CALM]
+    todo = [p for p in work if disturbance(results.find(asdict(p))) > calm]
     bandwidths = {}
     for n in all_threads():
         torch.set_num_threads(n)
@@ -313,7 +313,7 @@ def run(choice: Choice, budget: float, minutes: float, out: Path | None, resume:
                 what = f"{p.section}: {p.mode}, {p.logits}, B = {p.rows}, V = {p.vocab}, against {p.against}"
                 progress.update(task, description=what)
                 old = results.find(asdict(p))
-                new = calmest(p, budget)
+                new = calmest(p, budget, calm)
                 if old is None or disturbance(new) < disturbance(old):
                     results.add(new, old)
                 progress.advance(task)

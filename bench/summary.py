@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import Machine, Record, load
-from bench.timing import CALM, duration
+from bench.timing import duration
 
 BEGIN, END = "<!-- bench: begin, written by `python -m bench readme` -->", "<!-- bench: end -->"
 SECTIONS = {
@@ -160,7 +160,7 @@ def gpu_grid(machine: Machine) -> Grid | None:
 def disturbed(records: Iterable[Record]) -> list[str]:
     """A warning where other processes were busy meanwhile."""
     loads = [r["others"] for r in records if r.get("others") is not None]
-    noisy = [load for load in loads if load > CALM]
+    noisy = [load for load in loads if load > 0.2]
     if not noisy:
         return []
     text = f"other processes kept up to {max(noisy):.1f} cores busy: long steps suffer more than short ones"

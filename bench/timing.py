@@ -17,7 +17,6 @@ Step = Callable[[], Any]
 TURN = 2e-3  # seconds; a turn is as many calls as fit, so that a fast contender is not always measured cold
 WARM = 5e-3  # a step that takes longer than this is not run once more before each turn
 LEAST, MOST = 5, 300  # turns
-CALM = 0.2  # cores that other processes may keep busy; what was measured beside more is measured again
 
 
 def seconds(step: Step) -> float:
