@@ -47,7 +47,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="JSON; plots lie beside it. [default: bench/results/...]")] = None,
     resume: Annotated[bool, typer.Option(help="Measure what the file lacks, or holds from a busy machine.")] = False,
     calm: Annotated[
-        float, typer.Option(help="Cores that others may keep busy before a point is measured again.")
+        float, typer.Option(help="Beside more busy cores than this a point is measured again.")
     ] = 0.2,
     plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
 ) -> None:
