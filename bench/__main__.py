@@ -16,7 +16,6 @@ sys.path.append(str(ROOT))  # behind site-packages: an installed fastsample, not
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
 Names = list[str] | None
 Numbers = list[int] | None
-RESULTS = ROOT / "bench" / "results"
 
 
 def known(values: Iterable[str] | None, names: Iterable[str], option: str) -> None:
@@ -46,9 +45,7 @@ def compare(
     minutes: Annotated[float, typer.Option(help="Stop then, with what was measured kept.")] = 1e6,
     out: Annotated[Path | None, typer.Option(help="JSON; plots lie beside it. [default: bench/results/...]")] = None,
     resume: Annotated[bool, typer.Option(help="Measure what the file lacks, or holds from a busy machine.")] = False,
-    calm: Annotated[
-        float, typer.Option(help="Beside more busy cores than this a point is measured again.")
-    ] = 0.2,
+    calm: Annotated[float, typer.Option(help="Beside more busy cores than this a point is measured again.")] = 0.2,
     plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
 ) -> None:
     """Us against everybody else, and against one read of the row: table, JSON and plots. Ctrl-C keeps what is there."""
@@ -128,7 +125,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
 ) -> None:
     """One self-contained HTML page of everything that was measured: plots, tables, machines, commands."""
-    from bench.record import results_in
+    from bench.record import RESULTS, results_in
     from bench.report import write
 
     write(files or results_in(RESULTS), out)
@@ -139,7 +136,7 @@ def readme(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where it is out of date.")] = False,
 ) -> None:
     """README's performance section and bench/README's tables, from bench/results/*.json."""
-    from bench.record import results_in
+    from bench.record import RESULTS, results_in
     from bench.summary import update
 
     raise typer.Exit(update(ROOT, results_in(RESULTS), check))

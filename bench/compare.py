@@ -23,7 +23,7 @@ from rich.table import Table
 import fastsample as fs
 from bench import gate, peers
 from bench.modes import BY_NAME, FILTERS, make_logits, prepare
-from bench.record import Results, console, load, machine, slug
+from bench.record import RESULTS, Results, console, load, machine, slug
 from bench.summary import disturbed
 from bench.timing import Others, Step, bandwidth, in_turns, seconds, spread
 from fastsample.engines.cpu import native
@@ -287,9 +287,8 @@ def run(choice: Choice, budget: float, minutes: float, calm: float, out: Path | 
     """Measure, print, write JSON and PNG. The exit status: 0, 1 after a refusal, 130 after an interruption."""
     started, threads = time.perf_counter(), torch.get_num_threads()
     where = machine(*PACKAGES)
-    results = Results(
-        out or Path(__file__).parent / "results" / f"compare-{slug(where)}.json", "compare", where, resume
-    )
+    out = out or RESULTS / f"compare-{slug(where)}.json"
+    results = Results(out, "compare", where, resume)
     screen = console()
     work = points(choice)
     if not work:

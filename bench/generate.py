@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Stop
 
 import fastsample as fs
 from bench.gate import ALPHA, in_front
-from bench.record import Record, Results, console, machine, slug
+from bench.record import RESULTS, Record, Results, console, machine, slug
 from bench.summary import disturbed
 from bench.timing import Others, spread
 from fastsample.cli import shipped_model
@@ -174,7 +174,8 @@ def run(
         torch.set_num_threads(threads)
         fs.set_num_threads(threads)
     where = machine("transformers")
-    results = Results(out or Path(__file__).parent / "results" / f"generate-{slug(where)}.json", "generate", where)
+    out = out or RESULTS / f"generate-{slug(where)}.json"
+    results = Results(out, "generate", where)
     screen = console()
     interrupted = False
     try:
@@ -189,7 +190,7 @@ def run(
     screen.print(table(results.records))
     for line in disturbed(results.records):
         screen.print(line, markup=False)
-    screen.print(f"written: {results.path}", markup=False)
+    screen.print(f"written: {out}", markup=False)
     if interrupted:
         screen.print("interrupted: what was measured is kept")
         return 130

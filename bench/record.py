@@ -21,6 +21,7 @@ import fastsample as fs
 from fastsample.engines.cpu import native
 
 Record = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"  # where figures go that are given no other place
 KINDS = ("compare", "generate", "cpu", "gpu")
 
 

@@ -155,6 +155,14 @@ def test_compare(tmp_path):
     assert "vLLM: not installed" in text
 
 
+def test_figures_and_plots_have_a_place_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    text = bench("compare", *SMALL, "--section", "batch", "--mode", "T")
+    stem = f"compare-{record.slug(record.machine())}"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.json", f"{stem}-batch.png"}
+    assert f"{stem}.json" in text.replace(" ", "")
+
+
 def test_a_refused_contender_has_no_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "draws_differ", lambda *_: "another distribution")
     gate.peer_differs.cache_clear()
