@@ -135,11 +135,15 @@ def report(
 def readme(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where it is out of date.")] = False,
 ) -> None:
-    """README's performance section and bench/README's tables, from bench/results/*.json."""
-    from bench.record import RESULTS, results_in
+    """README's performance section, bench/README's tables and the plots, from bench/results/*.json."""
+    from bench.plots import draw_all
+    from bench.record import RESULTS, load, results_in
     from bench.summary import update
 
-    raise typer.Exit(update(ROOT, results_in(RESULTS), check))
+    files = results_in(RESULTS)
+    for machine in () if check else load(files):
+        draw_all(machine, RESULTS / f"compare-{machine.slug}")
+    raise typer.Exit(update(ROOT, files, check))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from bench.timing import duration
 OURS, THEIRS, FLOOR = "#c2410c", "#94a3b8", "#1f2937"
 COLOURS = {"greedy": "#475569", "k50 p.95": "#c2410c", "min_p": "#0f766e", "p.95": "#7c3aed", "T": "#2563eb"}
 STYLE = {
-    "figure.dpi": 140,
+    "figure.dpi": 120,
     "figure.constrained_layout.use": True,
     "font.size": 10,
     "axes.spines.top": False,

@@ -50,8 +50,7 @@ def peer_grid(machine: Machine, **place: Any) -> Grid | None:
         return None
     modes = in_order(r["mode"] for r in records)
     at = records[0]
-    threads = f"{at['threads']} thread{'s' * (at['threads'] > 1)}"
-    title = f"V = {at['vocab']:,}, B = {at['rows']}, {threads}, {at['logits']} logits"
+    title = f"V = {at['vocab']:,}, B = {at['rows']}, {plural(at['threads'])}, {at['logits']} logits"
     grid = Grid(title, ["a step of", *modes])
     ours = []
     for mode in modes:
@@ -70,6 +69,10 @@ def cell(record: Record) -> str:
     return f"{duration(middle(record, 'against_us'))} ({factor(middle(record, 'ratio'))})"
 
 
+def plural(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
 def factor(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
 
@@ -79,9 +82,9 @@ def generate_grid(machine: Machine) -> Grid | None:
     records = [r for r in machine.of("generate") if "tokens_per_second" in r]
     if not records:
         return None
-    threads = records[0]["threads"]
+    threads = plural(records[0]["threads"])
     grid = Grid(
-        f"generate, temperature 0.8, top-k 50, top-p 0.95, {threads} threads",
+        f"transformers' generate, temperature 0.8, top-k 50, top-p 0.95, {threads}",
         ["model", "V", "B", "its sampler, tokens/s", "ours, tokens/s", "its share of a step", "our share"],
     )
     for key in dict.fromkeys((r["model"], r["vocab"], r["rows"]) for r in records):
@@ -117,7 +120,7 @@ def section_grid(machine: Machine, section: str, title: str, sense: str) -> Grid
         return None
     grid = Grid(title, ["mode", "logits", "B", "V", "ours", "against", "us", "its us", sense])
     for r in records:
-        how = ", ".join(filter(None, (r["dtype"], r["isa"], f"{r['threads']} thread{'s' * (r['threads'] > 1)}")))
+        how = ", ".join(filter(None, (r["dtype"], r["isa"], plural(r["threads"]))))
         ratio = f"{middle(r, 'ratio'):.2f} ({r['ratio']['p10']:.2f} - {r['ratio']['p90']:.2f})"
         figures = [f"{middle(r, 'us'):.1f}", f"{middle(r, 'against_us'):.1f}", ratio]
         place = [r["mode"], r["logits"], str(r["rows"]), f"{r['vocab']:,}"]
@@ -183,6 +186,7 @@ def section(machines: list[Machine], root: Path) -> str:
         found = [g for g in grids if g]
         if found:
             parts.append(f"Measured on {machine.name}, {dates(machine)}, with {packages}: medians, in turns.")
+            parts += [f"{line}." for line in disturbed(machine.of("compare", section="peers"))]
         parts += [f"{g.title}:\n\n{g.markdown()}" for g in found]
         generate = generate_grid(machine)
         if generate:
