@@ -214,9 +214,9 @@ def end_to_end(records: list[Record]) -> Figure | None:
     axis.set_yticks(range(len(places)), [f"{model}, V = {vocab:,}\nB = {rows}" for model, vocab, rows in places])
     axis.invert_yaxis()
     logarithmic(axis, "x")
-    axis.set_xlim(right=axis.get_xlim()[1] * 4)
+    axis.set_xlim(right=axis.get_xlim()[1] * 8)
     axis.set_xlabel("tokens per second (log)")
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, frameon=False, ncol=2, loc="outside lower center")
     axis.set_title("transformers' generate, end to end", fontsize=11, loc="left")
     return figure
 

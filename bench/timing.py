@@ -17,6 +17,7 @@ Step = Callable[[], Any]
 TURN = 2e-3  # seconds; a turn is as many calls as fit, so that a fast contender is not always measured cold
 WARM = 5e-3  # a step that takes longer than this is not run once more before each turn
 LEAST, MOST = 5, 300  # turns
+REST = 2e-2  # seconds before a turn of several threads: OpenMP's workers spin on for some ms, on a core that we need
 
 
 def seconds(step: Step) -> float:
@@ -31,6 +32,8 @@ def seconds(step: Step) -> float:
 
 def turn(step: Step, typical: float) -> float:
     """Median seconds of a few calls in a row, the first of a fast step not counted."""
+    if torch.get_num_threads() > 1:
+        time.sleep(REST)
     if typical < WARM:
         step()
     return float(np.median([seconds(step) for _ in range(max(1, min(50, int(TURN / typical))))]))
