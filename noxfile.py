@@ -83,9 +83,12 @@ def sglang(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks; arguments after -- go to pytest."""
-    session.install(".[bench]")
-    session.run("pytest", "bench", "--benchmark-only", *session.posargs)
+    """The benchmarks: the pytest-benchmark suite, or what stands after --, e.g. -- compare --section peers."""
+    session.install(".[peers]" if "compare" in session.posargs else ".[bench]")
+    if session.posargs and not session.posargs[0].startswith("-"):
+        session.run("python", "-m", "bench", *session.posargs)
+    else:
+        session.run("pytest", "bench", "--benchmark-only", *session.posargs)
 
 
 def _clang(session: nox.Session) -> str:

@@ -1,13 +1,28 @@
-"""`python -m bench`: benchmarks that print a table and write JSON. `pytest bench` runs the pytest-benchmark suite."""
+"""`python -m bench`: benchmarks that print tables and write JSON and plots. `pytest bench` runs the suite."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+sys.path.append(str(ROOT))  # behind site-packages: an installed fastsample, not the sources beside us, is measured
+
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
+Names = list[str] | None
+Numbers = list[int] | None
+
+
+def known(values: Iterable[str] | None, names: Iterable[str], option: str) -> None:
+    """A name that does not exist is an error, not an empty table."""
+    for value in values or ():
+        if value not in names:
+            raise typer.BadParameter(f"{value!r}: expected one of {', '.join(names)}", param_hint=option)
 
 
 @app.callback()
@@ -16,30 +31,89 @@ def root() -> None:
 
 
 @app.command()
+def compare(
+    section: Annotated[
+        Names, typer.Option(help="peers, vocab, batch, logits, dtype, isa, threads. [default: all]")
+    ] = None,
+    peer: Annotated[Names, typer.Option(help="Only these peers, as `python -m bench peers` lists them.")] = None,
+    mode: Annotated[Names, typer.Option(help="Only these modes of bench/modes.py.")] = None,
+    logits: Annotated[Names, typer.Option(help="Only these makers of tests/cases.py.")] = None,
+    batch: Annotated[Numbers, typer.Option(help="Only these batch sizes.")] = None,
+    vocab: Annotated[Numbers, typer.Option(help="These vocabularies instead of a section's own.")] = None,
+    threads: Annotated[Numbers, typer.Option(help="These numbers of threads. [default: 1 and torch's]")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each point; slow contenders take five turns.")] = 0.5,
+    minutes: Annotated[float, typer.Option(help="Stop then, with what was measured kept.")] = 1e6,
+    out: Annotated[Path | None, typer.Option(help="JSON; plots lie beside it. [default: bench/results/...]")] = None,
+    resume: Annotated[bool, typer.Option(help="Measure what the file lacks, or holds from a busy machine.")] = False,
+    calm: Annotated[float, typer.Option(help="Beside more busy cores than this a point is measured again.")] = 0.2,
+    plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
+) -> None:
+    """Us against everybody else, and against one read of the row: table, JSON and plots. Ctrl-C keeps what is there."""
+    from bench import peers as others
+    from bench.compare import SECTIONS, Choice, run
+    from bench.modes import BY_NAME, MAKERS
+
+    known(section, SECTIONS, "--section")
+    known(peer, others.BY_NAME, "--peer")
+    known(mode, BY_NAME, "--mode")
+    known(logits, MAKERS, "--logits")
+    lists = (section, peer, mode, logits, batch, vocab, threads)
+    choice = Choice(*(tuple(values or ()) for values in lists))
+    raise typer.Exit(run(choice, seconds, minutes, calm, out, resume, plots))
+
+
+@app.command()
+def peers() -> None:
+    """Who we can be compared with here, what their times cover, and how to install who is missing."""
+    from bench.peers import listing
+
+    listing()
+
+
+@app.command()
 def cpu(
     logits: Annotated[str, typer.Option(help="Maker of logits in tests/cases.py.")] = "flat",
     vocab: Annotated[int, typer.Option(min=1, max=2**20)] = 128256,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1 and 64]")] = None,
+    batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1 and 64]")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     threads: Annotated[int, typer.Option(min=1)] = 1,
     seconds: Annotated[float, typer.Option(help="Time for each mode.")] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """The CPU engine's modes against torch.amax over the same logits."""
+    """The CPU engine's modes against torch.amax over the same logits, beside what is aimed at."""
     from bench.cpu import run
+    from bench.modes import MAKERS
 
-    run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out)
+    known([logits], MAKERS, "--logits")
+    known([dtype], ("float32", "float16", "bfloat16"), "--dtype")
+    raise typer.Exit(run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out))
+
+
+@app.command()
+def generate(
+    model: Annotated[Names, typer.Option(help="shipped, gpt2-small, wide-vocab. [default: all]")] = None,
+    batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens in each call.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Time for each model and batch; at least three turns.")] = 6.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="[default: torch's]")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON. [default: bench/results/...]")] = None,
+) -> None:
+    """Tokens per second of Hugging Face generate: its own sampler against ours, and each step's share of sampling."""
+    from bench.generate import MODELS, run
+
+    known(model, MODELS, "--model")
+    raise typer.Exit(run(model or list(MODELS), batch or [1, 8, 32], tokens, seconds, threads, out))
 
 
 @app.command()
 def gpu(
     minutes: Annotated[float, typer.Option(help="What does not fit is left out, and said to be.")] = 8.0,
     tests: Annotated[bool, typer.Option(help="Run the gpu tests first.")] = True,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8, 64 and 256]")] = None,
-    vocab: Annotated[list[int] | None, typer.Option(help="[default: 32000, 128256 and 262144]")] = None,
+    batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8, 64 and 256]")] = None,
+    vocab: Annotated[Numbers, typer.Option(help="[default: 32000, 128256 and 262144]")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """On a GPU: the gpu tests, then every mode against torch's own operations and FlashInfer."""
+    """On a GPU: the gpu tests, then every mode against torch's own operations, FlashInfer and vLLM."""
     from bench.gpu import BATCHES, VOCABS, run
 
     run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out)
@@ -68,6 +142,33 @@ def serving(
     from bench.serving import run
 
     run(vocab, batch or [1, 8, 32], out)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path] | None, typer.Argument(help="JSON files. [default: bench/results/*.json]")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page of everything that was measured: plots, tables, machines, commands."""
+    from bench.record import RESULTS, results_in
+    from bench.report import write
+
+    write(files or results_in(RESULTS), out)
+
+
+@app.command()
+def readme(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where it is out of date.")] = False,
+) -> None:
+    """README's performance section, bench/README's tables and the plots, from bench/results/*.json."""
+    from bench.plots import draw_all
+    from bench.record import RESULTS, load, results_in
+    from bench.summary import update
+
+    files = results_in(RESULTS)
+    for machine in () if check else load(files):
+        draw_all(machine, RESULTS / f"compare-{machine.slug}")
+    raise typer.Exit(update(ROOT, files, check))
 
 
 if __name__ == "__main__":

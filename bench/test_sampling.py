@@ -1,25 +1,49 @@
-"""pytest-benchmark suite of the engines that run here: `pytest bench --benchmark-only`."""
+"""pytest-benchmark suite of the engines that run here: `pytest bench --benchmark-only -k 'B1-V128256 and lm'`."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 
 import fastsample as fs
+from bench import gate
 from bench.modes import MODES, make_logits, prepare
 
 ENGINES = [name for name, reason in fs.engines().items() if reason is None]
-SIZES = [(1, 32_000), (1, 128_256), (8, 128_256)]
+VOCABS = (32_000, 50_257, 128_256, 151_936, 262_144)
+BATCHES = (1, 8, 32, 64, 256)
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+REFERENCE = 2**21  # logits: the specification is timed up to here, it is no contender
 
 
-@pytest.mark.parametrize("logits", ["flat", "lm", "peaked"])
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-@pytest.mark.parametrize(("rows", "vocab"), SIZES)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_step(benchmark, engine, rows, vocab, mode, logits):
-    x = make_logits(logits, rows, vocab, torch.float32)
+def shapes(engine: str) -> list[tuple[int, int]]:
+    most = REFERENCE if engine == "reference" else BATCHES[-1] * VOCABS[-1]
+    return [(rows, vocab) for vocab in VOCABS for rows in BATCHES if rows * vocab <= most]
+
+
+CASES = [
+    pytest.param(rows, vocab, dtype, logits, mode, engine, id=f"B{rows}-V{vocab}-{dtype}-{logits}-{mode.name}-{engine}")
+    for engine in ENGINES
+    for rows, vocab in shapes(engine)
+    for dtype in DTYPES
+    for logits in ("lm", "flat", "peaked")  # the modes of one input follow each other, and it is made once
+    for mode in MODES
+]
+
+
+@pytest.mark.parametrize(("rows", "vocab", "dtype", "logits", "mode", "engine"), CASES)
+def test_step(benchmark, rows, vocab, dtype, logits, mode, engine):
+    device = "cuda" if engine in ("cuda", "triton") else "cpu"
+    x = make_logits(logits, rows, vocab, DTYPES[dtype]).to(device)
+    if engine != "reference":  # what is timed must be right first
+        assert gate.engine_differs(mode, x, engine) is None
     step = prepare(mode, x, engine)
-    tokens = step().tokens
-    expected = fs.probabilities(x, **mode.fields) if not mode.extras else None
-    if expected is not None:  # what is timed must be right first
-        assert bool((expected.gather(1, tokens.view(rows, -1)) > 0).all())
-    benchmark.group = f"{mode.name}, B = {rows}, V = {vocab}, {logits}"
-    benchmark.pedantic(step, rounds=5, iterations=1 if engine == "reference" else 20, warmup_rounds=1)
+
+    def finished() -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{mode.name}, B = {rows}, V = {vocab}, {dtype}, {logits}"
+    small = rows * vocab <= 2**18 and engine != "reference"
+    benchmark.pedantic(finished, rounds=5, iterations=20 if small else 2, warmup_rounds=1)

@@ -1,0 +1,95 @@
+"""How time is taken and written: two contenders in turns, medians and spread."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Step = Callable[[], Any]
+"""Logits to tokens, once. A step with a method `seconds` runs once and says how long the part that counts took."""
+
+TURN = 2e-3  # seconds; a turn is as many calls as fit, so that a fast contender is not always measured cold
+WARM = 5e-3  # a step that takes longer than this is not run once more before each turn
+LEAST, MOST = 5, 300  # turns
+REST = 2e-2  # seconds before a turn of several threads: OpenMP's workers spin on for some ms, on a core that we need
+
+
+def seconds(step: Step) -> float:
+    """One run."""
+    own = getattr(step, "seconds", None)
+    if own is not None:
+        return float(own())
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def turn(step: Step, typical: float) -> float:
+    """Median seconds of a few calls in a row, the first of a fast step not counted."""
+    if torch.get_num_threads() > 1:
+        time.sleep(REST)
+    if typical < WARM:
+        step()
+    return float(np.median([seconds(step) for _ in range(max(1, min(50, int(TURN / typical))))]))
+
+
+def in_turns(ours: Step, theirs: Step, budget: float) -> list[tuple[float, float]]:
+    """A B A B within a time budget, at least LEAST turns of each: seconds of ours and of theirs, turn by turn."""
+    typical = [min(seconds(step) for _ in range(3)) for step in (ours, theirs)]
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + budget
+    while len(pairs) < LEAST or (time.perf_counter() < end and len(pairs) < MOST):
+        pairs.append((turn(ours, typical[0]), turn(theirs, typical[1])))
+    return pairs
+
+
+def spread(values: Any, digits: int = 2) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    low, middle, high = np.percentile(np.asarray(values), [10, 50, 90])
+    return {"median": round(float(middle), digits), "p10": round(float(low), digits), "p90": round(float(high), digits)}
+
+
+def bandwidth(megabytes: int = 256) -> float:
+    """Bytes per second that torch.amax reads from a tensor far larger than a cache, with torch's threads as set."""
+    rows = torch.zeros(64, megabytes * 2**20 // 256)
+    torch.amax(rows, -1)
+    return rows.nbytes / min(seconds(lambda: torch.amax(rows, -1)) for _ in range(5))
+
+
+class Others:
+    """How many cores other processes kept busy since this was made; None where the system cannot tell."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.own, self.all = sum(os.times()[:4]), self.busy()
+
+    @staticmethod
+    def busy() -> float | None:
+        """Seconds that all cores together have worked, waiting for a disk not counted."""
+        try:
+            values = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _idle, _wait, *rest = map(int, values[:8])
+        return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+    def cores(self) -> float | None:
+        now, elapsed = self.busy(), time.perf_counter() - self.start
+        if now is None or self.all is None or elapsed < 0.1:  # the system counts in hundredths of a second
+            return None
+        used = now - self.all - (sum(os.times()[:4]) - self.own)
+        return round(max(0.0, used / elapsed), 2)
+
+
+def duration(us: float) -> str:
+    """Microseconds with three digits, as us, ms or s."""
+    for scale, unit in ((1e6, "s"), (1e3, "ms")):
+        if us >= scale:
+            return f"{us / scale:.3g} {unit}"
+    return f"{us:.3g} us"
