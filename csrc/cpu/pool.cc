@@ -27,43 +27,59 @@ inline void relax() {
 #endif
 }
 
+// A round is a piece of work and a number of places for helpers. Who takes a place before the round
+// is closed takes part; the caller closes it when it finds nothing left to do itself, and waits for
+// those who took part, not for a thread that was too slow to wake.
 class Pool {
  public:
-  // Runs work() here and on `helpers` threads of the pool.
+  // Runs work() here and on up to `helpers` threads of the pool, until every call has returned.
   void run(int helpers, const std::function<void()>& work) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (; size_ < helpers; ++size_) {
-        std::thread([this, index = size_, seen = round_.load()] { serve(index, seen); }).detach();
+        std::thread([this, seen = round(gate_)] { serve(seen); }).detach();
       }
       work_ = &work;
-      running_ = helpers;
-      round_ = (round_ / kMaxThreads + 1) * kMaxThreads + (uint64_t)helpers;
+      finished_ = 0;
+      gate_ = (round(gate_) + 1) << kPlaceBits | (uint64_t)helpers;
       if (sleeping_) start_.notify_all();
     }
     attempt(work);
-    wait(done_, [this] { return running_ == 0; });
+    const int joined = helpers - (int)places(gate_.fetch_and(~kPlaces));
+    wait(done_, [&] { return finished_ == joined; });
     if (const std::exception_ptr error = std::exchange(error_, nullptr)) {
       std::rethrow_exception(error);
     }
   }
 
-  static constexpr uint64_t kMaxThreads = 4096;
+  static constexpr int kMaxThreads = 4096;
 
   std::mutex busy;  // held by the caller whose work this is
 
  private:
-  void serve(int index, uint64_t seen) {
+  static constexpr int kPlaceBits = 16;
+  static constexpr uint64_t kPlaces = ((uint64_t)1 << kPlaceBits) - 1;
+
+  static uint64_t round(uint64_t gate) { return gate >> kPlaceBits; }
+  static uint64_t places(uint64_t gate) { return gate & kPlaces; }
+
+  bool join() {
+    uint64_t gate = gate_;
+    while (places(gate)) {
+      if (gate_.compare_exchange_weak(gate, gate - 1)) return true;
+    }
+    return false;
+  }
+
+  void serve(uint64_t seen) {
     for (;;) {
-      wait(start_, [&] { return round_ != seen; });
-      // One load says both which round it is and who takes part; who does holds the next round up.
-      seen = round_;
-      if ((uint64_t)index >= seen % kMaxThreads) continue;
+      wait(start_, [&] { return round(gate_) != seen; });
+      seen = round(gate_);
+      if (!join()) continue;
       attempt(*work_);
-      if (--running_ == 0) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (sleeping_) done_.notify_all();
-      }
+      ++finished_;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (sleeping_) done_.notify_all();
     }
   }
 
@@ -92,8 +108,8 @@ class Pool {
   std::condition_variable start_, done_;
   const std::function<void()>* work_ = nullptr;
   std::exception_ptr error_;
-  std::atomic<uint64_t> round_{0};  // number of the round, and of its helpers in the lowest digits
-  std::atomic<int> running_{0};
+  std::atomic<uint64_t> gate_{0};  // number of the round, and in the lowest bits its places left
+  std::atomic<int> finished_{0};
   int size_ = 0, sleeping_ = 0;
 };
 
@@ -115,7 +131,7 @@ Pool& instance() {
 
 void run_on_threads(int threads, const std::function<void()>& work) {
   if (threads <= 1) return work();
-  threads = std::min(threads, (int)Pool::kMaxThreads);
+  threads = std::min(threads, Pool::kMaxThreads);
   Pool& shared = instance();
   const std::unique_lock<std::mutex> mine(shared.busy, std::try_to_lock);
   if (!mine) return work();
