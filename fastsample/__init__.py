@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from fastsample.api import filter_logits, probabilities, sample
+from fastsample.candidates import best_of_n
 from fastsample.engines import engines
 from fastsample.params import SamplingParams
 from fastsample.request import SampleOutput
@@ -15,6 +16,7 @@ __all__ = [
     "SampleOutput",
     "Sampler",
     "SamplingParams",
+    "best_of_n",
     "engines",
     "filter_logits",
     "get_num_threads",

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from torch.compiler import is_compiling
 
 from fastsample.engines import LogprobsMode, Outputs, select
 from fastsample.params import SamplingParams
@@ -17,6 +18,7 @@ from fastsample.request import (
     check_logits,
     check_on_invalid,
     raise_if_invalid,
+    share_memory,
 )
 from fastsample.rows import (
     BiasLike,
@@ -83,6 +85,12 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
+    if is_compiling():
+        from fastsample import ops
+
+        inputs = (bitmask, bias, prompt_ids, output_ids)
+        wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
+        return ops.sample(logits, params, fields, seed, offset, inputs, wishes, out)
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
     table = request.table(logits)
     rows = Rows(
@@ -198,6 +206,23 @@ def _full(
     out: torch.Tensor | None,
     fields: dict[str, Any],
 ) -> torch.Tensor:
+    if is_compiling():
+        from fastsample import ops
+
+        return ops.full(kind, logits, params, inputs, on_invalid, backend, out, fields)
+    return full(kind, logits, params, inputs, on_invalid, backend, out, fields)
+
+
+def full(
+    kind: Literal["filtered", "probabilities"],
+    logits: torch.Tensor,
+    params: SamplingParams | None,
+    inputs: tuple[Any, ...],
+    on_invalid: OnInvalid,
+    backend: str,
+    out: torch.Tensor | None,
+    fields: dict[str, Any],
+) -> torch.Tensor:
     """filter_logits and probabilities: one float32 per logit."""
     check_on_invalid(on_invalid)
     table = check_logits(logits)
@@ -210,6 +235,8 @@ def _full(
     result = torch.empty(logits.shape, dtype=torch.float32, device=table.device)
     if out is not None:
         check_buffer("out", out, result)
+        if share_memory(out, table):
+            raise ValueError("out: shares memory with the logits, which are never written to; pass another tensor")
         if on_invalid == "raise":  # a first run that only looks, so that nothing is written on an error
             engine.run(table, rows, Outputs(status))
             raise_if_invalid(status)

@@ -162,10 +162,10 @@ def _code(spec: Spec, value: Any) -> Any:
 def _normalise(name: str, spec: Spec, value: Any) -> Any:
     """The validated value: a number or a name, or per row a 1-D tensor or a tuple of names."""
     if isinstance(value, np.ndarray):
-        numeric = value.dtype.kind in "biuf"
-        value = torch.from_numpy(np.ascontiguousarray(value)) if numeric else value.tolist()
-    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.device.type != "meta":
-        value = value.item()
+        value = from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
+    if isinstance(value, torch.Tensor):
+        require_dense(name, value)
+        value = value.item() if value.ndim == 0 else value
     if isinstance(value, torch.Tensor):
         return _tensor(name, spec, value)
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -196,11 +196,21 @@ def to_float32(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """An array of numbers as a tensor: torch takes neither negative strides nor the other byte order."""
+    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+
+
+def require_dense(name: str, tensor: torch.Tensor) -> None:
+    """ValueError unless a tensor has its values in one strided piece of memory."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name}: expected a dense tensor with values, got {kind} on {tensor.device}")
+
+
 def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:
     if value.ndim != 1:
         raise ValueError(f"{name}: expected a scalar or a 1-D tensor [B], got shape {tuple(value.shape)}")
-    if value.device.type == "meta":
-        raise ValueError(f"{name}: expected values, got a tensor on the meta device")
     numeric = value.dtype in _INTEGERS or (spec.kind == "float" and value.is_floating_point())
     if spec.kind == "choice" or not numeric:
         raise TypeError(f"{name}: expected {spec.range} per row, got a tensor of {value.dtype}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from fastsample.engines import Engine, LogprobsMode, Outputs, select
+from fastsample.params import require_dense
 from fastsample.rows import MAX_VOCAB, Rows
 
 OnInvalid = Literal["raise", "flag"]
@@ -59,7 +60,7 @@ class Request:
     ) -> None:
         _check_count("num_samples", num_samples, 1, 2**31 - 1)
         _check_count("top_logprobs", top_logprobs, 0, MAX_VOCAB)
-        if logprobs not in (None, "raw", "processed"):
+        if logprobs is not None and not is_one_of(logprobs, "raw", "processed"):
             raise ValueError(f"logprobs = {logprobs!r}: expected None, 'raw' or 'processed'")
         if top_logprobs and logprobs is None:
             raise ValueError(f"top_logprobs = {top_logprobs}: needs logprobs='raw' or 'processed'")
@@ -70,15 +71,21 @@ class Request:
         self.raises = on_invalid == "raise"
         self.backend = backend
         self.reused = reused
+        self.wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
         self._engine: Engine
         self._batch: tuple[int, ...] = ()  # [B], or [] for 1-D logits
         self._checked: tuple[Any, ...] | None = None
         self._template: SampleOutput | None = None
         self._last: tuple[SampleOutput, Outputs] | None = None
 
+    def anew(self) -> Request:
+        """The same wishes, and nothing yet of what logits have been seen."""
+        return Request(*self.wishes, self.reused)
+
     def table(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
         known = self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided
+        known = known and not logits.is_nested and not logits.is_neg()
         if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
             return logits if logits.ndim == 2 else logits.unsqueeze(0)
         table = check_logits(logits)
@@ -187,17 +194,16 @@ def check_logits(logits: torch.Tensor) -> torch.Tensor:
     """The logits as [B, V], or an error that says what they should be."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
-    if logits.layout != torch.strided or logits.device.type == "meta":
-        raise ValueError(f"logits: expected a dense tensor with values, got {logits.layout} on {logits.device}")
+    require_dense("logits", logits)
     if logits.dtype not in _DTYPES:
         raise TypeError(f"logits: expected float32, float16 or bfloat16, got {logits.dtype}")
     if logits.ndim not in (1, 2):
         raise ValueError(f"logits: expected shape [B, V] or [V], got {tuple(logits.shape)}")
-    table = logits if logits.ndim == 2 else logits.unsqueeze(0)
+    table = (logits if logits.ndim == 2 else logits.unsqueeze(0)).resolve_neg()
     vocab = table.shape[1]
     if not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"logits: expected 1 <= V <= 2^20, got V = {vocab}")
-    if vocab > 1 and table.stride(1) != 1:
+    if vocab > 1 and table.stride(1) != 1 and len(table):
         raise ValueError(
             f"logits: expected a contiguous last dimension, got stride {table.stride(1)}; call .contiguous()"
         )
@@ -206,6 +212,8 @@ def check_logits(logits: torch.Tensor) -> torch.Tensor:
 
 def raise_if_invalid(status: torch.Tensor) -> None:
     """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device."""
+    if status.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("on_invalid='raise' waits for the device, which no CUDA graph can; use on_invalid='flag'")
     bad = status.reshape(-1).nonzero()[:, 0].tolist()
     if bad:
         shown = ", ".join(f"row {row} has {STATUS[int(status.reshape(-1)[row])]}" for row in bad[:4])
@@ -213,8 +221,13 @@ def raise_if_invalid(status: torch.Tensor) -> None:
         raise ValueError(f"logits: {shown}{more}; on_invalid='flag' returns token -1 and a status instead")
 
 
+def is_one_of(value: Any, *choices: str) -> bool:
+    """Whether an argument is one of some strings. What is no string may not even compare."""
+    return isinstance(value, str) and value in choices
+
+
 def check_on_invalid(on_invalid: str) -> None:
-    if on_invalid not in ("raise", "flag"):
+    if not is_one_of(on_invalid, "raise", "flag"):
         raise ValueError(f"on_invalid = {on_invalid!r}: expected 'raise' or 'flag'")
 
 
@@ -222,11 +235,21 @@ def check_buffer(name: str, buffer: Any, like: torch.Tensor) -> None:
     """A buffer to write to must be exactly what a fresh one would be."""
     if not isinstance(buffer, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
+    require_dense(name, buffer)
     if buffer.shape != like.shape or buffer.dtype != like.dtype or buffer.device != like.device:
         got = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
         raise ValueError(f"{name}: expected {like.dtype} {list(like.shape)} on {like.device}, got {got}")
-    if not buffer.is_contiguous():
+    if not buffer.is_contiguous() or buffer.is_neg():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
+
+
+def share_memory(buffer: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether a contiguous buffer and the logits [B, V] overlap (or might, where rows are far apart)."""
+    if not buffer.numel():
+        return False
+    last = (table.shape[0] - 1) * table.stride(0) + table.shape[1]
+    end = buffer.data_ptr() + buffer.numel() * buffer.element_size()
+    return buffer.data_ptr() < table.data_ptr() + last * table.element_size() and table.data_ptr() < end
 
 
 def _check_count(name: str, value: Any, low: int, high: int) -> None:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from fastsample.params import to_float32
+from fastsample.params import from_numpy, require_dense, to_float32
 
 MAX_VOCAB = 2**20
+MAX_IDS = 2**29
+"""Token ids per row: prompt, output and bias together are counted in 32 bits."""
 
 Seed: TypeAlias = "int | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
 TokenIds: TypeAlias = "torch.Tensor | Sequence[Sequence[int]] | Sequence[int]"
@@ -111,7 +113,10 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
     table = ids.unsqueeze(0) if ids.ndim == 1 and rows == 1 else ids
     if table.ndim != 2 or table.shape[0] != rows:
         raise ValueError(f"{name}: expected shape [{rows}, L], got {tuple(ids.shape)}")
-    table = table.to(torch.int64)
+    if table.shape[1] > MAX_IDS:
+        raise ValueError(f"{name}: expected at most 2^29 ids per row, got {table.shape[1]}")
+    if table.dtype != torch.int64:
+        table = table.to(torch.int64)
     return table if table.stride(1) == 1 or table.shape[1] <= 1 else table.contiguous()
 
 
@@ -186,7 +191,8 @@ def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> Bia
             f"bias: expected row_ptr of {rows + 1} rising entries from 0 to the number of ids "
             f"({len(ids)} ids, {len(values)} values), got {pointers[:8]}"
         )
-    return row_ptr.long().contiguous(), ids.long().contiguous(), values.detach().float().contiguous()
+    values = values.detach().float().resolve_neg()
+    return row_ptr.long().contiguous(), ids.long().contiguous(), values.contiguous()
 
 
 def _check_bias(row_ptr: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, vocab: int) -> None:
@@ -238,6 +244,7 @@ def _require_tensor(name: str, value: Any, device: torch.device) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} like the logits, got one on {value.device}")
+    require_dense(name, value)
 
 
 def _uint64(name: str, value: int, row: int | None = None) -> int:
@@ -254,8 +261,7 @@ def _signed(value: int) -> int:
 
 def _uint64_column(name: str, values: Any, rows: int) -> torch.Tensor:
     if isinstance(values, np.ndarray):
-        numeric = values.dtype.kind in "biuf"
-        values = torch.from_numpy(np.ascontiguousarray(values)) if numeric else values.tolist()
+        values = from_numpy(values) if values.dtype.kind in "biuf" else values.tolist()
     if isinstance(values, Sequence) and not isinstance(values, str):
         numbers_ = [_uint64(name, _big_integer(name, v, row), row) for row, v in enumerate(values)]
         values = torch.tensor([_signed(v) for v in numbers_], dtype=torch.int64)
@@ -263,8 +269,7 @@ def _uint64_column(name: str, values: Any, rows: int) -> torch.Tensor:
         raise TypeError(f"{name}: expected an integer or one per row, got {values!r}")
     if values.dtype not in (torch.int64, torch.int32, torch.uint64):
         raise TypeError(f"{name}: expected int64, int32 or uint64, got {values.dtype}")
-    if values.device.type == "meta":
-        raise ValueError(f"{name}: expected values, got a tensor on the meta device")
+    require_dense(name, values)
     if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
         raise ValueError(f"{name}: expected one value or {rows} (one per row), got shape {tuple(values.shape)}")
     column = values.view(torch.int64) if values.dtype == torch.uint64 else values.to(torch.int64)

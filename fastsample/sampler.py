@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
@@ -15,6 +19,10 @@ from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_s
 
 class Sampler:
     """Samples step after step with the same slots; each call draws at the slots' offsets and advances them by 1.
+
+    Threads may share one: their calls take turns, so that each gets the tokens of some serial order, and the CPU engine
+    gives each call all its threads. A copy or a pickle goes on from the same offsets. (Under
+    torch.compile calls do not take turns.)
 
     Args:
         params: how each slot samples; `fields` override it. One value per slot or one for all.
@@ -43,8 +51,8 @@ class Sampler:
     ) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool):
             raise TypeError(f"batch_size = {batch_size!r}: expected an integer")
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: expected at least 1")
+        if not 1 <= batch_size < 2**31:
+            raise ValueError(f"batch_size = {batch_size}: expected 1 <= batch_size < 2^31")
         self._batch_size = batch_size
         self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, reused=True)
         records = pack_params(params, fields, batch_size)
@@ -55,6 +63,22 @@ class Sampler:
             workspace={},
         )
         self._initial_records = self._rows.records.clone()
+        self._lock = _new_lock(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Numbers, not tensors: those would go to another process through shared memory and file descriptors.
+        with self._lock:
+            own = self._rows
+            columns = [t.tolist() for t in (self._initial_records, own.records, own.seeds, own.offsets)]
+        return {"batch_size": self._batch_size, "request": self._request.anew(), "columns": columns}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._batch_size = state["batch_size"]
+        self._request = state["request"]
+        initial, records, seeds, offsets = state["columns"]
+        self._initial_records, own = (torch.tensor(t, dtype=torch.int32) for t in (initial, records))
+        self._rows = Rows(own, torch.tensor(seeds), torch.tensor(offsets), workspace={})
+        self._lock = _new_lock(self)
 
     @property
     def batch_size(self) -> int:
@@ -64,7 +88,8 @@ class Sampler:
     @property
     def offsets(self) -> torch.Tensor:
         """Each slot's position at the next call, int64 [B] (the bits of an unsigned integer). A copy."""
-        return self._rows.offsets.clone()
+        with self._lock:
+            return self._rows.offsets.clone()
 
     def __call__(
         self,
@@ -80,14 +105,19 @@ class Sampler:
 
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
         """
-        table = self._request.table(logits)
-        if table.shape[0] != self._batch_size:
-            raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
-        self._rows = rows = self._rows.to(table.device)
-        if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
-            rows = Rows(rows.records, rows.seeds, rows.offsets, workspace=rows.workspace)
-            add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
-        return self._request.run(table, rows, out, advance=True)
+        if is_compiling():
+            from fastsample import ops
+
+            return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
+        with self._lock:
+            table = self._request.table(logits)
+            if table.shape[0] != self._batch_size:
+                raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
+            self._rows = rows = self._rows.to(table.device)
+            if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
+                rows = Rows(rows.records, rows.seeds, rows.offsets, workspace=rows.workspace)
+                add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
+            return self._request.run(table, rows, out, advance=True)
 
     def set_row(
         self,
@@ -109,8 +139,9 @@ class Sampler:
         self._check_row(row)
         record = pack_params(params, fields, 1)
         start = pack_offsets(offset, 1)
-        self._restart(row, seed, start)
-        self._rows.records[row].copy_(record[0])
+        own = pack_seeds(None if seed is None else [seed], 1)
+        with self._lock:
+            self._restart(row, own, start, record[0])
 
     def reset_row(self, row: int, *, seed: int | None = None) -> None:
         """Start a slot over at offset 0 with the parameters the Sampler was made with.
@@ -120,17 +151,36 @@ class Sampler:
             seed: as in `set_row`; None keeps the slot's seed.
         """
         self._check_row(row)
-        own = int(self._rows.seeds[row]) if seed is None else seed
-        self._restart(row, own, pack_offsets(0, 1))
-        self._rows.records[row].copy_(self._initial_records[row])
+        own = None if seed is None else pack_seeds([seed], 1)
+        with self._lock:
+            self._restart(row, own, pack_offsets(0, 1), self._initial_records[row])
 
-    def _restart(self, row: int, seed: int | None, offset: torch.Tensor) -> None:
-        own = pack_seeds(None, 1) if seed is None else pack_seeds([seed], 1)
-        self._rows.seeds[row].copy_(own[0])
+    def _restart(self, row: int, seed: torch.Tensor | None, offset: torch.Tensor, record: torch.Tensor) -> None:
+        if seed is not None:
+            self._rows.seeds[row].copy_(seed[0])
         self._rows.offsets[row].copy_(offset[0])
+        self._rows.records[row].copy_(record)
 
     def _check_row(self, row: int) -> None:
         if not isinstance(row, int) or isinstance(row, bool):
             raise TypeError(f"row = {row!r}: expected an integer")
         if not 0 <= row < self.batch_size:
             raise ValueError(f"row = {row}: expected 0 <= row < {self.batch_size}")
+
+
+_alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
+
+
+def _new_lock(sampler: Sampler) -> threading.Lock:
+    _alive.add(sampler)
+    return threading.Lock()
+
+
+def _unlock_all() -> None:
+    """In a forked child: the threads that were in a call do not exist here."""
+    for sampler in list(_alive):
+        sampler._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_all)

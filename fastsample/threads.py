@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
+MAX_THREADS = 4096
 _chosen: int | None = None
 
 
 def set_num_threads(n: int) -> None:
-    """Spread rows over n >= 1 threads from the next call on. Tokens do not depend on it.
+    """Spread rows over 1 <= n <= 4096 threads from the next call on. Tokens do not depend on it.
 
     Raises:
-        TypeError, ValueError: n is no integer, or is below 1.
+        TypeError, ValueError: n is no integer, or not between 1 and 4096.
     """
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"n = {n!r}: expected an integer")
-    if n < 1:
-        raise ValueError(f"n = {n}: expected at least 1 thread")
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"n = {n}: expected 1 <= n <= {MAX_THREADS} threads")
     global _chosen
     _chosen = n
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 
 import fastsample as fs
 import fastsample.integrations.transformers as drop_in
-from fastsample import cli
+from fastsample import cli, cli_generate, cli_output, cli_stats
 from fastsample.params import specs
 from fastsample.rows import splitmix64
 
@@ -56,7 +57,7 @@ def refusal(*args: str) -> str:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
-    folder = str(cli.shipped_model())
+    folder = str(cli_generate.shipped_model())
     return AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -66,9 +67,9 @@ def sampled_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     real = drop_in.fs_generate
 
-    def spy(**kwargs: Any) -> Callable[..., Any]:
+    def spy(seed: Any, **kwargs: Any) -> Callable[..., Any]:
         calls.append(kwargs)
-        return real(**kwargs)
+        return real(seed, **kwargs)
 
     monkeypatch.setattr(drop_in, "fs_generate", spy)
     return calls
@@ -128,14 +129,14 @@ def test_greedy(shipped: tuple[Any, Any]) -> None:
 
 
 def test_the_model_is_loaded_at_a_dtype_that_cpus_are_quick_at() -> None:
-    with cli._quiet():
-        model, _ = cli._load("")
+    with cli_generate.quiet():
+        model, _ = cli_generate.load("")
     assert model.dtype == torch.float32
     assert not model.training
 
 
 def test_a_model_of_ones_own_is_sampled_as_the_options_say(tmp_path: Path) -> None:
-    folder = shutil.copytree(cli.shipped_model(), tmp_path / "own")
+    folder = shutil.copytree(cli_generate.shipped_model(), tmp_path / "own")
     config = folder / "generation_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"do_sample": True, "top_k": 1, "typical_p": 0.1}))
     assert text("--seed", "3", "--model", str(folder)) == text("--seed", "3")
@@ -178,12 +179,12 @@ def test_a_prompt_that_leaves_little_room(shipped: tuple[Any, Any]) -> None:
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **_: bool) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
 def test_the_writer_waits_for_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = cli._Writer(Bytes())
+    writer = cli_generate.Writer(Bytes())
     writer.put(torch.tensor([[*b"on screen already"]]))
     shown = []
     for byte in "aé€".encode() + b"\xe2":
@@ -202,7 +203,7 @@ def test_output_is_flushed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
             flushed.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Stream())
-    writer = cli._Writer(Bytes())
+    writer = cli_generate.Writer(Bytes())
     writer.put(torch.tensor([[]], dtype=torch.int64))
     for byte in b"ab":
         writer.put(torch.tensor([byte]))
@@ -223,10 +224,80 @@ def test_stats_compare_with_the_sampler_of_transformers() -> None:
 def test_stats_ask_transformers_for_the_same() -> None:
     fields = {name: getattr(fs.SamplingParams, name) for name, _ in specs()}
     same = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
-    options, missing = cli._options_of_transformers(fields | same)
+    options, missing = cli_stats.options_of_transformers(fields | same)
     assert (options, missing) == ({"do_sample": True} | same, [])
-    options, missing = cli._options_of_transformers(fields | {"temperature": 0.0, "frequency_penalty": 0.1})
+    options, missing = cli_stats.options_of_transformers(fields | {"temperature": 0.0, "frequency_penalty": 0.1})
     assert (options["do_sample"], missing) == (False, ["frequency_penalty"])
+
+
+# Grammars and Best-of-N -----------------------------------------------------------------------------------------------
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}, "ok": {"enum": [True, None, "é"]}},
+    "required": ["age", "ok"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def schema(tmp_path: Path) -> str:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMA))
+    return str(file)
+
+
+@pytest.mark.parametrize("backend", ["auto", "llguidance"])
+def test_json_of_a_schema_is_printed_alone(schema: str, backend: str) -> None:
+    arguments = ("--json-schema", schema, "--num", "4", "--seed", "5", "--max-new-tokens", "60")
+    lines = text(*arguments, "--grammar-backend", backend).splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        jsonschema.validate(json.loads(line), SCHEMA)
+    assert text(*arguments).splitlines() == lines
+    assert text("--json-schema", schema, "--seed", "5", "--max-new-tokens", "60").splitlines() == lines[:1]
+
+
+def test_regex_and_choices() -> None:
+    for line in text("--regex", "[0-9]{2}-[a-c]{1,4}x", "--num", "3", "--max-new-tokens", "60").splitlines():
+        assert re.fullmatch("[0-9]{2}-[a-c]{1,4}x", line)
+    assert set(text("--choices", "yes,no,may be", "--num", "3").splitlines()) <= {"yes", "no", "may be"}
+
+
+def test_truncation_is_an_exit_status_and_a_line(schema: str) -> None:
+    result = run("generate", PROMPT, "--json-schema", schema, "--max-new-tokens", "3", "--num", "2", "--seed", "1")
+    assert result.exit_code == 1
+    assert result.stderr == ("fastsample: truncated at 3 tokens: continuation 1, 2; try --max-new-tokens\n")
+    assert len(result.stdout.splitlines()) == 2
+    best = run("generate", PROMPT, "--json-schema", schema, "--max-new-tokens", "3", "--best-of", "2", "--seed", "1")
+    assert best.exit_code == 1
+    assert "truncated at 3 tokens" in best.stderr
+
+
+def test_best_of_prints_the_best_and_shows_all() -> None:
+    result = run("generate", PROMPT, "--best-of", "3", "--seed", "4", "--max-new-tokens", "6")
+    assert result.exit_code == 0
+    header, *rows = result.stderr.splitlines()
+    assert header.split()[:2] == ["draw", "mean"]
+    scores = [float(row.split()[1]) for row in rows]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert result.stdout.startswith(PROMPT)
+    seed = [int(splitmix64(4, 1))]
+    folder = str(cli_generate.shipped_model())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
+    options = {"tokenizer": tokenizer, "seed": seed, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}
+    best = fs.best_of_n(model, PROMPT, 3, top_k=0, ties="first", **options).best
+    assert result.stdout == PROMPT + best.text + "\n"
+
+
+def test_vote() -> None:
+    arguments = ("--best-of", "6", "--seed", "2", "--regex", "[01]{2}", "--vote", "[01]$", "--max-new-tokens", "6")
+    result = run("generate", PROMPT, *arguments)
+    answer, votes = re.search(r"fastsample: '([01])' has (\d) of 6 votes\n", result.stderr).groups()
+    assert result.stdout[-2] == answer
+    assert int(votes) >= 3
 
 
 # info and the rest ----------------------------------------------------------------------------------------------------
@@ -267,7 +338,7 @@ def test_a_terminal_gets_a_frame() -> None:
             return True
 
     stream = Terminal()
-    cli._print_table([("name", "value"), ("a", "[b]")], header=True, stream=stream)
+    cli_output.print_table([("name", "value"), ("a", "[b]")], header=True, stream=stream)
     assert "name" in stream.getvalue()
     assert "[b]" in stream.getvalue()
     assert "─" in stream.getvalue()
@@ -289,6 +360,15 @@ def test_version_and_help() -> None:
         (["generate", "x", "--backend", "abacus"], "backend = 'abacus'"),
         (["generate", "x", "--colour"], "--colour"),
         (["generate", "x", "--stats", "--max-new-tokens", "2"], "--stats needs"),
+        (["generate", "x", "--regex", "(a"], "regex (a: llguidance: "),
+        (["generate", "x", "--choices", "a,,b"], "choices: "),
+        (["generate", "x", "--json-schema", "missing.json"], "--json-schema: [Errno 2]"),
+        (["generate", "x", "--regex", "a", "--choices", "a"], "expected one of them"),
+        (["generate", "x", "--regex", "a", "--grammar-backend", "none"], "backend = 'none'"),
+        (["generate", "x", "--vote", "a"], "--vote needs --best-of"),
+        (["generate", "x", "--vote", "(", "--best-of", "2"], "--vote (: "),
+        (["generate", "x", "--best-of", "2", "--num", "2"], "--num and --best-of"),
+        (["generate", "x", "--best-of", "2", "--stats"], "--stats measures plain sampling"),
         (["generate"], "prompt"),
         (["divine"], "'divine'"),
     ],
@@ -299,7 +379,7 @@ def test_refusals_are_one_line(args: list[str], message: str) -> None:
 
 
 def test_an_engine_that_cannot_serve_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "load", None)
     absent = [name for name, why_not in fs.engines().items() if why_not]
     for name in absent:
         assert f"backend '{name}' cannot serve" in refusal("generate", "x", "--backend", name)

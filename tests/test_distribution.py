@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -151,3 +154,110 @@ def test_draws_of_one_row_are_independent(lag: int, backend: str) -> None:
 def test_slots_of_one_call_are_independent(backend: str) -> None:
     tokens = fs.sample(SMALL.expand(2 * PAIRS, -1), seed=123, backend=backend).tokens.numpy()
     assert independent(tokens[::2], tokens[1::2]) > LEAST_P
+
+
+# Large vocabularies, with as many draws as are asked for --------------------------------------------------------------
+
+MANY = int(float(os.environ.get("FASTSAMPLE_DRAWS", DRAWS)))
+"""10^6 here; `nox -s distribution` asks for 10^8."""
+
+VOCAB, CHUNK, BINS = 128_256, 1_000_000, 16
+FAMILY = 0.01
+"""Chance of a false alarm of all the tests below together (Bonferroni). Seeds are fixed: it has been taken or not."""
+
+
+def grouped(counts: np.ndarray, p: np.ndarray, least: float = 30) -> tuple[np.ndarray, np.ndarray]:
+    """Observed and expected counts by rank; neighbours in the ranking are put together until they expect `least`."""
+    ranked = np.argsort(-p, kind="stable")
+    expected = p[ranked] * counts.sum()
+    of = np.floor(np.cumsum(expected) / least).astype(np.int64)
+    edges = np.flatnonzero(np.diff(of, prepend=-1))
+    return np.add.reduceat(counts[ranked], edges), np.add.reduceat(expected, edges)
+
+
+def tail_and_fit(counts: np.ndarray, p: np.ndarray) -> dict[str, float]:
+    """p-values: chi-square over all, the tokens that expect fewer than 30 as a whole, and the one nearest to 30."""
+    n = int(counts.sum())
+    observed, expected = grouped(counts, p)
+    enough = expected >= 5  # but for the last group, which gets what is left
+    found = {"fit": float(scipy.stats.chisquare(observed[enough], _scaled(expected, observed, enough)).pvalue)}
+    rare = p * n < 30
+    found["tail"] = float(scipy.stats.binomtest(int(counts[rare].sum()), n, float(p[rare].sum())).pvalue)
+    token = int(np.abs(p * n - 30).argmin())
+    seen, mean = int(counts[token]), float(p[token] * n)
+    below, above = scipy.stats.poisson.cdf(seen, mean), scipy.stats.poisson.sf(seen - 1, mean)
+    found["thirty"] = min(1.0, 2 * min(float(below), float(above)))
+    return found
+
+
+def _scaled(expected: np.ndarray, observed: np.ndarray, enough: np.ndarray) -> np.ndarray:
+    return expected[enough] * (observed[enough].sum() / expected[enough].sum())
+
+
+def chunks() -> Iterator[int]:
+    """Offsets; each stands for a million draws."""
+    return iter(range(-(-MANY // CHUNK)))
+
+
+def fit(maker: str) -> dict[str, float]:
+    """Draws of one row: num_samples of each of many offsets."""
+    x = row(maker, VOCAB)
+    x[VOCAB // 3] = x.double().logsumexp(0) + np.log(30 / MANY)  # a token that is to be seen 30 times
+    counts = np.zeros(VOCAB, np.int64)
+    for offset in chunks():
+        tokens = fs.sample(x, seed=[31], offset=offset, num_samples=min(CHUNK, MANY), backend=ENGINE).tokens
+        counts += np.bincount(tokens.numpy(), minlength=VOCAB)
+    return tail_and_fit(counts, exact(x, {}))
+
+
+def table_of_pairs(a: np.ndarray, b: np.ndarray, table: np.ndarray) -> None:
+    table += np.bincount(BINS * a + b, minlength=BINS * BINS)
+
+
+SIXTEEN = (torch.arange(1.0, BINS + 1) / (BINS * (BINS + 1) / 2)).log()
+
+
+def correlation(neighbour: str) -> dict[str, float]:
+    """Chi-square of the 16 x 16 table of pairs against the product of the exact distributions; pairs share no draw."""
+    p = exact(SIXTEEN, {})
+    table = np.zeros(BINS * BINS, np.int64)
+    rows = 100_000 if neighbour in ("seeds", "offsets") else 1
+    draws = min(CHUNK, MANY) // rows
+    for chunk in chunks():
+        if neighbour == "seeds":
+            seed = torch.arange(rows) * 2 + 2 * rows * chunk
+            pair = [fs.sample(SIXTEEN.expand(rows, -1), seed=seed + i, num_samples=draws).tokens for i in (0, 1)]
+        elif neighbour == "offsets":
+            offset = torch.arange(rows) * 2 + 2 * rows * chunk
+            same = {"seed": [9] * rows, "num_samples": draws}
+            pair = [fs.sample(SIXTEEN.expand(rows, -1), offset=offset + i, **same).tokens for i in (0, 1)]
+        else:  # draws j, j + 1 of one row, or j and j + half
+            tokens = fs.sample(SIXTEEN, seed=[77], offset=chunk, num_samples=2 * draws, backend=ENGINE).tokens
+            pair = [tokens[::2], tokens[1::2]] if neighbour == "draws" else list(tokens.chunk(2))
+        table_of_pairs(*(side.numpy().ravel() for side in pair), table)
+    return {neighbour: float(scipy.stats.chisquare(table, np.outer(p, p).ravel() * table.sum()).pvalue)}
+
+
+LARGE: dict[str, Callable[[], dict[str, float]]] = {
+    **{maker: functools.partial(fit, maker) for maker in ("flat", "lm", "peaked")},
+    **{f"pairs-{n}": functools.partial(correlation, n) for n in ("seeds", "offsets", "draws", "halves")},
+}
+NUMBER_OF_TESTS = 3 * 3 + 4
+
+
+@pytest.mark.parametrize("measure", LARGE.values(), ids=LARGE)
+def test_many_draws(measure: Callable[[], dict[str, float]]) -> None:
+    found = measure()
+    print(f"{MANY:.0e} draws: " + ", ".join(f"{name} p = {p:.3g}" for name, p in found.items()))
+    assert min(found.values()) > FAMILY / NUMBER_OF_TESTS
+
+
+def test_many_draws_would_notice() -> None:
+    """What float32 Gumbel noise of 24-bit uniforms does: it spans -2.8 to 16.6, so that a token 19.4 below is lost."""
+    rng = np.random.default_rng(5)
+    p = exact(row("lm", VOCAB), {})
+    lossy = np.where(p < p.max() * np.exp(-19.4), 0, p)
+    for n in (10**7, 10**8):
+        lost = tail_and_fit(rng.multinomial(n, lossy / lossy.sum()), p)
+        assert max(lost["tail"], lost["fit"]) < FAMILY / NUMBER_OF_TESTS
+        assert min(tail_and_fit(rng.multinomial(n, p), p).values()) > FAMILY / NUMBER_OF_TESTS

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -163,6 +166,76 @@ def test_streams_do_not_disturb_each_other(backend: str) -> None:
             got.append(fs.sample(on_gpu, seed=i, top_p=0.9, backend=backend, on_invalid="flag").tokens)
     torch.cuda.synchronize()
     assert all(torch.equal(a, b.cpu()) for a, b in zip(want, got, strict=True))
+
+
+def test_cuda_however_rows_are_split() -> None:
+    """Batches and vocabularies that reach every policy of csrc/cuda/tuning.h that this GPU has."""
+    if "cuda" not in backends():
+        pytest.skip("the CUDA engine cannot serve this GPU")
+    for vocab, rows, dtype in ((128256, 1, "f32"), (128256, 3, "bf16"), (2**20, 1, "f32"), (1000, 300, "f16")):
+        for params in ("all-hf-ties", "all-joint", "p.9"):
+            case = Case("ties", params, vocab, dtype, None, rows)
+            check(results(case, "reference"), results(OnGpu(case), "cuda"))  # type: ignore[arg-type]
+
+
+SANITIZED = """
+import torch, fastsample as fs
+logits = (torch.randn(3, 20001, device="cuda") * 4).round() / 4
+ids = torch.randint(20001, (3, 90), device="cuda")
+mask = torch.full((3, 626), -2, dtype=torch.int32, device="cuda")
+for x in (logits, logits.bfloat16(), logits[:, 1:]):
+    for more in ({}, {"output_ids": ids, "frequency_penalty": 0.5, "bitmask": mask}):
+        fs.sample(x, seed=1, top_k=50, top_p=0.9, min_p=0.01, backend="cuda", num_samples=2, **more)
+        fs.sample(x, seed=1, top_p=0.9, logprobs="raw", top_logprobs=20, backend="cuda", **more)
+        fs.filter_logits(x, top_k=500, order="joint", top_p=0.8, backend="cuda", **more)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None or "cuda" not in backends():
+        pytest.skip("compute-sanitizer or the CUDA engine is not here")
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--kernel-name",
+        "regex:sample_kernel|outputs_kernel",
+    ]
+    done = subprocess.run([*command, sys.executable, "-c", SANITIZED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_another_device_than_the_current_one(backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    logits = torch.randn(4, 32000, generator=torch.Generator().manual_seed(5))
+    want = fs.sample(logits, seed=1, top_p=0.9, backend="reference").tokens
+    with torch.cuda.device(0):
+        got = fs.sample(logits.to("cuda:1"), seed=1, top_p=0.9, backend=backend, on_invalid="flag").tokens
+        assert torch.cuda.current_device() == 0
+    assert got.device == torch.device("cuda:1")
+    assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_cuda_launches_one_kernel_from_logits_to_token(outputs: bool) -> None:
+    if "cuda" not in backends():
+        pytest.skip("the CUDA engine cannot serve this GPU")
+    logits = torch.randn(8, 32000, device="cuda")
+    ids = torch.randint(32000, (8, 100), device="cuda")
+    more = {"logprobs": "raw"} if outputs else {}
+    sampler = fs.Sampler(batch_size=8, seed=1, backend="cuda", on_invalid="flag", repetition_penalty=1.1, **more)
+    out = sampler(logits, output_ids=ids)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sampler(logits, output_ids=ids, out=out)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if "_kernel" in event.name and "fastsample" in event.name]
+    assert len(names) == 1 + outputs
 
 
 def test_at_most_three_kernels_from_logits_to_token() -> None:

@@ -34,9 +34,10 @@ def test_every_engine_is_shown():
 
 def quick_start():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    return [block for block in blocks if "generate(" not in block]
+    return [block for block in blocks if "model" not in block]  # those need one of the reader's
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor imports torch's own deprecated parts
 @pytest.mark.parametrize("block", quick_start())
 def test_examples_run(block):
     exec(compile(block, "README.md", "exec"), {})

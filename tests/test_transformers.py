@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare
+from table_model import TableModel
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
     GPT2Config,
@@ -17,47 +22,24 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     T5Config,
     T5ForConditionalGeneration,
     TopKLogitsWarper,
+    pipeline,
 )
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import CausalLMOutput
 
 import fastsample as fs
+from fastsample.cli_generate import shipped_model
+from fastsample.integrations import transformers_loop
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_generate
 
 V = 120
 PAD = 1
 EOS = 2
-
-
-class TableConfig(PreTrainedConfig):
-    model_type = "fastsample-table"
-    vocab_size = V
-
-
-class TableModel(PreTrainedModel, GenerationMixin):
-    """The next token's logits are a row of a table: the same bits in any batch, slot and padding."""
-
-    config_class = TableConfig
-    main_input_name = "input_ids"
-
-    def __init__(self, table: torch.Tensor) -> None:
-        super().__init__(TableConfig())
-        self.table = torch.nn.Parameter(table)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **_: Any) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.table[input_ids])
 
 
 class Collect(BaseStreamer):
@@ -433,7 +415,7 @@ def test_a_given_repetition_penalty_replaces_that_of_generate(gpt2: GPT2LMHeadMo
     [
         ({"typical_p": 0.8}, {"temperature": 0.5}, "TypicalLogitsWarper"),
         ({"renormalize_logits": True}, {"frequency_penalty": 0.5}, "LogitNormalization"),
-        ({"repetition_penalty": 1.5, "min_new_tokens": 2}, {"repetition_penalty": 2.0}, "RepetitionPenalty"),
+        ({"repetition_penalty": 1.5, "remove_invalid_values": True}, {"repetition_penalty": 2.0}, "RepetitionPenalty"),
     ],
 )
 def test_given_fields_never_act_in_the_wrong_place(
@@ -618,3 +600,131 @@ def test_backend_is_passed_on(table: TableModel) -> None:
         drawn(table, padded_batch(), max_new_tokens=3, given={"backend": "none"})
     reference = drawn(table, padded_batch(), max_new_tokens=3, given={"backend": "reference"})
     assert torch.equal(reference, drawn(table, padded_batch(), max_new_tokens=3))
+
+
+# Bias, allowed tokens and masks ---------------------------------------------------------------------------------------
+
+
+def test_bias_and_allowed_tokens_are_fused(gpt2: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Any, input_ids: Any, scores: Any) -> None:
+        raise AssertionError(f"{type(self).__name__} ran")
+
+    for name in ("RepetitionPenalty", "PrefixConstrained"):
+        monkeypatch.setattr(getattr(logits_process, f"{name}LogitsProcessor"), "__call__", run)
+    monkeypatch.setattr(logits_process.SequenceBiasLogitsProcessor, "__call__", run)
+    # NoBadWords is a kind of bias, and has no call of its own.
+    own = logits_process.NoBadWordsLogitsProcessor
+    monkeypatch.setattr(own, "__call__", lambda self, ids, scores: scores.index_fill(1, torch.tensor([4]), -torch.inf))
+    options: dict[str, Any] = {
+        "sequence_bias": [[[9], 4.0], [[7], -4.0]],
+        "repetition_penalty": 1.3,
+        "prefix_allowed_tokens_fn": lambda row, ids: list(range(row, 60)),
+        "top_k": 20,
+    }
+    for extra in ({}, {"min_new_tokens": 2, "no_repeat_ngram_size": 2, "bad_words_ids": [[4]]}):
+        allowed = options if not extra else {k: v for k, v in options.items() if k != "prefix_allowed_tokens_fn"}
+        assert drawn(gpt2, padded_batch(), max_new_tokens=3, **allowed, **extra).shape == (3, 3)
+
+
+PREFIX: dict[str, dict[str, Any]] = {
+    "alone": {"top_k": 0},
+    "all": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.4, "sequence_bias": [[[9], 4.0]]},
+    "bad words": {"bad_words_ids": [[4], [9, 7]], "no_repeat_ngram_size": 2, "sequence_bias": [[[9], 4.0]]},
+    "two-token bias": {"sequence_bias": [[[9], 4.0], [[9, 7], 3.0]], "top_p": 0.9},
+    "all bias -inf": {"sequence_bias": [[[i], float("-inf")] for i in range(4, 60)], "top_k": 0},
+}
+
+
+@pytest.mark.parametrize("options", PREFIX.values(), ids=PREFIX)
+def test_scores_under_allowed_tokens_are_those_of_transformers(gpt2: GPT2LMHeadModel, options: dict[str, Any]) -> None:
+    def allow(row: int, ids: torch.Tensor) -> list[int]:
+        return [i for i in range(4, 60) if (i + row + int(ids[-1])) % 3]
+
+    inputs = padded_batch()
+    options = options | {"max_new_tokens": 5, "prefix_allowed_tokens_fn": allow}
+    keep = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    out = gpt2.generate(**inputs, do_sample=True, custom_generate=fs_generate(seed=7), **options, **keep)
+    processors = prepared(gpt2, inputs, options)
+    for step, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
+        ids = out.sequences[:, : inputs["input_ids"].shape[1] + step]
+        assert torch.equal(scores, processors(ids, logits.clone())), f"step {step}"
+
+
+def test_no_allowed_token_names_the_row(gpt2: GPT2LMHeadModel) -> None:
+    with pytest.raises(ValueError, match=r"prefix_allowed_tokens_fn: allows no token \(row 1\)"):
+        drawn(gpt2, padded_batch(), max_new_tokens=2, prefix_allowed_tokens_fn=lambda row, ids: [] if row else [5])
+
+
+# Pipelines ------------------------------------------------------------------------------------------------------------
+
+
+def test_pipeline() -> None:
+    folder = shipped_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).float()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 6, "temperature": 0.8, "top_k": 30}
+    got = generator("The future of AI is", custom_generate=fs_generate([7]), return_full_text=False, **options)
+    ids = tokenizer("The future of AI is", return_tensors="pt")
+    expected = model.generate(**ids, custom_generate=fs_generate([7]), **options)
+    assert got[0]["generated_text"] == tokenizer.decode(expected[0, ids["input_ids"].shape[1] :])
+
+
+# What README says of each option --------------------------------------------------------------------------------------
+
+
+TABLE: dict[str, dict[str, Any]] = {
+    "`temperature`": {"temperature": 0.7},
+    "`top_k`": {"top_k": 5},
+    "`top_p`": {"top_p": 0.8},
+    "`min_p`": {"min_p": 0.1},
+    "`repetition_penalty`": {"repetition_penalty": 1.3},
+    "`sequence_bias` of single tokens": {"sequence_bias": [[[9], 4.0]]},
+    "`prefix_allowed_tokens_fn`": {"prefix_allowed_tokens_fn": lambda row, ids: [5, 6]},
+    "`no_repeat_ngram_size`": {"no_repeat_ngram_size": 2},
+    "`bad_words_ids`": {"bad_words_ids": [[4]]},
+    "`min_length`": {"min_length": 5},
+    "`min_new_tokens`": {"min_new_tokens": 2},
+    "`suppress_tokens`": {"suppress_tokens": [4]},
+    "`begin_suppress_tokens`": {"begin_suppress_tokens": [4]},
+    "`sequence_bias` of longer sequences": {"sequence_bias": [[[9, 7], 4.0]]},
+    "`forced_eos_token_id`": {"forced_eos_token_id": EOS},
+    "`remove_invalid_values`": {"remove_invalid_values": True},
+    "`exponential_decay_length_penalty`": {"exponential_decay_length_penalty": (2, 1.5)},
+    "`guidance_scale`": {"guidance_scale": 2.0},
+    "`top_h`": {"top_h": 0.5},
+    "`typical_p`": {"typical_p": 0.8},
+    "`epsilon_cutoff`": {"epsilon_cutoff": 0.02},
+    "`eta_cutoff`": {"eta_cutoff": 0.05},
+    "`watermarking_config`": {"watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
+    "`renormalize_logits`": {"renormalize_logits": True},
+    "`logits_processor`": {"logits_processor": [AddRamp()]},
+    **{f"`{name}`": options for name, options in REFUSED.items()},
+}
+
+
+def served(model: Any, options: dict[str, Any]) -> str:
+    """What becomes of an option, by looking at what the loop leaves to transformers."""
+    plans: list[Any] = []
+    real = transformers_loop.make_plan
+
+    def spy(*args: Any) -> Any:
+        plans.append(real(*args))
+        return plans[-1]
+
+    options = {k: model if v == "the model" else v for k, v in options.items()} | {"max_new_tokens": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_loop, "make_plan", spy)
+        common = {"do_sample": True, "top_k": 0, "custom_generate": fs_generate(seed=1)}
+        try:
+            model.generate(torch.tensor([[5, 9, 7]]), **common | options)
+        except ValueError as error:
+            return "refused" if "fs_generate" in str(error) else str(error)
+    return "runs before the fused pass" if plans[0].own else "fused"
+
+
+def test_readme_tells_what_becomes_of_each_option(gpt2: GPT2LMHeadModel) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (fused|runs before the fused pass|refused) \| (.*) \|$", readme, re.MULTILINE))
+    told = {name: kind for kind, names in rows.items() for name in names.split(", ")}
+    assert {name: served(gpt2, options) for name, options in TABLE.items()} == told

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
 #include <optional>
 #include <tuple>
 
@@ -76,8 +77,19 @@ int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size
               pointer<int64_t>(top_ids), pointer<float>(top_logprobs), num_samples, num_top,
               (LogprobsMode)mode},
   };
-  const py::gil_scoped_release unlocked;
-  return sample_batch(batch, threads);
+  // Not gil_scoped_release: where the interpreter is being finalised, taking the lock back ends
+  // this thread by unwinding its stack, and to unwind a destructor would abort the process.
+  int64_t invalid = 0;
+  std::exception_ptr error;
+  PyThreadState* const unlocked = PyEval_SaveThread();
+  try {
+    invalid = sample_batch(batch, threads);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(unlocked);
+  if (error) std::rethrow_exception(error);
+  return invalid;
 }
 
 // The next step of every sequence. Python hands over offsets that it owns.
@@ -102,7 +114,7 @@ PYBIND11_MODULE(_cpu, m) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
-  py::class_<fs::Rows>(m, "Rows").def(py::init(&fs::make_rows));
+  py::class_<fs::Rows>(m, "Rows", py::module_local()).def(py::init(&fs::make_rows));
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
   m.def("advance", &fs::advance, "Add 1 to the first `count` offsets.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");

@@ -47,8 +47,7 @@ namespace {
 }
 #endif
 
-// Kernels that this CPU can run, best first.
-std::vector<const Kernel*> supported() {
+std::vector<const Kernel*> find_supported() {
   std::vector<const Kernel*> kernels;
 #if defined(FASTSAMPLE_HAS_avx512)
   if (has_avx512()) kernels.push_back(&kernel_avx512);
@@ -62,6 +61,12 @@ std::vector<const Kernel*> supported() {
 #if defined(FASTSAMPLE_HAS_baseline)
   kernels.push_back(&kernel_baseline);
 #endif
+  return kernels;
+}
+
+// Kernels that this CPU can run, best first. Asked once: a virtual machine traps each cpuid.
+const std::vector<const Kernel*>& supported() {
+  static const std::vector<const Kernel*> kernels = find_supported();
   return kernels;
 }
 
@@ -93,18 +98,19 @@ struct Buffer {
 
 struct Scratch {
   Buffer<float> block_max, values, spare, list_x;
-  Buffer<uint64_t> block_mass;
+  Buffer<uint64_t> group_mass;
   Buffer<int32_t> edit_start, segment, list_id;
   Buffer<Edit> edits;
 
   Workspace workspace(int32_t vocab, size_t num_edits) {
     const size_t blocks = (size_t)(vocab + kBlock - 1) / kBlock;
+    const size_t groups = (blocks + kGroup - 1) / kGroup;
     const size_t tokens = (size_t)vocab + kPad;
     return Workspace{block_max.at_least(blocks + kPad),
-                     block_mass.at_least(blocks + 1),
+                     group_mass.at_least(groups),
                      edit_start.at_least(blocks + 1),
                      edits.at_least(num_edits),
-                     segment.at_least(blocks + 1),
+                     segment.at_least(groups + 1),
                      values.at_least(tokens),
                      spare.at_least(tokens),
                      list_x.at_least(tokens),

@@ -38,10 +38,26 @@ FS_INLINE vi ids(const Dense<T>&, int b, int i) {
   return iota() + (b * kBlock + i);
 }
 
+template <class T>
+FS_INLINE int32_t id_at(const Dense<T>&, int b, int i) {
+  return b * kBlock + i;
+}
+
+// Blocks stand in groups of kGroup.
+template <class Domain>
+FS_INLINE int groups(const Domain& d) {
+  return (blocks(d) + kGroup - 1) / kGroup;
+}
+template <class Domain>
+FS_INLINE int group_end(const Domain& d, int g) {
+  return (g + 1) * kGroup < blocks(d) ? (g + 1) * kGroup : blocks(d);
+}
+
 FS_INLINE int blocks(const List& l) { return (l.n + kBlock - 1) / kBlock; }
 FS_INLINE float upper_bound(const List&, int) { return INFINITY; }
 FS_INLINE const float* values(const List& l, int b, float*) { return l.x + b * kBlock; }
 FS_INLINE vi ids(const List& l, int b, int i) { return load(l.id + b * kBlock + i); }
+FS_INLINE int32_t id_at(const List& l, int b, int i) { return l.id[b * kBlock + i]; }
 
 constexpr Cutoff kKeepAlive = {-FLT_MAX, INT32_MAX};  // everything above -inf
 
@@ -57,10 +73,8 @@ Span collect(const Domain& d, float low, float high, float* to) {
   for (int b = 0; b < blocks(d); ++b) {
     if (!(upper_bound(d, b) > low)) continue;
     const float* x = values(d, b, buffer);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const vf v = load(x + i);
-      n += compress_store(to + n, v, both(gt(v, splat(low)), gt(splat(high), v)));
-    }
+    append(x, block_bits(x, [&](vf v, int) { return both(gt(v, splat(low)), gt(splat(high), v)); }),
+           to, &n);
   }
   return copy(to, n, to);
 }
@@ -93,28 +107,35 @@ Cutoff cut_at(const Domain& d, float x, uint64_t m, int equal) {
   return Cutoff{x, m == (uint64_t)equal ? INT32_MAX : nth_equal(d, x, m)};
 }
 
-// Mass that a cutoff keeps, in all and in each block.
+// Adds the mass that a cutoff keeps of block b.
 template <class Domain>
-uint64_t weigh_blocks(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t* block_mass) {
+FS_INLINE void add_block(const Domain& d, int b, Cutoff cut, const Weighing& weight, float lowest,
+                         MassSum& sum) {
+  if (upper_bound(d, b) < cut.x || upper_bound(d, b) < lowest) return;
+  float buffer[kBlock];
+  const float* x = values(d, b, buffer);
+  if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
+    add_kept(weight, x, kBlock, [](vf, int) { return from_bits(kAllLanes); }, sum);
+  } else if (cut.id == INT32_MAX) {
+    add_kept(weight, x, kBlock, [&](vf v, int) { return ge(v, splat(cut.x)); }, sum);
+  } else {
+    add_kept(weight, x, kBlock, [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); }, sum);
+  }
+}
+
+// Mass that a cutoff keeps, in all and in each group.
+template <class Domain>
+uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t* group_mass) {
   const Weighing weight = {weigher, 1.0f};
   const float lowest = weight.lowest();
-  float buffer[kBlock];
-  uint64_t sum = 0;
-  for (int b = 0; b < blocks(d); ++b) {
-    block_mass[b] = 0;
-    if (upper_bound(d, b) < cut.x || upper_bound(d, b) < lowest) continue;
-    const float* x = values(d, b, buffer);
-    if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
-      block_mass[b] = weigh_block(weight, x, [](vf, int) { return from_bits(kAllLanes); });
-    } else if (cut.id == INT32_MAX) {
-      block_mass[b] = weigh_block(weight, x, [&](vf v, int) { return ge(v, splat(cut.x)); });
-    } else {
-      block_mass[b] =
-          weigh_block(weight, x, [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); });
-    }
-    sum += block_mass[b];
+  uint64_t total = 0;
+  for (int g = 0; g < groups(d); ++g) {
+    MassSum sum;
+    for (int b = g * kGroup; b < group_end(d, g); ++b) add_block(d, b, cut, weight, lowest, sum);
+    group_mass[g] = weight.total(sum);
+    total += group_mass[g];
   }
-  return sum;
+  return total;
 }
 
 // Where the boundary is believed to lie: low < x < high. A wrong belief costs time, never a token.
@@ -199,69 +220,82 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   return Bracket{low < high ? low : nextafterf(high, -INFINITY), high};
 }
 
-// One pass over a domain: its weight, the weight from high up (in each block too), and the values
+// One pass over a domain: its weight, the weight from high up (in each group too), and the values
 // in the bracket.
 struct Split {
   uint64_t total, upper;
-  Span middle;  // in id order; block b's part begins at segment[b]
+  Span middle;  // in id order; group g's part begins at segment[g]
 };
+
+// Block b's part of that.
+template <class Weight>
+FS_INLINE void split_block(const Weight& weight, const float* x, Bracket bracket, float* values,
+                           int* n, typename Weight::Sum& all, typename Weight::Sum& upper) {
+  BlockBits inside = {};
+  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+    const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
+    const typename Weight::Of w = weight.of(p);
+    Mask every[kAbreast], high[kAbreast];
+    FS_EACH(kAbreast) every[u] = from_bits(kAllLanes);
+    FS_EACH(kAbreast) high[u] = ge(p.v[u], splat(bracket.high));
+    if (Weight::kNeedsTotal) weight.add(all, w, every);
+    if (bracket.high < INFINITY) weight.add(upper, w, high);
+    FS_EACH(kAbreast) {
+      inside.set(i + u * kLanes, but_not(gt(p.v[u], splat(bracket.low)), high[u]));
+    }
+  }
+  append(x, inside, values, n);
+}
 
 template <class Weight, class Domain>
 Split split(const Weight& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
   const float lowest = Weight::kNeedsTotal ? weight.lowest() : bracket.low;
   float buffer[kBlock];
   Split s = {0, 0, {ws.values, 0, bracket.low, bracket.high}};
-  for (int b = 0; b < blocks(d); ++b) {
-    ws.segment[b] = s.middle.n;
-    ws.block_mass[b] = 0;
-    if (!(upper_bound(d, b) > lowest)) continue;
-    const float* x = values(d, b, buffer);
-    if (!(upper_bound(d, b) > bracket.low)) {
-      s.total += weigh_block(weight, x, [](vf, int) { return from_bits(kAllLanes); });
-      continue;
-    }
+  for (int g = 0; g < groups(d); ++g) {
+    ws.segment[g] = s.middle.n;
     typename Weight::Sum all, upper;
-    for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
-      const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
-      const typename Weight::Of w = weight.of(p);
-      Mask every[kAbreast], high[kAbreast];
-      FS_EACH(kAbreast) every[u] = from_bits(kAllLanes);
-      FS_EACH(kAbreast) high[u] = ge(p.v[u], splat(bracket.high));
-      if (Weight::kNeedsTotal) weight.add(all, w, every);
-      if (bracket.high < INFINITY) weight.add(upper, w, high);
-      FS_EACH(kAbreast) {
-        const Mask inside = but_not(gt(p.v[u], splat(bracket.low)), high[u]);
-        s.middle.n += compress_store(ws.values + s.middle.n, p.v[u], inside);
+    for (int b = g * kGroup; b < group_end(d, g); ++b) {
+      if (!(upper_bound(d, b) > lowest)) continue;
+      const float* x = values(d, b, buffer);
+      if (upper_bound(d, b) > bracket.low) {
+        split_block(weight, x, bracket, ws.values, &s.middle.n, all, upper);
+      } else {
+        add_kept(weight, x, kBlock, [](vf, int) { return from_bits(kAllLanes); }, all);
       }
     }
     if (Weight::kNeedsTotal) s.total += weight.total(all);
-    ws.block_mass[b] = weight.total(upper);
-    s.upper += ws.block_mass[b];
+    ws.group_mass[g] = weight.total(upper);
+    s.upper += ws.group_mass[g];
   }
-  ws.segment[blocks(d)] = s.middle.n;
+  ws.segment[groups(d)] = s.middle.n;
   fill_up(ws.values, s.middle.n);
   return s;
 }
 
-// Adds to each block's mass what the boundary keeps of the block's values in the bracket, m ties
+// Adds to each group's mass what the boundary keeps of the group's values in the bracket, m ties
 // first.
-FS_INLINE void add_segments(const Weighing& weight, const Boundary& edge, uint64_t m, int blocks,
+FS_INLINE void add_segments(const Weighing& weight, const Boundary& edge, uint64_t m, int groups,
                             const Workspace& ws) {
   const uint64_t each = weight.one(edge.x);
-  for (int b = 0; b < blocks; ++b) {
+  for (int g = 0; g < groups; ++g) {
+    const float* x = ws.values + ws.segment[g];
+    const int n = ws.segment[g + 1] - ws.segment[g];
     MassSum above;
     uint64_t equal = 0;
-    for (int i = ws.segment[b]; i < ws.segment[b + 1]; i += kLanes) {
-      const int left = ws.segment[b + 1] - i;
-      const Mask valid = from_bits(left < kLanes ? (1u << left) - 1 : kAllLanes);
-      const vf x = load(ws.values + i);
-      const Mask where[1] = {both(valid, gt(x, splat(edge.x)))};
-      add_where(above, where, weigh(weight.weigher, x));
-      equal += (uint64_t)count(both(valid, eq(x, splat(edge.x))));
+    for (int i = 0; i < n; i += kAbreast * kLanes) {
+      const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
+      Mask kept[kAbreast];
+      FS_EACH(kAbreast) {
+        const Mask own = first(n - i - u * kLanes);
+        kept[u] = both(own, gt(p.v[u], splat(edge.x)));
+        equal += (uint64_t)count(both(own, eq(p.v[u], splat(edge.x))));
+      }
+      weight.add(above, weight.of(p), kept);
     }
     const uint64_t ties = equal < m ? equal : m;
     m -= ties;
-    ws.block_mass[b] += total(above) + ties * each;
+    ws.group_mass[g] += total(above) + ties * each;
   }
 }
 
@@ -270,7 +304,7 @@ FS_INLINE void add_segments(const Counting&, const Boundary&, uint64_t, int, con
 struct Found {
   Cutoff cut;
   uint64_t
-      total;  // what the cutoff keeps, when workspace.block_mass holds it block by block; else 0
+      total;  // what the cutoff keeps, when workspace.group_mass holds it group by group; else 0
 };
 
 // The cutoff at which the weight of a domain's rank order reaches the weight's target.
@@ -283,7 +317,7 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
     const Boundary edge = narrow(weight, copy(ws.values, s.middle.n, ws.spare), s.upper, target);
     if (reached(weight, edge) >= target) {
       const uint64_t m = ties_needed(weight, edge, target);
-      add_segments(weight, edge, m, blocks(d), ws);
+      add_segments(weight, edge, m, groups(d), ws);
       return Found{cut_at(d, edge.x, m, edge.equal), edge.above + m * weight.one(edge.x)};
     }
     // Below the bracket. All there is may still be too little for a count: then everything is kept.
@@ -346,22 +380,26 @@ List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
   for (int b = 0; b < blocks(d); ++b) {
     if (upper_bound(d, b) < cut.x) continue;
     const float* v = values(d, b, buffer);
-    if (cut.id == INT32_MAX) {
-      for (int i = 0; i < kBlock; i += kLanes) {
-        const vf value = load(v + i);
-        const Mask m = ge(value, splat(cut.x));
-        compress_store(id + n, ids(d, b, i), m);
-        n += compress_store(x + n, value, m);
-      }
-    } else {
-      for (int i = 0; i < kBlock; i += kLanes) {
-        const vf value = load(v + i);
-        const vi token = ids(d, b, i);
-        const Mask m = keeps(cut, value, token);
-        compress_store(id + n, token, m);
-        n += compress_store(x + n, value, m);
-      }
-    }
+    const BlockBits set =
+        cut.id == INT32_MAX
+            ? block_bits(v, [&](vf value, int) { return ge(value, splat(cut.x)); })
+            : block_bits(v, [&](vf value, int i) { return keeps(cut, value, ids(d, b, i)); });
+    each_set(
+        set, &n,
+        [&](int to,
+            const int (&at)[kGuess]) {  // x and id may be the domain's own: read, then write
+          float value[kGuess];
+          int32_t token[kGuess];
+          FS_EACH(kGuess) value[u] = v[at[u]];
+          FS_EACH(kGuess) token[u] = id_at(d, b, at[u]);
+          memcpy(x + to, value, sizeof value);
+          memcpy(id + to, token, sizeof token);
+        },
+        [&](int to, int i, Mask m) {
+          const vf value = load(v + i);
+          compress_store(id + to, ids(d, b, i), m);
+          compress_store(x + to, value, m);
+        });
   }
   return list_of(x, id, n);
 }

@@ -5,7 +5,8 @@
 
 namespace fastsample {
 
-constexpr int kBlock = 256;  // tokens per block: one maximum, one mass
+constexpr int kBlock = 256;  // tokens per block: one maximum
+constexpr int kGroup = 8;    // blocks per group: one mass
 constexpr int kMaxVocab = 1 << 20;
 constexpr int kMaxBlocks = kMaxVocab / kBlock;
 constexpr int kPad = kBlock;  // slack after every vector buffer: whole blocks are read and written
@@ -22,10 +23,10 @@ enum EditKind : uint16_t { kBiasEdit = 0, kOutputEdit = 1, kPromptEdit = 2 };
 // Scratch of one thread, owned by dispatch.cc; kernels never allocate.
 struct Workspace {
   float* block_max;      // [blocks + kPad]
-  uint64_t* block_mass;  // [blocks + 1]
+  uint64_t* group_mass;  // [groups]
   int32_t* edit_start;   // [blocks + 1]
   Edit* edits;           // [bias entries + output ids + prompt ids of the row]
-  int32_t* segment;      // [blocks + 1]
+  int32_t* segment;      // [groups + 1]
   float* values;         // [V + kPad]
   float* spare;          // [V + kPad]
   float* list_x;         // [V + kPad]

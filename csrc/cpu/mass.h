@@ -97,7 +97,7 @@ FS_INLINE uint64_t weigh(const Weigher& w, float x) {
   return mass >= w.floor ? mass : 0;
 }
 
-// Sums of at most kBlock masses.
+// Sums of the masses of a group at most.
 struct MassSum {
   vu hi = {}, lo = {};
 };

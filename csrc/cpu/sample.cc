@@ -63,11 +63,11 @@ Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, 
   __builtin_unreachable();  // r is below the block's mass
 }
 
-// Stage 8: block_mass holds running sums, block by block.
+// Stage 8: `running` holds running sums, group by group.
 template <class Domain>
 Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* running,
            uint64_t r) {
-  int low = 0, high = blocks(d) - 1;
+  int low = 0, high = groups(d) - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
     if (running[middle] > r) {
@@ -76,7 +76,16 @@ Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* 
       low = middle + 1;
     }
   }
-  return draw_in_block(d, cut, weigher, low, low ? r - running[low - 1] : r);
+  if (low) r -= running[low - 1];
+  const Weighing weight = {weigher, 1.0f};
+  const float lowest = weight.lowest();
+  for (int b = low * kGroup;; ++b) {
+    MassSum sum;
+    add_block(d, b, cut, weight, lowest, sum);
+    const uint64_t here = total(sum);
+    if (r < here) return draw_in_block(d, cut, weigher, b, r);
+    r -= here;
+  }
 }
 
 template <class T>
@@ -133,11 +142,11 @@ void finish(const Task<T>& t, const Domain& d, const Found& kept) {
   const Outputs& out = t.batch.out;
   if (out.filtered) write_filtered(t, kept.cut);
   if (!out.tokens && !out.probabilities) return;
-  uint64_t* running = t.ws.block_mass;
-  const uint64_t total = kept.total ? kept.total : weigh_blocks(d, kept.cut, t.weigher, running);
+  uint64_t* running = t.ws.group_mass;
+  const uint64_t total = kept.total ? kept.total : weigh_groups(d, kept.cut, t.weigher, running);
   if (out.probabilities) write_probabilities(t, kept.cut, total);
   if (!out.tokens) return;
-  for (int b = 1; b < blocks(d); ++b) running[b] += running[b - 1];
+  for (int g = 1; g < groups(d); ++g) running[g] += running[g - 1];
   const uint64_t seed = (uint64_t)at(t.batch.rows.seeds, t.r);
   const uint64_t offset = (uint64_t)at(t.batch.rows.offsets, t.r);
   for (int j = 0; j < out.num_samples; ++j) {
@@ -194,7 +203,8 @@ void sample_random(const Task<T>& t, const RowParams& p) {
   if (t.weigher.floor && (!top_p || p.order == kMinPFirst)) {
     reach = stricter(cut, Cutoff{lowest_x(t.weigher, t.weigher.floor), INT32_MAX});
   }
-  if (reach.x > -FLT_MAX) {
+  // The lowest finite logit can be a cutoff too: then only some of its ties are kept.
+  if (reach.x > -FLT_MAX || reach.id != INT32_MAX) {
     const List list = gather(t.dense, reach, t.ws.list_x, t.ws.list_id);
     filter_and_finish(t, list, cut, top_p, p);
   } else {

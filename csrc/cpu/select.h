@@ -8,8 +8,7 @@
 namespace fastsample {
 namespace {
 
-// What top-k and top-p weigh tokens by: one each, or their mass. A Sum holds at most kBlock of
-// them.
+// What top-k and top-p weigh tokens by: one each, or their mass. A Sum holds a group's at most.
 struct Counting {
   uint64_t k;
 
@@ -62,16 +61,78 @@ struct Weighing {
   FS_MEMBER float lowest() const { return lowest_x(weigher, weigher.floor ? weigher.floor : 1); }
 };
 
-// Weight of the values of a block for which keep(x, position) holds.
+// A bit for every token of a block.
+struct BlockBits {
+  uint64_t word[kBlock / 64];
+
+  FS_MEMBER void set(int i, Mask m) { word[i / 64] |= (uint64_t)bits(m) << (i % 64); }
+};
+
+template <class Keep>
+FS_INLINE BlockBits block_bits(const float* x, Keep keep) {
+  BlockBits set = {};
+  for (int i = 0; i < kBlock; i += kLanes) {
+    set.set(i, keep(load(x + i), i));
+  }
+  return set;
+}
+
+// Calls few(n, positions) for kGuess set bits at a time, the last ones of a word to be overwritten,
+// or many(n, position, mask) for a vector, and counts in n.
+constexpr int kGuess = 4;
+
+template <class Few, class Many>
+FS_INLINE void each_set(const BlockBits& set, int* n, Few few, Many many) {
+  constexpr int kDense = 16;  // of 64: from there on vectors are faster than bits
+  for (int k = 0; k < kBlock; k += 64) {
+    uint64_t word = set.word[k / 64];
+    const int here = __builtin_popcountll(word);
+    if (here >= kDense) {
+      for (int i = k; i < k + 64; i += kLanes) {
+        const Mask m = from_bits((uint32_t)(word >> (i - k)) & kAllLanes);
+        many(*n, i, m);
+        *n += count(m);
+      }
+      continue;
+    }
+    // Wanted or not: a branch for each bit would be guessed wrongly.
+    for (int done = 0; done < here; done += kGuess) {
+      int at[kGuess];
+      FS_EACH(kGuess) {
+        at[u] = k + __builtin_ctzll(word | 1ull << 63);
+        word &= word - 1;
+      }
+      few(*n + done, at);
+    }
+    *n += here;
+  }
+}
+
+// Appends the values of a block whose bits are set.
+FS_INLINE void append(const float* x, const BlockBits& set, float* to, int* n) {
+  each_set(
+      set, n, [&](int first, const int (&at)[kGuess]) { FS_EACH(kGuess)
+                                                        to[first + u] = x[at[u]]; },
+      [&](int first, int i, Mask m) { compress_store(to + first, load(x + i), m); });
+}
+
+// Adds the weight of n values, n a multiple of kAbreast vectors, for which keep(x, position) holds.
 template <class Weight, class Keep>
-FS_INLINE uint64_t weigh_block(const Weight& weight, const float* x, Keep keep) {
-  typename Weight::Sum sum;
-  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+FS_INLINE void add_kept(const Weight& weight, const float* x, int n, Keep keep,
+                        typename Weight::Sum& sum) {
+  for (int i = 0; i < n; i += kAbreast * kLanes) {
     const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
     Mask kept[kAbreast];
     FS_EACH(kAbreast) kept[u] = keep(p.v[u], i + u * kLanes);
     weight.add(sum, weight.of(p), kept);
   }
+}
+
+// Weight of the values of a block for which keep(x, position) holds.
+template <class Weight, class Keep>
+FS_INLINE uint64_t weigh_block(const Weight& weight, const float* x, Keep keep) {
+  typename Weight::Sum sum;
+  add_kept(weight, x, kBlock, keep, sum);
   return weight.total(sum);
 }
 
@@ -131,7 +192,7 @@ FS_INLINE Span filter(const float* x, int n, float* to, Keep keep) {
   };
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) take(i, from_bits(kAllLanes));
-  if (i < n) take(i, from_bits((1u << (n - i)) - 1));
+  if (i < n) take(i, first(n - i));
   fill_up(to, kept.n);
   kept.low = reduce_min(low);
   kept.high = reduce_max(high);
@@ -163,13 +224,23 @@ struct Boundary {
   uint64_t above;  // weight strictly above x: below the target
 };
 
+// A value from low to just below high.
+FS_INLINE float middle_value(float low, float high) {
+  const float middle = low * 0.5f + high * 0.5f;
+  return low <= middle && middle < high ? middle : low;
+}
+
+FS_INLINE float middle_key(float low, float high) {
+  return from_key((key_of(low) + key_of(high)) >> 1);
+}
+
 // The value at which `above` plus the weight of s, from its highest value down, reaches `target`;
-// the lowest value where all of it does not. Halving the range of keys bounds the rounds by 32
-// whatever the values are. Reorders s.
+// the lowest value where all of it does not. Halving the range of values leaves few of them soon,
+// halving that of keys every other time bounds the rounds by 64 whatever they are. Reorders s.
 template <class Weight>
 Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
-  while (key_of(s.low) < key_of(s.high)) {
-    const float pivot = from_key((key_of(s.low) + key_of(s.high)) >> 1);
+  for (int round = 0; key_of(s.low) < key_of(s.high); ++round) {
+    const float pivot = (round & 1 ? middle_key : middle_value)(s.low, s.high);
     const uint64_t upper = weight_above(weight, s, pivot);
     if (above + upper >= target) {
       s = filter(s.x, s.n, s.x, [&](vf v) { return gt(v, splat(pivot)); });

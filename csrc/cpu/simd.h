@@ -157,6 +157,10 @@ FS_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
 #endif
 #endif
 
+// The lowest n lanes; none where n < 0.
+FS_INLINE Mask first(int n) {
+  return from_bits(n >= kLanes ? kAllLanes : n < 0 ? 0 : (1u << n) - 1);
+}
 FS_INLINE int count(Mask m) { return __builtin_popcount(bits(m)); }
 FS_INLINE bool any(Mask m) { return bits(m) != 0; }
 FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
@@ -205,7 +209,7 @@ FS_INLINE float reduce_min(vf v) {
 
 FS_INLINE uint64_t reduce_add(vu v) {
 #if defined(FASTSAMPLE_ISA_avx512)
-  // Lane sums stay far below 2^28 here, so 16 of them fit 32 bits.
+  // At most kGroup * kBlock numbers of 21 bits are summed up here: 32 bits hold that.
   return (uint32_t)_mm512_reduce_add_epi32((__m512i)v);
 #else
   uint64_t sum = 0;

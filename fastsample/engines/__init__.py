@@ -54,35 +54,24 @@ class Engine(Protocol):
 ORDER = ("cuda", "triton", "cpu", "reference")
 """Engine names, fastest first where several can serve; each is the module of that name."""
 
-_ABSENT = frozenset({"cuda"})
-
-
-class Absent(Engine):
-    """An engine that this version does not have; it says so."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def why_not(self, logits: torch.Tensor | None) -> str | None:
-        return f"the {self.name} engine is not part of this version"
-
-    def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
-        raise RuntimeError(self.why_not(logits))
-
 
 @cache
 def engine(name: str) -> Engine:
     """The engine of that name; imported on first use, so that `import fastsample` loads no compiler and no driver."""
     if name not in ORDER:
-        raise ValueError(f"backend = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}")
-    if name in _ABSENT:
-        return Absent(name)
+        raise ValueError(_unknown(name))
     found: Engine = import_module(f"fastsample.engines.{name}").ENGINE
     return found
 
 
+def _unknown(name: object) -> str:
+    return f"backend = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}"
+
+
 def select(backend: str, logits: torch.Tensor) -> Engine:
     """The engine for these logits. `auto` takes the first that can; any other name serves or raises with the reason."""
+    if not isinstance(backend, str):  # may not even be hashable
+        raise ValueError(_unknown(backend))
     if backend == "auto":
         backend = os.environ.get("FASTSAMPLE_BACKEND") or "auto"
     if backend != "auto":

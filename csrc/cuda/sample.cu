@@ -1,0 +1,71 @@
+// The kernels of one dtype and their launches; compiled once per dtype, so that a build has work
+// for several cores.
+#include "cuda/launch.cuh"
+#include "cuda/launch.h"
+
+#define FASTSAMPLE_LAUNCHES_(dtype) launches_##dtype
+#define FASTSAMPLE_LAUNCHES(dtype) FASTSAMPLE_LAUNCHES_(dtype)
+
+namespace fastsample {
+namespace {
+
+typedef FASTSAMPLE_TYPE T;
+
+struct Launch {
+  cudaStream_t stream;
+
+  template <class... Parameters, class... Arguments>
+  int operator()(void (*kernel)(Parameters...), const Plan& plan,
+                 const Arguments&... arguments) const {
+    cudaLaunchAttribute attribute = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(plan.teams * plan.parts));
+    config.blockDim = dim3((unsigned)plan.threads);
+    config.dynamicSmemBytes = (size_t)plan.shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    if (plan.policy == kClusterPolicy) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = (unsigned)plan.parts;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      config.numAttrs = 1;
+    } else if (plan.policy == kGridPolicy) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+      config.numAttrs = 1;
+    }
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    return error == cudaSuccess ? error : cudaGetLastError();  // which also forgets it
+  }
+};
+
+cudaError_t prepare(const Device& device) {
+  const void* kernels[] = {
+      (const void*)sample_kernel<T, kClusterPolicy>, (const void*)sample_kernel<T, kBlockPolicy>,
+      (const void*)sample_kernel<T, kGridPolicy>, (const void*)outputs_kernel<T>};
+  cudaError_t error = cudaSuccess;
+  for (const void* kernel : kernels) {
+    if (error) break;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 device.shared_block);
+  }
+  if (!error && device.largest_cluster > kPortableCluster) {
+    error = cudaFuncSetAttribute(kernels[0], cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return error;
+}
+
+cudaError_t sample(const Batch& batch, const Plan& plan, const Workspace& ws, cudaStream_t stream) {
+  return (cudaError_t)launch_sample<T>(batch, plan, ws, Launch{stream});
+}
+
+cudaError_t outputs(const Batch& batch, const Plan& plan, const Workspace& ws,
+                    cudaStream_t stream) {
+  return (cudaError_t)launch_outputs<T>(batch, plan, ws, Launch{stream});
+}
+
+}  // namespace
+
+extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, sample, outputs};
+
+}  // namespace fastsample

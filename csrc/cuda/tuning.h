@@ -1,0 +1,152 @@
+// Which kernel a batch gets and how rows are cut up: decisions only, apart from the algorithm.
+// Results never depend on them.
+#pragma once
+
+#include "core/rows.h"
+
+namespace fastsample {
+
+// How many blocks share a row, and where they keep it.
+enum Policy : int32_t {
+  kClusterPolicy = 0,  // a cluster of blocks holds the row in shared memory; sm_90 and later
+  kBlockPolicy = 1,    // one block reads the row again from the L2 cache
+  kGridPolicy = 2,     // several blocks do, and meet in device memory; where rows are few
+};
+constexpr int kPolicies = 3;
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerSM = 2;
+constexpr int kRegisters =
+    128;                       // per thread, so that two blocks fit; with fewer some kernels spill
+constexpr int kMaxParts = 32;  // blocks per row
+constexpr int kPortableCluster = 8;  // blocks per cluster that every GPU with clusters can run
+constexpr int kLargestCluster = 16;  // where the GPU allows more
+constexpr int kDigitBits = 11;       // of a key, resolved by one round of selection
+constexpr int kBins = 1 << kDigitBits;
+constexpr int kMaxSegments = kMaxParts * kThreads / 32;  // one per warp that works on the row
+constexpr int kPrivateEntries = 1024;     // edited tokens that fit the table in shared memory
+constexpr int kMinLogitsPerBlock = 4096;  // fewer are not worth a further block
+
+// What the choice depends on; the host asks the driver once per device.
+struct Device {
+  int32_t arch;  // 80, 90, ...
+  int32_t multiprocessors;
+  int32_t shared_block;     // bytes that one block may have
+  int32_t shared_sm;        // bytes of a multiprocessor
+  int32_t largest_cluster;  // blocks; 1 without clusters
+};
+
+struct Shape {
+  int64_t rows;
+  int32_t vocab;
+  int32_t itemsize;  // bytes per logit
+  bool edits;        // bias, prompt or output ids are given
+};
+
+struct Plan {
+  Policy policy;
+  int32_t parts;    // blocks per row
+  int32_t threads;  // per block
+  int32_t teams;    // rows in flight
+  int32_t shared;   // bytes of dynamic shared memory per block
+  bool far_bitmap;  // the marks of edited tokens do not fit it
+};
+
+FS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FS_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// 16-byte vectors per warp. A row that does not begin on 16 bytes may touch one vector more.
+FS_HD constexpr int32_t vectors_per_warp(int32_t vocab, int32_t itemsize, int32_t warps) {
+  return (int32_t)round_up(ceil_div((int64_t)vocab * itemsize + 15, 16), 32 * (int64_t)warps) /
+         warps;
+}
+
+constexpr int32_t vectors_per_block(const Shape& s, int32_t parts, int32_t threads) {
+  return vectors_per_warp(s.vocab, s.itemsize, parts * threads / 32) * (threads / 32);
+}
+
+// Bytes of the parts of a block's shared memory that not every launch needs.
+FS_HD constexpr int64_t bitmap_bytes(int64_t vectors, int32_t itemsize) {
+  return round_up(vectors * (16 / itemsize), 128) / 8;
+}
+constexpr int64_t kTableBytes = 2 * kPrivateEntries * 12;
+constexpr int64_t kFixedShared = 26 * 1024;  // struct Shared; checked where it is defined
+
+constexpr int64_t shared_bytes(const Shape& s, bool resident, int32_t parts, int32_t threads) {
+  const int64_t vectors = vectors_per_block(s, parts, threads);
+  return kFixedShared + (resident ? vectors * 16 : 0) +
+         (s.edits ? kTableBytes + bitmap_bytes(vectors, s.itemsize) : 0);
+}
+
+constexpr int blocks_per_sm(const Device& d, int64_t shared) {
+  const int64_t fit = d.shared_sm / (shared + 1024);  // the driver takes 1 KiB per block
+  return fit < kBlocksPerSM ? (int)fit : kBlocksPerSM;
+}
+
+constexpr int32_t at_most(int64_t value, int64_t limit) {
+  return (int32_t)(value < limit ? value : limit);
+}
+
+// The plan for a given policy and number of blocks per row.
+constexpr Plan make_plan(const Device& d, const Shape& s, Policy policy, int32_t parts,
+                         int32_t threads = kThreads) {
+  const int64_t shared = shared_bytes(s, policy == kClusterPolicy, parts, threads);
+  const int64_t at_once = (int64_t)d.multiprocessors * blocks_per_sm(d, shared) / parts;
+  const int64_t teams = at_most(s.rows, at_once > 0 ? at_once : 1);
+  return Plan{policy, parts, threads, (int32_t)(teams > 0 ? teams : 1), (int32_t)shared, false};
+}
+
+// The kernel behind filter_logits, probabilities and log-probabilities: one block per row.
+constexpr Plan outputs_plan(const Device& d, const Shape& s) {
+  Plan plan = make_plan(d, s, kBlockPolicy, 1);
+  if (plan.shared > d.shared_block) {
+    plan.far_bitmap = true;
+    plan.shared = (int32_t)(kFixedShared + kTableBytes);
+  }
+  return plan;
+}
+
+// The smallest number of blocks >= 1, a power of two, that `enough` accepts; 0 where none does.
+template <class Enough>
+constexpr int32_t fewest(int32_t limit, Enough enough) {
+  for (int32_t parts = 1; parts <= limit; parts *= 2) {
+    if (enough(parts)) return parts;
+  }
+  return 0;
+}
+
+constexpr bool fits(const Device& d, const Shape& s, bool resident, int32_t parts) {
+  return shared_bytes(s, resident, parts, kThreads) <= d.shared_block;
+}
+
+// Blocks per row that keep every multiprocessor busy with this many rows, as long as each block
+// has enough to do.
+constexpr int32_t wanted_parts(const Device& d, const Shape& s, int32_t limit) {
+  const int64_t share = (int64_t)d.multiprocessors * kBlocksPerSM / (s.rows > 0 ? s.rows : 1);
+  const int64_t work = ceil_div(s.vocab, kMinLogitsPerBlock);
+  int32_t parts = 1;
+  while (parts * 2 <= limit && parts * 2 <= share && parts < work) parts *= 2;
+  return parts;
+}
+
+constexpr Plan plan(const Device& d, const Shape& s) {
+  // Blocks of a cluster that hold the row: few enough to be portable and small enough that two
+  // share a multiprocessor; else whatever holds it.
+  const auto small = [&](int32_t parts) {
+    return blocks_per_sm(d, shared_bytes(s, true, parts, kThreads)) == kBlocksPerSM;
+  };
+  int32_t holding = d.arch >= 90 ? fewest(kPortableCluster, small) : 0;
+  if (d.arch >= 90 && !holding) {
+    holding = fewest(d.largest_cluster, [&](int32_t parts) { return fits(d, s, true, parts); });
+  }
+  if (holding) {
+    const int32_t wanted = wanted_parts(d, s, kPortableCluster);
+    return make_plan(d, s, kClusterPolicy, wanted > holding ? wanted : holding);
+  }
+  const int32_t needed = fewest(kMaxParts, [&](int32_t parts) { return fits(d, s, false, parts); });
+  const int32_t wanted = wanted_parts(d, s, kMaxParts);
+  const int32_t parts = wanted > needed ? wanted : needed;
+  return make_plan(d, s, parts > 1 ? kGridPolicy : kBlockPolicy, parts);
+}
+
+}  // namespace fastsample

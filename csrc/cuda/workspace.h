@@ -1,0 +1,140 @@
+// What lies in device memory between and during launches, and where: plain data, for the host too.
+#pragma once
+
+#include "core/rows.h"
+#include "cuda/tuning.h"
+
+namespace fastsample {
+
+typedef unsigned long long u64;  // what CUDA's atomics and shuffles call uint64_t
+
+// What one load brings: 4 or 8 logits.
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+// A cutoff of the rank order: the last token kept; the id INT32_MAX keeps all that equal it.
+struct KeyCut {
+  int32_t key;
+  int32_t id;
+};
+
+struct Bracket {
+  int32_t low, high;   // keys; the cutoff is one of them
+  u64 above, reached;  // weight above `high`, and from `low` up
+  u64 total;           // of all that was weighed in the first round
+};
+
+// What the blocks of a row tell each other.
+struct Board {
+  uint32_t bins[2 * kBins];  // 64-bit sums in halves; 0 whenever no selection is under way
+  u64 total;                 // likewise
+  u64 sums[kMaxSegments];    // of each warp's segment, in id order
+  long long best[kMaxParts];
+  int32_t warp_low[kMaxParts], lane_low[kMaxParts];
+  Bracket bracket;
+  int32_t id;
+};
+
+// What later kernels need to know of a sampled row.
+struct RowState {
+  Status status;
+  int32_t peak_key;
+  KeyCut cut;
+  u64 total;
+};
+
+// Open addressing; an id is inserted by whoever owns it and looked up by nobody else.
+struct Entry {
+  int32_t id;      // -1: free
+  uint32_t count;  // occurrences in the output, and the flags below
+  float value;     // the bias, and in the end the processed logit
+};
+constexpr uint32_t kInPrompt = 0x80000000u, kHasBias = 0x40000000u, kCount = 0x3fffffffu;
+
+// Device memory lent to a launch.
+struct Workspace {
+  RowState* states;     // [B], null when no later kernel asks
+  Entry* tables;        // for rows with more edits than shared memory holds
+  long long* lists;     // [teams, list_length] of the kernel that writes top-n
+  int64_t list_length;  // a power of two
+  uint32_t* bitmaps;    // [teams, bitmap_words] of that kernel where shared memory is too small
+  int64_t bitmap_words;
+  Board* boards;         // [teams], zero between launches; kGridPolicy only
+  uint32_t* semaphores;  // [teams], likewise
+};
+
+// How a batch is served, and the bytes of device memory that it takes.
+struct Layout {
+  Plan sample;
+  Plan outputs;       // of the second kernel; no teams when none is wanted
+  int64_t workspace;  // any contents
+  int64_t boards;     // zero before the first launch, and left so
+  int64_t table_entries;
+};
+
+FS_HD bool has_edits(const Rows& rows) {
+  return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
+}
+
+// Whether anything is wanted that takes a second kernel.
+inline bool wants_more(const Outputs& out) {
+  return out.filtered || out.probabilities || out.mode != kNoLogprobs;
+}
+
+inline Shape shape_of(const Batch& batch) {
+  const Logits& l = batch.logits;
+  return Shape{l.rows, l.vocab, l.dtype == kFloat32 ? 4 : 2, has_edits(batch.rows)};
+}
+
+inline int64_t list_length(const Outputs& out) {
+  int64_t length = 1;
+  while (length < out.num_top) length *= 2;
+  return out.num_top ? length : 0;
+}
+
+// Addresses of the workspace's parts, one behind the other; returns its size.
+inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace, char* boards,
+                       Workspace& ws) {
+  int64_t size = 0;
+  const auto part = [&](int64_t bytes) {
+    const int64_t at = size;
+    size += round_up(bytes, 256);
+    return bytes && workspace ? workspace + at : nullptr;
+  };
+  const Plan& more = layout.outputs;
+  ws.states = (RowState*)part(more.teams ? batch.logits.rows * (int64_t)sizeof(RowState) : 0);
+  ws.tables = (Entry*)part(layout.table_entries * (int64_t)sizeof(Entry));
+  ws.list_length = list_length(batch.out);
+  ws.lists = (long long*)part(more.teams * ws.list_length * 8);
+  const Shape shape = shape_of(batch);
+  const int64_t vectors = vectors_per_block(shape, 1, more.threads ? more.threads : kThreads);
+  ws.bitmap_words = more.far_bitmap ? bitmap_bytes(vectors, shape.itemsize) / 4 : 0;
+  ws.bitmaps = (uint32_t*)part(more.teams * ws.bitmap_words * 4);
+  const bool grid = layout.sample.policy == kGridPolicy;
+  ws.boards = grid ? (Board*)boards : nullptr;
+  ws.semaphores =
+      grid ? (uint32_t*)(boards + layout.sample.teams * (int64_t)sizeof(Board)) : nullptr;
+  return size;
+}
+
+// `bias_entries`: of all rows together.
+inline Layout layout_for(const Device& device, const Batch& batch, int64_t bias_entries,
+                         const Plan& sample) {
+  const Rows& rows = batch.rows;
+  Layout layout = {sample, Plan{}, 0, 0, 0};
+  if (wants_more(batch.out)) layout.outputs = outputs_plan(device, shape_of(batch));
+  const int64_t lists =
+      (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
+  if (bias_entries + lists > kPrivateEntries) {
+    layout.table_entries = 2 * (bias_entries + batch.logits.rows * lists);
+  }
+  Workspace unused;
+  layout.workspace = lay_out(batch, layout, nullptr, nullptr, unused);
+  if (sample.policy == kGridPolicy) {
+    layout.boards = sample.teams * (int64_t)(sizeof(Board) + sizeof(uint32_t));
+  }
+  return layout;
+}
+
+}  // namespace fastsample

@@ -1,0 +1,25 @@
+"""Best-of-N and self-consistency: eight continuations from one prefill, ranked by a scorer and by a majority vote."""
+
+from importlib.resources import files
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastsample as fs
+
+path = str(files("fastsample") / "models" / "tiny-gpt2")
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+options = {"tokenizer": tokenizer, "seed": 7, "max_new_tokens": 30, "temperature": 0.8, "top_p": 0.95}
+
+
+def words_per_token(text, tokens, logprobs):
+    """A scorer: any number made of a candidate's text, ids and log-probabilities; higher is better."""
+    return len(text.split()) / len(tokens)
+
+
+result = fs.best_of_n(model, "Use this function to", 8, score=words_per_token, **options)
+for candidate in result.candidates:
+    print(f"{candidate.score:.3f} {candidate.text!r}")
+
+result = fs.best_of_n(model, "The default value is", 8, vote=lambda text: text.split()[0], **options)
+print(f"most say {result.answer!r}: {result.votes}")

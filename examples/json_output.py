@@ -1,0 +1,32 @@
+"""JSON that holds: every continuation validates against the schema, whatever the model would rather say."""
+
+import json
+from importlib.resources import files
+
+from jsonschema import validate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastsample.integrations.grammar import GrammarCompiler
+from fastsample.integrations.transformers import fs_generate
+
+schema = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "kind": {"enum": ["function", "class", "module"]},
+        "arguments": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "arguments"],
+    "additionalProperties": False,
+}
+path = str(files("fastsample") / "models" / "tiny-gpt2")
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+inputs = tokenizer("Describe it as JSON:", return_tensors="pt")
+sample = fs_generate(seed=7, grammar=GrammarCompiler(tokenizer).json_schema(schema))
+
+options = {"do_sample": True, "temperature": 0.8, "num_return_sequences": 5, "max_new_tokens": 100}
+tokens = model.generate(**inputs, **options, custom_generate=sample)
+for text in tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
+    validate(json.loads(text), schema)
+    print(text)

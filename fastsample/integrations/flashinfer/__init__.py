@@ -1,0 +1,257 @@
+"""FlashInfer's sampling functions on fastsample: the same names, parameters, defaults, dtypes and shapes.
+
+`import fastsample.integrations.flashinfer as sampling` serves where `flashinfer.sampling` did (0.7), and on CPU tensors
+too. FlashInfer itself is not needed. What the functions have in common:
+
+Arguments
+    logits, probs: float32, float16 or bfloat16 [B, V] (float64 is rounded to float32), 1 <= V <= 2^20. Probabilities
+        need not sum to 1: they are taken relative to their sum.
+    indices: int32 or int64 [N]; output i is drawn from row indices[i]. It sets N and the outputs' dtype; without it
+        N = B and outputs are int32. A distribution that many outputs share is filtered once.
+    top_k >= 1, 0 <= top_p <= 1, 0 <= min_p <= 1: a number, or a tensor [B] with one value per row of logits or probs
+        (with indices too, as in FlashInfer's kernels). top_p = 0 keeps the most probable token.
+    seed, offset: two ints, or two int64 or uint64 tensors of shape [1] or [N] on the device of the logits, which is
+        what a CUDA graph needs. A missing offset is 0. Without a seed, `generator` gives one (a GPU generator: its seed
+        and position, which advances by 4); without a generator, torch's default CPU generator does, for every device.
+    check_nan: raise ValueError where there is a NaN. On a GPU this waits for the device.
+    return_valid: also return bool [N]; a row that cannot be sampled gives token 0 and False instead of an error.
+    deterministic, is_deterministic, enable_pdl: accepted. Every result is deterministic.
+
+Rows that cannot be sampled
+    A NaN, +inf or nothing above -inf; for probabilities NaN, infinite, negative, or nothing above 0. Without
+    return_valid they raise a ValueError that names the row. On a GPU nothing waits for that unless check_nan is set:
+    such a row, or one whose top_k, top_p or min_p (in a tensor) is out of range, gives token -1.
+
+Where the answer differs from FlashInfer's, on purpose
+    Ties: exactly k tokens stay, lower ids first, and top-p keeps as few of equal tokens as reach p; FlashInfer keeps
+        every tie at the boundary.
+    Seeds: one seed per output (a tensor [N]) is used as it is, so an output does not depend on its slot. An int, or a
+        tensor of one element for N > 1 outputs, gives output i the seed splitmix64(seed + i), like `fastsample.sample`.
+        FlashInfer always mixes the row into the stream. Any other offset is other noise; an advance by 1 is enough.
+    A seed without an offset is used; FlashInfer ignores it then.
+    Cost does not depend on the distribution: there is no rejection, and no limit of rounds.
+
+What is exact
+    Logits: the sampling contract of fastsample; tokens are the same on every engine and device.
+    Probabilities: top-k and min-p compare the values themselves, sums are of integers, and no logarithm is taken. Top-p
+        keeps the shortest prefix within 2^-23 of p, relatively, which is what float32 probabilities are good for:
+        [0.5, 0.3, 0.15, 0.05] at 0.8 keeps two. A probability below 2^-40 of the largest is never drawn.
+
+Not for use inside torch.compile(fullgraph=True): sample from logits with `fastsample.sample` there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastsample import reference as spec
+from fastsample.integrations.flashinfer.arguments import limits, raise_where, table, temperatures
+from fastsample.integrations.flashinfer.chain import chain_speculative_sampling
+from fastsample.integrations.flashinfer.pipeline import any_bad, keep_top_k, renormalise, sample_logits, sample_probs
+from fastsample.params import GREEDY_BELOW
+
+Tensor = torch.Tensor
+
+__all__ = [
+    "chain_speculative_sampling",
+    "min_p_sampling_from_probs",
+    "sampling_from_logits",
+    "sampling_from_probs",
+    "softmax",
+    "top_k_mask_logits",
+    "top_k_renorm_prob",
+    "top_k_renorm_probs",
+    "top_k_sampling_from_probs",
+    "top_k_top_p_sampling_from_logits",
+    "top_k_top_p_sampling_from_probs",
+    "top_p_renorm_prob",
+    "top_p_renorm_probs",
+    "top_p_sampling_from_probs",
+]
+
+
+# Sampling from logits ------------------------------------------------------------------------------------------------
+
+
+def sampling_from_logits(
+    logits: Tensor,
+    indices: Tensor | None = None,
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    check_nan: bool = False,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+) -> Tensor:
+    """Draw from softmax(logits). Returns int32 [N] (or the dtype of indices); arguments and errors as in the module."""
+    return sample_logits(logits, {}, "top_k_first", indices, generator, check_nan, seed, offset)
+
+
+def top_k_top_p_sampling_from_logits(
+    logits: Tensor,
+    top_k: Tensor | int,
+    top_p: Tensor | float,
+    indices: Tensor | None = None,
+    filter_apply_order: str = "top_k_first",
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    check_nan: bool = False,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+) -> Tensor:
+    """Draw from softmax(logits) after top-k and top-p, in one fused pass.
+
+    filter_apply_order: "top_k_first" measures top-p over what top-k kept, "joint" over the whole row.
+    Returns int32 [N] (or the dtype of indices); other arguments and errors as in the module.
+    """
+    given = {"top_k": top_k, "top_p": top_p}
+    return sample_logits(logits, given, filter_apply_order, indices, generator, check_nan, seed, offset)
+
+
+def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
+    """The k highest logits of each row as they are, -inf elsewhere; equal ones by lower id.
+
+    Returns the dtype and shape of logits. A row without a logit above -inf stays as it is; one with a NaN or +inf
+    raises (on a GPU it becomes -inf).
+    """
+    x = table("logits", logits)
+    given = limits({"top_k": top_k}, len(x))
+    kept = keep_top_k(x, given)
+    if x.device.type == "cpu":
+        raise_where(~kept.any(-1) & (x != spec.NEG_INF).any(-1), "logits", x)
+    kept &= ~any_bad(given, x)[:, None]
+    return torch.where(kept, logits.detach(), spec.NEG_INF)
+
+
+def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pdl: bool | None = None) -> Tensor:
+    """softmax(logits / temperature), float32 [B, V], by torch.softmax.
+
+    temperature: None (1), a number or a floating-point tensor [B]; >= 0. Below 1e-5 a row becomes one-hot at its lowest
+    maximum, as greedy sampling has it (FlashInfer: uniform at 0). Rows that cannot be sampled raise (on a GPU: NaN).
+    """
+    x = table("logits", logits).float()
+    divisor = temperatures(1.0 if temperature is None else temperature, x)
+    on_cpu = x.device.type == "cpu"
+    if on_cpu:
+        raise_where(spec.check(x) != 0, "logits", x)
+    greedy = divisor < GREEDY_BELOW
+    probs = torch.softmax(x / torch.where(greedy, 1, divisor), -1)
+    if on_cpu and not bool(greedy.any()):
+        return probs
+    best = spec.one_hot(spec.rank_order(x)[:, :1], x)
+    return torch.where(greedy & ~probs.isnan(), best.float(), probs)
+
+
+# Sampling from probabilities -----------------------------------------------------------------------------------------
+
+
+def sampling_from_probs(
+    probs: Tensor,
+    indices: Tensor | None = None,
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    check_nan: bool = False,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    return_valid: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw from probs. Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; see the module."""
+    return sample_probs(probs, {}, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+
+
+def top_p_sampling_from_probs(
+    probs: Tensor,
+    top_p: Tensor | float,
+    indices: Tensor | None = None,
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    check_nan: bool = False,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    return_valid: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw from the shortest ranked prefix of probs that reaches top_p (nucleus sampling, Holtzman et al. 2020).
+
+    Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; arguments and errors as in the module.
+    """
+    given = {"top_p": top_p}
+    return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+
+
+def top_k_sampling_from_probs(
+    probs: Tensor,
+    top_k: Tensor | int,
+    indices: Tensor | None = None,
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    check_nan: bool = False,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    return_valid: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw from the top_k most probable tokens (Fan et al. 2018): exactly k, equal ones by lower id.
+
+    Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; arguments and errors as in the module.
+    """
+    given = {"top_k": top_k}
+    return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+
+
+def min_p_sampling_from_probs(
+    probs: Tensor,
+    min_p: Tensor | float,
+    indices: Tensor | None = None,
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    check_nan: bool = False,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    return_valid: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw from the tokens with at least min_p times the largest probability (Nguyen et al. 2024).
+
+    Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; arguments and errors as in the module.
+    """
+    given = {"min_p": min_p}
+    return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+
+
+def top_k_top_p_sampling_from_probs(
+    probs: Tensor,
+    top_k: Tensor | int,
+    top_p: Tensor | float,
+    indices: Tensor | None = None,
+    filter_apply_order: str = "top_k_first",
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    check_nan: bool = False,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    return_valid: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw from probs after top-k and top-p.
+
+    filter_apply_order: "top_k_first" measures top-p over what top-k kept, "joint" over the whole row.
+    Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; other arguments as in the module.
+    """
+    given = {"top_k": top_k, "top_p": top_p}
+    return sample_probs(probs, given, filter_apply_order, indices, generator, check_nan, seed, offset, return_valid)
+
+
+def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:
+    """What top_p_sampling_from_probs draws from, float32 [B, V]: kept probabilities over their sum, 0 elsewhere.
+
+    Invalid rows raise (on a GPU they are all 0).
+    """
+    return renormalise(probs, {"top_p": top_p})
+
+
+def top_k_renorm_probs(probs: Tensor, top_k: Tensor | int, is_deterministic: bool = False) -> Tensor:
+    """What top_k_sampling_from_probs draws from, [B, V] in the dtype of probs: kept ones over their sum, 0 elsewhere.
+
+    Invalid rows raise (on a GPU they are all 0).
+    """
+    return renormalise(probs, {"top_k": top_k}).to(probs.dtype)
+
+
+top_p_renorm_prob = top_p_renorm_probs
+top_k_renorm_prob = top_k_renorm_probs

@@ -1,0 +1,223 @@
+"""What `fs_generate` takes from the processors that `generate` has prepared, and what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitNormalization,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
+)
+
+from fastsample.params import GREEDY_BELOW, specs
+
+
+@dataclass
+class Plan:
+    """What is done by whom at each step of one call of `generate`."""
+
+    own: list[LogitsProcessor]  # stay as they are, in their order
+    fields: dict[str, Any]  # the SamplingParams of what follows them
+    ignored: int | torch.Tensor | None = None  # leading ids, of all or of each sequence, that were never "seen"
+    bias: dict[int, float] | None = None
+    allowed: Callable[[int, torch.Tensor], list[int]] | None = None  # prefix_allowed_tokens_fn
+
+
+# In the order in which `generate` applies them. It is the contract's too, but for the mask of allowed tokens: -inf
+# stays -inf under a finite bias and under a penalty, so it may as well come first.
+_FUSED: tuple[tuple[type[LogitsProcessor], str, str], ...] = (
+    (SequenceBiasLogitsProcessor, "bias", "sequence_bias"),
+    (RepetitionPenaltyLogitsProcessor, "repetition_penalty", "penalty"),
+    (PrefixConstrainedLogitsProcessor, "allowed", "_prefix_allowed_tokens_fn"),
+    (TemperatureLogitsWarper, "temperature", "temperature"),
+    (TopKLogitsWarper, "top_k", "top_k"),
+    (TopPLogitsWarper, "top_p", "top_p"),
+    (MinPLogitsWarper, "min_p", "min_p"),
+)
+
+# They set some scores to -inf and look at the ids alone: for the same reason what precedes them may as well follow.
+_MASKS = (
+    NoRepeatNGramLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+
+_AFTER_WARPERS = (
+    TopHLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    WatermarkLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    LogitNormalization,
+)
+
+_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+
+# HF's top_p = 0 keeps one token; so does a mass target of 0, for which the contract has no name but a tiny p.
+_SMALLEST_TOP_P = 2.0**-40
+
+
+def make_plan(processors: LogitsProcessorList, prompt_length: int, given: dict[str, Any], sampled: bool) -> Plan:
+    """Take from the end of the list what one fused call does just as well, and put the given fields over it."""
+    plan = Plan([], {"ties": "all"} if sampled else {})
+    # Greedy search stays transformers' own, but for a penalty that a given one replaces.
+    stage = len(_FUSED) if sampled else 2 * ("repetition_penalty" in given)
+    rest = list(processors)
+    while rest:
+        found = _stage(rest, stage, prompt_length)
+        if found is not None:
+            _fuse(plan, rest.pop(), stage := found)
+        elif type(rest[-1]) in _MASKS:
+            plan.own.insert(0, rest.pop())
+        else:
+            break
+    plan.own = rest + plan.own
+    if plan.fields.get("top_p") == 0:
+        plan.fields["top_p"] = _SMALLEST_TOP_P
+    _check_given(given, plan.own, sampled)
+    plan.fields |= given
+    return plan
+
+
+def _fuse(plan: Plan, processor: LogitsProcessor, stage: int) -> None:
+    _, name, attribute = _FUSED[stage]
+    value = getattr(processor, attribute)
+    if name == "bias":
+        plan.bias = {int(ids[0]): float(bias) for ids, bias in value.items()}
+    elif name == "allowed":
+        plan.allowed = value
+    else:
+        plan.fields[name] = value
+        plan.ignored = getattr(processor, "prompt_ignore_length", plan.ignored)
+
+
+def _stage(processors: list[LogitsProcessor], before: int, prompt_length: int) -> int | None:
+    """The last processor's index in _FUSED, or None where it does not go before what is fused already."""
+    processor = processors[-1]
+    kinds = [kind for kind, *_ in _FUSED[:before]]
+    if type(processor) not in kinds or not _is_plain(processor, prompt_length):
+        return None
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        # Where nothing that it allows is left, transformers allows it again: what may leave nothing must not precede.
+        fused_too = (SequenceBiasLogitsProcessor, RepetitionPenaltyLogitsProcessor)
+        if not all(type(p) in fused_too and _is_plain(p, prompt_length) for p in processors[:-1]):
+            return None
+    return kinds.index(type(processor))
+
+
+def _is_plain(processor: LogitsProcessor, prompt_length: int) -> bool:
+    """Whether the contract has words for this processor's settings."""
+    if isinstance(processor, TemperatureLogitsWarper):
+        # A smaller one is greedy in the contract, and merely cold in transformers.
+        return bool(GREEDY_BELOW <= processor.temperature <= dict(specs())["temperature"].high)
+    if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        return ignored is None or int(torch.as_tensor(ignored).max()) <= prompt_length
+    if isinstance(processor, SequenceBiasLogitsProcessor):
+        biases = processor.sequence_bias.items()
+        return all(len(ids) == 1 and math.isfinite(bias) for ids, bias in biases)
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return True
+    return getattr(processor, "filter_value", None) == -math.inf and getattr(processor, "min_tokens_to_keep", 1) == 1
+
+
+def _check_given(given: dict[str, Any], own: list[LogitsProcessor], sampled: bool) -> None:
+    """Refuse fields that would be without effect, or have their effect in the wrong place."""
+    replaced = tuple(kind for kind, name, _ in _FUSED if name in given)
+    for processor in own:
+        if given and isinstance(processor, (*_AFTER_WARPERS, *replaced)):
+            names = ", ".join(given)
+            raise ValueError(
+                f"fs_generate({names}=...): {type(processor).__name__} is not fused here, and would act before it; "
+                f"leave one of them out, or set {names} on generate where it has that option"
+            )
+    idle = [name for name in given if name not in _PENALTIES]
+    if idle and not sampled:
+        raise ValueError(f"fs_generate({idle[0]}=...): without effect unless generate gets do_sample=True")
+
+
+# What is not served
+
+_OTHER_LOOPS = (
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "dola_layers",
+    "use_mtp",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+)
+"""Options of `generate` that ask for another decoding loop than one token per step."""
+
+
+def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
+    """ValueError that names what asks for another decoding loop; delegating would drop it silently."""
+    withheld = _withheld_by_generate()
+    if withheld.get("streamer") is not None:
+        raise ValueError(
+            "streamer: generate does not hand it to custom_generate; use fs_generate(streamer=...) instead"
+        )
+    asked = [name for name in _OTHER_LOOPS if getattr(config, name, None) not in (None, False)]
+    asked += ["assistant_model"] if withheld.get("assistant_model") is not None else []
+    asked += ["num_beams"] if (config.num_beams or 1) > 1 else []
+    asked += ["cache_implementation"] if config.cache_implementation == "paged" else []
+    mode = config.get_generation_mode()
+    if asked or mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        raise ValueError(
+            f"{', '.join(asked) or mode.value}: not served by fs_generate, which draws one token per sequence and step"
+        )
+    if type(model)._sample is not GenerationMixin._sample:
+        raise ValueError(
+            f"{type(model).__name__} has a decoding loop of its own (_sample), which fs_generate cannot enter"
+        )
+
+
+def synced_gpus(model: Any) -> bool:
+    """What `generate` makes of its argument, which it does not hand to `custom_generate` (ZeRO-3 would hang)."""
+    asked = _withheld_by_generate().get("synced_gpus")
+    return bool(model._extract_generation_mode_kwargs(None, {}, asked, None, None)["synced_gpus"])
+
+
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+def _withheld_by_generate() -> dict[str, Any]:
+    """The arguments of the `generate` that called us: it keeps some from a callable, and only its frame has them."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _GENERATE:
+        frame = frame.f_back
+    names = ("streamer", "assistant_model", "synced_gpus")
+    return {} if frame is None else {name: frame.f_locals.get(name) for name in names}

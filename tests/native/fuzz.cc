@@ -1,0 +1,100 @@
+// Fuzzer of the native entry point: every instruction set against the twin, all outputs, to the
+// bit. With libFuzzer (clang++ -fsanitize=fuzzer), or as a part of stress.cc with any compiler.
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <string>
+
+#include "cpu/dispatch.h"
+#include "inputs.h"
+#include "twin.h"
+
+namespace {
+
+using namespace fastsample;
+
+// What one implementation writes, in buffers without a spare element.
+struct Written {
+  std::vector<int32_t> status;
+  std::vector<int64_t> tokens, ranks, top_ids;
+  std::vector<float> filtered, probabilities, logprobs, top_logprobs;
+  Outputs out;
+
+  explicit Written(const fuzz::Input& in) {
+    const size_t rows = (size_t)in.rows, draws = in.wants_tokens ? rows * in.num_samples : 0;
+    const size_t full = rows * in.vocab, top = rows * in.num_top;
+    const bool logs = in.mode != kNoLogprobs;
+    status.assign(rows, -9);
+    tokens.assign(draws, -9);
+    filtered.assign(in.wants_filtered ? full : 0, -9);
+    probabilities.assign(in.wants_probabilities ? full : 0, -9);
+    logprobs.assign(logs ? draws : 0, -9);
+    ranks.assign(logs && in.wants_ranks ? draws : 0, -9);
+    top_ids.assign(top, -9);
+    top_logprobs.assign(top, -9);
+    const auto data = [](auto& v) { return v.empty() ? nullptr : v.data(); };
+    out = Outputs{status.data(),  data(tokens), data(filtered), data(probabilities),
+                  data(logprobs), data(ranks),  data(top_ids),  data(top_logprobs),
+                  in.num_samples, in.num_top,   in.mode};
+  }
+};
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.empty() || memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// All NaNs are alike, everything else is equal to the bit or, where `ulp` says so, close.
+bool same_floats(const std::vector<float>& a, const std::vector<float>& b, int ulp) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] != a[i] && b[i] != b[i]) continue;
+    int32_t x, y;
+    memcpy(&x, &a[i], sizeof x);
+    memcpy(&y, &b[i], sizeof y);
+    if (llabs((long long)x - y) > ulp) return false;
+  }
+  return true;
+}
+
+// The first output that differs, or null.
+const char* difference(const Written& a, const Written& b) {
+  if (!same_bits(a.status, b.status)) return "status";
+  if (!same_bits(a.tokens, b.tokens)) return "tokens";
+  if (!same_bits(a.filtered, b.filtered)) return "filtered";
+  if (!same_bits(a.probabilities, b.probabilities)) return "probabilities";
+  if (!same_bits(a.ranks, b.ranks)) return "ranks";
+  if (!same_bits(a.top_ids, b.top_ids)) return "top_ids";
+  if (!same_floats(a.logprobs, b.logprobs, 2)) return "logprobs";
+  if (!same_floats(a.top_logprobs, b.top_logprobs, 2)) return "top_logprobs";
+  return nullptr;
+}
+
+void check(bool good, const std::string& isa, const char* what) {
+  if (good) return;
+  fprintf(stderr, "%s: %s\n", isa.c_str(), what);
+  abort();
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static const std::vector<std::string> names = isas();
+  const fuzz::Input in(fuzz::Bytes{data, size});
+  Batch batch = in.batch();
+  Written want(in);
+  batch.out = want.out;
+  int64_t invalid = 0;
+  for (int64_t r = 0; r < in.rows; ++r)
+    invalid += 0 != (want.status[r] = twin::sample_row(batch, r));
+  const std::vector<uint8_t> before = in.logits;
+  for (const std::string& isa : names) {
+    force_isa(isa);
+    Written got(in);
+    batch.out = got.out;
+    check(sample_batch(batch, 1) == invalid, isa, "number of invalid rows");
+    const char* wrong = difference(want, got);
+    check(!wrong, isa, wrong);
+    check(before == in.logits, isa, "the logits were written to");
+  }
+  return 0;
+}

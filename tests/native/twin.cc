@@ -1,0 +1,14 @@
+// The twin as a kernel of its own: linked with csrc/cpu/dispatch.cc and csrc/bindings/cpu.cc it is
+// an extension like the engine's, which tests/test_native.py compares with the Python reference.
+#include "twin.h"
+
+#include "cpu/kernel.h"
+
+namespace fastsample {
+
+extern const Kernel kernel_baseline;
+const Kernel kernel_baseline = {"twin", 4, [](const Batch& batch, int64_t r, const Workspace&) {
+                                  return twin::sample_row(batch, r);
+                                }};
+
+}  // namespace fastsample

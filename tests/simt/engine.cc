@@ -1,0 +1,130 @@
+// csrc/cuda as a library for ctypes: the same plans, layouts and launches, on fibers.
+#include <tuple>
+#include <vector>
+
+#include "cuda/arguments.h"
+#include "cuda/launch.cuh"
+
+namespace {
+
+using namespace fastsample;
+
+template <class... Parameters>
+struct Call {
+  void (*kernel)(Parameters...);
+  std::tuple<Parameters...> arguments;
+  static void run(const void* call) {
+    std::apply(((const Call*)call)->kernel, ((const Call*)call)->arguments);
+  }
+};
+
+const char* failure;
+
+struct Launch {
+  template <class... Parameters, class... Arguments>
+  int operator()(void (*kernel)(Parameters...), const Plan& plan,
+                 const Arguments&... arguments) const {
+    const Call<std::decay_t<Parameters>...> call = {kernel, {arguments...}};
+    const int64_t blocks = (int64_t)plan.teams * plan.parts;
+    const int cluster = plan.policy == kClusterPolicy ? plan.parts : 1;
+    const int64_t together = plan.policy == kGridPolicy ? blocks : cluster;
+    failure =
+        simt::run(blocks, plan.threads, (size_t)plan.shared, together, cluster, call.run, &call);
+    return failure ? 1 : 0;
+  }
+};
+
+template <class T>
+void run(const Batch& batch, const Layout& layout, const Workspace& ws) {
+  if (launch_sample<T>(batch, layout.sample, ws, Launch()) || !layout.outputs.teams) return;
+  launch_outputs<T>(batch, layout.outputs, ws, Launch());
+}
+
+struct PlanArguments {
+  int64_t arch, multiprocessors, shared_block, shared_sm, largest_cluster;
+  int64_t policy;  // -1: what tuning.h says
+  int64_t parts, threads, teams;
+};
+
+Plan plan_of(const Device& device, const Batch& batch, const PlanArguments& a) {
+  if (a.policy < 0) return plan(device, shape_of(batch));
+  Plan p =
+      make_plan(device, shape_of(batch), (Policy)a.policy, (int32_t)a.parts, (int32_t)a.threads);
+  p.teams = at_most(a.teams, batch.logits.rows);
+  return p;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Returns null or what went wrong. `chosen` gets policy, parts, threads, teams and shared memory.
+const char* simt_run(const RowArguments* row_arguments, const CallArguments* call_arguments,
+                     const PlanArguments* plan_arguments, int64_t* chosen) {
+  const Batch batch = batch_of(rows_of(*row_arguments), *call_arguments);
+  const PlanArguments& a = *plan_arguments;
+  const Device device = {(int32_t)a.arch, (int32_t)a.multiprocessors, (int32_t)a.shared_block,
+                         (int32_t)a.shared_sm, (int32_t)a.largest_cluster};
+  const Plan plan = plan_of(device, batch, a);
+  Layout layout = layout_for(device, batch, row_arguments->bias_entries, plan);
+  if (layout.outputs.teams && a.policy >= 0) {
+    layout.outputs.threads = plan.threads;
+    const Plan own = make_plan(device, shape_of(batch), kBlockPolicy, 1, plan.threads);
+    if (!layout.outputs.far_bitmap) layout.outputs.shared = own.shared;
+    layout.outputs.teams = at_most(a.teams, batch.logits.rows);
+  }
+  Workspace ws;
+  // Exactly as much as is needed, so that AddressSanitizer sees what lies past it; never zeros.
+  layout.workspace = lay_out(batch, layout, nullptr, nullptr, ws);
+  std::vector<char> workspace((size_t)layout.workspace, (char)0xA5);
+  std::vector<char> boards((size_t)layout.boards, 0);
+  lay_out(batch, layout, workspace.data(), boards.data(), ws);
+  const int64_t out[] = {plan.policy,   plan.parts,           plan.threads,
+                         plan.teams,    plan.shared,          layout.workspace,
+                         layout.boards, layout.outputs.teams, layout.outputs.far_bitmap};
+  for (size_t i = 0; i < sizeof out / sizeof *out; ++i) chosen[i] = out[i];
+  const Logits& l = batch.logits;
+  const int64_t itemsize = l.dtype == kFloat32 ? 4 : 2;
+  simt::settings.logits_begin = (const char*)l.data;
+  simt::settings.logits_end = (const char*)l.data + ((l.rows - 1) * l.stride + l.vocab) * itemsize;
+  simt::counters = {};
+  failure = nullptr;
+  if (l.rows == 0) return nullptr;
+  switch (l.dtype) {
+    case kFloat16:
+      run<Half>(batch, layout, ws);
+      break;
+    case kBFloat16:
+      run<BFloat>(batch, layout, ws);
+      break;
+    default:
+      run<float>(batch, layout, ws);
+  }
+  // Bins and totals are left zero for the next launch.
+  const Board* board = (const Board*)boards.data();
+  for (int32_t i = 0; ws.boards && i < plan.teams && !failure; ++i) {
+    bool clean = board[i].total == 0;
+    for (uint32_t bin : board[i].bins) clean &= bin == 0;
+    if (!clean) failure = "a board is not zero after the launch";
+  }
+  return failure;
+}
+
+// The plan for a device that need not be there: policy, parts, threads, teams, shared memory.
+void simt_plan(const int64_t* d, int64_t rows, int64_t vocab, int64_t itemsize, int64_t edits,
+               int64_t* chosen) {
+  const Device device = {(int32_t)d[0], (int32_t)d[1], (int32_t)d[2], (int32_t)d[3], (int32_t)d[4]};
+  const Plan p = plan(device, Shape{rows, (int32_t)vocab, (int32_t)itemsize, edits != 0});
+  const int64_t out[] = {p.policy, p.parts, p.threads, p.teams, p.shared};
+  memcpy(chosen, out, sizeof out);
+}
+
+void simt_settings(int order, uint64_t seed, const char* skip_file, int skip_line) {
+  simt::settings.order = order;
+  simt::settings.seed = seed;
+  simt::settings.skip_file = skip_file;
+  simt::settings.skip_line = skip_line;
+}
+
+void simt_counters(int64_t* to) { memcpy(to, &simt::counters, sizeof simt::counters); }
+}

@@ -1,0 +1,181 @@
+// CUDA's names for the host: every thread of a block, a cluster or a grid is a fiber. csrc/cuda
+// includes this file where nvcc does not compile it, and nothing else there differs.
+//
+// Fibers change only at barriers and warp operations, in an order that the test chooses: lane by
+// lane, or (kWarpByWarp) each warp, in shuffled order, as far as it gets. What a
+// missing barrier would have made wait is thus run too early or too late in one order or another.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "cuda/workspace.h"
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+namespace simt {
+
+struct Index {
+  uint32_t x, y, z;
+};
+
+enum Order : int { kAscending = 0, kDescending = 1, kShuffled = 2, kWarpByWarp = 3 };
+
+// What a launch did.
+struct Counters {
+  int64_t logit_bytes;    // read from the logits
+  int64_t other_bytes;    // read from other device memory through load_global
+  int64_t written_bytes;  // through store_global
+  int64_t barriers;       // passed, counted once per block
+  int64_t warp_operations;
+  int64_t atomics;
+};
+
+struct Settings {
+  int order;
+  uint64_t seed;          // of the shuffled orders
+  const char* skip_file;  // a barrier that threads are let through, named by its place
+  int skip_line;
+  const char* logits_begin;
+  const char* logits_end;
+};
+
+extern Settings settings;
+extern Counters counters;
+
+// The running thread's place.
+struct Place {
+  Index thread, block, block_size, grid_size;
+  int cluster_rank;
+};
+extern Place* here;
+
+void block_barrier(const char* file, int line);
+void cluster_barrier();
+void pause();
+char* shared_memory();
+char* shared_memory_of(int cluster_rank);
+
+// Every lane gives 8 bytes; lane i gets what lane `from` gave.
+uint64_t exchange(uint64_t mine, int from);
+uint32_t vote(bool mine);
+
+// Starts grid * block threads, `together` blocks at a time (they may wait for each other), in
+// clusters of `cluster` blocks. Returns null, or what went wrong.
+typedef void (*Body)(const void* context);
+const char* run(int64_t grid, int block, size_t shared, int64_t together, int cluster, Body body,
+                const void* context);
+
+void count_read(const void* p, size_t bytes);
+
+}  // namespace simt
+
+#define threadIdx (simt::here->thread)
+#define blockIdx (simt::here->block)
+#define blockDim (simt::here->block_size)
+#define gridDim (simt::here->grid_size)
+
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::block_barrier(file, line);
+}
+inline void __threadfence() {}
+
+template <class T>
+inline T simt_exchange(T value, int from) {
+  static_assert(sizeof(T) <= 8, "");
+  uint64_t word = 0;
+  memcpy(&word, &value, sizeof value);
+  word = simt::exchange(word, from);
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+inline int simt_lane() { return (int)(threadIdx.x & 31); }
+template <class T>
+inline T __shfl_sync(uint32_t, T value, int from) {
+  return simt_exchange(value, from & 31);
+}
+template <class T>
+inline T __shfl_xor_sync(uint32_t, T value, int mask) {
+  return simt_exchange(value, simt_lane() ^ mask);
+}
+template <class T>
+inline T __shfl_up_sync(uint32_t, T value, int step) {
+  return simt_exchange(value, simt_lane() >= step ? simt_lane() - step : simt_lane());
+}
+inline uint32_t __ballot_sync(uint32_t, bool mine) { return simt::vote(mine); }
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
+
+// One fiber runs at a time, so that plain operations are atomic.
+template <class T>
+inline T atomicAdd(T* p, T value) {
+  ++simt::counters.atomics;
+  const T before = *p;
+  *p = (T)(before + value);
+  return before;
+}
+inline uint32_t atomicOr(uint32_t* p, uint32_t value) {
+  ++simt::counters.atomics;
+  const uint32_t before = *p;
+  *p |= value;
+  return before;
+}
+inline int32_t atomicCAS(int32_t* p, int32_t expected, int32_t value) {
+  ++simt::counters.atomics;
+  const int32_t before = *p;
+  if (before == expected) *p = value;
+  return before;
+}
+
+// What block.cuh defines for nvcc.
+namespace fastsample {
+
+constexpr bool kHasClusters = true;
+
+inline char* shared_memory() { return simt::shared_memory(); }
+inline Vec16 load_global16(const void* p) {
+  simt::count_read(p, 16);
+  return *(const Vec16*)p;  // UBSan looks at the alignment
+}
+template <class T>
+inline T load_global(const T* p) {
+  simt::count_read(p, sizeof(T));
+  return *p;
+}
+template <class T>
+inline void store_global(T* p, T value) {
+  simt::counters.written_bytes += sizeof(T);
+  *p = value;
+}
+
+// Exactly: exponent and mantissa in place, then a product with a power of two.
+inline float half_to_float(uint16_t bits) {
+  const uint32_t magnitude = (bits & 0x7fffu) << 13;
+  float x;
+  memcpy(&x, &magnitude, sizeof x);
+  x *= 0x1p112f;
+  uint32_t word;
+  memcpy(&word, &x, sizeof word);
+  if ((bits & 0x7c00) == 0x7c00) word |= 0x7f800000u;
+  word |= (bits & 0x8000u) << 16;
+  memcpy(&x, &word, sizeof x);
+  return x;
+}
+
+inline void pause() { simt::pause(); }
+inline void cluster_sync() { simt::cluster_barrier(); }
+inline int cluster_rank() { return simt::here->cluster_rank; }
+template <class T>
+inline T* of_cluster_block(T* mine, int rank) {
+  return (T*)(simt::shared_memory_of(rank) + ((char*)mine - simt::shared_memory()));
+}
+
+}  // namespace fastsample

@@ -1,0 +1,267 @@
+"""Best-of-N and self-consistency: one prefill, defined seeds, ranks and errors."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from table_model import TableModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MaxLengthCriteria,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import fastsample as fs
+from fastsample.candidates import BestOfN, _rank
+from fastsample.cli_generate import shipped_model
+from fastsample.integrations.grammar import GrammarCompiler
+from fastsample.integrations.transformers import fs_generate
+from fastsample.rows import pack_seeds, splitmix64
+
+V, EOS = 64, 2
+PROMPT = torch.tensor([[5, 9, 7]])
+
+
+@pytest.fixture(scope="module")
+def table() -> TableModel:
+    torch.manual_seed(1)
+    model = TableModel(2 * torch.randn(V, V)).eval()
+    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=EOS)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(shipped_model())
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(shipped_model()).float().eval()
+
+
+def by_hand(table: TableModel, start: int, prompt_seed: int, index: int, steps: int, **fields: Any) -> tuple[Any, Any]:
+    """Candidate `index` by the API alone: draw `index` of the first row, then a seed of its own."""
+    own = prompt_seed if index == 0 else int(splitmix64((prompt_seed + index) % 2**64, 1))
+    first = fs.sample(
+        table.table[start].detach(), seed=[prompt_seed], num_samples=index + 1, logprobs="raw", ties="all", **fields
+    )
+    tokens, logprobs = [int(first.tokens.reshape(-1)[-1])], [float(first.logprobs.reshape(-1)[-1])]
+    while len(tokens) < steps and tokens[-1] != EOS:
+        logits = table.table[tokens[-1]].detach()
+        out = fs.sample(logits, seed=[own], offset=len(tokens), logprobs="raw", ties="all", **fields)
+        tokens.append(int(out.tokens))
+        logprobs.append(float(out.logprobs))
+    return tokens, logprobs
+
+
+def test_candidates_are_those_of_the_seeds(table: TableModel) -> None:
+    result = fs.best_of_n(table, PROMPT, 6, seed=7, max_new_tokens=12, temperature=0.9, top_k=40)
+    seed = int(pack_seeds(7, 1)[0])
+    assert sorted(c.index for c in result.candidates) == list(range(6))
+    assert len({len(c.tokens) for c in result.candidates}) > 1  # some end before the others
+    for c in result.candidates:
+        tokens, logprobs = by_hand(table, 7, seed, c.index, 12, temperature=0.9, top_k=40)
+        assert c.tokens == tokens
+        assert c.logprobs == pytest.approx(logprobs, abs=1e-6)
+        assert c.score == pytest.approx(math.fsum(logprobs) / len(logprobs), abs=1e-6)
+        assert (c.text, c.answer, c.truncated) == ("", None, False)
+    assert [c.score for c in result.candidates] == sorted((c.score for c in result.candidates), reverse=True)
+    assert len({tuple(c.tokens) for c in result.candidates}) == 6
+
+
+def test_one_candidate_is_what_fs_generate_gives(table: TableModel) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 9, "top_k": 30}
+    (alone,) = fs.best_of_n(table, PROMPT, 1, seed=[3], **options).candidates
+    tokens = table.generate(PROMPT, do_sample=True, custom_generate=fs_generate([3]), **options)[0, 3:].tolist()
+    assert alone.tokens == tokens
+    five = fs.best_of_n(table, PROMPT, 5, seed=[3], **options).candidates
+    eight = fs.best_of_n(table, PROMPT, 8, seed=[3], **options).candidates
+    assert next(c for c in five if c.index == 0).tokens == tokens
+    assert {c.index: c.tokens for c in five}.items() <= {c.index: c.tokens for c in eight}.items()
+
+
+def test_several_prompts(table: TableModel) -> None:
+    several = fs.best_of_n(table, torch.tensor([[5, 9, 7], [1, 1, 8]]), 3, seed=[11, 12], max_new_tokens=6)
+    for ids, seed, result in zip(([[5, 9, 7]], [[1, 1, 8]]), (11, 12), several, strict=True):
+        assert fs.best_of_n(table, torch.tensor(ids), 3, seed=[seed], max_new_tokens=6) == result
+
+
+def test_per_prompt_parameters(table: TableModel) -> None:
+    ids = torch.tensor([[5, 9, 7], [1, 1, 8]])
+    cold, warm = fs.best_of_n(table, ids, 3, seed=[1, 2], max_new_tokens=6, temperature=[0.0, 1.0])
+    assert len({tuple(c.tokens) for c in cold.candidates}) == 1
+    assert len({tuple(c.tokens) for c in warm.candidates}) == 3
+    assert [c.index for c in cold.candidates] == [0, 1, 2]  # equal scores: the lower index first
+
+
+def test_the_prompt_runs_once(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    drawn: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    real = fs.sampler.Request.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn.append(self.num_samples)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr("fastsample.request.Request.run", run)
+    ids = tokenizer("The future of AI is", return_tensors="pt")
+    try:
+        fs.best_of_n(model, ids, 5, seed=1, max_new_tokens=4, eos_token_id=None)
+    finally:
+        hook.remove()
+    assert seen == [(1, ids["input_ids"].shape[1]), (5, 1), (5, 1), (5, 1)]
+    assert drawn == [5, 1, 1, 1]
+
+
+def test_logprobs_are_the_models(model: Any, tokenizer: Any) -> None:
+    prompt = tokenizer("The future of AI is", return_tensors="pt")["input_ids"]
+    raw = fs.best_of_n(model, prompt, 4, seed=3, max_new_tokens=10, temperature=0.7, tokenizer=tokenizer)
+    processed = fs.best_of_n(model, prompt, 4, seed=3, max_new_tokens=10, temperature=0.7, logprobs="processed")
+    for c in raw.candidates:
+        ids = torch.tensor([prompt[0].tolist() + c.tokens])
+        with torch.no_grad():
+            expected = model(ids).logits[0, prompt.shape[1] - 1 : -1].log_softmax(-1)
+        got = torch.tensor(c.logprobs)
+        torch.testing.assert_close(got, expected.gather(1, torch.tensor(c.tokens)[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+        assert c.text == tokenizer.decode(c.tokens, skip_special_tokens=True)
+    assert {c.index: c.tokens for c in raw.candidates} == {c.index: c.tokens for c in processed.candidates}
+    assert {c.index: c.logprobs for c in raw.candidates} != {c.index: c.logprobs for c in processed.candidates}
+
+
+def test_text_and_lists_of_text(model: Any, tokenizer: Any) -> None:
+    one = fs.best_of_n(model, "Use this", 2, tokenizer=tokenizer, seed=[5], max_new_tokens=5)
+    several = fs.best_of_n(model, ["Use this", "The future of AI is"], 2, tokenizer=tokenizer, seed=5, max_new_tokens=5)
+    assert isinstance(one, BestOfN)
+    assert [len(result.candidates) for result in several] == [2, 2]
+    assert isinstance(fs.best_of_n(model, ["a"], 2, tokenizer=tokenizer, max_new_tokens=2), list)
+
+
+def test_encoder_decoder() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=EOS
+    )
+    t5 = T5ForConditionalGeneration(config).eval()
+    result = fs.best_of_n(t5, PROMPT, 4, seed=7, max_new_tokens=6)
+    tokens = t5.generate(PROMPT, do_sample=True, max_new_tokens=6, custom_generate=fs_generate(7))[0, 1:].tolist()
+    assert next(c for c in result.candidates if c.index == 0).tokens == tokens
+    assert len({tuple(c.tokens) for c in result.candidates}) > 1
+
+
+def test_stopping_criteria_and_one_token(table: TableModel) -> None:
+    for options in ({"max_new_tokens": 1}, {"stopping_criteria": [MaxLengthCriteria(4)], "max_new_tokens": 9}):
+        result = fs.best_of_n(table, PROMPT, 3, seed=1, **options)
+        assert [len(c.tokens) for c in result.candidates] == [1, 1, 1]
+
+
+def test_penalties_count_each_candidates_own_tokens(table: TableModel) -> None:
+    result = fs.best_of_n(table, PROMPT, 4, seed=1, max_new_tokens=25, presence_penalty=100.0, eos_token_id=None)
+    assert all(len(set(c.tokens)) == 25 for c in result.candidates)
+
+
+def test_with_a_grammar(model: Any, tokenizer: Any) -> None:
+    grammar = GrammarCompiler(tokenizer).regex("[0-9]{2}")
+    result = fs.best_of_n(
+        model, "The answer is", 8, tokenizer=tokenizer, seed=7, grammar=grammar, max_new_tokens=8, vote=int
+    )
+    assert all(re.fullmatch("[0-9]{2}", c.text) and not c.truncated for c in result.candidates)
+    nines = GrammarCompiler(tokenizer).regex("a{9}")
+    cut = fs.best_of_n(model, "The", 3, tokenizer=tokenizer, seed=7, grammar=nines, max_new_tokens=2)
+    assert all(c.truncated for c in cut.candidates)
+
+
+# Ranks and votes ------------------------------------------------------------------------------------------------------
+
+
+def drawn(*texts: str) -> list[tuple[str, list[int], list[float], bool]]:
+    return [(text, [1], [-1.0], False) for text in texts]
+
+
+def test_a_scorer_ranks_and_equal_scores_keep_the_order() -> None:
+    result = _rank(drawn("b", "aaa", "cc", "dd"), lambda text, tokens, logprobs: len(text), None)
+    assert [(c.index, c.score) for c in result.candidates] == [(1, 3.0), (2, 2.0), (3, 2.0), (0, 1.0)]
+    assert (result.best.text, result.votes, result.answer) == ("aaa", {}, None)
+
+
+def test_the_majority_comes_first() -> None:
+    scores = {"a1": 0.1, "b": 9.0, "a2": 0.2, "c": 5.0, "": 99.0}
+    result = _rank(drawn(*scores), lambda text, *_: scores[text], lambda text: text[:1] or None)
+    assert [c.text for c in result.candidates] == ["a2", "a1", "b", "c", ""]
+    assert list(result.votes.items()) == [("a", 2), ("b", 1), ("c", 1)]
+    assert result.answer == "a"
+
+
+def test_equal_votes_go_to_the_better_candidate_then_to_the_first() -> None:
+    tied = _rank(drawn("a", "b", "b", "a"), lambda text, *_: text == "b", lambda text: text)
+    assert tied.answer == "b"
+    assert _rank(drawn("a", "b", "b", "a"), lambda *_: 1.0, lambda text: text).answer == "a"
+
+
+def test_all_abstain() -> None:
+    result = _rank(drawn("a", "b"), lambda *_: 1, lambda text: None)
+    assert (result.answer, result.best.index) == (None, 0)
+
+
+@pytest.mark.parametrize("value", [3, True, 0.5, torch.tensor(2.0), float("-inf")])
+def test_what_counts_as_a_number(value: Any) -> None:
+    assert _rank(drawn("a"), lambda *_: value, None).best.score == float(value)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "kind", "message"),
+    [
+        (lambda *_: 1 / 0, ValueError, r"score: raised ZeroDivisionError on candidate 0 \('a'\): division by zero"),
+        (lambda *_: math.nan, ValueError, r"score: .*candidate 0 \('a'\), got NaN"),
+        (lambda *_: torch.tensor(math.nan), ValueError, "candidate 0 .*got NaN"),
+        (lambda *_: None, TypeError, r"score: expected a number for candidate 0 \('a'\), got None"),
+        (lambda *_: "9", TypeError, "candidate 0 .*got '9'"),
+        (lambda *_: torch.zeros(2), TypeError, "candidate 0 .*got tensor"),
+    ],
+    ids=["raises", "nan", "nan tensor", "none", "text", "tensor"],
+)
+def test_a_bad_score_names_the_candidate(scorer: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        _rank(drawn("a"), scorer, None)
+
+
+@pytest.mark.parametrize(("vote", "name"), [(lambda text: [1], "TypeError"), (int, "ValueError")], ids=["list", "int"])
+def test_a_bad_vote_names_the_candidate(vote: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"vote: raised {name} on candidate 0 \('a'\)"):
+        _rank(drawn("a"), "mean_logprob", vote)
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [
+        (0, {}, "n = 0: expected at least 1"),
+        (2.0, {}, r"n = 2\.0: expected an integer"),
+        (2, {"score": "best"}, "score = 'best'"),
+        (2, {"vote": "most"}, "vote = 'most'"),
+        (2, {"num_return_sequences": 2}, "num_return_sequences: best_of_n sets it itself"),
+        (2, {"do_sample": False}, "do_sample=False"),
+        (2, {"num_beams": 2}, "num_beams: not served"),
+        (2, {"top_p": 1.5}, r"top_p = 1\.5"),
+        (2, {"cache_implementation": "static"}, "StaticCache cannot be copied"),
+        (2, {"seed": [1, 2]}, "seed: expected one value or 1"),
+    ],
+)
+def test_bad_arguments(model: Any, n: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        fs.best_of_n(model, PROMPT, n, max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize(("inputs", "message"), [("text", "tokenizer: expected one"), (7, "tokenizer")])
+def test_bad_inputs(table: TableModel, inputs: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        fs.best_of_n(table, inputs, 2, max_new_tokens=3)
