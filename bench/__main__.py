@@ -120,31 +120,6 @@ def gpu(
 
 
 @app.command()
-def grammar(
-    vocab: Annotated[int, typer.Option(min=1, max=2**20)] = 128256,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
-    seconds: Annotated[float, typer.Option(help="Time for each batch size and mask.")] = 3.0,
-) -> None:
-    """A grammar's mask inside the pass that samples, against applying it apart."""
-    from bench.grammar import run
-
-    run(vocab, batch or [1, 8, 32], threads, seconds)
-
-
-@app.command()
-def serving(
-    vocab: Annotated[int, typer.Option(min=64, max=2**20)] = 128256,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
-) -> None:
-    """vLLM with and without fastsample: the sampler's time, and tokens per second."""
-    from bench.serving import run
-
-    run(vocab, batch or [1, 8, 32], out)
-
-
-@app.command()
 def report(
     files: Annotated[list[Path] | None, typer.Argument(help="JSON files. [default: bench/results/*.json]")] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
@@ -169,6 +144,31 @@ def readme(
     for machine in () if check else load(files):
         draw_all(machine, RESULTS / f"compare-{machine.slug}")
     raise typer.Exit(update(ROOT, files, check))
+
+
+@app.command()
+def grammar(
+    vocab: Annotated[int, typer.Option(min=1, max=2**20)] = 128256,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for each batch size and mask.")] = 3.0,
+) -> None:
+    """A grammar's mask inside the pass that samples, against applying it apart."""
+    from bench.grammar import run
+
+    run(vocab, batch or [1, 8, 32], threads, seconds)
+
+
+@app.command()
+def serving(
+    vocab: Annotated[int, typer.Option(min=64, max=2**20)] = 128256,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+) -> None:
+    """vLLM with and without fastsample: the sampler's time, and tokens per second."""
+    from bench.serving import run
+
+    run(vocab, batch or [1, 8, 32], out)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fastsample as fs
-from bench.cpu import machine
 from bench.modes import make_logits
+from bench.record import machine
 
 FIELDS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.record import Machine, Record
-from bench.timing import duration
+from bench.timing import duration, factor
 
 OURS, THEIRS, FLOOR = "#c2410c", "#94a3b8", "#1f2937"
 COLOURS = {"greedy": "#475569", "k50 p.95": "#c2410c", "min_p": "#0f766e", "p.95": "#7c3aed", "T": "#2563eb"}
@@ -97,7 +97,7 @@ def peer_bars(records: list[Record]) -> Figure | None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         for i, (value, ratio) in enumerate(zip(per_row, ratios, strict=True)):
-            label = duration(value) + ("" if ratio is None else f"  {ratio:.3g}x")
+            label = duration(value) + ("" if ratio is None else f"  {factor(ratio)}")
             axis.text(value * 1.08, i, label, va="center", fontsize=8.5)
         axis.set_title(mode, loc="left", fontsize=10, fontweight="bold")
         logarithmic(axis, "x")

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.cpu import machine
+import fastsample as fs
 from bench.modes import make_logits
+from bench.record import machine
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -119,7 +121,7 @@ def run(vocab: int, batch_sizes: Iterable[int], out: Path | None) -> None:
 
     llm = engine(vocab)
     inner = runner(llm).sampler.topk_topp_sampler
-    where = machine() | {"vllm": vllm.__version__}
+    where = machine() | {"vllm": vllm.__version__, "date": date.today().isoformat(), "threads": fs.get_num_threads()}
     results = []
     for rows in batch_sizes:
         for name, mode in MODES.items():

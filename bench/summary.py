@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import Machine, Record, load
-from bench.timing import duration
+from bench.timing import duration, factor
 
 BEGIN, END = "<!-- bench: begin, written by `python -m bench readme` -->", "<!-- bench: end -->"
 SECTIONS = {
@@ -71,10 +71,6 @@ def cell(record: Record) -> str:
 
 def plural(threads: int) -> str:
     return f"{threads} thread{'s' * (threads > 1)}"
-
-
-def factor(ratio: float) -> str:
-    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
 
 
 def generate_grid(machine: Machine) -> Grid | None:

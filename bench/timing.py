@@ -93,3 +93,8 @@ def duration(us: float) -> str:
         if us >= scale:
             return f"{us / scale:.3g} {unit}"
     return f"{us:.3g} us"
+
+
+def factor(ratio: float) -> str:
+    """How many times, with two digits or more."""
+    return f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
