@@ -145,8 +145,10 @@ def test_a_model_of_ones_own_is_sampled_as_the_options_say(tmp_path: Path) -> No
 def test_only_a_hub_name_may_reach_for_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def from_pretrained(name: str, *, local_files_only: bool) -> None:
+    def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool, use_safetensors: bool) -> None:
         asked.append(local_files_only)
+        assert not trust_remote_code
+        assert use_safetensors
         raise OSError("enough\nmore")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
