@@ -12,6 +12,7 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent.resolve()
+NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where it is not looked at: its kernels compile for minutes
 
 nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "tests"]
@@ -60,10 +61,10 @@ def stack(session: nox.Session, name: str, *bare: str) -> None:
     session.install("-r", str(ROOT / "tests" / "requirements" / f"{name}.txt"))
     session.install("--no-deps", *bare)
     if session.posargs[:1] == ["bench"]:
-        session.install("--no-deps", "-e", str(ROOT))
+        session.install("--no-deps", "-e", str(ROOT), *NO_CUDA)
         session.run("python", "-m", "bench", "serving", *session.posargs[1:])
         return
-    session.install("--no-deps", "--force-reinstall", str(ROOT))
+    session.install("--no-deps", "--force-reinstall", str(ROOT), *NO_CUDA)
     tests = sorted(map(str, (ROOT / "tests").glob(f"test_{name}*.py")))
     session.chdir(session.create_tmp())  # from the root, the source tree would be imported
     session.run("pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests, *session.posargs)
@@ -114,8 +115,8 @@ def sanitize(session: nox.Session) -> None:
         session.run(program, inputs, threads, "tests/native/corpus", external=True)
     runtime = session.run(clang, "-print-file-name=libclang_rt.asan-x86_64.so", silent=True, external=True)
     env = {"CXX": clang, "CC": clang.replace("++", ""), "CXXFLAGS": f"-O1 -g {MEMORY} -shared-libasan"}
-    options = (f"build-dir={built / 'build'}", "cmake.build-type=Debug", "cmake.define.FASTSAMPLE_CUDA=off")
-    session.install(".[test]", *(part for option in options for part in ("-C", option)), env=env)
+    debug = ("-C", f"build-dir={built / 'build'}", "-C", "cmake.build-type=Debug")
+    session.install(".[test]", *debug, *NO_CUDA, env=env)
     names = ("properties", "bad_input", "integers", "concurrency")
     session.chdir(built)  # from the root, the source tree would be imported
     # Leaks: CPython's own at exit are no news. The stress program looks for ours.
@@ -216,7 +217,7 @@ def supply(session: nox.Session) -> None:
 @nox.session
 def flashinfer(session: nox.Session) -> None:
     """Our signatures against those of the installed FlashInfer, which needs no GPU to be imported."""
-    session.install("-e", ".", "pytest>=8", "hypothesis>=6.100")
+    session.install("-e", ".", "pytest>=8", "hypothesis>=6.100", *NO_CUDA)
     session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
     session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # with them it would replace torch by a CUDA build
     session.run("python", "-c", "import flashinfer.sampling")  # where this fails, the test would be skipped
