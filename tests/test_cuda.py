@@ -57,7 +57,8 @@ def test_it_imports_without_a_driver(tmp_path: Path) -> None:
 
 def test_importing_fastsample_loads_no_extension_of_cuda() -> None:
     code = "import sys, torch, fastsample as fs; fs.sample(torch.zeros(9), backend='cpu'); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Not from the root, where the source tree would be imported.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE)
     assert "fastsample._cpu" in done.stdout.split()
     assert "fastsample._cuda" not in done.stdout.split()
 

@@ -208,7 +208,7 @@ print("same")
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_after_a_fork(threads: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FORK, str(threads)]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, str(threads)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == ("same\n", "")
 
