@@ -111,8 +111,11 @@ FS_INLINE void each_set(const BlockBits& set, int* n, Few few, Many many) {
 // Appends the values of a block whose bits are set.
 FS_INLINE void append(const float* x, const BlockBits& set, float* to, int* n) {
   each_set(
-      set, n, [&](int first, const int (&at)[kGuess]) { FS_EACH(kGuess)
-                                                        to[first + u] = x[at[u]]; },
+      set, n,
+      [&](int first, const int (&at)[kGuess]) {
+        FS_EACH(kGuess)
+        to[first + u] = x[at[u]];
+      },
       [&](int first, int i, Mask m) { compress_store(to + first, load(x + i), m); });
 }
 
