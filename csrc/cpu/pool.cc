@@ -46,7 +46,7 @@ class Pool {
     }
     attempt(work);
     const int joined = helpers - (int)places(gate_.fetch_and(~kPlaces));
-    wait(done_, [&] { return finished_ == joined; });
+    wait(done_, kSpins, [&] { return finished_ == joined; });
     if (const std::exception_ptr error = std::exchange(error_, nullptr)) {
       std::rethrow_exception(error);
     }
@@ -72,10 +72,12 @@ class Pool {
   }
 
   void serve(uint64_t seen) {
-    for (;;) {
-      wait(start_, [&] { return round(gate_) != seen; });
+    // Woken too late, a helper sleeps again at once: it may share its core with the caller.
+    for (int spins = kSpins;;) {
+      wait(start_, spins, [&] { return round(gate_) != seen; });
       seen = round(gate_);
-      if (!join()) continue;
+      spins = join() ? kSpins : 0;
+      if (!spins) continue;
       attempt(*work_);
       ++finished_;
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -84,8 +86,8 @@ class Pool {
   }
 
   template <class Condition>
-  void wait(std::condition_variable& event, Condition condition) {
-    for (int i = 0; i < kSpins; ++i) {
+  void wait(std::condition_variable& event, int spins, Condition condition) {
+    for (int i = 0; i < spins; ++i) {
       if (condition()) return;
       relax();
     }
