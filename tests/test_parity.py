@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +241,23 @@ def test_mass_that_a_sample_of_the_row_misses(fields: dict[str, Any]) -> None:
     x[1, 77] = 9.0
     got, expected = (fs.filter_logits(x, backend=name, **fields) for name in ("cpu", "reference"))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 5, "top_p": 0.5},
+        {"top_k": 5, "top_p": 0.9, "order": "joint"},
+        {"top_k": 7, "top_p": 0.9, "ties": "all"},
+        {"top_k": 4, "top_p": 0.7, "min_p": 0.1, "order": "min_p_first"},
+    ],
+)
+def test_the_lowest_float32_is_a_logit_like_any_other(fields: dict[str, Any], variant: str) -> None:
+    """Found by the fuzzer: a top-k that ends there lost its limit."""
+    rows = torch.full((3, 300), torch.finfo(torch.float32).min)
+    rows[1, ::3], rows[2, 7] = -torch.inf, 1.0
+    for call in (fs.filter_logits, fs.probabilities, partial(fs.sample, seed=3, num_samples=4)):
+        got, want = (call(rows, backend=backend, **fields) for backend in (variant, "reference"))
+        if isinstance(got, fs.SampleOutput):
+            got, want = got.tokens, want.tokens
+        assert torch.equal(bits(got), bits(want))
