@@ -196,21 +196,12 @@ def add_row_inputs(
         rows.output_ids = pack_token_ids("output_ids", output_ids, table)
 
 
-def _full(
-    kind: Literal["filtered", "probabilities"],
-    logits: torch.Tensor,
-    params: SamplingParams | None,
-    inputs: tuple[Any, ...],
-    on_invalid: OnInvalid,
-    backend: str,
-    out: torch.Tensor | None,
-    fields: dict[str, Any],
-) -> torch.Tensor:
+def _full(kind: Literal["filtered", "probabilities"], *arguments: Any) -> torch.Tensor:
     if is_compiling():
         from fastsample import ops
 
-        return ops.full(kind, logits, params, inputs, on_invalid, backend, out, fields)
-    return full(kind, logits, params, inputs, on_invalid, backend, out, fields)
+        return ops.full(kind, *arguments)
+    return full(kind, *arguments)
 
 
 def full(

@@ -32,6 +32,16 @@ class Outputs:
     num_top: int = 0
 
 
+def column(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address and row stride; a stride of 0 shares the first row."""
+    return tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0
+
+
+def token_ids(ids: torch.Tensor) -> tuple[int, int, int]:
+    """Address, row stride and length of each row's list."""
+    return ids.data_ptr(), ids.stride(0), ids.shape[1]
+
+
 class Engine(Protocol):
     """One implementation of the contract."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastsample.engines import Engine, Outputs
+from fastsample.engines import Engine, Outputs, column, token_ids
 from fastsample.params import specs
 from fastsample.rows import Rows
 from fastsample.threads import get_num_threads
@@ -82,23 +82,14 @@ class CpuEngine(Engine):
 def _native_rows(rows: Rows) -> Any:
     mask, bias = rows.bitmask, rows.bias
     return _native.Rows(
-        _column(rows.records),
-        _column(rows.seeds),
-        _column(rows.offsets),
-        None if mask is None else (*_column(mask), mask.shape[1]),
+        column(rows.records),
+        column(rows.seeds),
+        column(rows.offsets),
+        None if mask is None else (*column(mask), mask.shape[1]),
         None if bias is None else (bias.row_ptr.data_ptr(), bias.ids.data_ptr(), bias.values.data_ptr()),
-        _token_ids(rows.prompt_ids),
-        _token_ids(rows.output_ids),
+        None if rows.prompt_ids is None else token_ids(rows.prompt_ids),
+        None if rows.output_ids is None else token_ids(rows.output_ids),
     )
-
-
-def _column(tensor: torch.Tensor) -> tuple[int, int]:
-    """Pointer and row stride; a stride of 0 shares the first row."""
-    return tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0
-
-
-def _token_ids(ids: torch.Tensor | None) -> tuple[int, int, int] | None:
-    return None if ids is None else (ids.data_ptr(), ids.stride(0), ids.shape[1])
 
 
 ENGINE = CpuEngine()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastsample.engines import Engine, Outputs
+from fastsample.engines import Engine, Outputs, column, token_ids
 from fastsample.params import specs
 from fastsample.rows import Rows
 
@@ -111,13 +111,13 @@ def row_arguments(rows: Rows) -> tuple[int, ...]:
     """What csrc/cuda/arguments.h calls RowArguments."""
     mask, bias = rows.bitmask, rows.bias
     return (
-        *_column(rows.records),
-        *_column(rows.seeds),
-        *_column(rows.offsets),
-        *((0, 0, -1) if mask is None else (*_column(mask), mask.shape[1])),
+        *column(rows.records),
+        *column(rows.seeds),
+        *column(rows.offsets),
+        *((0, 0, -1) if mask is None else (*column(mask), mask.shape[1])),
         *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias[:3]), bias.ids.numel())),
-        *_token_ids(rows.prompt_ids),
-        *_token_ids(rows.output_ids),
+        *((0, 0, 0) if rows.prompt_ids is None else token_ids(rows.prompt_ids)),
+        *((0, 0, 0) if rows.output_ids is None else token_ids(rows.output_ids)),
     )
 
 
@@ -140,15 +140,6 @@ def call_arguments(logits: Tensor, out: Outputs) -> tuple[int, ...]:
         out.num_top,
         _MODES[out.mode],
     )
-
-
-def _column(tensor: Tensor) -> tuple[int, int]:
-    """Address and row stride; a stride of 0 shares the first row."""
-    return tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0
-
-
-def _token_ids(ids: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if ids is None else (ids.data_ptr(), ids.stride(0), ids.shape[1])
 
 
 @cache
