@@ -1,4 +1,4 @@
-// Stage 6 in vectors. A mass w is held as w = hi * 2^20 + lo, two 32-bit lanes that every ISA can
+// Stage 6 in vectors. A mass is held in halves of 20 bits, two 32-bit lanes that every ISA can
 // convert and add.
 #pragma once
 
@@ -59,38 +59,117 @@ FS_INLINE Pack<N> load_pack(const float* x) {
   return p;
 }
 
+// Where lanes count.
+template <int N>
+struct Where {
+  Mask m[N];
+};
+
+template <int N>
+FS_INLINE Where<N> everywhere() {
+  Where<N> w;
+  FS_EACH(N) w.m[u] = from_bits(kAllLanes);
+  return w;
+}
+
+// Masses of N vectors: w = (hi - kHiBias) * 2^20 + (lo - kLoBias) in every lane.
 template <int N>
 struct Mass {
   vu hi[N], lo[N];
 };
 
-// Masses of N vectors. -inf clamps to a y that has no mass; valid rows hold no NaN.
+#if defined(FASTSAMPLE_ISA_avx512)
+
+// AVX-512 has an instruction for the fraction and one for the scaling, and rounds down where told to:
+// q + 8 leaves q's multiples of 2^-20 in the lowest bits of a float, and the rest + 2^-17 those of
+// 2^-40. A conversion to integers would cost more than to subtract the biases from a sum.
+constexpr uint32_t kHiBias = 0x41000000, kLoBias = 0x37000000;  // the bits of 8 and of 2^-17
+constexpr float kRoughUnit = 1.0f;
+
+FS_INLINE vf round_down(vf sum_of, float magic) {
+  return (vf)_mm512_add_round_ps((__m512)sum_of, (__m512)splat(magic),
+                                 _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+}
+
+// kRoughUnit * exp2(y) where lanes count, else 0.
 template <int N>
-FS_INLINE Mass<N> weigh(const Weigher& w, const Pack<N>& x) {
-  // 20 more in the magic leaves n as it is and puts n + 20 into t's low bits: shifted into the
-  // exponent of p they make q = p * 2^n * 2^20, with hi before the binary point.
-  constexpr float kMagic = kRoundMagic + kHalfBits;
-  Pack<N> y = (x - w.max) * w.scale;
-  FS_EACH(N) y.v[u] = max(y.v[u], splat(kMassFloor));
-  const Pack<N> t = y + kMagic;
-  Pack<N> q = exp2_polynomial(y - (t - kMagic));
-  FS_EACH(N) q.v[u] = (vf)((vu)q.v[u] + ((vu)t.v[u] << 23));
-  Mass<N> m;
-  FS_EACH(N) m.hi[u] = (vu)truncate(q.v[u]);
-  FS_EACH(N) m.lo[u] = (vu)truncate((q.v[u] - to_float((vi)m.hi[u])) * 0x1p20f);
-  if (!w.floor) return m;
-  // The threshold has at most 24 significant bits, so it is exact as a float, and trunc(q) >= t is
-  // q >= t.
-  const vf floor = splat((float)w.floor * 0x1p-20f);
+FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
+  Pack<N> f;
+  FS_EACH(N) f.v[u] = (vf)_mm512_reduce_ps((__m512)y.v[u], _MM_FROUND_TO_NEAREST_INT);
+  const Pack<N> n = y - f;
+  Pack<N> p = exp2_polynomial(f);
   FS_EACH(N) {
-    const Mask heavy = ge(q.v[u], floor);
-    m.hi[u] = keep(heavy, m.hi[u]);
-    m.lo[u] = keep(heavy, m.lo[u]);
+    p.v[u] = (vf)_mm512_maskz_scalef_ps(where.m[u], (__m512)p.v[u], (__m512)n.v[u]);
+  }
+  return p;
+}
+
+template <int N>
+FS_INLINE Mass<N> to_integers(const Pack<N>& q) {
+  Mass<N> m;
+  FS_EACH(N) {
+    const vf t = round_down(q.v[u], 8.0f);
+    m.hi[u] = (vu)t;
+    m.lo[u] = (vu)_mm512_sub_round_ps((__m512)q.v[u], (__m512)(t - (8.0f + 0x1p-17f)),
+                                      _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
   }
   return m;
 }
 
-FS_INLINE Mass<1> weigh(const Weigher& w, vf x) { return weigh(w, Pack<1>{{x}}); }
+#else
+
+constexpr uint32_t kHiBias = 0, kLoBias = 0;
+constexpr float kRoughUnit = 0x1p20f;
+
+template <int N>
+FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
+  // 20 more in the magic leaves n as it is and puts n + 20 into t's low bits, to go to the exponent.
+  constexpr float kMagic = kRoundMagic + kHalfBits;
+  const Pack<N> t = y + kMagic;
+  Pack<N> p = exp2_polynomial(y - (t - kMagic));
+  FS_EACH(N) p.v[u] = (vf)keep(where.m[u], (vu)p.v[u] + ((vu)t.v[u] << 23));
+  return p;
+}
+
+template <int N>
+FS_INLINE Mass<N> to_integers(const Pack<N>& q) {
+  Mass<N> m;
+  FS_EACH(N) m.hi[u] = (vu)truncate(q.v[u]);
+  FS_EACH(N) m.lo[u] = (vu)truncate((q.v[u] - to_float((vi)m.hi[u])) * 0x1p20f);
+  return m;
+}
+
+#endif
+
+// Mass before it becomes an integer, kRoughUnit for the maximum. -inf clamps to a y that has no mass;
+// valid rows hold no NaN.
+template <int N>
+FS_INLINE Pack<N> weigh_roughly(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
+  Pack<N> y = (x - w.max) * w.scale;
+  FS_EACH(N) y.v[u] = max(y.v[u], splat(kMassFloor));
+  return exp2_where(where, y);
+}
+
+// Masses where lanes count, else 0.
+template <int N>
+FS_INLINE Mass<N> weigh(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
+  Pack<N> q = weigh_roughly(w, x, where);
+  if (w.floor) {
+    // The threshold has at most 24 significant bits, so it is exact as a float, and trunc(q * 2^40)
+    // >= t is q * 2^40 >= t.
+    const vf floor = splat((float)w.floor * (0x1p-40f * kRoughUnit));
+    FS_EACH(N) q.v[u] = (vf)keep(ge(q.v[u], floor), (vu)q.v[u]);
+  }
+  return to_integers(q);
+}
+
+// One vector's, as plain integers.
+FS_INLINE Mass<1> weigh(const Weigher& w, vf x, Mask where) {
+  Mass<1> m = weigh(w, Pack<1>{{x}}, Where<1>{{where}});
+  m.hi[0] -= kHiBias;
+  m.lo[0] -= kLoBias;
+  return m;
+}
 
 FS_INLINE uint64_t weigh(const Weigher& w, float x) {
   const uint64_t mass = mass_of(x, w.max, w.scale);
@@ -100,18 +179,32 @@ FS_INLINE uint64_t weigh(const Weigher& w, float x) {
 // Sums of the masses of a group at most.
 struct MassSum {
   vu hi = {}, lo = {};
+  uint32_t lanes = 0;  // that were added, each with its biases
 };
 
 template <int N>
-FS_INLINE void add_where(MassSum& s, const Mask (&where)[N], const Mass<N>& m) {
+FS_INLINE void add(MassSum& s, const Mass<N>& m) {
   FS_EACH(N) {
-    s.hi = add_where(where[u], s.hi, m.hi[u]);
-    s.lo = add_where(where[u], s.lo, m.lo[u]);
+    s.hi += m.hi[u];
+    s.lo += m.lo[u];
+  }
+  s.lanes += N * kLanes;
+}
+
+template <int N>
+FS_INLINE void add_where(MassSum& s, const Mass<N>& m, const Where<N>& where) {
+  FS_EACH(N) {
+    s.hi = add_where(where.m[u], s.hi, m.hi[u]);
+    s.lo = add_where(where.m[u], s.lo, m.lo[u]);
+    if (kHiBias) s.lanes += (uint32_t)count(where.m[u]);
   }
 }
 
+// Either half's sum has 31 bits; with the biases it is right modulo 2^32.
 FS_INLINE uint64_t total(const MassSum& s) {
-  return (reduce_add(s.hi) << kHalfBits) + reduce_add(s.lo);
+  const uint32_t hi = (uint32_t)reduce_add(s.hi) - s.lanes * kHiBias;
+  const uint32_t lo = (uint32_t)reduce_add(s.lo) - s.lanes * kLoBias;
+  return ((uint64_t)hi << kHalfBits) + lo;
 }
 
 // An x that every token of at least this mass exceeds. Conservative: rounding errors are far below

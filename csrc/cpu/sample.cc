@@ -46,9 +46,8 @@ Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, 
   const float* x = values(d, b, buffer);
   for (int i = 0; i < kBlock; i += kLanes) {
     const vi id = ids(d, b, i);
-    const Mask kept = keeps(cut, load(x + i), id);
-    const Mass<1> m = weigh(weigher, load(x + i));
-    const vu hi = keep(kept, m.hi[0]), lo = keep(kept, m.lo[0]);
+    const Mass<1> m = weigh(weigher, load(x + i), keeps(cut, load(x + i), id));
+    const vu hi = m.hi[0], lo = m.lo[0];
     const uint64_t here = (reduce_add(hi) << kHalfBits) + reduce_add(lo);
     if (here <= r) {
       r -= here;
@@ -100,7 +99,7 @@ void write_filtered(const Task<T>& t, Cutoff cut) {
       if (live) {
         Mask kept = keeps(cut, load(x + i), ids(t.dense, b, i));
         if (t.weigher.floor) {
-          const Mass<1> m = weigh(t.weigher, load(x + i));
+          const Mass<1> m = weigh(t.weigher, load(x + i), kept);
           kept = both(kept, gt(to_float((vi)(m.hi[0] | m.lo[0])), splat(0.0f)));
         }
         v = select(kept, load(x + i) / t.divisor, v);
@@ -124,10 +123,10 @@ void write_probabilities(const Task<T>& t, Cutoff cut, uint64_t total) {
     if (!(upper_bound(t.dense, b) >= cut.x)) continue;
     const float* x = values(t.dense, b, buffer);
     for (int i = 0; i < kBlock; i += kLanes) {
-      const Mask kept = keeps(cut, load(x + i), ids(t.dense, b, i));
-      const Mass<1> m = weigh(t.weigher, load(x + i));
-      store(hi + i, keep(kept, m.hi[0]));
-      store(lo + i, keep(kept, m.lo[0]));
+      const vf v = load(x + i);
+      const Mass<1> m = weigh(t.weigher, v, keeps(cut, v, ids(t.dense, b, i)));
+      store(hi + i, m.hi[0]);
+      store(lo + i, m.lo[0]);
     }
     for (int i = 0; i < n; ++i) {
       const uint64_t w = ((uint64_t)hi[i] << kHalfBits) + lo[i];

@@ -12,17 +12,23 @@ namespace {
 struct Counting {
   uint64_t k;
 
-  struct Of {};
   struct Sum {
     vu lanes = {};
   };
   static constexpr bool kNeedsTotal = false;
 
-  FS_MEMBER Of of(const Pack<kAbreast>&) const { return Of{}; }
-  FS_MEMBER void add(Sum& s, Of, const Mask (&where)[kAbreast]) const {
-    FS_EACH(kAbreast) s.lanes = add_where(where[u], s.lanes, (vu)splat(1));
+  template <int N>
+  FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where) const {
+    return where;
   }
-  FS_MEMBER vf rough(Of, int) const { return splat(1.0f); }
+  template <int N>
+  FS_MEMBER void add(Sum& s, const Where<N>& ones) const {
+    FS_EACH(N) s.lanes = fastsample::add_where(ones.m[u], s.lanes, (vu)splat(1));
+  }
+  template <int N>
+  FS_MEMBER void add_where(Sum& s, const Where<N>&, const Where<N>& where) const {
+    add(s, where);
+  }
   FS_MEMBER uint64_t total(const Sum& s) const { return reduce_add(s.lanes); }
   FS_MEMBER uint64_t one(float) const { return 1; }
   FS_MEMBER uint64_t target(uint64_t) const { return k; }
@@ -30,22 +36,29 @@ struct Counting {
   FS_MEMBER double share() const { return 0; }
   FS_MEMBER float certain_low(double, double) const { return -INFINITY; }
   FS_MEMBER float lowest() const { return -INFINITY; }
+  void roughly(const float*, int n, float* to) const {
+    for (int i = 0; i < n; i += kLanes) store(to + i, splat(1.0f));
+  }
 };
 
 struct Weighing {
   Weigher weigher;
   float top_p;
 
-  typedef Mass<kAbreast> Of;
   typedef MassSum Sum;
   static constexpr bool kNeedsTotal = true;
 
-  FS_MEMBER Of of(const Pack<kAbreast>& x) const { return weigh(weigher, x); }
-  FS_MEMBER void add(Sum& s, const Of& mass, const Mask (&where)[kAbreast]) const {
-    add_where(s, where, mass);
+  template <int N>
+  FS_MEMBER Mass<N> of(const Pack<N>& x, const Where<N>& where) const {
+    return weigh(weigher, x, where);
   }
-  FS_MEMBER vf rough(const Of& m, int u) const {
-    return to_float((vi)m.hi[u]) * 0x1p20f + to_float((vi)m.lo[u]);
+  template <int N>
+  FS_MEMBER void add(Sum& s, const Mass<N>& mass) const {
+    fastsample::add(s, mass);
+  }
+  template <int N>
+  FS_MEMBER void add_where(Sum& s, const Mass<N>& mass, const Where<N>& where) const {
+    fastsample::add_where(s, mass, where);
   }
   FS_MEMBER uint64_t total(const Sum& s) const { return fastsample::total(s); }
   FS_MEMBER uint64_t one(float x) const { return weigh(weigher, x); }
@@ -59,6 +72,13 @@ struct Weighing {
     return mass > 1 ? nextafterf(lowest_x(weigher, (uint64_t)mass), -INFINITY) : lowest();
   }
   FS_MEMBER float lowest() const { return lowest_x(weigher, weigher.floor ? weigher.floor : 1); }
+  // Not quite the masses of n values; for estimates.
+  void roughly(const float* x, int n, float* to) const {
+    for (int i = 0; i < n; i += kAbreast * kLanes) {
+      const auto q = weigh_roughly(weigher, load_pack<kAbreast>(x + i), everywhere<kAbreast>());
+      FS_EACH(kAbreast) store(to + i + u * kLanes, q.v[u] * (0x1p40f / kRoughUnit));
+    }
+  }
 };
 
 // A bit for every token of a block.
@@ -108,15 +128,17 @@ FS_INLINE void each_set(const BlockBits& set, int* n, Few few, Many many) {
   }
 }
 
-// Appends the values of a block whose bits are set.
-FS_INLINE void append(const float* x, const BlockBits& set, float* to, int* n) {
+// Copies the values of a block whose bits are set; returns how many.
+FS_INLINE int append(const float* x, const BlockBits& set, float* to) {
+  int n = 0;
   each_set(
-      set, n,
+      set, &n,
       [&](int first, const int (&at)[kGuess]) {
         FS_EACH(kGuess)
         to[first + u] = x[at[u]];
       },
       [&](int first, int i, Mask m) { compress_store(to + first, load(x + i), m); });
+  return n;
 }
 
 // Adds the weight of n values, n a multiple of kAbreast vectors, for which keep(x, position) holds.
@@ -125,9 +147,9 @@ FS_INLINE void add_kept(const Weight& weight, const float* x, int n, Keep keep,
                         typename Weight::Sum& sum) {
   for (int i = 0; i < n; i += kAbreast * kLanes) {
     const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
-    Mask kept[kAbreast];
-    FS_EACH(kAbreast) kept[u] = keep(p.v[u], i + u * kLanes);
-    weight.add(sum, weight.of(p), kept);
+    Where<kAbreast> kept;
+    FS_EACH(kAbreast) kept.m[u] = keep(p.v[u], i + u * kLanes);
+    weight.add(sum, weight.of(p, kept));
   }
 }
 
@@ -159,25 +181,10 @@ uint64_t weight_above(const Weight& weight, const Span& s, float pivot) {
   return sum;
 }
 
-// Sum of the squared weights of a span's values above (or not above) a pivot, roughly: for
-// estimates only.
-template <class Weight>
-void sum_squares(const Weight& weight, const Span& s, float pivot, double* above, double* below) {
-  vf all = splat(0.0f), upper = splat(0.0f);
-  for (int i = 0; i < s.n; i += kAbreast * kLanes) {
-    const Pack<kAbreast> p = load_pack<kAbreast>(s.x + i);
-    const typename Weight::Of w = weight.of(p);
-    FS_EACH(kAbreast) {
-      const vf rough = select(gt(p.v[u], splat(-INFINITY)), weight.rough(w, u), splat(0.0f));
-      all = all + rough * rough;
-      upper = select(gt(p.v[u], splat(pivot)), upper + rough * rough, upper);
-    }
-  }
-  *above = *below = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    *above += (double)upper[i];
-    *below += (double)all[i] - (double)upper[i];
-  }
+FS_INLINE int count_above(const float* x, int n, float edge) {
+  int above = 0;
+  for (int i = 0; i < n; i += kLanes) above += count(both(first(n - i), gt(load(x + i), splat(edge))));
+  return above;
 }
 
 // Copies the n values for which keep(x) holds to `to` (which may be x itself) and finds their

@@ -92,6 +92,9 @@ FS_INLINE vf load(const Half* p) {
 typedef __mmask16 Mask;
 FS_INLINE Mask gt(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
 FS_INLINE Mask ge(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+FS_INLINE Mask gt_where(Mask m, vf a, vf b) {
+  return _mm512_mask_cmp_ps_mask(m, (__m512)a, (__m512)b, _CMP_GT_OQ);
+}
 FS_INLINE Mask eq(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
 FS_INLINE Mask unordered(vf a, vf b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
@@ -116,6 +119,7 @@ FS_INLINE vi truncate(vf a) { return (vi)_mm512_cvttps_epi32((__m512)a); }
 typedef vi Mask;
 FS_INLINE Mask gt(vf a, vf b) { return a > b; }
 FS_INLINE Mask ge(vf a, vf b) { return a >= b; }
+FS_INLINE Mask gt_where(Mask m, vf a, vf b) { return m & (a > b); }
 FS_INLINE Mask eq(vf a, vf b) { return a == b; }
 FS_INLINE Mask unordered(vf a, vf b) { return ~((a == a) & (b == b)); }
 FS_INLINE Mask le(vi a, vi b) { return a <= b; }
@@ -165,21 +169,38 @@ FS_INLINE int count(Mask m) { return __builtin_popcount(bits(m)); }
 FS_INLINE bool any(Mask m) { return bits(m) != 0; }
 FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 
-// Stores the lanes of m next to each other; writes a whole vector, returns how many count.
-FS_INLINE int compress_store(float* to, vf v, Mask m) {
+#if defined(FASTSAMPLE_ISA_avx2)
+// For every mask, the lanes that are set, lowest first.
+struct LaneTable {
+  uint8_t lane[256][8] = {};
+
+  constexpr LaneTable() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int i = 0, n = 0; i < 8; ++i) {
+        if (mask >> i & 1) lane[mask][n++] = (uint8_t)i;
+      }
+    }
+  }
+};
+constexpr LaneTable kLaneTable;
+#endif
+
+// Whether that takes a few instructions, or one step for each lane.
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+constexpr bool kCompresses = true;
+#else
+constexpr bool kCompresses = false;
+#endif
+
+// Stores the lanes of m next to each other; writes at most a whole vector, returns how many count.
+template <class T, class V>
+FS_INLINE int compress_store(T* to, V v, Mask m) {
 #if defined(FASTSAMPLE_ISA_avx512)
   // Through a register: the form that stores to memory is microcoded on Zen 4.
-  store(to, (vf)_mm512_maskz_compress_ps(m, (__m512)v));
-#else
-  int at = 0;
-  for (uint32_t b = bits(m); b; b &= b - 1) to[at++] = v[__builtin_ctz(b)];
-#endif
-  return count(m);
-}
-
-FS_INLINE int compress_store(int32_t* to, vi v, Mask m) {
-#if defined(FASTSAMPLE_ISA_avx512)
-  store(to, (vi)_mm512_maskz_compress_epi32(m, (__m512i)v));
+  store(to, (V)_mm512_maskz_compress_epi32(m, (__m512i)v));
+#elif defined(FASTSAMPLE_ISA_avx2)
+  const __m128i lanes = _mm_loadl_epi64((const __m128i*)kLaneTable.lane[bits(m)]);
+  store(to, (V)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_cvtepu8_epi32(lanes)));
 #else
   int at = 0;
   for (uint32_t b = bits(m); b; b &= b - 1) to[at++] = v[__builtin_ctz(b)];
@@ -205,6 +226,12 @@ FS_INLINE float reduce_min(vf v) {
   for (int i = 1; i < kLanes; ++i) m = v[i] < m ? v[i] : m;
   return m;
 #endif
+}
+
+FS_INLINE float reduce_add(vf v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
 }
 
 FS_INLINE uint64_t reduce_add(vu v) {

@@ -1,0 +1,158 @@
+// What the filters and the draw run over: a whole row, or a list of tokens gathered from it.
+#pragma once
+
+#include "core/filters.h"
+#include "cpu/process.h"
+#include "cpu/select.h"
+
+namespace fastsample {
+namespace {
+
+// A domain is a set of tokens in id order, in blocks of kBlock: a whole row, or a list gathered
+// from it.
+template <class T>
+struct Dense {
+  Row<T> row;
+  const float* block_max;
+};
+
+struct List {
+  const float* x;     // [n + kPad], -inf past n
+  const int32_t* id;  // [n + kPad], ascending
+  int32_t n;
+};
+
+template <class T>
+FS_INLINE int blocks(const Dense<T>& d) {
+  return d.row.blocks;
+}
+template <class T>
+FS_INLINE float upper_bound(const Dense<T>& d, int b) {
+  return d.block_max[b];
+}
+template <class T>
+FS_INLINE const float* values(const Dense<T>& d, int b, float* buffer) {
+  return block(d.row, b, buffer);
+}
+template <class T>
+FS_INLINE vi ids(const Dense<T>&, int b, int i) {
+  return iota() + (b * kBlock + i);
+}
+
+template <class T>
+FS_INLINE int32_t id_at(const Dense<T>&, int b, int i) {
+  return b * kBlock + i;
+}
+
+// Blocks stand in groups of kGroup.
+template <class Domain>
+FS_INLINE int groups(const Domain& d) {
+  return (blocks(d) + kGroup - 1) / kGroup;
+}
+template <class Domain>
+FS_INLINE int group_end(const Domain& d, int g) {
+  return (g + 1) * kGroup < blocks(d) ? (g + 1) * kGroup : blocks(d);
+}
+
+FS_INLINE int blocks(const List& l) { return (l.n + kBlock - 1) / kBlock; }
+FS_INLINE float upper_bound(const List&, int) { return INFINITY; }
+FS_INLINE const float* values(const List& l, int b, float*) { return l.x + b * kBlock; }
+FS_INLINE vi ids(const List& l, int b, int i) { return load(l.id + b * kBlock + i); }
+FS_INLINE int32_t id_at(const List& l, int b, int i) { return l.id[b * kBlock + i]; }
+
+constexpr Cutoff kKeepAlive = {-FLT_MAX, INT32_MAX};  // everything above -inf
+
+FS_INLINE Mask keeps(Cutoff c, vf x, vi id) {
+  return either(gt(x, splat(c.x)), both(eq(x, splat(c.x)), le(id, splat(c.id))));
+}
+
+// Whether a cutoff may keep a token of block b.
+template <class Domain>
+FS_INLINE bool may_keep(const Domain& d, int b, Cutoff c) {
+  return upper_bound(d, b) > c.x || (upper_bound(d, b) == c.x && id_at(d, b, 0) <= c.id);
+}
+
+// The values x of a domain with low < x < high.
+template <class Domain>
+Span collect(const Domain& d, float low, float high, float* to) {
+  float buffer[kBlock];
+  int n = 0;
+  for (int b = 0; b < blocks(d); ++b) {
+    if (!(upper_bound(d, b) > low)) continue;
+    const float* x = values(d, b, buffer);
+    n += append(
+        x, block_bits(x, [&](vf v, int) { return both(gt(v, splat(low)), gt(splat(high), v)); }),
+        to + n);
+  }
+  return copy(to, n, to);
+}
+
+// The id of the m-th token (from 1) whose logit equals x, in id order; INT32_MAX where there are
+// fewer.
+template <class Domain>
+int32_t nth_equal(const Domain& d, float x, uint64_t m) {
+  float buffer[kBlock];
+  for (int b = 0; b < blocks(d); ++b) {
+    if (!(upper_bound(d, b) >= x)) continue;
+    const float* v = values(d, b, buffer);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      uint32_t equal = bits(eq(load(v + i), splat(x)));
+      const uint64_t here = (uint64_t)__builtin_popcount(equal);
+      if (here < m) {
+        m -= here;
+        continue;
+      }
+      for (; m > 1; --m) equal &= equal - 1;
+      return ids(d, b, i)[__builtin_ctz(equal)];
+    }
+  }
+  return INT32_MAX;
+}
+
+// The cutoff that keeps m of the `equal` tokens at x.
+template <class Domain>
+Cutoff cut_at(const Domain& d, float x, uint64_t m, int equal) {
+  return Cutoff{x, m == (uint64_t)equal ? INT32_MAX : nth_equal(d, x, m)};
+}
+
+// The first n tokens of a pair of buffers as a domain.
+FS_INLINE List list_of(float* x, int32_t* id, int n) {
+  fill_up(x, n);
+  for (int i = 0; i < kPad; i += kLanes) store(id + n + i, splat(INT32_MAX));
+  return List{x, id, n};
+}
+
+// The tokens a cutoff keeps, in id order.
+template <class Domain>
+List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
+  float buffer[kBlock];
+  int n = 0;
+  for (int b = 0; b < blocks(d); ++b) {
+    if (!may_keep(d, b, cut)) continue;
+    const float* v = values(d, b, buffer);
+    const BlockBits set =
+        cut.id == INT32_MAX
+            ? block_bits(v, [&](vf value, int) { return ge(value, splat(cut.x)); })
+            : block_bits(v, [&](vf value, int i) { return keeps(cut, value, ids(d, b, i)); });
+    each_set(
+        set, &n,
+        [&](int to,
+            const int (&at)[kGuess]) {  // x and id may be the domain's own: read, then write
+          float value[kGuess];
+          int32_t token[kGuess];
+          FS_EACH(kGuess) value[u] = v[at[u]];
+          FS_EACH(kGuess) token[u] = id_at(d, b, at[u]);
+          memcpy(x + to, value, sizeof value);
+          memcpy(id + to, token, sizeof token);
+        },
+        [&](int to, int i, Mask m) {
+          const vf value = load(v + i);
+          compress_store(id + to, ids(d, b, i), m);
+          compress_store(x + to, value, m);
+        });
+  }
+  return list_of(x, id, n);
+}
+
+}  // namespace
+}  // namespace fastsample
