@@ -51,8 +51,8 @@ Span take_heads(const Dense<T>& d, float* to) {
 
 FS_INLINE Span take_heads(const List&, float* to) { return Span{to, 0, INFINITY, INFINITY}; }
 
-// Weight by value, from high down: bin 1 begins at `high`, each is `width` wide, the first and the last
-// take what lies beyond.
+// Weight by value, from high down: bin 1 begins at `high`, each is `width` wide, the first and the
+// last take what lies beyond.
 struct Histogram {
   static constexpr int kBins = 512;
 

@@ -104,7 +104,8 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
   if (weigher.floor) {
     // Mass is not quite monotone in x, so min-p's floor may leave gaps in the rank order: count
     // without them.
-    const List kept = drop_light(gather(d, cut, ws.list_x, ws.list_id), weigher, ws);
+    const Cutoff reach = stricter(cut, Cutoff{lowest_x(weigher, weigher.floor), INT32_MAX});
+    const List kept = drop_light(gather(d, reach, ws.list_x, ws.list_id), weigher, ws);
     top = gather(kept, top_k_cutoff(kept, n, kTiesFirst, ws), ws.list_x, ws.list_id);
   } else {
     top =

@@ -80,9 +80,9 @@ struct Mass {
 
 #if defined(FASTSAMPLE_ISA_avx512)
 
-// AVX-512 has an instruction for the fraction and one for the scaling, and rounds down where told to:
-// q + 8 leaves q's multiples of 2^-20 in the lowest bits of a float, and the rest + 2^-17 those of
-// 2^-40. A conversion to integers would cost more than to subtract the biases from a sum.
+// AVX-512 has an instruction for the fraction and one for the scaling, and rounds down where told
+// to: q + 8 leaves q's multiples of 2^-20 in the lowest bits of a float, and the rest + 2^-17 those
+// of 2^-40. A conversion to integers would cost more than to subtract the biases from a sum.
 constexpr uint32_t kHiBias = 0x41000000, kLoBias = 0x37000000;  // the bits of 8 and of 2^-17
 constexpr float kRoughUnit = 1.0f;
 
@@ -98,9 +98,7 @@ FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   FS_EACH(N) f.v[u] = (vf)_mm512_reduce_ps((__m512)y.v[u], _MM_FROUND_TO_NEAREST_INT);
   const Pack<N> n = y - f;
   Pack<N> p = exp2_polynomial(f);
-  FS_EACH(N) {
-    p.v[u] = (vf)_mm512_maskz_scalef_ps(where.m[u], (__m512)p.v[u], (__m512)n.v[u]);
-  }
+  FS_EACH(N) { p.v[u] = (vf)_mm512_maskz_scalef_ps(where.m[u], (__m512)p.v[u], (__m512)n.v[u]); }
   return p;
 }
 
@@ -123,7 +121,8 @@ constexpr float kRoughUnit = 0x1p20f;
 
 template <int N>
 FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
-  // 20 more in the magic leaves n as it is and puts n + 20 into t's low bits, to go to the exponent.
+  // 20 more in the magic leaves n as it is and puts n + 20 into t's low bits, to go to the
+  // exponent.
   constexpr float kMagic = kRoundMagic + kHalfBits;
   const Pack<N> t = y + kMagic;
   Pack<N> p = exp2_polynomial(y - (t - kMagic));
@@ -141,8 +140,8 @@ FS_INLINE Mass<N> to_integers(const Pack<N>& q) {
 
 #endif
 
-// Mass before it becomes an integer, kRoughUnit for the maximum. -inf clamps to a y that has no mass;
-// valid rows hold no NaN.
+// Mass before it becomes an integer, kRoughUnit for the maximum. -inf clamps to a y that has no
+// mass; valid rows hold no NaN.
 template <int N>
 FS_INLINE Pack<N> weigh_roughly(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
   Pack<N> y = (x - w.max) * w.scale;
@@ -207,13 +206,24 @@ FS_INLINE uint64_t total(const MassSum& s) {
   return ((uint64_t)hi << kHalfBits) + lo;
 }
 
-// An x that every token of at least this mass exceeds. Conservative: rounding errors are far below
-// the margin.
+// How far below the maximum a token of at least this mass lies at most. Conservative: rounding
+// errors are far below the margin.
+struct Reach {
+  double drop;
+
+  Reach(float scale, uint64_t mass)
+      : drop((kMassBits + 1e-3 - log2((double)mass)) / (double)scale) {}
+
+  // An x that such a token exceeds; rises with the maximum.
+  FS_MEMBER float below(float max) const {
+    const double x = (double)max - drop;
+    const double low = x - fabs(x) * 1e-6;
+    return low < -FLT_MAX ? -INFINITY : (float)low;
+  }
+};
+
 FS_INLINE float lowest_x(const Weigher& w, uint64_t mass) {
-  const double y = log2((double)mass) - kMassBits - 1e-3;
-  const double x = (double)w.max + y / (double)w.scale;
-  const double low = x - fabs(x) * 1e-6;
-  return low < -FLT_MAX ? -INFINITY : (float)low;
+  return Reach(w.scale, mass).below(w.max);
 }
 
 }  // namespace

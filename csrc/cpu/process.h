@@ -125,8 +125,8 @@ struct Peak {
 };
 
 // Maximum of kBlock values of any type that `load` knows; notes NaNs, two vectors at a time.
-template <class T>
-FS_INLINE float block_peak(const T* x, Mask& nan) {
+template <class T, class Watch>
+FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
   constexpr int kStreams = 4;
   vf m[kStreams];
   for (int u = 0; u < kStreams; ++u) m[u] = splat(-INFINITY);
@@ -135,25 +135,44 @@ FS_INLINE float block_peak(const T* x, Mask& nan) {
     for (int u = 0; u < kStreams; ++u) v[u] = load(x + i + u * kLanes);
     nan = either(nan, either(unordered(v[0], v[1]), unordered(v[2], v[3])));
     for (int u = 0; u < kStreams; ++u) m[u] = max(m[u], v[u]);
+    for (int u = 0; u < kStreams; u += 2) watch.see(v[u], v[u + 1]);
   }
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// The streaming pass: the maximum of every block and of the row.
-template <class T>
-Peak scan(const Row<T>& row, float* block_max) {
+// The streaming pass: the maximum of every block and of the row. `watch` sees every pair of vectors
+// of a block, then the block's maximum.
+template <class T, class Watch>
+FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
   float buffer[kBlock];
   Mask nan = from_bits(0);
+  const auto look = [&](int b, const auto* x) {
+    block_max[b] = block_peak(x, nan, watch);
+    watch.end(b, block_max[b]);
+  };
   const int untouched = row.mask || row.edits ? 0 : row.vocab / kBlock;
-  for (int b = 0; b < untouched; ++b) block_max[b] = block_peak(row.logits + b * kBlock, nan);
+  for (int b = 0; b < untouched; ++b) look(b, row.logits + b * kBlock);
   for (int b = untouched; b < row.blocks; ++b) {
-    block_max[b] = is_clean(row, b) ? block_peak(row.logits + b * kBlock, nan)
-                                    : block_peak(block(row, b, buffer), nan);
+    if (is_clean(row, b)) {
+      look(b, row.logits + b * kBlock);
+    } else {
+      look(b, block(row, b, buffer));
+    }
   }
   for (int i = 0; i < kPad; ++i) block_max[row.blocks + i] = -INFINITY;
   vf peak = splat(-INFINITY);
   for (int b = 0; b < row.blocks; b += kLanes) peak = max(peak, load(block_max + b));
   return Peak{reduce_max(peak), any(nan)};
+}
+
+struct Nothing {
+  FS_MEMBER void see(vf, vf) {}
+  FS_MEMBER void end(int, float) {}
+};
+
+template <class T>
+Peak scan(const Row<T>& row, float* block_max) {
+  return scan(row, block_max, Nothing());
 }
 
 FS_INLINE Status status_of(Peak peak) {

@@ -4,6 +4,7 @@
 #include "cpu/filters.h"
 #include "cpu/logprobs.h"
 #include "cpu/mass.h"
+#include "cpu/min_p.h"
 #include "cpu/process.h"
 
 #define FASTSAMPLE_STRING_(x) #x
@@ -215,19 +216,24 @@ template <class T>
 Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   const RowParams& p = at(batch.rows.params, r);
   const Row<T> row = processed_row<T>(batch, r, p, ws);
-  const Peak peak = scan(row, ws.block_max);
+  const float temperature = is_greedy(p) ? 1.0f : p.temperature;
+  const float scale = mass_scale(temperature);
+  const uint64_t floor = is_greedy(p) ? 0 : min_p_threshold(p.min_p);
+  const bool min_p = min_p_alone(p, row.vocab);
+  const Peak peak =
+      min_p ? scan(row, ws.block_max, Candidates{Reach(scale, floor), ws.values, ws.segment})
+            : scan(row, ws.block_max);
   const Status status = status_of(peak);
   if (status != kValid) {
     write_invalid(batch.out, r, row.vocab);
     return status;
   }
-  const bool greedy = is_greedy(p);
-  const float temperature = greedy ? 1.0f : p.temperature;
-  const Weigher weigher = {peak.max, mass_scale(temperature),
-                           greedy ? 0 : min_p_threshold(p.min_p)};
+  const Weigher weigher = {peak.max, scale, floor};
   const Task<T> task = {batch, r, ws, {row, ws.block_max}, weigher, temperature};
-  if (greedy) {
+  if (is_greedy(p)) {
     sample_greedy(task);
+  } else if (min_p) {
+    finish(task, task.dense, weigh_candidates(task.dense, weigher, ws));
   } else {
     sample_random(task, p);
   }

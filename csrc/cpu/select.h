@@ -141,7 +141,7 @@ FS_INLINE int append(const float* x, const BlockBits& set, float* to) {
   return n;
 }
 
-// Adds the weight of n values, n a multiple of kAbreast vectors, for which keep(x, position) holds.
+// Adds the weight of the values before n, to the end of a pack, for which keep(x, position) holds.
 template <class Weight, class Keep>
 FS_INLINE void add_kept(const Weight& weight, const float* x, int n, Keep keep,
                         typename Weight::Sum& sum) {
@@ -153,11 +153,27 @@ FS_INLINE void add_kept(const Weight& weight, const float* x, int n, Keep keep,
   }
 }
 
+FS_INLINE bool all_equal(const float* x, int n) {
+  for (int i = 0; i < n; i += kLanes) {
+    if (any(but_not(first(n - i), eq(load(x + i), splat(*x))))) return false;
+  }
+  return true;
+}
+
 // Weight of the values of a block for which keep(x, position) holds.
 template <class Weight, class Keep>
 FS_INLINE uint64_t weigh_block(const Weight& weight, const float* x, Keep keep) {
   typename Weight::Sum sum;
   add_kept(weight, x, kBlock, keep, sum);
+  return weight.total(sum);
+}
+
+// Weight of n values, as many as a group has at most.
+template <class Weight>
+FS_INLINE uint64_t weigh_some(const Weight& weight, const float* x, int n) {
+  if (n && all_equal(x, n)) return (uint64_t)n * weight.one(*x);
+  typename Weight::Sum sum;
+  add_kept(weight, x, n, [&](vf, int i) { return first(n - i); }, sum);
   return weight.total(sum);
 }
 
@@ -183,7 +199,8 @@ uint64_t weight_above(const Weight& weight, const Span& s, float pivot) {
 
 FS_INLINE int count_above(const float* x, int n, float edge) {
   int above = 0;
-  for (int i = 0; i < n; i += kLanes) above += count(both(first(n - i), gt(load(x + i), splat(edge))));
+  for (int i = 0; i < n; i += kLanes)
+    above += count(both(first(n - i), gt(load(x + i), splat(edge))));
   return above;
 }
 

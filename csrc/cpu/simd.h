@@ -198,14 +198,24 @@ FS_INLINE int compress_store(T* to, V v, Mask m) {
 #if defined(FASTSAMPLE_ISA_avx512)
   // Through a register: the form that stores to memory is microcoded on Zen 4.
   store(to, (V)_mm512_maskz_compress_epi32(m, (__m512i)v));
+  return count(m);
 #elif defined(FASTSAMPLE_ISA_avx2)
   const __m128i lanes = _mm_loadl_epi64((const __m128i*)kLaneTable.lane[bits(m)]);
   store(to, (V)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_cvtepu8_epi32(lanes)));
+  return count(m);
 #else
   int at = 0;
   for (uint32_t b = bits(m); b; b &= b - 1) to[at++] = v[__builtin_ctz(b)];
+  return at;
 #endif
-  return count(m);
+}
+
+// Of two vectors, in no order: together, where no lane counts in both, as is likely where few
+// count.
+FS_INLINE int compress_store(float* to, vf a, Mask in_a, vf b, Mask in_b) {
+  if (!any(both(in_a, in_b))) return compress_store(to, select(in_b, b, a), either(in_a, in_b));
+  const int n = compress_store(to, a, in_a);
+  return n + compress_store(to + n, b, in_b);
 }
 
 FS_INLINE float reduce_max(vf v) {

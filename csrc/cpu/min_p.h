@@ -1,0 +1,55 @@
+// min-p alone, in the streaming pass: what lies too far below the maximum so far lies too far below
+// the row's.
+#pragma once
+
+#include "cpu/filters.h"
+
+namespace fastsample {
+namespace {
+
+// Whether min-p is the only filter.
+FS_INLINE bool min_p_alone(const RowParams& p, int32_t vocab) {
+  return min_p_threshold(p.min_p) && !is_greedy(p) && !uses_top_k(p, vocab) && !uses_top_p(p);
+}
+
+// Watches the streaming pass and copies the candidates, group by group, in no order within a group.
+struct Candidates {
+  Reach reach;
+  float* values;
+  int32_t* segment;  // group g's candidates begin at segment[g]
+  int n = 0;
+  float max = -INFINITY, lowest = -FLT_MAX;
+
+  FS_MEMBER void see(vf a, vf b) {
+    n += compress_store(values + n, a, ge(a, splat(lowest)), b, ge(b, splat(lowest)));
+  }
+
+  FS_MEMBER void end(int b, float block_max) {
+    if (block_max > max) {
+      max = block_max;
+      lowest = reach.below(max);
+      if (!(lowest >= -FLT_MAX)) lowest = -FLT_MAX;
+    }
+    segment[b / kGroup + 1] = n;
+  }
+};
+
+// Mass of every group's kept tokens.
+template <class T>
+Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspace& ws) {
+  const Weighing weight = {weigher, 1.0f};
+  const float lowest = weight.lowest();
+  Found kept = {kKeepAlive, 0};
+  ws.segment[0] = 0;
+  for (int g = 0; g < groups(d); ++g) {
+    bool any = false;
+    for (int b = g * kGroup; b < group_end(d, g); ++b) any |= upper_bound(d, b) >= lowest;
+    const float* x = ws.values + ws.segment[g];
+    ws.group_mass[g] = any ? weigh_some(weight, x, ws.segment[g + 1] - ws.segment[g]) : 0;
+    kept.total += ws.group_mass[g];
+  }
+  return kept;
+}
+
+}  // namespace
+}  // namespace fastsample
