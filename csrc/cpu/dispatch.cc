@@ -114,7 +114,8 @@ struct Scratch {
                      values.at_least(tokens),
                      spare.at_least(tokens),
                      list_x.at_least(tokens),
-                     list_id.at_least(tokens)};
+                     list_id.at_least(tokens),
+                     nullptr};
   }
 };
 
@@ -153,12 +154,18 @@ class FloatEnvironment {
 #endif
 };
 
+const void* row_address(const Logits& l, int64_t row) {
+  return (const char*)l.data + row * l.stride * (l.dtype == kFloat32 ? 4 : 2);
+}
+
 // Rows are claimed one by one, so that expensive rows do not wait for each other.
-int64_t run_rows(const Batch& batch, const Kernel& k, std::atomic<int64_t>& next) {
+int64_t run_rows(const Batch& batch, const Kernel& k, int threads, std::atomic<int64_t>& next) {
   const FloatEnvironment environment;
-  const Workspace workspace = workspace_for(batch);
+  Workspace workspace = workspace_for(batch);
   int64_t invalid = 0;
   for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < batch.logits.rows;) {
+    workspace.ahead =
+        r + threads < batch.logits.rows ? row_address(batch.logits, r + threads) : nullptr;
     const Status status = k.sample_row(batch, r, workspace);
     batch.out.status[r] = status;
     invalid += status != kValid;
@@ -191,11 +198,11 @@ void force_isa(const std::string& name) {
 int64_t sample_batch(const Batch& batch, int threads) {
   const Kernel& k = kernel();
   std::atomic<int64_t> next{0}, invalid{0};
-  const auto work = [&] { invalid += run_rows(batch, k, next); };
   // A thread that has less than this to read costs more to wake than it saves.
   constexpr int64_t kLogitsPerThread = 1 << 16;
   const int64_t useful = batch.logits.rows * batch.logits.vocab / kLogitsPerThread + 1;
-  run_on_threads((int)std::min({(int64_t)threads, batch.logits.rows, useful}), work);
+  const int used = (int)std::min({(int64_t)threads, batch.logits.rows, useful});
+  run_on_threads(used, [&] { invalid += run_rows(batch, k, used, next); });
   return invalid;
 }
 

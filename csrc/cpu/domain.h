@@ -44,6 +44,21 @@ FS_INLINE int32_t id_at(const Dense<T>&, int b, int i) {
   return b * kBlock + i;
 }
 
+// f(values of block b), in the caller's own type where nothing changes them: for those who do not
+// ask which value is whose.
+template <class T, class F>
+FS_INLINE void with_values(const Dense<T>& d, int b, F f) {
+  if constexpr (sizeof(T) < sizeof(float) && kCompresses) {
+    if (is_clean(d.row, b)) return f(d.row.logits + b * kBlock);
+  }
+  float buffer[kBlock];
+  f(values(d, b, buffer));
+}
+template <class F>
+FS_INLINE void with_values(const List& l, int b, F f) {
+  f(l.x + b * kBlock);
+}
+
 // Blocks stand in groups of kGroup.
 template <class Domain>
 FS_INLINE int groups(const Domain& d) {
@@ -59,6 +74,16 @@ FS_INLINE float upper_bound(const List&, int) { return INFINITY; }
 FS_INLINE const float* values(const List& l, int b, float*) { return l.x + b * kBlock; }
 FS_INLINE vi ids(const List& l, int b, int i) { return load(l.id + b * kBlock + i); }
 FS_INLINE int32_t id_at(const List& l, int b, int i) { return l.id[b * kBlock + i]; }
+
+// While a row's masses keep the arithmetic busy, the next row can come from memory. Every other
+// line: its neighbour comes with it.
+template <class T>
+FS_INLINE void fetch_ahead(const Dense<T>&, int b, const Workspace& ws) {
+  if (!ws.ahead) return;
+  const T* next = (const T*)ws.ahead + b * kBlock;
+  for (int i = 0; i < kBlock; i += 128 / (int)sizeof(T)) __builtin_prefetch(next + i, 0, 2);
+}
+FS_INLINE void fetch_ahead(const List&, int, const Workspace&) {}
 
 constexpr Cutoff kKeepAlive = {-FLT_MAX, INT32_MAX};  // everything above -inf
 
@@ -87,12 +112,12 @@ Span collect(const Domain& d, float low, float high, float* to) {
   return copy(to, n, to);
 }
 
-// The id of the m-th token (from 1) whose logit equals x, in id order; INT32_MAX where there are
-// fewer.
+// The id of the m-th token (from 1) whose logit equals x, in id order from a block on; INT32_MAX
+// where there are fewer.
 template <class Domain>
-int32_t nth_equal(const Domain& d, float x, uint64_t m) {
+int32_t nth_equal(const Domain& d, float x, uint64_t m, int from = 0) {
   float buffer[kBlock];
-  for (int b = 0; b < blocks(d); ++b) {
+  for (int b = from; b < blocks(d); ++b) {
     if (!(upper_bound(d, b) >= x)) continue;
     const float* v = values(d, b, buffer);
     for (int i = 0; i < kBlock; i += kLanes) {

@@ -6,33 +6,44 @@
 namespace fastsample {
 namespace {
 
+// Adds the weight of block b.
+template <class Weight, class Domain>
+FS_INLINE void add_whole(const Domain& d, int b, const Weight& weight, typename Weight::Sum& sum) {
+  const auto every = [](vf, int) { return from_bits(kAllLanes); };
+  with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, every, sum); });
+}
+
 // Adds the mass that a cutoff keeps of block b.
 template <class Domain>
 FS_INLINE void add_block(const Domain& d, int b, Cutoff cut, const Weighing& weight, float lowest,
                          MassSum& sum) {
   if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) return;
-  float buffer[kBlock];
-  const float* x = values(d, b, buffer);
   if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
-    add_kept(weight, x, kBlock, [](vf, int) { return from_bits(kAllLanes); }, sum);
+    add_whole(d, b, weight, sum);
   } else if (cut.id == INT32_MAX) {
-    add_kept(weight, x, kBlock, [&](vf v, int) { return ge(v, splat(cut.x)); }, sum);
+    const auto above = [&](vf v, int) { return ge(v, splat(cut.x)); };
+    with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, above, sum); });
   } else {
-    add_kept(weight, x, kBlock, [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); }, sum);
+    float buffer[kBlock];
+    const auto kept = [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); };
+    add_kept(weight, values(d, b, buffer), kBlock, kept, sum);
   }
 }
 
 // Mass that a cutoff keeps, in all and in each group.
 template <class Domain>
-uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t* group_mass) {
+uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const Workspace& ws) {
   const Weighing weight = {weigher, 1.0f};
   const float lowest = weight.lowest();
   uint64_t total = 0;
   for (int g = 0; g < groups(d); ++g) {
     MassSum sum;
-    for (int b = g * kGroup; b < group_end(d, g); ++b) add_block(d, b, cut, weight, lowest, sum);
-    group_mass[g] = weight.total(sum);
-    total += group_mass[g];
+    for (int b = g * kGroup; b < group_end(d, g); ++b) {
+      fetch_ahead(d, b, ws);
+      add_block(d, b, cut, weight, lowest, sum);
+    }
+    ws.group_mass[g] = weight.total(sum);
+    total += ws.group_mass[g];
   }
   return total;
 }
@@ -47,8 +58,8 @@ struct Split {
 // Block b's part of that: what it weighs, what lies below the bracket's upper end, and the
 // bracket's values; returns how many. To compress each vector costs the same however many of its
 // lanes count.
-template <class Weight>
-FS_INLINE int split_block(const Weight& weight, const float* x, Bracket bracket, float* values,
+template <class Weight, class T>
+FS_INLINE int split_block(const Weight& weight, const T* x, Bracket bracket, float* values,
                           typename Weight::Sum& all, typename Weight::Sum& rest) {
   constexpr int N = kAbreast < 4 ? kAbreast : 4;  // masks need registers too
   BlockBits inside = {};
@@ -69,24 +80,26 @@ FS_INLINE int split_block(const Weight& weight, const float* x, Bracket bracket,
       }
     }
   }
-  return kCompresses ? n : append(x, inside, values);
+  if constexpr (!kCompresses) n = append(x, inside, values);
+  return n;
 }
 
 template <class Weight, class Domain>
 Split split(const Weight& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
   const float lowest = weight.lowest();
-  float buffer[kBlock];
   Split s = {0, 0, {ws.values, 0, bracket.low, bracket.high}};
   for (int g = 0; g < groups(d); ++g) {
     ws.segment[g] = s.middle.n;
     typename Weight::Sum all, rest, low;
     for (int b = g * kGroup; b < group_end(d, g); ++b) {
       if (!(upper_bound(d, b) > lowest)) continue;
-      const float* x = values(d, b, buffer);
+      fetch_ahead(d, b, ws);
       if (upper_bound(d, b) > bracket.low) {
-        s.middle.n += split_block(weight, x, bracket, ws.values + s.middle.n, all, rest);
+        with_values(d, b, [&](const auto* x) {
+          s.middle.n += split_block(weight, x, bracket, ws.values + s.middle.n, all, rest);
+        });
       } else if (Weight::kNeedsTotal) {
-        add_kept(weight, x, kBlock, [](vf, int) { return from_bits(kAllLanes); }, low);
+        add_whole(d, b, weight, low);
       }
     }
     ws.group_mass[g] = bracket.high < INFINITY ? weight.total(all) - weight.total(rest) : 0;
@@ -99,12 +112,14 @@ Split split(const Weight& weight, const Domain& d, Bracket bracket, const Worksp
 }
 
 // Adds to each group's mass what the boundary keeps of the group's values in the bracket, m ties
-// first.
-FS_INLINE void add_segments(const Weighing& weight, const Boundary& edge, uint64_t m, int groups,
-                            const Workspace& ws) {
+// first; returns the cutoff.
+template <class Domain>
+Cutoff add_segments(const Domain& d, const Weighing& weight, const Boundary& edge, uint64_t m,
+                    const Workspace& ws) {
+  Cutoff cut = {edge.x, INT32_MAX};
   const uint64_t each = weight.one(edge.x);
-  const bool only_ties = edge.equal == ws.segment[groups];
-  for (int g = 0; g < groups; ++g) {
+  const bool only_ties = edge.equal == ws.segment[groups(d)], some = m < (uint64_t)edge.equal;
+  for (int g = 0; g < groups(d); ++g) {
     const float* x = ws.values + ws.segment[g];
     const int n = ws.segment[g + 1] - ws.segment[g];
     MassSum above;
@@ -120,12 +135,18 @@ FS_INLINE void add_segments(const Weighing& weight, const Boundary& edge, uint64
       weight.add(above, weight.of(p, kept));
     }
     const uint64_t ties = equal < m ? equal : m;
+    if (some && m && ties == m) cut.id = nth_equal(d, edge.x, m, g * kGroup);
     m -= ties;
     ws.group_mass[g] += total(above) + ties * each;
   }
+  return cut;
 }
 
-FS_INLINE void add_segments(const Counting&, const Boundary&, uint64_t, int, const Workspace&) {}
+template <class Domain>
+Cutoff add_segments(const Domain& d, const Counting&, const Boundary& edge, uint64_t m,
+                    const Workspace&) {
+  return cut_at(d, edge.x, m, edge.equal);
+}
 
 struct Found {
   Cutoff cut;
@@ -143,8 +164,7 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
     const Boundary edge = narrow(weight, copy(ws.values, s.middle.n, ws.spare), s.upper, target);
     if (reached(weight, edge) >= target) {
       const uint64_t m = ties_needed(weight, edge, target);
-      add_segments(weight, edge, m, groups(d), ws);
-      return Found{cut_at(d, edge.x, m, edge.equal), edge.above + m * weight.one(edge.x)};
+      return Found{add_segments(d, weight, edge, m, ws), edge.above + m * weight.one(edge.x)};
     }
     // Below the bracket. All there is may still be too little for a count: then everything is kept.
     const Span rest = collect(d, weight.lowest(), nextafterf(bracket.low, INFINITY), ws.values);

@@ -31,6 +31,7 @@ struct Workspace {
   float* spare;          // [V + kPad]
   float* list_x;         // [V + kPad]
   int32_t* list_id;      // [V + kPad]
+  const void* ahead;     // the row that this thread probably takes next, or null
 };
 
 // One per ISA: the only global symbol of its translation unit.

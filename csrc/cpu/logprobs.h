@@ -130,7 +130,7 @@ void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T
   }
   const Weigher weigher = {peak, mass_scale(1.0f), 0};
   const double normaliser =
-      sound ? log((double)weigh_groups(raw, kKeepAlive, weigher, ws.group_mass) / (double)kMassUnit)
+      sound ? log((double)weigh_groups(raw, kKeepAlive, weigher, ws) / (double)kMassUnit)
             : (double)NAN;
   const auto logprob = [&](float x) { return (float)(((double)x - (double)peak) - normaliser); };
   float buffer[kBlock];

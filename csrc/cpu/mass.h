@@ -52,10 +52,17 @@ FS_PACK_OPERATOR(-)
 FS_PACK_OPERATOR(*)
 #undef FS_PACK_OPERATOR
 
-template <int N>
-FS_INLINE Pack<N> load_pack(const float* x) {
+// N vectors, each pair of them in any order where the values have 16 bits.
+template <int N, class T>
+FS_INLINE Pack<N> load_pack(const T* x) {
   Pack<N> p;
-  FS_EACH(N) p.v[u] = load(x + u * kLanes);
+  if (N == 1) {
+    p.v[0] = load(x);
+  } else {
+    _Pragma("GCC unroll 4") for (int u = 0; u < N; u += 2) {
+      load_pair(x + u * kLanes, p.v[u], p.v[u + 1]);
+    }
+  }
   return p;
 }
 

@@ -132,7 +132,7 @@ FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
   for (int u = 0; u < kStreams; ++u) m[u] = splat(-INFINITY);
   for (int i = 0; i < kBlock; i += kStreams * kLanes) {
     vf v[kStreams];
-    for (int u = 0; u < kStreams; ++u) v[u] = load(x + i + u * kLanes);
+    for (int u = 0; u < kStreams; u += 2) load_pair(x + i + u * kLanes, v[u], v[u + 1]);
     nan = either(nan, either(unordered(v[0], v[1]), unordered(v[2], v[3])));
     for (int u = 0; u < kStreams; ++u) m[u] = max(m[u], v[u]);
     for (int u = 0; u < kStreams; u += 2) watch.see(v[u], v[u + 1]);

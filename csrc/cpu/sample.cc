@@ -143,7 +143,7 @@ void finish(const Task<T>& t, const Domain& d, const Found& kept) {
   if (out.filtered) write_filtered(t, kept.cut);
   if (!out.tokens && !out.probabilities) return;
   uint64_t* running = t.ws.group_mass;
-  const uint64_t total = kept.total ? kept.total : weigh_groups(d, kept.cut, t.weigher, running);
+  const uint64_t total = kept.total ? kept.total : weigh_groups(d, kept.cut, t.weigher, t.ws);
   if (out.probabilities) write_probabilities(t, kept.cut, total);
   if (!out.tokens) return;
   for (int g = 1; g < groups(d); ++g) running[g] += running[g - 1];

@@ -142,8 +142,8 @@ FS_INLINE int append(const float* x, const BlockBits& set, float* to) {
 }
 
 // Adds the weight of the values before n, to the end of a pack, for which keep(x, position) holds.
-template <class Weight, class Keep>
-FS_INLINE void add_kept(const Weight& weight, const float* x, int n, Keep keep,
+template <class Weight, class T, class Keep>
+FS_INLINE void add_kept(const Weight& weight, const T* x, int n, Keep keep,
                         typename Weight::Sum& sum) {
   for (int i = 0; i < n; i += kAbreast * kLanes) {
     const Pack<kAbreast> p = load_pack<kAbreast>(x + i);

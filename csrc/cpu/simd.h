@@ -66,8 +66,13 @@ FS_INLINE vi iota() {
 }
 
 FS_INLINE vf load(const BFloat* p) {
-  const vu wide = __builtin_convertvector(load_as<vh>(p), vu) << 16;
-  return (vf)wide;
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+#endif
 }
 
 FS_INLINE vf load(const Half* p) {
@@ -85,6 +90,19 @@ FS_INLINE vf load(const Half* p) {
   const vu special = (vu)((h & 0x7c00) == 0x7c00) & 0x7f800000;
   return (vf)((vu)magnitude | special | ((h & 0x8000) << 16));
 #endif
+}
+
+// Two vectors of values that stand side by side, in any order.
+template <class T>
+FS_INLINE void load_pair(const T* p, vf& a, vf& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+
+FS_INLINE void load_pair(const BFloat* p, vf& a, vf& b) {
+  const vu both = load_as<vu>(p);
+  a = (vf)(both & 0xffff0000u);
+  b = (vf)(both << 16);
 }
 
 // A truth value per lane.
