@@ -57,10 +57,16 @@ FS_INLINE MaskSummary summarise_mask(const Row<T>& row, int b) {
   return s;
 }
 
-// Whether a block is a whole one that nothing changes.
+// Whether a block is a whole one of which every token is allowed.
+template <class T>
+FS_INLINE bool is_allowed(const Row<T>& row, int b) {
+  return (b + 1) * kBlock <= row.vocab && summarise_mask(row, b).every == ~0u;
+}
+
+// Whether nothing changes such a block.
 template <class T>
 FS_INLINE bool is_clean(const Row<T>& row, int b) {
-  return (b + 1) * kBlock <= row.vocab && !has_edits(row, b) && summarise_mask(row, b).every == ~0u;
+  return !has_edits(row, b) && is_allowed(row, b);
 }
 
 template <class T>
@@ -124,6 +130,14 @@ struct Peak {
   bool nan;
 };
 
+// Watches nothing of the streaming pass.
+struct Nothing {
+  static constexpr bool kSees = false;
+
+  FS_MEMBER void see(vf, vf) {}
+  FS_MEMBER void end(int, float) {}
+};
+
 // Maximum of kBlock values of any type that `load` knows; notes NaNs, two vectors at a time.
 template <class T, class Watch>
 FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
@@ -140,6 +154,34 @@ FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
+template <class T>
+FS_INLINE float block_peak(const T* x, Mask& nan) {
+  Nothing nothing;
+  return block_peak(x, nan, nothing);
+}
+
+// The maximum of an allowed block whose logits have the maximum `raw`, after its edits: only edited
+// tokens are looked at, unless one of them may have been that maximum.
+template <class T>
+float edited_peak(const Row<T>& row, int b, float raw, Mask& nan) {
+  const Edit* begin = row.edits + row.edit_start[b];
+  const Edit* end = row.edits + row.edit_start[b + 1];
+  float x[kBlock];
+  bool kept = true;
+  for (const Edit* e = begin; e < end; ++e) {
+    x[e->lane] = value_at(row.logits + b * kBlock, e->lane);
+    kept &= x[e->lane] < raw;
+  }
+  if (!kept) return block_peak(block(row, b, x), nan);
+  apply_edits(row, b, x);
+  float peak = raw;
+  for (const Edit* e = begin; e < end; ++e) {
+    if (x[e->lane] != x[e->lane]) nan = from_bits(kAllLanes);
+    if (x[e->lane] > peak) peak = x[e->lane];
+  }
+  return peak;
+}
+
 // The streaming pass: the maximum of every block and of the row. `watch` sees every pair of vectors
 // of a block, then the block's maximum.
 template <class T, class Watch>
@@ -153,22 +195,18 @@ FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
   const int untouched = row.mask || row.edits ? 0 : row.vocab / kBlock;
   for (int b = 0; b < untouched; ++b) look(b, row.logits + b * kBlock);
   for (int b = untouched; b < row.blocks; ++b) {
-    if (is_clean(row, b)) {
-      look(b, row.logits + b * kBlock);
-    } else {
+    if (!is_allowed(row, b) || (Watch::kSees && has_edits(row, b))) {
       look(b, block(row, b, buffer));
+      continue;
     }
+    look(b, row.logits + b * kBlock);
+    if (has_edits(row, b)) block_max[b] = edited_peak(row, b, block_max[b], nan);
   }
   for (int i = 0; i < kPad; ++i) block_max[row.blocks + i] = -INFINITY;
   vf peak = splat(-INFINITY);
   for (int b = 0; b < row.blocks; b += kLanes) peak = max(peak, load(block_max + b));
   return Peak{reduce_max(peak), any(nan)};
 }
-
-struct Nothing {
-  FS_MEMBER void see(vf, vf) {}
-  FS_MEMBER void end(int, float) {}
-};
 
 template <class T>
 Peak scan(const Row<T>& row, float* block_max) {

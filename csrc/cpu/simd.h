@@ -105,6 +105,15 @@ FS_INLINE void load_pair(const BFloat* p, vf& a, vf& b) {
   b = (vf)(both << 16);
 }
 
+// x[i] of whole vectors.
+FS_INLINE float value_at(const float* x, int i) { return x[i]; }
+template <class T>
+FS_INLINE float value_at(const T* x, int i) {
+  float lanes[kLanes];
+  store(lanes, load(x + i / kLanes * kLanes));
+  return lanes[i % kLanes];
+}
+
 // A truth value per lane.
 #if defined(FASTSAMPLE_ISA_avx512)
 typedef __mmask16 Mask;
