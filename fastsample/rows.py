@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -60,8 +61,8 @@ _MASK = 2**64 - 1
 def splitmix64(seed: int, count: int) -> torch.Tensor:
     """splitmix64(seed + row) for row in range(count) as int64 bits [count] (Steele, Lea and Flood 2014)."""
     first = (seed + 0x9E3779B97F4A7C15) & _MASK
-    if count == 1:  # numpy's overhead is most of a single row's sampling
-        return torch.tensor([_signed(_mix(first))])
+    if count == 1:  # the fastest of many ways: torch's and numpy's overhead is most of a single row's sampling
+        return torch.full((1,), _signed(_mix(first)), dtype=torch.int64)
     return torch.from_numpy(_mix(np.arange(count, dtype=np.uint64) + np.uint64(first)).view(np.int64))
 
 
@@ -85,10 +86,15 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
 
 
 def pack_offsets(offset: Seed, rows: int) -> torch.Tensor:
-    """Per-row offsets, int64 bits [B], or [1] where all rows share one."""
+    """Per-row offsets, int64 bits [B], or [1] where all rows share one. Not to be written to."""
     if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
-        return torch.full((1,), _signed(_uint64("offset", int(offset))), dtype=torch.int64)
+        return _shared_offset(_uint64("offset", int(offset)))
     return _uint64_column("offset", offset, rows)
+
+
+@lru_cache(maxsize=64)
+def _shared_offset(offset: int) -> torch.Tensor:
+    return torch.full((1,), _signed(offset), dtype=torch.int64)
 
 
 def pack_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

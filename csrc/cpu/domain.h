@@ -75,13 +75,10 @@ FS_INLINE const float* values(const List& l, int b, float*) { return l.x + b * k
 FS_INLINE vi ids(const List& l, int b, int i) { return load(l.id + b * kBlock + i); }
 FS_INLINE int32_t id_at(const List& l, int b, int i) { return l.id[b * kBlock + i]; }
 
-// While a row's masses keep the arithmetic busy, the next row can come from memory. Every other
-// line: its neighbour comes with it.
+// While a row's masses keep the arithmetic busy, the next row can come from memory.
 template <class T>
 FS_INLINE void fetch_ahead(const Dense<T>&, int b, const Workspace& ws) {
-  if (!ws.ahead) return;
-  const T* next = (const T*)ws.ahead + b * kBlock;
-  for (int i = 0; i < kBlock; i += 128 / (int)sizeof(T)) __builtin_prefetch(next + i, 0, 2);
+  if (ws.ahead) prefetch_block((const T*)ws.ahead + b * kBlock);
 }
 FS_INLINE void fetch_ahead(const List&, int, const Workspace&) {}
 

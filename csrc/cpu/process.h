@@ -182,6 +182,12 @@ float edited_peak(const Row<T>& row, int b, float raw, Mask& nan) {
   return peak;
 }
 
+// Asks for a block that will be read soon; every other line, since its neighbour comes with it.
+template <class T>
+FS_INLINE void prefetch_block(const T* x) {
+  for (int i = 0; i < kBlock; i += 128 / (int)sizeof(T)) __builtin_prefetch(x + i);
+}
+
 // The streaming pass: the maximum of every block and of the row. `watch` sees every pair of vectors
 // of a block, then the block's maximum.
 template <class T, class Watch>
@@ -192,14 +198,19 @@ FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
     block_max[b] = block_peak(x, nan, watch);
     watch.end(b, block_max[b]);
   };
+  const auto look_at_logits = [&](int b) {
+    constexpr int kSoon = 8192 / (int)sizeof(T);
+    prefetch_block(row.logits + b * kBlock + kSoon);
+    look(b, row.logits + b * kBlock);
+  };
   const int untouched = row.mask || row.edits ? 0 : row.vocab / kBlock;
-  for (int b = 0; b < untouched; ++b) look(b, row.logits + b * kBlock);
+  for (int b = 0; b < untouched; ++b) look_at_logits(b);
   for (int b = untouched; b < row.blocks; ++b) {
     if (!is_allowed(row, b) || (Watch::kSees && has_edits(row, b))) {
       look(b, block(row, b, buffer));
       continue;
     }
-    look(b, row.logits + b * kBlock);
+    look_at_logits(b);
     if (has_edits(row, b)) block_max[b] = edited_peak(row, b, block_max[b], nan);
   }
   for (int i = 0; i < kPad; ++i) block_max[row.blocks + i] = -INFINITY;
