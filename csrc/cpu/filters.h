@@ -67,7 +67,7 @@ FS_INLINE int split_block(const Weight& weight, const T* x, Bracket bracket, flo
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     const auto w = weight.of(p, everywhere<N>());
-    weight.add(all, w);
+    weight.add_all(all, w);
     Where<N> below;
     FS_EACH(N) below.m[u] = gt(splat(bracket.high), p.v[u]);
     if (bracket.high < INFINITY) weight.add_where(rest, w, below);
@@ -161,7 +161,9 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
   const Split s = split(weight, d, bracket, ws);
   const uint64_t target = weight.target(s.total);
   if (s.upper < target) {
-    const Boundary edge = narrow(weight, copy(ws.values, s.middle.n, ws.spare), s.upper, target);
+    Span middle = span_of(ws.values, s.middle.n);
+    if (middle.low < middle.high) middle = copy(middle.x, middle.n, ws.spare);  // to be reordered
+    const Boundary edge = narrow(weight, middle, s.upper, target);
     if (reached(weight, edge) >= target) {
       const uint64_t m = ties_needed(weight, edge, target);
       return Found{add_segments(d, weight, edge, m, ws), edge.above + m * weight.one(edge.x)};

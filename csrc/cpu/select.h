@@ -14,6 +14,7 @@ struct Counting {
 
   struct Sum {
     vu lanes = {};
+    uint64_t whole = 0;
   };
   static constexpr bool kNeedsTotal = false;
 
@@ -26,10 +27,14 @@ struct Counting {
     FS_EACH(N) s.lanes = fastsample::add_where(ones.m[u], s.lanes, (vu)splat(1));
   }
   template <int N>
+  FS_MEMBER void add_all(Sum& s, const Where<N>&) const {
+    s.whole += N * kLanes;
+  }
+  template <int N>
   FS_MEMBER void add_where(Sum& s, const Where<N>&, const Where<N>& where) const {
     add(s, where);
   }
-  FS_MEMBER uint64_t total(const Sum& s) const { return reduce_add(s.lanes); }
+  FS_MEMBER uint64_t total(const Sum& s) const { return s.whole + reduce_add(s.lanes); }
   FS_MEMBER uint64_t one(float) const { return 1; }
   FS_MEMBER uint64_t target(uint64_t) const { return k; }
   FS_MEMBER double estimate_target(double) const { return (double)k; }
@@ -55,6 +60,10 @@ struct Weighing {
   template <int N>
   FS_MEMBER void add(Sum& s, const Mass<N>& mass) const {
     fastsample::add(s, mass);
+  }
+  template <int N>
+  FS_MEMBER void add_all(Sum& s, const Mass<N>& mass) const {
+    add(s, mass);
   }
   template <int N>
   FS_MEMBER void add_where(Sum& s, const Mass<N>& mass, const Where<N>& where) const {
@@ -226,6 +235,17 @@ FS_INLINE Span filter(const float* x, int n, float* to, Keep keep) {
   return kept;
 }
 
+// n values where they are, filled up already.
+FS_INLINE Span span_of(float* x, int n) {
+  vf low = splat(INFINITY), high = splat(-INFINITY);
+  for (int i = 0; i < n; i += kLanes) {
+    const vf v = load(x + i);
+    low = min(low, select(first(n - i), v, low));
+    high = max(high, v);
+  }
+  return Span{x, n, reduce_min(low), reduce_max(high)};
+}
+
 FS_INLINE Span copy(const float* x, int n, float* to) {
   return filter(x, n, to, [](vf v) { return gt(v, splat(-INFINITY)); });
 }
@@ -251,29 +271,37 @@ struct Boundary {
   uint64_t above;  // weight strictly above x: below the target
 };
 
-// A value from low to just below high.
-FS_INLINE float middle_value(float low, float high) {
-  const float middle = low * 0.5f + high * 0.5f;
-  return low <= middle && middle < high ? middle : low;
-}
-
 FS_INLINE float middle_key(float low, float high) {
   return from_key((key_of(low) + key_of(high)) >> 1);
 }
 
+// A value from low to just below high, of which about `share` of the range lies above.
+FS_INLINE float value_below(float low, float high, double share) {
+  const float x = (float)((double)high - share * ((double)high - (double)low));
+  return low <= x && x < high ? x : share < 0.5 ? nextafterf(high, low) : low;
+}
+
 // The value at which `above` plus the weight of s, from its highest value down, reaches `target`;
-// the lowest value where all of it does not. Halving the range of values leaves few of them soon,
-// halving that of keys every other time bounds the rounds by 64 whatever they are. Reorders s.
+// the lowest value where all of it does not. Pivots stand a little below and a little above where
+// the target would be, were the weight spread evenly over the range of values: few values are left
+// between them. Halving the range of keys every third time bounds the rounds by 96 whatever the
+// values are. Reorders s.
 template <class Weight>
 Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
+  double inside = -1;
   for (int round = 0; key_of(s.low) < key_of(s.high); ++round) {
-    const float pivot = (round & 1 ? middle_key : middle_value)(s.low, s.high);
+    if (!(inside > 0)) inside = s.n * (double)weight.one(value_below(s.low, s.high, 0.5)) + 1;
+    const double share = (double)(target - above) / inside, margin = 1.5 / sqrt((double)s.n);
+    const float pivot = round % 3 == 2 ? middle_key(s.low, s.high)
+                                       : value_below(s.low, s.high, share + (round % 3 ? -margin : margin));
     const uint64_t upper = weight_above(weight, s, pivot);
     if (above + upper >= target) {
       s = filter(s.x, s.n, s.x, [&](vf v) { return gt(v, splat(pivot)); });
+      inside = (double)upper;
     } else {
       above += upper;
       s = filter(s.x, s.n, s.x, [&](vf v) { return ge(splat(pivot), v); });
+      inside -= (double)upper;
     }
   }
   return Boundary{s.high, s.n, above};
