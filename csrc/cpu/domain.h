@@ -176,5 +176,47 @@ List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
   return list_of(x, id, n);
 }
 
+// Adds the mass of block b.
+template <class Domain>
+FS_INLINE void add_whole(const Domain& d, int b, const Weighing& weight, MassSum& sum) {
+  const auto every = [](vf, int) { return from_bits(kAllLanes); };
+  with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, every, sum); });
+}
+
+// Adds the mass that a cutoff keeps of block b.
+template <class Domain>
+FS_INLINE void add_block(const Domain& d, int b, Cutoff cut, const Weighing& weight, float lowest,
+                         MassSum& sum) {
+  if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) return;
+  if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
+    add_whole(d, b, weight, sum);
+  } else if (cut.id == INT32_MAX) {
+    const auto above = [&](vf v, int) { return ge(v, splat(cut.x)); };
+    with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, above, sum); });
+  } else {
+    float buffer[kBlock];
+    const auto kept = [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); };
+    add_kept(weight, values(d, b, buffer), kBlock, kept, sum);
+  }
+}
+
+// Mass that a cutoff keeps, in all and in each group.
+template <class Domain>
+uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const Workspace& ws) {
+  const Weighing weight = {weigher, 1.0f};
+  const float lowest = weight.lowest();
+  uint64_t total = 0;
+  for (int g = 0; g < groups(d); ++g) {
+    MassSum sum;
+    for (int b = g * kGroup; b < group_end(d, g); ++b) {
+      fetch_ahead(d, b, ws);
+      add_block(d, b, cut, weight, lowest, sum);
+    }
+    ws.group_mass[g] = weight.total(sum);
+    total += ws.group_mass[g];
+  }
+  return total;
+}
+
 }  // namespace
 }  // namespace fastsample

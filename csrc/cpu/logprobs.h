@@ -1,7 +1,7 @@
 // Log-probabilities, ranks and top-n of the sampled tokens, from integer masses in float64.
 #pragma once
 
-#include "cpu/filters.h"
+#include "cpu/top_k.h"
 
 namespace fastsample {
 namespace {
@@ -106,10 +106,9 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
     // without them.
     const Cutoff reach = stricter(cut, Cutoff{lowest_x(weigher, weigher.floor), INT32_MAX});
     const List kept = drop_light(gather(d, reach, ws.list_x, ws.list_id), weigher, ws);
-    top = gather(kept, top_k_cutoff(kept, n, kTiesFirst, ws), ws.list_x, ws.list_id);
+    top = top_k(kept, n, kTiesFirst, ws).list;
   } else {
-    top =
-        gather(dense, stricter(cut, top_k_cutoff(dense, n, kTiesFirst, ws)), ws.list_x, ws.list_id);
+    top = gather(top_k(dense, n, kTiesFirst, ws).list, cut, ws.list_x, ws.list_id);
   }
   write_top(batch.out, r, ws, top.n, [&](float x) { return log_ratio(weigh(weigher, x), total); });
 }
@@ -143,8 +142,7 @@ void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T
   }
   if (!out.num_top) return;
   if (!sound) return write_no_top(out, r);
-  const List top =
-      gather(raw, top_k_cutoff(raw, out.num_top, kTiesFirst, ws), ws.list_x, ws.list_id);
+  const List top = top_k(raw, out.num_top, kTiesFirst, ws).list;
   write_top(out, r, ws, top.n, logprob);
 }
 

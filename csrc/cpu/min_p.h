@@ -2,7 +2,7 @@
 // the row's.
 #pragma once
 
-#include "cpu/filters.h"
+#include "cpu/top_p.h"
 
 namespace fastsample {
 namespace {

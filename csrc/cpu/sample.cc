@@ -1,7 +1,6 @@
 // The pipeline for one row, from logits to token. Compiled once per ISA; exports nothing but that
 // ISA's Kernel.
 #include "core/philox.h"
-#include "cpu/filters.h"
 #include "cpu/logprobs.h"
 #include "cpu/mass.h"
 #include "cpu/min_p.h"
@@ -190,12 +189,11 @@ void filter_and_finish(const Task<T>& t, const Domain& d, Cutoff cut, bool top_p
 template <class T>
 void sample_random(const Task<T>& t, const RowParams& p) {
   Cutoff cut = kKeepAlive;
-  if (uses_top_k(p, t.dense.row.vocab)) cut = top_k_cutoff(t.dense, p.top_k, p.ties, t.ws);
   bool top_p = uses_top_p(p);
   if (top_p && p.order == kJoint) {
     Weigher all = t.weigher;
     all.floor = 0;
-    cut = stricter(cut, top_p_cutoff(t.dense, all, p.top_p, t.ws).cut);
+    cut = top_p_cutoff(t.dense, all, p.top_p, t.ws).cut;
     top_p = false;
   }
   // What lies below min-p's reach can be left out already, unless top-p is to count it.
@@ -204,11 +202,16 @@ void sample_random(const Task<T>& t, const RowParams& p) {
     reach = stricter(cut, Cutoff{lowest_x(t.weigher, t.weigher.floor), INT32_MAX});
   }
   // The lowest finite logit can be a cutoff too: then only some of its ties are kept.
-  if (reach.x > -FLT_MAX || reach.id != INT32_MAX) {
+  const bool all = reach.x == -FLT_MAX && reach.id == INT32_MAX;
+  if (uses_top_k(p, t.dense.row.vocab)) {
+    const TopK top = top_k(t.dense, p.top_k, p.ties, t.ws);
+    const List list = all ? top.list : gather(top.list, reach, t.ws.list_x, t.ws.list_id);
+    filter_and_finish(t, list, stricter(cut, top.cut), top_p, p);
+  } else if (all) {
+    filter_and_finish(t, t.dense, cut, top_p, p);
+  } else {
     const List list = gather(t.dense, reach, t.ws.list_x, t.ws.list_id);
     filter_and_finish(t, list, cut, top_p, p);
-  } else {
-    filter_and_finish(t, t.dense, cut, top_p, p);
   }
 }
 

@@ -14,9 +14,7 @@ struct Counting {
 
   struct Sum {
     vu lanes = {};
-    uint64_t whole = 0;
   };
-  static constexpr bool kNeedsTotal = false;
 
   template <int N>
   FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where) const {
@@ -26,17 +24,8 @@ struct Counting {
   FS_MEMBER void add(Sum& s, const Where<N>& ones) const {
     FS_EACH(N) s.lanes = fastsample::add_where(ones.m[u], s.lanes, (vu)splat(1));
   }
-  template <int N>
-  FS_MEMBER void add_all(Sum& s, const Where<N>&) const {
-    s.whole += N * kLanes;
-  }
-  template <int N>
-  FS_MEMBER void add_where(Sum& s, const Where<N>&, const Where<N>& where) const {
-    add(s, where);
-  }
-  FS_MEMBER uint64_t total(const Sum& s) const { return s.whole + reduce_add(s.lanes); }
+  FS_MEMBER uint64_t total(const Sum& s) const { return reduce_add(s.lanes); }
   FS_MEMBER uint64_t one(float) const { return 1; }
-  FS_MEMBER uint64_t target(uint64_t) const { return k; }
   FS_MEMBER double estimate_target(double) const { return (double)k; }
   FS_MEMBER double share() const { return 0; }
   FS_MEMBER float certain_low(double, double) const { return -INFINITY; }
@@ -51,7 +40,6 @@ struct Weighing {
   float top_p;
 
   typedef MassSum Sum;
-  static constexpr bool kNeedsTotal = true;
 
   template <int N>
   FS_MEMBER Mass<N> of(const Pack<N>& x, const Where<N>& where) const {
@@ -60,10 +48,6 @@ struct Weighing {
   template <int N>
   FS_MEMBER void add(Sum& s, const Mass<N>& mass) const {
     fastsample::add(s, mass);
-  }
-  template <int N>
-  FS_MEMBER void add_all(Sum& s, const Mass<N>& mass) const {
-    add(s, mass);
   }
   template <int N>
   FS_MEMBER void add_where(Sum& s, const Mass<N>& mass, const Where<N>& where) const {
@@ -292,8 +276,9 @@ Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
   for (int round = 0; key_of(s.low) < key_of(s.high); ++round) {
     if (!(inside > 0)) inside = s.n * (double)weight.one(value_below(s.low, s.high, 0.5)) + 1;
     const double share = (double)(target - above) / inside, margin = 1.5 / sqrt((double)s.n);
-    const float pivot = round % 3 == 2 ? middle_key(s.low, s.high)
-                                       : value_below(s.low, s.high, share + (round % 3 ? -margin : margin));
+    const float pivot = round % 3 == 2
+                            ? middle_key(s.low, s.high)
+                            : value_below(s.low, s.high, share + (round % 3 ? -margin : margin));
     const uint64_t upper = weight_above(weight, s, pivot);
     if (above + upper >= target) {
       s = filter(s.x, s.n, s.x, [&](vf v) { return gt(v, splat(pivot)); });

@@ -1,52 +1,10 @@
-// Stage 7: the cutoffs of top-k and top-p.
+// Stage 7, top-p: the value at which the mass of the rank order reaches its share of all there is.
 #pragma once
 
 #include "cpu/estimate.h"
 
 namespace fastsample {
 namespace {
-
-// Adds the weight of block b.
-template <class Weight, class Domain>
-FS_INLINE void add_whole(const Domain& d, int b, const Weight& weight, typename Weight::Sum& sum) {
-  const auto every = [](vf, int) { return from_bits(kAllLanes); };
-  with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, every, sum); });
-}
-
-// Adds the mass that a cutoff keeps of block b.
-template <class Domain>
-FS_INLINE void add_block(const Domain& d, int b, Cutoff cut, const Weighing& weight, float lowest,
-                         MassSum& sum) {
-  if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) return;
-  if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
-    add_whole(d, b, weight, sum);
-  } else if (cut.id == INT32_MAX) {
-    const auto above = [&](vf v, int) { return ge(v, splat(cut.x)); };
-    with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, above, sum); });
-  } else {
-    float buffer[kBlock];
-    const auto kept = [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); };
-    add_kept(weight, values(d, b, buffer), kBlock, kept, sum);
-  }
-}
-
-// Mass that a cutoff keeps, in all and in each group.
-template <class Domain>
-uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const Workspace& ws) {
-  const Weighing weight = {weigher, 1.0f};
-  const float lowest = weight.lowest();
-  uint64_t total = 0;
-  for (int g = 0; g < groups(d); ++g) {
-    MassSum sum;
-    for (int b = g * kGroup; b < group_end(d, g); ++b) {
-      fetch_ahead(d, b, ws);
-      add_block(d, b, cut, weight, lowest, sum);
-    }
-    ws.group_mass[g] = weight.total(sum);
-    total += ws.group_mass[g];
-  }
-  return total;
-}
 
 // One pass over a domain: its weight, the weight from high up (in each group too), and the values
 // in the bracket.
@@ -58,16 +16,16 @@ struct Split {
 // Block b's part of that: what it weighs, what lies below the bracket's upper end, and the
 // bracket's values; returns how many. To compress each vector costs the same however many of its
 // lanes count.
-template <class Weight, class T>
-FS_INLINE int split_block(const Weight& weight, const T* x, Bracket bracket, float* values,
-                          typename Weight::Sum& all, typename Weight::Sum& rest) {
+template <class T>
+FS_INLINE int split_block(const Weighing& weight, const T* x, Bracket bracket, float* values,
+                          MassSum& all, MassSum& rest) {
   constexpr int N = kAbreast < 4 ? kAbreast : 4;  // masks need registers too
   BlockBits inside = {};
   int n = 0;
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     const auto w = weight.of(p, everywhere<N>());
-    weight.add_all(all, w);
+    weight.add(all, w);
     Where<N> below;
     FS_EACH(N) below.m[u] = gt(splat(bracket.high), p.v[u]);
     if (bracket.high < INFINITY) weight.add_where(rest, w, below);
@@ -84,13 +42,13 @@ FS_INLINE int split_block(const Weight& weight, const T* x, Bracket bracket, flo
   return n;
 }
 
-template <class Weight, class Domain>
-Split split(const Weight& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
+template <class Domain>
+Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
   const float lowest = weight.lowest();
   Split s = {0, 0, {ws.values, 0, bracket.low, bracket.high}};
   for (int g = 0; g < groups(d); ++g) {
     ws.segment[g] = s.middle.n;
-    typename Weight::Sum all, rest, low;
+    MassSum all, rest, low;
     for (int b = g * kGroup; b < group_end(d, g); ++b) {
       if (!(upper_bound(d, b) > lowest)) continue;
       fetch_ahead(d, b, ws);
@@ -98,7 +56,7 @@ Split split(const Weight& weight, const Domain& d, Bracket bracket, const Worksp
         with_values(d, b, [&](const auto* x) {
           s.middle.n += split_block(weight, x, bracket, ws.values + s.middle.n, all, rest);
         });
-      } else if (Weight::kNeedsTotal) {
+      } else {
         add_whole(d, b, weight, low);
       }
     }
@@ -142,21 +100,16 @@ Cutoff add_segments(const Domain& d, const Weighing& weight, const Boundary& edg
   return cut;
 }
 
-template <class Domain>
-Cutoff add_segments(const Domain& d, const Counting&, const Boundary& edge, uint64_t m,
-                    const Workspace&) {
-  return cut_at(d, edge.x, m, edge.equal);
-}
-
 struct Found {
   Cutoff cut;
   uint64_t
       total;  // what the cutoff keeps, when workspace.group_mass holds it group by group; else 0
 };
 
-// The cutoff at which the weight of a domain's rank order reaches the weight's target.
-template <class Weight, class Domain>
-Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
+// The cutoff of top-p over a domain; `weigher.floor` leaves out what min-p dropped before.
+template <class Domain>
+Found top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const Workspace& ws) {
+  const Weighing weight = {weigher, top_p};
   const Bracket bracket = find_bracket(weight, d, ws);
   const Split s = split(weight, d, bracket, ws);
   const uint64_t target = weight.target(s.total);
@@ -168,10 +121,9 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
       const uint64_t m = ties_needed(weight, edge, target);
       return Found{add_segments(d, weight, edge, m, ws), edge.above + m * weight.one(edge.x)};
     }
-    // Below the bracket. All there is may still be too little for a count: then everything is kept.
+    // Below the bracket.
     const Span rest = collect(d, weight.lowest(), nextafterf(bracket.low, INFINITY), ws.values);
     const Boundary last = narrow(weight, rest, reached(weight, edge), target);
-    if (reached(weight, last) < target) return Found{kKeepAlive, 0};
     return Found{cut_at(d, last.x, ties_needed(weight, last, target), last.equal), 0};
   }
   // Above the bracket, or at its upper end, where the ties may be many.
@@ -181,37 +133,6 @@ Found find_cutoff(const Weight& weight, const Domain& d, const Workspace& ws) {
   const Boundary edge =
       above < target ? Boundary{bracket.high, equal, above} : narrow(weight, rest, 0, target);
   return Found{cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal), 0};
-}
-
-// The k-th largest block maximum: at least k tokens are not below it, and few are above.
-template <class T>
-Cutoff small_top_k(const Dense<T>& d, int32_t k, const Workspace& ws) {
-  const Span peaks = copy(d.block_max, d.row.blocks, ws.values);
-  if (peaks.n < k) return find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
-  if (k == 1) return Cutoff{peaks.high, nth_equal(d, peaks.high, 1)};
-  const float bound = narrow(Counting{}, peaks, 0, (uint64_t)k).x;
-  const Span above = collect(d, bound, INFINITY, ws.values);
-  if (above.n < k) return Cutoff{bound, nth_equal(d, bound, (uint64_t)(k - above.n))};
-  const Boundary edge = narrow(Counting{}, above, 0, (uint64_t)k);
-  return cut_at(d, edge.x, (uint64_t)k - edge.above, edge.equal);
-}
-
-FS_INLINE Cutoff small_top_k(const List& d, int32_t k, const Workspace& ws) {
-  return find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
-}
-
-template <class Domain>
-Cutoff top_k_cutoff(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
-  Cutoff cut =
-      k <= blocks(d) ? small_top_k(d, k, ws) : find_cutoff(Counting{(uint64_t)k}, d, ws).cut;
-  if (ties == kTiesAll) cut.id = INT32_MAX;
-  return cut;
-}
-
-// top-p over the whole domain; `weigher.floor` leaves out what min-p dropped before.
-template <class Domain>
-Found top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const Workspace& ws) {
-  return find_cutoff(Weighing{weigher, top_p}, d, ws);
 }
 
 }  // namespace
