@@ -125,7 +125,8 @@ template <class Weight, class Domain>
 Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws) {
   Bracket found = {weight.lowest(), INFINITY};
   if (blocks(d) < 2 * kSample / kBlock) return found;
-  Span heads = take_heads(d, ws.spare);
+  const Span none = {ws.spare, 0, INFINITY, -INFINITY};
+  Span heads = Weight::kHeavyHeads ? take_heads(d, ws.spare) : none;
   Sample body;
   take_sample(d, &body);
   // Where few tokens lie above a value that the boundary cannot lie below, there is nothing to
@@ -135,7 +136,7 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   if (count_above(body.x, body.n, certain) < body.n / 32) return Bracket{certain, INFINITY};
   // Sorted rows hide their highest tokens behind few block maxima; the sample tells.
   const int shared = count_above(body.x, body.n, nextafterf(heads.low, -INFINITY));
-  if (shared > 8 + 2 * heads.n / body.each) heads = Span{ws.spare, 0, INFINITY, -INFINITY};
+  if (shared > 8 + 2 * heads.n / body.each) heads = none;
   const Span rest = filter(body.x, body.n, body.x, [&](vf v) {
     return both(gt(v, splat(found.low)), gt(splat(heads.low), v));
   });

@@ -15,6 +15,7 @@ struct Counting {
   struct Sum {
     vu lanes = {};
   };
+  static constexpr bool kHeavyHeads = false;  // whether a few tokens can be most of the weight
 
   template <int N>
   FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where) const {
@@ -40,6 +41,7 @@ struct Weighing {
   float top_p;
 
   typedef MassSum Sum;
+  static constexpr bool kHeavyHeads = true;
 
   template <int N>
   FS_MEMBER Mass<N> of(const Pack<N>& x, const Where<N>& where) const {
