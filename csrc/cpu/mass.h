@@ -22,12 +22,7 @@ struct Weigher {
 
 // Vectors that are weighed side by side. The chain of one is some 70 cycles long, and an
 // out-of-order core sees only two or three such chains ahead when they stand one behind the other.
-// As many as the registers hold.
-#if defined(FASTSAMPLE_ISA_avx512)
 constexpr int kAbreast = 8;
-#else
-constexpr int kAbreast = 2;
-#endif
 
 #define FS_EACH(N) _Pragma("GCC unroll 8") for (int u = 0; u < N; ++u)
 

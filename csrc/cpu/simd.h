@@ -231,8 +231,14 @@ FS_INLINE int compress_store(T* to, V v, Mask m) {
   store(to, (V)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_cvtepu8_epi32(lanes)));
   return count(m);
 #else
+  const uint32_t set = bits(m);
   int at = 0;
-  for (uint32_t b = bits(m); b; b &= b - 1) to[at++] = v[__builtin_ctz(b)];
+  if (!set) return at;
+  for (int i = 0; i < kLanes;
+       ++i) {  // no branch that depends on a lane: it would be guessed wrongly
+    to[at] = v[i];
+    at += (int)(set >> i & 1);
+  }
   return at;
 #endif
 }

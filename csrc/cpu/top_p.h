@@ -19,7 +19,7 @@ struct Split {
 template <class T>
 FS_INLINE int split_block(const Weighing& weight, const T* x, Bracket bracket, float* values,
                           MassSum& all, MassSum& rest) {
-  constexpr int N = kAbreast < 4 ? kAbreast : 4;  // masks need registers too
+  constexpr int N = kAbreast / 2;  // masks need registers too
   BlockBits inside = {};
   int n = 0;
   for (int i = 0; i < kBlock; i += N * kLanes) {
