@@ -9,16 +9,16 @@ import torch
 from torch.compiler import is_compiling
 
 from fastsample.engines import LogprobsMode, Outputs, select
-from fastsample.params import SamplingParams
+from fastsample.params import CPU, SamplingParams, require_memory
 from fastsample.request import (
     OnInvalid,
     Request,
     SampleOutput,
+    Written,
     check_buffer,
     check_logits,
     check_on_invalid,
     raise_if_invalid,
-    share_memory,
 )
 from fastsample.rows import (
     BiasLike,
@@ -174,7 +174,9 @@ _PLAIN = (float, int, str)
 @lru_cache(maxsize=256)
 def _pack_plain(fields: tuple[tuple[str, type, Any], ...]) -> torch.Tensor:
     """Scalar fields are the same call after call. Their types are part of the key: 1 == 1.0 == True."""
-    return SamplingParams(**{name: value for name, _, value in fields}).pack()
+    records = SamplingParams(**{name: value for name, _, value in fields}).pack()
+    require_memory("params", records)  # a mode of torch's that makes fake tensors must not leave one here
+    return records
 
 
 def add_row_inputs(
@@ -217,7 +219,7 @@ def full(
     """filter_logits and probabilities: one float32 per logit."""
     check_on_invalid(on_invalid)
     table = check_logits(logits)
-    zeros = torch.zeros(table.shape[0], dtype=torch.int64)
+    zeros = torch.zeros(table.shape[0], dtype=torch.int64, device=CPU)
     rows = Rows(pack_params(params, fields, table.shape[0]), zeros, zeros)
     add_row_inputs(rows, table, *inputs)
     engine = select(backend, table)
@@ -226,8 +228,7 @@ def full(
     result = torch.empty(logits.shape, dtype=torch.float32, device=table.device)
     if out is not None:
         check_buffer("out", out, result)
-        if share_memory(out, table):
-            raise ValueError("out: shares memory with the logits, which are never written to; pass another tensor")
+        Written({"out": out}).require_apart_from(table, rows)
         if on_invalid == "raise":  # a first run that only looks, so that nothing is written on an error
             engine.run(table, rows, Outputs(status))
             raise_if_invalid(status)

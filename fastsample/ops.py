@@ -101,7 +101,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
             value = _position(name, spec.choices, value)
         elif isinstance(value, (list, tuple)):
             parts = [_position(name, spec.choices, v) if isinstance(v, str) else v for v in value]
-            column = torch.tensor(parts)
+            column = torch.tensor(parts, device="cpu")
         columns.append(column)
         values.append(value if column is None else 0.0)
     return values, columns
@@ -118,8 +118,8 @@ def _words(name: str, value: Any) -> Tensor:
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (list, tuple)):
-        return torch.tensor([_word(name, v) for v in value], dtype=torch.int64)
-    return torch.tensor(_word(name, value), dtype=torch.int64)
+        return torch.tensor([_word(name, v) for v in value], dtype=torch.int64, device="cpu")
+    return torch.tensor(_word(name, value), dtype=torch.int64, device="cpu")
 
 
 def _word(name: str, value: Any) -> Any:
@@ -288,7 +288,7 @@ def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 @_full.register_fake
 def _(kind: str, logits: Tensor, *arguments: Any) -> Tensor:
-    check_logits(logits)
+    check_logits(logits, traced=True)
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 

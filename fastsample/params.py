@@ -25,6 +25,9 @@ Order: TypeAlias = Literal["top_k_first", "min_p_first", "joint"]
 GREEDY_BELOW = 1e-5
 """A temperature below this (as float32) means greedy."""
 
+CPU = torch.device("cpu")
+"""Where parameters are made, whatever torch's default device is."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = 2**31 - 1
 
@@ -136,11 +139,11 @@ class SamplingParams:
         columns = [_code(spec, value) for (_, spec), (_, value) in zip(_SPECS, self._values(), strict=True)]
         if rows is None:
             bits = struct.unpack(_INTS, struct.pack(_RECORD, *columns))
-            return torch.tensor([bits], dtype=torch.int32)
-        records = torch.empty(rows, len(_SPECS), dtype=torch.int32)
+            return torch.tensor([bits], dtype=torch.int32, device=CPU)
+        records = torch.empty(rows, len(_SPECS), dtype=torch.int32, device=CPU)
         for target, (_, spec), column in zip(records.unbind(1), _SPECS, columns, strict=True):
             target = target.view(torch.float32) if spec.kind == "float" else target
-            target.copy_(torch.as_tensor(column))
+            target.copy_(torch.as_tensor(column, device=CPU))
         return records
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -171,7 +174,7 @@ def _normalise(name: str, spec: Spec, value: Any) -> Any:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         return _scalar(name, spec, value, "row 0 and every other")
     items = [_scalar(name, spec, item, f"row {row}") for row, item in enumerate(value)]
-    return tuple(items) if spec.kind == "choice" else torch.tensor(items, dtype=_dtype(spec))
+    return tuple(items) if spec.kind == "choice" else torch.tensor(items, dtype=_dtype(spec), device=CPU)
 
 
 def _scalar(name: str, spec: Spec, value: Any, where: str) -> Any:
@@ -197,15 +200,50 @@ def to_float32(value: Any) -> float:
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """An array of numbers as a tensor: torch takes neither negative strides nor the other byte order."""
-    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    """An array of numbers as a tensor: torch takes no negative strides, no other byte order, and warns of read-only."""
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def require_dense(name: str, tensor: torch.Tensor) -> None:
     """ValueError unless a tensor has its values in one strided piece of memory."""
+    require_strided(name, tensor)
+    require_memory(name, tensor)
+
+
+def require_memory(name: str, tensor: torch.Tensor) -> None:
+    """The part of that which no tensor of a trace would meet."""
+    if not has_memory(tensor):
+        raise ValueError(
+            f"{name}: expected a dense tensor with values, got a {type(tensor).__name__} without memory of its own "
+            "(a wrapper, one inside vmap or grad, a fake one, or one whose storage was freed)"
+        )
+
+
+def require_strided(name: str, tensor: torch.Tensor) -> None:
+    """The other part."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
         kind = "a nested tensor" if tensor.is_nested else tensor.layout
         raise ValueError(f"{name}: expected a dense tensor with values, got {kind} on {tensor.device}")
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a strided tensor's values lie where its address says."""
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return False  # what it is made of is its own affair, as DTensor's and FakeTensor's
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except (RuntimeError, ValueError):  # of torch.func's wrappers, and of lazy parameters
+        return False
+
+
+def whole(name: str, value: Any) -> int:
+    """An integer of any kind but bool, or TypeError."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}: expected an integer")
+    return int(value)
 
 
 def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 
 from fastsample.engines import Engine, LogprobsMode, Outputs, select
-from fastsample.params import require_dense
+from fastsample.params import has_memory, require_dense, require_strided, whole
 from fastsample.rows import MAX_VOCAB, Rows
 
 OnInvalid = Literal["raise", "flag"]
@@ -58,8 +60,8 @@ class Request:
         backend: str,
         reused: bool = False,
     ) -> None:
-        _check_count("num_samples", num_samples, 1, 2**31 - 1)
-        _check_count("top_logprobs", top_logprobs, 0, MAX_VOCAB)
+        num_samples = _checked_count("num_samples", num_samples, 1, 2**31 - 1)
+        top_logprobs = _checked_count("top_logprobs", top_logprobs, 0, MAX_VOCAB)
         if logprobs is not None and not is_one_of(logprobs, "raw", "processed"):
             raise ValueError(f"logprobs = {logprobs!r}: expected None, 'raw' or 'processed'")
         if top_logprobs and logprobs is None:
@@ -77,6 +79,9 @@ class Request:
         self._checked: tuple[Any, ...] | None = None
         self._template: SampleOutput | None = None
         self._last: tuple[SampleOutput, Outputs] | None = None
+        self._written: Written  # and what is known of its memory
+        self._bytes = 0  # from the first logit to the last
+        self._made_for_inference = False
 
     def anew(self) -> Request:
         """The same wishes, and nothing yet of what logits have been seen."""
@@ -85,7 +90,7 @@ class Request:
     def table(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
         known = self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided
-        known = known and not logits.is_nested and not logits.is_neg()
+        known = known and not logits.is_nested and not logits.is_neg() and has_memory(logits)
         if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
             return logits if logits.ndim == 2 else logits.unsqueeze(0)
         table = check_logits(logits)
@@ -99,7 +104,7 @@ class Request:
 
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
         """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
-        outputs = None if out is None else self._checked_outputs(out, table.device)
+        outputs = None if out is None else self._checked_outputs(out, table, rows)
         if out is None or outputs is None or self.raises:
             # A caller's buffers are filled only once every row is known to be valid.
             result = self._fresh(table.device)
@@ -113,9 +118,10 @@ class Request:
             self._engine.advance(rows)
         if out is None or out is result:
             return result
-        for name in FIELDS:
-            if (value := getattr(result, name)) is not None:
-                getattr(out, name).copy_(value)
+        with torch.inference_mode() if self._made_for_inference else nullcontext():
+            for name in FIELDS:
+                if (value := getattr(result, name)) is not None:
+                    getattr(out, name).copy_(value)
         return out
 
     def _buffers(self, device: torch.device) -> SampleOutput:
@@ -162,17 +168,23 @@ class Request:
             self.top_logprobs,
         )
 
-    def _checked_outputs(self, out: SampleOutput, device: torch.device) -> Outputs:
+    def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
         if self._last is not None and self._last[0] is out and _same_buffers(out, self._last[1]):
+            self._written.require_apart_from(table, rows, self._bytes)
             return self._last[1]
         if not isinstance(out, SampleOutput):
             raise TypeError(f"out: expected a SampleOutput, got {type(out).__name__}")
         if self._template is None:
-            self._template = self._buffers(device)
-        for name in FIELDS:
-            if (like := getattr(self._template, name)) is not None:
-                check_buffer(f"out.{name}", getattr(out, name), like)
+            self._template = self._buffers(table.device)
+        wanted = [name for name in FIELDS if getattr(self._template, name) is not None]
+        for name in wanted:
+            check_buffer(f"out.{name}", getattr(out, name), getattr(self._template, name))
+        self._written = Written({f"out.{name}": getattr(out, name) for name in wanted})
+        self._made_for_inference = any(getattr(out, name).is_inference() for name in wanted)
+        start, end = _span(table)
+        self._bytes = end - start
+        self._written.require_apart_from(table, rows)
         outputs = self._outputs(out)
         self._last = (out, outputs)
         return outputs
@@ -190,11 +202,11 @@ def _same_buffers(out: SampleOutput, outputs: Outputs) -> bool:
     )
 
 
-def check_logits(logits: torch.Tensor) -> torch.Tensor:
-    """The logits as [B, V], or an error that says what they should be."""
+def check_logits(logits: torch.Tensor, traced: bool = False) -> torch.Tensor:
+    """The logits as [B, V], or an error that says what they should be; `traced` ones have no values yet."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
-    require_dense("logits", logits)
+    (require_strided if traced else require_dense)("logits", logits)
     if logits.dtype not in _DTYPES:
         raise TypeError(f"logits: expected float32, float16 or bfloat16, got {logits.dtype}")
     if logits.ndim not in (1, 2):
@@ -241,19 +253,64 @@ def check_buffer(name: str, buffer: Any, like: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected {like.dtype} {list(like.shape)} on {like.device}, got {got}")
     if not buffer.is_contiguous() or buffer.is_neg():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
+    if buffer.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no gradient: it is overwritten; call .detach()")
 
 
-def share_memory(buffer: torch.Tensor, table: torch.Tensor) -> bool:
-    """Whether a contiguous buffer and the logits [B, V] overlap (or might, where rows are far apart)."""
-    if not buffer.numel():
-        return False
-    last = (table.shape[0] - 1) * table.stride(0) + table.shape[1]
-    end = buffer.data_ptr() + buffer.numel() * buffer.element_size()
-    return buffer.data_ptr() < table.data_ptr() + last * table.element_size() and table.data_ptr() < end
+class Written:
+    """Buffers that a call writes to: each in memory of its own."""
+
+    def __init__(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._spans = {name: _span(buffer) for name, buffer in buffers.items() if buffer.numel()}
+        self._low = min((start for start, _ in self._spans.values()), default=0)
+        self._high = max((end for _, end in self._spans.values()), default=0)
+        in_order = sorted(self._spans.items(), key=lambda item: item[1])
+        for (name, (_, end)), (other, (start, _)) in pairwise(in_order):
+            if start < end:
+                raise ValueError(f"{other}: shares memory with {name}; pass another tensor")
+
+    def require_apart_from(self, table: torch.Tensor, rows: Rows, size: int | None = None) -> None:
+        """ValueError where what is read lies there too, or might, where rows are far apart.
+
+        `size`: the table's bytes, where a step knows that nothing but the table and the inputs can have moved.
+        """
+        if size is None:
+            self._require_apart("the logits", *_span(table))
+            self._require_apart("seed", *_span(rows.seeds))
+            self._require_apart("offset", *_span(rows.offsets))
+        else:
+            start = table.data_ptr()
+            self._require_apart("the logits", start, start + size)
+        if rows.bitmask is not None:
+            self._require_apart("bitmask", *_span(rows.bitmask))
+        for part in rows.bias[:3] if rows.bias is not None else ():
+            self._require_apart("bias", *_span(part))
+        if rows.prompt_ids is not None:
+            self._require_apart("prompt_ids", *_span(rows.prompt_ids))
+        if rows.output_ids is not None:
+            self._require_apart("output_ids", *_span(rows.output_ids))
+
+    def _require_apart(self, other: str, start: int, end: int) -> None:
+        if end <= self._low or self._high <= start:
+            return
+        for name, (first, last) in self._spans.items():
+            if start < last and first < end:
+                raise ValueError(f"{name}: shares memory with {other}; pass another tensor")
 
 
-def _check_count(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} = {value!r}: expected an integer")
-    if not low <= value <= high:
-        raise ValueError(f"{name} = {value}: expected {low} <= {name} <= {high}")
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address of a tensor's first byte and of the one past its last."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    last = 0
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (size - 1) * stride
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _checked_count(name: str, value: Any, low: int, high: int) -> int:
+    count = whole(name, value)
+    if not low <= count <= high:
+        raise ValueError(f"{name} = {count}: expected {low} <= {name} <= {high}")
+    return count

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from fastsample.params import from_numpy, require_dense, to_float32
+from fastsample.params import CPU, from_numpy, require_dense, require_memory, to_float32
 
 MAX_VOCAB = 2**20
 MAX_IDS = 2**29
@@ -49,7 +49,7 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The same rows with the packed parameters on the device of the logits."""
-        if self.records.device == device:
+        if self.records.device == device and self.seeds.device == device and self.offsets.device == device:
             return self
         records, seeds, offsets = (t.to(device, non_blocking=True) for t in (self.records, self.seeds, self.offsets))
         return replace(self, records=records, seeds=seeds, offsets=offsets, native=None)
@@ -62,7 +62,7 @@ def splitmix64(seed: int, count: int) -> torch.Tensor:
     """splitmix64(seed + row) for row in range(count) as int64 bits [count] (Steele, Lea and Flood 2014)."""
     first = (seed + 0x9E3779B97F4A7C15) & _MASK
     if count == 1:  # the fastest of many ways: torch's and numpy's overhead is most of a single row's sampling
-        return torch.full((1,), _signed(_mix(first)), dtype=torch.int64)
+        return torch.full((1,), _signed(_mix(first)), dtype=torch.int64, device=CPU)
     return torch.from_numpy(_mix(np.arange(count, dtype=np.uint64) + np.uint64(first)).view(np.int64))
 
 
@@ -77,7 +77,7 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     """Per-row seeds, int64 bits [B]: a scalar goes through splitmix64, a tensor or sequence is used as it is."""
     if seed is None:
         # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
-        seed = int(torch.empty((), dtype=torch.int64).random_())
+        seed = int(torch.empty((), dtype=torch.int64, device=CPU).random_())
     if isinstance(seed, torch.Tensor) and seed.ndim == 0:
         seed = int(_uint64_column("seed", seed, rows))
     if isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
@@ -94,7 +94,9 @@ def pack_offsets(offset: Seed, rows: int) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _shared_offset(offset: int) -> torch.Tensor:
-    return torch.full((1,), _signed(offset), dtype=torch.int64)
+    shared = torch.full((1,), _signed(offset), dtype=torch.int64, device=CPU)
+    require_memory("offset", shared)  # a mode of torch's that makes fake tensors must not leave one here
+    return shared
 
 
 def pack_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -102,7 +104,7 @@ def pack_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     _require_tensor("bitmask", bitmask, logits.device)
     if bitmask.dtype != torch.int32:
         raise TypeError(f"bitmask: expected int32 words, got {bitmask.dtype}")
-    mask = bitmask.unsqueeze(0) if bitmask.ndim == 1 else bitmask
+    mask = (bitmask.unsqueeze(0) if bitmask.ndim == 1 else bitmask).resolve_neg()
     if mask.ndim != 2 or mask.shape[0] not in (1, logits.shape[0]):
         raise ValueError(f"bitmask: expected shape [{logits.shape[0]}, words] or [words], got {tuple(bitmask.shape)}")
     return mask if mask.stride(1) == 1 or mask.shape[1] <= 1 else mask.contiguous()
@@ -121,8 +123,7 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
         raise ValueError(f"{name}: expected shape [{rows}, L], got {tuple(ids.shape)}")
     if table.shape[1] > MAX_IDS:
         raise ValueError(f"{name}: expected at most 2^29 ids per row, got {table.shape[1]}")
-    if table.dtype != torch.int64:
-        table = table.to(torch.int64)
+    table = table.to(torch.int64).resolve_neg()
     return table if table.stride(1) == 1 or table.shape[1] <= 1 else table.contiguous()
 
 
@@ -165,9 +166,9 @@ def _bias_dicts(bias: Any, rows: int) -> BiasTensors:
             values.append(_bias_value(value, token, row))
         row_ptr.append(len(ids))
     return (
-        torch.tensor(row_ptr, dtype=torch.int64),
-        torch.tensor(ids, dtype=torch.int64),
-        torch.tensor(values, dtype=torch.float32),
+        torch.tensor(row_ptr, dtype=torch.int64, device=CPU),
+        torch.tensor(ids, dtype=torch.int64, device=CPU),
+        torch.tensor(values, dtype=torch.float32, device=CPU),
     )
 
 
@@ -197,8 +198,8 @@ def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> Bia
             f"bias: expected row_ptr of {rows + 1} rising entries from 0 to the number of ids "
             f"({len(ids)} ids, {len(values)} values), got {pointers[:8]}"
         )
-    values = values.detach().float().resolve_neg()
-    return row_ptr.long().contiguous(), ids.long().contiguous(), values.contiguous()
+    row_ptr, ids, values = (part.resolve_neg() for part in (row_ptr.long(), ids.long(), values.detach().float()))
+    return row_ptr.contiguous(), ids.contiguous(), values.contiguous()
 
 
 def _check_bias(row_ptr: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, vocab: int) -> None:
@@ -231,9 +232,10 @@ def _pad(name: str, ids: Any, rows: int) -> torch.Tensor:
     for row, line in enumerate(table):
         if not isinstance(line, Sequence) or isinstance(line, str):
             raise TypeError(f"{name} (row {row}): expected a list of token ids, got {line!r}")
-    padded = torch.full((rows, max(map(len, table), default=0)), -1, dtype=torch.int64)
+    padded = torch.full((rows, max(map(len, table), default=0)), -1, dtype=torch.int64, device=CPU)
     for row, line in enumerate(table):
-        padded[row, : len(line)] = torch.tensor([_integer(f"{name} id", i, row) for i in line], dtype=torch.int64)
+        own = [_integer(f"{name} id", i, row) for i in line]
+        padded[row, : len(line)] = torch.tensor(own, dtype=torch.int64, device=CPU)
     return padded
 
 
@@ -270,7 +272,7 @@ def _uint64_column(name: str, values: Any, rows: int) -> torch.Tensor:
         values = from_numpy(values) if values.dtype.kind in "biuf" else values.tolist()
     if isinstance(values, Sequence) and not isinstance(values, str):
         numbers_ = [_uint64(name, _big_integer(name, v, row), row) for row, v in enumerate(values)]
-        values = torch.tensor([_signed(v) for v in numbers_], dtype=torch.int64)
+        values = torch.tensor([_signed(v) for v in numbers_], dtype=torch.int64, device=CPU)
     if not isinstance(values, torch.Tensor):
         raise TypeError(f"{name}: expected an integer or one per row, got {values!r}")
     if values.dtype not in (torch.int64, torch.int32, torch.uint64):
@@ -279,7 +281,7 @@ def _uint64_column(name: str, values: Any, rows: int) -> torch.Tensor:
     if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
         raise ValueError(f"{name}: expected one value or {rows} (one per row), got shape {tuple(values.shape)}")
     column = values.view(torch.int64) if values.dtype == torch.uint64 else values.to(torch.int64)
-    return column.reshape(1) if column.ndim == 0 else column.contiguous()
+    return column.reshape(1) if column.ndim == 0 else column.resolve_neg().contiguous()
 
 
 def _big_integer(name: str, value: Any, row: int) -> int:

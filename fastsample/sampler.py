@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
-from fastsample.params import SamplingParams
+from fastsample.params import CPU, SamplingParams, whole
 from fastsample.request import OnInvalid, Request, SampleOutput
 from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds
 
@@ -49,20 +49,21 @@ class Sampler:
         backend: str = "auto",
         **fields: Any,
     ) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
-            raise TypeError(f"batch_size = {batch_size!r}: expected an integer")
+        batch_size = whole("batch_size", batch_size)
         if not 1 <= batch_size < 2**31:
             raise ValueError(f"batch_size = {batch_size}: expected 1 <= batch_size < 2^31")
         self._batch_size = batch_size
         self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, reused=True)
-        records = pack_params(params, fields, batch_size)
-        self._rows = Rows(
-            records.repeat(batch_size // records.shape[0], 1),
-            pack_seeds(seed, batch_size).clone(),
-            pack_offsets(offset, batch_size).expand(batch_size).clone(),
-            workspace={},
-        )
-        self._initial_records = self._rows.records.clone()
+        # What a Sampler changes later must not be an inference tensor, wherever it is made.
+        with torch.inference_mode(False):
+            records = pack_params(params, fields, batch_size)
+            self._rows = Rows(
+                records.repeat(batch_size // records.shape[0], 1),
+                pack_seeds(seed, batch_size).to(CPU, copy=True),
+                pack_offsets(offset, batch_size).cpu().expand(batch_size).clone(),
+                workspace={},
+            )
+            self._initial_records = self._rows.records.clone()
         self._lock = _new_lock(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,8 +77,10 @@ class Sampler:
         self._batch_size = state["batch_size"]
         self._request = state["request"]
         initial, records, seeds, offsets = state["columns"]
-        self._initial_records, own = (torch.tensor(t, dtype=torch.int32) for t in (initial, records))
-        self._rows = Rows(own, torch.tensor(seeds), torch.tensor(offsets), workspace={})
+        with torch.inference_mode(False):
+            self._initial_records, own = (torch.tensor(t, dtype=torch.int32, device=CPU) for t in (initial, records))
+            words = [torch.tensor(t, dtype=torch.int64, device=CPU) for t in (seeds, offsets)]
+            self._rows = Rows(own, words[0], words[1], workspace={})
         self._lock = _new_lock(self)
 
     @property
@@ -113,7 +116,10 @@ class Sampler:
             table = self._request.table(logits)
             if table.shape[0] != self._batch_size:
                 raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
-            self._rows = rows = self._rows.to(table.device)
+            rows = self._rows
+            if rows.records.device != table.device:
+                with torch.inference_mode(False):
+                    self._rows = rows = rows.to(table.device)
             if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
                 rows = Rows(rows.records, rows.seeds, rows.offsets, workspace=rows.workspace)
                 add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
@@ -136,7 +142,7 @@ class Sampler:
             seed: this sequence's 64-bit seed, used as it is, so that the slot does not matter; None takes a fresh one.
             offset: position of its next token.
         """
-        self._check_row(row)
+        row = self._checked_row(row)
         record = pack_params(params, fields, 1)
         start = pack_offsets(offset, 1)
         own = pack_seeds(None if seed is None else [seed], 1)
@@ -150,7 +156,7 @@ class Sampler:
             row: slot, 0 <= row < B.
             seed: as in `set_row`; None keeps the slot's seed.
         """
-        self._check_row(row)
+        row = self._checked_row(row)
         own = None if seed is None else pack_seeds([seed], 1)
         with self._lock:
             self._restart(row, own, pack_offsets(0, 1), self._initial_records[row])
@@ -161,11 +167,11 @@ class Sampler:
         self._rows.offsets[row].copy_(offset[0])
         self._rows.records[row].copy_(record)
 
-    def _check_row(self, row: int) -> None:
-        if not isinstance(row, int) or isinstance(row, bool):
-            raise TypeError(f"row = {row!r}: expected an integer")
+    def _checked_row(self, row: int) -> int:
+        row = whole("row", row)
         if not 0 <= row < self.batch_size:
             raise ValueError(f"row = {row}: expected 0 <= row < {self.batch_size}")
+        return row
 
 
 _alive: weakref.WeakSet[Sampler] = weakref.WeakSet()

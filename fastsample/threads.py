@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastsample.params import whole
+
 MAX_THREADS = 4096
 _chosen: int | None = None
 
@@ -14,8 +16,7 @@ def set_num_threads(n: int) -> None:
     Raises:
         TypeError, ValueError: n is no integer, or not between 1 and 4096.
     """
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"n = {n!r}: expected an integer")
+    n = whole("n", n)
     if not 1 <= n <= MAX_THREADS:
         raise ValueError(f"n = {n}: expected 1 <= n <= {MAX_THREADS} threads")
     global _chosen

@@ -439,6 +439,7 @@ def test_threads_follow_torch_until_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     assert fs.get_num_threads() == 7
 
 
+@pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")  # torch 2.4 to itself
 def test_params_and_output_survive_copy_and_pickle() -> None:
     params = fs.SamplingParams(top_k=[1, 2], temperature=0.5, ties=["first", "all"])
     out = fs.sample(logits(), seed=1, logprobs="raw")

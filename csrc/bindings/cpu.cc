@@ -5,6 +5,7 @@
 
 #include <exception>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 
 #include "cpu/dispatch.h"
@@ -69,6 +70,11 @@ int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size
             int32_t dtype, Address status, Address tokens, Address filtered, Address probabilities,
             Address logprobs, Address ranks, Address top_ids, Address top_logprobs,
             int32_t num_samples, int32_t num_top, int32_t mode, int threads) {
+  // Such as the address of a fake tensor, one that was made while torch pretends.
+  if (batch_size &&
+      (!logits || !status || !rows.params.data || !rows.seeds.data || !rows.offsets.data)) {
+    throw std::invalid_argument("logits, params or outputs: a tensor without memory");
+  }
   const Batch batch = {
       Logits{pointer<const void>(logits), stride, batch_size, vocab, (DType)dtype},
       rows,
@@ -110,7 +116,8 @@ py::tuple param_fields() {
 }  // namespace
 }  // namespace fastsample
 
-PYBIND11_MODULE(_cpu, m) {
+// No state here that the GIL would guard: what threads share in csrc/cpu is atomic or locked.
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Buffers:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.lock = Lock()  # the launches of one call, of which the second reads what the first has left
         self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
         self.boards = self.workspace
 
@@ -76,18 +78,19 @@ class CudaEngine(Engine):
         stream = torch.cuda.current_stream(logits.device).cuda_stream if on_gpu else 0
         buffers = self._memory(logits.device, stream, rows)
         call = call_arguments(logits, out)
-        while True:
-            needed = module.run(
-                rows.native,
-                logits.device.index or 0,
-                stream,
-                call,
-                (buffers.workspace.data_ptr(), buffers.workspace.numel()),
-                (buffers.boards.data_ptr(), buffers.boards.numel()),
-            )
-            if needed is None:
-                break
-            buffers.grow(*needed)  # nothing was launched
+        with buffers.lock:
+            while True:
+                needed = module.run(
+                    rows.native,
+                    logits.device.index or 0,
+                    stream,
+                    call,
+                    (buffers.workspace.data_ptr(), buffers.workspace.numel()),
+                    (buffers.boards.data_ptr(), buffers.boards.numel()),
+                )
+                if needed is None:
+                    break
+                buffers.grow(*needed)  # nothing was launched
         return None if on_gpu else int((out.status != 0).sum())
 
     def _memory(self, device: torch.device, stream: int, rows: Rows) -> Buffers:

@@ -15,7 +15,7 @@ class ReferenceEngine(Engine):
     def why_not(self, logits: torch.Tensor | None) -> str | None:
         return None
 
-    @torch.no_grad()
+    @torch.inference_mode()  # in which buffers of any kind may be written to
     def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
         dist = spec.distribution(logits, rows)
         _fill(out.status, dist.status)

@@ -58,7 +58,9 @@ class TritonEngine(Engine):
         if logits.device.type == "cuda":
             on_device = torch.cuda.device(logits.device)
         with on_device:
-            Call(self, logits, rows, out).run()
+            call = Call(self, logits, rows, out)
+            with call.memory.lock:
+                call.run()
         return None if logits.device.type == "cuda" else int((out.status != 0).sum())
 
     def layout(self, table: Table) -> Layout:

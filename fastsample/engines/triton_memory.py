@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Memory:
     """Named buffers that grow and are kept."""
 
     def __init__(self, device: torch.device) -> None:
+        self.lock = Lock()  # a call's launches, which hand data to each other here
         self._device = device
         self._buffers: dict[str, Tensor] = {}
 
