@@ -5,6 +5,7 @@ All install with pip, whose configuration decides where torch comes from.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -57,7 +58,7 @@ def stack(session: nox.Session, name: str, *bare: str) -> None:
 
     The stack's own wheels are `bare`, installed without their dependencies, which would be those of a GPU.
     """
-    session.install("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.12", "rich>=13")
+    session.install("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.22", "rich>=13")
     session.install("-r", str(ROOT / "tests" / "requirements" / f"{name}.txt"))
     session.install("--no-deps", *bare)
     if session.posargs[:1] == ["bench"]:
@@ -102,29 +103,37 @@ def _clang(session: nox.Session) -> str:
 
 FUZZ = ("tests/native/fuzz.cc", "tests/native/stress.cc")
 MEMORY = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZED = "not processes and not V1048576"
 
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """The fuzzer's check, the pool and the tests of the CPU engine under ASan + UBSan; the threads under TSan."""
-    clang, built = _clang(session), Path(session.create_tmp())
-    for kind, flags, inputs, threads in (("memory", MEMORY, "6000", "1"), ("threads", "-fsanitize=thread", "500", "4")):
+    """The fuzzer's check, the pool and the tests of the CPU engine under ASan + UBSan; the threads under TSan.
+
+    `-- quick` is what CI runs: half as many inputs, and of the tests one instruction set and fewer cases.
+    """
+    clang, built, posargs = _clang(session), Path(session.create_tmp()), list(session.posargs)
+    quick = posargs[:1] == ["quick"]
+    inputs = {"memory": "3000" if quick else "6000", "threads": "300" if quick else "500"}
+    for kind, flags, threads in (("memory", MEMORY, "1"), ("threads", "-fsanitize=thread", "4")):
         program = str(built / f"stress-{kind}")
         env = {"CXX": clang, "CXXFLAGS": flags}
         session.run("bash", "tests/native/build", program, *FUZZ, env=env, external=True)
-        session.run(program, inputs, threads, "tests/native/corpus", external=True)
+        session.run(program, inputs[kind], threads, "tests/native/corpus", external=True)
     runtime = session.run(clang, "-print-file-name=libclang_rt.asan-x86_64.so", silent=True, external=True)
     env = {"CXX": clang, "CC": clang.replace("++", ""), "CXXFLAGS": f"-O1 -g {MEMORY} -shared-libasan"}
     debug = ("-C", f"build-dir={built / 'build'}", "-C", "cmake.build-type=Debug")
     session.install(".[test]", *debug, *NO_CUDA, env=env)
-    names = ("properties", "bad_input", "integers", "concurrency")
+    names = ("parity", "properties", "bad_input", "torch_modes", "errors", "integers", "concurrency")
+    # Processes: at exit, torch's own threads are in nobody's hands. V1048576 alone would take longer than all the rest.
+    chosen = SANITIZED + (" and not avx2 and not baseline and (not parity or lm-)" if quick else "")
     session.chdir(built)  # from the root, the source tree would be imported
     # Leaks: CPython's own at exit are no news. The stress program looks for ours.
     session.run(
         "pytest",
-        *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", "not processes"),
+        *("-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", chosen),
         *(str(ROOT / "tests" / f"test_{name}.py") for name in names),
-        *session.posargs,
+        *posargs[quick:],
         env={"LD_PRELOAD": str(runtime).strip(), "ASAN_OPTIONS": "detect_leaks=0", "FASTSAMPLE_SOAK": "5"},
     )
 
@@ -162,26 +171,60 @@ def soak(session: nox.Session) -> None:
     session.run("pytest", "-k", "soak", "-s", "tests/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"})
 
 
-def _lower_bounds(*extras: str) -> list[str]:
-    """name==version for the lower bound of every dependency."""
-    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
-    wanted = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
-    return [r.split(";")[0].strip().replace(">=", "==") for r in wanted if ">=" in r and not r.startswith("triton")]
+@nox.session
+def huge(session: nox.Session) -> None:
+    """Nightly: outputs of more than 2^31 elements; needs 18 GB of memory."""
+    session.install("-e", ".[test]", *NO_CUDA)
+    session.run("pytest", "-k", "huge", "-s", "tests/test_integers.py", env={"FASTSAMPLE_HUGE": "1"})
+
+
+@nox.session(python=["3.13t", "3.14t"])
+def freethreaded(session: nox.Session) -> None:
+    """Threads without a GIL: the tokens are those of one thread, and nothing asks for the GIL back."""
+    session.install(".", "pytest>=8", "hypothesis>=6.100,<6.136", "scipy>=1.11", *NO_CUDA)  # later ones need Rust
+    names = ("parity", "concurrency", "torch_modes", "bad_input", "errors")
+    tests = (str(ROOT / "tests" / f"test_{name}.py") for name in names)
+    session.chdir(session.create_tmp())  # from the root, the source tree would be imported
+    code = "import sys, fastsample.engines.cpu; sys.exit(sys._is_gil_enabled())"
+    session.run("python", "-W", "error", "-c", code)
+    outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", "not V1048576")
+    session.run("pytest", *outside, *tests, *session.posargs)
+
+
+def _lower_bounds(*wanted: str) -> list[str]:
+    """name==version for the lower bound of every requirement that has one."""
+    return [r.split(";")[0].strip().replace(">=", "==") for r in wanted if ">=" in r]
 
 
 @nox.session(python=["3.10", "3.11"])
 def oldest(session: nox.Session) -> None:
-    """The engine's tests on the lowest versions that the bounds allow (torch 2.4 brings CUDA wheels of 2.5 GB)."""
-    session.install(*_lower_bounds(), "hypothesis>=6.100", "pytest>=8", "scipy>=1.11", "pybind11>=2.13")
-    session.install("--no-deps", "-e", ".")
-    files = (f"tests/test_{name}.py" for name in ("api", "errors", "params", "parity", "properties", "integers"))
-    session.run("pytest", *files, *session.posargs)
+    """The lowest versions that the bounds allow, those of the build too (torch 2.4 brings CUDA wheels of 2.5 GB)."""
+    pyproject = nox.project.load_toml(ROOT / "pyproject.toml")
+    project, extras = pyproject["project"], pyproject["project"]["optional-dependencies"]
+    build = _lower_bounds(*pyproject["build-system"]["requires"])
+    session.install(*build, *_lower_bounds(*project["dependencies"], *extras["hf"], *extras["grammar"]), *OLDEST_WITH)
+    session.install("--no-deps", "--no-build-isolation", "-e", ".", *NO_CUDA)
+    names = ("api", "errors", "params", "parity", "properties", "integers", "torch_modes", "bad_input", "concurrency")
+    files = (f"tests/test_{name}.py" for name in (*names, "cli", "transformers", "grammar", "supply"))
+    # What an old package uses of a newer one, and the newer one means to drop, is no affair of these tests.
+    session.run("pytest", "-W", "ignore::DeprecationWarning", *files, *session.posargs)
 
 
-@nox.session
+OLDEST_WITH = (
+    "cmake",
+    "hypothesis>=6.100",
+    "ninja",
+    "outlines-core>=0.2.10",
+    "pytest>=8",
+    "scipy>=1.11",
+    "xgrammar>=0.2",
+)
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
 def newest(session: nox.Session) -> None:
     """The test suite on the newest versions of everything, prereleases left out."""
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]")
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]", *NO_CUDA)
     session.run("pytest", *session.posargs)
 
 
@@ -192,7 +235,7 @@ BUILT_FROM = ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "csrc"
 def supply(session: nox.Session) -> None:
     """What is shipped: the sdist's files, built twice alike; wheel and metadata; known vulnerabilities; licences."""
     session.install("build>=1.2", "twine>=5", "auditwheel>=6", "pip-audit>=2.7", "pip-licenses>=5", "pytest>=8")
-    session.install(".[hf]")
+    session.install(".[hf]", *NO_CUDA)
     built = Path(session.create_tmp()) / "dist"
     shutil.rmtree(built, ignore_errors=True)
     env = {"SOURCE_DATE_EPOCH": "1700000000"}
@@ -206,12 +249,30 @@ def supply(session: nox.Session) -> None:
     needed = session.run("git", "ls-files", *BUILT_FROM, silent=True, external=True)
     if shipped != {"PKG-INFO", *str(needed).split()}:
         session.error(f"the sdist's files are not those of the build: {shipped ^ set(str(needed).split())}")
-    session.run("python", "-m", "build", "--wheel", "--outdir", str(built / "one"), str(ROOT), env=env)
+    session.run("python", "-m", "build", "--wheel", *NO_CUDA, "--outdir", str(built / "one"), str(ROOT), env=env)
     files = sorted(map(str, (built / "one").iterdir()))
     session.run("twine", "check", "--strict", *files)
     session.run("auditwheel", "show", next(f for f in files if f.endswith(".whl")))
-    session.run("pip-audit", "--skip-editable", "--progress-spinner", "off")
     session.run("pip-licenses", "--from=mixed", "--order=license")
+    _audit(session)
+
+
+def _audit(session: nox.Session) -> None:
+    """Known vulnerabilities. Where nobody has answered, too, pip-audit says that there are none: its report tells."""
+    report = Path(session.create_tmp()) / "audit.json"
+    report.unlink(missing_ok=True)
+    options = ("--skip-editable", "--progress-spinner", "off", "--format", "json", "--output", str(report))
+    session.run("pip-audit", *options, *session.posargs, success_codes=[0, 1])
+    if not report.exists():
+        session.warn("pip-audit could not ask its service: nothing is known of vulnerabilities")
+        return
+    found = json.loads(report.read_text())["dependencies"]
+    if known := [f"{d['name']} {d['version']}: {v['id']}" for d in found for v in d.get("vulns", ())]:
+        session.error("known vulnerabilities: " + ", ".join(known))
+    silent = [d["name"] for d in found if "skip_reason" in d and d["name"] != "fastsample"]
+    session.log(f"pip-audit: an answer about {sum('vulns' in d for d in found)} packages, no known vulnerability")
+    if silent:
+        session.warn(f"pip-audit: no answer about {len(silent)} packages: {', '.join(silent)}")
 
 
 @nox.session

@@ -377,7 +377,9 @@ def test_version_and_help() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refusals_are_one_line(args: list[str], message: str) -> None:
-    assert message in refusal(*args)
+    assert (
+        message.lower() in refusal(*args).lower()
+    )  # whether typer puts an argument in capitals changes with its versions
 
 
 def test_an_engine_that_cannot_serve_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,37 @@ def test_rows_further_apart_than_2_31(backend: str, tmp_path: Path) -> None:
     logits = torch.zeros(3, vocab)
     want = fs.sample(logits, bitmask=words.contiguous(), **kwargs, backend="reference").tokens
     assert torch.equal(fs.sample(logits, bitmask=words, **kwargs, backend=backend).tokens, want)
+
+
+# Outputs of more than 2^31 elements -----------------------------------------------------------------------------------
+
+ROWS = 2**11 + 3
+HUGE = pytest.mark.skipif(not os.environ.get("FASTSAMPLE_HUGE"), reason="needs up to 18 GB of memory: nox -s huge")
+
+
+@HUGE
+@pytest.mark.parametrize("buffer", ["fresh", "out"])
+@pytest.mark.parametrize("call", [fs.filter_logits, fs.probabilities])
+def test_huge_outputs(call: Callable[..., torch.Tensor], buffer: str) -> None:
+    """8.6 GB, and no two rows alike, so that none may stand where another belongs."""
+    line = torch.randn(1, V, generator=torch.Generator().manual_seed(1)).bfloat16()
+    temperatures = torch.linspace(0.5, 2.0, ROWS)
+    assert len(temperatures.unique()) == ROWS
+    fields = {"top_k": 1000, "backend": "cpu"}
+    out = torch.full((ROWS, V), torch.nan) if buffer == "out" else None
+    got = call(line.expand(ROWS, V), temperature=temperatures, **fields, out=out)
+    assert got.numel() > 2**31
+    for row in range(ROWS):
+        assert torch.equal(got[row], call(line[0], temperature=float(temperatures[row]), **fields)), f"row {row}"
+
+
+@HUGE
+def test_huge_tokens() -> None:
+    """17 GB of draws; those of a row are the row's own."""
+    x, draws = torch.zeros(ROWS, 100), V
+    got = fs.sample(x, seed=range(ROWS), num_samples=draws, backend="cpu").tokens
+    assert got.numel() > 2**31
+    for row in (0, 1, 2**10 - 1, 2**10, 2**11 - 1, 2**11, ROWS - 2, ROWS - 1):
+        own = fs.sample(x[:1], seed=[row], num_samples=draws, backend="cpu").tokens[0]
+        assert torch.equal(got[row], own)
+        assert [drawn(100, row, 0, j) for j in (0, 1, draws - 1)] == got[row, [0, 1, -1]].tolist()

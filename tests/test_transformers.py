@@ -22,11 +22,13 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     T5Config,
     T5ForConditionalGeneration,
     TopKLogitsWarper,
+    WatermarkingConfig,
     pipeline,
 )
 from transformers.generation import logits_process
@@ -185,7 +187,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eta_cutoff": {"eta_cutoff": 0.05},
     "top_h": {"top_h": 0.5, "temperature": 0.9, "top_p": 0.9},
     "renormalize_logits": {"renormalize_logits": True, "temperature": 0.7},
-    "watermark": {"watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}, "top_p": 0.9},
+    "watermark": {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash"), "top_p": 0.9},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.4},
     "bad_words_ids": {"bad_words_ids": [[4], [9, 7]], "repetition_penalty": 1.4},
     "min_new_tokens": {"min_new_tokens": 3},
@@ -635,14 +637,25 @@ PREFIX: dict[str, dict[str, Any]] = {
 }
 
 
+def allows_what_has_no_score() -> bool:
+    """Whether this transformers lifts allowed tokens that are all at -inf; older ones leave such a row without any."""
+    allowed = PrefixConstrainedLogitsProcessor(lambda row, ids: [1], 1)
+    return bool(allowed(torch.zeros(1, 1).long(), torch.full((1, 3), -torch.inf)).isfinite().any())
+
+
 @pytest.mark.parametrize("options", PREFIX.values(), ids=PREFIX)
 def test_scores_under_allowed_tokens_are_those_of_transformers(gpt2: GPT2LMHeadModel, options: dict[str, Any]) -> None:
     def allow(row: int, ids: torch.Tensor) -> list[int]:
         return [i for i in range(4, 60) if (i + row + int(ids[-1])) % 3]
 
     inputs = padded_batch()
+    none_left = options is PREFIX["all bias -inf"]
     options = options | {"max_new_tokens": 5, "prefix_allowed_tokens_fn": allow}
     keep = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    if none_left and not allows_what_has_no_score():
+        with pytest.raises(ValueError, match="no logit above -inf"):
+            gpt2.generate(**inputs, do_sample=True, custom_generate=fs_generate(seed=7), **options, **keep)
+        return
     out = gpt2.generate(**inputs, do_sample=True, custom_generate=fs_generate(seed=7), **options, **keep)
     processors = prepared(gpt2, inputs, options)
     for step, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
@@ -696,7 +709,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "`typical_p`": {"typical_p": 0.8},
     "`epsilon_cutoff`": {"epsilon_cutoff": 0.02},
     "`eta_cutoff`": {"eta_cutoff": 0.05},
-    "`watermarking_config`": {"watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash"}},
+    "`watermarking_config`": {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
     "`renormalize_logits`": {"renormalize_logits": True},
     "`logits_processor`": {"logits_processor": [AddRamp()]},
     **{f"`{name}`": options for name, options in REFUSED.items()},
