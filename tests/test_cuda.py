@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +147,40 @@ def test_a_sampler_has_memory_of_its_own(step: Callable[..., None]) -> None:
     assert used[0] == used[1], "a stream's calls share it"
     assert used[2] == used[3], "a Sampler's stays the same, so that a graph may hold it"
     assert len({used[0], used[2], used[4]}) == 3
+
+
+class Busy(Recorder):
+    """Notes how many calls are inside at once. With a barrier, each waits there for the other."""
+
+    def __init__(self, barrier: threading.Barrier | None = None) -> None:
+        super().__init__(1000, 64)
+        self.barrier, self.inside, self.most = barrier, 0, 0
+
+    def run(self, *arguments: Any) -> Any:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        needs = super().run(*arguments)
+        if self.barrier is None:
+            time.sleep(0.01)
+        elif needs is None:
+            self.barrier.wait(10)
+        self.inside -= 1
+        return needs
+
+
+def test_calls_that_share_memory_take_turns(step: Callable[..., None]) -> None:
+    """Threads have one default stream between them, and a call's second launch reads what its first has left."""
+    busy = Busy()
+    chosen = cuda.CudaEngine(busy)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: step(chosen, make_rows()), range(12)))
+    assert (len(busy.launches), busy.most) == (12, 1)
+
+
+def test_calls_with_memory_of_their_own_do_not(step: Callable[..., None]) -> None:
+    chosen = cuda.CudaEngine(Busy(threading.Barrier(2)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: step(chosen, make_rows({})), range(2)))
 
 
 def test_nothing_is_allocated_where_nothing_is_needed(step: Callable[..., None]) -> None:

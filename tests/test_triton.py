@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +25,9 @@ from triton_interpreter import Job, results
 
 import fastsample as fs
 from fastsample import reference
-from fastsample.engines import engine, select
+from fastsample.engines import Outputs, engine, select
 from fastsample.engines import triton as adapter
-from fastsample.rows import Bias
+from fastsample.rows import Bias, Rows
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -211,6 +213,32 @@ def test_a_sampler_given_out_allocates_nothing(
 
 
 # Choosing the engine ------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_share_memory_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads have one default stream between them, and a call's later launches read what the earlier have left."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def run(call: adapter.Call) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+
+    monkeypatch.setattr(adapter.Call, "run", run)
+    chosen, zeros = adapter.TritonEngine(), torch.zeros(2, dtype=torch.int64)
+    rows = Rows(fs.SamplingParams().pack(), zeros, zeros)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: chosen.run(torch.zeros(2, 50), rows, Outputs(zeros.int(), zeros)), range(12)))
+    assert most == [1] * 12
+    most.clear()
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(adapter.Call, "run", lambda call: most.append(barrier.wait(10)))  # a Sampler has its own
+    with ThreadPoolExecutor(2) as pool:
+        own = (replace(rows, workspace={}) for _ in range(2))
+        list(pool.map(lambda rows: chosen.run(torch.zeros(2, 50), rows, Outputs(zeros.int(), zeros)), own))
+    assert sorted(most) == [0, 1]
 
 
 def python(code: str, **environment: str) -> str:
