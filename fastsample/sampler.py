@@ -21,8 +21,8 @@ class Sampler:
     """Samples step after step with the same slots; each call draws at the slots' offsets and advances them by 1.
 
     Threads may share one: their calls take turns, so that each gets the tokens of some serial order, and the CPU engine
-    gives each call all its threads. A copy or a pickle goes on from the same offsets. (Under
-    torch.compile calls do not take turns.)
+    gives each call all its threads. A copy or a pickle goes on from the same offsets. (Under torch.compile calls do not
+    take turns, and on CUDA streams of their own the threads order their streams.)
 
     Args:
         params: how each slot samples; `fields` override it. One value per slot or one for all.

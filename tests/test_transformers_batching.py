@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from fastsample.integrations.transformers import fs_generate
-from fastsample.integrations.transformers_batching import continuous_batching, generate_batch
+from fastsample.integrations.transformers_batching import _pack, continuous_batching, generate_batch
 
 V = 120
 SMALL = {"num_blocks": 8, "max_batch_tokens": 64}
@@ -124,3 +124,11 @@ def test_what_is_not_served_is_named(
 def test_bad_requests_fail_at_once(llama: LlamaForCausalLM, requests: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_batch(llama, PROMPTS, config(), requests=requests, continuous_batching_config=batching())
+
+
+def test_parameters_are_packed_on_the_cpu() -> None:
+    """Whatever torch's default device is; from there they are copied in one piece."""
+    fields = [{"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.0}]
+    want = _pack(fields, [1], [2])
+    with torch.device("meta"):
+        assert torch.equal(_pack(fields, [1], [2]), want)

@@ -287,6 +287,13 @@ def test_a_discarded_generator_is_forgotten(plug: Any) -> None:
     assert len(plug._draws) == before
 
 
+def test_seeds_are_made_on_the_cpu() -> None:
+    """Whatever torch's default device is."""
+    with torch.device("meta"):
+        made = [plug._seeds_v1(2, {}), plug._seeds_v1(2, {1: torch.Generator("cpu")})]
+    assert {column.device.type for pair in made for column in pair} == {"cpu"}
+
+
 def test_v1_speculation_is_vllms_but_for_the_bonus_token(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM's rejection sampler decides on: the target's logits are its own, the bonus token is ours."""
     from vllm.platforms import current_platform

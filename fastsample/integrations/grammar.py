@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from fastsample.integrations.grammar_engines import ENGINES, Matcher, Start, Vocabulary, gist
+from fastsample.params import CPU
 
 __all__ = ["Grammar", "GrammarBatch", "GrammarCompiler", "TruncatedWarning"]
 
@@ -254,8 +255,8 @@ class _Masks:
     def __init__(self, rows: int, vocab: int, vocabulary: Vocabulary, stop_ids: set[int]) -> None:
         self.vocab = vocab
         # An engine's mask has a bit for the id past its vocabulary's end; the logits may be more, or fewer.
-        self._written = torch.zeros(rows, vocabulary.end // 32 + 1, dtype=torch.int32)
-        self._mask = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32)
+        self._written = torch.zeros(rows, vocabulary.end // 32 + 1, dtype=torch.int32, device=CPU)
+        self._mask = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32, device=CPU)
         self._words = min(self._written.shape[1], self._mask.shape[1])
         words = self._mask.shape[1]
         text = {i for i, token in enumerate(vocabulary.tokens) if token} - stop_ids
@@ -272,7 +273,7 @@ class _Masks:
         if complete := [row for row, _, done in bound if done]:
             self._mask[complete] |= self._stops
         if len(rows) < len(self._mask):
-            free = torch.ones(len(self._mask), dtype=torch.bool)
+            free = torch.ones(len(self._mask), dtype=torch.bool, device=CPU)
             free[rows] = False
             self._mask[free] = -1
         dead = (self._mask == 0).all(1)

@@ -23,7 +23,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from fastsample.api import sample
 from fastsample.integrations.transformers_plan import make_plan
-from fastsample.params import SamplingParams
+from fastsample.params import CPU, SamplingParams
 from fastsample.rows import pack_seeds, splitmix64
 
 _FIELDS = ("temperature", "top_k", "top_p", "min_p")
@@ -191,8 +191,8 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
 def _pack(fields: list[dict[str, Any]], seeds: list[int], offsets: list[int]) -> torch.Tensor:
     """int32 [8, requests]: temperature, top_k, top_p, min_p, and two words each of the seed and the offset."""
     params = SamplingParams(**{name: [f[name] for f in fields] for name in _FIELDS})
-    floats = [torch.as_tensor(getattr(params, name)) for name in _FIELDS]
+    floats = [torch.as_tensor(getattr(params, name), device=CPU) for name in _FIELDS]
     columns = [column.view(torch.int32) for column in floats]
-    wide = [pack_seeds(seeds, len(fields)), torch.tensor(offsets, dtype=torch.int64)]
+    wide = [pack_seeds(seeds, len(fields)), torch.tensor(offsets, dtype=torch.int64, device=CPU)]
     columns += [word for values in wide for word in values.view(torch.int32).reshape(-1, 2).T]
     return torch.stack(columns)

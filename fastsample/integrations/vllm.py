@@ -38,6 +38,7 @@ import torch
 from vllm.logger import init_logger
 
 from fastsample.integrations.serving import Step
+from fastsample.params import CPU
 from fastsample.rows import pack_seeds
 
 __all__ = ["register"]
@@ -136,14 +137,14 @@ def _forward_v1(
 
 def _seeds_v1(rows: int, generators: dict[int, torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
     """Seed and offset of each row, int64 [B]; fresh seeds where a row has no generator."""
-    offsets = torch.zeros(rows, dtype=torch.int64)
+    offsets = torch.zeros(rows, dtype=torch.int64, device=CPU)
     if not generators:
         return pack_seeds(None, rows), offsets
-    seeds = torch.empty(rows, dtype=torch.int64) if len(generators) == rows else pack_seeds(None, rows)
+    seeds = torch.empty(rows, dtype=torch.int64, device=CPU) if len(generators) == rows else pack_seeds(None, rows)
     own = [(row, *_next_draw(generator)) for row, generator in generators.items()]
-    where = torch.tensor([row for row, _, _ in own])
+    where = torch.tensor([row for row, _, _ in own], device=CPU)
     seeds[where] = pack_seeds([seed for _, seed, _ in own], len(own))
-    offsets[where] = torch.tensor([offset for _, _, offset in own])
+    offsets[where] = torch.tensor([offset for _, _, offset in own], device=CPU)
     return seeds, offsets
 
 
