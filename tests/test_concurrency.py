@@ -219,6 +219,7 @@ time.sleep(0.3)
 print("same", flush=True)
 """,
     "KeyboardInterrupt": """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 fs.set_num_threads(2)
 sampler, drawn = make(), 0
 for _ in range(20):
