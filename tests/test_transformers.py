@@ -740,4 +740,7 @@ def test_readme_tells_what_becomes_of_each_option(gpt2: GPT2LMHeadModel) -> None
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     rows = dict(re.findall(r"^\| (fused|runs before the fused pass|refused) \| (.*) \|$", readme, re.MULTILINE))
     told = {name: kind for kind, names in rows.items() for name in names.split(", ")}
-    assert {name: served(gpt2, options) for name, options in TABLE.items()} == told
+    assert told.keys() == TABLE.keys()
+    if not hasattr(GenerationConfig(), "use_mtp"):  # newer than the oldest transformers that is served
+        del told["`use_mtp`"]
+    assert {name: served(gpt2, TABLE[name]) for name in told} == told
