@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastsample as fs
 from fastsample.api import _pack_plain
 from fastsample.engines.cpu import native
-from fastsample.rows import Rows
+from fastsample.rows import Rows, _shared_offset, pack_offsets
 
 B, V = 3, 50
 BACKENDS = ("reference", "cpu")
@@ -51,8 +51,9 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def everything(backend: str) -> list[torch.Tensor]:
-    """What every call gives, with arguments of every kind; the packed scalars are packed anew."""
+    """What every call gives, with arguments of every kind; scalars are packed anew."""
     _pack_plain.cache_clear()
+    _shared_offset.cache_clear()
     found = []
     for fields in (
         {"top_k": 9, "temperature": 0.7},
@@ -222,10 +223,14 @@ def test_native_code_follows_no_null_pointer() -> None:
 
 def test_a_fake_tensor_mode_leaves_nothing_behind() -> None:
     _pack_plain.cache_clear()
-    with FakeTensorMode(), pytest.raises(ValueError, match=r"params: .* without memory"):
-        fs.Sampler(batch_size=B, top_k=11, seed=1)
-    want = fs.sample(LOGITS, top_k=[11] * B, seed=1).tokens
-    assert torch.equal(fs.sample(LOGITS, top_k=11, seed=1).tokens, want)
+    _shared_offset.cache_clear()
+    with FakeTensorMode():
+        with pytest.raises(ValueError, match=r"params: .* without memory"):
+            fs.Sampler(batch_size=B, top_k=11, seed=1)
+        with pytest.raises(ValueError, match=r"offset: .* without memory"):
+            pack_offsets(12, B)
+    want = fs.sample(LOGITS, top_k=[11] * B, seed=1, offset=[12] * B).tokens
+    assert torch.equal(fs.sample(LOGITS, top_k=11, seed=1, offset=12).tokens, want)
 
 
 # Views and numbers that are not what they seem ------------------------------------------------------------------------
