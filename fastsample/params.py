@@ -229,7 +229,8 @@ def require_strided(name: str, tensor: torch.Tensor) -> None:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a strided tensor's values lie where its address says."""
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    kind = type(tensor)
+    if kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return False  # what it is made of is its own affair, as DTensor's and FakeTensor's
     try:
         return tensor.data_ptr() != 0 or tensor.numel() == 0

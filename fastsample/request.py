@@ -274,21 +274,23 @@ class Written:
 
         `size`: the table's bytes, where a step knows that nothing but the table and the inputs can have moved.
         """
+        if (start := table.data_ptr()) < self._high:
+            self._require_apart("the logits", start, start + size if size is not None else _span(table)[1])
         if size is None:
-            self._require_apart("the logits", *_span(table))
-            self._require_apart("seed", *_span(rows.seeds))
-            self._require_apart("offset", *_span(rows.offsets))
-        else:
-            start = table.data_ptr()
-            self._require_apart("the logits", start, start + size)
+            self._look_at("seed", rows.seeds)
+            self._look_at("offset", rows.offsets)
         if rows.bitmask is not None:
-            self._require_apart("bitmask", *_span(rows.bitmask))
+            self._look_at("bitmask", rows.bitmask)
         for part in rows.bias[:3] if rows.bias is not None else ():
-            self._require_apart("bias", *_span(part))
+            self._look_at("bias", part)
         if rows.prompt_ids is not None:
-            self._require_apart("prompt_ids", *_span(rows.prompt_ids))
+            self._look_at("prompt_ids", rows.prompt_ids)
         if rows.output_ids is not None:
-            self._require_apart("output_ids", *_span(rows.output_ids))
+            self._look_at("output_ids", rows.output_ids)
+
+    def _look_at(self, other: str, tensor: torch.Tensor) -> None:
+        if tensor.data_ptr() < self._high:
+            self._require_apart(other, *_span(tensor))
 
     def _require_apart(self, other: str, start: int, end: int) -> None:
         if end <= self._low or self._high <= start:
@@ -301,6 +303,8 @@ class Written:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Address of a tensor's first byte and of the one past its last."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     if not tensor.numel():
         return start, start
     last = 0

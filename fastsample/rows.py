@@ -45,6 +45,7 @@ class Rows:
     prompt_ids: torch.Tensor | None = None  # int64 [B, L], ids outside the vocabulary are padding
     output_ids: torch.Tensor | None = None  # int64 [B, L]
     native: Any = None  # an engine's own form of these rows, kept for the next step
+    slots: Rows | None = None  # the same parameters without the inputs, which last for many steps
     workspace: dict[Any, Any] | None = None  # buffers that engines keep for a Sampler's steps
 
     def to(self, device: torch.device) -> Rows:

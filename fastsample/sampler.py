@@ -121,7 +121,7 @@ class Sampler:
                 with torch.inference_mode(False):
                     self._rows = rows = rows.to(table.device)
             if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
-                rows = Rows(rows.records, rows.seeds, rows.offsets, workspace=rows.workspace)
+                rows = Rows(rows.records, rows.seeds, rows.offsets, slots=rows, workspace=rows.workspace)
                 add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
             return self._request.run(table, rows, out, advance=True)
 

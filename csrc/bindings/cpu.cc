@@ -54,16 +54,22 @@ TokenIds token_ids(const std::optional<Table>& ids) {
 constexpr int64_t kFields = sizeof(RowParams) / sizeof(int32_t);
 
 // A batch's Rows, made once and used for many steps; Python keeps the tensors alive.
-Rows make_rows(Strided params, Strided seeds, Strided offsets, std::optional<Table> mask,
-               std::optional<Triple> bias, std::optional<Table> prompt,
-               std::optional<Table> output) {
-  return Rows{column<RowParams>(params, kFields),
-              column<int64_t>(seeds),
-              column<int64_t>(offsets),
-              bitmask(mask),
-              bias_entries(bias),
-              token_ids(prompt),
-              token_ids(output)};
+Rows make_rows(Strided params, Strided seeds, Strided offsets) {
+  Rows rows = {};
+  rows.params = column<RowParams>(params, kFields);
+  rows.seeds = column<int64_t>(seeds);
+  rows.offsets = column<int64_t>(offsets);
+  return rows;
+}
+
+// The same parameters with what changes from step to step.
+Rows with_inputs(Rows rows, std::optional<Table> mask, std::optional<Triple> bias,
+                 std::optional<Table> prompt, std::optional<Table> output) {
+  rows.bitmask = bitmask(mask);
+  rows.bias = bias_entries(bias);
+  rows.prompt = token_ids(prompt);
+  rows.output = token_ids(output);
+  return rows;
 }
 
 int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab,
@@ -121,7 +127,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
-  py::class_<fs::Rows>(m, "Rows", py::module_local()).def(py::init(&fs::make_rows));
+  py::class_<fs::Rows>(m, "Rows", py::module_local())
+      .def(py::init(&fs::make_rows))
+      .def("with_inputs", &fs::with_inputs, "A copy with bitmask, bias, prompt and output ids.");
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
   m.def("advance", &fs::advance, "Add 1 to the first `count` offsets.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");

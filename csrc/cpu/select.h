@@ -268,23 +268,25 @@ FS_INLINE float value_below(float low, float high, double share) {
 }
 
 // The value at which `above` plus the weight of s, from its highest value down, reaches `target`;
-// the lowest value where all of it does not. Pivots stand a little below and a little above where
-// the target would be, were the weight spread evenly over the range of values: few values are left
-// between them. Halving the range of keys every third time bounds the rounds by 96 whatever the
-// values are. Reorders s.
+// the lowest value where all of it does not. Halving the range of values leaves few of them soon.
+// Where the weight is spread evenly over it, as in an estimated bracket, pivots just below and just
+// above where the target would be leave fewer. Halving the range of keys every third time bounds
+// the rounds by 96 whatever the values are. Reorders s.
 template <class Weight>
-Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target) {
-  double inside = -1;
+Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target, bool even = false) {
+  double inside = even ? s.n * (double)weight.one(value_below(s.low, s.high, 0.5)) : 0;
   for (int round = 0; key_of(s.low) < key_of(s.high); ++round) {
-    if (!(inside > 0)) inside = s.n * (double)weight.one(value_below(s.low, s.high, 0.5)) + 1;
-    const double share = (double)(target - above) / inside, margin = 1.5 / sqrt((double)s.n);
-    const float pivot = round % 3 == 2
-                            ? middle_key(s.low, s.high)
-                            : value_below(s.low, s.high, share + (round % 3 ? -margin : margin));
+    double share = 0.5;
+    if (inside > 0) {
+      const double margin = 1.5 / sqrt((double)s.n);
+      share = (double)(target - above) / inside + (round % 3 ? -margin : margin);
+    }
+    const float pivot =
+        round % 3 == 2 ? middle_key(s.low, s.high) : value_below(s.low, s.high, share);
     const uint64_t upper = weight_above(weight, s, pivot);
     if (above + upper >= target) {
       s = filter(s.x, s.n, s.x, [&](vf v) { return gt(v, splat(pivot)); });
-      inside = (double)upper;
+      if (even) inside = (double)upper;
     } else {
       above += upper;
       s = filter(s.x, s.n, s.x, [&](vf v) { return ge(splat(pivot), v); });

@@ -50,7 +50,8 @@ TopK top_k(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
   }
   Span middle = filter(list.x, list.n, ws.values, [&](vf v) { return gt(splat(bracket.high), v); });
   if (list.n - middle.n >= k) middle = copy(list.x, list.n, ws.values);  // above a wrong estimate
-  const Boundary edge = narrow(Counting{}, middle, (uint64_t)(list.n - middle.n), (uint64_t)k);
+  const Boundary edge = narrow(Counting{}, middle, (uint64_t)(list.n - middle.n), (uint64_t)k,
+                               bracket.high < INFINITY);
   const uint64_t needed = (uint64_t)k - edge.above;
   const Cutoff cut = until(edge.x, cut_at(list, edge.x, needed, edge.equal).id);
   return TopK{gather(list, cut, ws.list_x, ws.list_id), cut};

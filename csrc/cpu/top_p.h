@@ -116,7 +116,7 @@ Found top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const W
   if (s.upper < target) {
     Span middle = span_of(ws.values, s.middle.n);
     if (middle.low < middle.high) middle = copy(middle.x, middle.n, ws.spare);  // to be reordered
-    const Boundary edge = narrow(weight, middle, s.upper, target);
+    const Boundary edge = narrow(weight, middle, s.upper, target, true);
     if (reached(weight, edge) >= target) {
       const uint64_t m = ties_needed(weight, edge, target);
       return Found{add_segments(d, weight, edge, m, ws), edge.above + m * weight.one(edge.x)};

@@ -81,10 +81,13 @@ class CpuEngine(Engine):
 
 def _native_rows(rows: Rows) -> Any:
     mask, bias = rows.bitmask, rows.bias
-    return _native.Rows(
-        column(rows.records),
-        column(rows.seeds),
-        column(rows.offsets),
+    if rows.slots is None:
+        found = _native.Rows(column(rows.records), column(rows.seeds), column(rows.offsets))
+    else:
+        found = rows.slots.native = rows.slots.native or _native_rows(rows.slots)
+    if mask is None and bias is None and rows.prompt_ids is None and rows.output_ids is None:
+        return found
+    return found.with_inputs(
         None if mask is None else (*column(mask), mask.shape[1]),
         None if bias is None else (bias.row_ptr.data_ptr(), bias.ids.data_ptr(), bias.values.data_ptr()),
         None if rows.prompt_ids is None else token_ids(rows.prompt_ids),
