@@ -45,7 +45,7 @@ template <class T>
 Span take_heads(const Dense<T>& d, float* to) {
   Span all = copy(d.block_max, d.row.blocks, to);
   if (!all.n) return Span{to, 0, INFINITY, INFINITY};
-  const float edge = narrow(Counting{}, all, 0, (uint64_t)all.n / 5 + 1).x;
+  const float edge = narrow(Counting{}, all, 0, (uint64_t)all.n / 5 + 1, to).x;
   return filter(d.block_max, d.row.blocks, to, [&](vf v) { return ge(v, splat(edge)); });
 }
 
@@ -54,7 +54,7 @@ FS_INLINE Span take_heads(const List&, float* to) { return Span{to, 0, INFINITY,
 // Weight by value, from high down: bin 1 begins at `high`, each is `width` wide, the first and the
 // last take what lies beyond.
 struct Histogram {
-  static constexpr int kBins = 512;
+  static constexpr int kBins = 510, kParts = 4, kPart = (kBins + 2) / kParts;
 
   float high, width;
   float weight[kBins + 2] = {};  // after accumulate(): of this bin and all above
@@ -75,7 +75,16 @@ struct Histogram {
   }
 
   void accumulate() {
-    for (int b = 1; b < kBins + 2; ++b) weight[b] += weight[b - 1];
+    // In parts side by side: each addition waits for the one before it.
+    for (int i = 1; i < kPart; ++i) {
+      for (int part = 0; part < kParts; ++part) {
+        weight[part * kPart + i] += weight[part * kPart + i - 1];
+      }
+    }
+    for (int part = 1; part < kParts; ++part) {
+      const float above = weight[part * kPart - 1];
+      for (int i = 0; i < kPart; ++i) weight[part * kPart + i] += above;
+    }
   }
 
   float total() const { return weight[kBins + 1]; }

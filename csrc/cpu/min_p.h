@@ -47,7 +47,11 @@ Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspac
     bool any = false;
     for (int b = g * kGroup; b < group_end(d, g); ++b) any |= upper_bound(d, b) >= lowest;
     const float* x = ws.values + ws.segment[g];
-    ws.group_mass[g] = any ? weigh_some(weight, x, ws.segment[g + 1] - ws.segment[g]) : 0;
+    const int n = any ? ws.segment[g + 1] - ws.segment[g] : 0;
+    // Rows of equal values, of which min-p keeps all, would stand out by their time.
+    ws.group_mass[g] = n && all_equal(x, n)
+                           ? (uint64_t)n * weight.one(*x)
+                           : weigh_some(weight, x, n, [](vf) { return from_bits(kAllLanes); });
     kept.total += ws.group_mass[g];
   }
   return kept;

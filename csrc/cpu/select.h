@@ -136,14 +136,15 @@ FS_INLINE int append(const float* x, const BlockBits& set, float* to) {
   return n;
 }
 
-// Adds the weight of the values before n, to the end of a pack, for which keep(x, position) holds.
-template <class Weight, class T, class Keep>
+// Adds the weight of the values before n, to the end of a pack of N vectors, for which keep(x,
+// position) holds.
+template <int N = kAbreast, class Weight, class T, class Keep>
 FS_INLINE void add_kept(const Weight& weight, const T* x, int n, Keep keep,
                         typename Weight::Sum& sum) {
-  for (int i = 0; i < n; i += kAbreast * kLanes) {
-    const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
-    Where<kAbreast> kept;
-    FS_EACH(kAbreast) kept.m[u] = keep(p.v[u], i + u * kLanes);
+  for (int i = 0; i < n; i += N * kLanes) {
+    const Pack<N> p = load_pack<N>(x + i);
+    Where<N> kept;
+    FS_EACH(N) kept.m[u] = keep(p.v[u], i + u * kLanes);
     weight.add(sum, weight.of(p, kept));
   }
 }
@@ -163,12 +164,16 @@ FS_INLINE uint64_t weigh_block(const Weight& weight, const float* x, Keep keep) 
   return weight.total(sum);
 }
 
-// Weight of n values, as many as a group has at most.
-template <class Weight>
-FS_INLINE uint64_t weigh_some(const Weight& weight, const float* x, int n) {
-  if (n && all_equal(x, n)) return (uint64_t)n * weight.one(*x);
+// Weight of those of n values, as many as a group has at most, for which keep(x) holds. In packs of
+// half the size: groups have few values, and the next group's chain fills the gaps.
+template <class Weight, class Keep>
+FS_INLINE uint64_t weigh_some(const Weight& weight, const float* x, int n, Keep keep) {
+  constexpr int N = kAbreast / 2;
+  const int whole = n / (N * kLanes) * (N * kLanes);
   typename Weight::Sum sum;
-  add_kept(weight, x, n, [&](vf, int i) { return first(n - i); }, sum);
+  add_kept<N>(weight, x, whole, [&](vf v, int) { return keep(v); }, sum);
+  const auto in_rest = [&](vf v, int i) { return both(first(n - whole - i), keep(v)); };
+  if (whole < n) add_kept<N>(weight, x + whole, n - whole, in_rest, sum);
   return weight.total(sum);
 }
 
@@ -185,11 +190,15 @@ FS_INLINE void fill_up(float* x, int n) {
 
 template <class Weight>
 uint64_t weight_above(const Weight& weight, const Span& s, float pivot) {
-  uint64_t sum = 0;
-  for (int begin = 0; begin < s.n; begin += kBlock) {
-    sum += weigh_block(weight, s.x + begin, [&](vf v, int) { return gt(v, splat(pivot)); });
+  constexpr int kMost = kGroup * kBlock;  // that a Sum can hold
+  const auto above = [&](vf v, int) { return gt(v, splat(pivot)); };
+  uint64_t weighed = 0;
+  for (int begin = 0; begin < s.n; begin += kMost) {
+    typename Weight::Sum sum;
+    add_kept(weight, s.x + begin, s.n - begin < kMost ? s.n - begin : kMost, above, sum);
+    weighed += weight.total(sum);
   }
-  return sum;
+  return weighed;
 }
 
 FS_INLINE int count_above(const float* x, int n, float edge) {
@@ -219,6 +228,14 @@ FS_INLINE Span filter(const float* x, int n, float* to, Keep keep) {
   kept.low = reduce_min(low);
   kept.high = reduce_max(high);
   return kept;
+}
+
+FS_INLINE uint64_t count_equal(const float* x, int n, float value) {
+  uint64_t equal = 0;
+  for (int i = 0; i < n; i += kLanes) {
+    equal += (uint64_t)count(both(first(n - i), eq(load(x + i), splat(value))));
+  }
+  return equal;
 }
 
 // n values where they are, filled up already.
@@ -271,25 +288,28 @@ FS_INLINE float value_below(float low, float high, double share) {
 // the lowest value where all of it does not. Halving the range of values leaves few of them soon.
 // Where the weight is spread evenly over it, as in an estimated bracket, pivots just below and just
 // above where the target would be leave fewer. Halving the range of keys every third time bounds
-// the rounds by 96 whatever the values are. Reorders s.
+// the rounds by 96 whatever the values are. Leaves s as it is
+// where `to` is another buffer.
 template <class Weight>
-Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target, bool even = false) {
+Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target, float* to,
+                bool even = false) {
   double inside = even ? s.n * (double)weight.one(value_below(s.low, s.high, 0.5)) : 0;
   for (int round = 0; key_of(s.low) < key_of(s.high); ++round) {
     double share = 0.5;
     if (inside > 0) {
-      const double margin = 1.5 / sqrt((double)s.n);
-      share = (double)(target - above) / inside + (round % 3 ? -margin : margin);
+      // To the side on which less is left if it is the right one.
+      share = (double)(target - above) / inside;
+      share += (share > 0.5 ? -1.5 : 1.5) / sqrt((double)s.n);
     }
     const float pivot =
         round % 3 == 2 ? middle_key(s.low, s.high) : value_below(s.low, s.high, share);
     const uint64_t upper = weight_above(weight, s, pivot);
     if (above + upper >= target) {
-      s = filter(s.x, s.n, s.x, [&](vf v) { return gt(v, splat(pivot)); });
+      s = filter(s.x, s.n, to, [&](vf v) { return gt(v, splat(pivot)); });
       if (even) inside = (double)upper;
     } else {
       above += upper;
-      s = filter(s.x, s.n, s.x, [&](vf v) { return ge(splat(pivot), v); });
+      s = filter(s.x, s.n, to, [&](vf v) { return ge(splat(pivot), v); });
       inside -= (double)upper;
     }
   }

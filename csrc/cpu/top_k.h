@@ -18,7 +18,7 @@ template <class T>
 Bracket top_k_bracket(const Dense<T>& d, int32_t k, const Workspace& ws) {
   const Span peaks = copy(d.block_max, d.row.blocks, ws.values);
   if (k == 1) return Bracket{peaks.high, INFINITY};
-  if (k <= peaks.n) return Bracket{narrow(Counting{}, peaks, 0, (uint64_t)k).x, INFINITY};
+  if (k <= peaks.n) return Bracket{narrow(Counting{}, peaks, 0, (uint64_t)k, peaks.x).x, INFINITY};
   Bracket found = find_bracket(Counting{(uint64_t)k}, d, ws);
   // Of a bracket with one value in it that value is the better bound: its ties may be many.
   const float lowest = nextafterf(found.low, INFINITY);
@@ -51,7 +51,7 @@ TopK top_k(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
   Span middle = filter(list.x, list.n, ws.values, [&](vf v) { return gt(splat(bracket.high), v); });
   if (list.n - middle.n >= k) middle = copy(list.x, list.n, ws.values);  // above a wrong estimate
   const Boundary edge = narrow(Counting{}, middle, (uint64_t)(list.n - middle.n), (uint64_t)k,
-                               bracket.high < INFINITY);
+                               ws.values, bracket.high < INFINITY);
   const uint64_t needed = (uint64_t)k - edge.above;
   const Cutoff cut = until(edge.x, cut_at(list, edge.x, needed, edge.equal).id);
   return TopK{gather(list, cut, ws.list_x, ws.list_id), cut};

@@ -75,27 +75,22 @@ template <class Domain>
 Cutoff add_segments(const Domain& d, const Weighing& weight, const Boundary& edge, uint64_t m,
                     const Workspace& ws) {
   Cutoff cut = {edge.x, INT32_MAX};
+  const bool all_ties = m == (uint64_t)edge.equal, only_ties = edge.equal == ws.segment[groups(d)];
   const uint64_t each = weight.one(edge.x);
-  const bool only_ties = edge.equal == ws.segment[groups(d)], some = m < (uint64_t)edge.equal;
   for (int g = 0; g < groups(d); ++g) {
     const float* x = ws.values + ws.segment[g];
     const int n = ws.segment[g + 1] - ws.segment[g];
-    MassSum above;
-    uint64_t equal = only_ties ? (uint64_t)n : 0;
-    for (int i = 0; i < n && !only_ties; i += kAbreast * kLanes) {
-      const Pack<kAbreast> p = load_pack<kAbreast>(x + i);
-      Where<kAbreast> kept;
-      FS_EACH(kAbreast) {
-        const Mask own = first(n - i - u * kLanes);
-        kept.m[u] = both(own, gt(p.v[u], splat(edge.x)));
-        equal += (uint64_t)count(both(own, eq(p.v[u], splat(edge.x))));
-      }
-      weight.add(above, weight.of(p, kept));
+    if (all_ties && !only_ties) {
+      ws.group_mass[g] += weigh_some(weight, x, n, [&](vf v) { return ge(v, splat(edge.x)); });
+      continue;
     }
+    const uint64_t equal = only_ties ? (uint64_t)n : count_equal(x, n, edge.x);
     const uint64_t ties = equal < m ? equal : m;
-    if (some && m && ties == m) cut.id = nth_equal(d, edge.x, m, g * kGroup);
+    if (!all_ties && m && ties == m) cut.id = nth_equal(d, edge.x, m, g * kGroup);
     m -= ties;
-    ws.group_mass[g] += total(above) + ties * each;
+    ws.group_mass[g] += ties * each;
+    if (only_ties) continue;
+    ws.group_mass[g] += weigh_some(weight, x, n, [&](vf v) { return gt(v, splat(edge.x)); });
   }
   return cut;
 }
@@ -114,24 +109,23 @@ Found top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const W
   const Split s = split(weight, d, bracket, ws);
   const uint64_t target = weight.target(s.total);
   if (s.upper < target) {
-    Span middle = span_of(ws.values, s.middle.n);
-    if (middle.low < middle.high) middle = copy(middle.x, middle.n, ws.spare);  // to be reordered
-    const Boundary edge = narrow(weight, middle, s.upper, target, true);
+    const Span middle = span_of(ws.values, s.middle.n);
+    const Boundary edge = narrow(weight, middle, s.upper, target, ws.spare, true);
     if (reached(weight, edge) >= target) {
       const uint64_t m = ties_needed(weight, edge, target);
       return Found{add_segments(d, weight, edge, m, ws), edge.above + m * weight.one(edge.x)};
     }
     // Below the bracket.
     const Span rest = collect(d, weight.lowest(), nextafterf(bracket.low, INFINITY), ws.values);
-    const Boundary last = narrow(weight, rest, reached(weight, edge), target);
+    const Boundary last = narrow(weight, rest, reached(weight, edge), target, rest.x);
     return Found{cut_at(d, last.x, ties_needed(weight, last, target), last.equal), 0};
   }
   // Above the bracket, or at its upper end, where the ties may be many.
   const Span rest = collect(d, bracket.high, INFINITY, ws.values);
   const uint64_t above = weight_above(weight, rest, -INFINITY);
   const int equal = (int)((s.upper - above) / weight.one(bracket.high));
-  const Boundary edge =
-      above < target ? Boundary{bracket.high, equal, above} : narrow(weight, rest, 0, target);
+  const Boundary edge = above < target ? Boundary{bracket.high, equal, above}
+                                       : narrow(weight, rest, 0, target, rest.x);
   return Found{cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal), 0};
 }
 
