@@ -95,6 +95,42 @@ Cutoff add_segments(const Domain& d, const Weighing& weight, const Boundary& edg
   return cut;
 }
 
+// Where the bracket was missed: the values next to it, then eight times as many. `before` is the
+// weight of what lies above bracket.low.
+template <class Domain>
+Cutoff search_below(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t before,
+                    uint64_t target, const Workspace& ws) {
+  const float lowest = weight.lowest();
+  float top = nextafterf(bracket.low, INFINITY);
+  for (double width = (double)bracket.high - (double)bracket.low;; width *= 8) {
+    float low = (float)((double)top - width);
+    if (!(low < top)) low = nextafterf(top, -INFINITY);
+    if (!(low > lowest)) low = lowest;
+    const Span near = collect(d, low, top, ws.values);
+    const Boundary edge = narrow(weight, near, before, target, near.x);
+    before = reached(weight, edge);
+    if (before >= target || low == lowest) {
+      return cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal);
+    }
+    top = nextafterf(low, INFINITY);
+  }
+}
+
+// The same above it; `upper` is the weight from bracket.high up.
+template <class Domain>
+Cutoff search_above(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t upper,
+                    uint64_t target, const Workspace& ws) {
+  for (double width = (double)bracket.high - (double)bracket.low;; width *= 8) {
+    const double end = (double)bracket.high + width;
+    const float top = end < FLT_MAX ? (float)end : INFINITY;
+    const Span near = collect(d, nextafterf(bracket.high, -INFINITY), top, ws.values);
+    const uint64_t above = upper - weight_above(weight, near, -INFINITY);
+    if (above >= target) continue;
+    const Boundary edge = narrow(weight, near, above, target, near.x);
+    return cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal);
+  }
+}
+
 struct Found {
   Cutoff cut;
   uint64_t
@@ -108,25 +144,13 @@ Found top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const W
   const Bracket bracket = find_bracket(weight, d, ws);
   const Split s = split(weight, d, bracket, ws);
   const uint64_t target = weight.target(s.total);
-  if (s.upper < target) {
-    const Span middle = span_of(ws.values, s.middle.n);
-    const Boundary edge = narrow(weight, middle, s.upper, target, ws.spare, true);
-    if (reached(weight, edge) >= target) {
-      const uint64_t m = ties_needed(weight, edge, target);
-      return Found{add_segments(d, weight, edge, m, ws), edge.above + m * weight.one(edge.x)};
-    }
-    // Below the bracket.
-    const Span rest = collect(d, weight.lowest(), nextafterf(bracket.low, INFINITY), ws.values);
-    const Boundary last = narrow(weight, rest, reached(weight, edge), target, rest.x);
-    return Found{cut_at(d, last.x, ties_needed(weight, last, target), last.equal), 0};
-  }
-  // Above the bracket, or at its upper end, where the ties may be many.
-  const Span rest = collect(d, bracket.high, INFINITY, ws.values);
-  const uint64_t above = weight_above(weight, rest, -INFINITY);
-  const int equal = (int)((s.upper - above) / weight.one(bracket.high));
-  const Boundary edge = above < target ? Boundary{bracket.high, equal, above}
-                                       : narrow(weight, rest, 0, target, rest.x);
-  return Found{cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal), 0};
+  if (s.upper >= target) return Found{search_above(d, weight, bracket, s.upper, target, ws), 0};
+  const Span middle = span_of(ws.values, s.middle.n);
+  const Boundary edge = narrow(weight, middle, s.upper, target, ws.spare, true);
+  const uint64_t from_low = reached(weight, edge);
+  if (from_low < target) return Found{search_below(d, weight, bracket, from_low, target, ws), 0};
+  const uint64_t m = ties_needed(weight, edge, target);
+  return Found{add_segments(d, weight, edge, m, ws), edge.above + m * weight.one(edge.x)};
 }
 
 }  // namespace
