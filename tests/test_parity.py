@@ -246,6 +246,31 @@ def test_mass_that_a_sample_of_the_row_misses(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
+        *({"top_p": p} for p in (0.1, 0.5, 0.95, 0.999)),
+        *({"top_k": k} for k in (300, 1000, 30000, 59999)),
+        {"top_p": 0.9, "min_p": 0.01, "order": "min_p_first"},
+        {"top_k": 40000, "top_p": 0.9, "ties": "all"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("step", [0.0, 0.25], ids=["distinct", "ties"])
+def test_a_sample_of_the_row_that_misleads(fields: dict[str, Any], step: float, variant: str) -> None:
+    """The blocks from which the CPU engine estimates a cutoff (csrc/cpu/estimate.h) are higher or lower than others."""
+    blocks = 235  # of 256 tokens
+    seen = torch.tensor([(2 * s + 1) * blocks // 128 for s in range(64)])
+    rows = torch.randn(4, blocks, 256, generator=torch.Generator().manual_seed(4))
+    rows[:, seen] += torch.tensor([2.0, -2.0, 8.0, -8.0]).reshape(4, 1, 1)
+    rows = (rows / step).round() * step if step else rows
+    rows = rows.reshape(4, -1)
+    got, want = (fs.sample(rows, backend=name, seed=3, num_samples=8, **fields) for name in (variant, "reference"))
+    assert torch.equal(got.tokens, want.tokens)
+    kept, expected = (fs.filter_logits(rows, backend=name, **fields) for name in (variant, "reference"))
+    assert torch.equal(bits(kept), bits(expected))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
         {"top_k": 5, "top_p": 0.5},
         {"top_k": 5, "top_p": 0.9, "order": "joint"},
         {"top_k": 7, "top_p": 0.9, "ties": "all"},
