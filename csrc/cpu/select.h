@@ -293,7 +293,8 @@ FS_INLINE float value_below(float low, float high, double share) {
 template <class Weight>
 Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target, float* to,
                 bool even = false) {
-  double inside = even ? s.n * (double)weight.one(value_below(s.low, s.high, 0.5)) : 0;
+  // Nothing at all has no middle.
+  double inside = even && s.n ? s.n * (double)weight.one(value_below(s.low, s.high, 0.5)) : 0;
   for (int round = 0; key_of(s.low) < key_of(s.high); ++round) {
     double share = 0.5;
     if (inside > 0) {
