@@ -287,7 +287,7 @@ def test_a_discarded_generator_is_forgotten(plug: Any) -> None:
     assert len(plug._draws) == before
 
 
-def test_seeds_are_made_on_the_cpu() -> None:
+def test_seeds_are_made_on_the_cpu(plug: Any) -> None:
     """Whatever torch's default device is."""
     with torch.device("meta"):
         made = [plug._seeds_v1(2, {}), plug._seeds_v1(2, {1: torch.Generator("cpu")})]
