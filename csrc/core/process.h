@@ -1,6 +1,8 @@
 // Stages 1 to 3: bitmask, bias, penalties, for one token.
 #pragma once
 
+#include <string.h>
+
 #include "core/rows.h"
 
 namespace fastsample {
@@ -18,14 +20,26 @@ FS_HD bool penalises_output(const RowParams& p) {
 
 FS_HD bool penalises_prompt(const RowParams& p) { return p.repetition_penalty != 1.0f; }
 
-// `count` occurrences in the output; `seen` in the prompt or the output.
+FS_HD float zero_unless(bool condition, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits &= 0u - (uint32_t)condition;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// `count` occurrences in the output; `seen` in the prompt or the output. A branch on a token's sign
+// or count would often be guessed wrongly: of the quotient and the product, the contract's is the
+// lower one where the penalty exceeds 1, whatever the sign, and to subtract +0 changes no bit.
 FS_HD float penalise(float x, const RowParams& p, int32_t count, bool seen) {
   if (p.repetition_penalty != 1.0f && seen) {
-    x = x > 0.0f ? x / p.repetition_penalty : x * p.repetition_penalty;
+    const float quotient = x / p.repetition_penalty, product = x * p.repetition_penalty;
+    const float lower = quotient < product ? quotient : product;
+    const float higher = quotient < product ? product : quotient;
+    x = p.repetition_penalty > 1.0f ? lower : higher;
   }
-  if (p.frequency_penalty != 0.0f && count > 0) x = x - p.frequency_penalty * (float)count;
-  if (p.presence_penalty != 0.0f && count > 0) x = x - p.presence_penalty;
-  return x;
+  x = x - zero_unless(count > 0, p.frequency_penalty * (float)count);
+  return x - zero_unless(count > 0, p.presence_penalty);
 }
 
 }  // namespace fastsample

@@ -11,14 +11,14 @@ constexpr int kMaxVocab = 1 << 20;
 constexpr int kMaxBlocks = kMaxVocab / kBlock;
 constexpr int kPad = kBlock;  // slack after every vector buffer: whole blocks are read and written
 
-// One change to a token of a block: bias, or an occurrence in the output or the prompt.
-struct Edit {
-  uint16_t lane;  // id % kBlock
-  uint16_t kind;  // EditKind
-  float bias;
-};
+enum ChangeKind : int32_t { kBias, kOutput, kPrompt };
 
-enum EditKind : uint16_t { kBiasEdit = 0, kOutputEdit = 1, kPromptEdit = 2 };
+// A token's change, and the logit that it leads to.
+struct Edit {
+  int32_t id;
+  ChangeKind kind;
+  float x;  // until then the bias
+};
 
 // Scratch of one thread, owned by dispatch.cc; kernels never allocate.
 struct Workspace {

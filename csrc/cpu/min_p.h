@@ -14,8 +14,6 @@ FS_INLINE bool min_p_alone(const RowParams& p, int32_t vocab) {
 
 // Watches the streaming pass and copies the candidates, group by group, in no order within a group.
 struct Candidates {
-  static constexpr bool kSees = true;
-
   Reach reach;
   float* values;
   int32_t* segment;  // group g's candidates begin at segment[g]

@@ -22,15 +22,24 @@ struct Row {
   int64_t mask_words;
   const Edit* edits;          // null: none
   const int32_t* edit_start;  // [blocks + 1]
-  const RowParams* params;
 };
 
 template <class T>
 Row<T> raw_row(const Batch& batch, int64_t r) {
   const Logits& l = batch.logits;
   const T* logits = (const T*)l.data + r * l.stride;
-  return Row<T>{logits,  l.vocab, (l.vocab + kBlock - 1) / kBlock, nullptr, 0, nullptr,
-                nullptr, nullptr};
+  return Row<T>{logits, l.vocab, (l.vocab + kBlock - 1) / kBlock, nullptr, 0, nullptr, nullptr};
+}
+
+template <class T>
+Row<T> masked_row(const Batch& batch, int64_t r) {
+  Row<T> row = raw_row<T>(batch, r);
+  const Bitmask& mask = batch.rows.bitmask;
+  if (mask.data) {
+    row.mask = mask.data + r * mask.stride;
+    row.mask_words = mask.words;
+  }
+  return row;
 }
 
 template <class T>
@@ -69,6 +78,13 @@ FS_INLINE bool is_clean(const Row<T>& row, int b) {
   return !has_edits(row, b) && is_allowed(row, b);
 }
 
+// A token after stage 1.
+template <class T>
+FS_INLINE float allowed_logit(const Row<T>& row, int32_t id) {
+  const bool in = !row.mask || allowed(row.mask, row.mask_words, id);
+  return in ? upcast(row.logits[id]) : -INFINITY;
+}
+
 template <class T>
 void upcast(const Row<T>& row, int begin, int n, float* x) {
   int i = 0;
@@ -93,24 +109,6 @@ void apply_bitmask(const Row<T>& row, int b, float* x) {
   }
 }
 
-// Bias, then penalties. Edits of a block stand in the order bias, output, prompt.
-template <class T>
-void apply_edits(const Row<T>& row, int b, float* x) {
-  const Edit* begin = row.edits + row.edit_start[b];
-  const Edit* end = row.edits + row.edit_start[b + 1];
-  int32_t count[kBlock];
-  for (const Edit* e = begin; e < end; ++e) count[e->lane] = 0;
-  for (const Edit* e = begin; e < end; ++e) {
-    if (e->kind == kBiasEdit) x[e->lane] = x[e->lane] + e->bias;
-    if (e->kind == kOutputEdit) ++count[e->lane];
-  }
-  for (const Edit* e = begin; e < end; ++e) {
-    if (e->kind == kBiasEdit || count[e->lane] < 0) continue;
-    x[e->lane] = penalise(x[e->lane], *row.params, count[e->lane], true);
-    count[e->lane] = -1;  // once per token
-  }
-}
-
 // The kBlock processed logits of block b, -inf past the vocabulary; in `buffer` or in place.
 template <class T>
 const float* block(const Row<T>& row, int b, float* buffer) {
@@ -121,7 +119,9 @@ const float* block(const Row<T>& row, int b, float* buffer) {
   upcast(row, begin, mask.some ? n : 0,
          buffer);  // a block that the grammar rules out is not even read
   if (mask.some && mask.every != ~0u) apply_bitmask(row, b, buffer);
-  if (has_edits(row, b)) apply_edits(row, b, buffer);
+  if (!row.edits) return buffer;
+  const Edit* end = row.edits + row.edit_start[b + 1];
+  for (const Edit* e = row.edits + row.edit_start[b]; e < end; ++e) buffer[e->id % kBlock] = e->x;
   return buffer;
 }
 
@@ -132,8 +132,6 @@ struct Peak {
 
 // Watches nothing of the streaming pass.
 struct Nothing {
-  static constexpr bool kSees = false;
-
   FS_MEMBER void see(vf, vf) {}
   FS_MEMBER void end(int, float) {}
 };
@@ -160,36 +158,22 @@ FS_INLINE float block_peak(const T* x, Mask& nan) {
   return block_peak(x, nan, nothing);
 }
 
-// The maximum of an allowed block whose logits have the maximum `raw`, after its edits: only edited
-// tokens are looked at, unless one of them may have been that maximum.
-template <class T>
-float edited_peak(const Row<T>& row, int b, float raw, Mask& nan) {
-  const Edit* begin = row.edits + row.edit_start[b];
-  const Edit* end = row.edits + row.edit_start[b + 1];
-  float x[kBlock];
-  bool kept = true;
-  for (const Edit* e = begin; e < end; ++e) {
-    x[e->lane] = value_at(row.logits + b * kBlock, e->lane);
-    kept &= x[e->lane] < raw;
-  }
-  if (!kept) return block_peak(block(row, b, x), nan);
-  apply_edits(row, b, x);
-  float peak = raw;
-  for (const Edit* e = begin; e < end; ++e) {
-    if (x[e->lane] != x[e->lane]) nan = from_bits(kAllLanes);
-    if (x[e->lane] > peak) peak = x[e->lane];
-  }
-  return peak;
-}
-
-// Asks for every line of a block that will be read soon: on Zen a line does not bring its neighbour.
+// Asks for every line of a block that will be read soon: on Zen a line does not bring its
+// neighbour.
 template <class T>
 FS_INLINE void prefetch_block(const T* x) {
   for (int i = 0; i < kBlock; i += 64 / (int)sizeof(T)) __builtin_prefetch(x + i);
 }
 
-// The streaming pass: the maximum of every block and of the row. `watch` sees every pair of vectors
-// of a block, then the block's maximum.
+FS_INLINE float row_max(float* block_max, int blocks) {
+  for (int i = 0; i < kPad; ++i) block_max[blocks + i] = -INFINITY;
+  vf peak = splat(-INFINITY);
+  for (int b = 0; b < blocks; b += kLanes) peak = max(peak, load(block_max + b));
+  return reduce_max(peak);
+}
+
+// The streaming pass over a row without edits: the maximum of every block and of the row. `watch`
+// sees every pair of vectors of a block, then the block's maximum.
 template <class T, class Watch>
 FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
   float buffer[kBlock];
@@ -203,20 +187,16 @@ FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
     prefetch_block(row.logits + b * kBlock + kSoon);
     look(b, row.logits + b * kBlock);
   };
-  const int untouched = row.mask || row.edits ? 0 : row.vocab / kBlock;
+  const int untouched = row.mask ? 0 : row.vocab / kBlock;
   for (int b = 0; b < untouched; ++b) look_at_logits(b);
   for (int b = untouched; b < row.blocks; ++b) {
-    if (!is_allowed(row, b) || (Watch::kSees && has_edits(row, b))) {
+    if (is_allowed(row, b)) {
+      look_at_logits(b);
+    } else {
       look(b, block(row, b, buffer));
-      continue;
     }
-    look_at_logits(b);
-    if (has_edits(row, b)) block_max[b] = edited_peak(row, b, block_max[b], nan);
   }
-  for (int i = 0; i < kPad; ++i) block_max[row.blocks + i] = -INFINITY;
-  vf peak = splat(-INFINITY);
-  for (int b = 0; b < row.blocks; b += kLanes) peak = max(peak, load(block_max + b));
-  return Peak{reduce_max(peak), any(nan)};
+  return Peak{row_max(block_max, row.blocks), any(nan)};
 }
 
 template <class T>
@@ -230,60 +210,94 @@ FS_INLINE Status status_of(Peak peak) {
   return peak.max == -INFINITY ? kNothingLeft : kValid;
 }
 
-// Calls f(id, kind, bias) for every edit within the vocabulary, in the order in which a block needs
-// them.
+// Calls f(id, kind, bias) for every change of a row to a token within the vocabulary: bias, output,
+// prompt, which is the order in which a token needs them.
 template <class F>
-FS_INLINE void each_edit(const Batch& batch, int64_t r, const RowParams& params, F f) {
+FS_INLINE void each_change(const Batch& batch, int64_t r, const RowParams& params, F f) {
   const Rows& rows = batch.rows;
   const auto inside = [&](int64_t id) { return id >= 0 && id < batch.logits.vocab; };
   if (rows.bias.row_ptr) {
     for (int64_t i = rows.bias.row_ptr[r]; i < rows.bias.row_ptr[r + 1]; ++i) {
       const int64_t id = rows.bias.ids[i];
-      if (inside(id)) f((int32_t)id, kBiasEdit, rows.bias.values[i]);
+      if (inside(id)) f((int32_t)id, kBias, rows.bias.values[i]);
     }
   }
-  const auto each_id = [&](const TokenIds& ids, EditKind kind) {
+  const auto each_id = [&](const TokenIds& ids, ChangeKind kind) {
     const int64_t* id = ids.data + r * ids.stride;
     for (int64_t i = 0; i < ids.length; ++i) {
       if (inside(id[i])) f((int32_t)id[i], kind, 0.0f);
     }
   };
-  if (rows.output.data && penalises_output(params)) each_id(rows.output, kOutputEdit);
-  if (rows.prompt.data && penalises_prompt(params)) each_id(rows.prompt, kPromptEdit);
+  if (rows.output.data && penalises_output(params)) each_id(rows.output, kOutput);
+  if (rows.prompt.data && penalises_prompt(params)) each_id(rows.prompt, kPrompt);
 }
 
-// The row with its bitmask and its edits, the latter sorted by block (a stable counting sort).
+FS_INLINE bool has_changes(const Rows& rows) {
+  return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
+}
+
+// Sorts a row's changes by block (a stable counting sort), each with its kind and bias; returns how
+// many there are.
 template <class T>
-Row<T> processed_row(const Batch& batch, int64_t r, const RowParams& params, const Workspace& ws) {
-  Row<T> row = raw_row<T>(batch, r);
-  row.params = &params;
-  const Bitmask& mask = batch.rows.bitmask;
-  if (mask.data) {
-    row.mask = mask.data + r * mask.stride;
-    row.mask_words = mask.words;
-  }
-  if (!batch.rows.bias.row_ptr && !batch.rows.output.data && !batch.rows.prompt.data) return row;
+int sort_changes(const Batch& batch, int64_t r, const RowParams& params, const Row<T>& row,
+                 const Workspace& ws) {
   int32_t* start = ws.edit_start;
   memset(start, 0, (size_t)(row.blocks + 1) * sizeof *start);
+  each_change(batch, r, params, [&](int32_t id, ChangeKind, float) { ++start[id / kBlock]; });
   int32_t total = 0;
-  each_edit(batch, r, params, [&](int32_t id, EditKind, float) {
-    ++start[id / kBlock];
-    ++total;
-  });
-  if (!total) return row;
-  for (int b = 0, sum = 0; b <= row.blocks; ++b) {
-    sum += start[b];
-    start[b] = sum - start[b];
+  for (int b = 0; b <= row.blocks; ++b) {
+    total += start[b];
+    start[b] = total - start[b];
   }
-  each_edit(batch, r, params, [&](int32_t id, EditKind kind, float bias) {
-    ws.edits[start[id / kBlock]++] = Edit{(uint16_t)(id % kBlock), kind, bias};
+  if (!total) return 0;
+  each_change(batch, r, params, [&](int32_t id, ChangeKind kind, float bias) {
+    ws.edits[start[id / kBlock]++] = Edit{id, kind, bias};
   });
   // Each start has moved to the next block's: shift them back.
   memmove(start + 1, start, (size_t)row.blocks * sizeof *start);
   start[0] = 0;
-  row.edits = ws.edits;
-  row.edit_start = start;
-  return row;
+  return total;
+}
+
+// A token of the block at hand while its changes are counted.
+struct Change {
+  int32_t block;
+  int32_t count;      // occurrences in the output so far
+  float base, value;  // with its bias; with what it has been changed to so far
+};
+
+// Stages 2 and 3: makes every change an edit, of which a token's last one counts, and keeps the
+// block maxima up to date. A token's branches would be guessed wrongly, so there are none.
+template <class T>
+void apply_changes(const RowParams& params, int n, const Workspace& ws, Row<T>* row, Peak* peak) {
+  Change changes[kBlock];
+  for (Change& c : changes) c.block = -1;
+  bool broken = peak->nan;
+  for (Edit* e = ws.edits; e < ws.edits + n; ++e) {
+    const int32_t b = e->id / kBlock;
+    Change& c = changes[e->id % kBlock];
+    const float raw = allowed_logit(*row, e->id);
+    const bool known = c.block == b, bias = e->kind == kBias;
+    const float old = known ? c.value : raw, base = known ? c.base : raw;
+    const int32_t count = (known ? c.count : 0) + (e->kind == kOutput);
+    const float biased = bias ? base + e->x : base, penalised = penalise(base, params, count, true);
+    const float x = bias ? biased : penalised;
+    c = Change{b, count, biased, x};
+    e->x = x;
+    broken |= x != x;
+    // Where the block's maximum was lowered the block is looked at again; NaN stands for that.
+    float& max = ws.block_max[b];
+    max = x > max ? x : old == max && x != old ? NAN : max;
+  }
+  row->edits = ws.edits;
+  row->edit_start = ws.edit_start;
+  float buffer[kBlock];
+  Mask nan = from_bits(broken ? kAllLanes : 0);
+  for (int b = 0; b < row->blocks; ++b) {
+    if (ws.block_max[b] == ws.block_max[b]) continue;
+    ws.block_max[b] = block_peak(block(*row, b, buffer), nan);
+  }
+  *peak = Peak{row_max(ws.block_max, row->blocks), any(nan)};
 }
 
 }  // namespace

@@ -218,14 +218,16 @@ void sample_random(const Task<T>& t, const RowParams& p) {
 template <class T>
 Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   const RowParams& p = at(batch.rows.params, r);
-  const Row<T> row = processed_row<T>(batch, r, p, ws);
+  Row<T> row = masked_row<T>(batch, r);
+  const int changes = has_changes(batch.rows) ? sort_changes(batch, r, p, row, ws) : 0;
   const float temperature = is_greedy(p) ? 1.0f : p.temperature;
   const float scale = mass_scale(temperature);
   const uint64_t floor = is_greedy(p) ? 0 : min_p_threshold(p.min_p);
-  const bool min_p = min_p_alone(p, row.vocab);
-  const Peak peak =
-      min_p ? scan(row, ws.block_max, Candidates{Reach(scale, floor), ws.values, ws.segment})
-            : scan(row, ws.block_max);
+  const bool min_p = min_p_alone(p, row.vocab) && !changes;
+  Peak peak = min_p
+                  ? scan(row, ws.block_max, Candidates{Reach(scale, floor), ws.values, ws.segment})
+                  : scan(row, ws.block_max);
+  if (changes) apply_changes(p, changes, ws, &row, &peak);
   const Status status = status_of(peak);
   if (status != kValid) {
     write_invalid(batch.out, r, row.vocab);

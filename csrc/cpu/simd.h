@@ -105,13 +105,16 @@ FS_INLINE void load_pair(const BFloat* p, vf& a, vf& b) {
   b = (vf)(both << 16);
 }
 
-// x[i] of whole vectors.
-FS_INLINE float value_at(const float* x, int i) { return x[i]; }
-template <class T>
-FS_INLINE float value_at(const T* x, int i) {
-  float lanes[kLanes];
-  store(lanes, load(x + i / kLanes * kLanes));
-  return lanes[i % kLanes];
+FS_INLINE float upcast(float x) { return x; }
+FS_INLINE float upcast(BFloat x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+FS_INLINE float upcast(Half x) {
+  Half lanes[kLanes] = {x};
+  return load(lanes)[0];
 }
 
 // A truth value per lane.
