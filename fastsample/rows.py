@@ -249,16 +249,16 @@ def _integer(name: str, value: Any, row: int) -> int:
 
 
 def _last_contiguous(table: torch.Tensor) -> torch.Tensor:
-    """A table whose rows an engine can walk, in as few questions to torch as it takes: each is 0.1 us of a step's 10."""
+    """A table whose rows an engine can walk, in few questions to torch: each is 0.1 us of a step's 10."""
     if table.is_neg():
         table = table.resolve_neg()
     return table if table.is_contiguous() or table.stride(1) == 1 else table.contiguous()
 
 
 def _require_tensor(name: str, value: Any, device: torch.device) -> None:
-    if type(value) is torch.Tensor and value.device == device and value.layout is torch.strided:
-        if not value.is_nested and has_memory(value):
-            return  # the usual case, in half the time
+    plain = type(value) is torch.Tensor and value.device == device and value.layout is torch.strided
+    if plain and not value.is_nested and has_memory(value):
+        return  # the usual case, in half the time
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.device != device:
