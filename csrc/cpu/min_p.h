@@ -24,6 +24,8 @@ struct Candidates {
     n += compress_store(values + n, a, ge(a, splat(lowest)), b, ge(b, splat(lowest)));
   }
 
+  FS_MEMBER bool wants(float block_max) const { return block_max >= lowest; }
+
   FS_MEMBER void end(int b, float block_max) {
     if (block_max > max) {
       max = block_max;

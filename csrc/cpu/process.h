@@ -133,23 +133,46 @@ struct Peak {
 // Watches nothing of the streaming pass.
 struct Nothing {
   FS_MEMBER void see(vf, vf) {}
+  FS_MEMBER bool wants(float) const { return false; }
   FS_MEMBER void end(int, float) {}
 };
 
-// Maximum of kBlock values of any type that `load` knows; notes NaNs, two vectors at a time.
-template <class T, class Watch>
-FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
+// Maximum of kBlock values; notes NaNs, two vectors at a time.
+template <class Watch>
+FS_INLINE float block_peak(const float* x, Mask& nan, Watch& watch) {
   constexpr int kStreams = 4;
   vf m[kStreams];
   for (int u = 0; u < kStreams; ++u) m[u] = splat(-INFINITY);
   for (int i = 0; i < kBlock; i += kStreams * kLanes) {
     vf v[kStreams];
-    for (int u = 0; u < kStreams; u += 2) load_pair(x + i + u * kLanes, v[u], v[u + 1]);
+    for (int u = 0; u < kStreams; ++u) v[u] = load(x + i + u * kLanes);
     nan = either(nan, either(unordered(v[0], v[1]), unordered(v[2], v[3])));
     for (int u = 0; u < kStreams; ++u) m[u] = max(m[u], v[u]);
     for (int u = 0; u < kStreams; u += 2) watch.see(v[u], v[u + 1]);
   }
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+// The same of 16-bit values: as integers, twice as many at a time. Who watches is shown a block's
+// floats only where its maximum is of interest.
+template <class T, class Watch>
+FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
+  vs high = order_16(load_as<vs>(x)), low = high;
+  for (int i = 2 * kLanes; i < kBlock; i += 2 * kLanes) {
+    const vs v = order_16(load_as<vs>(x + i));
+    high = max(high, v);
+    low = min(low, v);
+  }
+  constexpr int16_t kTop = T::kInfinity, kBottom = (int16_t)(kTop | 0x8000);
+  nan = either(nan, nonzero((vi)((high > kTop) | (low < order_16(kBottom)))));
+  const float peak = upcast(T{(uint16_t)order_16(reduce_max(high))});
+  if (!watch.wants(peak)) return peak;
+  for (int i = 0; i < kBlock; i += 2 * kLanes) {
+    vf a, b;
+    load_pair(x + i, a, b);
+    watch.see(a, b);
+  }
+  return peak;
 }
 
 template <class T>

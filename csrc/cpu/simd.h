@@ -30,15 +30,18 @@ typedef float vf __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES / 2)));
+typedef int16_t vs __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 
 constexpr int kLanes = FASTSAMPLE_VECTOR_BYTES / 4;
 constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 struct Half {
   uint16_t bits;
+  static constexpr int16_t kInfinity = 0x7c00;
 };
 struct BFloat {
   uint16_t bits;
+  static constexpr int16_t kInfinity = 0x7f80;
 };
 
 // Loads and stores need no alignment.
@@ -113,8 +116,60 @@ FS_INLINE float upcast(BFloat x) {
   return f;
 }
 FS_INLINE float upcast(Half x) {
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+  return _cvtsh_ss(x.bits);
+#else
   Half lanes[kLanes] = {x};
   return load(lanes)[0];
+#endif
+}
+
+// 16-bit floats as integers of the same order, and back: the same step undoes it. (-0 comes before
+// +0, NaNs before -inf or past +inf, by their sign.)
+FS_INLINE vs order_16(vs bits) { return bits ^ (bits >> 15 & 0x7fff); }
+FS_INLINE int16_t order_16(int16_t bits) { return (int16_t)(bits ^ (bits >> 15 & 0x7fff)); }
+
+FS_INLINE vs max(vs a, vs b) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vs)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (vs)_mm_max_epi16((__m128i)a, (__m128i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FS_INLINE vs min(vs a, vs b) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vs)_mm512_min_epi16((__m512i)a, (__m512i)b);
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vs)_mm256_min_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (vs)_mm_min_epi16((__m128i)a, (__m128i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+FS_INLINE int16_t reduce_max(vs v) {
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+#if defined(FASTSAMPLE_ISA_avx512)
+  const __m256i wide = _mm256_max_epi16(_mm512_castsi512_si256((__m512i)v),
+                                        _mm512_extracti64x4_epi64((__m512i)v, 1));
+#else
+  const __m256i wide = (__m256i)v;
+#endif
+  const __m128i m = _mm_max_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  // The one instruction that reduces finds an unsigned minimum.
+  const __m128i flip = _mm_set1_epi16(0x7fff);
+  return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(m, flip))) ^ 0x7fff);
+#else
+  int16_t m = v[0];
+  for (int i = 1; i < 2 * kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
 }
 
 // A truth value per lane.
@@ -130,9 +185,11 @@ FS_INLINE Mask unordered(vf a, vf b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
 }
 FS_INLINE Mask le(vi a, vi b) { return _mm512_cmple_epi32_mask((__m512i)a, (__m512i)b); }
+FS_INLINE Mask nonzero(vi a) { return _mm512_test_epi32_mask((__m512i)a, (__m512i)a); }
 FS_INLINE Mask both(Mask a, Mask b) { return (Mask)(a & b); }
 FS_INLINE Mask either(Mask a, Mask b) { return (Mask)(a | b); }
 FS_INLINE Mask but_not(Mask a, Mask b) { return (Mask)(a & ~b); }
+FS_INLINE bool disjoint(Mask a, Mask b) { return _ktestz_mask16_u8(a, b); }
 FS_INLINE uint32_t bits(Mask m) { return m; }
 FS_INLINE Mask from_bits(uint32_t b) { return (Mask)b; }
 FS_INLINE vf select(Mask m, vf a, vf b) {
@@ -153,6 +210,7 @@ FS_INLINE Mask gt_where(Mask m, vf a, vf b) { return m & (a > b); }
 FS_INLINE Mask eq(vf a, vf b) { return a == b; }
 FS_INLINE Mask unordered(vf a, vf b) { return ~((a == a) & (b == b)); }
 FS_INLINE Mask le(vi a, vi b) { return a <= b; }
+FS_INLINE Mask nonzero(vi a) { return a != 0; }
 FS_INLINE Mask both(Mask a, Mask b) { return a & b; }
 FS_INLINE Mask either(Mask a, Mask b) { return a | b; }
 FS_INLINE Mask but_not(Mask a, Mask b) { return a & ~b; }
@@ -197,6 +255,9 @@ FS_INLINE Mask first(int n) {
 }
 FS_INLINE int count(Mask m) { return __builtin_popcount(bits(m)); }
 FS_INLINE bool any(Mask m) { return bits(m) != 0; }
+#if !defined(FASTSAMPLE_ISA_avx512)
+FS_INLINE bool disjoint(Mask a, Mask b) { return !any(both(a, b)); }
+#endif
 FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 
 #if defined(FASTSAMPLE_ISA_avx2)
@@ -249,7 +310,9 @@ FS_INLINE int compress_store(T* to, V v, Mask m) {
 // Of two vectors, in no order: together, where no lane counts in both, as is likely where few
 // count.
 FS_INLINE int compress_store(float* to, vf a, Mask in_a, vf b, Mask in_b) {
-  if (!any(both(in_a, in_b))) return compress_store(to, select(in_b, b, a), either(in_a, in_b));
+  if (__builtin_expect(disjoint(in_a, in_b), true)) {
+    return compress_store(to, select(in_b, b, a), either(in_a, in_b));
+  }
   const int n = compress_store(to, a, in_a);
   return n + compress_store(to + n, b, in_b);
 }
