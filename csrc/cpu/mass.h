@@ -74,23 +74,33 @@ FS_INLINE Where<N> everywhere() {
   return w;
 }
 
-// Masses of N vectors: w = (hi - kHiBias) * 2^20 + (lo - kLoBias) in every lane.
-template <int N>
-struct Mass {
-  vu hi[N], lo[N];
+// A vector's masses as integers: w = hi * 2^20 + lo in every lane.
+struct Halves {
+  vu hi, lo;
+};
+
+// Sums of the masses of a group at most.
+struct MassSum {
+  vu hi = {}, lo = {};
+  uint32_t biases = 0;  // that both halves' lanes hold, all together
 };
 
 #if defined(FASTSAMPLE_ISA_avx512)
 
 // AVX-512 has an instruction for the fraction and one for the scaling, and rounds down where told
-// to: q + 8 leaves q's multiples of 2^-20 in the lowest bits of a float, and the rest + 2^-17 those
-// of 2^-40. A conversion to integers would cost more than to subtract the biases from a sum.
+// to: a sum that begins at 8 holds q's multiples of 2^-20 in the lowest bits of a float, and one
+// that begins at 2^-17 what is left of those of 2^-40, for as many as 8 masses of up to 1.
 constexpr uint32_t kHiBias = 0x41000000, kLoBias = 0x37000000;  // the bits of 8 and of 2^-17
+constexpr float kHiZero = 8.0f, kLoZero = 0x1p-17f;
 constexpr float kRoughUnit = 1.0f;
 
-FS_INLINE vf round_down(vf sum_of, float magic) {
-  return (vf)_mm512_add_round_ps((__m512)sum_of, (__m512)splat(magic),
-                                 _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+FS_INLINE vf add_down(vf a, vf b) {
+  return (vf)_mm512_add_round_ps((__m512)a, (__m512)b, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+}
+
+FS_INLINE vf add_down_where(Mask m, vf a, vf b) {
+  return (vf)_mm512_mask_add_round_ps((__m512)a, m, (__m512)a, (__m512)b,
+                                      _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
 }
 
 // kRoughUnit * exp2(y) where lanes count, else 0.
@@ -104,16 +114,52 @@ FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   return p;
 }
 
+// Both halves with their biases.
+FS_INLINE Halves to_biased(vf q) {
+  const vf hi = add_down(splat(kHiZero), q);
+  return Halves{(vu)hi, (vu)add_down(q, (kHiZero + kLoZero) - hi)};
+}
+
+FS_INLINE Halves to_integers(vf q) {
+  const Halves w = to_biased(q);
+  return Halves{w.hi - kHiBias, w.lo - kLoBias};
+}
+
 template <int N>
-FS_INLINE Mass<N> to_integers(const Pack<N>& q) {
-  Mass<N> m;
+FS_INLINE void add(MassSum& s, const Pack<N>& q) {
   FS_EACH(N) {
-    const vf t = round_down(q.v[u], 8.0f);
-    m.hi[u] = (vu)t;
-    m.lo[u] = (vu)_mm512_sub_round_ps((__m512)q.v[u], (__m512)(t - (8.0f + 0x1p-17f)),
-                                      _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    const Halves w = to_biased(q.v[u]);
+    s.hi += w.hi;
+    s.lo += w.lo;
   }
-  return m;
+  s.biases += N * kLanes;
+}
+
+// Float sums of a pack.
+struct PackSum {
+  vf hi = splat(kHiZero), lo = splat(kLoZero);
+
+  FS_MEMBER void end(MassSum& s) const {
+    s.hi += (vu)hi;
+    s.lo += (vu)lo;
+    s.biases += kLanes;
+  }
+};
+
+// To `part` only where lanes count. Sums of integers would have to count each part's biases.
+template <int N>
+FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>& where) {
+  static_assert(N <= 8, "a float holds no larger sum");
+  PackSum sum, some;
+  FS_EACH(N) {
+    const vf hi = add_down(sum.hi, q.v[u]), rest = q.v[u] - (hi - sum.hi);
+    sum.lo = add_down(sum.lo, rest);
+    sum.hi = hi;
+    some.hi = add_down_where(where.m[u], some.hi, q.v[u]);
+    some.lo = add_down_where(where.m[u], some.lo, rest);
+  }
+  sum.end(all);
+  some.end(part);
 }
 
 #else
@@ -132,12 +178,29 @@ FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   return p;
 }
 
+FS_INLINE Halves to_integers(vf q) {
+  const vu hi = (vu)truncate(q);
+  return Halves{hi, (vu)truncate((q - to_float((vi)hi)) * 0x1p20f)};
+}
+
 template <int N>
-FS_INLINE Mass<N> to_integers(const Pack<N>& q) {
-  Mass<N> m;
-  FS_EACH(N) m.hi[u] = (vu)truncate(q.v[u]);
-  FS_EACH(N) m.lo[u] = (vu)truncate((q.v[u] - to_float((vi)m.hi[u])) * 0x1p20f);
-  return m;
+FS_INLINE void add(MassSum& s, const Pack<N>& q) {
+  FS_EACH(N) {
+    const Halves w = to_integers(q.v[u]);
+    s.hi += w.hi;
+    s.lo += w.lo;
+  }
+}
+
+template <int N>
+FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>& where) {
+  FS_EACH(N) {
+    const Halves w = to_integers(q.v[u]);
+    all.hi += w.hi;
+    all.lo += w.lo;
+    part.hi = add_where(where.m[u], part.hi, w.hi);
+    part.lo = add_where(where.m[u], part.lo, w.lo);
+  }
 }
 
 #endif
@@ -151,9 +214,9 @@ FS_INLINE Pack<N> weigh_roughly(const Weigher& w, const Pack<N>& x, const Where<
   return exp2_where(where, y);
 }
 
-// Masses where lanes count, else 0.
+// Masses where lanes count, else 0; of kRoughUnit, not yet rounded down.
 template <int N>
-FS_INLINE Mass<N> weigh(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
+FS_INLINE Pack<N> weigh(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
   Pack<N> q = weigh_roughly(w, x, where);
   if (w.floor) {
     // The threshold has at most 24 significant bits, so it is exact as a float, and trunc(q * 2^40)
@@ -161,15 +224,11 @@ FS_INLINE Mass<N> weigh(const Weigher& w, const Pack<N>& x, const Where<N>& wher
     const vf floor = splat((float)w.floor * (0x1p-40f * kRoughUnit));
     FS_EACH(N) q.v[u] = (vf)keep(ge(q.v[u], floor), (vu)q.v[u]);
   }
-  return to_integers(q);
+  return q;
 }
 
-// One vector's, as plain integers.
-FS_INLINE Mass<1> weigh(const Weigher& w, vf x, Mask where) {
-  Mass<1> m = weigh(w, Pack<1>{{x}}, Where<1>{{where}});
-  m.hi[0] -= kHiBias;
-  m.lo[0] -= kLoBias;
-  return m;
+FS_INLINE Halves weigh(const Weigher& w, vf x, Mask where) {
+  return to_integers(weigh(w, Pack<1>{{x}}, Where<1>{{where}}).v[0]);
 }
 
 FS_INLINE uint64_t weigh(const Weigher& w, float x) {
@@ -177,34 +236,10 @@ FS_INLINE uint64_t weigh(const Weigher& w, float x) {
   return mass >= w.floor ? mass : 0;
 }
 
-// Sums of the masses of a group at most.
-struct MassSum {
-  vu hi = {}, lo = {};
-  uint32_t lanes = 0;  // that were added, each with its biases
-};
-
-template <int N>
-FS_INLINE void add(MassSum& s, const Mass<N>& m) {
-  FS_EACH(N) {
-    s.hi += m.hi[u];
-    s.lo += m.lo[u];
-  }
-  s.lanes += N * kLanes;
-}
-
-template <int N>
-FS_INLINE void add_where(MassSum& s, const Mass<N>& m, const Where<N>& where) {
-  FS_EACH(N) {
-    s.hi = add_where(where.m[u], s.hi, m.hi[u]);
-    s.lo = add_where(where.m[u], s.lo, m.lo[u]);
-    if (kHiBias) s.lanes += (uint32_t)count(where.m[u]);
-  }
-}
-
 // Either half's sum has 31 bits; with the biases it is right modulo 2^32.
 FS_INLINE uint64_t total(const MassSum& s) {
-  const uint32_t hi = (uint32_t)reduce_add(s.hi) - s.lanes * kHiBias;
-  const uint32_t lo = (uint32_t)reduce_add(s.lo) - s.lanes * kLoBias;
+  const uint32_t hi = (uint32_t)reduce_add(s.hi) - s.biases * kHiBias;
+  const uint32_t lo = (uint32_t)reduce_add(s.lo) - s.biases * kLoBias;
   return ((uint64_t)hi << kHalfBits) + lo;
 }
 

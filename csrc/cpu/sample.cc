@@ -46,8 +46,7 @@ Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, 
   const float* x = values(d, b, buffer);
   for (int i = 0; i < kBlock; i += kLanes) {
     const vi id = ids(d, b, i);
-    const Mass<1> m = weigh(weigher, load(x + i), keeps(cut, load(x + i), id));
-    const vu hi = m.hi[0], lo = m.lo[0];
+    const auto [hi, lo] = weigh(weigher, load(x + i), keeps(cut, load(x + i), id));
     const uint64_t here = (reduce_add(hi) << kHalfBits) + reduce_add(lo);
     if (here <= r) {
       r -= here;
@@ -99,8 +98,8 @@ void write_filtered(const Task<T>& t, Cutoff cut) {
       if (live) {
         Mask kept = keeps(cut, load(x + i), ids(t.dense, b, i));
         if (t.weigher.floor) {
-          const Mass<1> m = weigh(t.weigher, load(x + i), kept);
-          kept = both(kept, gt(to_float((vi)(m.hi[0] | m.lo[0])), splat(0.0f)));
+          const Halves w = weigh(t.weigher, load(x + i), kept);
+          kept = both(kept, nonzero((vi)(w.hi | w.lo)));
         }
         v = select(kept, load(x + i) / t.divisor, v);
       }
@@ -124,9 +123,9 @@ void write_probabilities(const Task<T>& t, Cutoff cut, uint64_t total) {
     const float* x = values(t.dense, b, buffer);
     for (int i = 0; i < kBlock; i += kLanes) {
       const vf v = load(x + i);
-      const Mass<1> m = weigh(t.weigher, v, keeps(cut, v, ids(t.dense, b, i)));
-      store(hi + i, m.hi[0]);
-      store(lo + i, m.lo[0]);
+      const Halves w = weigh(t.weigher, v, keeps(cut, v, ids(t.dense, b, i)));
+      store(hi + i, w.hi);
+      store(lo + i, w.lo);
     }
     for (int i = 0; i < n; ++i) {
       const uint64_t w = ((uint64_t)hi[i] << kHalfBits) + lo[i];

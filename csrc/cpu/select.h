@@ -44,16 +44,12 @@ struct Weighing {
   static constexpr bool kHeavyHeads = true;
 
   template <int N>
-  FS_MEMBER Mass<N> of(const Pack<N>& x, const Where<N>& where) const {
+  FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where) const {
     return weigh(weigher, x, where);
   }
   template <int N>
-  FS_MEMBER void add(Sum& s, const Mass<N>& mass) const {
+  FS_MEMBER void add(Sum& s, const Pack<N>& mass) const {
     fastsample::add(s, mass);
-  }
-  template <int N>
-  FS_MEMBER void add_where(Sum& s, const Mass<N>& mass, const Where<N>& where) const {
-    fastsample::add_where(s, mass, where);
   }
   FS_MEMBER uint64_t total(const Sum& s) const { return fastsample::total(s); }
   FS_MEMBER uint64_t one(float x) const { return weigh(weigher, x); }

@@ -19,16 +19,15 @@ struct Split {
 template <class T>
 FS_INLINE int split_block(const Weighing& weight, const T* x, Bracket bracket, float* values,
                           MassSum& all, MassSum& rest) {
-  constexpr int N = kAbreast / 2;  // masks need registers too
+  constexpr int N = kAbreast;
   BlockBits inside = {};
   int n = 0;
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     const auto w = weight.of(p, everywhere<N>());
-    weight.add(all, w);
     Where<N> below;
     FS_EACH(N) below.m[u] = gt(splat(bracket.high), p.v[u]);
-    if (bracket.high < INFINITY) weight.add_where(rest, w, below);
+    add(all, rest, w, below);
     FS_EACH(N) {
       const Mask in = gt_where(below.m[u], p.v[u], splat(bracket.low));
       if (kCompresses) {
@@ -60,7 +59,7 @@ Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Work
         add_whole(d, b, weight, low);
       }
     }
-    ws.group_mass[g] = bracket.high < INFINITY ? weight.total(all) - weight.total(rest) : 0;
+    ws.group_mass[g] = weight.total(all) - weight.total(rest);
     s.upper += ws.group_mass[g];
     s.total += weight.total(all) + weight.total(low);
   }
