@@ -137,16 +137,32 @@ struct Nothing {
   FS_MEMBER void end(int, float) {}
 };
 
+// Lanes in which no NaN has been met; several of them where one test would wait for another.
+struct Sound {
+  static constexpr int kChains = kMaskChains;
+  Mask m[kChains];
+
+  FS_MEMBER Sound() {
+    for (Mask& lanes : m) lanes = from_bits(kAllLanes);
+  }
+  FS_MEMBER void test(int i, vf a, vf b) { m[i % kChains] = ordered_where(m[i % kChains], a, b); }
+  FS_MEMBER bool all() const {
+    Mask every = m[0];
+    for (const Mask& lanes : m) every = both(every, lanes);
+    return bits(every) == kAllLanes;
+  }
+};
+
 // Maximum of kBlock values; notes NaNs, two vectors at a time.
 template <class Watch>
-FS_INLINE float block_peak(const float* x, Mask& nan, Watch& watch) {
+FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
   constexpr int kStreams = 4;
   vf m[kStreams];
   for (int u = 0; u < kStreams; ++u) m[u] = splat(-INFINITY);
   for (int i = 0; i < kBlock; i += kStreams * kLanes) {
     vf v[kStreams];
     for (int u = 0; u < kStreams; ++u) v[u] = load(x + i + u * kLanes);
-    nan = either(nan, either(unordered(v[0], v[1]), unordered(v[2], v[3])));
+    for (int u = 0; u < kStreams; u += 2) sound.test(i / kLanes / 2 + u / 2, v[u], v[u + 1]);
     for (int u = 0; u < kStreams; ++u) m[u] = max(m[u], v[u]);
     for (int u = 0; u < kStreams; u += 2) watch.see(v[u], v[u + 1]);
   }
@@ -156,7 +172,7 @@ FS_INLINE float block_peak(const float* x, Mask& nan, Watch& watch) {
 // The same of 16-bit values: as integers, twice as many at a time. Who watches is shown a block's
 // floats only where its maximum is of interest.
 template <class T, class Watch>
-FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
+FS_INLINE float block_peak(const T* x, Sound& sound, Watch& watch) {
   vs high = order_16(load_as<vs>(x)), low = high;
   for (int i = 2 * kLanes; i < kBlock; i += 2 * kLanes) {
     const vs v = order_16(load_as<vs>(x + i));
@@ -164,7 +180,7 @@ FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
     low = min(low, v);
   }
   constexpr int16_t kTop = T::kInfinity, kBottom = (int16_t)(kTop | 0x8000);
-  nan = either(nan, nonzero((vi)((high > kTop) | (low < order_16(kBottom)))));
+  sound.m[0] = but_not(sound.m[0], nonzero((vi)((high > kTop) | (low < order_16(kBottom)))));
   const float peak = upcast(T{(uint16_t)order_16(reduce_max(high))});
   if (!watch.wants(peak)) return peak;
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
@@ -176,9 +192,9 @@ FS_INLINE float block_peak(const T* x, Mask& nan, Watch& watch) {
 }
 
 template <class T>
-FS_INLINE float block_peak(const T* x, Mask& nan) {
+FS_INLINE float block_peak(const T* x, Sound& sound) {
   Nothing nothing;
-  return block_peak(x, nan, nothing);
+  return block_peak(x, sound, nothing);
 }
 
 // Asks for every line of a block that will be read soon: on Zen a line does not bring its
@@ -200,9 +216,9 @@ FS_INLINE float row_max(float* block_max, int blocks) {
 template <class T, class Watch>
 FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
   float buffer[kBlock];
-  Mask nan = from_bits(0);
+  Sound sound;
   const auto look = [&](int b, const auto* x) {
-    block_max[b] = block_peak(x, nan, watch);
+    block_max[b] = block_peak(x, sound, watch);
     watch.end(b, block_max[b]);
   };
   const auto look_at_logits = [&](int b) {
@@ -219,7 +235,7 @@ FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
       look(b, block(row, b, buffer));
     }
   }
-  return Peak{row_max(block_max, row.blocks), any(nan)};
+  return Peak{row_max(block_max, row.blocks), !sound.all()};
 }
 
 template <class T>
@@ -315,12 +331,12 @@ void apply_changes(const RowParams& params, int n, const Workspace& ws, Row<T>* 
   row->edits = ws.edits;
   row->edit_start = ws.edit_start;
   float buffer[kBlock];
-  Mask nan = from_bits(broken ? kAllLanes : 0);
+  Sound sound;
   for (int b = 0; b < row->blocks; ++b) {
     if (ws.block_max[b] == ws.block_max[b]) continue;
-    ws.block_max[b] = block_peak(block(*row, b, buffer), nan);
+    ws.block_max[b] = block_peak(block(*row, b, buffer), sound);
   }
-  *peak = Peak{row_max(ws.block_max, row->blocks), any(nan)};
+  *peak = Peak{row_max(ws.block_max, row->blocks), broken || !sound.all()};
 }
 
 }  // namespace

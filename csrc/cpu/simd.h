@@ -175,14 +175,15 @@ FS_INLINE int16_t reduce_max(vs v) {
 // A truth value per lane.
 #if defined(FASTSAMPLE_ISA_avx512)
 typedef __mmask16 Mask;
+constexpr int kMaskChains = 4;  // tests that follow each other side by side: each takes some cycles
 FS_INLINE Mask gt(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
 FS_INLINE Mask ge(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
 FS_INLINE Mask gt_where(Mask m, vf a, vf b) {
   return _mm512_mask_cmp_ps_mask(m, (__m512)a, (__m512)b, _CMP_GT_OQ);
 }
 FS_INLINE Mask eq(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ); }
-FS_INLINE Mask unordered(vf a, vf b) {
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q);
+FS_INLINE Mask ordered_where(Mask m, vf a, vf b) {
+  return _mm512_mask_cmp_ps_mask(m, (__m512)a, (__m512)b, _CMP_ORD_Q);
 }
 FS_INLINE Mask le(vi a, vi b) { return _mm512_cmple_epi32_mask((__m512i)a, (__m512i)b); }
 FS_INLINE Mask nonzero(vi a) { return _mm512_test_epi32_mask((__m512i)a, (__m512i)a); }
@@ -204,11 +205,11 @@ FS_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 FS_INLINE vi truncate(vf a) { return (vi)_mm512_cvttps_epi32((__m512)a); }
 #else
 typedef vi Mask;
+constexpr int kMaskChains = 1;
 FS_INLINE Mask gt(vf a, vf b) { return a > b; }
 FS_INLINE Mask ge(vf a, vf b) { return a >= b; }
 FS_INLINE Mask gt_where(Mask m, vf a, vf b) { return m & (a > b); }
 FS_INLINE Mask eq(vf a, vf b) { return a == b; }
-FS_INLINE Mask unordered(vf a, vf b) { return ~((a == a) & (b == b)); }
 FS_INLINE Mask le(vi a, vi b) { return a <= b; }
 FS_INLINE Mask nonzero(vi a) { return a != 0; }
 FS_INLINE Mask both(Mask a, Mask b) { return a & b; }
@@ -224,14 +225,21 @@ FS_INLINE vu keep(Mask m, vu a) { return (vu)m & a; }
 FS_INLINE vu add_where(Mask m, vu sum, vu a) { return sum + ((vu)m & a); }
 FS_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
 #if defined(FASTSAMPLE_ISA_avx2)
+FS_INLINE Mask ordered_where(Mask m, vf a, vf b) {
+  return m & (vi)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_ORD_Q);
+}
 FS_INLINE uint32_t bits(Mask m) { return (uint32_t)_mm256_movemask_ps((__m256)m); }
 FS_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 FS_INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #elif defined(__x86_64__)
+FS_INLINE Mask ordered_where(Mask m, vf a, vf b) {
+  return m & (vi)_mm_cmpord_ps((__m128)a, (__m128)b);
+}
 FS_INLINE uint32_t bits(Mask m) { return (uint32_t)_mm_movemask_ps((__m128)m); }
 FS_INLINE vf max(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
 FS_INLINE vf min(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
 #elif defined(__aarch64__)
+FS_INLINE Mask ordered_where(Mask m, vf a, vf b) { return m & (a == a) & (b == b); }
 FS_INLINE uint32_t bits(Mask m) {
   const vu lane_bit = {1, 2, 4, 8};
   return vaddvq_u32((uint32x4_t)((vu)m & lane_bit));
@@ -239,6 +247,7 @@ FS_INLINE uint32_t bits(Mask m) {
 FS_INLINE vf max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
 FS_INLINE vf min(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 #else
+FS_INLINE Mask ordered_where(Mask m, vf a, vf b) { return m & (a == a) & (b == b); }
 FS_INLINE uint32_t bits(Mask m) {
   uint32_t b = 0;
   for (int i = 0; i < kLanes; ++i) b |= (uint32_t)(m[i] & 1) << i;
