@@ -38,8 +38,11 @@ FS_HD float penalise(float x, const RowParams& p, int32_t count, bool seen) {
     const float higher = quotient < product ? product : quotient;
     x = p.repetition_penalty > 1.0f ? lower : higher;
   }
-  x = x - zero_unless(count > 0, p.frequency_penalty * (float)count);
-  return x - zero_unless(count > 0, p.presence_penalty);
+  if (p.frequency_penalty != 0.0f) {
+    x = x - zero_unless(count > 0, p.frequency_penalty * (float)count);
+  }
+  if (p.presence_penalty != 0.0f) x = x - zero_unless(count > 0, p.presence_penalty);
+  return x;
 }
 
 }  // namespace fastsample
