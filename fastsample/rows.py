@@ -55,6 +55,22 @@ class Rows:
         records, seeds, offsets = (t.to(device, non_blocking=True) for t in (self.records, self.seeds, self.offsets))
         return replace(self, records=records, seeds=seeds, offsets=offsets, native=None)
 
+    def with_inputs(self) -> Rows:
+        """These slots for one step, whose inputs are to be added."""
+        return Rows(self.records, self.seeds, self.offsets, slots=self, workspace=self.workspace)
+
+
+def stamp(value: Any) -> tuple[Any, ...] | None:
+    """All of a tensor but its values that may change while it stays the same object."""
+    return None if value is None else (value.data_ptr(), value.dtype, value.shape, value.stride(), value.is_neg())
+
+
+def shares_values(given: Any, packed: torch.Tensor | None) -> bool:
+    """Whether what was made of an argument is a view of it, as it was given."""
+    if type(given) is not torch.Tensor or packed is None:
+        return False
+    return given.data_ptr() == packed.data_ptr() and given.dtype == packed.dtype
+
 
 _MASK = 2**64 - 1
 

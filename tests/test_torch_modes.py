@@ -393,3 +393,58 @@ def test_buffers_with_a_gradient(on_invalid: str) -> None:
     for call in (fs.filter_logits, fs.probabilities):
         with pytest.raises(ValueError, match=r"^out: .* no gradient"):
             call(LOGITS, out=torch.zeros(B, V, requires_grad=True), on_invalid=on_invalid)
+
+
+# A Sampler's inputs, kept from the last step --------------------------------------------------------------------------
+
+
+def swap_ids(t: torch.Tensor) -> None:
+    t.data = t.flip(1)
+
+
+CHANGES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], Any]]] = {
+    "values": ("bitmask", lambda: torch.full((B, 2), -1, dtype=torch.int32), lambda t: t.fill_(0b1010)),
+    "values behind a view": ("bitmask", lambda: torch.full((2,), -1, dtype=torch.int32), lambda t: t.fill_(0b1010)),
+    "values of int32 ids": ("output_ids", lambda: torch.zeros(B, 4, dtype=torch.int32), lambda t: t.fill_(7)),
+    "values of strided ids": ("output_ids", lambda: torch.zeros(B, 8, dtype=torch.int64)[:, ::2], lambda t: t.fill_(7)),
+    "a list": ("output_ids", lambda: [[0], [0], [0]], lambda t: [row.extend([3, 7]) for row in t]),
+    "shape": ("prompt_ids", lambda: torch.full((B, 6), 7), lambda t: t.resize_(B, 3).fill_(5)),
+    "strides": ("prompt_ids", lambda: torch.arange(B * B).view(B, B), lambda t: t.t_()),
+    "memory": ("prompt_ids", lambda: torch.arange(B * 4).view(B, 4), swap_ids),
+    "storage": ("output_ids", lambda: torch.zeros(B, 4, dtype=torch.int64), lambda t: t.set_(torch.full((B, 2), 9))),
+    "sign": ("output_ids", lambda: torch.full((B, 2), -7), lambda t: t.neg_()),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "make", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_step_sees_what_changed_since_the_last(
+    name: str, make: Callable[[], Any], change: Callable[[Any], Any], backend: str
+) -> None:
+    fields = {"temperature": 2.0, "repetition_penalty": 3.0, "frequency_penalty": 1.5}
+    sampler = fs.Sampler(batch_size=B, seed=5, logprobs="processed", backend=backend, **fields)
+    given = make()
+    for step in range(6):
+        if step == 3:
+            change(given)
+        got = sampler(LOGITS, **{name: given})
+        want = fs.sample(LOGITS, seed=5, offset=step, logprobs="processed", backend=backend, **{name: given}, **fields)
+        for field in ("tokens", "logprobs", "ranks"):
+            assert torch.equal(getattr(got, field), getattr(want, field)), (step, field)
+
+
+def test_what_no_longer_fits_is_refused_at_later_steps_too() -> None:
+    sampler = fs.Sampler(batch_size=B, seed=5, repetition_penalty=2.0)
+    ids = torch.zeros(B, 4, dtype=torch.int64)
+    for _ in range(2):
+        sampler(LOGITS, prompt_ids=ids)
+    ids.resize_(B + 1, 4)
+    with pytest.raises(ValueError, match=r"prompt_ids: expected shape \[3, L\], got \(4, 4\)"):
+        sampler(LOGITS, prompt_ids=ids)
+    ids.resize_(B, 4).data = torch.zeros(B, 4)
+    with pytest.raises(TypeError, match="prompt_ids: expected int64 or int32 token ids"):
+        sampler(LOGITS, prompt_ids=ids)
+    ids.data = torch.zeros(B, 4, dtype=torch.int64)
+    ids.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="without memory of its own"):
+        sampler(LOGITS, prompt_ids=ids)
