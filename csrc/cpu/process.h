@@ -66,6 +66,11 @@ FS_INLINE MaskSummary summarise_mask(const Row<T>& row, int b) {
   return s;
 }
 
+template <class T>
+FS_INLINE bool is_ruled_out(const Row<T>& row, int b) {
+  return !summarise_mask(row, b).some;
+}
+
 // Whether a block is a whole one of which every token is allowed.
 template <class T>
 FS_INLINE bool is_allowed(const Row<T>& row, int b) {
@@ -231,6 +236,9 @@ FS_INLINE Peak scan(const Row<T>& row, float* block_max, Watch watch) {
   for (int b = untouched; b < row.blocks; ++b) {
     if (is_allowed(row, b)) {
       look_at_logits(b);
+    } else if (is_ruled_out(row, b)) {
+      block_max[b] = -INFINITY;
+      watch.end(b, -INFINITY);
     } else {
       look(b, block(row, b, buffer));
     }
