@@ -120,21 +120,6 @@ FS_INLINE Halves to_biased(vf q) {
   return Halves{(vu)hi, (vu)add_down(q, (kHiZero + kLoZero) - hi)};
 }
 
-FS_INLINE Halves to_integers(vf q) {
-  const Halves w = to_biased(q);
-  return Halves{w.hi - kHiBias, w.lo - kLoBias};
-}
-
-template <int N>
-FS_INLINE void add(MassSum& s, const Pack<N>& q) {
-  FS_EACH(N) {
-    const Halves w = to_biased(q.v[u]);
-    s.hi += w.hi;
-    s.lo += w.lo;
-  }
-  s.biases += N * kLanes;
-}
-
 // Float sums of a pack.
 struct PackSum {
   vf hi = splat(kHiZero), lo = splat(kLoZero);
@@ -178,24 +163,15 @@ FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   return p;
 }
 
-FS_INLINE Halves to_integers(vf q) {
+FS_INLINE Halves to_biased(vf q) {
   const vu hi = (vu)truncate(q);
   return Halves{hi, (vu)truncate((q - to_float((vi)hi)) * 0x1p20f)};
 }
 
 template <int N>
-FS_INLINE void add(MassSum& s, const Pack<N>& q) {
-  FS_EACH(N) {
-    const Halves w = to_integers(q.v[u]);
-    s.hi += w.hi;
-    s.lo += w.lo;
-  }
-}
-
-template <int N>
 FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>& where) {
   FS_EACH(N) {
-    const Halves w = to_integers(q.v[u]);
+    const Halves w = to_biased(q.v[u]);
     all.hi += w.hi;
     all.lo += w.lo;
     part.hi = add_where(where.m[u], part.hi, w.hi);
@@ -204,6 +180,21 @@ FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>
 }
 
 #endif
+
+FS_INLINE Halves to_integers(vf q) {
+  const Halves w = to_biased(q);
+  return Halves{w.hi - kHiBias, w.lo - kLoBias};
+}
+
+template <int N>
+FS_INLINE void add(MassSum& s, const Pack<N>& q) {
+  FS_EACH(N) {
+    const Halves w = to_biased(q.v[u]);
+    s.hi += w.hi;
+    s.lo += w.lo;
+  }
+  s.biases += N * kLanes;
+}
 
 // Mass before it becomes an integer, kRoughUnit for the maximum. -inf clamps to a y that has no
 // mass; valid rows hold no NaN.
