@@ -286,3 +286,19 @@ def test_the_lowest_float32_is_a_logit_like_any_other(fields: dict[str, Any], va
         if isinstance(got, fs.SampleOutput):
             got, want = got.tokens, want.tokens
         assert torch.equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize("vocab", [300, 513])
+def test_every_pattern_of_16_bits(dtype: torch.dtype, vocab: int, variant: str) -> None:
+    """One in each row, in whole blocks and in the last: the status is torch's, the greedy token the maximum's."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    rows = torch.arange(len(patterns))
+    logits = torch.zeros(len(patterns), vocab, dtype=dtype)
+    logits[rows, rows % vocab] = patterns
+    out = fs.sample(logits, temperature=0.0, on_invalid="flag", backend=variant)
+    status = torch.where(patterns.isnan(), 1, torch.where(patterns == torch.inf, 2, 0))
+    assert torch.equal(out.status, status.to(torch.int32))
+    first_zero = (rows % vocab == 0).to(torch.int64)
+    token = torch.where(patterns > 0, rows % vocab, torch.where(patterns == 0, 0, first_zero))
+    assert torch.equal(out.tokens, torch.where(status > 0, -1, token))
