@@ -1,6 +1,9 @@
 #include "cpu/pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -27,6 +30,34 @@ inline void relax() {
 #endif
 }
 
+// Where a thread runs. Linux likes to wake a thread on the core of the one that wakes it, in a
+// virtual machine even where another idles: both would then share that core's time.
+#if defined(__linux__)
+struct Place {
+  int cpu = -1;
+  cpu_set_t allowed;
+
+  static Place here() {
+    Place p;
+    if (sched_getaffinity(0, sizeof p.allowed, &p.allowed) == 0) p.cpu = sched_getcpu();
+    return p;
+  }
+
+  // Moves the calling thread elsewhere if it is there.
+  void leave() const {
+    if (cpu < 0 || sched_getcpu() != cpu) return;
+    cpu_set_t others = allowed;
+    CPU_CLR((size_t)cpu, &others);
+    sched_setaffinity(0, sizeof others, &others);  // fails where there is no other
+  }
+};
+#else
+struct Place {
+  static Place here() { return {}; }
+  void leave() const {}
+};
+#endif
+
 // A round is a piece of work and a number of places for helpers. Who takes a place before the round
 // is closed takes part; the caller closes it when it finds nothing left to do itself, and waits for
 // those who took part, not for a thread that was too slow to wake.
@@ -36,6 +67,7 @@ class Pool {
   void run(int helpers, const std::function<void()>& work) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      if (sleeping_ || size_ < helpers) caller_ = Place::here();
       for (; size_ < helpers; ++size_) {
         std::thread([this, seen = round(gate_)] { serve(seen); }).detach();
       }
@@ -73,8 +105,9 @@ class Pool {
 
   void serve(uint64_t seen) {
     // Woken too late, a helper sleeps again at once: it may share its core with the caller.
+    leave_caller();
     for (int spins = kSpins;;) {
-      wait(start_, spins, [&] { return round(gate_) != seen; });
+      if (wait(start_, spins, [&] { return round(gate_) != seen; })) leave_caller();
       seen = round(gate_);
       spins = join() ? kSpins : 0;
       if (!spins) continue;
@@ -85,16 +118,25 @@ class Pool {
     }
   }
 
+  void leave_caller() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const Place caller = caller_;
+    lock.unlock();
+    caller.leave();
+  }
+
+  // Whether it slept.
   template <class Condition>
-  void wait(std::condition_variable& event, int spins, Condition condition) {
+  bool wait(std::condition_variable& event, int spins, Condition condition) {
     for (int i = 0; i < spins; ++i) {
-      if (condition()) return;
+      if (condition()) return false;
       relax();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
     event.wait(lock, condition);
     --sleeping_;
+    return true;
   }
 
   void attempt(const std::function<void()>& work) {
@@ -110,6 +152,7 @@ class Pool {
   std::condition_variable start_, done_;
   const std::function<void()>* work_ = nullptr;
   std::exception_ptr error_;
+  Place caller_;                   // of the latest round that had to wake somebody
   std::atomic<uint64_t> gate_{0};  // number of the round, and in the lowest bits its places left
   std::atomic<int> finished_{0};
   int size_ = 0, sleeping_ = 0;
