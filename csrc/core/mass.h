@@ -17,14 +17,15 @@ constexpr uint64_t kMassUnit = (uint64_t)1 << kMassBits;
 
 FS_HD float mass_scale(float temperature) { return kLog2E / temperature; }
 
-// exp2(f) for |f| <= 1/2. Scalar or vector: the same operations, each rounded by itself.
+// unit * exp2(f) for |f| <= 1/2. Scalar or vector: the same operations, each rounded by itself. The
+// unit is a power of two, so it changes nothing but the exponents.
 template <class F>
-FS_HD F exp2_polynomial(F f) {
-  F p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
-  return p * f + 1.0f;
+FS_HD F exp2_polynomial(F f, float unit = 1.0f) {
+  F p = f * (0x1.5bba14p-10f * unit) + 0x1.3cea88p-7f * unit;
+  p = p * f + 0x1.c6b752p-5f * unit;
+  p = p * f + 0x1.ebf9bcp-3f * unit;
+  p = p * f + 0x1.62e42ap-1f * unit;
+  return p * f + unit;
 }
 
 // w = trunc(2^40 * exp2(y)) for y = (x - max) * scale <= 0; y may be -inf.

@@ -74,10 +74,19 @@ FS_INLINE Where<N> everywhere() {
   return w;
 }
 
+// The maximum's mass before it becomes an integer: then its integer part is the upper half, and its
+// fraction has the lower.
+constexpr float kRoughUnit = 0x1p20f;
+
 // A vector's masses as integers: w = hi * 2^20 + lo in every lane.
 struct Halves {
   vu hi, lo;
 };
+
+FS_INLINE Halves to_integers(vf q) {
+  const vi hi = truncate(q);
+  return Halves{(vu)hi, (vu)truncate((q - to_float(hi)) * 0x1p20f)};
+}
 
 // Sums of the masses of a group at most.
 struct MassSum {
@@ -87,42 +96,30 @@ struct MassSum {
 
 #if defined(FASTSAMPLE_ISA_avx512)
 
-// AVX-512 has an instruction for the fraction and one for the scaling, and rounds down where told
-// to: a sum that begins at 8 holds q's multiples of 2^-20 in the lowest bits of a float, and one
-// that begins at 2^-17 what is left of those of 2^-40, for as many as 8 masses of up to 1.
-constexpr uint32_t kHiBias = 0x41000000, kLoBias = 0x37000000;  // the bits of 8 and of 2^-17
-constexpr float kHiZero = 8.0f, kLoZero = 0x1p-17f;
-constexpr float kRoughUnit = 1.0f;
-
-FS_INLINE vf add_down(vf a, vf b) {
-  return (vf)_mm512_add_round_ps((__m512)a, (__m512)b, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-}
-
-FS_INLINE vf add_down_where(Mask m, vf a, vf b) {
-  return (vf)_mm512_mask_add_round_ps((__m512)a, m, (__m512)a, (__m512)b,
-                                      _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-}
-
 // kRoughUnit * exp2(y) where lanes count, else 0.
 template <int N>
 FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   Pack<N> f;
   FS_EACH(N) f.v[u] = (vf)_mm512_reduce_ps((__m512)y.v[u], _MM_FROUND_TO_NEAREST_INT);
   const Pack<N> n = y - f;
-  Pack<N> p = exp2_polynomial(f);
+  Pack<N> p = exp2_polynomial(f, kRoughUnit);
   FS_EACH(N) { p.v[u] = (vf)_mm512_maskz_scalef_ps(where.m[u], (__m512)p.v[u], (__m512)n.v[u]); }
   return p;
 }
 
-// Both halves with their biases.
-FS_INLINE Halves to_biased(vf q) {
-  const vf hi = add_down(splat(kHiZero), q);
-  return Halves{(vu)hi, (vu)add_down(q, (kHiZero + kLoZero) - hi)};
+constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+
+FS_INLINE vf fraction(vf q) { return (vf)_mm512_reduce_ps((__m512)q, kDown); }
+FS_INLINE vf add_down(vf a, vf b) { return (vf)_mm512_add_round_ps((__m512)a, (__m512)b, kDown); }
+FS_INLINE vf add_down_where(Mask m, vf a, vf b) {
+  return (vf)_mm512_mask_add_round_ps((__m512)a, m, (__m512)a, (__m512)b, kDown);
 }
 
-// Float sums of a pack.
+// Sums of a pack, in floats: rounded down, one that begins at 2^23 takes an integer part and one
+// that begins at 8 what of a fraction counts, and both leave integers in their lowest bits.
+constexpr uint32_t kHiBias = 0x4b000000, kLoBias = 0x41000000;  // the bits of 2^23 and of 8
 struct PackSum {
-  vf hi = splat(kHiZero), lo = splat(kLoZero);
+  vf hi = splat(0x1p23f), lo = splat(8.0f);
 
   FS_MEMBER void end(MassSum& s) const {
     s.hi += (vu)hi;
@@ -131,15 +128,26 @@ struct PackSum {
   }
 };
 
-// To `part` only where lanes count. Sums of integers would have to count each part's biases.
+template <int N>
+FS_INLINE void add(MassSum& s, const Pack<N>& q) {
+  static_assert(N <= 8, "a float holds no larger sum");
+  PackSum sum;
+  FS_EACH(N) {
+    sum.hi = add_down(sum.hi, q.v[u]);
+    sum.lo = add_down(sum.lo, fraction(q.v[u]));
+  }
+  sum.end(s);
+}
+
+// To `part` only where lanes count.
 template <int N>
 FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>& where) {
   static_assert(N <= 8, "a float holds no larger sum");
   PackSum sum, some;
   FS_EACH(N) {
-    const vf hi = add_down(sum.hi, q.v[u]), rest = q.v[u] - (hi - sum.hi);
+    const vf rest = fraction(q.v[u]);
+    sum.hi = add_down(sum.hi, q.v[u]);
     sum.lo = add_down(sum.lo, rest);
-    sum.hi = hi;
     some.hi = add_down_where(where.m[u], some.hi, q.v[u]);
     some.lo = add_down_where(where.m[u], some.lo, rest);
   }
@@ -150,7 +158,6 @@ FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>
 #else
 
 constexpr uint32_t kHiBias = 0, kLoBias = 0;
-constexpr float kRoughUnit = 0x1p20f;
 
 template <int N>
 FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
@@ -163,15 +170,19 @@ FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   return p;
 }
 
-FS_INLINE Halves to_biased(vf q) {
-  const vu hi = (vu)truncate(q);
-  return Halves{hi, (vu)truncate((q - to_float((vi)hi)) * 0x1p20f)};
+template <int N>
+FS_INLINE void add(MassSum& s, const Pack<N>& q) {
+  FS_EACH(N) {
+    const Halves w = to_integers(q.v[u]);
+    s.hi += w.hi;
+    s.lo += w.lo;
+  }
 }
 
 template <int N>
 FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>& where) {
   FS_EACH(N) {
-    const Halves w = to_biased(q.v[u]);
+    const Halves w = to_integers(q.v[u]);
     all.hi += w.hi;
     all.lo += w.lo;
     part.hi = add_where(where.m[u], part.hi, w.hi);
@@ -181,23 +192,7 @@ FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>
 
 #endif
 
-FS_INLINE Halves to_integers(vf q) {
-  const Halves w = to_biased(q);
-  return Halves{w.hi - kHiBias, w.lo - kLoBias};
-}
-
-template <int N>
-FS_INLINE void add(MassSum& s, const Pack<N>& q) {
-  FS_EACH(N) {
-    const Halves w = to_biased(q.v[u]);
-    s.hi += w.hi;
-    s.lo += w.lo;
-  }
-  s.biases += N * kLanes;
-}
-
-// Mass before it becomes an integer, kRoughUnit for the maximum. -inf clamps to a y that has no
-// mass; valid rows hold no NaN.
+// Mass before it becomes an integer. -inf clamps to a y that has no mass; valid rows hold no NaN.
 template <int N>
 FS_INLINE Pack<N> weigh_roughly(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
   Pack<N> y = (x - w.max) * w.scale;

@@ -146,15 +146,23 @@ struct Nothing {
 struct Sound {
   static constexpr int kChains = kMaskChains;
   Mask m[kChains];
+  Mask16 m16[kChains];
 
   FS_MEMBER Sound() {
     for (Mask& lanes : m) lanes = from_bits(kAllLanes);
+    for (Mask16& lanes : m16) lanes = everywhere_16();
   }
   FS_MEMBER void test(int i, vf a, vf b) { m[i % kChains] = ordered_where(m[i % kChains], a, b); }
+  // Negative NaNs.
+  FS_MEMBER void test(int i, vs v, int16_t bottom) {
+    m16[i % kChains] = below_where(m16[i % kChains], v, bottom);
+  }
   FS_MEMBER bool all() const {
     Mask every = m[0];
     for (const Mask& lanes : m) every = both(every, lanes);
-    return bits(every) == kAllLanes;
+    Mask16 every_16 = m16[0];
+    for (const Mask16& lanes : m16) every_16 &= lanes;
+    return bits(every) == kAllLanes && all_16(every_16);
   }
 };
 
@@ -174,19 +182,30 @@ FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// The same of 16-bit values: as integers, twice as many at a time. Who watches is shown a block's
-// floats only where its maximum is of interest.
+// The highest of a block's 16-bit floats, read as integers: of values at or above 0 the highest,
+// and where all lie below it the one with the fewest bits.
+template <class T>
+FS_INLINE int16_t highest_16(const T* x, Sound& sound) {
+  vs high = load_as<vs>(x);
+  for (int i = 0; i < kBlock; i += 2 * kLanes) {
+    const vs v = load_as<vs>(x + i);
+    high = max(high, v);
+    sound.test(i / kLanes / 2, v, (int16_t)(T::kInfinity | 0x8000));
+  }
+  const int16_t peak = reduce_max(high);
+  if (peak >= 0) return peak;
+  vs low = load_as<vs>(x);
+  for (int i = 2 * kLanes; i < kBlock; i += 2 * kLanes) low = min(low, load_as<vs>(x + i));
+  return (int16_t)~reduce_max(~low);
+}
+
+// The same of 16-bit values, twice as many at a time. Who watches is shown a block's floats only
+// where its maximum is of interest.
 template <class T, class Watch>
 FS_INLINE float block_peak(const T* x, Sound& sound, Watch& watch) {
-  vs high = order_16(load_as<vs>(x)), low = high;
-  for (int i = 2 * kLanes; i < kBlock; i += 2 * kLanes) {
-    const vs v = order_16(load_as<vs>(x + i));
-    high = max(high, v);
-    low = min(low, v);
-  }
-  constexpr int16_t kTop = T::kInfinity, kBottom = (int16_t)(kTop | 0x8000);
-  sound.m[0] = but_not(sound.m[0], nonzero((vi)((high > kTop) | (low < order_16(kBottom)))));
-  const float peak = upcast(T{(uint16_t)order_16(reduce_max(high))});
+  const int16_t bits = highest_16(x, sound);
+  if (bits > T::kInfinity) sound.m[0] = from_bits(0);
+  const float peak = upcast(T{(uint16_t)bits});
   if (!watch.wants(peak)) return peak;
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
     vf a, b;

@@ -172,6 +172,31 @@ FS_INLINE int16_t reduce_max(vs v) {
 #endif
 }
 
+// Whether 16-bit lanes are at most `bottom`, as unsigned numbers.
+#if defined(FASTSAMPLE_ISA_avx512)
+typedef __mmask32 Mask16;
+FS_INLINE Mask16 everywhere_16() { return ~(Mask16)0; }
+FS_INLINE Mask16 below_where(Mask16 m, vs v, int16_t bottom) {
+  return _mm512_mask_cmple_epu16_mask(m, (__m512i)v, _mm512_set1_epi16(bottom));
+}
+FS_INLINE bool all_16(Mask16 m) { return m == everywhere_16(); }
+#else
+typedef vs Mask16;
+FS_INLINE Mask16 everywhere_16() { return ~(vs){}; }
+FS_INLINE Mask16 below_where(Mask16 m, vs v, int16_t bottom) {
+  // Not negative, or no further from 0.
+  return m & ((v >= 0) | (v <= bottom));
+}
+FS_INLINE bool all_16(Mask16 m) {
+  const vs none = ~m;
+  uint64_t w[sizeof none / 8];
+  memcpy(w, &none, sizeof w);
+  for (uint64_t x : w)
+    if (x) return false;
+  return true;
+}
+#endif
+
 // A truth value per lane.
 #if defined(FASTSAMPLE_ISA_avx512)
 typedef __mmask16 Mask;
