@@ -6,8 +6,8 @@
 #include <math.h>
 
 #include "core/mass.h"
+#include "cpu/half.h"
 #include "cpu/kernel.h"
-#include "cpu/simd.h"
 
 namespace fastsample {
 namespace {

@@ -5,8 +5,8 @@
 #include <math.h>
 
 #include "core/process.h"
+#include "cpu/half.h"
 #include "cpu/kernel.h"
-#include "cpu/simd.h"
 
 namespace fastsample {
 namespace {
@@ -142,28 +142,34 @@ struct Nothing {
   FS_MEMBER void end(int, float) {}
 };
 
-// Lanes in which no NaN has been met; several of them where one test would wait for another.
-struct Sound {
-  static constexpr int kChains = kMaskChains;
-  Mask m[kChains];
-  Mask16 m16[kChains];
+// Lanes in which every test so far has held; several masks, as one test would wait for another.
+template <class M>
+struct Held {
+  M m[kMaskChains];
 
-  FS_MEMBER Sound() {
-    for (Mask& lanes : m) lanes = from_bits(kAllLanes);
-    for (Mask16& lanes : m16) lanes = everywhere_16();
+  FS_MEMBER Held() {
+    for (M& lanes : m) set_all(lanes);
   }
-  FS_MEMBER void test(int i, vf a, vf b) { m[i % kChains] = ordered_where(m[i % kChains], a, b); }
-  // Negative NaNs.
-  FS_MEMBER void test(int i, vs v, int16_t bottom) {
-    m16[i % kChains] = below_where(m16[i % kChains], v, bottom);
-  }
+  FS_MEMBER M& operator[](int i) { return m[i % kMaskChains]; }
   FS_MEMBER bool all() const {
-    Mask every = m[0];
-    for (const Mask& lanes : m) every = both(every, lanes);
-    Mask16 every_16 = m16[0];
-    for (const Mask16& lanes : m16) every_16 &= lanes;
-    return bits(every) == kAllLanes && all_16(every_16);
+    M every = m[0];
+    for (const M& lanes : m) every = (M)(every & lanes);
+    return fastsample::all(every);
   }
+};
+
+// Whether no NaN has been met.
+struct Sound {
+  Held<Mask> floats;
+  Held<Mask16> halves;
+  bool negative = false;  // whether the latest block of 16-bit values had none from 0 up
+
+  FS_MEMBER void test(int i, vf a, vf b) { floats[i] = ordered_where(floats[i], a, b); }
+  // As unsigned numbers, the only bits above those of -inf are those of negative NaNs.
+  FS_MEMBER void test(int i, vs bits, int16_t bottom) {
+    halves[i] = le_unsigned_where(halves[i], bits, bottom);
+  }
+  FS_MEMBER bool all() const { return floats.all() && halves.all(); }
 };
 
 // Maximum of kBlock values; notes NaNs, two vectors at a time.
@@ -182,30 +188,50 @@ FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// The highest of a block's 16-bit floats, read as integers: of values at or above 0 the highest,
-// and where all lie below it the one with the fewest bits.
+// The bits of -inf.
 template <class T>
-FS_INLINE int16_t highest_16(const T* x, Sound& sound) {
+constexpr int16_t bottom() {
+  return (int16_t)(T::kInfinity | INT16_MIN);
+}
+
+// The highest of a block of negative 16-bit floats, whose bits are the lowest; false where others
+// are among them.
+template <class T>
+FS_INLINE bool highest_negative(const T* x, int16_t* highest) {
+  vs low = load_as<vs>(x);
+  Held<Mask16> negative;
+  for (int i = 0; i < kBlock; i += 2 * kLanes) {
+    const vs v = load_as<vs>(x + i);
+    low = min(low, v);
+    negative[i / kLanes / 2] = le_where(negative[i / kLanes / 2], v, bottom<T>());
+  }
+  *highest = reduce_min(low);
+  return negative.all();
+}
+
+// The bits of the highest of a block's 16-bit floats. Of those from 0 up they are the highest.
+template <class T>
+FS_INLINE int16_t highest(const T* x, Sound& sound) {
+  int16_t bits;
+  if (sound.negative && highest_negative(x, &bits)) return bits;
   vs high = load_as<vs>(x);
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
     const vs v = load_as<vs>(x + i);
     high = max(high, v);
-    sound.test(i / kLanes / 2, v, (int16_t)(T::kInfinity | 0x8000));
+    sound.test(i / kLanes / 2, v, bottom<T>());
   }
-  const int16_t peak = reduce_max(high);
-  if (peak >= 0) return peak;
-  vs low = load_as<vs>(x);
-  for (int i = 2 * kLanes; i < kBlock; i += 2 * kLanes) low = min(low, load_as<vs>(x + i));
-  return (int16_t)~reduce_max(~low);
+  bits = reduce_max(high);
+  if (bits > T::kInfinity) sound.floats[0] = from_bits(0);
+  sound.negative = bits < 0;
+  if (sound.negative) highest_negative(x, &bits);
+  return bits;
 }
 
-// The same of 16-bit values, twice as many at a time. Who watches is shown a block's floats only
-// where its maximum is of interest.
+// The same of 16-bit values, twice as many at a time. Who watches is shown only blocks whose
+// maximum is of interest.
 template <class T, class Watch>
 FS_INLINE float block_peak(const T* x, Sound& sound, Watch& watch) {
-  const int16_t bits = highest_16(x, sound);
-  if (bits > T::kInfinity) sound.m[0] = from_bits(0);
-  const float peak = upcast(T{(uint16_t)bits});
+  const float peak = upcast(T{(uint16_t)highest(x, sound)});
   if (!watch.wants(peak)) return peak;
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
     vf a, b;

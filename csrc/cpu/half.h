@@ -1,0 +1,144 @@
+// 16-bit logits: as vectors of floats, and as vectors of their bits, twice as many at a time.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace fastsample {
+namespace {
+
+struct Half {
+  uint16_t bits;
+  static constexpr int16_t kInfinity = 0x7c00;
+};
+struct BFloat {
+  uint16_t bits;
+  static constexpr int16_t kInfinity = 0x7f80;
+};
+
+typedef uint16_t vh __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES / 2)));
+typedef int16_t vs __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
+
+FS_INLINE vf load(const BFloat* p) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+#endif
+}
+
+FS_INLINE vf load(const Half* p) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+#else
+  const vu h = __builtin_convertvector(load_as<vh>(p), vu);
+  // Exponent and mantissa in place, rescaled by an exact product, which also makes subnormals
+  // normal.
+  const vf magnitude = (vf)((h & 0x7fff) << 13) * 0x1p112f;
+  const vu special = (vu)((h & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (vf)((vu)magnitude | special | ((h & 0x8000) << 16));
+#endif
+}
+
+// Two vectors of values that stand side by side, in any order.
+template <class T>
+FS_INLINE void load_pair(const T* p, vf& a, vf& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+
+FS_INLINE void load_pair(const BFloat* p, vf& a, vf& b) {
+  const vu both = load_as<vu>(p);
+  a = (vf)(both & 0xffff0000u);
+  b = (vf)(both << 16);
+}
+
+FS_INLINE float upcast(float x) { return x; }
+FS_INLINE float upcast(BFloat x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+FS_INLINE float upcast(Half x) {
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+  return _cvtsh_ss(x.bits);
+#else
+  Half lanes[kLanes] = {x};
+  return load(lanes)[0];
+#endif
+}
+
+FS_INLINE vs max(vs a, vs b) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vs)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (vs)_mm_max_epi16((__m128i)a, (__m128i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FS_INLINE vs min(vs a, vs b) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vs)_mm512_min_epi16((__m512i)a, (__m512i)b);
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vs)_mm256_min_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (vs)_mm_min_epi16((__m128i)a, (__m128i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+FS_INLINE int16_t reduce_max(vs v) {
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+#if defined(FASTSAMPLE_ISA_avx512)
+  const __m256i wide = _mm256_max_epi16(_mm512_castsi512_si256((__m512i)v),
+                                        _mm512_extracti64x4_epi64((__m512i)v, 1));
+#else
+  const __m256i wide = (__m256i)v;
+#endif
+  const __m128i m = _mm_max_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  // The one instruction that reduces finds an unsigned minimum.
+  const __m128i flip = _mm_set1_epi16(0x7fff);
+  return (int16_t)(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(m, flip))) ^ 0x7fff);
+#else
+  int16_t m = v[0];
+  for (int i = 1; i < 2 * kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
+FS_INLINE int16_t reduce_min(vs v) { return (int16_t)~reduce_max(~v); }
+
+// A truth value per 16-bit lane.
+#if defined(FASTSAMPLE_ISA_avx512)
+typedef __mmask32 Mask16;
+FS_INLINE void set_all(Mask16& m) { m = ~(Mask16)0; }
+FS_INLINE bool all(Mask16 m) { return m == ~(Mask16)0; }
+FS_INLINE Mask16 le_where(Mask16 m, vs a, int16_t b) {
+  return _mm512_mask_cmple_epi16_mask(m, (__m512i)a, _mm512_set1_epi16(b));
+}
+FS_INLINE Mask16 le_unsigned_where(Mask16 m, vs a, int16_t b) {
+  return _mm512_mask_cmple_epu16_mask(m, (__m512i)a, _mm512_set1_epi16(b));
+}
+#else
+typedef vs Mask16;
+FS_INLINE void set_all(Mask16& m) { m = ~vs{}; }
+FS_INLINE bool all(Mask16 m) { return !any(nonzero((vi)~m)); }
+FS_INLINE Mask16 le_where(Mask16 m, vs a, int16_t b) { return m & (a <= b); }
+FS_INLINE Mask16 le_unsigned_where(Mask16 m, vs a, int16_t b) {
+  return le_where(m, a ^ INT16_MIN, (int16_t)(b ^ INT16_MIN));
+}
+#endif
+
+}  // namespace
+}  // namespace fastsample
