@@ -18,6 +18,8 @@ struct BFloat {
 typedef uint16_t vh __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES / 2)));
 typedef int16_t vs __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 
+constexpr int16_t kSign = INT16_MIN;
+
 FS_INLINE vf load(const BFloat* p) {
 #if defined(FASTSAMPLE_ISA_avx512)
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -45,7 +47,17 @@ FS_INLINE vf load(const Half* p) {
 #endif
 }
 
-// Two vectors of values that stand side by side, in any order.
+// A vector of -inf, as many as it holds.
+template <class T>
+FS_INLINE vf nothing() {
+  return (vf)splat((int32_t)(T::kInfinity | kSign) * 0x10001);
+}
+template <>
+vf nothing<float>() {
+  return splat(-INFINITY);
+}
+
+// Two vectors of values that stand side by side, in any order, and back.
 template <class T>
 FS_INLINE void load_pair(const T* p, vf& a, vf& b) {
   a = load(p);
@@ -57,6 +69,19 @@ FS_INLINE void load_pair(const BFloat* p, vf& a, vf& b) {
   a = (vf)(both & 0xffff0000u);
   b = (vf)(both << 16);
 }
+
+FS_INLINE vs bits_of_pair(BFloat, vf a, vf b) { return (vs)((vu)a | (vu)b >> 16); }
+#if defined(FASTSAMPLE_ISA_avx512)
+FS_INLINE vs bits_of_pair(Half, vf a, vf b) {
+  const __m256i low = _mm512_cvtps_ph((__m512)a, 0), high = _mm512_cvtps_ph((__m512)b, 0);
+  return (vs)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+#elif defined(FASTSAMPLE_ISA_avx2)
+FS_INLINE vs bits_of_pair(Half, vf a, vf b) {
+  const __m128i low = _mm256_cvtps_ph((__m256)a, 0), high = _mm256_cvtps_ph((__m256)b, 0);
+  return (vs)_mm256_set_m128i(high, low);
+}
+#endif
 
 FS_INLINE float upcast(float x) { return x; }
 FS_INLINE float upcast(BFloat x) {
@@ -136,9 +161,55 @@ FS_INLINE void set_all(Mask16& m) { m = ~vs{}; }
 FS_INLINE bool all(Mask16 m) { return !any(nonzero((vi)~m)); }
 FS_INLINE Mask16 le_where(Mask16 m, vs a, int16_t b) { return m & (a <= b); }
 FS_INLINE Mask16 le_unsigned_where(Mask16 m, vs a, int16_t b) {
-  return le_where(m, a ^ INT16_MIN, (int16_t)(b ^ INT16_MIN));
+  return le_where(m, a ^ kSign, (int16_t)(b ^ kSign));
 }
 #endif
+
+// The bits of a value that is not above x.
+FS_INLINE uint16_t bits_below(BFloat, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (uint16_t)((bits >> 16) + ((bits >> 31) && (bits & 0xffff)));
+}
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+FS_INLINE uint16_t bits_below(Half, float x) {
+  return (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+#endif
+
+// 16-bit floats that are not below x, nor below a little less than x, as a range of their bits:
+// from 0 up they rise with the value, then they fall.
+template <class T>
+struct AtLeast {
+  uint16_t base, size;
+
+  FS_MEMBER explicit AtLeast(float x) {
+    const uint16_t low = bits_below(T{}, x), negative = 0x8000;
+    const bool above_zero = low && low < negative;  // -0 is not below +0
+    base = above_zero ? low : 0;
+    size = (uint16_t)(above_zero ? negative - low : (low ? low : negative) + 1);
+  }
+
+  // Of two neighbours either.
+  FS_MEMBER Mask either(vs bits) const {
+    const int16_t low = (int16_t)base;
+    const vs place = bits - low;
+#if defined(FASTSAMPLE_ISA_avx512)
+    return nonzero((vi)_mm512_subs_epu16(_mm512_set1_epi16((int16_t)size), (__m512i)place));
+#elif defined(FASTSAMPLE_ISA_avx2)
+    return nonzero((vi)_mm256_subs_epu16(_mm256_set1_epi16((int16_t)size), (__m256i)place));
+#else
+    const int16_t end = (int16_t)(size ^ 0x8000);
+    return nonzero((vi)((place ^ kSign) < end));
+#endif
+  }
+};
+
+// Stores the pairs next to each other of which either is at least that.
+template <class T>
+FS_INLINE int copy_pairs(float* to, vs bits, AtLeast<T> least) {
+  return compress_store(to, (vf)bits, least.either(bits));
+}
 
 }  // namespace
 }  // namespace fastsample

@@ -2,6 +2,8 @@
 // the row's.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/top_p.h"
 
 namespace fastsample {
@@ -13,15 +15,41 @@ FS_INLINE bool min_p_alone(const RowParams& p, int32_t vocab) {
 }
 
 // Watches the streaming pass and copies the candidates, group by group, in no order within a group.
+// 16-bit ones are copied in pairs of which either is a candidate.
+template <class T>
 struct Candidates {
+  typedef std::conditional_t<kCompresses, T, float> Value;
+
   Reach reach;
-  float* values;
-  int32_t* segment;  // group g's candidates begin at segment[g]
+  float* values;     // as Values
+  int32_t* segment;  // group g's candidates begin at Value segment[g]
   int n = 0;
   float max = -INFINITY, lowest = -FLT_MAX;
 
   FS_MEMBER void see(vf a, vf b) {
-    n += compress_store(values + n, a, ge(a, splat(lowest)), b, ge(b, splat(lowest)));
+    if constexpr (sizeof(Value) < sizeof(float)) {
+      n += 2 * copy_pairs(values + n / 2, bits_of_pair(Value{}, a, b), AtLeast<Value>(lowest));
+    } else {
+      n += compress_store(values + n, a, ge(a, splat(lowest)), b, ge(b, splat(lowest)));
+    }
+  }
+
+  // A block.
+  FS_MEMBER void see(const T* x) {
+    if constexpr (sizeof(Value) < sizeof(float)) {
+      const AtLeast<Value> edge(lowest);
+      float* end = values + n / 2;
+      for (int i = 0; i < kBlock; i += 2 * kLanes) {
+        end += copy_pairs(end, load_as<vs>(x + i), edge);
+      }
+      n = 2 * (int)(end - values);
+    } else {
+      for (int i = 0; i < kBlock; i += 2 * kLanes) {
+        vf a, b;
+        load_pair(x + i, a, b);
+        see(a, b);
+      }
+    }
   }
 
   FS_MEMBER bool wants(float block_max) const { return block_max >= lowest; }
@@ -46,11 +74,11 @@ Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspac
   for (int g = 0; g < groups(d); ++g) {
     bool any = false;
     for (int b = g * kGroup; b < group_end(d, g); ++b) any |= upper_bound(d, b) >= lowest;
-    const float* x = ws.values + ws.segment[g];
+    const auto* x = (const typename Candidates<T>::Value*)ws.values + ws.segment[g];
     const int n = any ? ws.segment[g + 1] - ws.segment[g] : 0;
     // Rows of equal values, of which min-p keeps all, would stand out by their time.
     ws.group_mass[g] = n && all_equal(x, n)
-                           ? (uint64_t)n * weight.one(*x)
+                           ? (uint64_t)n * weight.one(upcast(*x))
                            : weigh_some(weight, x, n, [](vf) { return from_bits(kAllLanes); });
     kept.total += ws.group_mass[g];
   }

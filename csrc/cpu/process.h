@@ -138,6 +138,8 @@ struct Peak {
 // Watches nothing of the streaming pass.
 struct Nothing {
   FS_MEMBER void see(vf, vf) {}
+  template <class T>
+  FS_MEMBER void see(const T*) {}
   FS_MEMBER bool wants(float) const { return false; }
   FS_MEMBER void end(int, float) {}
 };
@@ -191,7 +193,7 @@ FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
 // The bits of -inf.
 template <class T>
 constexpr int16_t bottom() {
-  return (int16_t)(T::kInfinity | INT16_MIN);
+  return (int16_t)(T::kInfinity | kSign);
 }
 
 // The highest of a block of negative 16-bit floats, whose bits are the lowest; false where others
@@ -232,12 +234,7 @@ FS_INLINE int16_t highest(const T* x, Sound& sound) {
 template <class T, class Watch>
 FS_INLINE float block_peak(const T* x, Sound& sound, Watch& watch) {
   const float peak = upcast(T{(uint16_t)highest(x, sound)});
-  if (!watch.wants(peak)) return peak;
-  for (int i = 0; i < kBlock; i += 2 * kLanes) {
-    vf a, b;
-    load_pair(x + i, a, b);
-    watch.see(a, b);
-  }
+  if (watch.wants(peak)) watch.see(x);
   return peak;
 }
 

@@ -223,9 +223,9 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   const float scale = mass_scale(temperature);
   const uint64_t floor = is_greedy(p) ? 0 : min_p_threshold(p.min_p);
   const bool min_p = min_p_alone(p, row.vocab) && !changes;
-  Peak peak = min_p
-                  ? scan(row, ws.block_max, Candidates{Reach(scale, floor), ws.values, ws.segment})
-                  : scan(row, ws.block_max);
+  Peak peak =
+      min_p ? scan(row, ws.block_max, Candidates<T>{Reach(scale, floor), ws.values, ws.segment})
+            : scan(row, ws.block_max);
   if (changes) apply_changes(p, changes, ws, &row, &peak);
   const Status status = status_of(peak);
   if (status != kValid) {

@@ -145,9 +145,15 @@ FS_INLINE void add_kept(const Weight& weight, const T* x, int n, Keep keep,
   }
 }
 
-FS_INLINE bool all_equal(const float* x, int n) {
-  for (int i = 0; i < n; i += kLanes) {
-    if (any(but_not(first(n - i), eq(load(x + i), splat(*x))))) return false;
+// Whether n values, an even number where they have 16 bits, have the same bits.
+template <class T>
+FS_INLINE bool all_equal(const T* x, int n) {
+  constexpr int kStep = FASTSAMPLE_VECTOR_BYTES / (int)sizeof(T);
+  const vi one = splat(load_as<int32_t>(x));
+  if (sizeof(T) < sizeof(float) && one[0] >> 16 != (int16_t)one[0]) return false;
+  for (int i = 0; i < n; i += kStep) {
+    const Mask other = nonzero(load_as<vi>(x + i) ^ one);
+    if (any(both(first((n - i) * kLanes / kStep), other))) return false;
   }
   return true;
 }
@@ -160,16 +166,25 @@ FS_INLINE uint64_t weigh_block(const Weight& weight, const float* x, Keep keep) 
   return weight.total(sum);
 }
 
-// Weight of those of n values, as many as a group has at most, for which keep(x) holds. In packs of
-// half the size: groups have few values, and the next group's chain fills the gaps.
-template <class Weight, class Keep>
-FS_INLINE uint64_t weigh_some(const Weight& weight, const float* x, int n, Keep keep) {
-  constexpr int N = kAbreast / 2;
+// Weight of those of n values, as many as a group has at most, for which keep(x) holds; n is even
+// where they have 16 bits. In packs of half the size: groups have few values, and the next group's
+// chain fills the gaps.
+template <class Weight, class T, class Keep>
+FS_INLINE uint64_t weigh_some(const Weight& weight, const T* x, int n, Keep keep) {
+  constexpr int N = kAbreast * 2 / (int)sizeof(T), kStep = FASTSAMPLE_VECTOR_BYTES / (int)sizeof(T);
   const int whole = n / (N * kLanes) * (N * kLanes);
+  const auto kept = [&](vf v, int) { return keep(v); };
   typename Weight::Sum sum;
-  add_kept<N>(weight, x, whole, [&](vf v, int) { return keep(v); }, sum);
-  const auto in_rest = [&](vf v, int i) { return both(first(n - whole - i), keep(v)); };
-  if (whole < n) add_kept<N>(weight, x + whole, n - whole, in_rest, sum);
+  add_kept<N>(weight, x, whole, kept, sum);
+  if (whole < n) {
+    alignas(FASTSAMPLE_VECTOR_BYTES) T rest[N * kLanes];
+    for (int i = 0; i < N * kLanes; i += kStep) {
+      const Mask m = first((n - whole - i) * kLanes / kStep);
+      const vf v = select(m, load_as<vf>(x + whole + i), nothing<T>());
+      memcpy(rest + i, &v, sizeof v);
+    }
+    add_kept<N>(weight, (const T*)rest, N * kLanes, kept, sum);
+  }
   return weight.total(sum);
 }
 
