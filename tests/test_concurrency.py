@@ -218,6 +218,20 @@ ready.wait()
 time.sleep(0.3)
 print("same", flush=True)
 """,
+    "one core after the other": """
+allowed = getattr(os, "sched_getaffinity", lambda process: set())(0)
+fs.set_num_threads(3)
+sampler = make()
+for cores in [*({core} for core in allowed), allowed, allowed]:
+    if cores:
+        os.sched_setaffinity(0, cores)
+    for _ in range(10):
+        assert go_on(sampler)
+        time.sleep(0.005)  # the engine's threads sleep meanwhile
+if allowed:
+    assert all(os.sched_getaffinity(int(thread)) <= allowed for thread in os.listdir("/proc/self/task"))
+print("same")
+""",
     "KeyboardInterrupt": """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 fs.set_num_threads(2)

@@ -288,17 +288,43 @@ def test_the_lowest_float32_is_a_logit_like_any_other(fields: dict[str, Any], va
         assert torch.equal(bits(got), bits(want))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+
+
+@HALVES
+@pytest.mark.parametrize("rest", [0.0, -1.0])
 @pytest.mark.parametrize("vocab", [300, 513])
-def test_every_pattern_of_16_bits(dtype: torch.dtype, vocab: int, variant: str) -> None:
+def test_every_pattern_of_16_bits(dtype: torch.dtype, vocab: int, rest: float, variant: str) -> None:
     """One in each row, in whole blocks and in the last: the status is torch's, the greedy token the maximum's."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     rows = torch.arange(len(patterns))
-    logits = torch.zeros(len(patterns), vocab, dtype=dtype)
+    logits = torch.full((len(patterns), vocab), rest, dtype=dtype)
     logits[rows, rows % vocab] = patterns
     out = fs.sample(logits, temperature=0.0, on_invalid="flag", backend=variant)
     status = torch.where(patterns.isnan(), 1, torch.where(patterns == torch.inf, 2, 0))
     assert torch.equal(out.status, status.to(torch.int32))
-    first_zero = (rows % vocab == 0).to(torch.int64)
-    token = torch.where(patterns > 0, rows % vocab, torch.where(patterns == 0, 0, first_zero))
+    other = (rows % vocab == 0).to(torch.int64)
+    token = torch.where(patterns > rest, rows % vocab, torch.where(patterns == rest, 0, other))
     assert torch.equal(out.tokens, torch.where(status > 0, -1, token))
+
+
+@HALVES
+@pytest.mark.parametrize("temperature", [1e-3, 0.8, 30.0, 1e6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_min_p_alone_of_16_bits(dtype: torch.dtype, temperature: float, masked: bool, variant: str) -> None:
+    """Its candidates are picked by their bits: around 0 of either sign, and where -inf stands beside them."""
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(12, 5000, generator=g) * torch.tensor([0.01, 1.0, 4.0]).repeat(4)[:, None]
+    x += torch.tensor([-30.0, -1.0, 0.0, 25.0]).repeat_interleave(3)[:, None]
+    x[:, ::7] = (x[:, ::7] * 4).round() / 4  # ties, and zeros
+    x[:, 1::14] *= -0.0
+    x[:, torch.randint(5000, (900,), generator=g)] = -torch.inf
+    x[4::5] = x[4::5].sort(dim=1).values
+    mask = torch.randint(-(2**31), 2**31, (12, 157), generator=g).to(torch.int32) if masked else None
+    fields = {"temperature": temperature, "min_p": [0.05, 0.5, 1e-9] * 4, "seed": 2, "bitmask": mask}
+    got, want = (
+        fs.sample(x.to(dtype), backend=name, num_samples=100, logprobs="processed", **fields)
+        for name in (variant, "reference")
+    )
+    assert torch.equal(got.tokens, want.tokens)
+    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP

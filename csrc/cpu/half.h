@@ -47,13 +47,19 @@ FS_INLINE vf load(const Half* p) {
 #endif
 }
 
-// A vector of -inf, as many as it holds.
+// The bits of -inf.
 template <class T>
-FS_INLINE vf nothing() {
-  return (vf)splat((int32_t)(T::kInfinity | kSign) * 0x10001);
+constexpr uint16_t bottom() {
+  return (uint16_t)T::kInfinity | 0x8000;
+}
+
+// Vectors full of -inf.
+template <class T>
+FS_INLINE vf all_masked() {
+  return (vf)(vu{} + bottom<T>() * 0x10001u);
 }
 template <>
-vf nothing<float>() {
+vf all_masked<float>() {
   return splat(-INFINITY);
 }
 

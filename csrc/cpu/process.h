@@ -190,12 +190,6 @@ FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// The bits of -inf.
-template <class T>
-constexpr int16_t bottom() {
-  return (int16_t)(T::kInfinity | kSign);
-}
-
 // The highest of a block of negative 16-bit floats, whose bits are the lowest; false where others
 // are among them.
 template <class T>
@@ -205,7 +199,7 @@ FS_INLINE bool highest_negative(const T* x, int16_t* highest) {
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
     const vs v = load_as<vs>(x + i);
     low = min(low, v);
-    negative[i / kLanes / 2] = le_where(negative[i / kLanes / 2], v, bottom<T>());
+    negative[i / kLanes / 2] = le_where(negative[i / kLanes / 2], v, (int16_t)bottom<T>());
   }
   *highest = reduce_min(low);
   return negative.all();
@@ -220,7 +214,7 @@ FS_INLINE int16_t highest(const T* x, Sound& sound) {
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
     const vs v = load_as<vs>(x + i);
     high = max(high, v);
-    sound.test(i / kLanes / 2, v, bottom<T>());
+    sound.test(i / kLanes / 2, v, (int16_t)bottom<T>());
   }
   bits = reduce_max(high);
   if (bits > T::kInfinity) sound.floats[0] = from_bits(0);

@@ -180,7 +180,7 @@ FS_INLINE uint64_t weigh_some(const Weight& weight, const T* x, int n, Keep keep
     alignas(FASTSAMPLE_VECTOR_BYTES) T rest[N * kLanes];
     for (int i = 0; i < N * kLanes; i += kStep) {
       const Mask m = first((n - whole - i) * kLanes / kStep);
-      const vf v = select(m, load_as<vf>(x + whole + i), nothing<T>());
+      const vf v = select(m, load_as<vf>(x + whole + i), all_masked<T>());
       memcpy(rest + i, &v, sizeof v);
     }
     add_kept<N>(weight, (const T*)rest, N * kLanes, kept, sum);
