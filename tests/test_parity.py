@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -328,3 +329,15 @@ def test_min_p_alone_of_16_bits(dtype: torch.dtype, temperature: float, masked: 
     )
     assert torch.equal(got.tokens, want.tokens)
     assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
+
+
+@HALVES
+def test_min_p_that_ends_beside_zero_in_16_bits(dtype: torch.dtype, variant: str) -> None:
+    """At a few of 8192 neighbouring temperatures the lowest candidate is a zero, and then one of either sign."""
+    best, min_p, rows = 0.125, 0.05, 8192
+    near = torch.tensor([-best * LOG2E / math.log2(min_p)]).view(torch.int32)
+    temperature = (near + torch.arange(-rows // 2, rows // 2, dtype=torch.int32)).view(torch.float32)
+    x = torch.tensor([best, -0.0, 0.0, -1e-3, 1e-3, best / 2]).repeat(8).repeat(rows, 1)
+    fields = {"temperature": temperature, "min_p": min_p, "seed": torch.arange(rows), "num_samples": 50}
+    got, want = (fs.sample(x.to(dtype), backend=name, **fields) for name in (variant, "reference"))
+    assert torch.equal(got.tokens, want.tokens)

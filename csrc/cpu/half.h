@@ -171,26 +171,26 @@ FS_INLINE Mask16 le_unsigned_where(Mask16 m, vs a, int16_t b) {
 }
 #endif
 
-// The bits of a value that is not above x.
-FS_INLINE uint16_t bits_below(BFloat, float x) {
+// The bits of a value next to x: no other lies between.
+FS_INLINE uint16_t bits_beside(BFloat, float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
-  return (uint16_t)((bits >> 16) + ((bits >> 31) && (bits & 0xffff)));
+  return (uint16_t)(bits >> 16);
 }
 #if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
-FS_INLINE uint16_t bits_below(Half, float x) {
-  return (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+FS_INLINE uint16_t bits_beside(Half, float x) {
+  return (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 }
 #endif
 
-// 16-bit floats that are not below x, nor below a little less than x, as a range of their bits:
-// from 0 up they rise with the value, then they fall.
+// 16-bit floats that are not below x, and perhaps the next below it, as a range of their bits: from
+// 0 up they rise with the value, then they fall.
 template <class T>
 struct AtLeast {
   uint16_t base, size;
 
   FS_MEMBER explicit AtLeast(float x) {
-    const uint16_t low = bits_below(T{}, x), negative = 0x8000;
+    const uint16_t low = bits_beside(T{}, x), negative = 0x8000;
     const bool above_zero = low && low < negative;  // -0 is not below +0
     base = above_zero ? low : 0;
     size = (uint16_t)(above_zero ? negative - low : (low ? low : negative) + 1);
