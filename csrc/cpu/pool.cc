@@ -3,6 +3,7 @@
 #include <pthread.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -30,32 +31,21 @@ inline void relax() {
 #endif
 }
 
-// Where a thread runs. Linux likes to wake a thread on the core of the one that wakes it, in a
-// virtual machine even where another idles: both would then share that core's time.
+// Linux likes to wake a thread on the core of the one that wakes it, in a virtual machine even
+// where another idles: both would then share that core's time.
 #if defined(__linux__)
-struct Place {
-  int cpu = -1;
-  cpu_set_t allowed;
+int this_core() { return sched_getcpu(); }
 
-  static Place here() {
-    Place p;
-    if (sched_getaffinity(0, sizeof p.allowed, &p.allowed) == 0) p.cpu = sched_getcpu();
-    return p;
-  }
-
-  // Moves the calling thread elsewhere if it is there.
-  void leave() const {
-    if (cpu < 0 || sched_getcpu() != cpu) return;
-    cpu_set_t others = allowed;
-    CPU_CLR((size_t)cpu, &others);
-    sched_setaffinity(0, sizeof others, &others);  // fails where there is no other
-  }
-};
+// Confines the calling thread to the other cores that the process may run on, if there are any.
+void move_off(int core) {
+  cpu_set_t cores;
+  if (sched_getaffinity(getpid(), sizeof cores, &cores) != 0) return;
+  CPU_CLR((size_t)core, &cores);
+  sched_setaffinity(0, sizeof cores, &cores);
+}
 #else
-struct Place {
-  static Place here() { return {}; }
-  void leave() const {}
-};
+int this_core() { return -1; }
+void move_off(int) {}
 #endif
 
 // A round is a piece of work and a number of places for helpers. Who takes a place before the round
@@ -67,7 +57,7 @@ class Pool {
   void run(int helpers, const std::function<void()>& work) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (sleeping_ || size_ < helpers) caller_ = Place::here();
+      core_ = this_core();
       for (; size_ < helpers; ++size_) {
         std::thread([this, seen = round(gate_)] { serve(seen); }).detach();
       }
@@ -105,9 +95,9 @@ class Pool {
 
   void serve(uint64_t seen) {
     // Woken too late, a helper sleeps again at once: it may share its core with the caller.
-    leave_caller();
     for (int spins = kSpins;;) {
-      if (wait(start_, spins, [&] { return round(gate_) != seen; })) leave_caller();
+      wait(start_, spins, [&] { return round(gate_) != seen; });
+      if (const int core = core_; core >= 0 && core == this_core()) move_off(core);
       seen = round(gate_);
       spins = join() ? kSpins : 0;
       if (!spins) continue;
@@ -118,25 +108,16 @@ class Pool {
     }
   }
 
-  void leave_caller() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const Place caller = caller_;
-    lock.unlock();
-    caller.leave();
-  }
-
-  // Whether it slept.
   template <class Condition>
-  bool wait(std::condition_variable& event, int spins, Condition condition) {
+  void wait(std::condition_variable& event, int spins, Condition condition) {
     for (int i = 0; i < spins; ++i) {
-      if (condition()) return false;
+      if (condition()) return;
       relax();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
     event.wait(lock, condition);
     --sleeping_;
-    return true;
   }
 
   void attempt(const std::function<void()>& work) {
@@ -152,9 +133,9 @@ class Pool {
   std::condition_variable start_, done_;
   const std::function<void()>* work_ = nullptr;
   std::exception_ptr error_;
-  Place caller_;                   // of the latest round that had to wake somebody
   std::atomic<uint64_t> gate_{0};  // number of the round, and in the lowest bits its places left
   std::atomic<int> finished_{0};
+  std::atomic<int> core_{-1};  // the caller's
   int size_ = 0, sleeping_ = 0;
 };
 
