@@ -13,6 +13,9 @@ _chosen: int | None = None
 def set_num_threads(n: int) -> None:
     """Spread rows over 1 <= n <= 4096 threads from the next call on. Tokens do not depend on it.
 
+    On Linux the engine's threads keep off the core of the thread that calls, within those of the process; a call does
+    not wait for a thread that is slow to wake.
+
     Raises:
         TypeError, ValueError: n is no integer, or not between 1 and 4096.
     """
