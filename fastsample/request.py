@@ -105,14 +105,17 @@ class Request:
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
         """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
         outputs = None if out is None else self._checked_outputs(out, table, rows)
-        if out is None or outputs is None or self.raises:
-            # A caller's buffers are filled only once every row is known to be valid.
+        # A caller's buffers keep what they hold where a row is invalid and that is an error.
+        if out is None or outputs is None or (self.raises and not outputs.restore):
             result = self._fresh(table.device)
             outputs = self._outputs(result)
         else:
             result = out
         invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
+            if outputs.restore:
+                result = self._fresh(table.device)
+                self._engine.run(table, rows, self._outputs(result))
             raise_if_invalid(result.status)
         if advance:
             self._engine.advance(rows)
@@ -153,7 +156,7 @@ class Request:
                 setattr(fresh, name, torch.empty_like(value))
         return fresh
 
-    def _outputs(self, result: SampleOutput) -> Outputs:
+    def _outputs(self, result: SampleOutput, restore: bool = False) -> Outputs:
         return Outputs(
             result.status,
             result.tokens,
@@ -166,6 +169,7 @@ class Request:
             result.top_logprobs,
             self.num_samples,
             self.top_logprobs,
+            restore,
         )
 
     def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
@@ -185,7 +189,7 @@ class Request:
         start, end = _span(table)
         self._bytes = end - start
         self._written.require_apart_from(table, rows)
-        outputs = self._outputs(out)
+        outputs = self._outputs(out, self.raises and self._engine.restores)
         self._last = (out, outputs)
         return outputs
 

@@ -199,6 +199,23 @@ def test_out_is_filled_and_returned(batch: tuple[int, ...], on_invalid: str, bac
         assert torch.equal(buffer, call(x, top_k=3, **kwargs))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_keeps_what_it_holds_where_a_row_is_invalid(backend: str) -> None:
+    more = {"num_samples": 3, "logprobs": "raw", "top_logprobs": 2, "backend": backend}
+    sampler, other = (fs.Sampler(batch_size=4, seed=5, **more) for _ in range(2))
+    out = sampler(logits()[:4])
+    before = copy.deepcopy(out)
+    bad = logits()[:4].clone()
+    bad[2, 1] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 2"):
+            sampler(bad, out=out)
+        assert same(out, before)
+    assert sampler.offsets.tolist() == [1] * 4
+    other(logits()[:4])
+    assert same(sampler(logits()[:4], out=out), other(logits()[:4]))
+
+
 @pytest.mark.parametrize("on_invalid", ["raise", "flag"])
 def test_what_was_not_asked_for_is_not_written(on_invalid: str) -> None:
     out = fs.sample(logits(), seed=0, logprobs="raw", top_logprobs=2)

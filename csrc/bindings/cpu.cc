@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string.h>
+
 #include <exception>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
@@ -72,10 +75,48 @@ Rows with_inputs(Rows rows, std::optional<Table> mask, std::optional<Triple> bia
   return rows;
 }
 
+// What buffers hold, to be put back.
+class Saved {
+ public:
+  explicit Saved(const Outputs& out, int64_t rows) : out_(out), rows_(rows) {
+    bytes().clear();
+    each_buffer([&](char* at, size_t n) { bytes().insert(bytes().end(), at, at + n); });
+  }
+  void put_back() const {
+    const char* from = bytes().data();
+    each_buffer([&](char* at, size_t n) {
+      memcpy(at, from, n);
+      from += n;
+    });
+  }
+
+ private:
+  static std::vector<char>& bytes() {
+    thread_local std::vector<char> bytes;  // keeps its memory from call to call
+    return bytes;
+  }
+
+  template <class F>
+  void each_buffer(F f) const {
+    const auto each = [&](auto* data, int64_t per_row) {
+      if (data) f((char*)data, (size_t)(rows_ * per_row) * sizeof *data);
+    };
+    each(out_.status, 1);
+    each(out_.tokens, out_.num_samples);
+    each(out_.logprobs, out_.num_samples);
+    each(out_.ranks, out_.num_samples);
+    each(out_.top_ids, out_.num_top);
+    each(out_.top_logprobs, out_.num_top);
+  }
+
+  const Outputs& out_;
+  int64_t rows_;
+};
+
 int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab,
             int32_t dtype, Address status, Address tokens, Address filtered, Address probabilities,
             Address logprobs, Address ranks, Address top_ids, Address top_logprobs,
-            int32_t num_samples, int32_t num_top, int32_t mode, int threads) {
+            int32_t num_samples, int32_t num_top, int32_t mode, bool restore, int threads) {
   // Such as the address of a fake tensor, one that was made while torch pretends.
   if (batch_size &&
       (!logits || !status || !rows.params.data || !rows.seeds.data || !rows.offsets.data)) {
@@ -93,12 +134,15 @@ int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size
   // this thread by unwinding its stack, and to unwind a destructor would abort the process.
   int64_t invalid = 0;
   std::exception_ptr error;
+  std::optional<Saved> saved;
+  if (restore) saved.emplace(batch.out, batch_size);
   PyThreadState* const unlocked = PyEval_SaveThread();
   try {
     invalid = sample_batch(batch, threads);
   } catch (...) {
     error = std::current_exception();
   }
+  if (saved && (error || invalid)) saved->put_back();
   PyEval_RestoreThread(unlocked);
   if (error) std::rethrow_exception(error);
   return invalid;

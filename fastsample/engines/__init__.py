@@ -30,6 +30,7 @@ class Outputs:
     top_logprobs: torch.Tensor | None = None  # float32 [B, num_top]
     num_samples: int = 1
     num_top: int = 0
+    restore: bool = False  # put back what they held where a row is invalid; only for engines that can
 
 
 def column(tensor: torch.Tensor) -> tuple[int, int]:
@@ -46,6 +47,8 @@ class Engine(Protocol):
     """One implementation of the contract."""
 
     name: str
+    restores: bool = False
+    """Whether it can put back what buffers held."""
 
     def why_not(self, logits: torch.Tensor | None) -> str | None:
         """Why this engine cannot serve these logits (None: any at all), or None when it can."""

@@ -41,6 +41,7 @@ class CpuEngine(Engine):
     """Native code on CPU tensors."""
 
     name = "cpu"
+    restores = True
 
     def why_not(self, logits: torch.Tensor | None) -> str | None:
         if _reason is not None:
@@ -71,6 +72,7 @@ class CpuEngine(Engine):
             out.num_samples,
             out.num_top,
             _MODES[out.mode],
+            out.restore,
             get_num_threads(),
         )
         return invalid
