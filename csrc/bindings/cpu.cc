@@ -75,8 +75,8 @@ Rows with_inputs(Rows rows, std::optional<Table> mask, std::optional<Triple> bia
   return rows;
 }
 
-// What a step's buffers hold, to be put back. (Calls that fill [B, V] have none of their callers' to
-// keep.)
+// What a step's buffers hold, to be put back. (Calls that fill [B, V] have none of their callers'
+// to keep.)
 class Saved {
  public:
   explicit Saved(const Outputs& out, int64_t rows) : out_(out), rows_(rows) {
