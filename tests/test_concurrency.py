@@ -232,6 +232,33 @@ if allowed:
     assert all(os.sched_getaffinity(int(thread)) <= allowed for thread in os.listdir("/proc/self/task"))
 print("same")
 """,
+    "off the core of the thread that calls": """
+def helpers():
+    return set(os.listdir("/proc/self/task")) - before
+
+def call():
+    os.sched_setaffinity(threading.get_native_id(), {core})  # a thread that it starts inherits that
+    while not done.is_set():
+        assert go_on(sampler, 1)
+
+if len(cores := getattr(os, "sched_getaffinity", lambda process: set())(0)) > 1:
+    core, sampler, done = min(cores), make(), threading.Event()
+    assert go_on(sampler)
+    fs.set_num_threads(2)
+    caller = threading.Thread(target=call)
+    before = set(os.listdir("/proc/self/task"))
+    caller.start()
+    before.add(str(caller.native_id))
+    for _ in range(3000):
+        if [os.sched_getaffinity(int(helper)) for helper in helpers()] == [cores - {core}]:
+            print("same", flush=True)
+            break
+        time.sleep(0.01)
+    done.set()
+    caller.join()
+else:
+    print("same")
+""",
     "KeyboardInterrupt": """
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 fs.set_num_threads(2)

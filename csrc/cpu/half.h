@@ -63,7 +63,7 @@ vf all_masked<float>() {
   return splat(-INFINITY);
 }
 
-// Two vectors of values that stand side by side, in any order, and back.
+// Two vectors of values that stand side by side, in any order.
 template <class T>
 FS_INLINE void load_pair(const T* p, vf& a, vf& b) {
   a = load(p);
@@ -75,19 +75,6 @@ FS_INLINE void load_pair(const BFloat* p, vf& a, vf& b) {
   a = (vf)(both & 0xffff0000u);
   b = (vf)(both << 16);
 }
-
-FS_INLINE vs bits_of_pair(BFloat, vf a, vf b) { return (vs)((vu)a | (vu)b >> 16); }
-#if defined(FASTSAMPLE_ISA_avx512)
-FS_INLINE vs bits_of_pair(Half, vf a, vf b) {
-  const __m256i low = _mm512_cvtps_ph((__m512)a, 0), high = _mm512_cvtps_ph((__m512)b, 0);
-  return (vs)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-#elif defined(FASTSAMPLE_ISA_avx2)
-FS_INLINE vs bits_of_pair(Half, vf a, vf b) {
-  const __m128i low = _mm256_cvtps_ph((__m256)a, 0), high = _mm256_cvtps_ph((__m256)b, 0);
-  return (vs)_mm256_set_m128i(high, low);
-}
-#endif
 
 FS_INLINE float upcast(float x) { return x; }
 FS_INLINE float upcast(BFloat x) {
@@ -171,20 +158,34 @@ FS_INLINE Mask16 le_unsigned_where(Mask16 m, vs a, int16_t b) {
 }
 #endif
 
+// 16-bit floats that are not below x, and perhaps the next below it, as a range of their bits: from
+// 0 up they rise with the value, then they fall.
+template <class T>
+struct AtLeast;
+
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+// What load_pair took apart, put together: in its order, and without loss.
+FS_INLINE vs bits_of_pair(BFloat, vf a, vf b) { return (vs)((vu)a | (vu)b >> 16); }
+FS_INLINE vs bits_of_pair(Half, vf a, vf b) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  const __m256i low = _mm512_cvtps_ph((__m512)a, 0), high = _mm512_cvtps_ph((__m512)b, 0);
+  return (vs)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+  const __m128i low = _mm256_cvtps_ph((__m256)a, 0), high = _mm256_cvtps_ph((__m256)b, 0);
+  return (vs)_mm256_set_m128i(high, low);
+#endif
+}
+
 // The bits of a value next to x: no other lies between.
 FS_INLINE uint16_t bits_beside(BFloat, float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return (uint16_t)(bits >> 16);
 }
-#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
 FS_INLINE uint16_t bits_beside(Half, float x) {
   return (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 }
-#endif
 
-// 16-bit floats that are not below x, and perhaps the next below it, as a range of their bits: from
-// 0 up they rise with the value, then they fall.
 template <class T>
 struct AtLeast {
   uint16_t base, size;
@@ -202,11 +203,8 @@ struct AtLeast {
     const vs place = bits - low;
 #if defined(FASTSAMPLE_ISA_avx512)
     return nonzero((vi)_mm512_subs_epu16(_mm512_set1_epi16((int16_t)size), (__m512i)place));
-#elif defined(FASTSAMPLE_ISA_avx2)
-    return nonzero((vi)_mm256_subs_epu16(_mm256_set1_epi16((int16_t)size), (__m256i)place));
 #else
-    const int16_t end = (int16_t)(size ^ 0x8000);
-    return nonzero((vi)((place ^ kSign) < end));
+    return nonzero((vi)_mm256_subs_epu16(_mm256_set1_epi16((int16_t)size), (__m256i)place));
 #endif
   }
 };
@@ -216,6 +214,7 @@ template <class T>
 FS_INLINE int copy_pairs(float* to, vs bits, AtLeast<T> least) {
   return compress_store(to, (vf)bits, least.either(bits));
 }
+#endif
 
 }  // namespace
 }  // namespace fastsample
