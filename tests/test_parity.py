@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, LOG2E, Case
+from cases import CASES, LOG2E, Case, finish
 
 import fastsample as fs
 from fastsample import reference
@@ -342,3 +342,26 @@ def test_min_p_that_ends_beside_zero_in_16_bits(dtype: torch.dtype, variant: str
     fields = {"temperature": temperature, "min_p": min_p, "seed": torch.arange(rows), "num_samples": 200}
     got, want = (fs.sample(x.to(dtype), backend=name, **fields) for name in (variant, "reference"))
     assert torch.equal(got.tokens, want.tokens)
+
+
+@HALVES
+@pytest.mark.parametrize("temperature", [1e-2, 0.8, 30.0])
+@pytest.mark.parametrize("offset", [0.0, -60.0, 60.0])
+@pytest.mark.parametrize("fields", [{}, {"top_p": 0.95}, {"top_k": 3000, "top_p": 0.9}, {"min_p": 1e-12}], ids=str)
+def test_16_bits_far_below_the_maximum(
+    dtype: torch.dtype, temperature: float, offset: float, fields: dict[str, Any], variant: str
+) -> None:
+    """Rows whose values all have a mass of normal floats need no clamp (`near`, csrc/cpu/mass.h): one that does not."""
+    g = torch.Generator().manual_seed(7)
+    depths = torch.tensor([0.3, 1.0, 5.0, 38.0, 41.0, 60.0, 100.0, 139.0])
+    outliers = torch.tensor([139.9, 141.0, 150.0, 170.0, 200.0, 300.0, 1e4, torch.inf])
+    vocab, places = 5000, (0, 300, 2047, 4863, 4864, 4999)  # in the first and the last group, in whole blocks and the tail
+    y = depths[torch.randint(len(depths), (1 + len(places) * len(outliers), vocab), generator=g)]
+    for i, place in enumerate(places):
+        y[1 + i :: len(places), place] = outliers
+    x = finish((offset - y * math.log(2)) * temperature, dtype)
+    fields = {**fields, "temperature": temperature, "seed": torch.arange(len(x)), "num_samples": 20}
+    for mode in ("raw", "processed"):
+        got, want = (fs.sample(x, backend=name, logprobs=mode, **fields) for name in (variant, "reference"))
+        assert torch.equal(got.tokens, want.tokens)
+        assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP

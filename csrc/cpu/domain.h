@@ -1,6 +1,8 @@
 // What the filters and the draw run over: a whole row, or a list of tokens gathered from it.
 #pragma once
 
+#include <type_traits>
+
 #include "core/filters.h"
 #include "cpu/process.h"
 #include "cpu/select.h"
@@ -14,6 +16,7 @@ template <class T>
 struct Dense {
   Row<T> row;
   const float* block_max;
+  bool near;  // whether no 16-bit value that nothing changes has a y below kLowestY
 };
 
 struct List {
@@ -44,19 +47,25 @@ FS_INLINE int32_t id_at(const Dense<T>&, int b, int i) {
   return b * kBlock + i;
 }
 
-// f(values of block b), in the caller's own type where nothing changes them: for those who do not
-// ask which value is whose.
+// Whether values are near enough to the maximum to need no clamp; a type of its own for each, as
+// the code differs.
+typedef std::true_type Near;
+typedef std::false_type Anywhere;
+
+// f(values of block b, how near they are), in the caller's own type where nothing changes them: for
+// those who do not ask which value is whose.
 template <class T, class F>
 FS_INLINE void with_values(const Dense<T>& d, int b, F f) {
   if constexpr (sizeof(T) < sizeof(float) && kCompresses) {
-    if (is_clean(d.row, b)) return f(d.row.logits + b * kBlock);
+    const T* x = d.row.logits + b * kBlock;
+    if (is_clean(d.row, b)) return d.near ? f(x, Near()) : f(x, Anywhere());
   }
   float buffer[kBlock];
-  f(values(d, b, buffer));
+  f(values(d, b, buffer), Anywhere());
 }
 template <class F>
 FS_INLINE void with_values(const List& l, int b, F f) {
-  f(l.x + b * kBlock);
+  f(l.x + b * kBlock, Anywhere());
 }
 
 // Blocks stand in groups of kGroup.
@@ -81,6 +90,60 @@ FS_INLINE void fetch_ahead(const Dense<T>&, int b, const Workspace& ws) {
   if (ws.ahead) prefetch_block((const T*)ws.ahead + b * kBlock);
 }
 FS_INLINE void fetch_ahead(const List&, int, const Workspace&) {}
+
+// Values for the arithmetic of masses. With two vector ports float16 is converted in a pass of its
+// own before, which takes less than to do so amid that.
+template <class T>
+FS_INLINE auto unpack(const T* x, int n, float* buffer) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  constexpr bool kBefore = std::is_same_v<T, Half>;
+#else
+  constexpr bool kBefore = sizeof(T) < sizeof(float) && !kCompresses;
+#endif
+  if constexpr (kBefore) {
+    for (int i = 0; i < n; i += kLanes) store(buffer + i, load(x + i));
+    return (const float*)buffer;
+  } else {
+    return x;
+  }
+}
+
+// The values of blocks begin to end - 1, one behind the other.
+template <class T>
+struct Run {
+  int begin, end;
+  const T* x;
+};
+template <class T>
+Run(int, int, const T*) -> Run<T>;
+
+// f(run, how near its values are) for the blocks of group g for which want(b) holds: for all at
+// once where nothing changes them.
+template <class T, class Want, class F>
+FS_INLINE void each_run(const Dense<T>& d, int g, Want want, F f) {
+  const int begin = g * kGroup, end = group_end(d, g);
+  alignas(FASTSAMPLE_VECTOR_BYTES) float buffer[kGroup * kBlock];
+  const auto run_of = [&](int from, int to, const auto* x) {
+    return Run{from, to, unpack(x, (to - from) * kBlock, buffer)};
+  };
+  bool whole = true;
+  for (int b = begin; b < end; ++b) whole = whole && want(b) && is_clean(d.row, b);
+  if (whole) {
+    const auto run = run_of(begin, end, d.row.logits + begin * kBlock);
+    if constexpr (sizeof(T) < sizeof(float)) {
+      if (d.near) return f(run, Near());
+    }
+    return f(run, Anywhere());
+  }
+  for (int b = begin; b < end; ++b) {
+    if (!want(b)) continue;
+    with_values(d, b, [&](const auto* x, auto near) { f(run_of(b, b + 1, x), near); });
+  }
+}
+template <class Want, class F>
+FS_INLINE void each_run(const List& l, int g, Want, F f) {
+  f(Run{g * kGroup, group_end(l, g), l.x + g * kGroup * kBlock}, Anywhere());
+}
 
 constexpr Cutoff kKeepAlive = {-FLT_MAX, INT32_MAX};  // everything above -inf
 
@@ -176,11 +239,11 @@ List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
   return list_of(x, id, n);
 }
 
-// Adds the mass of block b.
-template <class Domain>
-FS_INLINE void add_whole(const Domain& d, int b, const Weighing& weight, MassSum& sum) {
+// Adds the mass of a block's values.
+template <class T>
+FS_INLINE void add_whole(const Weighing& weight, const T* x, bool near, MassSum& sum) {
   const auto every = [](vf, int) { return from_bits(kAllLanes); };
-  with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, every, sum); });
+  add_kept(weight, x, kBlock, every, sum, near);
 }
 
 // Adds the mass that a cutoff keeps of block b.
@@ -189,10 +252,11 @@ FS_INLINE void add_block(const Domain& d, int b, Cutoff cut, const Weighing& wei
                          MassSum& sum) {
   if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) return;
   if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
-    add_whole(d, b, weight, sum);
+    with_values(d, b, [&](const auto* x, auto near) { add_whole(weight, x, near, sum); });
   } else if (cut.id == INT32_MAX) {
     const auto above = [&](vf v, int) { return ge(v, splat(cut.x)); };
-    with_values(d, b, [&](const auto* x) { add_kept(weight, x, kBlock, above, sum); });
+    with_values(d, b,
+                [&](const auto* x, auto near) { add_kept(weight, x, kBlock, above, sum, near); });
   } else {
     float buffer[kBlock];
     const auto kept = [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); };
@@ -205,12 +269,23 @@ template <class Domain>
 uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const Workspace& ws) {
   const Weighing weight = {weigher, 1.0f};
   const float lowest = weight.lowest();
+  const bool all = cut.x == -FLT_MAX && cut.id == INT32_MAX;
   uint64_t total = 0;
   for (int g = 0; g < groups(d); ++g) {
     MassSum sum;
-    for (int b = g * kGroup; b < group_end(d, g); ++b) {
-      fetch_ahead(d, b, ws);
-      add_block(d, b, cut, weight, lowest, sum);
+    if (all) {
+      const auto has_mass = [&](int b) { return upper_bound(d, b) >= lowest; };
+      each_run(d, g, has_mass, [&](auto run, auto near) {
+        for (int b = run.begin; b < run.end; ++b) {
+          fetch_ahead(d, b, ws);
+          add_whole(weight, run.x + (b - run.begin) * kBlock, near, sum);
+        }
+      });
+    } else {
+      for (int b = g * kGroup; b < group_end(d, g); ++b) {
+        fetch_ahead(d, b, ws);
+        add_block(d, b, cut, weight, lowest, sum);
+      }
     }
     ws.group_mass[g] = weight.total(sum);
     total += ws.group_mass[g];

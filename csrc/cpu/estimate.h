@@ -25,16 +25,17 @@ struct Sample {
 template <class Domain>
 void take_sample(const Domain& d, Sample* to) {
   constexpr int kRun = 16, kRuns = 2;  // of each sampled block
-  float buffer[kBlock];
   const int most = kSample / (kRun * kRuns), sampled = blocks(d) < most ? blocks(d) : most;
   to->n = 0;
   for (int s = 0; s < sampled; ++s) {
-    const float* x = values(d, (int)((2 * (int64_t)s + 1) * blocks(d) / (2 * sampled)), buffer);
-    for (int run = 0; run < kRuns; ++run) {
-      const int begin = (run * 8 + s * (2 * run + 1) % 8) * kRun;
-      memcpy(to->x + to->n, x + begin, kRun * sizeof *x);
-      to->n += kRun;
-    }
+    const int b = (int)((2 * (int64_t)s + 1) * blocks(d) / (2 * sampled));
+    with_values(d, b, [&](const auto* x, auto) {
+      for (int run = 0; run < kRuns; ++run) {
+        const auto* from = x + (run * 8 + s * (2 * run + 1) % 8) * kRun;
+        for (int i = 0; i < kRun; i += kLanes) store(to->x + to->n + i, load(from + i));
+        to->n += kRun;
+      }
+    });
   }
   to->each = (double)blocks(d) * kBlock / to->n;
 }

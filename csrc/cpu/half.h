@@ -137,26 +137,27 @@ FS_INLINE int16_t reduce_max(vs v) {
 
 FS_INLINE int16_t reduce_min(vs v) { return (int16_t)~reduce_max(~v); }
 
-// A truth value per 16-bit lane.
+// Whether all the bits met so far, as signed or as unsigned numbers, are at most `bound`.
+template <bool kUnsigned>
+struct AtMost {
+  int16_t bound;
 #if defined(FASTSAMPLE_ISA_avx512)
-typedef __mmask32 Mask16;
-FS_INLINE void set_all(Mask16& m) { m = ~(Mask16)0; }
-FS_INLINE bool all(Mask16 m) { return m == ~(Mask16)0; }
-FS_INLINE Mask16 le_where(Mask16 m, vs a, int16_t b) {
-  return _mm512_mask_cmple_epi16_mask(m, (__m512i)a, _mm512_set1_epi16(b));
-}
-FS_INLINE Mask16 le_unsigned_where(Mask16 m, vs a, int16_t b) {
-  return _mm512_mask_cmple_epu16_mask(m, (__m512i)a, _mm512_set1_epi16(b));
-}
+  __mmask32 held = ~(__mmask32)0;
+
+  FS_MEMBER void test(vs v) {
+    const __m512i b = _mm512_set1_epi16(bound);
+    held = kUnsigned ? _mm512_mask_cmple_epu16_mask(held, (__m512i)v, b)
+                     : _mm512_mask_cmple_epi16_mask(held, (__m512i)v, b);
+  }
+  FS_MEMBER bool all() const { return held == ~(__mmask32)0; }
 #else
-typedef vs Mask16;
-FS_INLINE void set_all(Mask16& m) { m = ~vs{}; }
-FS_INLINE bool all(Mask16 m) { return !any(nonzero((vi)~m)); }
-FS_INLINE Mask16 le_where(Mask16 m, vs a, int16_t b) { return m & (a <= b); }
-FS_INLINE Mask16 le_unsigned_where(Mask16 m, vs a, int16_t b) {
-  return le_where(m, a ^ kSign, (int16_t)(b ^ kSign));
-}
+  vs most = vs{} + kSign;
+
+  static constexpr int16_t kFlip = kUnsigned ? kSign : 0;
+  FS_MEMBER void test(vs v) { most = max(most, v ^ kFlip); }
+  FS_MEMBER bool all() const { return !any(nonzero((vi)(most > (int16_t)(bound ^ kFlip)))); }
 #endif
+};
 
 // 16-bit floats that are not below x, and perhaps the next below it, as a range of their bits: from
 // 0 up they rise with the value, then they fall.
@@ -184,6 +185,12 @@ FS_INLINE uint16_t bits_beside(BFloat, float x) {
 }
 FS_INLINE uint16_t bits_beside(Half, float x) {
   return (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// The bits of a magnitude next to x.
+template <class T>
+FS_INLINE int16_t edge_at(float x) {
+  return (int16_t)bits_beside(T{}, x);
 }
 
 template <class T>
@@ -214,7 +221,16 @@ template <class T>
 FS_INLINE int copy_pairs(float* to, vs bits, AtLeast<T> least) {
   return compress_store(to, (vf)bits, least.either(bits));
 }
+#else
+template <class T>
+FS_INLINE int16_t edge_at(float) {
+  return T::kInfinity;
+}
 #endif
+template <>
+int16_t edge_at<float>(float) {
+  return 0;
+}
 
 }  // namespace
 }  // namespace fastsample

@@ -116,22 +116,25 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
 // log-softmax of the row as given; `processed` lends its block maxima where nothing was changed.
 template <class T>
 void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& processed,
-               float peak) {
+               Peak peak) {
   const Outputs& out = batch.out;
-  const Dense<T> raw = {raw_row<T>(batch, r), ws.block_max};
+  const Row<T> row = raw_row<T>(batch, r);
+  const float scale = mass_scale(1.0f);
   bool sound = true;
   if (processed.row.mask || processed.row.edits) {
-    const Peak own = scan(raw.row, ws.block_max);
-    sound = status_of(own) == kValid;
-    peak = own.max;
+    peak = scan(row, ws.block_max, near_bound(scale), Nothing());
+    sound = status_of(peak) == kValid;
     // Block maxima say nothing beside a NaN: look everywhere.
-    for (int b = 0; !sound && b < raw.row.blocks; ++b) ws.block_max[b] = INFINITY;
+    for (int b = 0; !sound && b < row.blocks; ++b) ws.block_max[b] = INFINITY;
   }
-  const Weigher weigher = {peak, mass_scale(1.0f), 0};
+  const Weigher weigher = {peak.max, scale, 0};
+  const Dense<T> raw = {row, ws.block_max, is_near(weigher, peak.low)};
   const double normaliser =
       sound ? log((double)weigh_groups(raw, kKeepAlive, weigher, ws) / (double)kMassUnit)
             : (double)NAN;
-  const auto logprob = [&](float x) { return (float)(((double)x - (double)peak) - normaliser); };
+  const auto logprob = [&](float x) {
+    return (float)(((double)x - (double)peak.max) - normaliser);
+  };
   float buffer[kBlock];
   for (int j = 0; j < out.num_samples; ++j) {
     const int64_t slot = r * out.num_samples + j;

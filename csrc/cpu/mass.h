@@ -20,6 +20,14 @@ struct Weigher {
   uint64_t floor;  // masses below it count as 0 (min-p)
 };
 
+// From here up no step from y to the mass leaves the normal floats.
+constexpr float kLowestY = -140.0f;
+
+// All values of up to this magnitude are near each other.
+FS_INLINE float near_bound(float scale) { return -kLowestY / 2 / scale; }
+
+FS_INLINE bool is_near(const Weigher& w, float x) { return (x - w.max) * w.scale >= kLowestY; }
+
 // Vectors that are weighed side by side. The chain of one is some 70 cycles long, and an
 // out-of-order core sees only two or three such chains ahead when they stand one behind the other.
 constexpr int kAbreast = 8;
@@ -92,6 +100,12 @@ FS_INLINE Halves to_integers(vf q) {
 struct MassSum {
   vu hi = {}, lo = {};
   uint32_t biases = 0;  // that both halves' lanes hold, all together
+
+  FS_MEMBER void operator+=(const MassSum& s) {
+    hi += s.hi;
+    lo += s.lo;
+    biases += s.biases;
+  }
 };
 
 #if defined(FASTSAMPLE_ISA_avx512)
@@ -193,17 +207,20 @@ FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>
 #endif
 
 // Mass before it becomes an integer. -inf clamps to a y that has no mass; valid rows hold no NaN.
+// Where `near` says that no y is below kLowestY there is nothing to clamp.
 template <int N>
-FS_INLINE Pack<N> weigh_roughly(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
+FS_INLINE Pack<N> weigh_roughly(const Weigher& w, const Pack<N>& x, const Where<N>& where,
+                                bool near = false) {
   Pack<N> y = (x - w.max) * w.scale;
-  FS_EACH(N) y.v[u] = max(y.v[u], splat(kMassFloor));
+  if (!near) FS_EACH(N) y.v[u] = max(y.v[u], splat(kMassFloor));
   return exp2_where(where, y);
 }
 
 // Masses where lanes count, else 0; of kRoughUnit, not yet rounded down.
 template <int N>
-FS_INLINE Pack<N> weigh(const Weigher& w, const Pack<N>& x, const Where<N>& where) {
-  Pack<N> q = weigh_roughly(w, x, where);
+FS_INLINE Pack<N> weigh(const Weigher& w, const Pack<N>& x, const Where<N>& where,
+                        bool near = false) {
+  Pack<N> q = weigh_roughly(w, x, where, near);
   if (w.floor) {
     // The threshold has at most 24 significant bits, so it is exact as a float, and trunc(q * 2^40)
     // >= t is q * 2^40 >= t.

@@ -19,16 +19,18 @@ FS_INLINE bool min_p_alone(const RowParams& p, int32_t vocab) {
 template <class T>
 struct Candidates {
   typedef std::conditional_t<kCompresses, T, float> Value;
+  typedef std::conditional_t<sizeof(Value) < sizeof(float), AtLeast<Value>, float> Edge;
 
   Reach reach;
   float* values;     // as Values
   int32_t* segment;  // group g's candidates begin at Value segment[g]
   int n = 0;
   float max = -INFINITY, lowest = -FLT_MAX;
+  Edge edge = Edge(lowest);
 
   FS_MEMBER void see(vf a, vf b) {
     if constexpr (sizeof(Value) < sizeof(float)) {
-      n += 2 * copy_pairs(values + n / 2, bits_of_pair(Value{}, a, b), AtLeast<Value>(lowest));
+      n += 2 * copy_pairs(values + n / 2, bits_of_pair(Value{}, a, b), edge);
     } else {
       n += compress_store(values + n, a, ge(a, splat(lowest)), b, ge(b, splat(lowest)));
     }
@@ -37,7 +39,6 @@ struct Candidates {
   // A block.
   FS_MEMBER void see(const T* x) {
     if constexpr (sizeof(Value) < sizeof(float)) {
-      const AtLeast<Value> edge(lowest);
       float* end = values + n / 2;
       for (int i = 0; i < kBlock; i += 2 * kLanes) {
         end += copy_pairs(end, load_as<vs>(x + i), edge);
@@ -59,6 +60,7 @@ struct Candidates {
       max = block_max;
       lowest = reach.below(max);
       if (!(lowest >= -FLT_MAX)) lowest = -FLT_MAX;
+      edge = Edge(lowest);
     }
     segment[b / kGroup + 1] = n;
   }

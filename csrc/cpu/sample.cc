@@ -223,9 +223,10 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   const float scale = mass_scale(temperature);
   const uint64_t floor = is_greedy(p) ? 0 : min_p_threshold(p.min_p);
   const bool min_p = min_p_alone(p, row.vocab) && !changes;
-  Peak peak =
-      min_p ? scan(row, ws.block_max, Candidates<T>{Reach(scale, floor), ws.values, ws.segment})
-            : scan(row, ws.block_max);
+  const float bound = near_bound(scale);
+  Peak peak = min_p ? scan(row, ws.block_max, bound,
+                           Candidates<T>{Reach(scale, floor), ws.values, ws.segment})
+                    : scan(row, ws.block_max, bound, Nothing());
   if (changes) apply_changes(p, changes, ws, &row, &peak);
   const Status status = status_of(peak);
   if (status != kValid) {
@@ -233,7 +234,8 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
     return status;
   }
   const Weigher weigher = {peak.max, scale, floor};
-  const Task<T> task = {batch, r, ws, {row, ws.block_max}, weigher, temperature};
+  const Dense<T> dense = {row, ws.block_max, is_near(weigher, peak.low)};
+  const Task<T> task = {batch, r, ws, dense, weigher, temperature};
   if (is_greedy(p)) {
     sample_greedy(task);
   } else if (min_p) {
@@ -241,7 +243,7 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   } else {
     sample_random(task, p);
   }
-  if (batch.out.mode == kRawLogprobs) write_raw(batch, r, ws, task.dense, peak.max);
+  if (batch.out.mode == kRawLogprobs) write_raw(batch, r, ws, task.dense, peak);
   return kValid;
 }
 

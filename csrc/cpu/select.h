@@ -18,7 +18,7 @@ struct Counting {
   static constexpr bool kHeavyHeads = false;  // whether a few tokens can be most of the weight
 
   template <int N>
-  FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where) const {
+  FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where, bool) const {
     return where;
   }
   template <int N>
@@ -44,8 +44,8 @@ struct Weighing {
   static constexpr bool kHeavyHeads = true;
 
   template <int N>
-  FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where) const {
-    return weigh(weigher, x, where);
+  FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where, bool near) const {
+    return weigh(weigher, x, where, near);
   }
   template <int N>
   FS_MEMBER void add(Sum& s, const Pack<N>& mass) const {
@@ -136,12 +136,12 @@ FS_INLINE int append(const float* x, const BlockBits& set, float* to) {
 // position) holds.
 template <int N = kAbreast, class Weight, class T, class Keep>
 FS_INLINE void add_kept(const Weight& weight, const T* x, int n, Keep keep,
-                        typename Weight::Sum& sum) {
+                        typename Weight::Sum& sum, bool near = false) {
   for (int i = 0; i < n; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     Where<N> kept;
     FS_EACH(N) kept.m[u] = keep(p.v[u], i + u * kLanes);
-    weight.add(sum, weight.of(p, kept));
+    weight.add(sum, weight.of(p, kept, near));
   }
 }
 

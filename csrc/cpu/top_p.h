@@ -17,14 +17,14 @@ struct Split {
 // bracket's values; returns how many. To compress each vector costs the same however many of its
 // lanes count.
 template <class T>
-FS_INLINE int split_block(const Weighing& weight, const T* x, Bracket bracket, float* values,
-                          MassSum& all, MassSum& rest) {
+FS_INLINE int split_block(const Weighing& weight, const T* x, bool near, Bracket bracket,
+                          float* values, MassSum& all, MassSum& rest) {
   constexpr int N = kAbreast;
   BlockBits inside = {};
   int n = 0;
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
-    const auto w = weight.of(p, everywhere<N>());
+    const auto w = weight.of(p, everywhere<N>(), near);
     Where<N> below;
     FS_EACH(N) below.m[u] = gt(splat(bracket.high), p.v[u]);
     add(all, rest, w, below);
@@ -44,21 +44,31 @@ FS_INLINE int split_block(const Weighing& weight, const T* x, Bracket bracket, f
 template <class Domain>
 Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
   const float lowest = weight.lowest();
+  const auto has_mass = [&](int b) { return upper_bound(d, b) > lowest; };
   Split s = {0, 0, {ws.values, 0, bracket.low, bracket.high}};
   for (int g = 0; g < groups(d); ++g) {
     ws.segment[g] = s.middle.n;
     MassSum all, rest, low;
-    for (int b = g * kGroup; b < group_end(d, g); ++b) {
-      if (!(upper_bound(d, b) > lowest)) continue;
-      fetch_ahead(d, b, ws);
-      if (upper_bound(d, b) > bracket.low) {
-        with_values(d, b, [&](const auto* x) {
-          s.middle.n += split_block(weight, x, bracket, ws.values + s.middle.n, all, rest);
-        });
-      } else {
-        add_whole(d, b, weight, low);
+    each_run(d, g, has_mass, [&](auto run, auto near) {
+      // Of its own: to the compiler a store of values might change whatever is not.
+      const Weighing own_weight = weight;
+      const Bracket own = bracket;
+      MassSum run_all, run_rest, run_low;
+      int n = s.middle.n;
+      for (int b = run.begin; b < run.end; ++b) {
+        const auto* x = run.x + (b - run.begin) * kBlock;
+        fetch_ahead(d, b, ws);
+        if (upper_bound(d, b) > own.low) {
+          n += split_block(own_weight, x, near, own, ws.values + n, run_all, run_rest);
+        } else {
+          add_whole(own_weight, x, near, run_low);
+        }
       }
-    }
+      s.middle.n = n;
+      all += run_all;
+      rest += run_rest;
+      low += run_low;
+    });
     ws.group_mass[g] = weight.total(all) - weight.total(rest);
     s.upper += ws.group_mass[g];
     s.total += weight.total(all) + weight.total(low);

@@ -1,0 +1,184 @@
+// Stages 0, 1 and 4: the one streaming pass over a row.
+#pragma once
+
+#include "cpu/row.h"
+
+namespace fastsample {
+namespace {
+
+struct Peak {
+  float max;
+  bool nan;
+  float low;  // no 16-bit value of a block that nothing changes is below it
+};
+
+// Watches nothing of the streaming pass.
+struct Nothing {
+  FS_MEMBER void see(vf, vf) {}
+  template <class T>
+  FS_MEMBER void see(const T*) {}
+  FS_MEMBER bool wants(float) const { return false; }
+  FS_MEMBER void end(int, float) {}
+};
+
+// Lanes in which every test so far has held; several masks, as one test would wait for another.
+struct Held {
+  Mask m[kMaskChains];
+
+  FS_MEMBER Held() {
+    for (Mask& lanes : m) set_all(lanes);
+  }
+  FS_MEMBER Mask& operator[](int i) { return m[i % kMaskChains]; }
+  FS_MEMBER bool all() const {
+    Mask every = m[0];
+    for (const Mask& lanes : m) every = both(every, lanes);
+    return fastsample::all(every);
+  }
+};
+
+// What the streaming pass has met besides maxima.
+struct Sound {
+  Held floats;            // lanes that had no NaN
+  bool nan = false;       // among 16-bit values
+  int16_t edge;           // the bits of what bounds the magnitudes of 16-bit values
+  bool negative = false;  // whether the latest block of 16-bit values had none from 0 up
+
+  FS_MEMBER explicit Sound(int16_t bound = 0) : edge(bound) {}
+  FS_MEMBER void test(int i, vf a, vf b) { floats[i] = ordered_where(floats[i], a, b); }
+  FS_MEMBER bool all() const { return floats.all() && !nan; }
+  template <class T>
+  FS_MEMBER float low() const {
+    if constexpr (sizeof(T) < sizeof(float)) return -upcast(T{(uint16_t)edge});
+    return -INFINITY;
+  }
+};
+
+// Maximum of kBlock values; notes NaNs, two vectors at a time.
+template <class Watch>
+FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
+  constexpr int kStreams = 4;
+  vf m[kStreams];
+  for (int u = 0; u < kStreams; ++u) m[u] = splat(-INFINITY);
+  for (int i = 0; i < kBlock; i += kStreams * kLanes) {
+    vf v[kStreams];
+    for (int u = 0; u < kStreams; ++u) v[u] = load(x + i + u * kLanes);
+    for (int u = 0; u < kStreams; u += 2) sound.test(i / kLanes / 2 + u / 2, v[u], v[u + 1]);
+    for (int u = 0; u < kStreams; ++u) m[u] = max(m[u], v[u]);
+    for (int u = 0; u < kStreams; u += 2) watch.see(v[u], v[u + 1]);
+  }
+  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+// Whether a block's 16-bit floats are all negative and none lies below -edge; then `highest` gets
+// the bits of their highest, which are the lowest.
+template <class T>
+FS_INLINE bool highest_of_negative(const T* x, int16_t edge, int16_t* highest) {
+  vs low = load_as<vs>(x);
+  AtMost<false> within = {(int16_t)(edge | kSign)};
+  for (int i = 0; i < kBlock; i += 2 * kLanes) {
+    const vs v = load_as<vs>(x + i);
+    low = min(low, v);
+    within.test(v);
+  }
+  *highest = reduce_min(low);
+  return within.all();
+}
+
+// Whether a block's 16-bit floats all lie within +-edge; `highest` gets the bits of their highest
+// where one is from 0 up, else negative ones. As unsigned numbers, only the bits of what lies below
+// -edge, or of negative NaNs, are above its own.
+template <class T>
+FS_INLINE bool highest_within(const T* x, int16_t edge, int16_t* highest) {
+  vs high = load_as<vs>(x);
+  AtMost<true> within = {(int16_t)(edge | kSign)};
+  for (int i = 0; i < kBlock; i += 2 * kLanes) {
+    const vs v = load_as<vs>(x + i);
+    high = max(high, v);
+    within.test(v);
+  }
+  *highest = reduce_max(high);
+  return within.all() && *highest <= edge;
+}
+
+// The bits of the highest of a block's 16-bit floats.
+template <class T>
+FS_INLINE int16_t highest(const T* x, Sound& sound) {
+  int16_t bits;
+  if (sound.negative && highest_of_negative(x, sound.edge, &bits)) return bits;
+  if (!highest_within(x, sound.edge, &bits)) {
+    sound.edge = T::kInfinity;
+    sound.nan |= !highest_within(x, sound.edge, &bits);
+  }
+  sound.negative = bits < 0;
+  if (sound.negative) highest_of_negative(x, sound.edge, &bits);
+  return bits;
+}
+
+// The same of 16-bit values, twice as many at a time. Who watches is shown only blocks whose
+// maximum is of interest.
+template <class T, class Watch>
+FS_INLINE float block_peak(const T* x, Sound& sound, Watch& watch) {
+  const float peak = upcast(T{(uint16_t)highest(x, sound)});
+  if (watch.wants(peak)) watch.see(x);
+  return peak;
+}
+
+template <class T>
+FS_INLINE float block_peak(const T* x, Sound& sound) {
+  Nothing nothing;
+  return block_peak(x, sound, nothing);
+}
+
+// Asks for every line of a block that will be read soon: on Zen a line does not bring its
+// neighbour.
+template <class T>
+FS_INLINE void prefetch_block(const T* x) {
+  for (int i = 0; i < kBlock; i += 64 / (int)sizeof(T)) __builtin_prefetch(x + i);
+}
+
+FS_INLINE float row_max(float* block_max, int blocks) {
+  for (int i = 0; i < kPad; ++i) block_max[blocks + i] = -INFINITY;
+  vf peak = splat(-INFINITY);
+  for (int b = 0; b < blocks; b += kLanes) peak = max(peak, load(block_max + b));
+  return reduce_max(peak);
+}
+
+// The streaming pass over a row without edits: the maximum of every block and of the row. `watch`
+// sees every pair of vectors of a block, then the block's maximum. Whether 16-bit values exceed
+// `bound` in magnitude costs nothing to know.
+template <class T, class Watch>
+FS_INLINE Peak scan(const Row<T>& row, float* block_max, float bound, Watch watch) {
+  float buffer[kBlock];
+  Sound sound(edge_at<T>(bound));
+  const auto look = [&](int b, const auto* x) {
+    block_max[b] = block_peak(x, sound, watch);
+    watch.end(b, block_max[b]);
+  };
+  const auto look_at_logits = [&](int b) {
+    constexpr int kSoon = 8192 / (int)sizeof(T);
+    prefetch_block(row.logits + b * kBlock + kSoon);
+    look(b, row.logits + b * kBlock);
+  };
+  const int untouched = row.mask ? 0 : row.vocab / kBlock;
+  for (int b = 0; b < untouched; ++b) look_at_logits(b);
+  for (int b = untouched; b < row.blocks; ++b) {
+    if (is_allowed(row, b)) {
+      look_at_logits(b);
+    } else if (is_ruled_out(row, b)) {
+      block_max[b] = -INFINITY;
+      watch.end(b, -INFINITY);
+    } else {
+      look(b, block(row, b, buffer));
+    }
+  }
+  return Peak{row_max(block_max, row.blocks), !sound.all(), sound.low<T>()};
+}
+
+FS_INLINE Status status_of(Peak peak) {
+  if (peak.nan) return kNaN;
+  if (peak.max == INFINITY) return kPositiveInfinity;
+  return peak.max == -INFINITY ? kNothingLeft : kValid;
+}
+
+}  // namespace
+}  // namespace fastsample
