@@ -157,7 +157,7 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   float low = rest.n ? rest.low : heads.low, high = heads.n ? heads.high : rest.high;
   if (!(low <= high)) return found;  // what has mass, the sample missed
   if (low == high) return Bracket{nextafterf(low, -INFINITY), nextafterf(high, INFINITY)};
-  // Once is enough, unless outliers make the bins so wide that many tokens share those in question.
+  // Once is enough, unless outliers make the bins so wide that many tokens share a few.
   for (int before = body.n;;) {
     Histogram h(low, high);
     h.add(body.x, body.weight, body.n, (float)body.each);
@@ -170,8 +170,8 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
     high = h.above(top);
     found = Bracket{low > found.low ? low : found.low, high < found.high ? high : found.high};
     const int inside = count_above(body.x, body.n, low) - count_above(body.x, body.n, high);
-    const bool open = low == -INFINITY || high == INFINITY;
-    if (open || inside < body.n / 16 || inside > before / 2) return found;
+    const bool open = low == -INFINITY || high == INFINITY, fine = bottom - top >= 8;
+    if (open || fine || inside < body.n / 16 || inside > before / 2) return found;
     before = inside;
   }
 }
