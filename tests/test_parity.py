@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,23 @@ def test_min_p_that_ends_beside_zero_in_16_bits(dtype: torch.dtype, variant: str
     assert torch.equal(got.tokens, want.tokens)
 
 
+@pytest.fixture
+def few_ports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Float16 converted as on a CPU with two vector ports, or as on one with more, while the test runs."""
+    before = native().few_ports()
+    native().force_few_ports(request.param)
+    yield
+    native().force_few_ports(before)
+
+
+@pytest.mark.usefixtures("few_ports")
+@pytest.mark.parametrize("few_ports", [False, True], indirect=True)
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "f16" and case.vocab > 300], ids=str)
+def test_float16_before_its_masses_or_amid_them(case: Case, variant: str) -> None:
+    """A machine takes one of these ways by itself."""
+    test_engine_equals_reference(case, variant)
+
+
 @HALVES
 @pytest.mark.parametrize("temperature", [1e-2, 0.8, 30.0])
 @pytest.mark.parametrize("offset", [0.0, -60.0, 60.0])
@@ -355,7 +373,10 @@ def test_16_bits_far_below_the_maximum(
     g = torch.Generator().manual_seed(7)
     depths = torch.tensor([0.3, 1.0, 5.0, 38.0, 41.0, 60.0, 100.0, 139.0])
     outliers = torch.tensor([139.9, 141.0, 150.0, 170.0, 200.0, 300.0, 1e4, torch.inf])
-    vocab, places = 5000, (0, 300, 2047, 4863, 4864, 4999)  # in the first and the last group, in whole blocks and the tail
+    vocab, places = (
+        5000,
+        (0, 300, 2047, 4863, 4864, 4999),
+    )  # first and last group, whole blocks and tail
     y = depths[torch.randint(len(depths), (1 + len(places) * len(outliers), vocab), generator=g)]
     for i, place in enumerate(places):
         y[1 + i :: len(places), place] = outliers

@@ -81,6 +81,19 @@ const Kernel& find_kernel(const std::string& name, const char* what) {
 
 std::atomic<const Kernel*> chosen{nullptr};
 
+bool find_few_ports() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& ports_are_few() {
+  static std::atomic<bool> few{find_few_ports()};
+  return few;
+}
+
 // Scratch that grows to the largest batch seen and is then reused.
 template <class T>
 struct Buffer {
@@ -115,7 +128,8 @@ struct Scratch {
                      spare.at_least(tokens),
                      list_x.at_least(tokens),
                      list_id.at_least(tokens),
-                     nullptr};
+                     nullptr,
+                     few_ports()};
   }
 };
 
@@ -194,6 +208,10 @@ std::vector<std::string> isas() {
 void force_isa(const std::string& name) {
   chosen.store(&find_kernel(name, "isa"), std::memory_order_release);
 }
+
+bool few_ports() { return ports_are_few().load(std::memory_order_relaxed); }
+
+void force_few_ports(bool few) { ports_are_few().store(few, std::memory_order_relaxed); }
 
 int64_t sample_batch(const Batch& batch, int threads) {
   const Kernel& k = kernel();

@@ -91,26 +91,28 @@ FS_INLINE void fetch_ahead(const Dense<T>&, int b, const Workspace& ws) {
 }
 FS_INLINE void fetch_ahead(const List&, int, const Workspace&) {}
 
-// Values for the arithmetic of masses. With two vector ports float16 is converted in a pass of its
-// own before, which takes less than to do so amid that.
+// Values as floats, for the arithmetic of masses.
 template <class T>
-FS_INLINE auto unpack(const T* x, int n, float* buffer) {
-#if defined(FASTSAMPLE_ISA_avx512)
-  constexpr bool kBefore = std::is_same_v<T, Half>;
-#else
-  constexpr bool kBefore = sizeof(T) < sizeof(float) && !kCompresses;
-#endif
-  if constexpr (kBefore) {
-    // By blocks, which are unrolled: to leave a loop of 128 turns is mispredicted.
-    for (int i = 0; i < n; i += kBlock) {
-      _Pragma("GCC unroll 16") for (int j = 0; j < kBlock; j += kLanes) {
-        store(buffer + i + j, load(x + i + j));
-      }
+FS_INLINE const float* unpack(const T* x, int n, float* buffer) {
+  // By blocks, which are unrolled: to leave a loop of 128 turns is mispredicted.
+  for (int i = 0; i < n; i += kBlock) {
+    _Pragma("GCC unroll 16") for (int j = 0; j < kBlock; j += kLanes) {
+      store(buffer + i + j, load(x + i + j));
     }
-    return (const float*)buffer;
-  } else {
-    return x;
   }
+  return buffer;
+}
+
+// When that is done: amid that arithmetic, before it, or as is best with the ports of this CPU.
+enum Unpacking { kAmid, kBefore, kEither };
+
+template <class T>
+constexpr Unpacking unpacking() {
+  if (sizeof(T) == sizeof(float)) return kAmid;
+#if defined(FASTSAMPLE_ISA_avx512)
+  if (std::is_same_v<T, Half>) return kEither;
+#endif
+  return kCompresses ? kAmid : kBefore;
 }
 
 // The values of blocks begin to end - 1, one behind the other.
@@ -125,28 +127,34 @@ Run(int, int, const T*) -> Run<T>;
 // f(run, how near its values are) for the blocks of group g for which want(b) holds: for all at
 // once where nothing changes them.
 template <class T, class Want, class F>
-FS_INLINE void each_run(const Dense<T>& d, int g, Want want, F f) {
+FS_INLINE void each_run(const Dense<T>& d, int g, const Workspace& ws, Want want, F f) {
   const int begin = g * kGroup, end = group_end(d, g);
   alignas(FASTSAMPLE_VECTOR_BYTES) float buffer[kGroup * kBlock];
-  const auto run_of = [&](int from, int to, const auto* x) {
-    return Run{from, to, unpack(x, (to - from) * kBlock, buffer)};
+  const auto pass = [&](int from, int to, const auto* x, auto near) __attribute__((always_inline)) {
+    constexpr Unpacking when = unpacking<std::decay_t<decltype(*x)>>();
+    if constexpr (when != kAmid) {
+      if (when == kBefore || ws.few_ports) {
+        return f(Run{from, to, unpack(x, (to - from) * kBlock, buffer)}, near);
+      }
+    }
+    if constexpr (when != kBefore) f(Run{from, to, x}, near);
   };
   bool whole = true;
   for (int b = begin; b < end; ++b) whole = whole && want(b) && is_clean(d.row, b);
   if (whole) {
-    const auto run = run_of(begin, end, d.row.logits + begin * kBlock);
+    const T* x = d.row.logits + begin * kBlock;
     if constexpr (sizeof(T) < sizeof(float)) {
-      if (d.near) return f(run, Near());
+      if (d.near) return pass(begin, end, x, Near());
     }
-    return f(run, Anywhere());
+    return pass(begin, end, x, Anywhere());
   }
   for (int b = begin; b < end; ++b) {
     if (!want(b)) continue;
-    with_values(d, b, [&](const auto* x, auto near) { f(run_of(b, b + 1, x), near); });
+    with_values(d, b, [&](const auto* x, auto near) { pass(b, b + 1, x, near); });
   }
 }
 template <class Want, class F>
-FS_INLINE void each_run(const List& l, int g, Want, F f) {
+FS_INLINE void each_run(const List& l, int g, const Workspace&, Want, F f) {
   f(Run{g * kGroup, group_end(l, g), l.x + g * kGroup * kBlock}, Anywhere());
 }
 
@@ -280,7 +288,7 @@ uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const
     MassSum sum;
     if (all) {
       const auto has_mass = [&](int b) { return upper_bound(d, b) >= lowest; };
-      each_run(d, g, has_mass, [&](auto run, auto near) {
+      each_run(d, g, ws, has_mass, [&](auto run, auto near) {
         for (int b = run.begin; b < run.end; ++b) {
           fetch_ahead(d, b, ws);
           add_whole(weight, run.x + (b - run.begin) * kBlock, near, sum);
