@@ -108,73 +108,17 @@ struct MassSum {
   }
 };
 
-#if defined(FASTSAMPLE_ISA_avx512)
-
 // kRoughUnit * exp2(y) where lanes count, else 0.
 template <int N>
 FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
+#if defined(FASTSAMPLE_ISA_avx512)
   Pack<N> f;
   FS_EACH(N) f.v[u] = (vf)_mm512_reduce_ps((__m512)y.v[u], _MM_FROUND_TO_NEAREST_INT);
   const Pack<N> n = y - f;
   Pack<N> p = exp2_polynomial(f, kRoughUnit);
   FS_EACH(N) { p.v[u] = (vf)_mm512_maskz_scalef_ps(where.m[u], (__m512)p.v[u], (__m512)n.v[u]); }
   return p;
-}
-
-constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
-
-FS_INLINE vf fraction(vf q) { return (vf)_mm512_reduce_ps((__m512)q, kDown); }
-FS_INLINE vf add_down(vf a, vf b) { return (vf)_mm512_add_round_ps((__m512)a, (__m512)b, kDown); }
-FS_INLINE vf add_down_where(Mask m, vf a, vf b) {
-  return (vf)_mm512_mask_add_round_ps((__m512)a, m, (__m512)a, (__m512)b, kDown);
-}
-
-// Sums of a pack, in floats: rounded down, one that begins at 2^23 takes an integer part and one
-// that begins at 8 what of a fraction counts, and both leave integers in their lowest bits.
-constexpr uint32_t kHiBias = 0x4b000000, kLoBias = 0x41000000;  // the bits of 2^23 and of 8
-struct PackSum {
-  vf hi = splat(0x1p23f), lo = splat(8.0f);
-
-  FS_MEMBER void end(MassSum& s) const {
-    s.hi += (vu)hi;
-    s.lo += (vu)lo;
-    s.biases += kLanes;
-  }
-};
-
-template <int N>
-FS_INLINE void add(MassSum& s, const Pack<N>& q) {
-  static_assert(N <= 8, "a float holds no larger sum");
-  PackSum sum;
-  FS_EACH(N) {
-    sum.hi = add_down(sum.hi, q.v[u]);
-    sum.lo = add_down(sum.lo, fraction(q.v[u]));
-  }
-  sum.end(s);
-}
-
-// To `part` only where lanes count.
-template <int N>
-FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>& where) {
-  static_assert(N <= 8, "a float holds no larger sum");
-  PackSum sum, some;
-  FS_EACH(N) {
-    const vf rest = fraction(q.v[u]);
-    sum.hi = add_down(sum.hi, q.v[u]);
-    sum.lo = add_down(sum.lo, rest);
-    some.hi = add_down_where(where.m[u], some.hi, q.v[u]);
-    some.lo = add_down_where(where.m[u], some.lo, rest);
-  }
-  sum.end(all);
-  some.end(part);
-}
-
 #else
-
-constexpr uint32_t kHiBias = 0, kLoBias = 0;
-
-template <int N>
-FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   // 20 more in the magic leaves n as it is and puts n + 20 into t's low bits, to go to the
   // exponent.
   constexpr float kMagic = kRoundMagic + kHalfBits;
@@ -182,29 +126,74 @@ FS_INLINE Pack<N> exp2_where(const Where<N>& where, const Pack<N>& y) {
   Pack<N> p = exp2_polynomial(y - (t - kMagic));
   FS_EACH(N) p.v[u] = (vf)keep(where.m[u], (vu)p.v[u] + ((vu)t.v[u] << 23));
   return p;
+#endif
+}
+
+// Sums of a pack, vector by vector.
+#if defined(FASTSAMPLE_ISA_avx512)
+
+constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+constexpr uint32_t kHiBias = 0x4b000000, kLoBias = 0x41000000;  // the bits of 2^23 and of 8
+
+// In floats: rounded down, one that begins at 2^23 takes an integer part and one that begins at 8
+// what of a fraction counts, and both leave integers in their lowest bits.
+struct PackSum {
+  static constexpr int kMost = 8;  // vectors
+  vf hi = splat(0x1p23f), lo = splat(8.0f);
+
+  FS_MEMBER void add(vf q) {
+    hi = (vf)_mm512_add_round_ps((__m512)hi, (__m512)q, kDown);
+    lo = (vf)_mm512_add_round_ps((__m512)lo, fraction(q), kDown);
+  }
+  // To `part` only where lanes count.
+  FS_MEMBER void add(vf q, PackSum& part, Mask m) {
+    add(q);
+    part.hi = (vf)_mm512_mask_add_round_ps((__m512)part.hi, m, (__m512)part.hi, (__m512)q, kDown);
+    part.lo = (vf)_mm512_mask_add_round_ps((__m512)part.lo, m, (__m512)part.lo, fraction(q), kDown);
+  }
+
+ private:
+  static FS_MEMBER __m512 fraction(vf q) { return _mm512_reduce_ps((__m512)q, kDown); }
+};
+
+#else
+
+constexpr uint32_t kHiBias = 0, kLoBias = 0;
+
+struct PackSum {
+  static constexpr int kMost = kGroup * kBlock / kLanes;
+  vu hi = {}, lo = {};
+
+  FS_MEMBER void add(vf q) {
+    const Halves w = to_integers(q);
+    hi += w.hi;
+    lo += w.lo;
+  }
+  // To `part` only where lanes count.
+  FS_MEMBER void add(vf q, PackSum& part, Mask m) {
+    const Halves w = to_integers(q);
+    hi += w.hi;
+    lo += w.lo;
+    part.hi = add_where(m, part.hi, w.hi);
+    part.lo = add_where(m, part.lo, w.lo);
+  }
+};
+
+#endif
+
+FS_INLINE void add(MassSum& s, const PackSum& p) {
+  s.hi += (vu)p.hi;
+  s.lo += (vu)p.lo;
+  s.biases += kLanes;
 }
 
 template <int N>
 FS_INLINE void add(MassSum& s, const Pack<N>& q) {
-  FS_EACH(N) {
-    const Halves w = to_integers(q.v[u]);
-    s.hi += w.hi;
-    s.lo += w.lo;
-  }
+  static_assert(N <= PackSum::kMost, "a sum holds no more");
+  PackSum sum;
+  FS_EACH(N) sum.add(q.v[u]);
+  add(s, sum);
 }
-
-template <int N>
-FS_INLINE void add(MassSum& all, MassSum& part, const Pack<N>& q, const Where<N>& where) {
-  FS_EACH(N) {
-    const Halves w = to_integers(q.v[u]);
-    all.hi += w.hi;
-    all.lo += w.lo;
-    part.hi = add_where(where.m[u], part.hi, w.hi);
-    part.lo = add_where(where.m[u], part.lo, w.lo);
-  }
-}
-
-#endif
 
 // Mass before it becomes an integer. -inf clamps to a y that has no mass; valid rows hold no NaN.
 // Where `near` says that no y is below kLowestY there is nothing to clamp.

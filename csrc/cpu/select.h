@@ -133,16 +133,25 @@ FS_INLINE int append(const float* x, const BlockBits& set, float* to) {
 }
 
 // Adds the weight of the values before n, to the end of a pack of N vectors, for which keep(x,
-// position) holds.
+// position) holds. A pack is summed up behind the weights of the next: one's chain of operations
+// alone would leave the processor idle.
 template <int N = kAbreast, class Weight, class T, class Keep>
 FS_INLINE void add_kept(const Weight& weight, const T* x, int n, Keep keep,
                         typename Weight::Sum& sum, bool near = false) {
-  for (int i = 0; i < n; i += N * kLanes) {
+  const auto weights = [&](int i) __attribute__((always_inline)) {
     const Pack<N> p = load_pack<N>(x + i);
     Where<N> kept;
     FS_EACH(N) kept.m[u] = keep(p.v[u], i + u * kLanes);
-    weight.add(sum, weight.of(p, kept, near));
+    return weight.of(p, kept, near);
+  };
+  if (n <= 0) return;
+  auto last = weights(0);
+  for (int i = N * kLanes; i < n; i += N * kLanes) {
+    const auto next = weights(i);
+    weight.add(sum, last);
+    last = next;
   }
+  weight.add(sum, last);
 }
 
 // Whether n values, an even number where they have 16 bits, have the same bits.

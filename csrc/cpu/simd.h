@@ -159,12 +159,12 @@ FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 #if defined(FASTSAMPLE_ISA_avx2)
 // For every mask, the lanes that are set, lowest first.
 struct LaneTable {
-  uint8_t lane[256][8] = {};
+  int32_t lane[256][8] = {};
 
   constexpr LaneTable() {
     for (int mask = 0; mask < 256; ++mask) {
       for (int i = 0, n = 0; i < 8; ++i) {
-        if (mask >> i & 1) lane[mask][n++] = (uint8_t)i;
+        if (mask >> i & 1) lane[mask][n++] = i;
       }
     }
   }
@@ -187,8 +187,8 @@ FS_INLINE int compress_store(T* to, V v, Mask m) {
   store(to, (V)_mm512_maskz_compress_epi32(m, (__m512i)v));
   return count(m);
 #elif defined(FASTSAMPLE_ISA_avx2)
-  const __m128i lanes = _mm_loadl_epi64((const __m128i*)kLaneTable.lane[bits(m)]);
-  store(to, (V)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_cvtepu8_epi32(lanes)));
+  const __m256i lanes = (__m256i)load(kLaneTable.lane[bits(m)]);
+  store(to, (V)_mm256_permutevar8x32_epi32((__m256i)v, lanes));
   return count(m);
 #else
   const uint32_t set = bits(m);

@@ -20,22 +20,25 @@ template <class T>
 FS_INLINE int split_block(const Weighing& weight, const T* x, bool near, Bracket bracket,
                           float* values, MassSum& all, MassSum& rest) {
   constexpr int N = kAbreast;
+  static_assert(N <= PackSum::kMost, "a sum holds no more");
   BlockBits inside = {};
   int n = 0;
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     const auto w = weight.of(p, everywhere<N>(), near);
-    Where<N> below;
-    FS_EACH(N) below.m[u] = gt(splat(bracket.high), p.v[u]);
-    add(all, rest, w, below);
+    PackSum sum, some;
     FS_EACH(N) {
-      const Mask in = gt_where(below.m[u], p.v[u], splat(bracket.low));
+      const Mask below = gt(splat(bracket.high), p.v[u]);
+      sum.add(w.v[u], some, below);
+      const Mask in = gt_where(below, p.v[u], splat(bracket.low));
       if (kCompresses) {
         n += compress_store(values + n, p.v[u], in);
       } else {
         inside.set(i + u * kLanes, in);
       }
     }
+    add(all, sum);
+    add(rest, some);
   }
   if constexpr (!kCompresses) n = append(x, inside, values);
   return n;
