@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "cpu/pool.h"
@@ -94,15 +95,24 @@ std::atomic<bool>& ports_are_few() {
   return few;
 }
 
-// Scratch that grows to the largest batch seen and is then reused.
+// Scratch that grows to the largest batch seen and is then reused. It begins at a page: where few
+// values are copied, vectors are stored to the same place again and again, which takes many times
+// as long across two pages.
 template <class T>
 struct Buffer {
-  std::unique_ptr<T[]> data;
+  static constexpr std::align_val_t kPage{4096};
+  struct Delete {
+    void operator()(T* p) const { ::operator delete(p, kPage); }
+  };
+  std::unique_ptr<T, Delete> data;
   size_t size = 0;
 
   T* at_least(size_t n) {
     if (n > size) {
-      data.reset(new T[n]);  // not value-initialised: pages that are never touched cost nothing
+      data.reset();
+      size = 0;
+      // Not initialised: pages that are never touched cost nothing.
+      data.reset(static_cast<T*>(::operator new(n * sizeof(T), kPage)));
       size = n;
     }
     return data.get();

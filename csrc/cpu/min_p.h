@@ -21,6 +21,8 @@ struct Candidates {
   typedef std::conditional_t<kCompresses, T, float> Value;
   typedef std::conditional_t<sizeof(Value) < sizeof(float), AtLeast<Value>, float> Edge;
 
+  static constexpr int kChains = 2;  // more masks than that would be kept in memory
+
   Reach reach;
   float* values;     // as Values
   int32_t* segment;  // group g's candidates begin at Value segment[g]
