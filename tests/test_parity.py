@@ -373,10 +373,8 @@ def test_16_bits_far_below_the_maximum(
     g = torch.Generator().manual_seed(7)
     depths = torch.tensor([0.3, 1.0, 5.0, 38.0, 41.0, 60.0, 100.0, 139.0])
     outliers = torch.tensor([139.9, 141.0, 150.0, 170.0, 200.0, 300.0, 1e4, torch.inf])
-    vocab, places = (
-        5000,
-        (0, 300, 2047, 4863, 4864, 4999),
-    )  # first and last group, whole blocks and tail
+    vocab = 5000
+    places = (0, 300, 2047, 4863, 4864, 4999)  # in the first and the last group, in whole blocks and the tail
     y = depths[torch.randint(len(depths), (1 + len(places) * len(outliers), vocab), generator=g)]
     for i, place in enumerate(places):
         y[1 + i :: len(places), place] = outliers

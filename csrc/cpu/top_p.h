@@ -13,7 +13,7 @@ struct Split {
   Span middle;  // in id order; group g's part begins at segment[g]
 };
 
-// Block b's part of that: what it weighs, what lies below the bracket's upper end, and the
+// A block's part of that: what it weighs, what lies below the bracket's upper end, and the
 // bracket's values; returns how many. To compress each vector costs the same however many of its
 // lanes count.
 template <class T>
