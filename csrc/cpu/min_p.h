@@ -21,36 +21,36 @@ struct Candidates {
   typedef std::conditional_t<kCompresses, T, float> Value;
   typedef std::conditional_t<sizeof(Value) < sizeof(float), AtLeast<Value>, float> Edge;
 
-  static constexpr int kChains = 2;  // more masks than that would be kept in memory
-
   Reach reach;
   float* values;     // as Values
   int32_t* segment;  // group g's candidates begin at Value segment[g]
-  int n = 0;
+  float* next = values;
   float max = -INFINITY, lowest = -FLT_MAX;
   Edge edge = Edge(lowest);
 
-  FS_MEMBER void see(vf a, vf b) {
+  FS_MEMBER void see(const vf (&v)[kStreams]) {
     if constexpr (sizeof(Value) < sizeof(float)) {
-      n += 2 * copy_pairs(values + n / 2, bits_of_pair(Value{}, a, b), edge);
+      for (int u = 0; u < kStreams; u += 2) {
+        next += copy_pairs(next, bits_of_pair(Value{}, v[u], v[u + 1]), edge);
+      }
     } else {
-      n += compress_store(values + n, a, ge(a, splat(lowest)), b, ge(b, splat(lowest)));
+      next = append_at_least(next, v, splat(lowest));
     }
   }
 
   // A block.
   FS_MEMBER void see(const T* x) {
     if constexpr (sizeof(Value) < sizeof(float)) {
-      float* end = values + n / 2;
+      float* to = next;
       for (int i = 0; i < kBlock; i += 2 * kLanes) {
-        end += copy_pairs(end, load_as<vs>(x + i), edge);
+        to += copy_pairs(to, load_as<vs>(x + i), edge);
       }
-      n = 2 * (int)(end - values);
+      next = to;
     } else {
-      for (int i = 0; i < kBlock; i += 2 * kLanes) {
-        vf a, b;
-        load_pair(x + i, a, b);
-        see(a, b);
+      for (int i = 0; i < kBlock; i += kStreams * kLanes) {
+        vf v[kStreams];
+        for (int u = 0; u < kStreams; u += 2) load_pair(x + i + u * kLanes, v[u], v[u + 1]);
+        see(v);
       }
     }
   }
@@ -64,7 +64,7 @@ struct Candidates {
       if (!(lowest >= -FLT_MAX)) lowest = -FLT_MAX;
       edge = Edge(lowest);
     }
-    segment[b / kGroup + 1] = n;
+    segment[b / kGroup + 1] = (int32_t)((next - values) * (sizeof(float) / sizeof(Value)));
   }
 };
 

@@ -12,10 +12,11 @@ struct Peak {
   float low;  // no 16-bit value of a block that nothing changes is below it
 };
 
+constexpr int kStreams = 4;  // vectors that the streaming pass looks at side by side
+
 // Watches nothing of the streaming pass.
 struct Nothing {
-  static constexpr int kChains = kMaskChains;  // of tests for NaNs
-  FS_MEMBER void see(vf, vf) {}
+  FS_MEMBER void see(const vf (&)[kStreams]) {}
   template <class T>
   FS_MEMBER void see(const T*) {}
   FS_MEMBER bool wants(float) const { return false; }
@@ -57,19 +58,18 @@ struct Sound {
 // Maximum of kBlock values; notes NaNs, two vectors at a time.
 template <class Watch>
 FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
-  constexpr int kStreams = 4;
-  vf m[kStreams];
-  for (int u = 0; u < kStreams; ++u) m[u] = splat(-INFINITY);
+  vf m[kStreams / 2];
+  for (vf& high : m) high = splat(-INFINITY);
   for (int i = 0; i < kBlock; i += kStreams * kLanes) {
     vf v[kStreams];
     for (int u = 0; u < kStreams; ++u) v[u] = load(x + i + u * kLanes);
     for (int u = 0; u < kStreams; u += 2) {
-      sound.test((i / kLanes / 2 + u / 2) % Watch::kChains, v[u], v[u + 1]);
+      sound.test((i / kLanes + u) / 2, v[u], v[u + 1]);
+      m[u / 2] = max(m[u / 2], max(v[u], v[u + 1]));
     }
-    for (int u = 0; u < kStreams; ++u) m[u] = max(m[u], v[u]);
-    for (int u = 0; u < kStreams; u += 2) watch.see(v[u], v[u + 1]);
+    watch.see(v);
   }
-  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
+  return reduce_max(max(m[0], m[1]));
 }
 
 // Whether a block's 16-bit floats are all negative and none lies below -edge; then `highest` gets
@@ -147,7 +147,7 @@ FS_INLINE float row_max(float* block_max, int blocks) {
 }
 
 // The streaming pass over a row without edits: the maximum of every block and of the row. `watch`
-// sees every pair of vectors of a block, then the block's maximum. Whether 16-bit values exceed
+// sees every four vectors of a block, then the block's maximum. Whether 16-bit values exceed
 // `bound` in magnitude costs nothing to know.
 template <class T, class Watch>
 FS_INLINE Peak scan(const Row<T>& row, float* block_max, float bound, Watch watch) {

@@ -75,7 +75,6 @@ FS_INLINE Mask nonzero(vi a) { return _mm512_test_epi32_mask((__m512i)a, (__m512
 FS_INLINE Mask both(Mask a, Mask b) { return (Mask)(a & b); }
 FS_INLINE Mask either(Mask a, Mask b) { return (Mask)(a | b); }
 FS_INLINE Mask but_not(Mask a, Mask b) { return (Mask)(a & ~b); }
-FS_INLINE bool disjoint(Mask a, Mask b) { return _ktestz_mask16_u8(a, b); }
 FS_INLINE uint32_t bits(Mask m) { return m; }
 FS_INLINE Mask from_bits(uint32_t b) { return (Mask)b; }
 FS_INLINE vf select(Mask m, vf a, vf b) {
@@ -149,11 +148,14 @@ FS_INLINE Mask first(int n) {
 }
 FS_INLINE void set_all(Mask& m) { m = from_bits(kAllLanes); }
 FS_INLINE bool all(Mask m) { return bits(m) == kAllLanes; }
-FS_INLINE int count(Mask m) { return __builtin_popcount(bits(m)); }
-FS_INLINE bool any(Mask m) { return bits(m) != 0; }
-#if !defined(FASTSAMPLE_ISA_avx512)
-FS_INLINE bool disjoint(Mask a, Mask b) { return !any(both(a, b)); }
+FS_INLINE int count(Mask m) {
+  uint64_t set = bits(m);
+#if defined(FASTSAMPLE_ISA_avx512)
+  asm("" : "+r"(set));  // else GCC counts in 16 bits, which have to be widened again
 #endif
+  return __builtin_popcountll(set);
+}
+FS_INLINE bool any(Mask m) { return bits(m) != 0; }
 FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 
 #if defined(FASTSAMPLE_ISA_avx2)
@@ -203,14 +205,20 @@ FS_INLINE int compress_store(T* to, V v, Mask m) {
 #endif
 }
 
-// Of two vectors, in no order: together, where no lane counts in both, as is likely where few
-// count.
-FS_INLINE int compress_store(float* to, vf a, Mask in_a, vf b, Mask in_b) {
-  if (__builtin_expect(disjoint(in_a, in_b), true)) {
-    return compress_store(to, select(in_b, b, a), either(in_a, in_b));
+// Stores the lanes of four vectors that are at least `least` next to each other, in no order;
+// returns their end. Two vectors go together where no lane has two such values, as is likely where
+// there are few.
+FS_INLINE float* append_at_least(float* to, const vf (&v)[4], vf least) {
+  const auto append = [&](vf x) __attribute__((always_inline)) {
+    to += compress_store(to, x, ge(x, least));
+  };
+  if (__builtin_expect(any(ge(max(min(v[0], v[1]), min(v[2], v[3])), least)), false)) {
+    for (const vf& x : v) append(x);
+  } else {
+    append(max(v[0], v[1]));
+    append(max(v[2], v[3]));
   }
-  const int n = compress_store(to, a, in_a);
-  return n + compress_store(to + n, b, in_b);
+  return to;
 }
 
 FS_INLINE float reduce_max(vf v) {
