@@ -68,6 +68,17 @@ struct Candidates {
   }
 };
 
+// Whether a group has a token that is not below x.
+template <class T>
+FS_INLINE bool reaches(const Dense<T>& d, int g, float x) {
+  Mask blocks = from_bits(0);
+  for (int i = 0; i < kGroup; i += kLanes) {
+    const Mask m = ge(load(d.block_max + g * kGroup + i), splat(x));
+    blocks = either(blocks, both(first(kGroup - i), m));
+  }
+  return any(blocks);
+}
+
 // Mass of every group's kept tokens.
 template <class T>
 Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspace& ws) {
@@ -76,10 +87,8 @@ Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspac
   Found kept = {kKeepAlive, 0};
   ws.segment[0] = 0;
   for (int g = 0; g < groups(d); ++g) {
-    bool any = false;
-    for (int b = g * kGroup; b < group_end(d, g); ++b) any |= upper_bound(d, b) >= lowest;
     const auto* x = (const typename Candidates<T>::Value*)ws.values + ws.segment[g];
-    const int n = any ? ws.segment[g + 1] - ws.segment[g] : 0;
+    const int n = reaches(d, g, lowest) ? ws.segment[g + 1] - ws.segment[g] : 0;
     // Rows of equal values, of which min-p keeps all, would stand out by their time.
     ws.group_mass[g] = n && all_equal(x, n)
                            ? (uint64_t)n * weight.one(upcast(*x))

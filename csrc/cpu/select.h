@@ -175,24 +175,35 @@ FS_INLINE uint64_t weigh_block(const Weight& weight, const float* x, Keep keep) 
   return weight.total(sum);
 }
 
+// Adds the weight of those of n values, a pack of N vectors at most, for which keep(x, position)
+// holds.
+template <int N, class Weight, class T, class Keep>
+FS_INLINE void add_rest(const Weight& weight, const T* x, int n, Keep keep,
+                        typename Weight::Sum& sum) {
+  constexpr int kStep = FASTSAMPLE_VECTOR_BYTES / (int)sizeof(T);
+  alignas(FASTSAMPLE_VECTOR_BYTES) T rest[N * kLanes];
+  for (int i = 0; i < N * kLanes; i += kStep) {
+    const Mask m = first((n - i) * kLanes / kStep);
+    const vf v = select(m, load_as<vf>(x + i), all_masked<T>());
+    memcpy(rest + i, &v, sizeof v);
+  }
+  add_kept<N>(weight, (const T*)rest, N * kLanes, keep, sum);
+}
+
 // Weight of those of n values, as many as a group has at most, for which keep(x) holds; n is even
 // where they have 16 bits. In packs of half the size: groups have few values, and the next group's
 // chain fills the gaps.
 template <class Weight, class T, class Keep>
 FS_INLINE uint64_t weigh_some(const Weight& weight, const T* x, int n, Keep keep) {
-  constexpr int N = kAbreast * 2 / (int)sizeof(T), kStep = FASTSAMPLE_VECTOR_BYTES / (int)sizeof(T);
+  constexpr int N = kAbreast * 2 / (int)sizeof(T), kFew = 2;
   const int whole = n / (N * kLanes) * (N * kLanes);
   const auto kept = [&](vf v, int) { return keep(v); };
   typename Weight::Sum sum;
   add_kept<N>(weight, x, whole, kept, sum);
-  if (whole < n) {
-    alignas(FASTSAMPLE_VECTOR_BYTES) T rest[N * kLanes];
-    for (int i = 0; i < N * kLanes; i += kStep) {
-      const Mask m = first((n - whole - i) * kLanes / kStep);
-      const vf v = select(m, load_as<vf>(x + whole + i), all_masked<T>());
-      memcpy(rest + i, &v, sizeof v);
-    }
-    add_kept<N>(weight, (const T*)rest, N * kLanes, kept, sum);
+  if (n - whole > kFew * kLanes) {
+    add_rest<N>(weight, x + whole, n - whole, kept, sum);
+  } else if (n > whole) {
+    add_rest<kFew>(weight, x + whole, n - whole, kept, sum);
   }
   return weight.total(sum);
 }
