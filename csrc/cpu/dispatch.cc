@@ -182,17 +182,29 @@ const void* row_address(const Logits& l, int64_t row) {
   return (const char*)l.data + row * l.stride * (l.dtype == kFloat32 ? 4 : 2);
 }
 
-// Rows are claimed one by one, so that expensive rows do not wait for each other.
-int64_t run_rows(const Batch& batch, const Kernel& k, int threads, std::atomic<int64_t>& next) {
+// Whether a row was open: of all threads one is told so.
+bool claim(uint8_t* taken) {
+  return !__atomic_load_n(taken, __ATOMIC_RELAXED) &&
+         !__atomic_exchange_n(taken, (uint8_t)1, __ATOMIC_RELAXED);
+}
+
+// Samples rows until none is open. Each thread takes every `threads`-th row, in every batch the
+// same ones, which its core may still hold; then what the others have left, so that expensive rows
+// do not wait for each other.
+int64_t run_rows(const Batch& batch, const Kernel& k, int threads, int thread, uint8_t* taken) {
   const FloatEnvironment environment;
+  const int64_t rows = batch.logits.rows;
   Workspace workspace = workspace_for(batch);
   int64_t invalid = 0;
-  for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < batch.logits.rows;) {
-    workspace.ahead =
-        r + threads < batch.logits.rows ? row_address(batch.logits, r + threads) : nullptr;
-    const Status status = k.sample_row(batch, r, workspace);
-    batch.out.status[r] = status;
-    invalid += status != kValid;
+  for (int i = 0; i < threads; ++i) {
+    for (int64_t r = (thread + i) % threads; r < rows; r += threads) {
+      if (!claim(taken + r)) continue;
+      const int64_t next = r + threads;
+      workspace.ahead = next < rows ? row_address(batch.logits, next) : nullptr;
+      const Status status = k.sample_row(batch, r, workspace);
+      batch.out.status[r] = status;
+      invalid += status != kValid;
+    }
   }
   return invalid;
 }
@@ -225,12 +237,15 @@ void force_few_ports(bool few) { ports_are_few().store(few, std::memory_order_re
 
 int64_t sample_batch(const Batch& batch, int threads) {
   const Kernel& k = kernel();
-  std::atomic<int64_t> next{0}, invalid{0};
+  std::atomic<int64_t> invalid{0};
+  thread_local Buffer<uint8_t> buffer;
+  uint8_t* taken = buffer.at_least((size_t)batch.logits.rows);
+  std::fill_n(taken, batch.logits.rows, (uint8_t)0);
   // A thread that has less than this to read costs more to wake than it saves.
   constexpr int64_t kLogitsPerThread = 1 << 16;
   const int64_t useful = batch.logits.rows * batch.logits.vocab / kLogitsPerThread + 1;
   const int used = (int)std::min({(int64_t)threads, batch.logits.rows, useful});
-  run_on_threads(used, [&] { invalid += run_rows(batch, k, used, next); });
+  run_on_threads(used, [&](int thread) { invalid += run_rows(batch, k, used, thread, taken); });
   return invalid;
 }
 

@@ -53,8 +53,9 @@ void move_off(int) {}
 // those who took part, not for a thread that was too slow to wake.
 class Pool {
  public:
-  // Runs work() here and on up to `helpers` threads of the pool, until every call has returned.
-  void run(int helpers, const std::function<void()>& work) {
+  // Runs work(0) here and work(1 to helpers) on threads of the pool that come in time, until every
+  // call has returned.
+  void run(int helpers, const std::function<void(int)>& work) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       core_ = this_core();
@@ -66,7 +67,7 @@ class Pool {
       gate_ = (round(gate_) + 1) << kPlaceBits | (uint64_t)helpers;
       if (sleeping_) start_.notify_all();
     }
-    attempt(work);
+    attempt(work, 0);
     const int joined = helpers - (int)places(gate_.fetch_and(~kPlaces));
     wait(done_, kSpins, [&] { return finished_ == joined; });
     if (const std::exception_ptr error = std::exchange(error_, nullptr)) {
@@ -85,12 +86,13 @@ class Pool {
   static uint64_t round(uint64_t gate) { return gate >> kPlaceBits; }
   static uint64_t places(uint64_t gate) { return gate & kPlaces; }
 
-  bool join() {
+  // The place taken, or 0.
+  int join() {
     uint64_t gate = gate_;
     while (places(gate)) {
-      if (gate_.compare_exchange_weak(gate, gate - 1)) return true;
+      if (gate_.compare_exchange_weak(gate, gate - 1)) return (int)places(gate);
     }
-    return false;
+    return 0;
   }
 
   void serve(uint64_t seen) {
@@ -99,9 +101,10 @@ class Pool {
       wait(start_, spins, [&] { return round(gate_) != seen; });
       if (const int core = core_; core >= 0 && core == this_core()) move_off(core);
       seen = round(gate_);
-      spins = join() ? kSpins : 0;
-      if (!spins) continue;
-      attempt(*work_);
+      const int place = join();
+      spins = place ? kSpins : 0;
+      if (!place) continue;
+      attempt(*work_, place);
       ++finished_;
       const std::lock_guard<std::mutex> lock(mutex_);
       if (sleeping_) done_.notify_all();
@@ -120,9 +123,9 @@ class Pool {
     --sleeping_;
   }
 
-  void attempt(const std::function<void()>& work) {
+  void attempt(const std::function<void(int)>& work, int place) {
     try {
-      work();
+      work(place);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();
@@ -131,7 +134,7 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable start_, done_;
-  const std::function<void()>* work_ = nullptr;
+  const std::function<void(int)>* work_ = nullptr;
   std::exception_ptr error_;
   std::atomic<uint64_t> gate_{0};  // number of the round, and in the lowest bits its places left
   std::atomic<int> finished_{0};
@@ -155,12 +158,12 @@ Pool& instance() {
 
 }  // namespace
 
-void run_on_threads(int threads, const std::function<void()>& work) {
-  if (threads <= 1) return work();
+void run_on_threads(int threads, const std::function<void(int)>& work) {
+  if (threads <= 1) return work(0);
   threads = std::min(threads, Pool::kMaxThreads);
   Pool& shared = instance();
   const std::unique_lock<std::mutex> mine(shared.busy, std::try_to_lock);
-  if (!mine) return work();
+  if (!mine) return work(0);
   shared.run(threads - 1, work);
 }
 

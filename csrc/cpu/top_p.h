@@ -14,15 +14,14 @@ struct Split {
 };
 
 // A block's part of that: what it weighs, what lies below the bracket's upper end, and the
-// bracket's values; returns how many. To compress each vector costs the same however many of its
+// bracket's values; returns their end. To compress each vector costs the same however many of its
 // lanes count.
 template <class T>
-FS_INLINE int split_block(const Weighing& weight, const T* x, bool near, Bracket bracket,
-                          float* values, MassSum& all, MassSum& rest) {
+FS_INLINE float* split_block(const Weighing& weight, const T* x, bool near, Bracket bracket,
+                             float* values, MassSum& all, MassSum& rest) {
   constexpr int N = kAbreast;
   static_assert(N <= PackSum::kMost, "a sum holds no more");
   BlockBits inside = {};
-  int n = 0;
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     const auto w = weight.of(p, everywhere<N>(), near);
@@ -32,7 +31,7 @@ FS_INLINE int split_block(const Weighing& weight, const T* x, bool near, Bracket
       sum.add(w.v[u], some, below);
       const Mask in = gt_where(below, p.v[u], splat(bracket.low));
       if (kCompresses) {
-        n += compress_store(values + n, p.v[u], in);
+        values += compress_store(values, p.v[u], in);
       } else {
         inside.set(i + u * kLanes, in);
       }
@@ -40,8 +39,8 @@ FS_INLINE int split_block(const Weighing& weight, const T* x, bool near, Bracket
     add(all, sum);
     add(rest, some);
   }
-  if constexpr (!kCompresses) n = append(x, inside, values);
-  return n;
+  if constexpr (!kCompresses) values += append(x, inside, values);
+  return values;
 }
 
 template <class Domain>
@@ -57,17 +56,17 @@ Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Work
       const Weighing own_weight = weight;
       const Bracket own = bracket;
       MassSum run_all, run_rest, run_low;
-      int n = s.middle.n;
+      float* end = ws.values + s.middle.n;
       for (int b = run.begin; b < run.end; ++b) {
         const auto* x = run.x + (b - run.begin) * kBlock;
         fetch_ahead(d, b, ws);
         if (upper_bound(d, b) > own.low) {
-          n += split_block(own_weight, x, near, own, ws.values + n, run_all, run_rest);
+          end = split_block(own_weight, x, near, own, end, run_all, run_rest);
         } else {
           add_whole(own_weight, x, near, run_low);
         }
       }
-      s.middle.n = n;
+      s.middle.n = (int)(end - ws.values);
       all += run_all;
       rest += run_rest;
       low += run_low;
