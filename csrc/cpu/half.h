@@ -135,27 +135,21 @@ FS_INLINE int16_t reduce_max(vs v) {
 #endif
 }
 
-FS_INLINE int16_t reduce_min(vs v) { return (int16_t)~reduce_max(~v); }
-
-// Whether all the bits met so far, as signed or as unsigned numbers, are at most `bound`.
-template <bool kUnsigned>
+// Whether all the bits met so far, as unsigned numbers, are at most `bound`.
 struct AtMost {
   int16_t bound;
 #if defined(FASTSAMPLE_ISA_avx512)
   __mmask32 held = ~(__mmask32)0;
 
   FS_MEMBER void test(vs v) {
-    const __m512i b = _mm512_set1_epi16(bound);
-    held = kUnsigned ? _mm512_mask_cmple_epu16_mask(held, (__m512i)v, b)
-                     : _mm512_mask_cmple_epi16_mask(held, (__m512i)v, b);
+    held = _mm512_mask_cmple_epu16_mask(held, (__m512i)v, _mm512_set1_epi16(bound));
   }
   FS_MEMBER bool all() const { return held == ~(__mmask32)0; }
 #else
   vs most = vs{} + kSign;
 
-  static constexpr int16_t kFlip = kUnsigned ? kSign : 0;
-  FS_MEMBER void test(vs v) { most = max(most, v ^ kFlip); }
-  FS_MEMBER bool all() const { return !any(nonzero((vi)(most > (int16_t)(bound ^ kFlip)))); }
+  FS_MEMBER void test(vs v) { most = max(most, v ^ kSign); }
+  FS_MEMBER bool all() const { return !any(nonzero((vi)(most > (int16_t)(bound ^ kSign)))); }
 #endif
 };
 

@@ -40,10 +40,9 @@ struct Held {
 
 // What the streaming pass has met besides maxima.
 struct Sound {
-  Held floats;            // lanes that had no NaN
-  bool nan = false;       // among 16-bit values
-  int16_t edge;           // the bits of what bounds the magnitudes of 16-bit values
-  bool negative = false;  // whether the latest block of 16-bit values had none from 0 up
+  Held floats;       // lanes that had no NaN
+  bool nan = false;  // among 16-bit values
+  int16_t edge;      // the bits of what bounds the magnitudes of 16-bit values
 
   FS_MEMBER explicit Sound(int16_t bound = 0) : edge(bound) {}
   FS_MEMBER void test(int i, vf a, vf b) { floats[i] = ordered_where(floats[i], a, b); }
@@ -72,48 +71,35 @@ FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
   return reduce_max(max(m[0], m[1]));
 }
 
-// Whether a block's 16-bit floats are all negative and none lies below -edge; then `highest` gets
-// the bits of their highest, which are the lowest.
-template <class T>
-FS_INLINE bool highest_of_negative(const T* x, int16_t edge, int16_t* highest) {
-  vs low = load_as<vs>(x);
-  AtMost<false> within = {(int16_t)(edge | kSign)};
-  for (int i = 0; i < kBlock; i += 2 * kLanes) {
-    const vs v = load_as<vs>(x + i);
-    low = min(low, v);
-    within.test(v);
-  }
-  *highest = reduce_min(low);
-  return within.all();
-}
-
-// Whether a block's 16-bit floats all lie within +-edge; `highest` gets the bits of their highest
-// where one is from 0 up, else negative ones. As unsigned numbers, only the bits of what lies below
-// -edge, or of negative NaNs, are above its own.
+// Whether a block's 16-bit floats all lie within +-edge; `highest` gets the bits of their highest:
+// of the highest number, or where all are negative of the lowest. As unsigned numbers, only the
+// bits of what lies below -edge, or of negative NaNs, are above its own.
 template <class T>
 FS_INLINE bool highest_within(const T* x, int16_t edge, int16_t* highest) {
-  vs high = load_as<vs>(x);
-  AtMost<true> within = {(int16_t)(edge | kSign)};
+  constexpr int16_t kTurn = ~kSign;  // makes negative floats rise as numbers, too, and back
+  vs high = load_as<vs>(x), low = high;
+  AtMost within = {(int16_t)(edge | kSign)};
+  // Both at once: a branch on the sign would be guessed wrongly where it changes from block to
+  // block.
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
     const vs v = load_as<vs>(x + i);
     high = max(high, v);
+    low = min(low, v);
     within.test(v);
   }
-  *highest = reduce_max(high);
-  return within.all() && *highest <= edge;
+  const int16_t best = reduce_max(high < 0 ? low ^ kTurn : high);
+  *highest = best < 0 ? (int16_t)(best ^ kTurn) : best;
+  return within.all() && best <= edge;
 }
 
 // The bits of the highest of a block's 16-bit floats.
 template <class T>
 FS_INLINE int16_t highest(const T* x, Sound& sound) {
   int16_t bits;
-  if (sound.negative && highest_of_negative(x, sound.edge, &bits)) return bits;
   if (!highest_within(x, sound.edge, &bits)) {
     sound.edge = T::kInfinity;
     sound.nan |= !highest_within(x, sound.edge, &bits);
   }
-  sound.negative = bits < 0;
-  if (sound.negative) highest_of_negative(x, sound.edge, &bits);
   return bits;
 }
 
