@@ -153,8 +153,8 @@ def probabilities(
 
 def pack_params(params: SamplingParams | None, fields: dict[str, Any], rows: int) -> torch.Tensor:
     """Packed records [B or 1, fields] of `params` with `fields` on top. Not to be written to."""
-    if params is None and all(type(value) in _PLAIN for value in fields.values()):
-        return _pack_plain(tuple((name, type(value), value) for name, value in fields.items()))
+    if params is None and _PLAIN.issuperset(types := tuple(map(type, fields.values()))):
+        return _pack_plain(tuple(fields.items()), types)
     if params is None:
         params = SamplingParams(**fields)
     elif not isinstance(params, SamplingParams):
@@ -168,13 +168,13 @@ def pack_params(params: SamplingParams | None, fields: dict[str, Any], rows: int
     return records
 
 
-_PLAIN = (float, int, str)
+_PLAIN = frozenset((float, int, str))
 
 
 @lru_cache(maxsize=256)
-def _pack_plain(fields: tuple[tuple[str, type, Any], ...]) -> torch.Tensor:
+def _pack_plain(fields: tuple[tuple[str, Any], ...], types: tuple[type, ...]) -> torch.Tensor:
     """Scalar fields are the same call after call. Their types are part of the key: 1 == 1.0 == True."""
-    records = SamplingParams(**{name: value for name, _, value in fields}).pack()
+    records = SamplingParams(**dict(fields)).pack()
     require_memory("params", records)  # a mode of torch's that makes fake tensors must not leave one here
     return records
 

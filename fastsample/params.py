@@ -222,7 +222,7 @@ def require_memory(name: str, tensor: torch.Tensor) -> None:
 
 def require_strided(name: str, tensor: torch.Tensor) -> None:
     """The other part."""
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         kind = "a nested tensor" if tensor.is_nested else tensor.layout
         raise ValueError(f"{name}: expected a dense tensor with values, got {kind} on {tensor.device}")
 

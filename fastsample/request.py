@@ -48,7 +48,8 @@ FIELDS = tuple(SampleOutput.__slots__)
 class Request:
     """What a sampling call wants besides its rows; checked when made.
 
-    Once logits of some shape have been seen, a step of the same shape costs little Python: a Sampler keeps its request.
+    Once logits of some shape have been seen, a step of the same shape costs little Python: a Sampler, which has some
+    number of `slots`, keeps its request.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Request:
         top_logprobs: int,
         on_invalid: OnInvalid,
         backend: str,
-        reused: bool = False,
+        slots: int | None = None,
     ) -> None:
         num_samples = _checked_count("num_samples", num_samples, 1, 2**31 - 1)
         top_logprobs = _checked_count("top_logprobs", top_logprobs, 0, MAX_VOCAB)
@@ -72,12 +73,14 @@ class Request:
         self.top_logprobs = top_logprobs
         self.raises = on_invalid == "raise"
         self.backend = backend
-        self.reused = reused
+        self.slots = slots
         self.wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
+        self.device: torch.device | None = None  # of the logits seen last
         self._engine: Engine
         self._batch: tuple[int, ...] = ()  # [B], or [] for 1-D logits
         self._checked: tuple[Any, ...] | None = None
         self._template: SampleOutput | None = None
+        self._own: Outputs | None = None
         self._last: tuple[SampleOutput, Outputs] | None = None
         self._written: Written  # and what is known of its memory
         self._bytes = 0  # from the first logit to the last
@@ -85,7 +88,7 @@ class Request:
 
     def anew(self) -> Request:
         """The same wishes, and nothing yet of what logits have been seen."""
-        return Request(*self.wishes, self.reused)
+        return Request(*self.wishes, self.slots)
 
     def table(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
@@ -94,12 +97,15 @@ class Request:
         if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
             return logits if logits.ndim == 2 else logits.unsqueeze(0)
         table = check_logits(logits)
+        if self.slots is not None and table.shape[0] != self.slots:
+            raise ValueError(f"logits: expected {self.slots} rows (batch_size), got {table.shape[0]}")
         if self.top_logprobs > table.shape[1]:
             raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most V = {table.shape[1]}")
         self._engine = select(self.backend, table)
         self._batch = tuple(logits.shape[:-1])
         self._template = self._last = None
-        self._checked = (logits.shape, logits.stride(), logits.dtype, logits.device)
+        self.device = logits.device
+        self._checked = (logits.shape, logits.stride(), logits.dtype, self.device)
         return table
 
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
@@ -108,14 +114,14 @@ class Request:
         # A caller's buffers keep what they hold where a row is invalid and that is an error.
         if out is None or outputs is None or (self.raises and not outputs.restore):
             result = self._fresh(table.device)
-            outputs = self._outputs(result)
+            outputs = self._own_outputs(result)
         else:
             result = out
         invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
             if outputs.restore:
                 result = self._fresh(table.device)
-                self._engine.run(table, rows, self._outputs(result))
+                self._engine.run(table, rows, self._own_outputs(result))
             raise_if_invalid(result.status)
         if advance:
             self._engine.advance(rows)
@@ -131,46 +137,51 @@ class Request:
         """Buffers of the shapes and dtypes that the logits need."""
         batch = self._batch
         draws = batch if self.num_samples == 1 else (*batch, self.num_samples)
-        buffers = SampleOutput(
-            tokens=torch.empty(draws, dtype=torch.int64, device=device),
-            status=torch.empty(batch, dtype=torch.int32, device=device),
-        )
+        buffers = SampleOutput(_empty(draws, torch.int64, device), _empty(batch, torch.int32, device))
         if self.logprobs is not None:
-            buffers.logprobs = torch.empty(draws, dtype=torch.float32, device=device)
-            buffers.ranks = torch.empty(draws, dtype=torch.int64, device=device)
+            buffers.logprobs = _empty(draws, torch.float32, device)
+            buffers.ranks = _empty(draws, torch.int64, device)
         if self.top_logprobs:
             top = (*batch, self.top_logprobs)
-            buffers.top_ids = torch.empty(top, dtype=torch.int64, device=device)
-            buffers.top_logprobs = torch.empty(top, dtype=torch.float32, device=device)
+            buffers.top_ids = _empty(top, torch.int64, device)
+            buffers.top_logprobs = _empty(top, torch.float32, device)
         return buffers
 
     def _fresh(self, device: torch.device) -> SampleOutput:
         """New buffers for each call; like the template's they are made in half the time, which pays from the second."""
         if self._template is None:
             self._template = self._buffers(device)
-            return self._buffers(device) if self.reused else self._template
+            return self._template if self.slots is None else self._buffers(device)
         like = self._template
         fresh = SampleOutput(torch.empty_like(like.tokens), torch.empty_like(like.status))
-        for name in FIELDS[2:]:
-            if (value := getattr(like, name)) is not None:
-                setattr(fresh, name, torch.empty_like(value))
+        if self.logprobs is not None:
+            for name in FIELDS[2:]:
+                if (value := getattr(like, name)) is not None:
+                    setattr(fresh, name, torch.empty_like(value))
         return fresh
 
     def _outputs(self, result: SampleOutput, restore: bool = False) -> Outputs:
-        return Outputs(
-            result.status,
-            result.tokens,
-            None,
-            None,
-            self.logprobs,
-            result.logprobs,
-            result.ranks,
-            result.top_ids,
-            result.top_logprobs,
-            self.num_samples,
-            self.top_logprobs,
-            restore,
-        )
+        outputs = Outputs(result.status, result.tokens, num_samples=self.num_samples, restore=restore)
+        if self.logprobs is not None:
+            outputs.mode, outputs.logprobs, outputs.ranks = self.logprobs, result.logprobs, result.ranks
+            outputs.top_ids, outputs.top_logprobs, outputs.num_top = (
+                result.top_ids,
+                result.top_logprobs,
+                self.top_logprobs,
+            )
+        return outputs
+
+    def _own_outputs(self, result: SampleOutput) -> Outputs:
+        """The engine's view of fresh buffers: one object for all calls, which take turns."""
+        own = self._own
+        if own is None:
+            own = self._own = self._outputs(result)
+            return own
+        own.tokens, own.status = result.tokens, result.status
+        if self.logprobs is not None:
+            own.logprobs, own.ranks = result.logprobs, result.ranks
+            own.top_ids, own.top_logprobs = result.top_ids, result.top_logprobs
+        return own
 
     def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
@@ -194,6 +205,11 @@ class Request:
         return outputs
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor; to read a tuple takes torch half as long again as to read its numbers."""
+    return torch.empty(*shape or ((),), dtype=dtype, device=device)
+
+
 def _same_buffers(out: SampleOutput, outputs: Outputs) -> bool:
     """Whether a SampleOutput still holds the tensors that were checked; spelled out, for a step of a few us."""
     return (
@@ -215,7 +231,9 @@ def check_logits(logits: torch.Tensor, traced: bool = False) -> torch.Tensor:
         raise TypeError(f"logits: expected float32, float16 or bfloat16, got {logits.dtype}")
     if logits.ndim not in (1, 2):
         raise ValueError(f"logits: expected shape [B, V] or [V], got {tuple(logits.shape)}")
-    table = (logits if logits.ndim == 2 else logits.unsqueeze(0)).resolve_neg()
+    table = logits if logits.ndim == 2 else logits.unsqueeze(0)
+    if table.is_neg():
+        table = table.resolve_neg()
     vocab = table.shape[1]
     if not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"logits: expected 1 <= V <= 2^20, got V = {vocab}")

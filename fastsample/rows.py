@@ -94,7 +94,9 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     """Per-row seeds, int64 bits [B]: a scalar goes through splitmix64, a tensor or sequence is used as it is."""
     if seed is None:
         # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
-        seed = int(torch.empty((), dtype=torch.int64, device=CPU).random_())
+        seed = int(torch.empty(1, dtype=torch.int64, device=CPU).random_())
+    if type(seed) is int:
+        return splitmix64(_uint64("seed", seed), rows)
     if isinstance(seed, torch.Tensor) and seed.ndim == 0:
         seed = int(_uint64_column("seed", seed, rows))
     if isinstance(seed, numbers.Integral) and not isinstance(seed, bool):

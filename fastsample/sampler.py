@@ -53,7 +53,7 @@ class Sampler:
         if not 1 <= batch_size < 2**31:
             raise ValueError(f"batch_size = {batch_size}: expected 1 <= batch_size < 2^31")
         self._batch_size = batch_size
-        self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, reused=True)
+        self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, batch_size)
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
             records = pack_params(params, fields, batch_size)
@@ -116,10 +116,8 @@ class Sampler:
             return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
         with self._lock:
             table = self._request.table(logits)
-            if table.shape[0] != self._batch_size:
-                raise ValueError(f"logits: expected {self._batch_size} rows (batch_size), got {table.shape[0]}")
             rows = self._rows
-            if rows.records.device != table.device:
+            if rows.records.device != self._request.device:
                 with torch.inference_mode(False):
                     self._rows = rows = rows.to(table.device)
             if bias is not None:

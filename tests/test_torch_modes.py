@@ -215,10 +215,10 @@ def test_a_mere_subclass_is_served(variant: str) -> None:
 def test_native_code_follows_no_null_pointer() -> None:
     """The last resort, where a mode of torch's makes buffers without memory."""
     address = LOGITS.data_ptr()
-    rows, nowhere = (native().Rows(*[(at, 0)] * 3) for at in (address, 0))
+    rows, nowhere = (native().Rows(*[(at, 0)] * 3, 1) for at in (address, 0))
     for own, logits, status in ((rows, 0, address), (rows, address, 0), (nowhere, address, address)):
         with pytest.raises(ValueError, match="a tensor without memory"):
-            native().run(own, logits, V, 1, V, 0, status, *[0] * 7, 1, 0, 0, False, 1)
+            native().run(own, logits, V, 1, V, 0, status, 0, 1, False, 1, None)
 
 
 def test_a_fake_tensor_mode_leaves_nothing_behind() -> None:

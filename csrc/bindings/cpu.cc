@@ -57,8 +57,13 @@ TokenIds token_ids(const std::optional<Table>& ids) {
 constexpr int64_t kFields = sizeof(RowParams) / sizeof(int32_t);
 
 // A batch's Rows, made once and used for many steps; Python keeps the tensors alive.
-Rows make_rows(Strided params, Strided seeds, Strided offsets) {
-  Rows rows = {};
+struct Slots : Rows {
+  int64_t num_offsets;
+};
+
+Slots make_slots(Strided params, Strided seeds, Strided offsets, int64_t num_offsets) {
+  Slots rows = {};
+  rows.num_offsets = num_offsets;
   rows.params = column<RowParams>(params, kFields);
   rows.seeds = column<int64_t>(seeds);
   rows.offsets = column<int64_t>(offsets);
@@ -66,8 +71,8 @@ Rows make_rows(Strided params, Strided seeds, Strided offsets) {
 }
 
 // The same parameters with what changes from step to step.
-Rows with_inputs(Rows rows, std::optional<Table> mask, std::optional<Triple> bias,
-                 std::optional<Table> prompt, std::optional<Table> output) {
+Slots with_inputs(Slots rows, std::optional<Table> mask, std::optional<Triple> bias,
+                  std::optional<Table> prompt, std::optional<Table> output) {
   rows.bitmask = bitmask(mask);
   rows.bias = bias_entries(bias);
   rows.prompt = token_ids(prompt);
@@ -114,15 +119,20 @@ class Saved {
   int64_t rows_;
 };
 
-int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab,
-            int32_t dtype, Address status, Address tokens, Address filtered, Address probabilities,
-            Address logprobs, Address ranks, Address top_ids, Address top_logprobs,
-            int32_t num_samples, int32_t num_top, int32_t mode, bool restore, int threads) {
+// What few calls want besides tokens: filtered logits, probabilities; logprobs, ranks, top_ids,
+// top_logprobs, num_top and what they are of. Each argument of a call takes its time.
+using More = std::tuple<Address, Address, Address, Address, Address, Address, int32_t, int32_t>;
+
+int64_t run(const Slots& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab,
+            int32_t dtype, Address status, Address tokens, int32_t num_samples, bool restore,
+            int threads, const std::optional<More>& more) {
   // Such as the address of a fake tensor, one that was made while torch pretends.
   if (batch_size &&
       (!logits || !status || !rows.params.data || !rows.seeds.data || !rows.offsets.data)) {
     throw std::invalid_argument("logits, params or outputs: a tensor without memory");
   }
+  const auto [filtered, probabilities, logprobs, ranks, top_ids, top_logprobs, num_top, mode] =
+      more.value_or(More());
   const Batch batch = {
       Logits{pointer<const void>(logits), stride, batch_size, vocab, (DType)dtype},
       rows,
@@ -150,9 +160,9 @@ int64_t run(const Rows& rows, Address logits, int64_t stride, int64_t batch_size
 }
 
 // The next step of every sequence. Python hands over offsets that it owns.
-void advance(const Rows& rows, int64_t count) {
+void advance(const Slots& rows) {
   int64_t* offsets = const_cast<int64_t*>(rows.offsets.data);
-  for (int64_t r = 0; r < count; ++r) offsets[r] = (int64_t)((uint64_t)offsets[r] + 1);
+  for (int64_t r = 0; r < rows.num_offsets; ++r) offsets[r] = (int64_t)((uint64_t)offsets[r] + 1);
 }
 
 py::tuple param_fields() {
@@ -172,11 +182,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
-  py::class_<fs::Rows>(m, "Rows", py::module_local())
-      .def(py::init(&fs::make_rows))
+  py::class_<fs::Slots>(m, "Rows", py::module_local())
+      .def(py::init(&fs::make_slots))
       .def("with_inputs", &fs::with_inputs, "A copy with bitmask, bias, prompt and output ids.");
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
-  m.def("advance", &fs::advance, "Add 1 to the first `count` offsets.");
+  m.def("advance", &fs::advance, "Add 1 to every offset.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def(
       "vector_bytes", [] { return fs::kernel().vector_bytes; }, "Vector width of the code in use.");

@@ -93,7 +93,10 @@ def select(backend: str, logits: torch.Tensor) -> Engine:
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve these logits: {reason}")
         return chosen
-    return next(e for e in map(engine, ORDER) if e.why_not(logits) is None)
+    for name in ORDER[:-1]:
+        if (found := engine(name)).why_not(logits) is None:
+            return found
+    return engine(ORDER[-1])  # serves whatever there is
 
 
 def engines() -> dict[str, str | None]:

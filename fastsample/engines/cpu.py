@@ -62,29 +62,32 @@ class CpuEngine(Engine):
             vocab,
             _DTYPES[logits.dtype],
             out.status.data_ptr(),
-            0 if out.tokens is None else out.tokens.data_ptr(),
-            0 if out.filtered is None else out.filtered.data_ptr(),
-            0 if out.probabilities is None else out.probabilities.data_ptr(),
-            0 if out.logprobs is None else out.logprobs.data_ptr(),
-            0 if out.ranks is None else out.ranks.data_ptr(),
-            0 if out.top_ids is None else out.top_ids.data_ptr(),
-            0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
+            _address(out.tokens),
             out.num_samples,
-            out.num_top,
-            _MODES[out.mode],
             out.restore,
             get_num_threads(),
+            None if out.mode is None and out.filtered is None and out.probabilities is None else _more(out),
         )
         return invalid
 
     def advance(self, rows: Rows) -> None:
-        _native.advance(rows.native, rows.offsets.shape[0])  # torch takes longer for this than for a small row
+        _native.advance(rows.native)  # torch takes longer for this than for a small row
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _more(out: Outputs) -> tuple[int, ...]:
+    wanted = (out.filtered, out.probabilities, out.logprobs, out.ranks, out.top_ids, out.top_logprobs)
+    return *map(_address, wanted), out.num_top, _MODES[out.mode]
 
 
 def _native_rows(rows: Rows) -> Any:
     mask, bias = rows.bitmask, rows.bias
     if rows.slots is None:
-        found = _native.Rows(column(rows.records), column(rows.seeds), column(rows.offsets))
+        count = rows.offsets.shape[0]
+        found = _native.Rows(column(rows.records), column(rows.seeds), column(rows.offsets), count)
     else:
         found = rows.slots.native = rows.slots.native or _native_rows(rows.slots)
     if mask is None and bias is None and rows.prompt_ids is None and rows.output_ids is None:
