@@ -218,7 +218,7 @@ def test_native_code_follows_no_null_pointer() -> None:
     rows, nowhere = (native().Rows(*[(at, 0)] * 3, 1) for at in (address, 0))
     for own, logits, status in ((rows, 0, address), (rows, address, 0), (nowhere, address, address)):
         with pytest.raises(ValueError, match="a tensor without memory"):
-            native().run(own, logits, V, 1, V, 0, status, 0, 1, False, 1, None)
+            native().run_tokens(own, logits, V, 1, V, 0, status, 0, 1, False, 1)
 
 
 def test_a_fake_tensor_mode_leaves_nothing_behind() -> None:

@@ -54,7 +54,7 @@ class CpuEngine(Engine):
         batch, vocab = logits.shape
         if rows.native is None:
             rows.native = _native_rows(rows)
-        invalid: int = _native.run(
+        common = (
             rows.native,
             logits.data_ptr(),
             logits.stride(0),
@@ -62,25 +62,29 @@ class CpuEngine(Engine):
             vocab,
             _DTYPES[logits.dtype],
             out.status.data_ptr(),
-            _address(out.tokens),
+            0 if out.tokens is None else out.tokens.data_ptr(),
             out.num_samples,
             out.restore,
             get_num_threads(),
-            None if out.mode is None and out.filtered is None and out.probabilities is None else _more(out),
+        )
+        if out.mode is None and out.filtered is None and out.probabilities is None:
+            invalid: int = _native.run_tokens(*common)
+            return invalid
+        invalid = _native.run(
+            *common,
+            0 if out.filtered is None else out.filtered.data_ptr(),
+            0 if out.probabilities is None else out.probabilities.data_ptr(),
+            0 if out.logprobs is None else out.logprobs.data_ptr(),
+            0 if out.ranks is None else out.ranks.data_ptr(),
+            0 if out.top_ids is None else out.top_ids.data_ptr(),
+            0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
+            out.num_top,
+            _MODES[out.mode],
         )
         return invalid
 
     def advance(self, rows: Rows) -> None:
         _native.advance(rows.native)  # torch takes longer for this than for a small row
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _more(out: Outputs) -> tuple[int, ...]:
-    wanted = (out.filtered, out.probabilities, out.logprobs, out.ranks, out.top_ids, out.top_logprobs)
-    return *map(_address, wanted), out.num_top, _MODES[out.mode]
 
 
 def _native_rows(rows: Rows) -> Any:
