@@ -80,7 +80,7 @@ class Request:
         self._batch: tuple[int, ...] = ()  # [B], or [] for 1-D logits
         self._checked: tuple[Any, ...] | None = None
         self._template: SampleOutput | None = None
-        self._own: Outputs | None = None
+        self._own: Outputs | None = None  # of fresh buffers; a Sampler's calls take turns
         self._last: tuple[SampleOutput, Outputs] | None = None
         self._written: Written  # and what is known of its memory
         self._bytes = 0  # from the first logit to the last
@@ -114,14 +114,14 @@ class Request:
         # A caller's buffers keep what they hold where a row is invalid and that is an error.
         if out is None or outputs is None or (self.raises and not outputs.restore):
             result = self._fresh(table.device)
-            outputs = self._own_outputs(result)
+            outputs = self._own = self._outputs(result, self._own)
         else:
             result = out
         invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
             if outputs.restore:
                 result = self._fresh(table.device)
-                self._engine.run(table, rows, self._own_outputs(result))
+                self._engine.run(table, rows, self._outputs(result))
             raise_if_invalid(result.status)
         if advance:
             self._engine.advance(rows)
@@ -160,28 +160,16 @@ class Request:
                     setattr(fresh, name, torch.empty_like(value))
         return fresh
 
-    def _outputs(self, result: SampleOutput, restore: bool = False) -> Outputs:
-        outputs = Outputs(result.status, result.tokens, num_samples=self.num_samples, restore=restore)
+    def _outputs(self, result: SampleOutput, outputs: Outputs | None = None, restore: bool = False) -> Outputs:
+        """The engine's view of buffers: `outputs`, if given, is an earlier one."""
+        if outputs is None:
+            outputs = Outputs(result.status, num_samples=self.num_samples, mode=self.logprobs, restore=restore)
+            outputs.num_top = self.top_logprobs
+        outputs.status, outputs.tokens = result.status, result.tokens
         if self.logprobs is not None:
-            outputs.mode, outputs.logprobs, outputs.ranks = self.logprobs, result.logprobs, result.ranks
-            outputs.top_ids, outputs.top_logprobs, outputs.num_top = (
-                result.top_ids,
-                result.top_logprobs,
-                self.top_logprobs,
-            )
+            outputs.logprobs, outputs.ranks = result.logprobs, result.ranks
+            outputs.top_ids, outputs.top_logprobs = result.top_ids, result.top_logprobs
         return outputs
-
-    def _own_outputs(self, result: SampleOutput) -> Outputs:
-        """The engine's view of fresh buffers: one object for all calls, which take turns."""
-        own = self._own
-        if own is None:
-            own = self._own = self._outputs(result)
-            return own
-        own.tokens, own.status = result.tokens, result.status
-        if self.logprobs is not None:
-            own.logprobs, own.ranks = result.logprobs, result.ranks
-            own.top_ids, own.top_logprobs = result.top_ids, result.top_logprobs
-        return own
 
     def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
@@ -200,7 +188,7 @@ class Request:
         start, end = _span(table)
         self._bytes = end - start
         self._written.require_apart_from(table, rows)
-        outputs = self._outputs(out, self.raises and self._engine.restores)
+        outputs = self._outputs(out, restore=self.raises and self._engine.restores)
         self._last = (out, outputs)
         return outputs
 

@@ -95,11 +95,10 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     if seed is None:
         # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
         seed = int(torch.empty(1, dtype=torch.int64, device=CPU).random_())
-    if type(seed) is int:
-        return splitmix64(_uint64("seed", seed), rows)
     if isinstance(seed, torch.Tensor) and seed.ndim == 0:
         seed = int(_uint64_column("seed", seed, rows))
-    if isinstance(seed, numbers.Integral) and not isinstance(seed, bool):
+    # The usual type first: to ask for an abstract one takes longer.
+    if type(seed) is int or (isinstance(seed, numbers.Integral) and not isinstance(seed, bool)):
         return splitmix64(_uint64("seed", int(seed)), rows)
     return _uint64_column("seed", seed, rows)
 

@@ -56,13 +56,14 @@ TokenIds token_ids(const std::optional<Table>& ids) {
 
 constexpr int64_t kFields = sizeof(RowParams) / sizeof(int32_t);
 
-// A batch's Rows, made once and used for many steps; Python keeps the tensors alive.
-struct Slots : Rows {
+// A batch's Rows and how many offsets they have, made once and used for many steps; Python keeps
+// the tensors alive.
+struct SizedRows : Rows {
   int64_t num_offsets;
 };
 
-Slots make_slots(Strided params, Strided seeds, Strided offsets, int64_t num_offsets) {
-  Slots rows = {};
+SizedRows make_rows(Strided params, Strided seeds, Strided offsets, int64_t num_offsets) {
+  SizedRows rows = {};
   rows.num_offsets = num_offsets;
   rows.params = column<RowParams>(params, kFields);
   rows.seeds = column<int64_t>(seeds);
@@ -71,8 +72,8 @@ Slots make_slots(Strided params, Strided seeds, Strided offsets, int64_t num_off
 }
 
 // The same parameters with what changes from step to step.
-Slots with_inputs(Slots rows, std::optional<Table> mask, std::optional<Triple> bias,
-                  std::optional<Table> prompt, std::optional<Table> output) {
+SizedRows with_inputs(SizedRows rows, std::optional<Table> mask, std::optional<Triple> bias,
+                      std::optional<Table> prompt, std::optional<Table> output) {
   rows.bitmask = bitmask(mask);
   rows.bias = bias_entries(bias);
   rows.prompt = token_ids(prompt);
@@ -119,10 +120,10 @@ class Saved {
   int64_t rows_;
 };
 
-int64_t run(const Slots& rows, Address logits, int64_t stride, int64_t batch_size, int32_t vocab,
-            int32_t dtype, Address status, Address tokens, int32_t num_samples, bool restore,
-            int threads, Address filtered, Address probabilities, Address logprobs, Address ranks,
-            Address top_ids, Address top_logprobs, int32_t num_top, int32_t mode) {
+int64_t run(const SizedRows& rows, Address logits, int64_t stride, int64_t batch_size,
+            int32_t vocab, int32_t dtype, Address status, Address tokens, int32_t num_samples,
+            bool restore, int threads, Address filtered, Address probabilities, Address logprobs,
+            Address ranks, Address top_ids, Address top_logprobs, int32_t num_top, int32_t mode) {
   // Such as the address of a fake tensor, one that was made while torch pretends.
   if (batch_size &&
       (!logits || !status || !rows.params.data || !rows.seeds.data || !rows.offsets.data)) {
@@ -154,8 +155,8 @@ int64_t run(const Slots& rows, Address logits, int64_t stride, int64_t batch_siz
   return invalid;
 }
 
-// The usual call, in half the time: each argument takes some.
-int64_t run_tokens(const Slots& rows, Address logits, int64_t stride, int64_t batch_size,
+// The usual call, apart because each argument takes Python some time.
+int64_t run_tokens(const SizedRows& rows, Address logits, int64_t stride, int64_t batch_size,
                    int32_t vocab, int32_t dtype, Address status, Address tokens,
                    int32_t num_samples, bool restore, int threads) {
   return run(rows, logits, stride, batch_size, vocab, dtype, status, tokens, num_samples, restore,
@@ -163,7 +164,7 @@ int64_t run_tokens(const Slots& rows, Address logits, int64_t stride, int64_t ba
 }
 
 // The next step of every sequence. Python hands over offsets that it owns.
-void advance(const Slots& rows) {
+void advance(const SizedRows& rows) {
   int64_t* offsets = const_cast<int64_t*>(rows.offsets.data);
   for (int64_t r = 0; r < rows.num_offsets; ++r) offsets[r] = (int64_t)((uint64_t)offsets[r] + 1);
 }
@@ -185,8 +186,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
-  py::class_<fs::Slots>(m, "Rows", py::module_local())
-      .def(py::init(&fs::make_slots))
+  py::class_<fs::SizedRows>(m, "Rows", py::module_local())
+      .def(py::init(&fs::make_rows))
       .def("with_inputs", &fs::with_inputs, "A copy with bitmask, bias, prompt and output ids.");
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
   m.def("run_tokens", &fs::run_tokens, "The same where nothing but tokens is wanted.");

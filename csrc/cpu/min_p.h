@@ -41,7 +41,7 @@ struct Candidates {
   // A block.
   FS_MEMBER void see(const T* x) {
     if constexpr (sizeof(Value) < sizeof(float)) {
-      float* to = next;
+      float* to = next;  // to the compiler a store of values might change a member
       for (int i = 0; i < kBlock; i += 2 * kLanes) {
         to += copy_pairs(to, load_as<vs>(x + i), edge);
       }
@@ -68,7 +68,7 @@ struct Candidates {
   }
 };
 
-// Whether a group has a token that is not below x.
+// Whether a group has a token that is not below x; behind the row's last block stands -inf.
 template <class T>
 FS_INLINE bool reaches(const Dense<T>& d, int g, float x) {
   Mask blocks = from_bits(0);
