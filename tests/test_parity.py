@@ -345,23 +345,6 @@ def test_min_p_that_ends_beside_zero_in_16_bits(dtype: torch.dtype, variant: str
     assert torch.equal(got.tokens, want.tokens)
 
 
-@pytest.fixture
-def few_ports(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Float16 converted as on a CPU with two vector ports, or as on one with more, while the test runs."""
-    before = native().few_ports()
-    native().force_few_ports(request.param)
-    yield
-    native().force_few_ports(before)
-
-
-@pytest.mark.usefixtures("few_ports")
-@pytest.mark.parametrize("few_ports", [False, True], indirect=True)
-@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "f16" and case.vocab > 300], ids=str)
-def test_float16_before_its_masses_or_amid_them(case: Case, variant: str) -> None:
-    """A machine takes one of these ways by itself."""
-    test_engine_equals_reference(case, variant)
-
-
 @HALVES
 @pytest.mark.parametrize("temperature", [1e-2, 0.8, 30.0])
 @pytest.mark.parametrize("offset", [0.0, -60.0, 60.0])

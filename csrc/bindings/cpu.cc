@@ -198,7 +198,4 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("isas", &fs::isas, "Instruction sets that this CPU can run, best first.");
   m.def("force_isa", &fs::force_isa,
         "Use this instruction set from now on; ValueError where it cannot run here.");
-  m.def("few_ports", &fs::few_ports,
-        "Whether float16 is converted before its masses, as is best with two vector ports.");
-  m.def("force_few_ports", &fs::force_few_ports, "Convert it so from now on, or amid its masses.");
 }

@@ -82,19 +82,6 @@ const Kernel& find_kernel(const std::string& name, const char* what) {
 
 std::atomic<const Kernel*> chosen{nullptr};
 
-bool find_few_ports() {
-#if defined(__x86_64__)
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
-std::atomic<bool>& ports_are_few() {
-  static std::atomic<bool> few{find_few_ports()};
-  return few;
-}
-
 // Scratch that grows to the largest batch seen and is then reused. It begins at a page: where few
 // values are copied, vectors are stored to the same place again and again, which takes many times
 // as long across two pages.
@@ -138,8 +125,7 @@ struct Scratch {
                      spare.at_least(tokens),
                      list_x.at_least(tokens),
                      list_id.at_least(tokens),
-                     nullptr,
-                     few_ports()};
+                     nullptr};
   }
 };
 
@@ -230,10 +216,6 @@ std::vector<std::string> isas() {
 void force_isa(const std::string& name) {
   chosen.store(&find_kernel(name, "isa"), std::memory_order_release);
 }
-
-bool few_ports() { return ports_are_few().load(std::memory_order_relaxed); }
-
-void force_few_ports(bool few) { ports_are_few().store(few, std::memory_order_relaxed); }
 
 int64_t sample_batch(const Batch& batch, int threads) {
   const Kernel& k = kernel();

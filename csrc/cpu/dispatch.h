@@ -21,11 +21,6 @@ std::vector<std::string> isas();
 // Throws std::invalid_argument where the name is none of isas().
 void force_isa(const std::string& name);
 
-// Whether this CPU has two ports for vectors of 512 bits, which convert float16 faster in a pass of
-// its own before the masses, or more, which do so amid them; tests force either.
-bool few_ports();
-void force_few_ports(bool few);
-
 // Samples every row, spread over at most `threads` threads; returns the number of invalid rows.
 int64_t sample_batch(const Batch& batch, int threads);
 

@@ -103,17 +103,9 @@ FS_INLINE const float* unpack(const T* x, int n, float* buffer) {
   return buffer;
 }
 
-// When that is done: amid that arithmetic, before it, or as is best with the ports of this CPU.
-enum Unpacking { kAmid, kBefore, kEither };
-
+// Whether that is done before the arithmetic, not amid it.
 template <class T>
-constexpr Unpacking unpacking() {
-  if (sizeof(T) == sizeof(float)) return kAmid;
-#if defined(FASTSAMPLE_ISA_avx512)
-  if (std::is_same_v<T, Half>) return kEither;
-#endif
-  return kCompresses ? kAmid : kBefore;
-}
+constexpr bool kUnpacksBefore = sizeof(T) < sizeof(float) && !kCompresses;
 
 // The values of blocks begin to end - 1, one behind the other.
 template <class T>
@@ -127,17 +119,15 @@ Run(int, int, const T*) -> Run<T>;
 // f(run, how near its values are) for the blocks of group g for which want(b) holds: for all at
 // once where nothing changes them.
 template <class T, class Want, class F>
-FS_INLINE void each_run(const Dense<T>& d, int g, const Workspace& ws, Want want, F f) {
+FS_INLINE void each_run(const Dense<T>& d, int g, Want want, F f) {
   const int begin = g * kGroup, end = group_end(d, g);
   alignas(FASTSAMPLE_VECTOR_BYTES) float buffer[kGroup * kBlock];
   const auto pass = [&](int from, int to, const auto* x, auto near) __attribute__((always_inline)) {
-    constexpr Unpacking when = unpacking<std::decay_t<decltype(*x)>>();
-    if constexpr (when != kAmid) {
-      if (when == kBefore || ws.few_ports) {
-        return f(Run{from, to, unpack(x, (to - from) * kBlock, buffer)}, near);
-      }
+    if constexpr (kUnpacksBefore<std::decay_t<decltype(*x)>>) {
+      f(Run{from, to, unpack(x, (to - from) * kBlock, buffer)}, near);
+    } else {
+      f(Run{from, to, x}, near);
     }
-    if constexpr (when != kBefore) f(Run{from, to, x}, near);
   };
   bool whole = true;
   for (int b = begin; b < end; ++b) whole = whole && want(b) && is_clean(d.row, b);
@@ -154,7 +144,7 @@ FS_INLINE void each_run(const Dense<T>& d, int g, const Workspace& ws, Want want
   }
 }
 template <class Want, class F>
-FS_INLINE void each_run(const List& l, int g, const Workspace&, Want, F f) {
+FS_INLINE void each_run(const List& l, int g, Want, F f) {
   f(Run{g * kGroup, group_end(l, g), l.x + g * kGroup * kBlock}, Anywhere());
 }
 
@@ -288,7 +278,7 @@ uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const
     MassSum sum;
     if (all) {
       const auto has_mass = [&](int b) { return upper_bound(d, b) >= lowest; };
-      each_run(d, g, ws, has_mass, [&](auto run, auto near) {
+      each_run(d, g, has_mass, [&](auto run, auto near) {
         for (int b = run.begin; b < run.end; ++b) {
           fetch_ahead(d, b, ws);
           add_whole(weight, run.x + (b - run.begin) * kBlock, near, sum);

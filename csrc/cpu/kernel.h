@@ -32,7 +32,6 @@ struct Workspace {
   float* list_x;         // [V + kPad]
   int32_t* list_id;      // [V + kPad]
   const void* ahead;     // the row that this thread probably takes next, or null
-  bool few_ports;        // see dispatch.h
 };
 
 // One per ISA: the only global symbol of its translation unit.

@@ -51,7 +51,7 @@ Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Work
   for (int g = 0; g < groups(d); ++g) {
     ws.segment[g] = s.middle.n;
     MassSum all, rest, low;
-    each_run(d, g, ws, has_mass, [&](auto run, auto near) {
+    each_run(d, g, has_mass, [&](auto run, auto near) {
       // Of its own: to the compiler a store of values might change whatever is not.
       const Weighing own_weight = weight;
       const Bracket own = bracket;
