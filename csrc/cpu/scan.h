@@ -42,6 +42,7 @@ struct Held {
 struct Sound {
   Held floats;       // lanes that had no NaN
   bool nan = false;  // among 16-bit values
+  bool below_zero = false;  // whether a block of them had none from zero up
   int16_t edge;      // the bits of what bounds the magnitudes of 16-bit values
 
   FS_MEMBER explicit Sound(int16_t bound = 0) : edge(bound) {}
@@ -72,33 +73,44 @@ FS_INLINE float block_peak(const float* x, Sound& sound, Watch& watch) {
 }
 
 // Whether a block's 16-bit floats all lie within +-edge; `highest` gets the bits of their highest:
-// of the highest number, or where all are negative of the lowest. As unsigned numbers, only the
-// bits of what lies below -edge, or of negative NaNs, are above its own.
-template <class T>
+// of the highest number, or where all are negative of the lowest, if kBelowZero, else any negative
+// one. As unsigned numbers, only the bits of what lies below -edge, or of negative NaNs, are above
+// its own.
+template <bool kBelowZero, class T>
 FS_INLINE bool highest_within(const T* x, int16_t edge, int16_t* highest) {
   constexpr int16_t kTurn = ~kSign;  // makes negative floats rise as numbers, too, and back
   vs high = load_as<vs>(x), low = high;
   AtMost within = {(int16_t)(edge | kSign)};
-  // Both at once: a branch on the sign would be guessed wrongly where it changes from block to
-  // block.
   for (int i = 0; i < kBlock; i += 2 * kLanes) {
     const vs v = load_as<vs>(x + i);
     high = max(high, v);
-    low = min(low, v);
+    if (kBelowZero) low = min(low, v);
     within.test(v);
   }
-  const int16_t best = reduce_max(high < 0 ? low ^ kTurn : high);
-  *highest = best < 0 ? (int16_t)(best ^ kTurn) : best;
+  if (kBelowZero) high = high < 0 ? low ^ kTurn : high;
+  const int16_t best = reduce_max(high);
+  *highest = kBelowZero && best < 0 ? (int16_t)(best ^ kTurn) : best;
   return within.all() && best <= edge;
 }
 
-// The bits of the highest of a block's 16-bit floats.
+// The bits of the highest of a block's 16-bit floats. The lowest numbers are looked for from the
+// row's first block without a zero or more on: a branch for each block would be guessed wrongly
+// where the sign changes from block to block.
 template <class T>
 FS_INLINE int16_t highest(const T* x, Sound& sound) {
   int16_t bits;
-  if (!highest_within(x, sound.edge, &bits)) {
+  const auto look = [&] {
+    return sound.below_zero ? highest_within<true>(x, sound.edge, &bits)
+                            : highest_within<false>(x, sound.edge, &bits);
+  };
+  bool within = look();
+  if (bits < 0 && !sound.below_zero) {
+    sound.below_zero = true;
+    within = look();
+  }
+  if (!within) {
     sound.edge = T::kInfinity;
-    sound.nan |= !highest_within(x, sound.edge, &bits);
+    sound.nan |= !look();
   }
   return bits;
 }
