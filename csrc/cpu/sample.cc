@@ -224,8 +224,9 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   const uint64_t floor = is_greedy(p) ? 0 : min_p_threshold(p.min_p);
   const bool min_p = min_p_alone(p, row.vocab) && !changes;
   const float bound = near_bound(scale);
-  Peak peak = min_p ? scan(row, ws.block_max, bound,
-                           Candidates<T>{Reach(scale, floor), ws.values, ws.segment})
+  const bool watch = min_p && sizeof(T) == sizeof(float);
+  Peak peak = watch ? scan(row, ws.block_max, bound,
+                           Watcher{Reach(scale, floor), {ws.values, ws.segment}})
                     : scan(row, ws.block_max, bound, Nothing());
   if (changes) apply_changes(p, changes, ws, &row, &peak);
   const Status status = status_of(peak);

@@ -17,9 +17,6 @@ constexpr int kStreams = 4;  // vectors that the streaming pass looks at side by
 // Watches nothing of the streaming pass.
 struct Nothing {
   FS_MEMBER void see(const vf (&)[kStreams]) {}
-  template <class T>
-  FS_MEMBER void see(const T*) {}
-  FS_MEMBER bool wants(float) const { return false; }
   FS_MEMBER void end(int, float) {}
 };
 
@@ -115,13 +112,10 @@ FS_INLINE int16_t highest(const T* x, Sound& sound) {
   return bits;
 }
 
-// The same of 16-bit values, twice as many at a time. Who watches is shown only blocks whose
-// maximum is of interest.
+// The same of 16-bit values, twice as many at a time, which nobody watches.
 template <class T, class Watch>
-FS_INLINE float block_peak(const T* x, Sound& sound, Watch& watch) {
-  const float peak = upcast(T{(uint16_t)highest(x, sound)});
-  if (watch.wants(peak)) watch.see(x);
-  return peak;
+FS_INLINE float block_peak(const T* x, Sound& sound, Watch&) {
+  return upcast(T{(uint16_t)highest(x, sound)});
 }
 
 template <class T>
