@@ -14,86 +14,62 @@ FS_INLINE bool min_p_alone(const RowParams& p, int32_t vocab) {
   return min_p_threshold(p.min_p) && !is_greedy(p) && !uses_top_k(p, vocab) && !uses_top_p(p);
 }
 
-// Candidates as they are copied, one group's behind the other's, in no order within a group: 16-bit
-// ones in pairs of which either is a candidate.
+// What is copied of a row: 16-bit values in pairs of which either is a candidate.
 template <class T>
 struct Candidates {
   typedef std::conditional_t<kCompresses, T, float> Value;
   typedef std::conditional_t<sizeof(Value) < sizeof(float), AtLeast<Value>, float> Edge;
 
-  float* values;     // as Values
-  int32_t* segment;  // group g's candidates begin at Value segment[g]
-  float* next = values;
-
-  FS_MEMBER void add(const vf (&v)[kStreams], Edge edge) {
-    if constexpr (sizeof(Value) < sizeof(float)) {
-      for (int u = 0; u < kStreams; u += 2) {
-        next += copy_pairs(next, bits_of_pair(Value{}, v[u], v[u + 1]), edge);
-      }
-    } else {
-      next = append_at_least(next, v, splat(edge));
-    }
-  }
-
-  // Those of a block.
-  template <class U>
-  FS_MEMBER void add_block(const U* x, Edge edge) {
-    if constexpr (sizeof(U) < sizeof(float) && kCompresses) {
-      float* to = next;  // to the compiler a store of values might change a member
-      for (int i = 0; i < kBlock; i += 2 * kLanes) {
-        to += copy_pairs(to, load_as<vs>(x + i), edge);
-      }
-      next = to;
-    } else {
-      for (int i = 0; i < kBlock; i += kStreams * kLanes) {
-        vf v[kStreams];
-        for (int u = 0; u < kStreams; u += 2) load_pair(x + i + u * kLanes, v[u], v[u + 1]);
-        add(v, edge);
-      }
-    }
-  }
-
-  FS_MEMBER void end_block(int b) {
-    segment[b / kGroup + 1] = (int32_t)((next - values) * (sizeof(float) / sizeof(Value)));
-  }
+  const Value* x;
+  int n;
 };
 
-// Watches the streaming pass over float32 values and copies what is a candidate so far.
+FS_INLINE float* copy_candidates(float* to, const vf (&v)[kStreams], float edge) {
+  return append_at_least(to, v, splat(edge));
+}
+
+template <class T>
+FS_INLINE float* copy_candidates(float* to, const vf (&v)[kStreams], AtLeast<T> edge) {
+  for (int u = 0; u < kStreams; u += 2) {
+    to += copy_pairs(to, bits_of_pair(T{}, v[u], v[u + 1]), edge);
+  }
+  return to;
+}
+
+// Those of a block; returns their end.
+template <class T, class Edge>
+FS_INLINE float* copy_block(float* to, const T* x, Edge edge) {
+  if constexpr (sizeof(T) < sizeof(float) && kCompresses) {
+    for (int i = 0; i < kBlock; i += 2 * kLanes) to += copy_pairs(to, load_as<vs>(x + i), edge);
+  } else {
+    for (int i = 0; i < kBlock; i += kStreams * kLanes) {
+      vf v[kStreams];
+      for (int u = 0; u < kStreams; u += 2) load_pair(x + i + u * kLanes, v[u], v[u + 1]);
+      to = copy_candidates(to, v, edge);
+    }
+  }
+  return to;
+}
+
+// Watches the streaming pass over float32 values and copies what is a candidate so far, in no order
+// within a group.
 struct Watcher {
   Reach reach;
-  Candidates<float> found;
+  float* values;
+  int32_t* segment;  // group g's candidates begin at values[segment[g]]
+  float* next = values;
   float max = -INFINITY, lowest = -FLT_MAX;
 
-  FS_MEMBER void see(const vf (&v)[kStreams]) { found.add(v, lowest); }
+  FS_MEMBER void see(const vf (&v)[kStreams]) { next = copy_candidates(next, v, lowest); }
   FS_MEMBER void end(int b, float block_max) {
     if (block_max > max) {
       max = block_max;
       lowest = reach.below(max);
       if (!(lowest >= -FLT_MAX)) lowest = -FLT_MAX;
     }
-    found.end_block(b);
+    segment[b / kGroup + 1] = (int32_t)(next - values);
   }
 };
-
-// The same for 16-bit values once the maximum is known: most blocks of theirs need no second look,
-// and the first costs half as much.
-template <class T>
-void find_candidates(const Dense<T>& d, float lowest, const Workspace& ws) {
-  Candidates<T> found = {ws.values, ws.segment};
-  const auto edge = typename Candidates<T>::Edge(lowest);
-  float buffer[kBlock];
-  for (int b = 0; b < blocks(d); ++b) {
-    if (upper_bound(d, b) >= lowest) {
-      fetch_ahead(d, b, ws);
-      if (is_clean(d.row, b)) {
-        found.add_block(d.row.logits + b * kBlock, edge);
-      } else {
-        found.add_block(values(d, b, buffer), edge);
-      }
-    }
-    found.end_block(b);
-  }
-}
 
 // Whether a group has a token that is not below x; behind the row's last block stands -inf.
 template <class T>
@@ -106,22 +82,57 @@ FS_INLINE bool reaches(const Dense<T>& d, int g, float x) {
   return any(blocks);
 }
 
+// A group's candidates among 16-bit values, copied to `to` once the maximum is known: most blocks
+// need no second look, and the first costs half as much.
+template <class T>
+FS_INLINE Candidates<T> pick(const Dense<T>& d, int g, typename Candidates<T>::Edge edge,
+                             float lowest, float* to, const Workspace& ws) {
+  typedef typename Candidates<T>::Value Value;
+  float buffer[kBlock];
+  float* next = to;
+  for (int b = g * kGroup; b < group_end(d, g); ++b) {
+    if (!(upper_bound(d, b) >= lowest)) continue;
+    constexpr int kSoon = 8;
+    fetch_ahead(d, b, ws);
+    const T* x = d.row.logits + b * kBlock;
+    prefetch_block(x + kSoon * kBlock);
+    next = is_clean(d.row, b) ? copy_block(next, x, edge)
+                              : copy_block(next, values(d, b, buffer), edge);
+  }
+  return {(const Value*)to, (int)((next - to) * (sizeof(float) / sizeof(Value)))};
+}
+
 // Mass of every group's kept tokens.
 template <class T>
 Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspace& ws) {
   const Weighing weight = {weigher, 1.0f};
   const float lowest = weight.lowest();
   Found kept = {kKeepAlive, 0};
-  if (sizeof(T) < sizeof(float)) find_candidates(d, lowest, ws);
-  ws.segment[0] = 0;
-  for (int g = 0; g < groups(d); ++g) {
-    const auto* x = (const typename Candidates<T>::Value*)ws.values + ws.segment[g];
-    const int n = reaches(d, g, lowest) ? ws.segment[g + 1] - ws.segment[g] : 0;
+  const auto weigh = [&](int g, Candidates<T> c) {
     // Rows of equal values, of which min-p keeps all, would stand out by their time.
-    ws.group_mass[g] = n && all_equal(x, n)
-                           ? (uint64_t)n * weight.one(upcast(*x))
-                           : weigh_some(weight, x, n, [](vf) { return from_bits(kAllLanes); });
+    ws.group_mass[g] = c.n && all_equal(c.x, c.n)
+                           ? (uint64_t)c.n * weight.one(upcast(*c.x))
+                           : weigh_some(weight, c.x, c.n, [](vf) { return from_bits(kAllLanes); });
     kept.total += ws.group_mass[g];
+  };
+  if constexpr (sizeof(T) == sizeof(float)) {
+    ws.segment[0] = 0;
+    for (int g = 0; g < groups(d); ++g) {
+      const int begin = ws.segment[g], n = ws.segment[g + 1] - begin;
+      weigh(g, {ws.values + begin, reaches(d, g, lowest) ? n : 0});
+    }
+  } else {
+    // One group behind the next: values just stored have to wait until they can be loaded.
+    const auto edge = typename Candidates<T>::Edge(lowest);
+    Candidates<T> last = {nullptr, 0};
+    for (int g = 0; g < groups(d); ++g) {
+      float* to = g % 2 ? ws.spare : ws.values;
+      const Candidates<T> next =
+          reaches(d, g, lowest) ? pick(d, g, edge, lowest, to, ws) : Candidates<T>{nullptr, 0};
+      if (g) weigh(g - 1, last);
+      last = next;
+    }
+    weigh(groups(d) - 1, last);
   }
   return kept;
 }

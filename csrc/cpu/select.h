@@ -160,7 +160,14 @@ FS_INLINE bool all_equal(const T* x, int n) {
   constexpr int kStep = FASTSAMPLE_VECTOR_BYTES / (int)sizeof(T);
   const vi one = splat(load_as<int32_t>(x));
   if (sizeof(T) < sizeof(float) && one[0] >> 16 != (int16_t)one[0]) return false;
-  for (int i = 0; i < n; i += kStep) {
+  constexpr int kAtOnce = 4;
+  int i = 0;
+  for (; i + kAtOnce * kStep <= n; i += kAtOnce * kStep) {
+    vi other = {};
+    FS_EACH(kAtOnce) other |= load_as<vi>(x + i + u * kStep) ^ one;
+    if (any(nonzero(other))) return false;
+  }
+  for (; i < n; i += kStep) {
     const Mask other = nonzero(load_as<vi>(x + i) ^ one);
     if (any(both(first((n - i) * kLanes / kStep), other))) return false;
   }
