@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -256,12 +256,22 @@ def test_mass_that_a_sample_of_the_row_misses(fields: dict[str, Any]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("step", [0.0, 0.25], ids=["distinct", "ties"])
-def test_a_sample_of_the_row_that_misleads(fields: dict[str, Any], step: float, variant: str) -> None:
-    """The blocks from which the CPU engine estimates a cutoff (csrc/cpu/estimate.h) are higher or lower than others."""
-    blocks = 235  # of 256 tokens
-    seen = torch.tensor([(2 * s + 1) * blocks // 128 for s in range(64)])
+@pytest.mark.parametrize("where", ["blocks", "places"])
+def test_a_sample_of_the_row_that_misleads(fields: dict[str, Any], step: float, where: str, variant: str) -> None:
+    """What the CPU engine estimates a cutoff from (csrc/cpu/estimate.h) is higher or lower than the rest.
+
+    For top-p it looks into some blocks, for top-k at some places of every block.
+    """
+    blocks, runs = 235, 2  # of 256 tokens; of 4 in each block
+    seen = torch.zeros(blocks, 256, dtype=torch.bool)
+    if where == "blocks":
+        seen[[(2 * s + 1) * blocks // 128 for s in range(64)]] = True
+    else:
+        for s, run in itertools.product(range(blocks), range(runs)):
+            place = (29 * s + 23 * run) % 64 * 4
+            seen[s, place : place + 4] = True
     rows = torch.randn(4, blocks, 256, generator=torch.Generator().manual_seed(4))
-    rows[:, seen] += torch.tensor([2.0, -2.0, 8.0, -8.0]).reshape(4, 1, 1)
+    rows += seen * torch.tensor([2.0, -2.0, 8.0, -8.0]).reshape(4, 1, 1)
     rows = (rows / step).round() * step if step else rows
     rows = rows.reshape(4, -1)
     got, want = (fs.sample(rows, backend=name, seed=3, num_samples=8, **fields) for name in (variant, "reference"))

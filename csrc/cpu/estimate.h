@@ -21,22 +21,22 @@ struct Sample {
   double each;  // how many tokens a value stands for
 };
 
-// Some values of a domain, evenly spread.
-template <class Domain>
-void take_sample(const Domain& d, Sample* to) {
-  constexpr int kRun = 16, kRuns = 2;  // of each sampled block
-  const int most = kSample / (kRun * kRuns), sampled = blocks(d) < most ? blocks(d) : most;
-  to->n = 0;
-  for (int s = 0; s < sampled; ++s) {
-    const int b = (int)((2 * (int64_t)s + 1) * blocks(d) / (2 * sampled));
-    with_values(d, b, [&](const auto* x, auto) {
-      for (int run = 0; run < kRuns; ++run) {
-        const auto* from = x + (run * 8 + s * (2 * run + 1) % 8) * kRun;
-        for (int i = 0; i < kRun; i += kLanes) store(to->x + to->n + i, load(from + i));
-        to->n += kRun;
-      }
-    });
+// Some values of a domain, evenly spread: from as many blocks as there can be, kRun of each at a
+// time.
+template <int kRun, class Domain>
+void take_sample(const Domain& domain, Sample* to) {
+  constexpr int kRuns = kSample / kRun, kPlaces = kBlock / kRun;
+  const Domain d = domain;  // of its own: to the compiler a store might change whatever is not
+  const int sampled = blocks(d) < kRuns ? blocks(d) : kRuns, runs = kRuns / sampled;
+  const double step = (double)blocks(d) / sampled;
+  float* next = to->x;
+  for (int run = 0; run < runs; ++run) {
+    for (int s = 0; s < sampled; ++s, next += kRun) {
+      const int place = (29 * s + 23 * run) % kPlaces;  // each of a block once
+      copy_run<kRun>(d, (int)((s + 0.5) * step), place * kRun, next);
+    }
   }
+  to->n = runs * sampled * kRun;
   to->each = (double)blocks(d) * kBlock / to->n;
 }
 
@@ -138,7 +138,7 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   const Span none = {ws.spare, 0, INFINITY, -INFINITY};
   Span heads = Weight::kHeavyHeads ? take_heads(d, ws.spare) : none;
   Sample body;
-  take_sample(d, &body);
+  take_sample<Weight::kSampleRun>(d, &body);
   // Where few tokens lie above a value that the boundary cannot lie below, there is nothing to
   // estimate.
   const float certain = weight.certain_low((double)weight_above(weight, heads, -INFINITY),

@@ -46,6 +46,14 @@ FS_INLINE bool has_edits(const Row<T>& row, int b) {
   return row.edits && row.edit_start[b] != row.edit_start[b + 1];
 }
 
+// f(edit) for those of a block, of which a token's last one counts.
+template <class T, class F>
+FS_INLINE void each_edit(const Row<T>& row, int b, F f) {
+  if (!row.edits) return;
+  const Edit* end = row.edits + row.edit_start[b + 1];
+  for (const Edit* e = row.edits + row.edit_start[b]; e < end; ++e) f(*e);
+}
+
 // The words of a block's bitmask combined: all ones in `every` where all is allowed, 0 in `some`
 // where nothing is.
 struct MaskSummary {
@@ -123,9 +131,7 @@ const float* block(const Row<T>& row, int b, float* buffer) {
   upcast(row, begin, mask.some ? n : 0,
          buffer);  // a block that the grammar rules out is not even read
   if (mask.some && mask.every != ~0u) apply_bitmask(row, b, buffer);
-  if (!row.edits) return buffer;
-  const Edit* end = row.edits + row.edit_start[b + 1];
-  for (const Edit* e = row.edits + row.edit_start[b]; e < end; ++e) buffer[e->id % kBlock] = e->x;
+  each_edit(row, b, [&](const Edit& e) { buffer[e.id % kBlock] = e.x; });
   return buffer;
 }
 

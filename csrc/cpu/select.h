@@ -16,6 +16,7 @@ struct Counting {
     vu lanes = {};
   };
   static constexpr bool kHeavyHeads = false;  // whether a few tokens can be most of the weight
+  static constexpr int kSampleRun = 4;
 
   template <int N>
   FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where, bool) const {
@@ -42,6 +43,7 @@ struct Weighing {
 
   typedef MassSum Sum;
   static constexpr bool kHeavyHeads = true;
+  static constexpr int kSampleRun = 32;
 
   template <int N>
   FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where, bool near) const {

@@ -37,16 +37,22 @@ TopK top_k(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
   const auto until = [&](float x, int32_t id) {
     return Cutoff{x, ties == kTiesAll ? INT32_MAX : id};
   };
-  const Bracket bracket = top_k_bracket(d, k, ws);
-  const Cutoff above_low = {nextafterf(bracket.low, INFINITY), INT32_MAX};
-  List list = gather(d, above_low, ws.list_x, ws.list_id);
-  if (list.n < k) {
-    // Tokens at the bound complete them, or what lies below a wrong estimate, or there are no more.
-    const int32_t last =
-        bracket.low < -FLT_MAX ? INT32_MAX : nth_equal(d, bracket.low, (uint64_t)(k - list.n));
-    const Cutoff cut = last == INT32_MAX ? kKeepAlive : until(bracket.low, last);
-    list = gather(d, cut, ws.list_x, ws.list_id);
-    if (last != INT32_MAX || list.n <= k) return TopK{list, cut};
+  const auto above = [&](float x) {
+    return gather(d, Cutoff{nextafterf(x, INFINITY), INT32_MAX}, ws.list_x, ws.list_id);
+  };
+  Bracket bracket = top_k_bracket(d, k, ws);
+  List list = above(bracket.low);
+  for (uint64_t wider = (uint64_t)k; list.n < k;) {
+    if (bracket.low < -FLT_MAX) return TopK{list, kKeepAlive};  // there are no more
+    // Tokens at the bound complete them, or what lies below a wrong estimate.
+    const int32_t last = nth_equal(d, bracket.low, (uint64_t)(k - list.n));
+    if (last != INT32_MAX) {
+      const Cutoff cut = until(bracket.low, last);
+      return TopK{gather(d, cut, ws.list_x, ws.list_id), cut};
+    }
+    wider *= 8;
+    bracket = Bracket{find_bracket(Counting{wider}, d, ws).low, INFINITY};
+    list = above(bracket.low);
   }
   Span middle = filter(list.x, list.n, ws.values, [&](vf v) { return gt(splat(bracket.high), v); });
   if (list.n - middle.n >= k) middle = copy(list.x, list.n, ws.values);  // above a wrong estimate
