@@ -37,10 +37,10 @@ struct Held {
 
 // What the streaming pass has met besides maxima.
 struct Sound {
-  Held floats;       // lanes that had no NaN
-  bool nan = false;  // among 16-bit values
+  Held floats;              // lanes that had no NaN
+  bool nan = false;         // among 16-bit values
   bool below_zero = false;  // whether a block of them had none from zero up
-  int16_t edge;      // the bits of what bounds the magnitudes of 16-bit values
+  int16_t edge;             // the bits of what bounds the magnitudes of 16-bit values
 
   FS_MEMBER explicit Sound(int16_t bound = 0) : edge(bound) {}
   FS_MEMBER void test(int i, vf a, vf b) { floats[i] = ordered_where(floats[i], a, b); }
