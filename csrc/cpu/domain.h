@@ -233,31 +233,30 @@ FS_INLINE List list_of(float* x, int32_t* id, int n) {
 // The tokens a cutoff keeps, in id order.
 template <class Domain>
 List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
-  float buffer[kBlock];
   int n = 0;
   for (int b = 0; b < blocks(d); ++b) {
     if (!may_keep(d, b, cut)) continue;
-    const float* v = values(d, b, buffer);
-    const BlockBits set =
-        cut.id == INT32_MAX
-            ? block_bits(v, [&](vf value, int) { return ge(value, splat(cut.x)); })
-            : block_bits(v, [&](vf value, int i) { return keeps(cut, value, ids(d, b, i)); });
-    each_set(
-        set, &n,
-        [&](int to,
-            const int (&at)[kGuess]) {  // x and id may be the domain's own: read, then write
-          float value[kGuess];
-          int32_t token[kGuess];
-          FS_EACH(kGuess) value[u] = v[at[u]];
-          FS_EACH(kGuess) token[u] = id_at(d, b, at[u]);
-          memcpy(x + to, value, sizeof value);
-          memcpy(id + to, token, sizeof token);
-        },
-        [&](int to, int i, Mask m) {
-          const vf value = load(v + i);
-          compress_store(id + to, ids(d, b, i), m);
-          compress_store(x + to, value, m);
-        });
+    with_values(d, b, [&](const auto* v, auto) __attribute__((always_inline)) {
+      const BlockBits set =
+          cut.id == INT32_MAX
+              ? bits_at_least(v, cut.x)
+              : block_bits(v, [&](vf value, int i) { return keeps(cut, value, ids(d, b, i)); });
+      each_set(
+          set, &n,
+          [&](int to,
+              const int (&at)[kGuess]) {  // x and id may be the domain's own: read, then write
+            const Four value = values_at(v, at);
+            int32_t token[kGuess];
+            FS_EACH(kGuess) token[u] = id_at(d, b, at[u]);
+            memcpy(x + to, &value, sizeof value);
+            memcpy(id + to, token, sizeof token);
+          },
+          [&](int to, int i, Mask m) {
+            const vf value = load(v + i);
+            compress_store(id + to, ids(d, b, i), m);
+            compress_store(x + to, value, m);
+          });
+    });
   }
   return list_of(x, id, n);
 }

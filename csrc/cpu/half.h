@@ -92,6 +92,20 @@ FS_INLINE float upcast(Half x) {
 #endif
 }
 
+// The values at four places.
+typedef float Four __attribute__((vector_size(16)));
+template <class T>
+FS_INLINE Four values_at(const T* x, const int (&at)[4]) {
+  return Four{upcast(x[at[0]]), upcast(x[at[1]]), upcast(x[at[2]]), upcast(x[at[3]])};
+}
+#if defined(FASTSAMPLE_ISA_avx512) || defined(FASTSAMPLE_ISA_avx2)
+FS_INLINE Four values_at(const Half* x, const int (&at)[4]) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 4; ++i) bits |= (uint64_t)x[at[i]].bits << 16 * i;
+  return (Four)_mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)bits));
+}
+#endif
+
 FS_INLINE vs max(vs a, vs b) {
 #if defined(FASTSAMPLE_ISA_avx512)
   return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b);
@@ -191,11 +205,36 @@ template <class T>
 struct AtLeast {
   uint16_t base, size;
 
-  FS_MEMBER explicit AtLeast(float x) {
-    const uint16_t low = bits_beside(T{}, x), negative = 0x8000;
+  FS_MEMBER explicit AtLeast(float x) : AtLeast(bits_beside(T{}, x)) {}
+  FS_MEMBER explicit AtLeast(uint16_t low) {
+    const uint16_t negative = 0x8000;
     const bool above_zero = low && low < negative;  // -0 is not below +0
     base = above_zero ? low : 0;
     size = (uint16_t)(above_zero ? negative - low : (low ? low : negative) + 1);
+  }
+
+  // Without the next below x.
+  static FS_MEMBER AtLeast exactly(float x) {
+    const uint16_t low = bits_beside(T{}, x);
+    const bool below = upcast(T{low}) < x;
+    return AtLeast((uint16_t)(low + (low & 0x8000 ? -below : below)));
+  }
+
+  // A bit for each of 32 values.
+  FS_MEMBER uint32_t among(const T* x) const {
+    const int16_t low = (int16_t)base, last = (int16_t)(size - 1);
+#if defined(FASTSAMPLE_ISA_avx512)
+    const vs place = load_as<vs>(x) - low;
+    return _mm512_cmple_epu16_mask((__m512i)place, _mm512_set1_epi16(last));
+#else
+    const auto beyond = [&](vs place) __attribute__((always_inline)) {
+      return _mm256_subs_epu16((__m256i)place, _mm256_set1_epi16(last));
+    };
+    const __m256i a = beyond(load_as<vs>(x) - low), b = beyond(load_as<vs>(x + 2 * kLanes) - low);
+    const vs in_a = (vs)a == 0, in_b = (vs)b == 0;
+    const __m256i both = _mm256_packs_epi16((__m256i)in_a, (__m256i)in_b);
+    return (uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(both, 0xd8));
+#endif
   }
 
   // Of two neighbours either.

@@ -81,13 +81,28 @@ struct BlockBits {
   FS_MEMBER void set(int i, Mask m) { word[i / 64] |= (uint64_t)bits(m) << (i % 64); }
 };
 
-template <class Keep>
-FS_INLINE BlockBits block_bits(const float* x, Keep keep) {
+template <class T, class Keep>
+FS_INLINE BlockBits block_bits(const T* x, Keep keep) {
   BlockBits set = {};
   for (int i = 0; i < kBlock; i += kLanes) {
     set.set(i, keep(load(x + i), i));
   }
   return set;
+}
+
+// The values of a block that are at least `low`.
+template <class T>
+FS_INLINE BlockBits bits_at_least(const T* x, float low) {
+  if constexpr (sizeof(T) < sizeof(float) && kCompresses) {
+    const auto least = AtLeast<T>::exactly(low);
+    BlockBits set = {};
+    for (int i = 0; i < kBlock; i += 32) {
+      set.word[i / 64] |= (uint64_t)least.among(x + i) << (i % 64);
+    }
+    return set;
+  } else {
+    return block_bits(x, [&](vf v, int) { return ge(v, splat(low)); });
+  }
 }
 
 // Calls few(n, positions) for kGuess set bits at a time, the last ones of a word to be overwritten,
@@ -113,6 +128,7 @@ FS_INLINE void each_set(const BlockBits& set, int* n, Few few, Many many) {
       int at[kGuess];
       FS_EACH(kGuess) {
         at[u] = k + __builtin_ctzll(word | 1ull << 63);
+        asm("" : "+r"(at[u]));  // else GCC keeps positions in vectors, from which each is taken out
         word &= word - 1;
       }
       few(*n + done, at);
