@@ -270,10 +270,11 @@ def test_a_sample_of_the_row_that_misleads(fields: dict[str, Any], step: float, 
         for s, run in itertools.product(range(blocks), range(runs)):
             place = (29 * s + 23 * run) % 64 * 4
             seen[s, place : place + 4] = True
-    rows = torch.randn(4, blocks, 256, generator=torch.Generator().manual_seed(4))
-    rows += seen * torch.tensor([2.0, -2.0, 8.0, -8.0]).reshape(4, 1, 1)
+    rows = torch.randn(6, blocks, 256, generator=torch.Generator().manual_seed(4))
+    rows[:4] += seen * torch.tensor([2.0, -2.0, 8.0, -8.0]).reshape(4, 1, 1)
+    rows[4, seen], rows[5, seen] = 8.0, -8.0
     rows = (rows / step).round() * step if step else rows
-    rows = rows.reshape(4, -1)
+    rows = rows.reshape(6, -1)
     got, want = (fs.sample(rows, backend=name, seed=3, num_samples=8, **fields) for name in (variant, "reference"))
     assert torch.equal(got.tokens, want.tokens)
     kept, expected = (fs.filter_logits(rows, backend=name, **fields) for name in (variant, "reference"))

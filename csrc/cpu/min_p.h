@@ -1,5 +1,7 @@
-// min-p alone, in the streaming pass: what lies too far below the maximum so far lies too far below
-// the row's.
+// min-p alone: the few candidates are copied, and only they are weighed. Of float32 rows in the
+// streaming pass: what lies too far below the maximum so far lies too far below the row's. Of
+// 16-bit rows once the maximum is known: most blocks need no second look, and the first costs half
+// as much.
 #pragma once
 
 #include <type_traits>
@@ -82,8 +84,7 @@ FS_INLINE bool reaches(const Dense<T>& d, int g, float x) {
   return any(blocks);
 }
 
-// A group's candidates among 16-bit values, copied to `to` once the maximum is known: most blocks
-// need no second look, and the first costs half as much.
+// A group's candidates among 16-bit values, copied to `to`.
 template <class T>
 FS_INLINE Candidates<T> pick(const Dense<T>& d, int g, typename Candidates<T>::Edge edge,
                              float lowest, float* to, const Workspace& ws) {

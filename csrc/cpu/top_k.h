@@ -42,17 +42,18 @@ TopK top_k(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
   };
   Bracket bracket = top_k_bracket(d, k, ws);
   List list = above(bracket.low);
-  for (uint64_t wider = (uint64_t)k; list.n < k;) {
+  for (bool again = false; list.n < k; again = true) {
     if (bracket.low < -FLT_MAX) return TopK{list, kKeepAlive};  // there are no more
-    // Tokens at the bound complete them, or what lies below a wrong estimate.
+    // Tokens at the bound complete them, or what lies below a wrong estimate: below one for many
+    // more tokens, or all there are.
     const int32_t last = nth_equal(d, bracket.low, (uint64_t)(k - list.n));
     if (last != INT32_MAX) {
       const Cutoff cut = until(bracket.low, last);
       return TopK{gather(d, cut, ws.list_x, ws.list_id), cut};
     }
-    wider *= 8;
-    bracket = Bracket{find_bracket(Counting{wider}, d, ws).low, INFINITY};
-    list = above(bracket.low);
+    const float lower = again ? -INFINITY : find_bracket(Counting{8 * (uint64_t)k}, d, ws).low;
+    bracket = Bracket{lower, INFINITY};
+    list = above(lower);
   }
   Span middle = filter(list.x, list.n, ws.values, [&](vf v) { return gt(splat(bracket.high), v); });
   if (list.n - middle.n >= k) middle = copy(list.x, list.n, ws.values);  // above a wrong estimate
