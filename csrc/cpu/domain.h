@@ -68,25 +68,29 @@ FS_INLINE void with_values(const List& l, int b, F f) {
   f(l.x + b * kBlock, Anywhere());
 }
 
-// The kRun values of block b from place i on, without making the others; writes whole vectors.
+// The kRun values of block b from place i on, without making the others, nor edits; writes whole
+// vectors.
 template <int kRun, class T>
 FS_INLINE void copy_run(const Dense<T>& d, int b, int i, float* to) {
   const int32_t id = b * kBlock + i;
-  if (!d.row.mask && !d.row.edits && id + (kRun > kLanes ? kRun : kLanes) <= d.row.vocab) {
+  if (!d.row.mask && id + (kRun > kLanes ? kRun : kLanes) <= d.row.vocab) {
     for (int j = 0; j < kRun; j += kLanes) store(to + j, load(d.row.logits + id + j));
     return;
   }
   for (int j = 0; j < kRun; ++j) {
     to[j] = id + j < d.row.vocab ? allowed_logit(d.row, id + j) : -INFINITY;
   }
-  each_edit(d.row, b, [&](const Edit& e) {
-    if (e.id >= id && e.id < id + kRun) to[e.id - id] = e.x;
-  });
 }
 template <int kRun>
 FS_INLINE void copy_run(const List& l, int b, int i, float* to) {
   memcpy(to, l.x + b * kBlock + i, kRun * sizeof *to);
 }
+template <class T, class F>
+FS_INLINE void each_edit(const Dense<T>& d, int b, F f) {
+  each_edit(d.row, b, f);
+}
+template <class F>
+FS_INLINE void each_edit(const List&, int, F) {}
 
 // Blocks stand in groups of kGroup.
 template <class Domain>

@@ -29,12 +29,20 @@ void take_sample(const Domain& domain, Sample* to) {
   const Domain d = domain;  // of its own: to the compiler a store might change whatever is not
   const int sampled = blocks(d) < kRuns ? blocks(d) : kRuns, runs = kRuns / sampled;
   const double step = (double)blocks(d) / sampled;
+  // Each place of a block is that of one run, and of a place 39 tells the run: 39 * 23 = 1 modulo
+  // kPlaces.
+  const auto place = [](int s, int run) { return (unsigned)(29 * s + 23 * run) % kPlaces; };
+  const auto run_at = [](int s, int place) { return (unsigned)(39 * (place - 29 * s)) % kPlaces; };
   float* next = to->x;
-  for (int run = 0; run < runs; ++run) {
-    for (int s = 0; s < sampled; ++s, next += kRun) {
-      const int place = (29 * s + 23 * run) % kPlaces;  // each of a block once
-      copy_run<kRun>(d, (int)((s + 0.5) * step), place * kRun, next);
+  for (int s = 0; s < sampled; ++s, next += runs * kRun) {
+    const int b = (int)((s + 0.5) * step);
+    for (int run = 0; run < runs; ++run) {
+      copy_run<kRun>(d, b, (int)place(s, run) * kRun, next + run * kRun);
     }
+    each_edit(d, b, [&](const Edit& e) {
+      const unsigned run = run_at(s, e.id % kBlock / kRun);
+      if (run < (unsigned)runs) next[run * kRun + e.id % kRun] = e.x;
+    });
   }
   to->n = runs * sampled * kRun;
   to->each = (double)blocks(d) * kBlock / to->n;

@@ -93,7 +93,7 @@ FS_INLINE Candidates<T> pick(const Dense<T>& d, int g, typename Candidates<T>::E
   float* next = to;
   for (int b = g * kGroup; b < group_end(d, g); ++b) {
     if (!(upper_bound(d, b) >= lowest)) continue;
-    constexpr int kSoon = 8;
+    constexpr int kSoon = 8;  // blocks
     fetch_ahead(d, b, ws);
     const T* x = d.row.logits + b * kBlock;
     prefetch_block(x + kSoon * kBlock);

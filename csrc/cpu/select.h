@@ -16,7 +16,7 @@ struct Counting {
     vu lanes = {};
   };
   static constexpr bool kHeavyHeads = false;  // whether a few tokens can be most of the weight
-  static constexpr int kSampleRun = 4;
+  static constexpr int kSampleRun = 4;        // values that stand side by side in a sample
 
   template <int N>
   FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where, bool) const {
