@@ -22,12 +22,13 @@ struct Sample {
 };
 
 // Some values of a domain, evenly spread: from as many blocks as there can be, kRun of each at a
-// time.
+// time, an eighth at most.
 template <int kRun, class Domain>
 void take_sample(const Domain& domain, Sample* to) {
-  constexpr int kRuns = kSample / kRun, kPlaces = kBlock / kRun;
+  constexpr int kRuns = kSample / kRun, kPlaces = kBlock / kRun, kMost = kPlaces / 8;
   const Domain d = domain;  // of its own: to the compiler a store might change whatever is not
-  const int sampled = blocks(d) < kRuns ? blocks(d) : kRuns, runs = kRuns / sampled;
+  const int sampled = blocks(d) < kRuns ? blocks(d) : kRuns;
+  const int runs = kRuns / sampled < kMost ? kRuns / sampled : kMost;
   const double step = (double)blocks(d) / sampled;
   // Each place of a block is that of one run, and of a place 39 tells the run: 39 * 23 = 1 modulo
   // kPlaces.
