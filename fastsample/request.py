@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastsample.engines import Engine, LogprobsMode, Outputs, select
+from fastsample.engines import DTYPES, Engine, LogprobsMode, Outputs, select
 from fastsample.params import has_memory, require_dense, require_strided, whole
 from fastsample.rows import MAX_VOCAB, Rows
 
@@ -17,8 +17,6 @@ OnInvalid = Literal["raise", "flag"]
 
 STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everything is masked)"}
 """What a non-zero status means, after bitmask, bias and penalties."""
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(slots=True)
@@ -215,7 +213,7 @@ def check_logits(logits: torch.Tensor, traced: bool = False) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
     (require_strided if traced else require_dense)("logits", logits)
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in DTYPES:
         raise TypeError(f"logits: expected float32, float16 or bfloat16, got {logits.dtype}")
     if logits.ndim not in (1, 2):
         raise ValueError(f"logits: expected shape [B, V] or [V], got {tuple(logits.shape)}")

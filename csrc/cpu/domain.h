@@ -90,7 +90,7 @@ FS_INLINE void each_edit(const Dense<T>& d, int b, F f) {
   each_edit(d.row, b, f);
 }
 template <class F>
-FS_INLINE void each_edit(const List&, int, F) {}
+FS_INLINE void each_edit(const List&, int, F) {}  // its values hold them
 
 // Blocks stand in groups of kGroup.
 template <class Domain>

@@ -16,7 +16,9 @@ struct Counting {
     vu lanes = {};
   };
   static constexpr bool kHeavyHeads = false;  // whether a few tokens can be most of the weight
-  static constexpr int kSampleRun = 4;        // values that stand side by side in a sample
+  // Values that stand side by side in a sample: few, so that every block has some, as a sorted row
+  // has its highest tokens in few blocks.
+  static constexpr int kSampleRun = 4;
 
   template <int N>
   FS_MEMBER Where<N> of(const Pack<N>&, const Where<N>& where, bool) const {
@@ -43,7 +45,7 @@ struct Weighing {
 
   typedef MassSum Sum;
   static constexpr bool kHeavyHeads = true;
-  static constexpr int kSampleRun = 32;
+  static constexpr int kSampleRun = 32;  // fewer cache lines; the block maxima tell of the highest
 
   template <int N>
   FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where, bool near) const {

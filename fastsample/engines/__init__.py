@@ -14,6 +14,11 @@ from fastsample.rows import Rows
 
 LogprobsMode = Literal["raw", "processed"]
 
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Dtypes of logits, each with its number in csrc/core/rows.h."""
+MODES: dict[LogprobsMode | None, int] = {None: 0, "raw": 1, "processed": 2}
+"""What log-probabilities are of, likewise."""
+
 
 @dataclass(slots=True)
 class Outputs:
@@ -41,6 +46,18 @@ def column(tensor: torch.Tensor) -> tuple[int, int]:
 def token_ids(ids: torch.Tensor) -> tuple[int, int, int]:
     """Address, row stride and length of each row's list."""
     return ids.data_ptr(), ids.stride(0), ids.shape[1]
+
+
+def beyond_tokens(out: Outputs) -> tuple[int, ...]:
+    """Addresses of filtered, probabilities, logprobs, ranks, top_ids and top_logprobs; 0 for what is not wanted."""
+    return (
+        0 if out.filtered is None else out.filtered.data_ptr(),
+        0 if out.probabilities is None else out.probabilities.data_ptr(),
+        0 if out.logprobs is None else out.logprobs.data_ptr(),
+        0 if out.ranks is None else out.ranks.data_ptr(),
+        0 if out.top_ids is None else out.top_ids.data_ptr(),
+        0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
+    )
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastsample.engines import Engine, Outputs, column, token_ids
+from fastsample.engines import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
 from fastsample.params import specs
 from fastsample.rows import Rows
 from fastsample.threads import get_num_threads
@@ -26,8 +26,6 @@ def _load() -> tuple[Any, str | None]:
 
 
 _native, _reason = _load()
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MODES = {None: 0, "raw": 1, "processed": 2}
 
 
 def native() -> Any:
@@ -60,7 +58,7 @@ class CpuEngine(Engine):
             logits.stride(0),
             batch,
             vocab,
-            _DTYPES[logits.dtype],
+            DTYPES[logits.dtype],
             out.status.data_ptr(),
             0 if out.tokens is None else out.tokens.data_ptr(),
             out.num_samples,
@@ -70,17 +68,7 @@ class CpuEngine(Engine):
         if out.mode is None and out.filtered is None and out.probabilities is None:
             invalid: int = _native.run_tokens(*common)
             return invalid
-        invalid = _native.run(
-            *common,
-            0 if out.filtered is None else out.filtered.data_ptr(),
-            0 if out.probabilities is None else out.probabilities.data_ptr(),
-            0 if out.logprobs is None else out.logprobs.data_ptr(),
-            0 if out.ranks is None else out.ranks.data_ptr(),
-            0 if out.top_ids is None else out.top_ids.data_ptr(),
-            0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
-            out.num_top,
-            _MODES[out.mode],
-        )
+        invalid = _native.run(*common, *beyond_tokens(out), out.num_top, MODES[out.mode])
         return invalid
 
     def advance(self, rows: Rows) -> None:

@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
-from fastsample.engines import Engine, Outputs, column, token_ids
+from fastsample.engines import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
 from fastsample.params import specs
 from fastsample.rows import Rows
 
 Tensor = torch.Tensor
-
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MODES = {None: 0, "raw": 1, "processed": 2}
 
 
 @cache
@@ -130,18 +127,13 @@ def call_arguments(logits: Tensor, out: Outputs) -> tuple[int, ...]:
         logits.data_ptr(),
         logits.stride(0),
         *logits.shape,
-        _DTYPES[logits.dtype],
+        DTYPES[logits.dtype],
         out.status.data_ptr(),
         0 if out.tokens is None else out.tokens.data_ptr(),
-        0 if out.filtered is None else out.filtered.data_ptr(),
-        0 if out.probabilities is None else out.probabilities.data_ptr(),
-        0 if out.logprobs is None else out.logprobs.data_ptr(),
-        0 if out.ranks is None else out.ranks.data_ptr(),
-        0 if out.top_ids is None else out.top_ids.data_ptr(),
-        0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
+        *beyond_tokens(out),
         out.num_samples,
         out.num_top,
-        _MODES[out.mode],
+        MODES[out.mode],
     )
 
 
