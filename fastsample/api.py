@@ -60,8 +60,8 @@ def sample(
         logits: float32, float16 or bfloat16 [B, V], or [V] for a single row (outputs then lose their first dimension).
             Any row stride, last dimension contiguous, 1 <= V <= 2^20. Never written to.
         params: how to sample; `fields` are SamplingParams fields and override it.
-        seed: an int, which gives row i the seed splitmix64(seed + i), or one 64-bit seed per row, used as it is. None
-            takes a fresh seed from torch's default CPU generator (`torch.manual_seed` repeats it).
+        seed: an int s, which gives row i the seed splitmix64(splitmix64(s) + i), or one 64-bit seed per row, used as it
+            is. None takes a fresh seed from torch's default CPU generator (`torch.manual_seed` repeats it).
         offset: position in the sequence, 0 <= offset < 2^64; an int or one per row. Advance it by 1 per step.
         num_samples: independent draws per row, n >= 1.
         bitmask: int32 [B, words] or [words]; token j is allowed when bit j % 32 of word j // 32 is 1. Tokens past the

@@ -105,9 +105,9 @@ def best_of_n(
             order of their answers: most votes first; of equally many, that whose best candidate scores higher.
             Candidates that abstain come last; those of one answer in the order of their scores.
         tokenizer: makes texts of ids. Without one, `score` and `vote` get "".
-        seed: an int s gives prompt i the seed splitmix64(s + i); a sequence holds one seed per prompt. Candidate 0 goes
-            on with its prompt's seed p, candidate j with splitmix64(p + j). None takes a fresh one from torch's default
-            CPU generator.
+        seed: an int s gives prompt i the seed splitmix64(splitmix64(s) + i); a sequence holds one seed per prompt.
+            Candidate 0 goes on with its prompt's seed p, candidate j with splitmix64(splitmix64(p) + j). None takes a
+            fresh one from torch's default CPU generator.
         logprobs: "raw", of the logits as the fused pass got them, or "processed", of the distribution drawn from.
         grammar: for all candidates, or one per candidate (n of each prompt after another); see `fs_generate`.
         backend: as for `fastsample.sample`.

@@ -130,7 +130,7 @@ def generate(
     regex: Annotated[str, typer.Option(help="Print text that this regular expression matches, likewise.")] = "",
     choices: Annotated[str, typer.Option(help="Print one of these, separated by commas, likewise.")] = "",
     grammar_backend: Annotated[str, typer.Option(help="auto, llguidance, xgrammar, outlines-core")] = "auto",
-    seed: Annotated[int | None, typer.Option(help="Repeats a run; continuation i uses splitmix64(seed + i).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats a run; each continuation gets its own from it.")] = None,
     backend: Annotated[str, typer.Option(help="auto, " + ", ".join(ORDER))] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Measure against transformers' own sampler (stderr).")] = False,
     **fields: Any,

@@ -73,11 +73,20 @@ def shares_values(given: Any, packed: torch.Tensor | None) -> bool:
 
 
 _MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-def splitmix64(seed: int, count: int) -> torch.Tensor:
-    """splitmix64(seed + row) for row in range(count) as int64 bits [count] (Steele, Lea and Flood 2014)."""
-    first = (seed + 0x9E3779B97F4A7C15) & _MASK
+def splitmix64(z: int) -> int:
+    """One step of the generator (Steele, Lea and Flood 2014): 64 bits, of which every one depends on all of z's."""
+    return int(_mix((z + _GOLDEN) & _MASK))
+
+
+def row_seeds(seed: int, count: int) -> torch.Tensor:
+    """splitmix64(splitmix64(seed) + row) for row in range(count), as int64 bits [count].
+
+    The inner step keeps neighbouring seeds apart: of seed + row alone, row 1 of a seed would be row 0 of the next.
+    """
+    first = (splitmix64(seed) + _GOLDEN) & _MASK
     if count == 1:  # the fastest of many ways: torch's and numpy's overhead is most of a single row's sampling
         return torch.full((1,), _signed(_mix(first)), dtype=torch.int64, device=CPU)
     return torch.from_numpy(_mix(np.arange(count, dtype=np.uint64) + np.uint64(first)).view(np.int64))
@@ -99,7 +108,7 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
         seed = int(_uint64_column("seed", seed, rows))
     # The usual type first: to ask for an abstract one takes longer.
     if type(seed) is int or (isinstance(seed, numbers.Integral) and not isinstance(seed, bool)):
-        return splitmix64(_uint64("seed", int(seed)), rows)
+        return row_seeds(_uint64("seed", int(seed)), rows)
     return _uint64_column("seed", seed, rows)
 
 

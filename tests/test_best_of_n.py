@@ -23,7 +23,7 @@ from fastsample.candidates import BestOfN, _rank
 from fastsample.cli_generate import shipped_model
 from fastsample.integrations.grammar import GrammarCompiler
 from fastsample.integrations.transformers import fs_generate
-from fastsample.rows import pack_seeds, splitmix64
+from fastsample.rows import pack_seeds, row_seeds
 
 V, EOS = 64, 2
 PROMPT = torch.tensor([[5, 9, 7]])
@@ -49,7 +49,7 @@ def model() -> Any:
 
 def by_hand(table: TableModel, start: int, prompt_seed: int, index: int, steps: int, **fields: Any) -> tuple[Any, Any]:
     """Candidate `index` by the API alone: draw `index` of the first row, then a seed of its own."""
-    own = prompt_seed if index == 0 else int(splitmix64((prompt_seed + index) % 2**64, 1))
+    own = prompt_seed if index == 0 else int(row_seeds(prompt_seed % 2**64, index + 1)[index])
     first = fs.sample(
         table.table[start].detach(), seed=[prompt_seed], num_samples=index + 1, logprobs="raw", ties="all", **fields
     )

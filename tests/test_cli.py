@@ -26,7 +26,7 @@ import fastsample as fs
 import fastsample.integrations.transformers as drop_in
 from fastsample import cli, cli_generate, cli_output, cli_stats
 from fastsample.params import specs
-from fastsample.rows import splitmix64
+from fastsample.rows import row_seeds
 
 PROMPT = "The future of AI is"
 # A shell's background job ignores SIGINT, and so would its children; a terminal's command does not.
@@ -81,7 +81,7 @@ def sampled_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_prints_the_prompt_and_what_the_drop_in_generates(shipped: tuple[Any, Any]) -> None:
     model, tokenizer = shipped
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    seed = int(splitmix64(7, 1))
+    seed = int(row_seeds(7, 1))
     sample = drop_in.fs_generate(seed=[seed], temperature=0.7, top_k=50, top_p=1.0, ties="first")
     tokens = model.generate(ids, do_sample=True, max_new_tokens=8, custom_generate=sample)
     expected = tokenizer.decode(tokens[0], skip_special_tokens=True)
@@ -286,7 +286,7 @@ def test_best_of_prints_the_best_and_shows_all() -> None:
     assert len(scores) == 3
     assert scores == sorted(scores, reverse=True)
     assert result.stdout.startswith(PROMPT)
-    seed = [int(splitmix64(4, 1))]
+    seed = [int(row_seeds(4, 1))]
     folder = str(cli_generate.shipped_model())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     options = {"tokenizer": tokenizer, "seed": seed, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}

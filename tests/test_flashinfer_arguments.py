@@ -11,7 +11,7 @@ from test_flashinfer import CALLS, call, each_call, probs, rows
 from fastsample import reference as spec
 from fastsample.integrations import flashinfer as fi
 from fastsample.integrations.flashinfer import arguments, pipeline
-from fastsample.rows import splitmix64
+from fastsample.rows import row_seeds
 
 # Seeds ----------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def test_seeds_and_offsets_matter(name: str) -> None:
     base = call(name, p, seed=1, offset=0)
     assert torch.equal(base, call(name, p, seed=1))
     assert torch.equal(base, call(name, p, seed=torch.tensor([1])))  # one for all rows, like an int
-    assert torch.equal(base, call(name, p, seed=splitmix64(1, 64)))
+    assert torch.equal(base, call(name, p, seed=row_seeds(1, 64)))
     distinct = len(set(base.tolist()))
     assert distinct > 3, "rows share their noise"
     assert not torch.equal(base, call(name, p, seed=2, offset=0))
@@ -57,9 +57,9 @@ def test_generators(name: str) -> None:
     assert not torch.equal(one, two)
 
 
-def test_splitmix64_on_tensors() -> None:
+def test_seeds_of_rows_on_tensors() -> None:
     for seed in (0, 1, -1, 2**63 - 1, -(2**63), 0x1234567890ABCDEF):
-        assert torch.equal(arguments.splitmix64(torch.tensor([seed]), 70), splitmix64(seed % 2**64, 70))
+        assert torch.equal(arguments.row_seeds(torch.tensor([seed]), 70), row_seeds(seed % 2**64, 70))
 
 
 def test_uniform60_is_the_references() -> None:

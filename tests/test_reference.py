@@ -22,7 +22,7 @@ from transformers import (
 
 import fastsample as fs
 from fastsample import reference
-from fastsample.rows import splitmix64
+from fastsample.rows import row_seeds, splitmix64
 
 REFERENCE = {"backend": "reference"}
 
@@ -73,13 +73,19 @@ def test_splitmix64_known_answers() -> None:
     )
     for i, want in enumerate(published):
         state = (1234567 + i * 0x9E3779B97F4A7C15) % 2**64
-        assert int(splitmix64(state, 1)[0]) % 2**64 == want
+        assert splitmix64(state) == want
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 2, 2**64 - 3])
-def test_splitmix64_of_rows_wraps(seed: int) -> None:
-    rows = splitmix64(seed, 6)
-    assert [int(r) for r in rows] == [int(splitmix64((seed + i) % 2**64, 1)[0]) for i in range(6)]
+def test_seeds_of_rows_wrap(seed: int) -> None:
+    for count in (1, 6):
+        rows = [int(r) % 2**64 for r in row_seeds(seed, count)]
+        assert rows == [splitmix64((splitmix64(seed) + i) % 2**64) for i in range(count)]
+
+
+def test_no_two_rows_of_neighbouring_seeds_share_a_seed() -> None:
+    seeds = torch.cat([row_seeds(seed, 64) for seed in range(1000)])
+    assert seeds.unique().numel() == len(seeds)
 
 
 # Mass -----------------------------------------------------------------------------------------------------------------

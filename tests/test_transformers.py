@@ -295,7 +295,7 @@ def test_int_seed_gives_sequence_i_its_own_stream(table: TableModel) -> None:
     fields = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
     got = drawn(table, padded_batch(), seed=7, max_new_tokens=12, **fields)
     for row, start in enumerate((11, 40, 3)):
-        assert got[row].tolist() == expected_tokens(table, start, splitmix64(7 + row), 12, **fields)
+        assert got[row].tolist() == expected_tokens(table, start, splitmix64(splitmix64(7) + row), 12, **fields)
 
 
 def test_defaults_are_those_of_generate(table: TableModel) -> None:
@@ -330,7 +330,7 @@ def test_num_return_sequences_counts_for_seeds(table: TableModel) -> None:
     batch = padded_batch()
     got = drawn(table, batch, seed=7, max_new_tokens=5, num_return_sequences=2)
     assert got.shape == (6, 5)
-    assert got[3].tolist() == expected_tokens(table, 40, splitmix64(7 + 3), 5, top_k=50)
+    assert got[3].tolist() == expected_tokens(table, 40, splitmix64(splitmix64(7) + 3), 5, top_k=50)
     with pytest.raises(ValueError, match="seed"):
         drawn(table, batch, seed=[1, 2, 3], max_new_tokens=5, num_return_sequences=2)
 

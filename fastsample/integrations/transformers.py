@@ -120,9 +120,9 @@ def fs_generate(
     slot, padding or earlier calls. But a model's own logits may differ in their last bits between batch shapes.
 
     Args:
-        seed: an int s gives sequence i of the batch (after num_return_sequences) the seed splitmix64(s + i); a sequence
-            holds one seed per sequence, used as it is. None takes a fresh seed from torch's default CPU generator at
-            each call of `generate`; `torch.manual_seed` repeats it.
+        seed: an int s gives sequence i of the batch (after num_return_sequences) the seed
+            splitmix64(splitmix64(s) + i); a sequence holds one seed per sequence, used as it is. None takes a fresh
+            seed from torch's default CPU generator at each call of `generate`; `torch.manual_seed` repeats it.
         streamer: gets the prompt and then each token. Passed to `generate` it would be lost, and is refused.
         backend: as for `fastsample.sample`.
         grammar: what the new text must match (see `fastsample.integrations.grammar`), for every sequence, or one (or

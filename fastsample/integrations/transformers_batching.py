@@ -48,7 +48,8 @@ def continuous_batching(
         model: a causal language model that transformers serves in continuous batches.
         generation_config: with do_sample=True; None takes the model's.
         seed: for requests that bring no seed of their own, which is used as it is. Request "req_i", as `add_requests`
-            numbers them, gets splitmix64(seed + i). None takes a fresh one from torch's default CPU generator.
+            numbers them, gets splitmix64(splitmix64(seed) + i). None takes a fresh one from torch's default CPU
+            generator.
         backend: as for `fastsample.sample`.
         continuous_batching_config: as for transformers, without asynchronous batching, CUDA graphs or logprobs.
 
@@ -175,7 +176,7 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
         number = state.request_id.removeprefix("req_")
         if not number.isdecimal():
             number = int.from_bytes(hashlib.blake2b(state.request_id.encode(), digest_size=8).digest(), "little")
-        return int(splitmix64((self.seed + int(number)) % 2**64, 1))
+        return splitmix64(splitmix64(self.seed) + int(number))
 
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.Tensor, logits_processor_args: torch.Tensor

@@ -20,7 +20,7 @@ from fastsample.engines import LogprobsMode
 from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
 from fastsample.integrations.transformers_plan import Plan, make_plan, refuse_other_loops, synced_gpus
 from fastsample.params import SamplingParams
-from fastsample.rows import Bias, Seed, pack_bias, pack_seeds, splitmix64
+from fastsample.rows import Bias, Seed, pack_bias, pack_seeds, row_seeds
 from fastsample.sampler import Sampler
 
 
@@ -258,7 +258,7 @@ class Draw(LogitsProcessor):
         options: dict[str, Any] = {"logprobs": self.mode, "backend": self.backend}
         if self.copies > 1:
             # The first of a prompt's sequences goes on with its seed, as it would alone.
-            own = torch.stack([splitmix64(seed % 2**64, self.copies) for seed in seeds.tolist()])
+            own = torch.stack([row_seeds(seed % 2**64, self.copies) for seed in seeds.tolist()])
             own[:, 0] = seeds
             params = _repeated(self.params, self.copies)
             self.sampler = Sampler(params, batch_size=own.numel(), seed=own.flatten(), offset=1, **options)

@@ -26,8 +26,9 @@ Where the answer differs from FlashInfer's, on purpose
     Ties: exactly k tokens stay, lower ids first, and top-p keeps as few of equal tokens as reach p; FlashInfer keeps
         every tie at the boundary.
     Seeds: one seed per output (a tensor [N]) is used as it is, so an output does not depend on its slot. An int, or a
-        tensor of one element for N > 1 outputs, gives output i the seed splitmix64(seed + i), like `fastsample.sample`.
-        FlashInfer always mixes the row into the stream. Any other offset is other noise; an advance by 1 is enough.
+        tensor of one element for N > 1 outputs, gives output i the seed splitmix64(splitmix64(seed) + i), like
+        `fastsample.sample`. FlashInfer always mixes the row into the stream. Any other offset is other noise; advance
+        it by 1.
     A seed without an offset is used; FlashInfer ignores it then.
     Cost does not depend on the distribution: there is no rejection, and no limit of rounds.
 

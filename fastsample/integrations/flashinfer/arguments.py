@@ -125,7 +125,7 @@ def pack_seed_offset(
         return pack_seeds(seed, rows).to(device), pack_offsets(offset, rows).to(device)
     seeds, offsets = (_bits(name, value, rows, device) for name, value in (("seed", seed), ("offset", offset)))
     if len(seeds) != rows:  # one for all: rows need different noise
-        seeds = splitmix64(seeds, rows)
+        seeds = row_seeds(seeds, rows)
     return seeds, offsets
 
 
@@ -150,9 +150,14 @@ def _bits(name: str, value: Tensor, rows: int, device: torch.device) -> Tensor:
     return value.view(torch.int64).contiguous()
 
 
-def splitmix64(seed: Tensor, rows: int) -> Tensor:
-    """`fastsample.rows.splitmix64` of a seed [1] on the device: int64 arithmetic wraps modulo 2^64."""
-    z = seed + torch.arange(rows, device=seed.device) + _signed(0x9E3779B97F4A7C15)
+def row_seeds(seed: Tensor, rows: int) -> Tensor:
+    """`fastsample.rows.row_seeds` of a seed [1] on the device."""
+    return _splitmix64(_splitmix64(seed) + torch.arange(rows, device=seed.device))
+
+
+def _splitmix64(z: Tensor) -> Tensor:
+    """int64 arithmetic wraps modulo 2^64."""
+    z = z + _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shift(z, 31)
