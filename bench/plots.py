@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.record import Machine, Record
-from bench.timing import duration, factor
+from bench.summary import order_of, own_time
+from bench.timing import duration, factor, three_digits
 
 OURS, THEIRS, FLOOR = "#c2410c", "#94a3b8", "#1f2937"
 COLOURS = {"greedy": "#475569", "k50 p.95": "#c2410c", "min_p": "#0f766e", "p.95": "#7c3aed", "T": "#2563eb"}
@@ -77,7 +78,7 @@ def peer_bars(records: list[Record]) -> Figure | None:
     if not modes:
         return None
     rows, vocab = records[0]["rows"], records[0]["vocab"]
-    heights = [1 + len([r for r in records if r["mode"] == mode]) for mode in modes]
+    heights = [len(_bars([r for r in records if r["mode"] == mode], mode)) for mode in modes]
     figure, axes = plt.subplots(
         len(modes),
         1,
@@ -89,11 +90,10 @@ def peer_bars(records: list[Record]) -> Figure | None:
     narrowest = min(middle(r) for r in records) / rows
     for axis, mode in zip([axes] if len(modes) == 1 else axes, modes, strict=True):
         own = [r for r in records if r["mode"] == mode]
-        bars = [("fastsample", sorted(middle(r) for r in own)[len(own) // 2], None)]
-        bars += [(r["against"], middle(r, "against_us"), middle(r, "ratio")) for r in own]
-        names, values, ratios = zip(*[bars[0], *sorted(bars[1:], key=lambda bar: bar[1])], strict=True)
+        names, values, ratios = zip(*_bars(own, mode), strict=True)
         per_row = [value / rows for value in values]
-        axis.barh(range(len(names)), per_row, color=[OURS] + [THEIRS] * (len(names) - 1), height=0.72)
+        colours = [OURS if ratio is None else THEIRS for ratio in ratios]
+        axis.barh(range(len(names)), per_row, color=colours, height=0.72)
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         for i, (value, ratio) in enumerate(zip(per_row, ratios, strict=True)):
@@ -105,6 +105,19 @@ def peer_bars(records: list[Record]) -> Figure | None:
     plt.xlabel("us per row (log)")
     figure.suptitle(f"Logits to token, V = {vocab:,}, B = {rows}, LM-like logits, one thread", fontsize=11)
     return figure
+
+
+def _bars(records: list[Record], mode: str) -> list[tuple[str, float, float | None]]:
+    """Name, time and how many times ours it is: ours, then everybody with the same order of filters, fastest first."""
+    bars: list[tuple[str, float, float | None]] = []
+    for order in sorted({order_of(r) for r in records}):
+        alike = sorted((r for r in records if order_of(r) == order), key=lambda r: middle(r, "against_us"))
+        ours = own_time(alike, mode)
+        assert ours is not None  # of records with figures
+        bars.append((f"fastsample, {order}" if order else "fastsample", ours, None))
+        times = [(r["against"], middle(r, "against_us")) for r in alike]
+        bars += [(name, its, three_digits(its) / three_digits(ours)) for name, its in times]
+    return bars
 
 
 def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure | None:

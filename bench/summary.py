@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.peers import PEERS
 from bench.record import Machine, Record, load
-from bench.timing import duration, factor
+from bench.timing import duration, factor, three_digits
 
 BEGIN, END = "<!-- bench: begin, written by `python -m bench readme` -->", "<!-- bench: end -->"
 SECTIONS = {
@@ -16,6 +17,7 @@ SECTIONS = {
     "isa": ("Instruction sets against the best", "best / this one"),
     "threads": ("All threads against one", "one / all"),
 }
+_ORDERS = {peer.name: peer.fields.get("order", "") for peer in PEERS}
 ORDER = ("greedy", "k50 p.95", "min_p", "p.95", "T", "everything")
 
 
@@ -43,7 +45,7 @@ def in_order(modes: Iterable[str]) -> list[str]:
 
 
 def peer_grid(machine: Machine, **place: Any) -> Grid | None:
-    """Ours in time per step, everybody else as time and how many times ours that is."""
+    """Time per step: ours, then everybody with the same order of filters as time and how many times ours that is."""
     records = machine.of("compare", section="peers", **place)
     records = [r for r in records if "us" in r or "refused" in r]
     if not records:
@@ -52,21 +54,33 @@ def peer_grid(machine: Machine, **place: Any) -> Grid | None:
     at = records[0]
     title = f"V = {at['vocab']:,}, B = {at['rows']}, {plural(at['threads'])}, {at['logits']} logits"
     grid = Grid(title, ["a step of", *modes])
-    ours = []
-    for mode in modes:
-        times = sorted(middle(r, "us") for r in records if r["mode"] == mode and "us" in r)
-        ours.append(f"**{duration(times[len(times) // 2])}**" if times else "-")
-    grid.lines.append(["**fastsample**", *ours])
-    for name in dict.fromkeys(r["against"] for r in records):
-        cells = {r["mode"]: cell(r) for r in records if r["against"] == name}
-        grid.lines.append([name, *(cells.get(mode, "-") for mode in modes)])
+    for order in sorted({order_of(r) for r in records}):
+        alike = [r for r in records if order_of(r) == order]
+        ours = {mode: own for mode in modes if (own := own_time(alike, mode))}
+        who = f"fastsample, order {order!r}" if order else "fastsample"
+        grid.lines.append([f"**{who}**", *(f"**{duration(ours[m])}**" if m in ours else "-" for m in modes)])
+        for name in dict.fromkeys(r["against"] for r in alike):
+            cells = {r["mode"]: cell(r, ours.get(r["mode"])) for r in alike if r["against"] == name}
+            grid.lines.append([name, *(cells.get(mode, "-") for mode in modes)])
     return grid
 
 
-def cell(record: Record) -> str:
-    if "refused" in record:
+def order_of(record: Record) -> str:
+    """The order in which a peer has us apply the filters; "" for the default."""
+    return str(_ORDERS.get(record["against"], ""))
+
+
+def own_time(records: list[Record], mode: str) -> float | None:
+    """Our time in a mode, the median over the peers in whose turns it was measured."""
+    times = sorted(middle(r, "us") for r in records if r["mode"] == mode and "us" in r)
+    return times[len(times) // 2] if times else None
+
+
+def cell(record: Record, own: float | None) -> str:
+    if "refused" in record or own is None:
         return "refused"
-    return f"{duration(middle(record, 'against_us'))} ({factor(middle(record, 'ratio'))})"
+    its = middle(record, "against_us")
+    return f"{duration(its)} ({factor(three_digits(its) / three_digits(own))})"
 
 
 def plural(threads: int) -> str:
@@ -181,7 +195,8 @@ def section(machines: list[Machine], root: Path) -> str:
         packages = ", ".join(f"{name} {number}" for name, number in machine.where["packages"].items())
         found = [g for g in grids if g]
         if found:
-            parts.append(f"Measured on {machine.name}, {dates(machine)}, with {packages}: medians, in turns.")
+            how = "medians, in turns; in brackets, how many times ours"
+            parts.append(f"Measured on {machine.name}, {dates(machine)}, with {packages}: {how}.")
             parts += [f"{line}." for line in disturbed(machine.of("compare", section="peers"))]
         parts += [f"{g.title}:\n\n{g.markdown()}" for g in found]
         generate = generate_grid(machine)

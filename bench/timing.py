@@ -87,6 +87,11 @@ class Others:
         return round(max(0.0, used / elapsed), 2)
 
 
+def three_digits(value: float) -> float:
+    """A figure as `duration` shows it, so that a ratio follows from what stands beside it."""
+    return float(f"{value:.3g}")
+
+
 def duration(us: float) -> str:
     """Microseconds with three digits, as us, ms or s."""
     for scale, unit in ((1e6, "s"), (1e3, "ms")):

@@ -350,9 +350,27 @@ def test_readme_section_follows_the_figures(tmp_path, capsys):
     )
     assert "other processes kept up to 1.2 cores busy" in tables
     assert summary.update(tmp_path, [file], check=True) == 0
-    figures(tmp_path / "a.json", "compare", [point(ratio={"median": 7.0, "p10": 7.0, "p90": 7.0}), isa])
+    figures(tmp_path / "a.json", "compare", [point(us={"median": 7.0, "p10": 7.0, "p90": 7.0}), isa])
     assert summary.update(tmp_path, [file], check=True) == 1
     assert "README.md is out of date" in capsys.readouterr().out
+
+
+def test_ratios_of_readme_follow_from_the_figures_beside_them():
+    """Of the shown figures, not of others; a peer with another order of filters stands below our time in that order."""
+    units = {"us": 1.0, "ms": 1e3, "s": 1e6}
+    ours, seen = [], 0
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        times = [re.match(r"\**([\d.]+) (us|ms|s)\b(?: \(([\d.,]+)x\))?", cell) for cell in cells[1:]]
+        if "fastsample" in cells[0] and any(times):
+            ours = times
+        elif any(times):
+            for its, own in zip(times, ours, strict=True):
+                if its is not None and its[3]:
+                    ratio = float(its[1]) * units[its[2]] / (float(own[1]) * units[own[2]])
+                    assert its[3] + "x" == timing.factor(ratio), line
+                    seen += 1
+    assert seen > 50
 
 
 def test_prepared_steps_are_the_modes(monkeypatch):
