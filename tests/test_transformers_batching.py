@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 from fastsample.integrations.transformers import fs_generate
 from fastsample.integrations.transformers_batching import _pack, continuous_batching, generate_batch
+from fastsample.rows import row_seeds
 
 V = 120
 SMALL = {"num_blocks": 8, "max_batch_tokens": 64}
@@ -75,7 +76,7 @@ def test_seeds_of_requests_without_one_are_numbered(llama: LlamaForCausalLM) -> 
     got = generate_batch(llama, [[6], [6], [1, 5, 3]], settings, seed=7, continuous_batching_config=batching())
     assert got[0] != got[1]
     assert got[0] == alone(llama, [6], 7, settings)
-    assert got[2] == alone(llama, [1, 5, 3], 7 + 2, settings)
+    assert got[2] == alone(llama, [1, 5, 3], [int(row_seeds(7, 3)[2])], settings)
 
 
 def test_the_manager_takes_requests_and_draws_from_the_distribution(llama: LlamaForCausalLM) -> None:

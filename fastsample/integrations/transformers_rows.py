@@ -1,0 +1,143 @@
+"""The arguments of `fs_generate`: checked when it is made, and spread over the sequences when `generate` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsample.engines import engine
+from fastsample.integrations.grammar import Grammar, GrammarCompiler
+from fastsample.params import CPU, SamplingParams
+from fastsample.request import check_on_invalid, is_one_of
+from fastsample.rows import pack_offsets, pack_seeds, row_seeds
+
+
+def check_backend(backend: Any) -> None:
+    """An error unless this is "auto" or an engine's name."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend = {backend!r}: expected 'auto' or the name of an engine")
+    if backend != "auto":
+        engine(backend)
+
+
+def check_seed(seed: Any) -> None:
+    """An error unless this is a seed of some number of rows."""
+    if isinstance(seed, (bytes, bytearray, memoryview)):
+        raise TypeError(f"seed = {seed!r}: expected an integer or one per sequence; int.from_bytes makes one")
+    count = _count(seed)
+    pack_seeds(seed, 1 if count is None else count)
+
+
+def check_offset(offset: Any) -> None:
+    """An error unless this is "prompt" or positions of some number of rows."""
+    if is_one_of(offset, "prompt"):
+        return
+    if isinstance(offset, str):
+        raise ValueError(f"offset = {offset!r}: expected an integer, one per sequence, or 'prompt'")
+    count = _count(offset)
+    pack_offsets(offset, 1 if count is None else count)
+
+
+def check_streamer(streamer: Any) -> None:
+    """TypeError unless this can take tokens."""
+    for method in ("put", "end"):
+        if not callable(getattr(streamer, method, None)):
+            raise TypeError(f"streamer: expected an object with put(ids) and end(), got {type(streamer).__name__}")
+
+
+def check_grammar(grammar: Any) -> None:
+    """TypeError that says how to make a grammar of what was given instead."""
+    several = isinstance(grammar, Sequence) and not isinstance(grammar, (str, bytes))
+    for row, item in enumerate(grammar if several else [grammar]):
+        if isinstance(item, Grammar) or (item is None and several):
+            continue
+        where = f"grammar (sequence {row})" if several else "grammar"
+        if isinstance(item, GrammarCompiler):
+            raise TypeError(f"{where}: expected a Grammar, got the compiler; call its json_schema, regex or choices")
+        shown = repr(item) if len(repr(item)) <= 60 else type(item).__name__
+        raise TypeError(
+            f"{where} = {shown}: expected a Grammar; GrammarCompiler(tokenizer) makes one: .json_schema({{...}}), "
+            ".regex('yes|no') or .choices(['yes', 'no'])"
+        )
+
+
+def check_modes(logprobs: Any, on_invalid: Any) -> None:
+    """ValueError that says what these may be."""
+    if logprobs is not None and not is_one_of(logprobs, "raw", "processed"):
+        raise ValueError(f"logprobs = {logprobs!r}: expected None, 'raw' or 'processed'")
+    check_on_invalid(on_invalid)
+
+
+# One value per sequence ----------------------------------------------------------------------------------------------
+
+
+def sequence_seeds(seed: Any, prompts: int, each: int) -> torch.Tensor:
+    """int64 bits, one for each of `each` sequences of every prompt."""
+    count = _count(seed)
+    if count is None or count == prompts * each:
+        return pack_seeds(seed, prompts * each)
+    require_count("seed", count, prompts, each)
+    return siblings(pack_seeds(seed, prompts), each)
+
+
+def siblings(seeds: torch.Tensor, each: int) -> torch.Tensor:
+    """The first sequence of a prompt with seed p goes on with p, as it would alone; the j-th with row j of seed p."""
+    own = torch.stack([row_seeds(seed % 2**64, each) for seed in seeds.tolist()])
+    own[:, 0] = seeds
+    return own.flatten()
+
+
+def sequence_offsets(offset: Any, lengths: torch.Tensor, prompts: int, each: int) -> torch.Tensor:
+    """int64 bits, likewise; "prompt" is each sequence's length so far."""
+    if isinstance(offset, str):
+        return lengths.to(CPU, torch.int64)
+    count = _count(offset)
+    if count is None or count == prompts * each:
+        return pack_offsets(offset, prompts * each).expand(prompts * each)
+    require_count("offset", count, prompts, each)
+    return pack_offsets(offset, prompts).repeat_interleave(each)
+
+
+def sequence_params(params: SamplingParams, prompts: int, each: int) -> SamplingParams:
+    """One value per sequence where there is one per sequence or per prompt."""
+    sizes = params.per_row()
+    for name, size in sizes.items():
+        require_count(name, size, prompts, each)
+    if not sizes or set(sizes.values()) == {prompts * each}:
+        return params
+    return repeated(params, each)
+
+
+def repeated(params: SamplingParams, each: int) -> SamplingParams:
+    """Every row's values so many times."""
+    values = {name: getattr(params, name) for name in params.per_row()}
+    lists = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+    return params.replace(**{name: [v for v in values for _ in range(each)] for name, values in lists.items()})
+
+
+def sequence_grammars(grammar: Any, prompts: int, each: int) -> list[Grammar | None]:
+    """One grammar, or None, for each sequence."""
+    if isinstance(grammar, Grammar):
+        return [grammar] * (prompts * each)
+    given = list(grammar)
+    require_count("grammar", len(given), prompts, each)
+    return given if len(given) == prompts * each else [item for item in given for _ in range(each)]
+
+
+def require_count(name: str, count: int, prompts: int, each: int) -> None:
+    """ValueError unless there is one value per sequence, or per prompt of several sequences."""
+    if count not in (prompts * each, prompts):
+        per_prompt = f", or {prompts} (one per prompt)" if each > 1 else ""
+        raise ValueError(
+            f"{name}: expected one value or {prompts * each} (one per sequence){per_prompt}, got {count} values"
+        )
+
+
+def _count(values: Any) -> int | None:
+    """How many values there are; None where all sequences share one."""
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        return None if values.ndim == 0 else len(values)
+    return len(values) if isinstance(values, Sequence) and not isinstance(values, str) else None

@@ -1,0 +1,267 @@
+"""A step of `fs_generate`: what it is told besides the logits, the draw, and what becomes of a sequence by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from fastsample.api import filter_logits
+from fastsample.engines import LogprobsMode
+from fastsample.integrations.grammar import GrammarBatch
+from fastsample.integrations.transformers_conflicts import culprits, told
+from fastsample.integrations.transformers_plan import Plan
+from fastsample.integrations.transformers_rows import repeated, siblings
+from fastsample.params import SamplingParams
+from fastsample.request import STATUS
+from fastsample.rows import Bias, pack_bias
+from fastsample.sampler import Sampler
+
+
+@dataclass
+class Progress:
+    """What is known of the sequences before a step.
+
+    Attributes:
+        status: int32 [B], as SampleOutput's: why a sequence was ended for want of a token, or 0.
+        done: bool [B], which have ended; None before the first step.
+        lengths: int64 [B], ids of each sequence, prompt included, up to its end.
+        reasons: status in words, for the sequences that have one.
+    """
+
+    status: torch.Tensor
+    done: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[str | None]:
+        """The reasons, or None, of all sequences."""
+        return [self.reasons.get(row) for row in range(len(self.status))]
+
+
+class Inputs:
+    """What a step is told besides the logits: penalties' ids, masks and bias."""
+
+    def __init__(
+        self, plan: Plan, params: SamplingParams, grammar: GrammarBatch | None, prompt: torch.Tensor, copies: int
+    ) -> None:
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        values = [(getattr(params, name), getattr(SamplingParams, name)) for name in names]
+        self._counts = any(isinstance(value, torch.Tensor) or value != neutral for value, neutral in values)
+        self._plan, self._grammar = plan, grammar
+        self._bias: Bias | None = None
+        self._length = prompt.shape[1]
+        self._prompt = prompt.repeat_interleave(copies, 0)
+        if plan.ignored is not None:
+            position = torch.arange(self._length, device=prompt.device)
+            first = torch.as_tensor(plan.ignored, device=prompt.device).reshape(-1, 1)
+            first = first.repeat_interleave(copies, 0) if len(first) > 1 else first
+            self._prompt = self._prompt.masked_fill(position < first, -1)
+
+    @property
+    def needed(self) -> bool:
+        """Whether greedy search has to look at any of them."""
+        return self._counts or self._grammar is not None or self._plan.bias is not None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, every: int = 1) -> dict[str, Any]:
+        """The keyword arguments of a call for every so many rows; empty where nothing looks at them."""
+        inputs: dict[str, Any] = {}
+        if self._counts:
+            inputs["prompt_ids"] = self._prompt[::every]
+            inputs["output_ids"] = input_ids[::every, self._length :]
+        masks = list(self._masks(input_ids, scores).values())
+        if masks:
+            inputs["bitmask"] = (masks[0] if len(masks) == 1 else masks[0] & masks[1])[::every]
+        if self._plan.bias is not None:
+            table = scores[::every]
+            if self._bias is None or len(self._bias.row_ptr) != len(table) + 1:
+                self._bias = pack_bias(self._plan.bias, table)
+            inputs["bias"] = self._bias
+        return inputs
+
+    def why_nothing_is_left(self, row: int, input_ids: torch.Tensor, scores: torch.Tensor) -> str:
+        """What forbids a row every token."""
+        masks = self._masks(input_ids, scores)
+        allowed = {name: _unpacked(mask[row], scores.shape[1]) for name, mask in masks.items()}
+        return told(row, culprits(row, input_ids[row, None], scores[row], self._plan.own, allowed))
+
+    def _masks(self, input_ids: torch.Tensor, scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Bitmasks int32 [B, words] of what is allowed, by the name of the option."""
+        masks = {} if self._grammar is None else {"grammar": self._grammar.bitmask(scores)}
+        return (
+            masks
+            if self._plan.allowed is None
+            else masks | {"prefix_allowed_tokens_fn": self._allowed(input_ids, scores)}
+        )
+
+    def _allowed(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What prefix_allowed_tokens_fn allows, as a bitmask."""
+        rows, vocab = scores.shape
+        bits = np.zeros((rows, -(-vocab // 32) * 32), dtype=np.uint8)
+        for row, ids in enumerate(input_ids):
+            allowed = self._plan.allowed(row, ids) if self._plan.allowed is not None else []
+            bits[row, :vocab][torch.as_tensor(allowed, dtype=torch.int64).cpu().numpy()] = 1
+        words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+        return torch.from_numpy(words).to(scores.device)
+
+
+def _unpacked(words: torch.Tensor, vocab: int) -> torch.Tensor:
+    """A row of a bitmask as bool [V]."""
+    bits = np.unpackbits(words.cpu().numpy().view(np.uint8), bitorder="little")[:vocab]
+    missing = np.zeros(vocab - len(bits), dtype=np.uint8)  # past the last word nothing is allowed
+    return torch.from_numpy(np.concatenate([bits, missing])).to(words.device).bool()
+
+
+class Clean(LogitsProcessor):
+    """Goes first, and keeps the model's own logits for the log-probabilities."""
+
+    scores: torch.Tensor
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        self.scores = scores.clone()  # some processors write to what they get
+        return scores
+
+
+@dataclass(eq=False)
+class Draw(LogitsProcessor):
+    """Draws each sequence's token and returns scores that have their only maximum there.
+
+    `generate` looks for that maximum and keeps nothing else of the scores, unless it collects them (output_scores). So
+    one buffer of zeros and a single 1 per row serves every step, the clean scores are kept aside, and the scores that
+    came in (of which transformers may hold a reference, as output_logits) are only read.
+
+    Attributes:
+        params: of each prompt where prompts branch (copies > 1), else of each sequence.
+        seeds, offsets: int64 bits, likewise.
+        sampled: False takes the most probable token, as greedy search.
+        padding: the id of a sequence that is ended for want of a token; None makes that an error.
+        clean: has the logits that "raw" log-probabilities are of, where processors of transformers change them first.
+    """
+
+    params: SamplingParams
+    inputs: Inputs
+    seeds: torch.Tensor
+    offsets: torch.Tensor
+    progress: Progress
+    sampled: bool = True
+    backend: str = "auto"
+    copies: int = 1
+    mode: LogprobsMode | None = None
+    padding: int | None = None
+    clean: Clean | None = None
+    kept: list[torch.Tensor] | None = None
+    logprobs: list[torch.Tensor] = field(default_factory=list)  # float32 [B] of each step, where asked for
+    sampler: Sampler | None = None
+    choice: torch.Tensor | None = None  # float32 [B, V]
+    chosen: torch.Tensor | None = None  # int64 [B, 1], where it holds a 1
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.sampler is None and self.copies > 1:
+            every, sampler = self.copies, self._branching()
+        else:
+            self.sampler = sampler = self.sampler or self._new_sampler(self.params, self.seeds, self.offsets)
+            every = 1
+        inputs = self.inputs(input_ids, scores, every)
+        out = sampler(scores[::every], **inputs)
+        tokens = out.tokens.reshape(-1, 1)
+        if bool(out.status.any()):
+            self._end_invalid(out.status.repeat_interleave(every), input_ids, scores)
+            tokens = tokens.where(tokens >= 0, self.padding or 0)
+        if out.logprobs is not None:
+            self.logprobs.append(out.logprobs.flatten() if self.clean is None else self._raw(tokens))
+        if self.kept is not None:
+            self.kept.append(filter_logits(scores, self.params, backend=self.backend, on_invalid="flag", **inputs))
+        return self._one_hot(tokens, scores)
+
+    def _branching(self) -> Sampler:
+        """The sampler of the first step, where prompts branch; it makes that of the others."""
+        own, params = siblings(self.seeds, self.copies), repeated(self.params, self.copies)
+        self.sampler = self._new_sampler(params, own, self.offsets.repeat_interleave(self.copies) + 1)
+        return self._new_sampler(self.params, self.seeds, self.offsets, num_samples=self.copies)
+
+    def _new_sampler(
+        self, params: SamplingParams, seeds: torch.Tensor, offsets: torch.Tensor, num_samples: int = 1
+    ) -> Sampler:
+        return Sampler(
+            params if self.sampled else params.replace(temperature=0.0),
+            batch_size=len(seeds),
+            seed=seeds,
+            offset=offsets,
+            num_samples=num_samples,
+            logprobs=self.mode,
+            on_invalid="flag",
+            backend=self.backend,
+        )
+
+    def _end_invalid(self, status: torch.Tensor, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """Note which sequences can have no token, or raise; those that have ended already need none."""
+        done = self.progress.done
+        fresh = status if done is None else status.masked_fill(done, 0)
+        rows = fresh.nonzero()[:, 0].tolist()
+        for row in rows:
+            code = int(fresh[row])
+            nothing = code == 3
+            reason = (
+                self.inputs.why_nothing_is_left(row, input_ids, scores) if nothing else f"row {row} has {STATUS[code]}"
+            )
+            if self.padding is None:
+                more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+                raise ValueError(
+                    f"logits: {reason}{more}; on_invalid='flag' ends such a sequence and goes on with the others"
+                )
+            self.progress.reasons[row] = reason
+        self.progress.status = torch.where(self.progress.status == 0, fresh, self.progress.status)
+
+    def _raw(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.clean is not None
+        return self.clean.scores.log_softmax(-1).gather(1, tokens).flatten()
+
+    def _one_hot(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.choice is None or self.chosen is None:
+            self.choice = torch.zeros(scores.shape, device=scores.device)
+        else:
+            self.choice.scatter_(1, self.chosen, 0.0)
+        self.chosen = tokens
+        return self.choice.scatter_(1, tokens, 1.0)
+
+
+class Criteria(StoppingCriteriaList):
+    """The same stopping criteria, shown the clean scores; keeps the progress, and the grammars up to date."""
+
+    def __init__(
+        self, criteria: StoppingCriteriaList, grammar: GrammarBatch | None, progress: Progress, pads: bool
+    ) -> None:
+        super().__init__(criteria)
+        if pads:
+            self.append(_Padding())
+        self.grammar, self.progress = grammar, progress
+        self.kept: list[torch.Tensor] | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        progress = self.progress
+        done = super().__call__(input_ids, scores if self.kept is None else tuple(self.kept), **kwargs)
+        before = torch.zeros_like(done) if progress.done is None else progress.done
+        invalid = (progress.status != 0) & ~before  # and the last id is padding
+        lengths = input_ids.shape[1] - invalid.long()
+        progress.lengths = lengths if progress.lengths is None else torch.where(before, progress.lengths, lengths)
+        done = done | invalid
+        if self.grammar is not None:
+            tokens = zip(input_ids[:, -1].tolist(), (before | invalid).tolist(), strict=True)
+            self.grammar.accept([None if over else token for token, over in tokens])
+            done = done | torch.tensor(self.grammar.ended, device=done.device)
+        progress.done = before | done
+        return done  # type: ignore[no-any-return]
+
+
+class _Padding(StoppingCriteria):
+    """Ends nothing; that it has this attribute makes `generate` pad sequences which have ended."""
+
+    eos_token_id = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
