@@ -79,5 +79,6 @@ def told(row: int, names: list[str]) -> str:
     if not names:
         return f"row {row} has no logit above -inf (everything is masked)"
     if len(names) == 1:
-        return f"{names[0]}: allows no token (row {row}): it has no logit above -inf"
-    return f"{', '.join(names[:-1])} and {names[-1]}: together allow no token (row {row}): it has no logit above -inf"
+        return f"{names[0]}: allows no token (row {row})"
+    every = f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{every} together allow no token: row {row} has no logit above -inf (everything is masked)"

@@ -21,6 +21,8 @@ from fastsample.request import STATUS
 from fastsample.rows import Bias, pack_bias
 from fastsample.sampler import Sampler
 
+_NOTHING_LEFT = 3  # of STATUS
+
 
 @dataclass
 class Progress:
@@ -204,16 +206,12 @@ class Draw(LogitsProcessor):
         fresh = status if done is None else status.masked_fill(done, 0)
         rows = fresh.nonzero()[:, 0].tolist()
         for row in rows:
-            code = int(fresh[row])
-            nothing = code == 3
-            reason = (
-                self.inputs.why_nothing_is_left(row, input_ids, scores) if nothing else f"row {row} has {STATUS[code]}"
-            )
+            reason = f"row {row} has {STATUS[int(fresh[row])]}"
+            if int(fresh[row]) == _NOTHING_LEFT:
+                reason = self.inputs.why_nothing_is_left(row, input_ids, scores)
             if self.padding is None:
                 more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
-                raise ValueError(
-                    f"logits: {reason}{more}; on_invalid='flag' ends such a sequence and goes on with the others"
-                )
+                raise ValueError(f"{reason}{more}; on_invalid='flag' ends such a sequence and lets the others go on")
             self.progress.reasons[row] = reason
         self.progress.status = torch.where(self.progress.status == 0, fresh, self.progress.status)
 
@@ -246,13 +244,16 @@ class Criteria(StoppingCriteriaList):
         progress = self.progress
         done = super().__call__(input_ids, scores if self.kept is None else tuple(self.kept), **kwargs)
         before = torch.zeros_like(done) if progress.done is None else progress.done
-        invalid = (progress.status != 0) & ~before  # and the last id is padding
-        lengths = input_ids.shape[1] - invalid.long()
+        lengths = torch.full_like(done, input_ids.shape[1], dtype=torch.int64)
+        over = before
+        if progress.reasons:  # the last id of those that were ended in this step is padding
+            over = before | (progress.status != 0)
+            lengths -= (over & ~before).long()
+            done = done | over
         progress.lengths = lengths if progress.lengths is None else torch.where(before, progress.lengths, lengths)
-        done = done | invalid
         if self.grammar is not None:
-            tokens = zip(input_ids[:, -1].tolist(), (before | invalid).tolist(), strict=True)
-            self.grammar.accept([None if over else token for token, over in tokens])
+            tokens = zip(input_ids[:, -1].tolist(), over.tolist(), strict=True)
+            self.grammar.accept([None if ended else token for token, ended in tokens])
             done = done | torch.tensor(self.grammar.ended, device=done.device)
         progress.done = before | done
         return done  # type: ignore[no-any-return]
