@@ -331,7 +331,7 @@ def test_num_return_sequences_counts_for_seeds(table: TableModel) -> None:
     got = drawn(table, batch, seed=7, max_new_tokens=5, num_return_sequences=2)
     assert got.shape == (6, 5)
     assert got[3].tolist() == expected_tokens(table, 40, splitmix64(splitmix64(7) + 3), 5, top_k=50)
-    six = r"seed: expected one value or 6 \(one per sequence\), or 3 \(one per prompt\), got 2 values"
+    six = r"seed: expected one value or 6 \(one per sequence\), or 3 \(one per prompt\), got 2"
     with pytest.raises(ValueError, match=six):
         drawn(table, batch, seed=[1, 2], max_new_tokens=5, num_return_sequences=2)
 

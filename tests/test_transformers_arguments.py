@@ -24,7 +24,7 @@ from transformers import (
 
 import fastsample as fs
 from fastsample.cli_generate import shipped_model
-from fastsample.integrations.grammar import GrammarCompiler
+from fastsample.integrations.grammar import GrammarBatch, GrammarCompiler
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_generate
 from fastsample.rows import row_seeds
 
@@ -115,9 +115,9 @@ def test_other_values_per_prompt(table: TableModel, compiler: GrammarCompiler) -
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_a_wrong_number_says_what_was_given_and_what_is_wanted(table: TableModel, given: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}: expected one value or 3 \(one per sequence\), got 16 values$"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected one( value)? or 3 \(one per sequence\), got 16$"):
         tokens(table, PADDED, fs_generate(**given), max_new_tokens=2)
-    twelve = rf"^{name}: expected one value or 12 \(one per sequence\), or 3 \(one per prompt\), got 16 values$"
+    twelve = rf"^{name}: expected one( value)? or 12 \(one per sequence\), or 3 \(one per prompt\), got 16$"
     with pytest.raises(ValueError, match=twelve):
         tokens(table, PADDED, fs_generate(**given), max_new_tokens=2, num_return_sequences=4)
 
@@ -350,6 +350,43 @@ def test_what_a_sequence_past_its_end_gets_is_no_error(table: TableModel) -> Non
     got = tokens(broken, PADDED, fs_generate(7), **options)
     assert torch.equal(got, tokens(table, PADDED, fs_generate(7), **options))
     assert (got[1, 8:] == PAD).all()
+
+
+class RowError(ValueError):
+    """What a grammar batch raises for one of its sequences."""
+
+    row = 1
+
+
+@pytest.mark.parametrize("method", ["bitmask", "accept"])
+def test_what_one_grammar_cannot_do_ends_that_sequence(
+    model: Any, tokenizer: Any, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    batch = tokenizer(["The", "The answer is", "Use this"], return_tensors="pt", padding=True, padding_side="left")
+    options: dict[str, Any] = {"max_new_tokens": 8, "return_dict_in_generate": True, "do_sample": True}
+    grammar = compiler.regex("[a-z]{20}")
+    free = model.generate(**batch, **options, custom_generate=fs_generate(7, grammar=grammar)).sequences
+    calls: list[Any] = []
+    real = getattr(GrammarBatch, method)
+
+    def third_fails(self: Any, *args: Any) -> Any:
+        calls.append(args)
+        result = real(self, *args)
+        if len(calls) == 3:
+            raise RowError("the engine gave up")
+        return result
+
+    monkeypatch.setattr(GrammarBatch, method, third_fails)
+    with pytest.raises(RowError):
+        model.generate(**batch, **options, custom_generate=fs_generate(7, grammar=grammar))
+    calls.clear()
+    out = model.generate(**batch, **options, custom_generate=fs_generate(7, grammar=grammar, on_invalid="flag"))
+    assert out.errors == [None, "the engine gave up", None]
+    assert out.truncated.all()
+    assert torch.equal(out.sequences[::2], free[::2])
+    length = batch["input_ids"].shape[1] + (2 if method == "bitmask" else 3)
+    assert out.sequences[1].tolist() == free[1, :length].tolist() + [PAD] * (free.shape[1] - length)
+    assert out.status.tolist() == [0, 3 if method == "bitmask" else 0, 0]
 
 
 def test_a_flagged_batch_needs_padding(table: TableModel) -> None:

@@ -127,6 +127,22 @@ def test_bad_requests_fail_at_once(llama: LlamaForCausalLM, requests: list[dict[
         generate_batch(llama, PROMPTS, config(), requests=requests, continuous_batching_config=batching())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1.5}, r"seed = 1\.5: expected an integer"),
+        ({"seed": 2**64}, "seed = 18446744073709551616"),
+        ({"backend": "nope"}, "backend = 'nope'"),
+    ],
+)
+def test_bad_arguments_fail_at_once(
+    llama: LlamaForCausalLM, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "forward", None)  # never reached
+    with pytest.raises((TypeError, ValueError), match=message):
+        generate_batch(llama, PROMPTS, config(), continuous_batching_config=batching(), **options)
+
+
 def test_parameters_are_packed_on_the_cpu() -> None:
     """Whatever torch's default device is; from there they are copied in one piece."""
     fields = [{"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.0}]

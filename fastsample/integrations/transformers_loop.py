@@ -36,7 +36,7 @@ from fastsample.integrations.transformers_rows import (
     sequence_params,
     sequence_seeds,
 )
-from fastsample.integrations.transformers_step import Clean, Criteria, Draw, Inputs, Progress
+from fastsample.integrations.transformers_step import Clean, Criteria, Draw, Followed, Inputs, Progress
 from fastsample.params import SamplingParams
 from fastsample.request import OnInvalid
 from fastsample.rows import Seed
@@ -129,9 +129,10 @@ class Loop:
         plan = make_plan(logits_processor, input_ids.shape[1], self.fields, sampled)
         if "repetition_penalty" in self.fields:
             plan.ignored = _left_padding(model, model_kwargs)
-        grammar = self._follow_grammar(len(input_ids), config)
-        pads = self._pads(len(input_ids) * self.copies, grammar, config)
         progress = Progress(torch.zeros(len(input_ids) * self.copies, dtype=torch.int32, device=input_ids.device))
+        grammars = self._grammars(len(input_ids), config)
+        pads = self._prepare_padding(grammars, len(progress.status), config)
+        grammar = None if grammars is None else Followed(grammars, progress, self.on_invalid == "flag")
         draw = self._draw(plan, grammar, input_ids, config, _lengths(model, input_ids, config, model_kwargs), progress)
         criteria = Criteria(stopping_criteria, grammar, progress, pads)
         processors = plan.own
@@ -178,7 +179,7 @@ class Loop:
         """How many of the sequences that we are called with belong to one prompt."""
         return 1 if self.copies > 1 else int(config.num_return_sequences or 1)
 
-    def _follow_grammar(self, rows: int, config: Any) -> GrammarBatch | None:
+    def _grammars(self, rows: int, config: Any) -> GrammarBatch | None:
         if self.grammar is None:
             return None
         each = max(self.copies, self._each(config))
@@ -188,7 +189,7 @@ class Loop:
         stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
         return GrammarBatch(given, stops)
 
-    def _pads(self, rows: int, grammar: GrammarBatch | None, config: Any) -> bool:
+    def _prepare_padding(self, grammar: GrammarBatch | None, rows: int, config: Any) -> bool:
         """Whether sequences may end that generate would not end, and so have to be padded where others go on."""
         if grammar is None and self.on_invalid == "raise":
             return False
@@ -203,7 +204,7 @@ class Loop:
     def _draw(
         self,
         plan: Plan,
-        grammar: GrammarBatch | None,
+        grammar: Followed | None,
         input_ids: torch.Tensor,
         config: Any,
         lengths: torch.Tensor,
@@ -227,6 +228,7 @@ class Loop:
             self.copies,
             self.logprobs,
             int(config._pad_token_tensor) if self.on_invalid == "flag" else None,
+            self.copies > 1 and isinstance(self.grammar, Sequence),
             Clean() if self.logprobs == "raw" and plan.own else None,
         )
 

@@ -130,10 +130,9 @@ def sequence_grammars(grammar: Any, prompts: int, each: int) -> list[Grammar | N
 def require_count(name: str, count: int, prompts: int, each: int) -> None:
     """ValueError unless there is one value per sequence, or per prompt of several sequences."""
     if count not in (prompts * each, prompts):
+        one = "one" if name == "grammar" else "one value"
         per_prompt = f", or {prompts} (one per prompt)" if each > 1 else ""
-        raise ValueError(
-            f"{name}: expected one value or {prompts * each} (one per sequence){per_prompt}, got {count} values"
-        )
+        raise ValueError(f"{name}: expected {one} or {prompts * each} (one per sequence){per_prompt}, got {count}")
 
 
 def _count(values: Any) -> int | None:

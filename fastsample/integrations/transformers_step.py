@@ -17,7 +17,7 @@ from fastsample.integrations.transformers_conflicts import culprits, told
 from fastsample.integrations.transformers_plan import Plan
 from fastsample.integrations.transformers_rows import repeated, siblings
 from fastsample.params import SamplingParams
-from fastsample.request import STATUS
+from fastsample.request import STATUS, SampleOutput
 from fastsample.rows import Bias, pack_bias
 from fastsample.sampler import Sampler
 
@@ -45,12 +45,57 @@ class Progress:
         """The reasons, or None, of all sequences."""
         return [self.reasons.get(row) for row in range(len(self.status))]
 
+    def end(self, row: int, status: int, reason: str) -> None:
+        """Note why a sequence ends; of several reasons the first."""
+        if row not in self.reasons:
+            self.reasons[row] = reason
+            self.status[row] = status
+
+
+class Followed:
+    """The grammars of a call. Where sequences may be flagged, what one's grammar cannot go on with ends that one."""
+
+    def __init__(self, batch: GrammarBatch, progress: Progress, flag: bool) -> None:
+        self._batch, self._progress, self._flag = batch, progress, flag
+
+    def bitmask(self, scores: torch.Tensor) -> torch.Tensor:
+        """As GrammarBatch's; a sequence that its grammar leaves no token has ended, and may have any."""
+        while True:
+            try:
+                return self._batch.bitmask(scores)
+            except ValueError as error:
+                self._end(error, _NOTHING_LEFT)
+
+    def accept(self, tokens: list[int | None]) -> list[bool]:
+        """Append a token to each sequence, None to those that have ended; returns which have."""
+        try:
+            self._batch.accept(tokens)
+        except ValueError as error:  # when all have moved
+            self._end(error, 0)
+        return self._batch.ended
+
+    @property
+    def truncated(self) -> list[bool]:
+        """Per sequence: whether its text is no whole text of its grammar."""
+        while True:
+            try:
+                return self._batch.truncated
+            except ValueError as error:
+                self._end(error, 0)
+
+    def _end(self, error: ValueError, status: int) -> None:
+        row = getattr(error, "row", None)  # what a GrammarError says more than others
+        if row is None or not self._flag:
+            raise error
+        self._progress.end(row, status, str(error))
+        self._batch._ended[row] = True
+
 
 class Inputs:
     """What a step is told besides the logits: penalties' ids, masks and bias."""
 
     def __init__(
-        self, plan: Plan, params: SamplingParams, grammar: GrammarBatch | None, prompt: torch.Tensor, copies: int
+        self, plan: Plan, params: SamplingParams, grammar: Followed | None, prompt: torch.Tensor, copies: int
     ) -> None:
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
         values = [(getattr(params, name), getattr(SamplingParams, name)) for name in names]
@@ -142,6 +187,7 @@ class Draw(LogitsProcessor):
         seeds, offsets: int64 bits, likewise.
         sampled: False takes the most probable token, as greedy search.
         padding: the id of a sequence that is ended for want of a token; None makes that an error.
+        apart: whether sequences of a prompt may differ in what their first token can be.
         clean: has the logits that "raw" log-probabilities are of, where processors of transformers change them first.
     """
 
@@ -155,6 +201,7 @@ class Draw(LogitsProcessor):
     copies: int = 1
     mode: LogprobsMode | None = None
     padding: int | None = None
+    apart: bool = False
     clean: Clean | None = None
     kept: list[torch.Tensor] | None = None
     logprobs: list[torch.Tensor] = field(default_factory=list)  # float32 [B] of each step, where asked for
@@ -163,28 +210,40 @@ class Draw(LogitsProcessor):
     chosen: torch.Tensor | None = None  # int64 [B, 1], where it holds a 1
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.sampler is None and self.copies > 1:
-            every, sampler = self.copies, self._branching()
-        else:
-            self.sampler = sampler = self.sampler or self._new_sampler(self.params, self.seeds, self.offsets)
-            every = 1
+        first = self.sampler is None and self.copies > 1
+        every = self.copies if first and not self.apart else 1
         inputs = self.inputs(input_ids, scores, every)
-        out = sampler(scores[::every], **inputs)
+        if first:
+            out = self._branch(scores[::every], inputs)
+        else:
+            self.sampler = self.sampler or self._new_sampler(self.params, self.seeds, self.offsets)
+            out = self.sampler(scores, **inputs)
         tokens = out.tokens.reshape(-1, 1)
         if bool(out.status.any()):
             self._end_invalid(out.status.repeat_interleave(every), input_ids, scores)
-            tokens = tokens.where(tokens >= 0, self.padding or 0)
+            tokens = tokens.clamp(min=0)  # of sequences that have ended
+        if self.progress.reasons:
+            tokens = tokens.where(self.progress.status[:, None] == 0, self.padding or 0)
         if out.logprobs is not None:
             self.logprobs.append(out.logprobs.flatten() if self.clean is None else self._raw(tokens))
         if self.kept is not None:
-            self.kept.append(filter_logits(scores, self.params, backend=self.backend, on_invalid="flag", **inputs))
+            kept = filter_logits(scores, self.params, backend=self.backend, on_invalid="flag", **inputs)
+            self.kept.append(kept)
         return self._one_hot(tokens, scores)
 
-    def _branching(self) -> Sampler:
-        """The sampler of the first step, where prompts branch; it makes that of the others."""
+    def _branch(self, scores: torch.Tensor, inputs: dict[str, Any]) -> SampleOutput:
+        """The first step of prompts that branch: draw j is the j-th sequence's. Also makes the others' sampler."""
         own, params = siblings(self.seeds, self.copies), repeated(self.params, self.copies)
-        self.sampler = self._new_sampler(params, own, self.offsets.repeat_interleave(self.copies) + 1)
-        return self._new_sampler(self.params, self.seeds, self.offsets, num_samples=self.copies)
+        offsets = self.offsets.repeat_interleave(self.copies)
+        self.sampler = self._new_sampler(params, own, offsets + 1)
+        if not self.apart:
+            return self._new_sampler(self.params, self.seeds, self.offsets, self.copies)(scores, **inputs)
+        seeds = self.seeds.repeat_interleave(self.copies)
+        out = self._new_sampler(params, seeds, offsets, self.copies)(scores, **inputs)
+        draw = torch.arange(len(seeds), device=scores.device)[:, None] % self.copies
+        return SampleOutput(
+            out.tokens.gather(1, draw), out.status, None if out.logprobs is None else out.logprobs.gather(1, draw)
+        )
 
     def _new_sampler(
         self, params: SamplingParams, seeds: torch.Tensor, offsets: torch.Tensor, num_samples: int = 1
@@ -202,18 +261,18 @@ class Draw(LogitsProcessor):
 
     def _end_invalid(self, status: torch.Tensor, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
         """Note which sequences can have no token, or raise; those that have ended already need none."""
-        done = self.progress.done
-        fresh = status if done is None else status.masked_fill(done, 0)
-        rows = fresh.nonzero()[:, 0].tolist()
+        progress = self.progress
+        over = progress.status != 0 if progress.done is None else progress.done | (progress.status != 0)
+        rows = status.masked_fill(over, 0).nonzero()[:, 0].tolist()
         for row in rows:
-            reason = f"row {row} has {STATUS[int(fresh[row])]}"
-            if int(fresh[row]) == _NOTHING_LEFT:
+            code = int(status[row])
+            reason = f"row {row} has {STATUS[code]}"
+            if code == _NOTHING_LEFT:
                 reason = self.inputs.why_nothing_is_left(row, input_ids, scores)
             if self.padding is None:
                 more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
                 raise ValueError(f"{reason}{more}; on_invalid='flag' ends such a sequence and lets the others go on")
-            self.progress.reasons[row] = reason
-        self.progress.status = torch.where(self.progress.status == 0, fresh, self.progress.status)
+            progress.end(row, code, reason)
 
     def _raw(self, tokens: torch.Tensor) -> torch.Tensor:
         assert self.clean is not None
@@ -232,7 +291,7 @@ class Criteria(StoppingCriteriaList):
     """The same stopping criteria, shown the clean scores; keeps the progress, and the grammars up to date."""
 
     def __init__(
-        self, criteria: StoppingCriteriaList, grammar: GrammarBatch | None, progress: Progress, pads: bool
+        self, criteria: StoppingCriteriaList, grammar: Followed | None, progress: Progress, pads: bool
     ) -> None:
         super().__init__(criteria)
         if pads:
@@ -253,8 +312,8 @@ class Criteria(StoppingCriteriaList):
         progress.lengths = lengths if progress.lengths is None else torch.where(before, progress.lengths, lengths)
         if self.grammar is not None:
             tokens = zip(input_ids[:, -1].tolist(), over.tolist(), strict=True)
-            self.grammar.accept([None if ended else token for token, ended in tokens])
-            done = done | torch.tensor(self.grammar.ended, device=done.device)
+            ended = self.grammar.accept([None if is_over else token for token, is_over in tokens])
+            done = done | torch.tensor(ended, device=done.device)
         progress.done = before | done
         return done  # type: ignore[no-any-return]
 
