@@ -358,6 +358,18 @@ class RowError(ValueError):
     row = 1
 
 
+def test_a_step_that_no_grammar_has_taken_is_an_error(
+    model: Any, tokenizer: Any, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, *_: Any) -> None:
+        raise RowError("the engine gave up")
+
+    monkeypatch.setattr(GrammarBatch, "accept", fails)
+    sample = fs_generate(7, grammar=compiler.regex("[a-z]{20}"), on_invalid="flag")
+    with pytest.raises(RowError):
+        tokens(model, tokenizer(["The", "The"], return_tensors="pt"), sample, max_new_tokens=3)
+
+
 @pytest.mark.parametrize("method", ["bitmask", "accept"])
 def test_what_one_grammar_cannot_do_ends_that_sequence(
     model: Any, tokenizer: Any, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, method: str
@@ -373,6 +385,7 @@ def test_what_one_grammar_cannot_do_ends_that_sequence(
         calls.append(args)
         result = real(self, *args)
         if len(calls) == 3:
+            self._ended[1] = self._ended[1] or method == "accept"
             raise RowError("the engine gave up")
         return result
 

@@ -70,7 +70,11 @@ class Followed:
         """Append a token to each sequence, None to those that have ended; returns which have."""
         try:
             self._batch.accept(tokens)
-        except ValueError as error:  # when all have moved
+        except ValueError as error:
+            # Of a text that has ended and is none of its grammar we hear when all have moved; else none has.
+            row = getattr(error, "row", None)
+            if row is None or not self._batch.ended[row]:
+                raise
             self._end(error, 0)
         return self._batch.ended
 
