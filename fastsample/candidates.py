@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 
 from fastsample.engines import LogprobsMode
-from fastsample.params import specs
+from fastsample.params import specs, whole
 from fastsample.request import OnInvalid, is_one_of
 from fastsample.rows import Seed
 
@@ -166,9 +166,7 @@ def best_of_n(
 
 
 def _check(n: Any, score: Any, vote: Any, logprobs: Any, on_error: Any, options: dict[str, Any]) -> None:
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"n = {n!r}: expected an integer")
-    if n < 1:
+    if whole("n", n) < 1:
         raise ValueError(f"n = {n}: expected at least 1")
     if not is_one_of(score, "mean_logprob") and not callable(score):
         raise TypeError(f"score = {score!r}: expected 'mean_logprob' or a callable on (text, tokens, logprobs)")
@@ -257,7 +255,11 @@ def _score(index: int, score: Score, text: str, tokens: list[int], logprobs: lis
 def _answer(index: int, vote: Vote, text: str) -> Hashable:
     try:
         answer = vote(text)
+        if isinstance(answer, torch.Tensor):
+            answer = answer.item()  # one tensor is no other's equal
         hash(answer)
     except Exception as error:
         raise ValueError(f"vote: raised {type(error).__name__} on candidate {index} ({text!r}): {error}") from error
+    if isinstance(answer, numbers.Real) and math.isnan(answer):
+        raise ValueError(f"vote: expected an answer or None for candidate {index} ({text!r}), got NaN")
     return answer

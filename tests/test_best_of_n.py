@@ -166,6 +166,21 @@ def test_encoder_decoder() -> None:
     assert len({tuple(c.tokens) for c in result.candidates}) > 1
 
 
+def test_encoder_decoder_with_padding_and_a_beginning() -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=V, decoder_start_token_id=0, eos_token_id=EOS, pad_token_id=0, **sizes)
+    t5 = T5ForConditionalGeneration(config).eval()
+    ids = torch.tensor([[0, 0, 9, 7], [5, 6, 7, 8]])
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.5}
+    for more in ({}, {"attention_mask": (ids != 0).long()}, {"decoder_input_ids": torch.tensor([[0, 5], [0, 6]])}):
+        want = t5.generate(ids, do_sample=True, custom_generate=fs_generate([3, 4]), **more, **options)
+        got = fs.best_of_n(t5, {"input_ids": ids, **more} if more else ids, np.int64(3), seed=[3, 4], **options)
+        for result, tokens in zip(got, want[:, -6:].tolist(), strict=True):
+            first = by_index(result)[0]
+            assert first == tokens[: len(first)]
+
+
 def test_stopping_criteria_and_one_token(table: TableModel) -> None:
     for options in ({"max_new_tokens": 1}, {"stopping_criteria": [MaxLengthCriteria(4)], "max_new_tokens": 9}):
         result = fs.best_of_n(table, PROMPT, 3, seed=1, **options)
@@ -385,6 +400,14 @@ def test_equal_votes_go_to_the_better_candidate_then_to_the_first() -> None:
     assert _rank(drawn("a", "b", "b", "a"), lambda *_: 1.0, lambda text: text).answer == "a"
 
 
+def test_answers_count_by_value() -> None:
+    result = _rank(drawn("1", "2", "1"), "mean_logprob", lambda text: torch.tensor(int(text)))
+    assert (result.answer, result.votes) == (1, {1: 2, 2: 1})
+    nan = _rank(drawn("1", "nan", "nan"), "mean_logprob", float)
+    assert (nan.answer, nan.votes) == (1.0, {1.0: 1})
+    assert str(nan.candidates[-1].error) == "vote: expected an answer or None for candidate 2 ('nan'), got NaN"
+
+
 def test_all_abstain() -> None:
     result = _rank(drawn("a", "b"), lambda *_: 1, lambda text: None)
     assert (result.answer, result.best.index) == (None, 0)
@@ -475,7 +498,13 @@ def test_all_fail(table: TableModel) -> None:
         (2, {"do_sample": False}, "do_sample=False"),
         (2, {"num_beams": 2}, "num_beams: not served"),
         (2, {"top_p": 1.5}, r"top_p = 1\.5"),
-        (2, {"seed": [1, 2]}, "seed: expected one value or 1"),
+        (2, {"seed": [1, 2]}, r"seed: expected one value or 1 \(one per prompt\), got 2"),
+        (
+            2,
+            {"grammar": [None] * 3},
+            r"grammar: expected one or 2 \(one per candidate\), or 1 \(one per prompt\), got 3",
+        ),
+        (2, {"top_p": [0.5, 0.9, 1.0]}, r"top_p: expected one value or 1 \(one per prompt\), got 3"),
         (2, {"seed": 1.5}, "seed.* 1.5"),
         (2, {"backend": "nope"}, "backend = 'nope'"),
         (2, {"grammar": "yes|no"}, r"grammar = 'yes\|no': expected a Grammar"),

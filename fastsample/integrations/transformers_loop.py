@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from fastsample.integrations.transformers_generate import (
 )
 from fastsample.integrations.transformers_plan import Plan, make_plan
 from fastsample.integrations.transformers_rows import (
+    Batch,
     check_backend,
     check_grammar,
     check_modes,
@@ -130,10 +132,12 @@ class Loop:
         if "repetition_penalty" in self.fields:
             plan.ignored = _left_padding(model, model_kwargs)
         progress = Progress(torch.zeros(len(input_ids) * self.copies, dtype=torch.int32, device=input_ids.device))
-        grammars = self._grammars(len(input_ids), config)
+        batch = self._batch(len(input_ids), config)
+        grammars = self._grammars(batch, config)
         pads = self._prepare_padding(grammars, len(progress.status), config)
         grammar = None if grammars is None else Followed(grammars, progress, self.on_invalid == "flag")
-        draw = self._draw(plan, grammar, input_ids, config, _lengths(model, input_ids, config, model_kwargs), progress)
+        lengths = _lengths(model, input_ids, config, model_kwargs)
+        draw = self._draw(plan, grammar, input_ids, config, batch, lengths, progress)
         criteria = Criteria(stopping_criteria, grammar, progress, pads)
         processors = plan.own
         if draw is not None:
@@ -161,7 +165,7 @@ class Loop:
     def _look_for_idle(self, config: Any) -> None:
         """Say what is without effect."""
         idle = [] if self.seed is None else ["seed"]
-        idle += [] if isinstance(self.offset, int) and self.offset == 0 else ["offset"]
+        idle += [] if isinstance(self.offset, Integral) and self.offset == 0 else ["offset"]
         if idle and not config.do_sample:
             warnings.warn(
                 f"fs_generate({idle[0]}=...): without effect unless generate gets do_sample=True; "
@@ -175,15 +179,19 @@ class Loop:
                 "call generate with return_dict_in_generate=True"
             )
 
-    def _each(self, config: Any) -> int:
-        """How many of the sequences that we are called with belong to one prompt."""
-        return 1 if self.copies > 1 else int(config.num_return_sequences or 1)
+    def _batch(self, rows: int, config: Any) -> Batch:
+        """The sequences that we are called with."""
+        if self.record is not None:
+            return Batch(rows, unit="prompt")
+        each = int(config.num_return_sequences or 1)
+        return Batch(rows // each, each)
 
-    def _grammars(self, rows: int, config: Any) -> GrammarBatch | None:
+    def _grammars(self, batch: Batch, config: Any) -> GrammarBatch | None:
         if self.grammar is None:
             return None
-        each = max(self.copies, self._each(config))
-        given = sequence_grammars(self.grammar, rows * self.copies // each, each)
+        if self.copies > 1:
+            batch = Batch(batch.prompts, self.copies, "candidate")
+        given = sequence_grammars(self.grammar, batch)
         if all(item is None for item in given):
             return None
         stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
@@ -207,21 +215,21 @@ class Loop:
         grammar: Followed | None,
         input_ids: torch.Tensor,
         config: Any,
+        batch: Batch,
         lengths: torch.Tensor,
         progress: Progress,
     ) -> Draw | None:
         """The processor that goes last; None where plain greedy search needs none."""
-        each, sampled = self._each(config), bool(config.do_sample)
-        prompts = len(input_ids) // each
-        params = sequence_params(SamplingParams(**plan.fields), prompts, each)
+        sampled = bool(config.do_sample)
+        params = sequence_params(SamplingParams(**plan.fields), batch)
         inputs = Inputs(plan, params, grammar, input_ids, self.copies)
         if not (sampled or inputs.needed or self.logprobs or self.on_invalid == "flag"):
             return None
         return Draw(
             params,
             inputs,
-            sequence_seeds(self.seed if sampled else 0, prompts, each),
-            sequence_offsets(self.offset if sampled else 0, lengths, prompts, each),
+            sequence_seeds(self.seed if sampled else 0, batch),
+            sequence_offsets(self.offset if sampled else 0, lengths, batch),
             progress,
             sampled,
             self.backend,

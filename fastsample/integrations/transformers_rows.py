@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,13 +75,35 @@ def check_modes(logprobs: Any, on_invalid: Any) -> None:
 # One value per sequence ----------------------------------------------------------------------------------------------
 
 
-def sequence_seeds(seed: Any, prompts: int, each: int) -> torch.Tensor:
-    """int64 bits, one for each of `each` sequences of every prompt."""
+@dataclass(frozen=True)
+class Batch:
+    """`each` sequences of every prompt; `unit` is what a caller knows one of them as."""
+
+    prompts: int
+    each: int = 1
+    unit: str = "sequence"
+
+    @property
+    def sequences(self) -> int:
+        """All of them."""
+        return self.prompts * self.each
+
+    def require(self, name: str, count: int) -> None:
+        """ValueError unless there is one value per sequence, or per prompt of several sequences."""
+        if count not in (self.sequences, self.prompts):
+            one = "one" if name == "grammar" else "one value"
+            per_prompt = f", or {self.prompts} (one per prompt)" if self.each > 1 else ""
+            wanted = f"expected {one} or {self.sequences} (one per {self.unit}){per_prompt}"
+            raise ValueError(f"{name}: {wanted}, got {count}")
+
+
+def sequence_seeds(seed: Any, batch: Batch) -> torch.Tensor:
+    """int64 bits, one for each sequence."""
     count = _count(seed)
-    if count is None or count == prompts * each:
-        return pack_seeds(seed, prompts * each)
-    require_count("seed", count, prompts, each)
-    return siblings(pack_seeds(seed, prompts), each)
+    if count is None or count == batch.sequences:
+        return pack_seeds(seed, batch.sequences)
+    batch.require("seed", count)
+    return siblings(pack_seeds(seed, batch.prompts), batch.each)
 
 
 def siblings(seeds: torch.Tensor, each: int) -> torch.Tensor:
@@ -90,25 +113,25 @@ def siblings(seeds: torch.Tensor, each: int) -> torch.Tensor:
     return own.flatten()
 
 
-def sequence_offsets(offset: Any, lengths: torch.Tensor, prompts: int, each: int) -> torch.Tensor:
+def sequence_offsets(offset: Any, lengths: torch.Tensor, batch: Batch) -> torch.Tensor:
     """int64 bits, likewise; "prompt" is each sequence's length so far."""
     if isinstance(offset, str):
         return lengths.to(CPU, torch.int64)
     count = _count(offset)
-    if count is None or count == prompts * each:
-        return pack_offsets(offset, prompts * each).expand(prompts * each)
-    require_count("offset", count, prompts, each)
-    return pack_offsets(offset, prompts).repeat_interleave(each)
+    if count is None or count == batch.sequences:
+        return pack_offsets(offset, batch.sequences).expand(batch.sequences)
+    batch.require("offset", count)
+    return pack_offsets(offset, batch.prompts).repeat_interleave(batch.each)
 
 
-def sequence_params(params: SamplingParams, prompts: int, each: int) -> SamplingParams:
+def sequence_params(params: SamplingParams, batch: Batch) -> SamplingParams:
     """One value per sequence where there is one per sequence or per prompt."""
     sizes = params.per_row()
     for name, size in sizes.items():
-        require_count(name, size, prompts, each)
-    if not sizes or set(sizes.values()) == {prompts * each}:
+        batch.require(name, size)
+    if not sizes or set(sizes.values()) == {batch.sequences}:
         return params
-    return repeated(params, each)
+    return repeated(params, batch.each)
 
 
 def repeated(params: SamplingParams, each: int) -> SamplingParams:
@@ -118,21 +141,13 @@ def repeated(params: SamplingParams, each: int) -> SamplingParams:
     return params.replace(**{name: [v for v in values for _ in range(each)] for name, values in lists.items()})
 
 
-def sequence_grammars(grammar: Any, prompts: int, each: int) -> list[Grammar | None]:
+def sequence_grammars(grammar: Any, batch: Batch) -> list[Grammar | None]:
     """One grammar, or None, for each sequence."""
     if isinstance(grammar, Grammar):
-        return [grammar] * (prompts * each)
+        return [grammar] * batch.sequences
     given = list(grammar)
-    require_count("grammar", len(given), prompts, each)
-    return given if len(given) == prompts * each else [item for item in given for _ in range(each)]
-
-
-def require_count(name: str, count: int, prompts: int, each: int) -> None:
-    """ValueError unless there is one value per sequence, or per prompt of several sequences."""
-    if count not in (prompts * each, prompts):
-        one = "one" if name == "grammar" else "one value"
-        per_prompt = f", or {prompts} (one per prompt)" if each > 1 else ""
-        raise ValueError(f"{name}: expected {one} or {prompts * each} (one per sequence){per_prompt}, got {count}")
+    batch.require("grammar", len(given))
+    return given if len(given) == batch.sequences else [item for item in given for _ in range(batch.each)]
 
 
 def _count(values: Any) -> int | None:
