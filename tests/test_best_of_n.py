@@ -337,7 +337,7 @@ def test_a_full_cache_that_cannot_be_copied() -> None:
     cache = StaticCache(config=lm.config, max_cache_len=20)
     name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
     lm.generate(ids[:, :3], max_new_tokens=1, **{name: cache})
-    with pytest.raises(ValueError, match="cache: one that holds tokens already cannot be copied"):
+    with pytest.raises(ValueError, match="cache: one that is in use already cannot be copied"):
         fs.best_of_n(lm, ids, 3, max_new_tokens=3, **{name: cache})
 
 

@@ -300,33 +300,35 @@ def _branch(
             for cache in caches:
                 if cache is not None:
                     cache.batch_repeat_interleave(copies)
-    elif any(_holds_tokens(model_kwargs.get(name)) for name in ALL_CACHE_NAMES):
-        raise ValueError(
-            "cache: one that holds tokens already cannot be copied for each sequence, unless it is dynamic"
-        )
+    elif any(_is_in_use(model_kwargs.get(name)) for name in ALL_CACHE_NAMES):
+        raise ValueError("cache: one that is in use already cannot be copied for each sequence, unless it is dynamic")
     input_ids, model_kwargs = model._expand_inputs_for_generation(
         copies, model.config.is_encoder_decoder, input_ids, **model_kwargs
     )
     return model if outputs is None else _Prefilled(model, outputs), input_ids, model_kwargs
 
 
-_COPIED = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer")  # of transformers.cache_utils
+_COPIED = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer")
+"""Layers of transformers.cache_utils that can be copied whole. Their subclasses hold more, and copy the same."""
 
 
 def _can_be_copied(cache: Any) -> bool:
-    """Whether its batch_repeat_interleave copies all that it holds: some kinds inherit one that copies a part."""
+    """Whether all that a cache holds can be repeated for each sequence."""
     if cache is None:
         return True
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     if parts != [None, None]:
         return all(map(_can_be_copied, parts))
-    kinds = [type(layer) for layer in getattr(cache, "layers", [None])] or [cache.layer_class_to_replicate]
-    plain = all(kind.__module__ == "transformers.cache_utils" and kind.__name__ in _COPIED for kind in kinds)
-    return plain and not getattr(cache, "offloading", False)
+    if getattr(cache, "offloading", False):
+        return False
+    kinds = [type(layer) for layer in getattr(cache, "layers", ())]
+    kinds = kinds or [getattr(cache, "layer_class_to_replicate", None) or type(cache)]
+    return all(kind.__module__ == "transformers.cache_utils" and kind.__name__ in _COPIED for kind in kinds)
 
 
-def _holds_tokens(cache: Any) -> bool:
-    return cache is not None and cache.get_seq_length() > 0
+def _is_in_use(cache: Any) -> bool:
+    """Whether a cache holds tokens, or room for a number of sequences."""
+    return cache is not None and (cache.get_seq_length() > 0 or bool(getattr(cache, "is_initialized", False)))
 
 
 class _Prefilled:
