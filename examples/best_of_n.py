@@ -21,5 +21,12 @@ result = fs.best_of_n(model, "Use this function to", 8, score=words_per_token, *
 for candidate in result.candidates:
     print(f"{candidate.score:.3f} {candidate.text!r}")
 
-result = fs.best_of_n(model, "The default value is", 8, vote=lambda text: text.split()[0], **options)
+
+def first_word(text):
+    """A ballot: what a candidate answers, or None to abstain."""
+    words = text.split()
+    return words[0] if words else None
+
+
+result = fs.best_of_n(model, "The default value is", 8, vote=first_word, **options)
 print(f"most say {result.answer!r}: {result.votes}")

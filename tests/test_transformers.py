@@ -331,8 +331,9 @@ def test_num_return_sequences_counts_for_seeds(table: TableModel) -> None:
     got = drawn(table, batch, seed=7, max_new_tokens=5, num_return_sequences=2)
     assert got.shape == (6, 5)
     assert got[3].tolist() == expected_tokens(table, 40, splitmix64(splitmix64(7) + 3), 5, top_k=50)
-    with pytest.raises(ValueError, match="seed"):
-        drawn(table, batch, seed=[1, 2, 3], max_new_tokens=5, num_return_sequences=2)
+    six = r"seed: expected one value or 6 \(one per sequence\), or 3 \(one per prompt\), got 2"
+    with pytest.raises(ValueError, match=six):
+        drawn(table, batch, seed=[1, 2], max_new_tokens=5, num_return_sequences=2)
 
 
 @pytest.mark.parametrize("seeds", [[1], [1, 2], [1, 2, 3, 4], []])
@@ -403,13 +404,13 @@ def test_penalties_that_generate_lacks(table: TableModel, name: str) -> None:
 
 
 def test_a_given_repetition_penalty_replaces_that_of_generate(gpt2: GPT2LMHeadModel) -> None:
-    for do_sample in (True, False):
+    for do_sample, seed in ((True, 7), (False, None)):
         options = padded_batch() | {"do_sample": do_sample, "max_new_tokens": 8}
-        expected = gpt2.generate(**options, repetition_penalty=1.8, custom_generate=fs_generate(seed=7))
-        given = fs_generate(seed=7, repetition_penalty=1.8)
+        expected = gpt2.generate(**options, repetition_penalty=1.8, custom_generate=fs_generate(seed=seed))
+        given = fs_generate(seed=seed, repetition_penalty=1.8)
         assert torch.equal(gpt2.generate(**options, custom_generate=given), expected)
         assert torch.equal(gpt2.generate(**options, repetition_penalty=1.1, custom_generate=given), expected)
-        assert not torch.equal(gpt2.generate(**options, custom_generate=fs_generate(seed=7)), expected)
+        assert not torch.equal(gpt2.generate(**options, custom_generate=fs_generate(seed=seed)), expected)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +442,15 @@ def test_do_sample_false_is_plain_greedy(gpt2: GPT2LMHeadModel) -> None:
     for extra in ({}, {"repetition_penalty": 1.5}):
         options = padded_batch() | {"do_sample": False, "max_new_tokens": 8} | extra
         expected = gpt2.generate(**options)
-        assert torch.equal(gpt2.generate(**options, custom_generate=fs_generate(seed=7)), expected)
+        assert torch.equal(gpt2.generate(**options, custom_generate=fs_generate()), expected)
+
+
+@pytest.mark.parametrize("given", [{"seed": 7}, {"offset": 5}, {"offset": "prompt"}], ids=str)
+def test_what_greedy_search_ignores_is_said(gpt2: GPT2LMHeadModel, given: dict[str, Any]) -> None:
+    options = padded_batch() | {"do_sample": False, "max_new_tokens": 3}
+    with pytest.warns(UserWarning, match=rf"fs_generate\({next(iter(given))}=...\): without effect"):
+        got = gpt2.generate(**options, custom_generate=fs_generate(**given))
+    assert torch.equal(got, gpt2.generate(**options))
 
 
 def test_greedy_with_a_given_penalty(table: TableModel) -> None:
@@ -574,9 +583,10 @@ def test_options_that_would_be_lost_are_refused(
         gpt2.generate(torch.tensor([[5, 9, 7]]), **options)
 
 
-def test_stop_strings_fail_and_their_criterion_is_the_way(gpt2: GPT2LMHeadModel) -> None:
-    with pytest.raises(ValueError, match="stop strings"):
-        drawn(gpt2, padded_batch(), max_new_tokens=3, stop_strings=["a"], tokenizer=object())
+def test_paged_is_refused_before_it_drops_us(gpt2: GPT2LMHeadModel) -> None:
+    options = {"do_sample": True, "max_new_tokens": 3, "cache_implementation": "paged"}
+    with pytest.raises(ValueError, match=r"cache_implementation='paged'.*drops custom_generate"):
+        gpt2.generate(torch.tensor([[5, 9, 7]]), **options, custom_generate=fs_generate(seed=1))
 
 
 def test_a_loop_of_the_models_own_is_refused(table: TableModel) -> None:

@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 from fastsample.integrations.transformers import fs_generate
 from fastsample.integrations.transformers_batching import _pack, continuous_batching, generate_batch
+from fastsample.rows import row_seeds
 
 V = 120
 SMALL = {"num_blocks": 8, "max_batch_tokens": 64}
@@ -75,7 +76,7 @@ def test_seeds_of_requests_without_one_are_numbered(llama: LlamaForCausalLM) -> 
     got = generate_batch(llama, [[6], [6], [1, 5, 3]], settings, seed=7, continuous_batching_config=batching())
     assert got[0] != got[1]
     assert got[0] == alone(llama, [6], 7, settings)
-    assert got[2] == alone(llama, [1, 5, 3], 7 + 2, settings)
+    assert got[2] == alone(llama, [1, 5, 3], [int(row_seeds(7, 3)[2])], settings)
 
 
 def test_the_manager_takes_requests_and_draws_from_the_distribution(llama: LlamaForCausalLM) -> None:
@@ -124,6 +125,22 @@ def test_what_is_not_served_is_named(
 def test_bad_requests_fail_at_once(llama: LlamaForCausalLM, requests: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_batch(llama, PROMPTS, config(), requests=requests, continuous_batching_config=batching())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1.5}, r"seed = 1\.5: expected an integer"),
+        ({"seed": 2**64}, "seed = 18446744073709551616"),
+        ({"backend": "nope"}, "backend = 'nope'"),
+    ],
+)
+def test_bad_arguments_fail_at_once(
+    llama: LlamaForCausalLM, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "forward", None)  # never reached
+    with pytest.raises((TypeError, ValueError), match=message):
+        generate_batch(llama, PROMPTS, config(), continuous_batching_config=batching(), **options)
 
 
 def test_parameters_are_packed_on_the_cpu() -> None:

@@ -9,19 +9,26 @@ order are transformers' own. Whatever stands before the part that can be fused s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from transformers.generation.logits_process import LogitsProcessor
 
 from fastsample.api import filter_logits
+from fastsample.engines import LogprobsMode
 from fastsample.integrations.grammar import Grammar, GrammarBatch
 from fastsample.integrations.transformers_loop import Loop, Streamer
+from fastsample.integrations.transformers_rows import check_backend
 from fastsample.params import SamplingParams
+from fastsample.request import OnInvalid
 from fastsample.rows import Seed
 
 __all__ = ["FastSampleLogitsProcessor", "GrammarLogitsProcessor", "Streamer", "fs_generate"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class FastSampleLogitsProcessor(LogitsProcessor):
@@ -47,6 +54,7 @@ class FastSampleLogitsProcessor(LogitsProcessor):
         self, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0, *, backend: str = "auto"
     ) -> None:
         self.params = SamplingParams(temperature, top_k, top_p, min_p, ties="all")
+        check_backend(backend)
         self.backend = backend
 
     # transformers looks at the number of parameters: there must be exactly these two.
@@ -101,12 +109,32 @@ class GrammarLogitsProcessor(LogitsProcessor):
         return filter_logits(scores, bitmask=self._batch.bitmask(scores))
 
 
+def _to_be_called(function: Callable[P, R]) -> Callable[P, R]:
+    """Tell who passes the function itself as custom_generate, without (), what to do."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "generation_config" in kwargs:
+            raise TypeError(
+                "custom_generate=fs_generate: expected what fs_generate returns; call it: "
+                "custom_generate=fs_generate() or fs_generate(seed=7)"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_to_be_called
 def fs_generate(
     seed: Seed | None = None,
     *,
+    offset: Seed | Literal["prompt"] = 0,
     streamer: Streamer | None = None,
     backend: str = "auto",
     grammar: Grammar | Sequence[Grammar | None] | None = None,
+    logprobs: LogprobsMode | None = None,
+    on_invalid: OnInvalid = "raise",
+    tokenizer: Any = None,
     **fields: Any,
 ) -> Callable[..., Any]:
     """The argument `custom_generate` that gives the sampling step of `model.generate` to fastsample.
@@ -116,19 +144,36 @@ def fs_generate(
     does what precedes them, but for those that only forbid tokens; README.md has the table. With do_sample=False,
     `generate` is plain greedy.
 
-    A sequence's tokens depend on its logits, its seed and the number of tokens generated so far: not on the batch, its
-    slot, padding or earlier calls. But a model's own logits may differ in their last bits between batch shapes.
+    A sequence's tokens depend on its logits, its seed and their position: not on the batch, its slot, padding or
+    earlier calls. But a model's own logits may differ in their last bits between batch shapes.
+
+    What there is one of per sequence (seed, offset, grammar, fields) may also be given one per prompt, where
+    num_return_sequences makes several of each.
 
     Args:
         seed: an int s gives sequence i of the batch (after num_return_sequences) the seed
-            splitmix64(splitmix64(s) + i); a sequence holds one seed per sequence, used as it is. None takes a fresh
+            splitmix64(splitmix64(s) + i); a list holds one seed per sequence, used as it is. Of one per prompt, the
+            prompt's first sequence gets the prompt's seed p, its j-th splitmix64(splitmix64(p) + j). None takes a fresh
             seed from torch's default CPU generator at each call of `generate`; `torch.manual_seed` repeats it.
+        offset: position of the first new token, an int or one per sequence, 0 <= offset < 2^64. "prompt" counts from
+            the beginning of the text: a sequence's position is its number of ids so far, without padding. A text that
+            is handed back to `generate` then goes on with the random numbers that it would have had in one call, where
+            0 repeats those of its beginning. (Options that look at new tokens alone still start over: frequency and
+            presence penalties, grammars, min_new_tokens.)
         streamer: gets the prompt and then each token. Passed to `generate` it would be lost, and is refused.
         backend: as for `fastsample.sample`.
         grammar: what the new text must match (see `fastsample.integrations.grammar`), for every sequence, or one (or
             None) per sequence. A sequence ends where its text is complete and the model draws an end-of-sequence token;
             without such a token, where its text is first complete. Where generation ends before that, the result with
             return_dict_in_generate=True says so (`truncated`, bool [B]); else a TruncatedWarning does.
+        logprobs: adds `logprobs` to the result (which takes return_dict_in_generate=True), float32 [B, new tokens]:
+            natural log-probability of each new token, NaN after a sequence's end. "raw" is of the model's own logits,
+            "processed" of the distribution that was drawn from.
+        on_invalid: a sequence that can have no token (a NaN, +inf, nothing above -inf, as where a grammar and
+            min_new_tokens contradict each other) raises ("raise"), or ends there, is padded, and lets the others go on
+            ("flag"). The result then has `status` (int32 [B], as SampleOutput has it) and `errors` (for each sequence a
+            sentence or None) with return_dict_in_generate=True; else a warning names it.
+        tokenizer: for `stop_strings`, where `generate` itself was given none.
         **fields: SamplingParams fields, one value or one per sequence, that replace `generate`'s: e.g.
             frequency_penalty=0.2, or temperature=[0.2, 1.0]. `ties` is "all" unless given.
 
@@ -136,13 +181,12 @@ def fs_generate(
         A callable for `custom_generate`; it may be used for any number of `generate` calls.
 
     Raises:
-        TypeError, ValueError: bad field; or, from `generate`, seeds, grammars or fields of another length than the
-            batch, an option that fastsample does not serve (beams, assisted, contrastive, ... named in the message), or
-            a row of logits with a NaN, with +inf or with nothing above -inf.
+        TypeError, ValueError: bad argument; or, from `generate`, seeds, offsets, grammars or fields of another number
+            than sequences or prompts, fields or logprobs that would be without effect, an option that fastsample does
+            not serve (beams, assisted, contrastive, paged, ... named in the message), or a sequence that can have no
+            token; where options contradict each other, the message names them.
 
-    Two things never reach this callable: `cache_implementation="paged"` in a call of `generate` switches to continuous
-    batching before it looks at `custom_generate`, and `stop_strings` fails for want of the tokenizer (pass a
-    StopStringCriteria in `stopping_criteria` instead).
+    Warns:
+        UserWarning: a seed or an offset is without effect, since do_sample=False draws nothing.
     """
-    SamplingParams(**fields)  # a bad field should fail here, not after a model's forward pass
-    return Loop(seed, streamer, backend, grammar, fields)
+    return Loop(seed, streamer, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid)

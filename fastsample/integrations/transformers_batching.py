@@ -23,7 +23,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from fastsample.api import sample
 from fastsample.integrations.transformers_plan import make_plan
-from fastsample.params import CPU, SamplingParams
+from fastsample.integrations.transformers_rows import check_backend
+from fastsample.params import CPU, SamplingParams, whole
 from fastsample.rows import pack_seeds, splitmix64
 
 _FIELDS = ("temperature", "top_k", "top_p", "min_p")
@@ -54,16 +55,17 @@ def continuous_batching(
         continuous_batching_config: as for transformers, without asynchronous batching, CUDA graphs or logprobs.
 
     Raises:
-        ValueError: do_sample=False, an option that is not one of the four fields (named in the message), or a manager
-            that the model has kept.
+        TypeError, ValueError: bad seed or backend, do_sample=False, an option that is not one of the four fields (named
+            in the message), or a manager that the model has kept.
     """
+    check_backend(backend)
+    own = int((pack_seeds(None, 1) if seed is None else pack_seeds([whole("seed", seed)], 1))[0]) % 2**64
     config = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
     batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
     defaults = _defaults(model, config, batching)
     config.do_sample = False  # the processors leave one token to choose
     batching.use_async_batching = batching.use_cuda_graph = False
     manager = model.init_continuous_batching(config, batching)
-    own = int(pack_seeds(None, 1)[0]) if seed is None else seed
     manager.logit_processor = _FusedStep(defaults, own, backend)
     manager.start()
     try:
@@ -90,7 +92,7 @@ def generate_batch(
         requests: keyword arguments of `add_request` for each prompt, e.g. {"temperature": 0.2, "seed": 5}.
 
     Raises:
-        ValueError: another number of requests than prompts; what `continuous_batching` refuses.
+        TypeError, ValueError: another number of requests than prompts; what `continuous_batching` refuses.
         RuntimeError: a request failed; the message names it.
     """
     each = [{} for _ in inputs] if requests is None else list(requests)

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from numbers import Integral
+from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from fastsample.api import filter_logits
 from fastsample.engines import LogprobsMode
 from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
-from fastsample.integrations.transformers_plan import Plan, make_plan, refuse_other_loops, synced_gpus
+from fastsample.integrations.transformers_generate import (
+    hand_back_tokenizer,
+    refuse_other_loops,
+    refuse_paged,
+    synced_gpus,
+)
+from fastsample.integrations.transformers_plan import Plan, make_plan
+from fastsample.integrations.transformers_rows import (
+    Batch,
+    check_backend,
+    check_grammar,
+    check_modes,
+    check_offset,
+    check_seed,
+    check_streamer,
+    sequence_grammars,
+    sequence_offsets,
+    sequence_params,
+    sequence_seeds,
+)
+from fastsample.integrations.transformers_step import Clean, Criteria, Draw, Followed, Inputs, Progress
 from fastsample.params import SamplingParams
-from fastsample.rows import Bias, Seed, pack_bias, pack_seeds, row_seeds
-from fastsample.sampler import Sampler
+from fastsample.request import OnInvalid
+from fastsample.rows import Seed
 
 
 class Streamer(Protocol):
@@ -39,28 +59,60 @@ class Record:
     """What a call's sequences are besides their ids.
 
     Attributes:
-        logprobs: float32 [B] for each step.
+        start: length of the prompt.
+        logprobs: float32 [B, steps], NaN after a sequence's end; None where not asked for.
         lengths: ids of each sequence, prompt included, up to its end.
         truncated: per sequence, whether its text is no whole text of its grammar.
+        errors: per sequence, why it was ended for want of a token, or None.
     """
 
-    logprobs: list[torch.Tensor] = field(default_factory=list)
+    start: int = 0
+    logprobs: torch.Tensor | None = None
     lengths: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
+    errors: list[str | None] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Loop:
-    """What `generate` calls as its custom_generate; see `fs_generate` for the first five fields."""
+    """What `generate` calls as its custom_generate; see `fs_generate` for the first nine fields."""
 
-    seed: Seed | None
-    streamer: Streamer | None
-    backend: str
-    grammar: Grammar | Sequence[Grammar | None] | None
-    fields: dict[str, Any]
-    copies: int = 1  # sequences that each prompt branches into at its first step
+    seed: Seed | None = None
+    streamer: Streamer | None = None
+    backend: str = "auto"
+    grammar: Grammar | Sequence[Grammar | None] | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    offset: Seed | Literal["prompt"] = 0
+    tokenizer: Any = None
     logprobs: LogprobsMode | None = None
+    on_invalid: OnInvalid = "raise"
+    copies: int = 1  # sequences that each prompt branches into at its first step
     record: Record | None = None
+
+    def __post_init__(self) -> None:
+        """Errors of the arguments alone come here, before a model is run."""
+        SamplingParams(**self.fields)
+        check_modes(self.logprobs, self.on_invalid)
+        check_backend(self.backend)
+        if self.seed is not None:
+            check_seed(self.seed)
+        check_offset(self.offset)
+        if self.grammar is not None:
+            check_grammar(self.grammar)
+        if self.streamer is not None:
+            check_streamer(self.streamer)
+
+    @property  # type: ignore[misc]  # an object's own can be set
+    def __class__(self) -> type[Loop]:
+        """What isinstance(custom_generate, str) looks at: the one look that `generate` takes before it may drop us."""
+        refuse_paged()
+        return Loop
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What `generate` reads to tell our arguments from the model's."""
+        hand_back_tokenizer(self.tokenizer)
+        return inspect.signature(type(self).__call__.__get__(self))
 
     def __call__(
         self,
@@ -69,76 +121,149 @@ class Loop:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         config = copy.copy(generation_config)
         refuse_other_loops(model, config)
+        self._look_for_idle(config)
         sampled = bool(config.do_sample)
         plan = make_plan(logits_processor, input_ids.shape[1], self.fields, sampled)
         if "repetition_penalty" in self.fields:
             plan.ignored = _left_padding(model, model_kwargs)
-        grammar = self._follow_grammar(len(input_ids) * self.copies, config)
-        step = self._step(plan, grammar, input_ids, sampled)
-        criteria = _Criteria(stopping_criteria, grammar, input_ids.shape[1])
-        if isinstance(step, Draw) and config.return_dict_in_generate and config.output_scores:
-            step.kept = criteria.kept = []
+        progress = Progress(torch.zeros(len(input_ids) * self.copies, dtype=torch.int32, device=input_ids.device))
+        batch = self._batch(len(input_ids), config)
+        grammars = self._grammars(batch, config)
+        pads = self._prepare_padding(grammars, len(progress.status), config)
+        grammar = None if grammars is None else Followed(grammars, progress, self.on_invalid == "flag")
+        lengths = _lengths(model, input_ids, config, model_kwargs)
+        draw = self._draw(plan, grammar, input_ids, config, batch, lengths, progress)
+        criteria = Criteria(stopping_criteria, grammar, progress, pads)
+        processors = plan.own
+        if draw is not None:
+            processors = [*([] if draw.clean is None else [draw.clean]), *plan.own, draw]
+            draw.kept = criteria.kept = [] if config.return_dict_in_generate and config.output_scores else None
         config.do_sample = False  # the step leaves one token to choose, which greedy search then takes
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())  # as `generate` does with its own
         synced = {"synced_gpus": synced_gpus(model)}
-        loop = type(model)._sample
+        loop, start = type(model)._sample, input_ids.shape[1]
         if self.copies > 1:
             model, input_ids, model_kwargs = _branch(model, input_ids, config, model_kwargs, self.copies)
         result = loop(
             model,
             input_ids,
-            logits_processor=LogitsProcessorList([*plan.own, *([] if step is None else [step])]),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=criteria,
             generation_config=config,
             streamer=self.streamer,
             **synced | model_kwargs,
         )
-        if isinstance(step, Draw) and step.kept is not None:
-            result.scores = tuple(step.kept[: len(result.scores)])
-        self._report(result, step, criteria)
+        self._report(result, draw, criteria, start)
         return result
 
-    def _follow_grammar(self, rows: int, config: Any) -> GrammarBatch | None:
+    def _look_for_idle(self, config: Any) -> None:
+        """Say what is without effect."""
+        idle = [] if self.seed is None else ["seed"]
+        idle += [] if isinstance(self.offset, Integral) and self.offset == 0 else ["offset"]
+        if idle and not config.do_sample:
+            warnings.warn(
+                f"fs_generate({idle[0]}=...): without effect unless generate gets do_sample=True; "
+                "greedy search draws no random numbers",
+                UserWarning,
+                stacklevel=2,
+            )
+        if self.logprobs is not None and self.record is None and not config.return_dict_in_generate:
+            raise ValueError(
+                f"fs_generate(logprobs={self.logprobs!r}): the ids alone have no room for them; "
+                "call generate with return_dict_in_generate=True"
+            )
+
+    def _batch(self, rows: int, config: Any) -> Batch:
+        """The sequences that we are called with."""
+        if self.record is not None:
+            return Batch(rows, unit="prompt")
+        each = int(config.num_return_sequences or 1)
+        return Batch(rows // each, each)
+
+    def _grammars(self, batch: Batch, config: Any) -> GrammarBatch | None:
         if self.grammar is None:
             return None
-        given = [self.grammar] * rows if isinstance(self.grammar, Grammar) else list(self.grammar)
-        if len(given) != rows:
-            raise ValueError(f"grammar: expected one or {rows} (one per sequence), got {len(given)}")
+        if self.copies > 1:
+            batch = Batch(batch.prompts, self.copies, "candidate")
+        given = sequence_grammars(self.grammar, batch)
+        if all(item is None for item in given):
+            return None
         stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
-        batch = GrammarBatch(given, stops)
-        if not stops and config._pad_token_tensor is None:
-            # Sequences that their grammar has ended must be padded with something, where others go on.
-            if batch.padding is None and rows > 1:
-                raise ValueError("grammar: sequences of a batch end at different steps: give generate a pad_token_id")
-            config._pad_token_tensor = torch.tensor(batch.padding or 0)
-        return batch
+        return GrammarBatch(given, stops)
 
-    def _step(
-        self, plan: Plan, grammar: GrammarBatch | None, input_ids: torch.Tensor, sampled: bool
-    ) -> LogitsProcessor | None:
+    def _prepare_padding(self, grammar: GrammarBatch | None, rows: int, config: Any) -> bool:
+        """Whether sequences may end that generate would not end, and so have to be padded where others go on."""
+        if grammar is None and self.on_invalid == "raise":
+            return False
+        if config._pad_token_tensor is None and (grammar is None or config._eos_token_tensor is None):
+            padding = None if grammar is None else grammar.padding
+            if padding is None and rows > 1:
+                name = "on_invalid='flag'" if grammar is None else "grammar"
+                raise ValueError(f"{name}: sequences of a batch end at different steps: give generate a pad_token_id")
+            config._pad_token_tensor = torch.tensor(padding or 0)
+        return True
+
+    def _draw(
+        self,
+        plan: Plan,
+        grammar: Followed | None,
+        input_ids: torch.Tensor,
+        config: Any,
+        batch: Batch,
+        lengths: torch.Tensor,
+        progress: Progress,
+    ) -> Draw | None:
         """The processor that goes last; None where plain greedy search needs none."""
-        params = SamplingParams(**plan.fields)
-        inputs = _Inputs(plan, params, grammar, input_ids, self.copies)
-        if sampled:
-            return Draw(params, inputs, self.seed, self.backend, self.copies, self.logprobs)
-        return _Filter(params, inputs, self.backend) if inputs.needed else None
+        sampled = bool(config.do_sample)
+        params = sequence_params(SamplingParams(**plan.fields), batch)
+        inputs = Inputs(plan, params, grammar, input_ids, self.copies)
+        if not (sampled or inputs.needed or self.logprobs or self.on_invalid == "flag"):
+            return None
+        return Draw(
+            params,
+            inputs,
+            sequence_seeds(self.seed if sampled else 0, batch),
+            sequence_offsets(self.offset if sampled else 0, lengths, batch),
+            progress,
+            sampled,
+            self.backend,
+            self.copies,
+            self.logprobs,
+            int(config._pad_token_tensor) if self.on_invalid == "flag" else None,
+            self.copies > 1 and isinstance(self.grammar, Sequence),
+            Clean() if self.logprobs == "raw" and plan.own else None,
+        )
 
-    def _report(self, result: Any, step: LogitsProcessor | None, criteria: _Criteria) -> None:
+    def _report(self, result: Any, draw: Draw | None, criteria: Criteria, start: int) -> None:
         """Say what the ids do not: in the record, in the result, or as a warning."""
-        grammar = criteria.grammar
-        if self.record is not None and isinstance(step, Draw):
-            self.record.logprobs = step.logprobs
-            self.record.lengths = [] if criteria.lengths is None else criteria.lengths.tolist()
-            self.record.truncated = [] if grammar is None else grammar.truncated
-        elif grammar is not None and not isinstance(result, torch.Tensor):
-            result.truncated = torch.tensor(grammar.truncated)
-        elif grammar is not None and any(grammar.truncated):
-            rows = ", ".join(str(row) for row, cut in enumerate(grammar.truncated) if cut)
+        progress, plain = criteria.progress, isinstance(result, torch.Tensor)
+        steps = (result if plain else result.sequences).shape[1] - start
+        if draw is not None and draw.kept is not None:
+            result.scores = tuple(draw.kept[:steps])
+        truncated = [False] * len(progress.status) if criteria.grammar is None else criteria.grammar.truncated
+        logprobs = (
+            _until_the_end(draw.logprobs[:steps], progress, start) if draw is not None and self.logprobs else None
+        )
+        if self.record is not None:
+            self.record.start, self.record.logprobs = start, logprobs
+            self.record.lengths = [] if progress.lengths is None else progress.lengths.tolist()
+            self.record.truncated, self.record.errors = truncated, progress.errors
+            return
+        more: dict[str, Any] = {} if self.grammar is None else {"truncated": torch.tensor(truncated)}
+        more |= {} if self.on_invalid == "raise" else {"status": progress.status, "errors": progress.errors}
+        more |= {} if logprobs is None else {"logprobs": logprobs}
+        for name, value in more.items() if not plain else ():
+            setattr(result, name, value)
+        for row, reason in progress.reasons.items() if plain else ():
+            warnings.warn(f"sequence {row} was ended: {reason}", UserWarning, stacklevel=2)
+        if plain and any(truncated):
+            rows = ", ".join(str(row) for row, cut in enumerate(truncated) if cut)
             warnings.warn(
                 f"generation ended before the grammar did: the text of sequence {rows} is truncated",
                 TruncatedWarning,
@@ -146,172 +271,12 @@ class Loop:
             )
 
 
-# The step ------------------------------------------------------------------------------------------------------------
-
-
-class _Inputs:
-    """What a step is told besides the logits: penalties' ids, masks and bias."""
-
-    def __init__(
-        self, plan: Plan, params: SamplingParams, grammar: GrammarBatch | None, prompt: torch.Tensor, copies: int
-    ) -> None:
-        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        values = [(getattr(params, name), getattr(SamplingParams, name)) for name in names]
-        self._counts = any(isinstance(value, torch.Tensor) or value != neutral for value, neutral in values)
-        self._plan, self._grammar = plan, grammar
-        self._bias: Bias | None = None
-        self._length = prompt.shape[1]
-        self._prompt = prompt.repeat_interleave(copies, 0)
-        if plan.ignored is not None:
-            position = torch.arange(self._length, device=prompt.device)
-            first = torch.as_tensor(plan.ignored, device=prompt.device).reshape(-1, 1)
-            first = first.repeat_interleave(copies, 0) if len(first) > 1 else first
-            self._prompt = self._prompt.masked_fill(position < first, -1)
-
-    @property
-    def needed(self) -> bool:
-        """Whether greedy search has to look at any of them."""
-        return self._counts or self._grammar is not None or self._plan.bias is not None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, every: int = 1) -> dict[str, Any]:
-        """The keyword arguments of a call for every so many rows; empty where nothing looks at them."""
-        inputs: dict[str, Any] = {}
-        if self._counts:
-            inputs["prompt_ids"] = self._prompt[::every]
-            inputs["output_ids"] = input_ids[::every, self._length :]
-        masks = [] if self._grammar is None else [self._grammar.bitmask(scores)]
-        masks += [] if self._plan.allowed is None else [self._allowed(input_ids, scores)]
-        if masks:
-            inputs["bitmask"] = (masks[0] if len(masks) == 1 else masks[0] & masks[1])[::every]
-        if self._plan.bias is not None:
-            table = scores[::every]
-            if self._bias is None or len(self._bias.row_ptr) != len(table) + 1:
-                self._bias = pack_bias(self._plan.bias, table)
-            inputs["bias"] = self._bias
-        return inputs
-
-    def _allowed(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """What prefix_allowed_tokens_fn allows, as a bitmask."""
-        rows, vocab = scores.shape
-        bits = np.zeros((rows, -(-vocab // 32) * 32), dtype=np.uint8)
-        for row, ids in enumerate(input_ids):
-            allowed = self._plan.allowed(row, ids) if self._plan.allowed is not None else []
-            if len(allowed) == 0:
-                raise ValueError(f"prefix_allowed_tokens_fn: allows no token (row {row})")
-            bits[row, :vocab][torch.as_tensor(allowed).cpu().numpy()] = 1
-        words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
-        return torch.from_numpy(words).to(scores.device)
-
-
-class _Filter(LogitsProcessor):
-    """Masks, bias and penalties alone, before greedy search."""
-
-    def __init__(self, params: SamplingParams, inputs: _Inputs, backend: str) -> None:
-        self.params, self.inputs, self.backend = params, inputs, backend
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        return filter_logits(scores, self.params, backend=self.backend, **self.inputs(input_ids, scores))
-
-
-class Draw(LogitsProcessor):
-    """Draws each sequence's token and returns scores that have their only maximum there.
-
-    `generate` looks for that maximum and keeps nothing else of the scores, unless it collects them (output_scores). So
-    one buffer of zeros and a single 1 per row serves every step, the clean scores are kept aside, and the scores that
-    came in (of which transformers may hold a reference, as output_logits) are only read.
-    """
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        inputs: _Inputs,
-        seed: Seed | None,
-        backend: str,
-        copies: int,
-        logprobs: LogprobsMode | None,
-    ) -> None:
-        self.params, self.inputs, self.backend = params, inputs, backend
-        self.seed, self.copies, self.mode = seed, copies, logprobs
-        self.sampler: Sampler | None = None
-        self.kept: list[torch.Tensor] | None = None
-        self.logprobs: list[torch.Tensor] = []  # float32 [B] of each step, where asked for
-        self.choice: torch.Tensor | None = None  # float32 [B, V]
-        self.chosen: torch.Tensor | None = None  # int64 [B, 1], where it holds a 1
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.sampler is None and self.copies > 1:
-            every, sampler = self.copies, self._start(len(scores) // self.copies)
-        else:
-            self.sampler = sampler = self.sampler or self._start(len(scores))
-            every = 1
-        inputs = self.inputs(input_ids, scores, every)
-        out = sampler(scores[::every], **inputs)
-        if out.logprobs is not None:
-            self.logprobs.append(out.logprobs.flatten())
-        if self.kept is not None:
-            self.kept.append(filter_logits(scores, self.params, backend=self.backend, **inputs))
-        return self._one_hot(out.tokens.reshape(-1, 1), scores)
-
-    def _start(self, rows: int) -> Sampler:
-        """The sampler of all steps; where prompts branch, that of their first step, which makes that of the others."""
-        seeds = pack_seeds(self.seed, rows)
-        options: dict[str, Any] = {"logprobs": self.mode, "backend": self.backend}
-        if self.copies > 1:
-            # The first of a prompt's sequences goes on with its seed, as it would alone.
-            own = torch.stack([row_seeds(seed % 2**64, self.copies) for seed in seeds.tolist()])
-            own[:, 0] = seeds
-            params = _repeated(self.params, self.copies)
-            self.sampler = Sampler(params, batch_size=own.numel(), seed=own.flatten(), offset=1, **options)
-        return Sampler(self.params, batch_size=rows, seed=seeds, num_samples=self.copies, **options)
-
-    def _one_hot(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.choice is None or self.chosen is None:
-            self.choice = torch.zeros(scores.shape, device=scores.device)
-        else:
-            self.choice.scatter_(1, self.chosen, 0.0)
-        self.chosen = tokens
-        return self.choice.scatter_(1, tokens, 1.0)
-
-
-def _repeated(params: SamplingParams, copies: int) -> SamplingParams:
-    """One value per sequence where there was one per prompt."""
-    values = {name: getattr(params, name) for name in params.per_row()}
-    lists = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-    return params.replace(**{name: [v for v in values for _ in range(copies)] for name, values in lists.items()})
-
-
-class _Criteria(StoppingCriteriaList):
-    """The same stopping criteria, shown the clean scores; keeps count of lengths, and the grammars up to date."""
-
-    def __init__(self, criteria: StoppingCriteriaList, grammar: GrammarBatch | None, prompt_length: int) -> None:
-        super().__init__(criteria)
-        if grammar is not None:
-            self.append(_EndOfGrammar())
-        self.grammar = grammar
-        self.kept: list[torch.Tensor] | None = None
-        self.lengths: torch.Tensor | None = None  # int64 [B]
-        self.done: torch.Tensor | None = None  # bool [B]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        done = super().__call__(input_ids, scores if self.kept is None else tuple(self.kept), **kwargs)
-        before = torch.zeros_like(done) if self.done is None else self.done
-        lengths = torch.full_like(done, input_ids.shape[1], dtype=torch.int64)
-        self.lengths = lengths if self.lengths is None else torch.where(before, self.lengths, lengths)
-        if self.grammar is not None:
-            tokens = zip(input_ids[:, -1].tolist(), before.tolist(), strict=True)
-            self.grammar.accept([None if over else token for token, over in tokens])
-            done = done | torch.tensor(self.grammar.ended, device=done.device)
-        self.done = before | done
-        return done  # type: ignore[no-any-return]
-
-
-class _EndOfGrammar(StoppingCriteria):
-    """Ends nothing; that it has this attribute makes `generate` pad sequences which have ended."""
-
-    eos_token_id = None
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+def _until_the_end(steps: list[torch.Tensor], progress: Progress, start: int) -> torch.Tensor:
+    """float32 [B, steps], NaN after a sequence's end."""
+    table = torch.stack(steps, dim=1)
+    position = torch.arange(start, start + table.shape[1], device=table.device)
+    assert progress.lengths is not None
+    return table.masked_fill(position >= progress.lengths[:, None].to(table.device), torch.nan)
 
 
 # One prefill for several sequences -----------------------------------------------------------------------------------
@@ -320,21 +285,50 @@ class _EndOfGrammar(StoppingCriteria):
 def _branch(
     model: Any, input_ids: torch.LongTensor, config: Any, model_kwargs: dict[str, Any], copies: int
 ) -> tuple[Any, torch.LongTensor, dict[str, Any]]:
-    """Run the prompts once; then what the loop needs to go on with so many copies of each."""
-    outputs = model._prefill(input_ids, config, model_kwargs)
-    outputs.logits = outputs.logits[:, -1:].repeat_interleave(copies, dim=0)
-    for name in ALL_CACHE_NAMES:
-        if (cache := outputs.get(name)) is not None:
-            try:
-                cache.batch_repeat_interleave(copies)
-            except AttributeError:
-                raise ValueError(
-                    f"{type(cache).__name__} cannot be copied for each sequence; leave out cache_implementation"
-                ) from None
+    """What the loop needs to go on with so many copies of each prompt.
+
+    The prompts run once, here, and the cache is copied. Where it is of a kind that cannot be, they run once per copy.
+    """
+    outputs = None
+    if all(_can_be_copied(model_kwargs.get(name)) for name in ALL_CACHE_NAMES):
+        outputs = model._prefill(input_ids, config, model_kwargs)
+        caches = [outputs.get(name) for name in ALL_CACHE_NAMES]
+        if not all(map(_can_be_copied, caches)):  # a kind that the model makes itself
+            outputs = None
+        else:
+            outputs.logits = outputs.logits[:, -1:].repeat_interleave(copies, dim=0)
+            for cache in caches:
+                if cache is not None:
+                    cache.batch_repeat_interleave(copies)
+    elif any(_is_in_use(model_kwargs.get(name)) for name in ALL_CACHE_NAMES):
+        raise ValueError("cache: one that is in use already cannot be copied for each sequence, unless it is dynamic")
     input_ids, model_kwargs = model._expand_inputs_for_generation(
         copies, model.config.is_encoder_decoder, input_ids, **model_kwargs
     )
-    return _Prefilled(model, outputs), input_ids, model_kwargs
+    return model if outputs is None else _Prefilled(model, outputs), input_ids, model_kwargs
+
+
+_COPIED = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer")
+"""Layers of transformers.cache_utils that can be copied whole. Their subclasses hold more, and copy the same."""
+
+
+def _can_be_copied(cache: Any) -> bool:
+    """Whether all that a cache holds can be repeated for each sequence."""
+    if cache is None:
+        return True
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    if parts != [None, None]:
+        return all(map(_can_be_copied, parts))
+    if getattr(cache, "offloading", False):
+        return False
+    kinds = [type(layer) for layer in getattr(cache, "layers", ())]
+    kinds = kinds or [getattr(cache, "layer_class_to_replicate", None) or type(cache)]
+    return all(kind.__module__ == "transformers.cache_utils" and kind.__name__ in _COPIED for kind in kinds)
+
+
+def _is_in_use(cache: Any) -> bool:
+    """Whether a cache holds tokens, or room for a number of sequences."""
+    return cache is not None and (cache.get_seq_length() > 0 or bool(getattr(cache, "is_initialized", False)))
 
 
 class _Prefilled:
@@ -352,6 +346,21 @@ class _Prefilled:
 
 def _left_padding(model: Any, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
     """How many ids each sequence starts with that are padding, int64 [B], as `generate` counts them."""
-    encoder_decoder = model.config.is_encoder_decoder
-    mask = model_kwargs.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
+    mask = _mask(model, model_kwargs)
     return None if mask is None else (mask != 0).int().argmax(dim=1)
+
+
+def _lengths(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
+    """Ids of each sequence so far without padding, int64 [B]; with a cache, those that it holds too."""
+    mask = _mask(model, model_kwargs)
+    if mask is not None:
+        return (mask != 0).sum(dim=1)
+    # generate drops a mask of ones, and notes its length.
+    known = 0 if model.config.is_encoder_decoder else getattr(config, "_mask_length", 0)
+    return torch.full((len(input_ids),), max(input_ids.shape[1], known))
+
+
+def _mask(model: Any, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Which ids of what the decoder has got are no padding."""
+    found = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    return found if isinstance(found, torch.Tensor) and found.ndim == 2 else None

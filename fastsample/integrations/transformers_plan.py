@@ -1,18 +1,13 @@
-"""What `fs_generate` takes from the processors that `generate` has prepared, and what it refuses."""
+"""What `fs_generate` takes from the processors that `generate` has prepared."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -167,57 +162,3 @@ def _check_given(given: dict[str, Any], own: list[LogitsProcessor], sampled: boo
     idle = [name for name in given if name not in _PENALTIES]
     if idle and not sampled:
         raise ValueError(f"fs_generate({idle[0]}=...): without effect unless generate gets do_sample=True")
-
-
-# What is not served
-
-_OTHER_LOOPS = (
-    "constraints",
-    "force_words_ids",
-    "penalty_alpha",
-    "dola_layers",
-    "use_mtp",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-)
-"""Options of `generate` that ask for another decoding loop than one token per step."""
-
-
-def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
-    """ValueError that names what asks for another decoding loop; delegating would drop it silently."""
-    withheld = _withheld_by_generate()
-    if withheld.get("streamer") is not None:
-        raise ValueError(
-            "streamer: generate does not hand it to custom_generate; use fs_generate(streamer=...) instead"
-        )
-    asked = [name for name in _OTHER_LOOPS if getattr(config, name, None) not in (None, False)]
-    asked += ["assistant_model"] if withheld.get("assistant_model") is not None else []
-    asked += ["num_beams"] if (config.num_beams or 1) > 1 else []
-    asked += ["cache_implementation"] if config.cache_implementation == "paged" else []
-    mode = config.get_generation_mode()
-    if asked or mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-        raise ValueError(
-            f"{', '.join(asked) or mode.value}: not served by fs_generate, which draws one token per sequence and step"
-        )
-    if type(model)._sample is not GenerationMixin._sample:
-        raise ValueError(
-            f"{type(model).__name__} has a decoding loop of its own (_sample), which fs_generate cannot enter"
-        )
-
-
-def synced_gpus(model: Any) -> bool:
-    """What `generate` makes of its argument, which it does not hand to `custom_generate` (ZeRO-3 would hang)."""
-    asked = _withheld_by_generate().get("synced_gpus")
-    return bool(model._extract_generation_mode_kwargs(None, {}, asked, None, None)["synced_gpus"])
-
-
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
-
-
-def _withheld_by_generate() -> dict[str, Any]:
-    """The arguments of the `generate` that called us: it keeps some from a callable, and only its frame has them."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _GENERATE:
-        frame = frame.f_back
-    names = ("streamer", "assistant_model", "synced_gpus")
-    return {} if frame is None else {name: frame.f_locals.get(name) for name in names}
