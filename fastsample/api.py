@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from torch.compiler import is_compiling
 
 from fastsample.engines import LogprobsMode, Outputs, select
 from fastsample.params import CPU, SamplingParams, require_memory
@@ -31,6 +30,7 @@ from fastsample.rows import (
     pack_seeds,
     pack_token_ids,
 )
+from fastsample.traced import is_traced
 
 
 def sample(
@@ -85,12 +85,13 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
-    if is_compiling():
+    if is_traced():
         from fastsample import ops
 
         inputs = (bitmask, bias, prompt_ids, output_ids)
         wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
-        return ops.sample(logits, params, fields, seed, offset, inputs, wishes, out)
+        call = ops.served(ops.sample, inputs, out, {"seed": seed, "offset": offset, **fields})
+        return call(logits, params, fields, seed, offset, inputs, wishes, out)
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
     table = request.table(logits)
     rows = Rows(
@@ -199,10 +200,11 @@ def add_row_inputs(
 
 
 def _full(kind: Literal["filtered", "probabilities"], *arguments: Any) -> torch.Tensor:
-    if is_compiling():
+    if is_traced():
         from fastsample import ops
 
-        return ops.full(kind, *arguments)
+        _, _, inputs, _, _, out, fields = arguments
+        return ops.served(ops.full, inputs, out, fields)(kind, *arguments)
     return full(kind, *arguments)
 
 

@@ -6,30 +6,84 @@ checks and errors included. What changes from step to step may be a tensor, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 import torch
+from torch.compiler import is_compiling
 
 from fastsample import api
 from fastsample.params import SamplingParams, specs
-from fastsample.request import FIELDS, Request, SampleOutput, check_logits
+from fastsample.request import FIELDS, WISHES, Request, SampleOutput, check_logits
 from fastsample.rows import Rows, pack_offsets, pack_seeds
+from fastsample.slots import Pick, slot_numbers
 
 if TYPE_CHECKING:
     from fastsample.sampler import Sampler
 
 Tensor = torch.Tensor
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _PARAMS = "float[] values, Tensor?[] columns"
 _INPUTS = "Tensor? bitmask, Tensor[] bias, Tensor? prompt_ids, Tensor? output_ids"
 _WISHES = "int num_samples, str? logprobs, int top_logprobs, str on_invalid, str backend"
 _OUTPUTS = "(Tensor tokens, Tensor status, Tensor logprobs, Tensor ranks, Tensor top_ids, Tensor top_logprobs)"
+_INPUT_NAMES = ("bitmask", "bias", "prompt_ids", "output_ids", "allowed_ids")
 _NAMES = tuple(name for name, _ in specs())
 _DTYPES = (torch.int64, torch.int32, torch.float32, torch.int64, torch.int64, torch.float32)  # of the outputs
 
 
 # What is traced ------------------------------------------------------------------------------------------------------
+
+
+def served(traced: Call, inputs: tuple[Any, ...], out: Any, numbers: dict[str, Any]) -> Call:
+    """`traced`, or where an argument cannot be an operator's, what breaks the graph and makes the call eagerly.
+
+    It only returns a function, so that the graph breaks in the public call, before anything of ours is compiled. What
+    records without breaking (make_fx, torch.export and fullgraph=True) refuses the argument by name.
+    """
+    if torch._C._is_tracing():
+        raise RuntimeError("torch.jit.trace (and ONNX export by it) cannot record fastsample; use torch.export")
+    name = _refused(inputs, out, numbers)
+    if name is None:
+        return traced
+    if torch.compiler.is_dynamo_compiling():
+        return cast(Call, _EAGER[traced.__name__, name])
+    raise TypeError(f"{name}: expected {_WANTED[name]}")
+
+
+def _refused(inputs: tuple[Any, ...], out: Any, numbers: dict[str, Any]) -> str | None:
+    """The argument that cannot be an operator's: what is no tensor would be a constant of the code."""
+    if out is not None:
+        return "out"
+    bitmask, bias, prompt_ids, output_ids, *more = inputs
+    for name, value in (("bitmask", bitmask), ("prompt_ids", prompt_ids), ("output_ids", output_ids)):
+        if value is not None and not isinstance(value, torch.Tensor):
+            return name
+    if bias is not None and not (isinstance(bias, tuple) and all(isinstance(part, torch.Tensor) for part in bias[:3])):
+        return "bias"
+    if any(value is not None for value in more):
+        return "allowed_ids"
+    for name, value in numbers.items():
+        if isinstance(value, np.ndarray) and name in _WANTED:
+            return name
+    return None
+
+
+_TRACES = "in a graph (torch.compile, torch.export, make_fx)"
+_WANTED = {
+    "out": f"None {_TRACES}, which plans its buffers itself",
+    "bias": f"tensors (row_ptr, ids, values) {_TRACES}; a dict would be a constant of it",
+    "allowed_ids": f"None {_TRACES}; pack them into a bitmask",
+}
+_WANTED |= dict.fromkeys(
+    ("bitmask", "prompt_ids", "output_ids"), f"a tensor {_TRACES}; a list would be a constant of it"
+)
+_WANTED |= dict.fromkeys(
+    ("seed", "offset", "rows", *_NAMES), f"a number, a list or a tensor {_TRACES}; an array would be a constant of it"
+)
 
 
 def sample(
@@ -43,27 +97,38 @@ def sample(
     out: SampleOutput | None,
 ) -> SampleOutput:
     """`fastsample.sample` in a trace."""
-    _refuse_out(out)
-    seeds = torch.ops.fastsample.fresh_seed(_DRAWN) if seed is None else _words("seed", seed)
+    seeds = _fresh() if seed is None else _words("seed", seed)
     result = torch.ops.fastsample.sample(
-        logits.detach(), *_params(params, fields), seeds, _words("offset", offset), *_inputs(*inputs), *wishes
+        _own(logits), *_params(params, fields), seeds, _words("offset", offset), *_inputs(inputs), *wishes
     )
     return _named(result, wishes)
 
 
 def step(
-    sampler: Sampler, logits: Tensor, inputs: tuple[Any, ...], wishes: tuple[Any, ...], out: SampleOutput | None
+    sampler: Sampler,
+    logits: Tensor,
+    rows: Any,
+    inputs: tuple[Any, ...],
+    wishes: tuple[Any, ...],
+    out: SampleOutput | None,
 ) -> SampleOutput:
     """A call of a Sampler in a trace; the operator advances the offsets in place."""
-    _refuse_out(out)
-    rows = sampler._rows
-    if rows.records.device != logits.device:
-        records, seeds, offsets = (t.to(logits.device) for t in (rows.records, rows.seeds, rows.offsets))
-        sampler._rows = rows = Rows(records, seeds, offsets, workspace=rows.workspace)
-    result = torch.ops.fastsample.sample_step(
-        logits.detach(), rows.records, rows.seeds, rows.offsets, *_inputs(*inputs), *wishes
-    )
-    return _named(result, wishes)
+    if not is_compiling():
+        raise RuntimeError(
+            "make_fx and FakeTensorMode cannot record a Sampler, whose offsets change; "
+            "pass fastsample.sample a seed and an offset"
+        )
+    own = sampler._rows
+    if own.records.device != logits.device:
+        records, seeds, offsets = (t.to(logits.device) for t in (own.records, own.seeds, own.offsets))
+        sampler._rows = own = Rows(records, seeds, offsets, workspace=own.workspace)
+    slots = (_own(logits), own.records, own.seeds, own.offsets)
+    if rows is None:
+        return _named(torch.ops.fastsample.sample_step(*slots, *_inputs(inputs), *wishes), wishes)
+    picked = rows
+    if not isinstance(rows, torch.Tensor):
+        picked = torch.tensor(slot_numbers(rows, sampler.batch_size), dtype=torch.int64, device="cpu")
+    return _named(torch.ops.fastsample.sample_rows(*slots, picked, *_inputs(inputs), *wishes), wishes)
 
 
 def full(
@@ -77,10 +142,28 @@ def full(
     fields: dict[str, Any],
 ) -> Tensor:
     """`fastsample.filter_logits` and `fastsample.probabilities` in a trace."""
-    _refuse_out(out)
-    given = (*_params(params, fields), *_inputs(*inputs))
-    result: Tensor = torch.ops.fastsample.full(kind, logits.detach(), *given, on_invalid, backend)
+    given = (*_params(params, fields), *_inputs(inputs))
+    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, on_invalid, backend)
     return result
+
+
+def _own(logits: Tensor) -> Tensor:
+    """The logits, for which no gradient is wanted."""
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    return logits.detach()
+
+
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def _fresh() -> Tensor:
+    """A seed of torch's default CPU generator, by an operator where a graph of torch.compile may merge equal ones."""
+    if torch.compiler.is_dynamo_compiling() and not _is_exporting():
+        seed: Tensor = torch.ops.fastsample.fresh_seed(_DRAWN)
+        return seed
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
 
 def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list[float], list[Tensor | None]]:
@@ -130,18 +213,9 @@ def _word(name: str, value: Any) -> Any:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _inputs(bitmask: Any, bias: Any, prompt_ids: Any, output_ids: Any) -> tuple[Any, ...]:
-    for name, value in (("prompt_ids", prompt_ids), ("output_ids", output_ids)):
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor under torch.compile; a list would be a constant of the code")
-    if bias is not None and not isinstance(bias, tuple):
-        raise TypeError("bias: expected tensors (row_ptr, ids, values) under torch.compile; a dict would be a constant")
+def _inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    bitmask, bias, prompt_ids, output_ids = inputs[:4]
     return bitmask, [] if bias is None else list(bias[:3]), prompt_ids, output_ids
-
-
-def _refuse_out(out: Any) -> None:
-    if out is not None:
-        raise TypeError("out: expected None under torch.compile, which plans the buffers itself")
 
 
 def _named(result: Sequence[Tensor], wishes: tuple[Any, ...]) -> SampleOutput:
@@ -157,6 +231,42 @@ def _named(result: Sequence[Tensor], wishes: tuple[Any, ...]) -> SampleOutput:
         top if listed else None,
     )
 
+
+# What breaks the graph -----------------------------------------------------------------------------------------------
+
+
+def _eager_sample(
+    logits: Any, params: Any, fields: Any, seed: Any, offset: Any, inputs: Any, wishes: Any, out: Any
+) -> SampleOutput:
+    given = {**_with_names(_INPUT_NAMES, inputs), **_with_names(WISHES, wishes)}
+    return api.sample(logits, params, seed=seed, offset=offset, out=out, **given, **fields)
+
+
+def _eager_step(sampler: Sampler, logits: Any, rows: Any, inputs: Any, wishes: Any, out: Any) -> SampleOutput:
+    return sampler(logits, rows=rows, out=out, **_with_names(_INPUT_NAMES, inputs))
+
+
+def _with_names(names: tuple[str, ...], values: tuple[Any, ...]) -> dict[str, Any]:
+    return {name: value for name, value in zip(names, values, strict=False) if value is not None}
+
+
+def _disabled(function: Any, name: str) -> Any:
+    """`function`, which no trace enters; the reason is what fullgraph=True says, where this torch takes one."""
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    call.__name__ = call.__qualname__ = f"fastsample_without_a_graph_for_{name}"
+    takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
+    disable: Any = torch.compiler.disable
+    return disable(call, reason=f"{name}: expected {_WANTED[name]}") if takes_reason else disable(call)
+
+
+_EAGER = {
+    (traced, name): _disabled(function, name)
+    for traced, function in (("sample", _eager_sample), ("step", _eager_step), ("full", api.full))
+    for name in _WANTED
+}
 
 # The operators -------------------------------------------------------------------------------------------------------
 
@@ -225,10 +335,11 @@ def _sample(
     return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), False)
 
 
+_SLOTS = "Tensor logits, Tensor records, Tensor seeds, Tensor(a!) offsets"
+
+
 @torch.library.custom_op(
-    "fastsample::sample_step",
-    mutates_args=("offsets",),
-    schema=f"(Tensor logits, Tensor records, Tensor seeds, Tensor(a!) offsets, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    "fastsample::sample_step", mutates_args=("offsets",), schema=f"({_SLOTS}, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}"
 )
 def _step(
     logits: Tensor,
@@ -247,6 +358,34 @@ def _step(
         raise ValueError(f"logits: expected {len(offsets)} rows (batch_size), got {table.shape[0]}")
     rows = Rows(records, seeds, offsets)
     return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), True)
+
+
+@torch.library.custom_op(
+    "fastsample::sample_rows",
+    mutates_args=("offsets",),
+    schema=f"({_SLOTS}, Tensor rows, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    **_TAGS,
+)
+def _rows(
+    logits: Tensor,
+    records: Tensor,
+    seeds: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    bitmask: Tensor | None,
+    bias: Sequence[Tensor],
+    prompt_ids: Tensor | None,
+    output_ids: Tensor | None,
+    *wishes: Any,
+) -> tuple[Tensor, ...]:
+    request = Request(*wishes)
+    table = request.table(logits)
+    pick = Pick(slot_numbers(rows, len(offsets)))
+    pick.require_rows(table)
+    own = Rows(records, seeds, offsets)
+    result = _run(table, request, pick.take(own), (bitmask, bias, prompt_ids, output_ids), True)
+    pick.put_back(own)
+    return result
 
 
 @torch.library.custom_op(
@@ -282,6 +421,11 @@ def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 @_step.register_fake
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _shapes(logits, *arguments[-5:-2])
+
+
+@_rows.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _shapes(logits, *arguments[-5:-2])
 

@@ -41,6 +41,7 @@ class SampleOutput:
 
 
 FIELDS = tuple(SampleOutput.__slots__)
+WISHES = ("num_samples", "logprobs", "top_logprobs", "on_invalid", "backend")
 
 
 class Request:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import weakref
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
-from fastsample.params import CPU, SamplingParams, whole
-from fastsample.request import OnInvalid, Request, SampleOutput
+from fastsample.params import CPU, SamplingParams, specs, whole
+from fastsample.request import WISHES, OnInvalid, Request, SampleOutput
 from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
+from fastsample.slots import Pick, SlotIndex, described, shortened, slot_numbers, unpack_params
+from fastsample.traced import is_traced
 
 
 class Sampler:
@@ -64,6 +66,12 @@ class Sampler:
                 workspace={},
             )
             self._initial_records = self._rows.records.clone()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is known yet of any step."""
+        self._device: torch.device | None = None  # of the logits seen last
+        self._last_pick: tuple[Pick, Request] | None = None
         self._last: tuple[Rows, tuple[Any, ...], list[Any]] | None = None
         self._lock = _new_lock(self)
 
@@ -82,8 +90,16 @@ class Sampler:
             self._initial_records, own = (torch.tensor(t, dtype=torch.int32, device=CPU) for t in (initial, records))
             words = [torch.tensor(t, dtype=torch.int64, device=CPU) for t in (seeds, offsets)]
             self._rows = Rows(own, words[0], words[1], workspace={})
-        self._last = None
-        self._lock = _new_lock(self)
+        self._forget()
+
+    def __repr__(self) -> str:
+        with self._lock:
+            records, offsets = self._rows.records.cpu(), self._rows.offsets.tolist()
+        wishes = zip(WISHES, self._request.wishes, strict=True)
+        parts = {"batch_size": repr(self._batch_size), **described(records)}
+        parts |= {name: repr(value) for name, value in wishes if value != _DEFAULTS[name]}
+        parts["offsets"] = shortened([offset % 2**64 for offset in offsets])
+        return f"Sampler({', '.join(f'{name}={value}' for name, value in parts.items())})"
 
     @property
     def batch_size(self) -> int:
@@ -91,8 +107,21 @@ class Sampler:
         return self._batch_size
 
     @property
+    def params(self) -> SamplingParams:
+        """How each slot samples now: every field with one value per slot. A copy."""
+        with self._lock:
+            records = self._rows.records.cpu()
+        return unpack_params(records)
+
+    @property
+    def seeds(self) -> torch.Tensor:
+        """Each slot's seed, int64 [B] (the bits of an unsigned integer). A copy, where the logits are."""
+        with self._lock:
+            return self._rows.seeds.clone()
+
+    @property
     def offsets(self) -> torch.Tensor:
-        """Each slot's position at the next call, int64 [B] (the bits of an unsigned integer). A copy."""
+        """Each slot's position at the next call, int64 [B] (the bits of an unsigned integer). A copy, as `seeds`."""
         with self._lock:
             return self._rows.offsets.clone()
 
@@ -100,6 +129,7 @@ class Sampler:
         self,
         logits: torch.Tensor,
         *,
+        rows: SlotIndex | None = None,
         bitmask: torch.Tensor | None = None,
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
@@ -109,39 +139,82 @@ class Sampler:
         """One step: sample logits [B, V] ([V] when B is 1) and advance every slot's offset by 1.
 
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
+
+        Args:
+            rows: the slots that this step samples, where not all do: n distinct numbers 0 <= slot < B in any order (a
+                list, an integer tensor or array [n], a slice, or one number), or a mask of bool [B]. Row i of the
+                logits [n, V], of the other arguments and of the result then belongs to slot rows[i], as does a row that
+                an error names; the offsets of these slots alone advance. A slice or neighbours cost nothing. A tensor
+                on a GPU is read, which waits for it.
         """
-        if is_compiling():
+        if is_traced():
             from fastsample import ops
 
-            return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
+            inputs = (bitmask, bias, prompt_ids, output_ids)
+            step = ops.served(ops.step, inputs, out, {"rows": rows})
+            return step(self, logits, rows, inputs, self._request.wishes, out)
         with self._lock:
-            table = self._request.table(logits)
-            rows = self._rows
-            if rows.records.device != self._request.device:
-                with torch.inference_mode(False):
-                    self._rows = rows = rows.to(table.device)
-            if bias is not None:
-                rows = rows.with_inputs()
-                add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
-            elif bitmask is not None or prompt_ids is not None or output_ids is not None:
-                rows = self._with_tensors(table, bitmask, prompt_ids, output_ids)
-            return self._request.run(table, rows, out, advance=True)
+            if rows is not None:
+                return self._step_of(rows, logits, (bitmask, bias, prompt_ids, output_ids), out)
+            request, own = self._request, self._rows
+            table = request.table(logits)
+            if self._device is not request.device:
+                own = self._move_to(request)
+            if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
+                own = self._with(own, table, bitmask, bias, prompt_ids, output_ids)
+            return request.run(table, own, out, advance=True)
 
-    def _with_tensors(
+    def _step_of(
+        self, rows: SlotIndex, logits: torch.Tensor, inputs: tuple[Any, ...], out: SampleOutput | None
+    ) -> SampleOutput:
+        """A step of some slots. (A step of all, which takes but a few us, asks for nothing of this.)"""
+        pick, request = self._picked(rows, logits)
+        table = request.table(logits)
+        own = pick.take(self._move_to(request))
+        if any(value is not None for value in inputs):
+            own = self._with(own, table, *inputs)
+        result = request.run(table, own, out, advance=True)
+        pick.put_back(self._rows)
+        return result
+
+    def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, Request]:
+        """What is kept of the last step with these slots, or a new beginning."""
+        numbers = slot_numbers(rows, self._batch_size)
+        if self._last_pick is None or self._last_pick[0].numbers != numbers:
+            self._last_pick = Pick(numbers), Request(*self._request.wishes)
+        if isinstance(logits, torch.Tensor):
+            self._last_pick[0].require_rows(logits)
+        return self._last_pick
+
+    def _move_to(self, request: Request) -> Rows:
+        """The slots, where the request's logits are."""
+        self._device = request.device
+        if request.device is not None and self._rows.records.device != request.device:
+            with torch.inference_mode(False):
+                self._rows = self._rows.to(request.device)
+        return self._rows
+
+    def _with(
         self,
+        own: Rows,
         table: torch.Tensor,
         bitmask: torch.Tensor | None,
+        bias: BiasLike | None,
         prompt_ids: TokenIds | None,
         output_ids: TokenIds | None,
     ) -> Rows:
-        """The slots with a step's inputs: the last step's where nothing but their values can have changed since."""
+        """Slots with a step's inputs: the last step's where nothing but their values can have changed since."""
         given = (bitmask, prompt_ids, output_ids)
+        if bias is not None:
+            rows = own.with_inputs()
+            add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
+            return rows
         if self._last is not None:
             rows, known, stamps = self._last
-            same = rows.slots is self._rows and all(a is b for a, b in zip(known, given, strict=True))
+            same = rows.slots is own and all(a is b for a, b in zip(known, given, strict=True))
             if same and stamps == [stamp(value) for value in given]:
                 return rows
-        rows = self._rows.with_inputs()
+        rows = own.with_inputs()
         add_row_inputs(rows, table, bitmask, None, prompt_ids, output_ids)
         used = (rows.bitmask, rows.prompt_ids, rows.output_ids)
         in_place = all(a is None or shares_values(a, b) for a, b in zip(given, used, strict=True))
@@ -159,18 +232,25 @@ class Sampler:
     ) -> None:
         """Give a slot to a new sequence: its parameters, its own seed and its position.
 
+        What is not given is what the slot has of the Sampler: a field its value when the Sampler was made, whatever
+        `set_row` gave it since; the seed as it is.
+
         Args:
             row: slot, 0 <= row < B.
-            params: scalar parameters; `fields` override it.
-            seed: this sequence's 64-bit seed, used as it is, so that the slot does not matter; None takes a fresh one.
+            params: scalar parameters, which give every field; `fields` override it.
+            seed: this sequence's 64-bit seed, used as it is, so that the slot does not matter; None keeps the slot's,
+                so that at the same offset it draws by the same random numbers as the sequence before.
             offset: position of its next token.
         """
         row = self._checked_row(row)
-        record = pack_params(params, fields, 1)
+        record = pack_params(params, fields, 1)[0]
+        if params is None:
+            given = torch.tensor([name in fields for name, _ in specs()], device=CPU)
+            record = torch.where(given, record, self._initial_records[row])
         start = pack_offsets(offset, 1)
-        own = pack_seeds(None if seed is None else [seed], 1)
+        own = None if seed is None else pack_seeds([seed], 1)
         with self._lock:
-            self._restart(row, own, start, record[0])
+            self._restart(row, own, start, record)
 
     def reset_row(self, row: int, *, seed: int | None = None) -> None:
         """Start a slot over at offset 0 with the parameters the Sampler was made with.
@@ -197,6 +277,7 @@ class Sampler:
         return row
 
 
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Sampler).parameters.items()}
 _alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
 
 

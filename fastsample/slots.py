@@ -1,0 +1,148 @@
+"""Some of a Sampler's slots as a batch of their own: which, and their rows of the Sampler's state."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from fastsample.params import CPU, SamplingParams, Spec, from_numpy, require_dense, specs
+from fastsample.rows import Rows
+
+SlotIndex: TypeAlias = "int | slice | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def slot_numbers(rows: SlotIndex, size: int) -> list[int]:
+    """The slots that an index names, in its order: distinct, each 0 <= slot < size."""
+    numbers = _listed(rows, size)
+    if len(set(numbers)) == len(numbers) and (not numbers or (min(numbers) >= 0 and max(numbers) < size)):
+        return numbers
+    first: dict[int, int] = {}
+    for at, slot in enumerate(numbers):
+        if not 0 <= slot < size:
+            raise ValueError(f"rows[{at}] = {slot}: expected a slot, 0 <= slot < {size}")
+        if slot in first:
+            raise ValueError(f"rows[{at}] = {slot}: expected each slot once, and rows[{first[slot]}] is the same")
+        first[slot] = at
+    raise AssertionError(numbers)
+
+
+def _listed(rows: Any, size: int) -> list[int]:
+    if isinstance(rows, slice):
+        try:
+            return list(range(size)[rows])
+        except TypeError as error:
+            raise TypeError(f"rows = {rows!r}: expected a slice of integers") from error
+    if isinstance(rows, np.ndarray) and rows.dtype.kind in "biu":
+        rows = from_numpy(rows)
+    if isinstance(rows, torch.Tensor):
+        return _of_tensor(rows, size)
+    if isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)):
+        if {int}.issuperset(map(type, rows)):
+            return list(rows)
+        return [_slot(f"rows[{at}]", slot) for at, slot in enumerate(rows)]
+    return [_slot("rows", rows)]
+
+
+def _of_tensor(rows: torch.Tensor, size: int) -> list[int]:
+    require_dense("rows", rows)
+    mask = rows.dtype == torch.bool
+    if rows.ndim != 1 or (mask and len(rows) != size):
+        wanted = f"[{size}] of a mask" if mask else "[n]"
+        raise ValueError(f"rows: expected shape {wanted}, got {tuple(rows.shape)}")
+    if not mask and rows.dtype not in _INTEGERS:
+        raise TypeError(f"rows: expected integers or a mask of bool, got {rows.dtype}")
+    numbers: list[int] = (rows.nonzero()[:, 0] if mask else rows).tolist()
+    return numbers
+
+
+def _slot(name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} = {value!r}: expected the number of a slot, or a list, tensor or slice of them")
+    return operator.index(value)
+
+
+def unpack_params(records: torch.Tensor) -> SamplingParams:
+    """The parameters that packed records [B, fields] on the CPU hold, each with one value per row."""
+    return SamplingParams(**{name: _column(spec, part) for (name, spec), part in zip(specs(), records.T, strict=True)})
+
+
+def _column(spec: Spec, part: torch.Tensor) -> Any:
+    if spec.kind == "choice":
+        return [spec.choices[code] for code in part.tolist()]
+    return part.contiguous().view(torch.float32) if spec.kind == "float" else part
+
+
+def described(records: torch.Tensor) -> dict[str, str]:
+    """The parameters that are not the default in every row, for people."""
+    found: dict[str, str] = {}
+    for (name, spec), part in zip(specs(), records.T, strict=True):
+        values = _column(spec, part)
+        if spec.kind != "choice":
+            values = [float(str(v)) if spec.kind == "float" else int(v) for v in values.numpy()]  # 0.8, not 0.80000001
+        if any(value != getattr(SamplingParams, name) for value in values):
+            found[name] = shortened(values)
+    return found
+
+
+def shortened(values: list[Any]) -> str:
+    """One value where all are the same, else the list, or its ends."""
+    if len(set(values)) == 1:
+        return repr(values[0])
+    if len(values) <= 8:
+        return repr(values)
+    first, last = (", ".join(map(repr, part)) for part in (values[:4], values[-2:]))
+    return f"[{first}, ..., {last}]"
+
+
+class Pick:
+    """Slots that are sampled together, and what a Sampler keeps from one step with them to the next.
+
+    Neighbours in rising order are a view of the Sampler's state. Others are gathered before a step and their offsets
+    put back after it: on a GPU by kernels alone, so that a captured step sees what has changed since.
+    """
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+        self._own: Rows | None = None  # the Sampler's state that the rest was made of
+        self._rows: Rows
+        self._index: torch.Tensor | None = None
+
+    def require_rows(self, logits: torch.Tensor) -> None:
+        """ValueError unless there are logits for each slot, in a table [n, V] (or of one row, [V])."""
+        given = 1 if logits.ndim < 2 else len(logits)
+        if given != len(self.numbers):
+            raise ValueError(f"logits: expected {len(self.numbers)} rows, one for each slot of `rows`, got {given}")
+
+    def take(self, own: Rows) -> Rows:
+        """These slots' rows of the Sampler's state, as they are now."""
+        if self._own is not own:
+            with torch.inference_mode(False):
+                self._make(own)
+        if self._index is not None:
+            torch.index_select(own.records, 0, self._index, out=self._rows.records)
+            torch.index_select(own.seeds, 0, self._index, out=self._rows.seeds)
+            torch.index_select(own.offsets, 0, self._index, out=self._rows.offsets)
+        return self._rows
+
+    def put_back(self, own: Rows) -> None:
+        """The offsets, which a step has advanced."""
+        if self._index is not None:
+            own.offsets.index_copy_(0, self._index, self._rows.offsets)
+
+    def _make(self, own: Rows) -> None:
+        first, count = self.numbers[0] if self.numbers else 0, len(self.numbers)
+        parts = [own.records, own.seeds, own.offsets]
+        self._index = None
+        if self.numbers == list(range(first, first + count)):
+            parts = [part[first : first + count] for part in parts]
+        else:
+            self._index = torch.tensor(self.numbers, dtype=torch.int64, device=CPU).to(own.records.device)
+            parts = [torch.empty_like(part[:count]) for part in parts]
+        self._rows = Rows(parts[0], parts[1], parts[2], workspace=own.workspace)
+        self._own = own
