@@ -90,7 +90,7 @@ def sample(
 
         inputs = (bitmask, bias, prompt_ids, output_ids)
         wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
-        call = ops.served(ops.sample, inputs, out, {"seed": seed, "offset": offset, **fields})
+        call = ops.served(ops.sample, inputs, out)
         return call(logits, params, fields, seed, offset, inputs, wishes, out)
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
     table = request.table(logits)
@@ -203,8 +203,8 @@ def _full(kind: Literal["filtered", "probabilities"], *arguments: Any) -> torch.
     if is_traced():
         from fastsample import ops
 
-        _, _, inputs, _, _, out, fields = arguments
-        return ops.served(ops.full, inputs, out, fields)(kind, *arguments)
+        _, _, inputs, _, _, out, _ = arguments
+        return ops.served(ops.full, inputs, out)(kind, *arguments)
     return full(kind, *arguments)
 
 

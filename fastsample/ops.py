@@ -19,6 +19,7 @@ from fastsample.params import SamplingParams, specs
 from fastsample.request import FIELDS, WISHES, Request, SampleOutput, check_logits
 from fastsample.rows import Rows, pack_offsets, pack_seeds
 from fastsample.slots import Pick, slot_numbers
+from fastsample.traced import belongs_here, is_recorded
 
 if TYPE_CHECKING:
     from fastsample.sampler import Sampler
@@ -38,23 +39,26 @@ _DTYPES = (torch.int64, torch.int32, torch.float32, torch.int64, torch.int64, to
 # What is traced ------------------------------------------------------------------------------------------------------
 
 
-def served(traced: Call, inputs: tuple[Any, ...], out: Any, numbers: dict[str, Any]) -> Call:
+def served(traced: Call, inputs: tuple[Any, ...], out: Any) -> Call:
     """`traced`, or where an argument cannot be an operator's, what breaks the graph and makes the call eagerly.
 
     It only returns a function, so that the graph breaks in the public call, before anything of ours is compiled. What
     records without breaking (make_fx, torch.export and fullgraph=True) refuses the argument by name.
     """
-    if torch._C._is_tracing():
+    compiled = torch.compiler.is_dynamo_compiling()
+    if not compiled and torch._C._is_tracing():
         raise RuntimeError("torch.jit.trace (and ONNX export by it) cannot record fastsample; use torch.export")
-    name = _refused(inputs, out, numbers)
+    name = _refused(inputs, out)
+    if not compiled and not is_compiling() and not _is_recorded():
+        return cast(Call, _EAGER[traced.__name__, name or "out"])  # called by a frame that torch.compile left alone
     if name is None:
         return traced
-    if torch.compiler.is_dynamo_compiling():
+    if compiled:
         return cast(Call, _EAGER[traced.__name__, name])
     raise TypeError(f"{name}: expected {_WANTED[name]}")
 
 
-def _refused(inputs: tuple[Any, ...], out: Any, numbers: dict[str, Any]) -> str | None:
+def _refused(inputs: tuple[Any, ...], out: Any) -> str | None:
     """The argument that cannot be an operator's: what is no tensor would be a constant of the code."""
     if out is not None:
         return "out"
@@ -64,26 +68,18 @@ def _refused(inputs: tuple[Any, ...], out: Any, numbers: dict[str, Any]) -> str 
             return name
     if bias is not None and not (isinstance(bias, tuple) and all(isinstance(part, torch.Tensor) for part in bias[:3])):
         return "bias"
-    if any(value is not None for value in more):
-        return "allowed_ids"
-    for name, value in numbers.items():
-        if isinstance(value, np.ndarray) and name in _WANTED:
-            return name
-    return None
+    return "allowed_ids" if any(value is not None for value in more) else None
 
 
-_TRACES = "in a graph (torch.compile, torch.export, make_fx)"
+_TRACES = "under torch.compile and whatever else makes a graph"
 _WANTED = {
-    "out": f"None {_TRACES}, which plans its buffers itself",
-    "bias": f"tensors (row_ptr, ids, values) {_TRACES}; a dict would be a constant of it",
+    "out": f"None {_TRACES}, which plans the buffers itself",
+    "bitmask": f"a tensor {_TRACES}",
+    "bias": f"tensors (row_ptr, ids, values) {_TRACES}; a dict would be a constant",
+    "prompt_ids": f"a tensor {_TRACES}; a list would be a constant",
+    "output_ids": f"a tensor {_TRACES}; a list would be a constant",
     "allowed_ids": f"None {_TRACES}; pack them into a bitmask",
 }
-_WANTED |= dict.fromkeys(
-    ("bitmask", "prompt_ids", "output_ids"), f"a tensor {_TRACES}; a list would be a constant of it"
-)
-_WANTED |= dict.fromkeys(
-    ("seed", "offset", "rows", *_NAMES), f"a number, a list or a tensor {_TRACES}; an array would be a constant of it"
-)
 
 
 def sample(
@@ -125,9 +121,9 @@ def step(
     slots = (_own(logits), own.records, own.seeds, own.offsets)
     if rows is None:
         return _named(torch.ops.fastsample.sample_step(*slots, *_inputs(inputs), *wishes), wishes)
-    picked = rows
-    if not isinstance(rows, torch.Tensor):
-        picked = torch.tensor(slot_numbers(rows, sampler.batch_size), dtype=torch.int64, device="cpu")
+    picked = _as_tensor(rows)
+    if not isinstance(picked, torch.Tensor):
+        picked = torch.tensor(slot_numbers(picked, sampler.batch_size), dtype=torch.int64, device="cpu")
     return _named(torch.ops.fastsample.sample_rows(*slots, picked, *_inputs(inputs), *wishes), wishes)
 
 
@@ -151,6 +147,8 @@ def _own(logits: Tensor) -> Tensor:
     """The logits, for which no gradient is wanted."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    if not is_compiling() and not belongs_here(logits):
+        raise ValueError("logits: expected a fake tensor under FakeTensorMode, got one with values")
     return logits.detach()
 
 
@@ -160,7 +158,9 @@ def _is_exporting() -> bool:
 
 def _fresh() -> Tensor:
     """A seed of torch's default CPU generator, by an operator where a graph of torch.compile may merge equal ones."""
-    if torch.compiler.is_dynamo_compiling() and not _is_exporting():
+    if torch.compiler.is_dynamo_compiling():
+        if _is_exporting():  # which takes neither that operator nor random_
+            return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
         seed: Tensor = torch.ops.fastsample.fresh_seed(_DRAWN)
         return seed
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
@@ -175,6 +175,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
     columns: list[Tensor | None] = []
     for name, spec in specs():
         value = fields[name] if name in fields else getattr(SamplingParams if params is None else params, name)
+        value = _as_tensor(value)
         column = None
         if isinstance(value, bool):
             raise TypeError(f"{name} = {value!r}: expected {spec.range}")
@@ -196,8 +197,16 @@ def _position(name: str, choices: tuple[str, ...], value: str) -> int:
     return choices.index(value)
 
 
+def _as_tensor(value: Any) -> Any:
+    """An array as a tensor; torch.compile takes a number of numpy's for an array too."""
+    if isinstance(value, np.ndarray):
+        return torch.as_tensor(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _words(name: str, value: Any) -> Tensor:
     """Seeds or offsets as 64-bit words: 0-D of a number, which means what the number means, or one per row."""
+    value = _as_tensor(value)
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (list, tuple)):
@@ -262,6 +271,8 @@ def _disabled(function: Any, name: str) -> Any:
     return disable(call, reason=f"{name}: expected {_WANTED[name]}") if takes_reason else disable(call)
 
 
+# A frame of ours that torch.compile would try to compile.
+_is_recorded: Any = cast(Any, torch.compiler.disable)(is_recorded)
 _EAGER = {
     (traced, name): _disabled(function, name)
     for traced, function in (("sample", _eager_sample), ("step", _eager_step), ("full", api.full))

@@ -151,7 +151,7 @@ class Sampler:
             from fastsample import ops
 
             inputs = (bitmask, bias, prompt_ids, output_ids)
-            step = ops.served(ops.step, inputs, out, {"rows": rows})
+            step = ops.served(ops.step, inputs, out)
             return step(self, logits, rows, inputs, self._request.wishes, out)
         with self._lock:
             if rows is not None:
