@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from fastsample.engines import LogprobsMode, Outputs, select
 from fastsample.ids import pack_token_ids
-from fastsample.leading import flatten
+from fastsample.leading import flat_fields, flat_inputs, flat_words
 from fastsample.masks import check_bitmask, restrict
 from fastsample.params import CPU, SamplingParams, check_names, has_memory, require_memory
 from fastsample.penalties import active_penalties, warn_without_ids
@@ -89,13 +89,12 @@ def sample(
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
     table = request.table(logits)
     if len(request.batch) > 1:
-        fields = flatten(request.batch, 0, fields)
-        seed, offset = flatten_words(request.batch, seed, offset)
-        bitmask, bias, prompt_ids, output_ids, allowed_ids = flatten_inputs(
+        fields, (seed, offset) = flat_fields(request.batch, fields), flat_words(request.batch, seed, offset)
+        bitmask, bias, prompt_ids, output_ids, allowed_ids = flat_inputs(
             request.batch, bitmask, bias, prompt_ids, output_ids, allowed_ids
         )
     count = table.shape[0]
-    packed = pack(params, fields, count, _OTHERS)
+    packed = pack(params, fields, count, OTHERS)
     rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count))
     add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids, allowed_ids)
     if packed.penalties and output_ids is None:
@@ -103,7 +102,7 @@ def sample(
     return request.run(table, rows.to(table.device), out)
 
 
-_OTHERS: tuple[str, ...] = (
+OTHERS: tuple[str, ...] = (
     *("seed", "offset", "num_samples", "bitmask", "allowed_ids", "bias", "prompt_ids", "output_ids"),
     *("logprobs", "top_logprobs", "on_invalid", "backend", "out"),
 )
@@ -272,9 +271,9 @@ def full(
     table = check_logits(logits)
     batch = logits.shape[:-1]
     if len(batch) > 1:
-        fields, inputs = flatten(batch, 0, fields), flatten_inputs(batch, *inputs)
+        fields, inputs = flat_fields(batch, fields), flat_inputs(batch, *inputs)
     count = table.shape[0]
-    packed = pack(params, fields, count, _OTHERS)
+    packed = pack(params, fields, count, OTHERS)
     unused = pack_offsets(0, 1) if count == 1 else torch.zeros(count, dtype=torch.int64, device=CPU)
     rows = Rows(packed.records, unused, unused)
     add_row_inputs(rows, table, *inputs)
@@ -298,18 +297,3 @@ def full(
     if on_invalid == "raise" and invalid != 0:
         raise_if_invalid(status, batch)
     return result
-
-
-def flatten_words(batch: tuple[int, ...], seed: Any, offset: Any) -> tuple[Any, Any]:
-    """Seeds and offsets of logits [*batch, V] as those of the flattened table's rows."""
-    words = flatten(batch, 0, {"seed": seed, "offset": offset})
-    return words["seed"], words["offset"]
-
-
-def flatten_inputs(
-    batch: tuple[int, ...], bitmask: Any, bias: Any, prompt_ids: Any, output_ids: Any, allowed_ids: Any = None
-) -> tuple[Any, ...]:
-    """A step's inputs likewise."""
-    tables = {"bitmask": bitmask, "prompt_ids": prompt_ids, "output_ids": output_ids, "allowed_ids": allowed_ids}
-    flat = flatten(batch, 1, tables)
-    return flat["bitmask"], bias, flat["prompt_ids"], flat["output_ids"], flat["allowed_ids"]

@@ -21,7 +21,7 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
     """Token ids as int64 [B, L], padded with -1. Ids outside the vocabulary stay: engines ignore them."""
     rows = logits.shape[0]
     if isinstance(ids, np.ndarray):
-        ids = _from_array(name, ids).to(logits.device)
+        ids = ids.tolist() if ids.dtype.kind == "O" else _from_array(name, ids).to(logits.device)
     if not isinstance(ids, torch.Tensor):
         return pad(rows_of_ids(name, ids, rows, logits.device), logits.device)
     require_tensor(name, ids, logits.device)

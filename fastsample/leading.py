@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,33 @@ import torch
 from fastsample.params import from_numpy
 
 
-def flatten(batch: tuple[int, ...], trailing: int, given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with `trailing` dimensions per row: a tensor or array [*batch, ...] has its batch made one dimension.
+def flat_fields(batch: Sequence[int], fields: dict[str, Any]) -> dict[str, Any]:
+    """Parameters: a tensor or array [*batch] becomes one value per row, anything else is left as it is.
 
-    A dimension of 1 is one for all, so that `offset=start[:, None] + torch.arange(T)` and `seed=seeds[:, None]` serve.
-    Anything else is left as it is: for all rows, or one per row of the flattened table.
+    A dimension of 1 is one for all, here and below: `offset=start[:, None] + torch.arange(T)`, `seed=seeds[:, None]`.
     """
-    return {name: _flat(name, value, batch, trailing) for name, value in given.items()}
+    return {name: _flat(name, value, batch, 0) for name, value in fields.items()}
 
 
-def _flat(name: str, value: Any, batch: tuple[int, ...], trailing: int) -> Any:
+def flat_words(batch: Sequence[int], seed: Any, offset: Any) -> tuple[Any, Any]:
+    """Seeds and offsets likewise."""
+    return _flat("seed", seed, batch, 0), _flat("offset", offset, batch, 0)
+
+
+def flat_inputs(
+    batch: Sequence[int], bitmask: Any, bias: Any, prompt_ids: Any, output_ids: Any, allowed_ids: Any = None
+) -> tuple[Any, ...]:
+    """A step's inputs likewise, which have a dimension more: [*batch, L], [*batch, words], [*batch, V]."""
+    return (
+        _flat("bitmask", bitmask, batch, 1),
+        bias,
+        _flat("prompt_ids", prompt_ids, batch, 1),
+        _flat("output_ids", output_ids, batch, 1),
+        _flat("allowed_ids", allowed_ids, batch, 1),
+    )
+
+
+def _flat(name: str, value: Any, batch: Sequence[int], trailing: int) -> Any:
     if not isinstance(value, (torch.Tensor, np.ndarray)) or value.ndim != len(batch) + trailing:
         return value
     if isinstance(value, np.ndarray):

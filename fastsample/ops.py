@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastsample import api
-from fastsample.params import SamplingParams, specs
+from fastsample.leading import flat_fields, flat_inputs, flat_words
+from fastsample.params import SamplingParams, specs, unknown_name
 from fastsample.request import FIELDS, Request, SampleOutput, check_logits
 from fastsample.rows import Rows, pack_offsets, pack_seeds
 
@@ -87,14 +88,14 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
     """One number per field (a choice as its position) or one tensor with a value per row."""
     for name in fields:
         if name not in _NAMES:
-            raise TypeError(f"{name}: expected a field of SamplingParams: {', '.join(_NAMES)}")
+            raise TypeError(_unknown(name))
     values: list[float] = []
     columns: list[Tensor | None] = []
     for name, spec in specs():
         value = fields[name] if name in fields else getattr(SamplingParams if params is None else params, name)
         column = None
         if isinstance(value, bool):
-            raise TypeError(f"{name} = {value!r}: expected {spec.range}")
+            raise TypeError(f"{name} = {value!r}: expected {spec.wanted}")
         if isinstance(value, torch.Tensor):
             column = value
         elif isinstance(value, str):
@@ -105,6 +106,10 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
         columns.append(column)
         values.append(value if column is None else 0.0)
     return values, columns
+
+
+_constant: Any = torch.compiler.assume_constant_result
+_unknown = _constant(lambda name: unknown_name(name, api.OTHERS))  # runs as it is: no trace goes through difflib
 
 
 def _position(name: str, choices: tuple[str, ...], value: str) -> int:
@@ -125,12 +130,16 @@ def _words(name: str, value: Any) -> Tensor:
 def _word(name: str, value: Any) -> Any:
     if isinstance(value, (bool, float)):
         raise TypeError(f"{name} = {value!r}: expected an integer")
+    if name == "offset" and value < 0:
+        raise ValueError(f"{name} = {value}: expected an integer, 0 <= value < 2^64")
     if value < -(2**63) or value >= 2**64:
         raise ValueError(f"{name} = {value}: expected a 64-bit integer, -2^63 <= value < 2^64")
     return value - 2**64 if value >= 2**63 else value
 
 
-def _inputs(bitmask: Any, bias: Any, prompt_ids: Any, output_ids: Any) -> tuple[Any, ...]:
+def _inputs(bitmask: Any, bias: Any, prompt_ids: Any, output_ids: Any, allowed_ids: Any) -> tuple[Any, ...]:
+    if allowed_ids is not None:
+        raise TypeError("allowed_ids: expected None under torch.compile; pass a bitmask (fastsample.pack_bitmask)")
     for name, value in (("prompt_ids", prompt_ids), ("output_ids", output_ids)):
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor under torch.compile; a list would be a constant of the code")
@@ -216,13 +225,12 @@ def _sample(
 ) -> tuple[Tensor, ...]:
     request = Request(*wishes)
     table = request.table(logits)
-    count = table.shape[0]
-    rows = Rows(
-        api.pack_params(None, _fields(values, columns), count),
-        pack_seeds(seed, count),
-        pack_offsets(offset, count),
-    )
-    return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), False)
+    count, fields, inputs = table.shape[0], _fields(values, columns), (bitmask, bias, prompt_ids, output_ids)
+    if len(request.batch) > 1:
+        fields, (seed, offset) = flat_fields(request.batch, fields), flat_words(request.batch, seed, offset)
+        inputs = flat_inputs(request.batch, *inputs)[:4]
+    rows = Rows(api.pack_params(None, fields, count), pack_seeds(seed, count), pack_offsets(offset, count))
+    return _run(table, request, rows, inputs, False)
 
 
 @torch.library.custom_op(

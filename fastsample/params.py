@@ -265,7 +265,7 @@ def to_float32(value: Any) -> float:
 
 def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array of numbers as a tensor: torch takes no negative strides, no other byte order, and warns of read-only."""
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastsample.params import SamplingParams
+from fastsample.params import SamplingParams, specs
 
 _COUNTED = {  # penalty: what it is counted over
     "repetition_penalty": "prompt_ids or output_ids",
@@ -15,6 +15,7 @@ _COUNTED = {  # penalty: what it is counted over
     "presence_penalty": "output_ids",
 }
 _NEUTRAL = {name: float(getattr(SamplingParams, name)) for name in _COUNTED}
+_COLUMN = {name: column for column, (name, _) in enumerate(specs()) if name in _COUNTED}
 
 
 def active_penalties(params: SamplingParams) -> tuple[str, ...]:
@@ -24,6 +25,14 @@ def active_penalties(params: SamplingParams) -> tuple[str, ...]:
 
 def _is_on(value: Any, neutral: float) -> bool:
     return bool((value != neutral).any()) if isinstance(value, torch.Tensor) else value != neutral
+
+
+def penalised_rows(records: torch.Tensor) -> dict[int, tuple[str, ...]]:
+    """Row -> names of the penalties that are on in it, of packed records (int32 [B, fields] on the CPU)."""
+    values = records.view(torch.float32)
+    on = {name: values[:, _COLUMN[name]] != neutral for name, neutral in _NEUTRAL.items()}
+    rows = torch.stack(list(on.values())).any(0).nonzero()[:, 0].tolist()
+    return {row: tuple(name for name in on if bool(on[name][row])) for row in rows}
 
 
 def warn_without_ids(active: tuple[str, ...], prompt_ids: Any, output_ids: Any, stacklevel: int) -> None:

@@ -114,7 +114,7 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     if seed is None:
         # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
         seed = int(torch.empty(1, dtype=torch.int64, device=CPU).random_())
-    if isinstance(seed, torch.Tensor) and seed.ndim == 0:
+    if isinstance(seed, (torch.Tensor, np.ndarray)) and seed.ndim == 0:
         seed = int(_SEED.column(seed, rows))
     # The usual type first: to ask for an abstract one takes longer.
     if type(seed) is int or (isinstance(seed, numbers.Integral) and not isinstance(seed, bool)):

@@ -13,8 +13,9 @@ from torch.compiler import is_compiling
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
 from fastsample.params import CPU, SamplingParams, whole
+from fastsample.penalties import penalised_rows, warn_without_ids
 from fastsample.request import OnInvalid, Request, SampleOutput
-from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
+from fastsample.rows import Allowed, BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
 
 
 class Sampler:
@@ -64,6 +65,7 @@ class Sampler:
                 workspace={},
             )
             self._initial_records = self._rows.records.clone()
+        self._penalised = penalised_rows(self._initial_records)
         self._last: tuple[Rows, tuple[Any, ...], list[Any]] | None = None
         self._lock = _new_lock(self)
 
@@ -82,6 +84,7 @@ class Sampler:
             self._initial_records, own = (torch.tensor(t, dtype=torch.int32, device=CPU) for t in (initial, records))
             words = [torch.tensor(t, dtype=torch.int64, device=CPU) for t in (seeds, offsets)]
             self._rows = Rows(own, words[0], words[1], workspace={})
+        self._penalised = penalised_rows(own)
         self._last = None
         self._lock = _new_lock(self)
 
@@ -101,6 +104,7 @@ class Sampler:
         logits: torch.Tensor,
         *,
         bitmask: torch.Tensor | None = None,
+        allowed_ids: Allowed | None = None,
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
         output_ids: TokenIds | None = None,
@@ -113,16 +117,21 @@ class Sampler:
         if is_compiling():
             from fastsample import ops
 
-            return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
+            return ops.step(
+                self, logits, (bitmask, bias, prompt_ids, output_ids, allowed_ids), self._request.wishes, out
+            )
+        if self._penalised and output_ids is None:
+            active = {name for names in self._penalised.values() for name in names}
+            warn_without_ids(tuple(sorted(active)), prompt_ids, output_ids, stacklevel=2)
         with self._lock:
             table = self._request.table(logits)
             rows = self._rows
             if rows.records.device != self._request.device:
                 with torch.inference_mode(False):
                     self._rows = rows = rows.to(table.device)
-            if bias is not None:
+            if bias is not None or allowed_ids is not None:
                 rows = rows.with_inputs()
-                add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
+                add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids, allowed_ids)
             elif bitmask is not None or prompt_ids is not None or output_ids is not None:
                 rows = self._with_tensors(table, bitmask, prompt_ids, output_ids)
             return self._request.run(table, rows, out, advance=True)
@@ -189,6 +198,9 @@ class Sampler:
             self._rows.seeds[row].copy_(seed[0])
         self._rows.offsets[row].copy_(offset[0])
         self._rows.records[row].copy_(record)
+        self._penalised.pop(row, None)
+        if 0 in (own := penalised_rows(record[None])):
+            self._penalised[row] = own[0]
 
     def _checked_row(self, row: int) -> int:
         row = whole("row", row)
