@@ -15,7 +15,8 @@ import torch
 from torch.compiler import is_compiling
 
 from fastsample import api
-from fastsample.params import SamplingParams, specs
+from fastsample.leading import flat_fields, flat_inputs, flat_words
+from fastsample.params import SamplingParams, specs, unknown_name
 from fastsample.request import FIELDS, WISHES, Request, SampleOutput, check_logits
 from fastsample.rows import Rows, pack_offsets, pack_seeds
 from fastsample.slots import Pick, slot_numbers
@@ -78,7 +79,7 @@ _WANTED = {
     "bias": f"tensors (row_ptr, ids, values) {_TRACES}; a dict would be a constant",
     "prompt_ids": f"a tensor {_TRACES}; a list would be a constant",
     "output_ids": f"a tensor {_TRACES}; a list would be a constant",
-    "allowed_ids": f"None {_TRACES}; pack them into a bitmask",
+    "allowed_ids": f"None {_TRACES}; pass a bitmask (fastsample.pack_bitmask)",
 }
 
 
@@ -170,7 +171,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
     """One number per field (a choice as its position) or one tensor with a value per row."""
     for name in fields:
         if name not in _NAMES:
-            raise TypeError(f"{name}: expected a field of SamplingParams: {', '.join(_NAMES)}")
+            raise TypeError(_unknown(name))
     values: list[float] = []
     columns: list[Tensor | None] = []
     for name, spec in specs():
@@ -178,7 +179,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
         value = _as_tensor(value)
         column = None
         if isinstance(value, bool):
-            raise TypeError(f"{name} = {value!r}: expected {spec.range}")
+            raise TypeError(f"{name} = {value!r}: expected {spec.wanted}")
         if isinstance(value, torch.Tensor):
             column = value
         elif isinstance(value, str):
@@ -189,6 +190,10 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
         columns.append(column)
         values.append(value if column is None else 0.0)
     return values, columns
+
+
+_constant: Any = torch.compiler.assume_constant_result
+_unknown = _constant(lambda name: unknown_name(name, api.OTHERS))  # runs as it is: no trace goes through difflib
 
 
 def _position(name: str, choices: tuple[str, ...], value: str) -> int:
@@ -217,6 +222,8 @@ def _words(name: str, value: Any) -> Tensor:
 def _word(name: str, value: Any) -> Any:
     if isinstance(value, (bool, float)):
         raise TypeError(f"{name} = {value!r}: expected an integer")
+    if name == "offset" and value < 0:
+        raise ValueError(f"{name} = {value}: expected an integer, 0 <= value < 2^64")
     if value < -(2**63) or value >= 2**64:
         raise ValueError(f"{name} = {value}: expected a 64-bit integer, -2^63 <= value < 2^64")
     return value - 2**64 if value >= 2**63 else value
@@ -337,13 +344,12 @@ def _sample(
 ) -> tuple[Tensor, ...]:
     request = Request(*wishes)
     table = request.table(logits)
-    count = table.shape[0]
-    rows = Rows(
-        api.pack_params(None, _fields(values, columns), count),
-        pack_seeds(seed, count),
-        pack_offsets(offset, count),
-    )
-    return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), False)
+    count, fields, inputs = table.shape[0], _fields(values, columns), (bitmask, bias, prompt_ids, output_ids)
+    if len(request.batch) > 1:
+        fields, (seed, offset) = flat_fields(request.batch, fields), flat_words(request.batch, seed, offset)
+        inputs = flat_inputs(request.batch, *inputs)[:4]
+    rows = Rows(api.pack_params(None, fields, count), pack_seeds(seed, count), pack_offsets(offset, count))
+    return _run(table, request, rows, inputs, False)
 
 
 _SLOTS = "Tensor logits, Tensor records, Tensor seeds, Tensor(a!) offsets"
@@ -363,10 +369,8 @@ def _step(
     output_ids: Tensor | None,
     *wishes: Any,
 ) -> tuple[Tensor, ...]:
-    request = Request(*wishes)
+    request = Request(*wishes, len(offsets))
     table = request.table(logits)
-    if table.shape[0] != len(offsets):
-        raise ValueError(f"logits: expected {len(offsets)} rows (batch_size), got {table.shape[0]}")
     rows = Rows(records, seeds, offsets)
     return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), True)
 
@@ -389,10 +393,10 @@ def _rows(
     output_ids: Tensor | None,
     *wishes: Any,
 ) -> tuple[Tensor, ...]:
-    request = Request(*wishes)
-    table = request.table(logits)
     pick = Pick(slot_numbers(rows, len(offsets)))
-    pick.require_rows(table)
+    pick.require_rows(logits)
+    request = Request(*wishes, len(pick.numbers))
+    table = request.table(logits)
     own = Rows(records, seeds, offsets)
     result = _run(table, request, pick.take(own), (bitmask, bias, prompt_ids, output_ids), True)
     pick.put_back(own)

@@ -13,8 +13,9 @@ import torch
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
 from fastsample.params import CPU, SamplingParams, specs, whole
+from fastsample.penalties import penalised_rows, warn_without_ids
 from fastsample.request import WISHES, OnInvalid, Request, SampleOutput
-from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
+from fastsample.rows import Allowed, BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
 from fastsample.slots import Pick, SlotIndex, described, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced
 
@@ -70,6 +71,7 @@ class Sampler:
 
     def _forget(self) -> None:
         """Nothing is known yet of any step."""
+        self._penalised = penalised_rows(self._rows.records.cpu())
         self._device: torch.device | None = None  # of the logits seen last
         self._last_pick: tuple[Pick, Request] | None = None
         self._last: tuple[Rows, tuple[Any, ...], list[Any]] | None = None
@@ -131,6 +133,7 @@ class Sampler:
         *,
         rows: SlotIndex | None = None,
         bitmask: torch.Tensor | None = None,
+        allowed_ids: Allowed | None = None,
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
         output_ids: TokenIds | None = None,
@@ -150,18 +153,23 @@ class Sampler:
         if is_traced():
             from fastsample import ops
 
-            inputs = (bitmask, bias, prompt_ids, output_ids)
+            inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
             step = ops.served(ops.step, inputs, out)
             return step(self, logits, rows, inputs, self._request.wishes, out)
+        if self._penalised and output_ids is None:
+            self._warn(rows, prompt_ids)
         with self._lock:
             if rows is not None:
-                return self._step_of(rows, logits, (bitmask, bias, prompt_ids, output_ids), out)
+                return self._step_of(rows, logits, (bitmask, bias, prompt_ids, output_ids, allowed_ids), out)
             request, own = self._request, self._rows
             table = request.table(logits)
             if self._device is not request.device:
                 own = self._move_to(request)
-            if bitmask is not None or bias is not None or prompt_ids is not None or output_ids is not None:
-                own = self._with(own, table, bitmask, bias, prompt_ids, output_ids)
+            if bias is not None or allowed_ids is not None:
+                own = own.with_inputs()
+                add_row_inputs(own, table, bitmask, bias, prompt_ids, output_ids, allowed_ids)
+            elif bitmask is not None or prompt_ids is not None or output_ids is not None:
+                own = self._with_tensors(own, table, bitmask, prompt_ids, output_ids)
             return request.run(table, own, out, advance=True)
 
     def _step_of(
@@ -172,16 +180,24 @@ class Sampler:
         table = request.table(logits)
         own = pick.take(self._move_to(request))
         if any(value is not None for value in inputs):
-            own = self._with(own, table, *inputs)
+            own = own.with_inputs()
+            add_row_inputs(own, table, *inputs)
         result = request.run(table, own, out, advance=True)
         pick.put_back(self._rows)
         return result
+
+    def _warn(self, rows: SlotIndex | None, prompt_ids: TokenIds | None) -> None:
+        """Of penalties that are on in the slots of a step, where there are no output ids."""
+        with self._lock:
+            numbers = range(self._batch_size) if rows is None else slot_numbers(rows, self._batch_size)
+            active = {name for row in numbers for name in self._penalised.get(row, ())}
+        warn_without_ids(tuple(sorted(active)), prompt_ids, None, stacklevel=3)
 
     def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, Request]:
         """What is kept of the last step with these slots, or a new beginning."""
         numbers = slot_numbers(rows, self._batch_size)
         if self._last_pick is None or self._last_pick[0].numbers != numbers:
-            self._last_pick = Pick(numbers), Request(*self._request.wishes)
+            self._last_pick = Pick(numbers), Request(*self._request.wishes, len(numbers))
         if isinstance(logits, torch.Tensor):
             self._last_pick[0].require_rows(logits)
         return self._last_pick
@@ -194,21 +210,16 @@ class Sampler:
                 self._rows = self._rows.to(request.device)
         return self._rows
 
-    def _with(
+    def _with_tensors(
         self,
         own: Rows,
         table: torch.Tensor,
         bitmask: torch.Tensor | None,
-        bias: BiasLike | None,
         prompt_ids: TokenIds | None,
         output_ids: TokenIds | None,
     ) -> Rows:
         """Slots with a step's inputs: the last step's where nothing but their values can have changed since."""
         given = (bitmask, prompt_ids, output_ids)
-        if bias is not None:
-            rows = own.with_inputs()
-            add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
-            return rows
         if self._last is not None:
             rows, known, stamps = self._last
             same = rows.slots is own and all(a is b for a, b in zip(known, given, strict=True))
@@ -269,6 +280,9 @@ class Sampler:
             self._rows.seeds[row].copy_(seed[0])
         self._rows.offsets[row].copy_(offset[0])
         self._rows.records[row].copy_(record)
+        self._penalised.pop(row, None)
+        if 0 in (own := penalised_rows(record[None])):
+            self._penalised[row] = own[0]
 
     def _checked_row(self, row: int) -> int:
         row = whole("row", row)

@@ -114,8 +114,8 @@ class Pick:
         self._index: torch.Tensor | None = None
 
     def require_rows(self, logits: torch.Tensor) -> None:
-        """ValueError unless there are logits for each slot, in a table [n, V] (or of one row, [V])."""
-        given = 1 if logits.ndim < 2 else len(logits)
+        """ValueError unless a table of logits has a row for each slot; what else it must be others say."""
+        given = 1 if logits.ndim == 1 else len(logits) if logits.ndim == 2 else len(self.numbers)
         if given != len(self.numbers):
             raise ValueError(f"logits: expected {len(self.numbers)} rows, one for each slot of `rows`, got {given}")
 
