@@ -369,7 +369,8 @@ def _step(
     output_ids: Tensor | None,
     *wishes: Any,
 ) -> tuple[Tensor, ...]:
-    request = Request(*wishes, len(offsets))
+    request = Request(*wishes)
+    request.slots = len(offsets)
     table = request.table(logits)
     rows = Rows(records, seeds, offsets)
     return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), True)
@@ -395,7 +396,8 @@ def _rows(
 ) -> tuple[Tensor, ...]:
     pick = Pick(slot_numbers(rows, len(offsets)))
     pick.require_rows(logits)
-    request = Request(*wishes, len(pick.numbers))
+    request = Request(*wishes)
+    request.slots = len(pick.numbers)
     table = request.table(logits)
     own = Rows(records, seeds, offsets)
     result = _run(table, request, pick.take(own), (bitmask, bias, prompt_ids, output_ids), True)

@@ -27,7 +27,7 @@ def slot_numbers(rows: SlotIndex, size: int) -> list[int]:
         if not 0 <= slot < size:
             raise ValueError(f"rows[{at}] = {slot}: expected a slot, 0 <= slot < {size}")
         if slot in first:
-            raise ValueError(f"rows[{at}] = {slot}: expected each slot once, and rows[{first[slot]}] is the same")
+            raise ValueError(f"rows[{at}] = {slot}: expected distinct slots, and rows[{first[slot]}] is {slot} too")
         first[slot] = at
     raise AssertionError(numbers)
 
