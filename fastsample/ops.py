@@ -50,8 +50,14 @@ def served(traced: Call, inputs: tuple[Any, ...], out: Any) -> Call:
     if not compiled and torch._C._is_tracing():
         raise RuntimeError("torch.jit.trace (and ONNX export by it) cannot record fastsample; use torch.export")
     name = _refused(inputs, out)
-    if not compiled and not is_compiling() and not _is_recorded():
-        return cast(Call, _EAGER[traced.__name__, name or "out"])  # called by a frame that torch.compile left alone
+    if not compiled and not is_compiling():
+        if not _is_recorded():  # called by a frame that torch.compile left alone
+            return cast(Call, _EAGER[traced.__name__, name or "out"])
+        if traced.__name__ == "step":
+            raise RuntimeError(
+                "make_fx and FakeTensorMode cannot record a Sampler, whose offsets change; "
+                "pass fastsample.sample a seed and an offset"
+            )
     if name is None:
         return traced
     if compiled:
@@ -110,11 +116,6 @@ def step(
     out: SampleOutput | None,
 ) -> SampleOutput:
     """A call of a Sampler in a trace; the operator advances the offsets in place."""
-    if not is_compiling():
-        raise RuntimeError(
-            "make_fx and FakeTensorMode cannot record a Sampler, whose offsets change; "
-            "pass fastsample.sample a seed and an offset"
-        )
     own = sampler._rows
     if own.records.device != logits.device:
         records, seeds, offsets = (t.to(logits.device) for t in (own.records, own.seeds, own.offsets))
@@ -172,6 +173,8 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
     for name in fields:
         if name not in _NAMES:
             raise TypeError(_unknown(name))
+    if params is not None and not isinstance(params, SamplingParams):
+        raise TypeError(f"params: expected SamplingParams, got {type(params).__name__}")
     values: list[float] = []
     columns: list[Tensor | None] = []
     for name, spec in specs():
