@@ -57,7 +57,7 @@ class Sampler:
         self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, batch_size)
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
-            records = pack_params(params, fields, batch_size)
+            records = pack_params(params, fields, batch_size, _OTHERS)
             self._rows = Rows(
                 records.repeat(batch_size // records.shape[0], 1),
                 pack_seeds(seed, batch_size).to(CPU, copy=True),
@@ -208,6 +208,9 @@ class Sampler:
             raise ValueError(f"row = {row}: expected 0 <= row < {self.batch_size}")
         return row
 
+
+_OTHERS = ("seed", "offset", "num_samples", "logprobs", "top_logprobs", "on_invalid", "backend")
+"""What a misspelt name may have meant besides a parameter."""
 
 _alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
 
