@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastsample.ids import row_of_ids
-from fastsample.params import CPU, from_numpy, is_list, require_dense, whole
+from fastsample.params import CPU, INTEGERS, from_numpy, is_list, require_dense, whole
 from fastsample.rows import MAX_VOCAB, Allowed, last_contiguous, require_tensor
 
 
@@ -87,10 +87,10 @@ def _of_tensor(name: str, allowed: torch.Tensor, vocab: int) -> torch.Tensor:
         if allowed.shape[-1] != vocab:
             raise ValueError(f"{name}: expected bools [{vocab}] or [B, {vocab}], got shape {tuple(allowed.shape)}")
         return _of_bools(allowed)
+    if allowed.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected integer ids or bools, got {allowed.dtype}")
     if allowed.ndim == 1:
         return _of_rows([_ids(name, allowed, None, vocab)], vocab)[0]
-    if allowed.is_floating_point() or allowed.is_complex():
-        raise TypeError(f"{name}: expected ids or bools, got {allowed.dtype}")
     table = allowed.to(CPU, torch.int64)
     return _of_rows([_ids(name, line[line != -1], row, vocab) for row, line in enumerate(table)], vocab)
 

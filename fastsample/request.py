@@ -24,6 +24,8 @@ STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everythi
 class SampleOutput:
     """What `sample` returns. B rows, n = num_samples, N = top_logprobs; [B, n] is [B] when num_samples is 1.
 
+    B stands for all of the logits' dimensions but the last: none for [V], [B, T] for [B, T, V].
+
     Two are equal where every field is, by value: shape, dtype and numbers, a NaN like any other, wherever they lie.
     (To compare on a GPU waits for it.) None has a hash, since calls with `out` change it. Copies, pickles, and loads
     with `torch.load(weights_only=True)` once fastsample is imported.

@@ -59,7 +59,7 @@ class Sampler:
         self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, batch_size)
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
-            records = pack_params(params, fields, batch_size)
+            records = pack_params(params, fields, batch_size, _OTHERS)
             self._rows = Rows(
                 records.repeat(batch_size // records.shape[0], 1),
                 pack_seeds(seed, batch_size).to(CPU, copy=True),
@@ -292,6 +292,9 @@ class Sampler:
 
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Sampler).parameters.items()}
+_OTHERS = ("seed", "offset", "num_samples", "logprobs", "top_logprobs", "on_invalid", "backend")
+"""What a misspelt name may have meant besides a parameter."""
+
 _alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
 
 
