@@ -16,7 +16,7 @@ from fastsample.params import CPU, SamplingParams, specs, whole
 from fastsample.penalties import penalised_rows, warn_without_ids
 from fastsample.request import WISHES, OnInvalid, Request, SampleOutput
 from fastsample.rows import Allowed, BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
-from fastsample.slots import Pick, SlotIndex, described, shortened, slot_numbers, unpack_params
+from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced
 
 
@@ -195,9 +195,10 @@ class Sampler:
 
     def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, Request]:
         """What is kept of the last step with these slots, or a new beginning."""
-        numbers = slot_numbers(rows, self._batch_size)
+        numbers = listed(rows, self._batch_size)
         if self._last_pick is None or self._last_pick[0].numbers != numbers:
-            self._last_pick = Pick(numbers), Request(*self._request.wishes, len(numbers))
+            pick = Pick(checked(numbers, self._batch_size))
+            self._last_pick = pick, Request(*self._request.wishes, len(numbers))
         if isinstance(logits, torch.Tensor):
             self._last_pick[0].require_rows(logits)
         return self._last_pick

@@ -354,23 +354,6 @@ def test_set_row_makes_the_slot_not_matter(backend: str) -> None:
         assert sampler.offsets.tolist() == [13 if i == slot else 4 for i in range(3)]
 
 
-def test_set_row_without_params_means_the_defaults() -> None:
-    sampler = fs.Sampler(batch_size=1, temperature=0.0)
-    sampler.set_row(0, seed=5)
-    x = logits(1, 5000)
-    assert torch.equal(sampler(x).tokens, fs.sample(x, seed=[5]).tokens)
-
-
-def test_set_row_takes_a_fresh_seed() -> None:
-    x = torch.zeros(1, 2**20)
-    sampler = fs.Sampler(batch_size=1, seed=1)
-    tokens = set()
-    for _ in range(4):
-        sampler.set_row(0)
-        tokens.add(int(sampler(x).tokens))
-    assert len(tokens) == 4
-
-
 def test_reset_row_starts_over() -> None:
     x = logits(2, 5000)
     sampler = fs.Sampler(batch_size=2, seed=3, top_k=40, offset=7)
@@ -456,6 +439,22 @@ def test_threads_follow_torch_until_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     assert fs.get_num_threads() == torch.get_num_threads()
     fs.set_num_threads(7)
     assert fs.get_num_threads() == 7
+    fs.set_num_threads(None)
+    assert fs.get_num_threads() == torch.get_num_threads()
+    with pytest.raises(ValueError, match="n = 0: expected 1 <= n <= 4096 threads, or None for torch's number"):
+        fs.set_num_threads(0)
+
+
+def test_a_backend_in_the_environment_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSAMPLE_BACKEND", "foo")
+    for call in (fs.sample, fs.filter_logits, fs.probabilities, fs.Sampler(batch_size=4)):
+        with pytest.raises(ValueError, match=r"^FASTSAMPLE_BACKEND = 'foo': expected 'auto' or one of 'cuda'"):
+            call(logits())
+    fs.sample(logits(), backend="cpu")
+    monkeypatch.setenv("FASTSAMPLE_BACKEND", "cuda")
+    if fs.engines()["cuda"] is not None:
+        with pytest.raises(RuntimeError, match=r"^FASTSAMPLE_BACKEND 'cuda' cannot serve these logits: "):
+            fs.sample(logits())
 
 
 @pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")  # torch 2.4 to itself
