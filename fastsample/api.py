@@ -93,11 +93,11 @@ def sample(
         RuntimeError: the named backend cannot serve these logits.
     """
     if is_traced():
-        from fastsample import ops
+        from fastsample import ops, untraced
 
         inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
         wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
-        call = ops.served(ops.sample, inputs, out)
+        call = untraced.served(ops.sample, inputs, out)
         return call(logits, params, fields, seed, offset, inputs, wishes, out)
     request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
     table = request.table(logits)
@@ -261,9 +261,9 @@ def _full(
     fields: dict[str, Any],
 ) -> torch.Tensor:
     if is_traced():
-        from fastsample import ops
+        from fastsample import ops, untraced
 
-        return ops.served(ops.full, inputs, out)(kind, logits, params, inputs, on_invalid, backend, out, fields)
+        return untraced.served(ops.full, inputs, out)(kind, logits, params, inputs, on_invalid, backend, out, fields)
     return full(kind, logits, params, inputs, on_invalid, backend, out, fields, stacklevel=4)
 
 

@@ -17,7 +17,7 @@ from fastsample.penalties import penalised_rows, warn_without_ids
 from fastsample.request import WISHES, OnInvalid, Request, SampleOutput
 from fastsample.rows import Allowed, BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
-from fastsample.traced import is_traced
+from fastsample.traced import is_traced, untraced
 
 
 class Sampler:
@@ -38,6 +38,7 @@ class Sampler:
         TypeError, ValueError: bad argument; the message names it, the row and the value.
     """
 
+    @untraced
     def __init__(
         self,
         params: SamplingParams | None = None,
@@ -77,6 +78,7 @@ class Sampler:
         self._last: tuple[Rows, tuple[Any, ...], list[Any]] | None = None
         self._lock = _new_lock(self)
 
+    @untraced
     def __getstate__(self) -> dict[str, Any]:
         # Numbers, not tensors: those would go to another process through shared memory and file descriptors.
         with self._lock:
@@ -84,6 +86,7 @@ class Sampler:
             columns = [t.tolist() for t in (self._initial_records, own.records, own.seeds, own.offsets)]
         return {"batch_size": self._batch_size, "request": self._request.anew(), "columns": columns}
 
+    @untraced
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._batch_size = state["batch_size"]
         self._request = state["request"]
@@ -94,6 +97,7 @@ class Sampler:
             self._rows = Rows(own, words[0], words[1], workspace={})
         self._forget()
 
+    @untraced
     def __repr__(self) -> str:
         with self._lock:
             records, offsets = self._rows.records.cpu(), self._rows.offsets.tolist()
@@ -109,6 +113,7 @@ class Sampler:
         return self._batch_size
 
     @property
+    @untraced
     def params(self) -> SamplingParams:
         """How each slot samples now: every field with one value per slot. A copy."""
         with self._lock:
@@ -116,12 +121,14 @@ class Sampler:
         return unpack_params(records)
 
     @property
+    @untraced
     def seeds(self) -> torch.Tensor:
         """Each slot's seed, int64 [B] (the bits of an unsigned integer). A copy, where the logits are."""
         with self._lock:
             return self._rows.seeds.clone()
 
     @property
+    @untraced
     def offsets(self) -> torch.Tensor:
         """Each slot's position at the next call, int64 [B] (the bits of an unsigned integer). A copy, as `seeds`."""
         with self._lock:
@@ -148,13 +155,14 @@ class Sampler:
                 list, an integer tensor or array [n], a slice, or one number), or a mask of bool [B]. Row i of the
                 logits [n, V], of the other arguments and of the result then belongs to slot rows[i], as does a row that
                 an error names; the offsets of these slots alone advance. A slice or neighbours cost nothing. A tensor
-                on a GPU is read, which waits for it.
+                on a GPU is read, which waits for it; a CUDA graph captures a step whose list has been used before.
         """
         if is_traced():
             from fastsample import ops
+            from fastsample.untraced import served
 
             inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
-            step = ops.served(ops.step, inputs, out)
+            step = served(ops.step, inputs, out)
             return step(self, logits, rows, inputs, self._request.wishes, out)
         if self._penalised and output_ids is None:
             self._warn(rows, prompt_ids)
@@ -233,6 +241,7 @@ class Sampler:
         self._last = (rows, given, [stamp(value) for value in given]) if in_place else None
         return rows
 
+    @untraced
     def set_row(
         self,
         row: int,
@@ -264,6 +273,7 @@ class Sampler:
         with self._lock:
             self._restart(row, own, start, record)
 
+    @untraced
     def reset_row(self, row: int, *, seed: int | None = None) -> None:
         """Start a slot over at offset 0 with the parameters the Sampler was made with.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._C import (
@@ -13,6 +15,9 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch.compiler import is_dynamo_compiling
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # What torch.compile does with new frames of this thread: None or False where nothing.
 _callback: Any = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
@@ -43,6 +48,21 @@ def _is_recorded() -> bool:
     """Whether one of torch's own modes is on; those of others, such as a counter of operations, change nothing."""
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+
+
+def untraced(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that torch.compile neither compiles nor enters: it breaks the graph (fullgraph=True says so)."""
+
+    @wraps(method)
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        if is_dynamo_compiling() or _callback():
+            from fastsample.untraced import eagerly
+
+            result: R = eagerly(method, *arguments, **named)
+            return result
+        return method(*arguments, **named)
+
+    return call
 
 
 def belongs_here(tensor: torch.Tensor) -> bool:

@@ -123,6 +123,37 @@ def test_inputs_belong_to_the_rows_given(inputs: dict[str, Any], rows: Any, back
         out = got
 
 
+def test_slots_are_gathered_by_torch_as_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does."""
+    monkeypatch.setattr("fastsample.slots._is_numpys", lambda tensor: False)
+    sampler = made()
+    for step in range(4):
+        want = drawn(sampler, [4, 0, 3], LOGITS[:3])
+        with torch.inference_mode(step == 2):
+            assert torch.equal(sampler(LOGITS[:3], rows=[4, 0, 3]).tokens, want.tokens)
+        sampler.set_row(3, seed=step, offset=9)
+    assert sampler.offsets.tolist() == [4, 0, 0, 9, 4, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
+def test_some_slots_on_a_gpu() -> None:
+    """Also in a captured graph, which sees what set_row changes between its replays."""
+    rows, x = [4, 0, 3], LOGITS[:3].cuda()
+    here, there = (made(on_invalid="flag") for _ in range(2))
+    for _ in range(3):
+        assert torch.equal(there(x, rows=rows).tokens.cpu(), here(LOGITS[:3], rows=rows).tokens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = there(x, rows=rows).tokens
+    for step in range(3):
+        graph.replay()
+        assert torch.equal(tokens.cpu(), here(LOGITS[:3], rows=rows).tokens), step
+        for sampler in (here, there):
+            sampler.set_row(3, seed=step, offset=9, temperature=0.5 + step)
+    assert torch.equal(there.offsets.cpu(), here.offsets)
+
+
 def test_an_index_may_change_in_place() -> None:
     """A list and a tensor are read at each step."""
     for rows in ([0, 1, 3], torch.tensor([0, 1, 3]), np.array([0, 1, 3])):
