@@ -68,6 +68,7 @@ def step(
     if own.records.device != logits.device:
         records, seeds, offsets = (t.to(logits.device) for t in (own.records, own.seeds, own.offsets))
         sampler._rows = own = Rows(records, seeds, offsets, workspace=own.workspace)
+        sampler._device = None
     slots = (_own(logits), own.records, own.seeds, own.offsets)
     if rows is None:
         return _named(torch.ops.fastsample.sample_step(*slots, *_inputs(inputs), *wishes), wishes)

@@ -83,7 +83,8 @@ def _eager_step(sampler: Sampler, logits: Any, rows: Any, inputs: Any, wishes: A
 
 
 def _eager_full(*arguments: Any) -> Tensor:
-    return api.full(*arguments, 4)
+    result: Tensor = cast(Any, api.full)(*arguments, stacklevel=4)
+    return result
 
 
 def _outside_of_a_graph(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
