@@ -122,7 +122,7 @@ class Sampler:
             )
         if self._penalised and output_ids is None:
             active = {name for names in self._penalised.values() for name in names}
-            warn_without_ids(tuple(sorted(active)), prompt_ids, output_ids, stacklevel=2)
+            warn_without_ids(active, prompt_ids, output_ids, stacklevel=2)
         with self._lock:
             table = self._request.table(logits)
             rows = self._rows
