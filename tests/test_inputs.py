@@ -14,6 +14,7 @@ import torch
 from cases import pack_bits
 
 import fastsample as fs
+from fastsample.masks import _by_sums
 
 B, V = 4, 70
 X = torch.randn(B, V, generator=torch.Generator().manual_seed(1))
@@ -181,6 +182,14 @@ def test_pack_bitmask_leaves_the_bits_past_v(vocab: int) -> None:
     for given in ([None, None], everything, everything.numpy(), [range(vocab)] * 2):
         assert torch.equal(fs.pack_bitmask(given, vocab), pack_bits(everything))
     assert fs.pack_bitmask(everything[0], np.int64(vocab), device="cpu").tolist() == pack_bits(everything)[0].tolist()
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+def test_bools_on_a_gpu_are_packed_alike(vocab: int) -> None:
+    """There by torch's operations, which run here too."""
+    table = torch.rand(3, vocab, generator=torch.Generator().manual_seed(6)) < 0.5
+    assert torch.equal(_by_sums(table), pack_bits(table))
+    assert torch.equal(_by_sums(table[0]), fs.pack_bitmask(table[0], vocab))
 
 
 @pytest.mark.parametrize(
