@@ -199,10 +199,10 @@ def pack(params: SamplingParams | None, fields: dict[str, Any], rows: int, other
     elif fields:
         params = params.replace(**fields)
     packed = _pack(params)
-    if packed.records.shape[0] not in (1, rows):
+    if len(packed.records) not in (1, rows):
         names = ", ".join(params.per_row())
         wanted = f"one value for all rows or {rows} values (one per row of logits)"
-        raise ValueError(f"{names}: expected {wanted}, got {packed.records.shape[0]} values")
+        raise ValueError(f"{names}: expected {wanted}, got {len(packed.records)} values")
     return packed
 
 
@@ -223,7 +223,7 @@ def _pack(params: SamplingParams) -> Packed:
     if kept is not None:
         return kept
     packed = Packed(params.pack(), active_penalties(params))
-    if not params.per_row() and has_memory(packed.records):
+    if len(packed.records) == 1 and not params.per_row() and has_memory(packed.records):
         object.__setattr__(params, "_packed", packed)
     return packed
 

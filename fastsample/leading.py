@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastsample.params import from_numpy
+from fastsample.params import require_dense
 
 
 def flat_fields(batch: Sequence[int], fields: dict[str, Any]) -> dict[str, Any]:
@@ -40,12 +41,13 @@ def flat_inputs(
 def _flat(name: str, value: Any, batch: Sequence[int], trailing: int) -> Any:
     if not isinstance(value, (torch.Tensor, np.ndarray)) or value.ndim != len(batch) + trailing:
         return value
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biuf":
-            return value
-        value = from_numpy(value)
+    if isinstance(value, torch.Tensor):
+        require_dense(name, value)
     if any(own not in (1, size) for own, size in zip(value.shape, batch, strict=False)):
         wanted = ", ".join(map(str, batch))
         more = ", ..." if trailing else ""
         raise ValueError(f"{name}: expected shape [{wanted}{more}] like the logits', got {tuple(value.shape)}")
-    return value.expand(*batch, *value.shape[len(batch) :]).flatten(0, len(batch) - 1)
+    rest = value.shape[len(batch) :]
+    if isinstance(value, np.ndarray):  # stays one: a signed array holds numbers, a tensor of offsets may hold bits
+        return np.broadcast_to(value, (*batch, *rest)).reshape(math.prod(batch), *rest)
+    return value.expand(*batch, *rest).flatten(0, len(batch) - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,8 @@ def _words(name: str, allowed: Any, vocab: int) -> torch.Tensor:
         return _of_tensor(name, allowed, vocab)
     if not is_list(allowed):
         raise TypeError(f"{name}: expected token ids or a tensor of bools, got {type(allowed).__name__}")
-    if not any(line is None or is_list(line) or isinstance(line, (np.ndarray, torch.Tensor, Set)) for line in allowed):
+    rows = (type(None), Sequence, Set, np.ndarray, torch.Tensor)
+    if not any(issubclass(kind, rows) for kind in set(map(type, allowed))):
         return _of_rows([_ids(name, allowed, None, vocab)], vocab)[0]
     return _of_rows([None if line is None else _ids(name, line, row, vocab) for row, line in enumerate(allowed)], vocab)
 
@@ -114,23 +115,26 @@ def _ids(name: str, line: Any, row: int | None, vocab: int) -> np.ndarray[Any, A
 
 def _of_rows(rows: list[np.ndarray[Any, Any] | None], vocab: int) -> torch.Tensor:
     """int32 [B, words] of each row's ids; None allows all of them."""
-    words = np.zeros((len(rows), -(-vocab // 32)), dtype=np.uint32)
+    words = np.empty((len(rows), -(-vocab // 32)), dtype="<i4")
     for row, ids in enumerate(rows):
-        if ids is None:
-            words[row] = 2**32 - 1
-            words[row, -1] >>= -vocab % 32
-        else:
-            np.bitwise_or.at(words[row], ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
-    return torch.from_numpy(words.view(np.int32))
+        bits = np.zeros(32 * words.shape[1], dtype=np.uint8)
+        bits[slice(vocab) if ids is None else ids] = 1
+        words[row] = np.packbits(bits, bitorder="little").view("<i4")
+    return torch.from_numpy(words.astype(np.int32, copy=False))
 
 
 def _of_bools(allowed: torch.Tensor) -> torch.Tensor:
-    """int32 [..., words] of bools [..., V], where they are: a GPU is not waited for."""
+    """int32 [..., words] of bools [..., V], where they are."""
+    if allowed.device != CPU:
+        return _by_sums(allowed)
+    packed = np.packbits(allowed.numpy(), axis=-1, bitorder="little")
+    packed = np.pad(packed, [(0, 0)] * (allowed.ndim - 1) + [(0, -packed.shape[-1] % 4)])
+    return torch.from_numpy(packed.view("<i4").astype(np.int32, copy=False))
+
+
+def _by_sums(allowed: torch.Tensor) -> torch.Tensor:
+    """The same on a GPU, which is not waited for."""
     vocab = allowed.shape[-1]
-    if allowed.device == CPU:
-        packed = np.packbits(allowed.numpy(), axis=-1, bitorder="little")
-        packed = np.pad(packed, [(0, 0)] * (allowed.ndim - 1) + [(0, -packed.shape[-1] % 4)])
-        return torch.from_numpy(packed.view("<i4").astype(np.int32, copy=False))
     padded = torch.nn.functional.pad(allowed, (0, -vocab % 32))
     bits = padded.view(*allowed.shape[:-1], -1, 32).to(torch.int64) << torch.arange(32, device=allowed.device)
     words = bits.sum(-1)

@@ -173,13 +173,16 @@ class SamplingParams:
         """The records that the engines read: int32 [B or 1, number of fields] on the CPU, floats as their bits."""
         rows = next(iter(self.per_row().values()), None)
         columns = [_code(spec, value) for (_, spec), (_, value) in zip(_SPECS, self._values(), strict=True)]
+        shared = [0 if isinstance(column, (torch.Tensor, list)) else column for column in columns]
+        bits = struct.unpack(_INTS, struct.pack(_RECORD, *shared))
+        record = torch.tensor([bits], dtype=torch.int32, device=CPU)
         if rows is None:
-            bits = struct.unpack(_INTS, struct.pack(_RECORD, *columns))
-            return torch.tensor([bits], dtype=torch.int32, device=CPU)
-        records = torch.empty(rows, len(_SPECS), dtype=torch.int32, device=CPU)
-        for target, (_, spec), column in zip(records.unbind(1), _SPECS, columns, strict=True):
-            target = target.view(torch.float32) if spec.kind == "float" else target
-            target.copy_(torch.as_tensor(column, device=CPU))
+            return record
+        records = record.repeat(rows, 1)
+        for at, ((_, spec), column) in enumerate(zip(_SPECS, columns, strict=True)):
+            if isinstance(column, (torch.Tensor, list)):
+                target = records[:, at].view(torch.float32) if spec.kind == "float" else records[:, at]
+                target.copy_(torch.as_tensor(column, device=CPU))
         return records
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -221,6 +224,8 @@ def _code(spec: Spec, value: Any) -> Any:
 
 def _normalise(name: str, spec: Spec, value: Any) -> Any:
     """The validated value: a number or a name, or per row a 1-D tensor or a tuple of names."""
+    if type(value) in (float, int, str):  # the usual types first: to ask for abstract ones takes longer
+        return _scalar(name, spec, value, "")
     if isinstance(value, np.ndarray):
         value = from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
     if isinstance(value, torch.Tensor):
@@ -234,9 +239,11 @@ def _normalise(name: str, spec: Spec, value: Any) -> Any:
     return tuple(items) if spec.kind == "choice" else torch.tensor(items, dtype=_dtype(spec), device=CPU)
 
 
+_KINDS: dict[str, Any] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
+
+
 def _scalar(name: str, spec: Spec, value: Any, where: str) -> Any:
-    kinds: dict[str, Any] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
-    if not isinstance(value, kinds[spec.kind]) or isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, _KINDS[spec.kind]) or isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} = {value!r}{where}: expected {spec.wanted}")
     if spec.kind == "choice":
         good = value in spec.choices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,15 +36,17 @@ def penalised_rows(records: torch.Tensor) -> dict[int, tuple[str, ...]]:
     return {row: tuple(name for name in on if bool(on[name][row])) for row in rows}
 
 
-def warn_without_ids(active: tuple[str, ...], prompt_ids: Any, output_ids: Any, stacklevel: int) -> None:
+def warn_without_ids(active: Collection[str], prompt_ids: Any, output_ids: Any, stacklevel: int) -> None:
     """UserWarning where a penalty that is on has no ids to count; an empty list is one. Once per place in the program.
 
     Args:
-        active: what `active_penalties` returns.
+        active: names of the penalties that are on.
         prompt_ids, output_ids: as the call was given them.
         stacklevel: of the caller's caller, as for `warnings.warn`: 2 names the line that called whoever calls this.
     """
-    idle = [name for name in active if output_ids is None and (prompt_ids is None or name != "repetition_penalty")]
+    if output_ids is not None:
+        return
+    idle = [name for name in _COUNTED if name in active and (prompt_ids is None or name != "repetition_penalty")]
     if idle:
         what = "; ".join(f"{name} has no effect without {_COUNTED[name]}" for name in idle)
         how = "pass the ids so far, int64 [B, L] padded with -1 or a list per row, empty while there are none"

@@ -289,9 +289,10 @@ def raise_if_invalid(status: torch.Tensor, batch: tuple[int, ...] = ()) -> None:
         raise RuntimeError("on_invalid='raise' waits for the device, which no CUDA graph can; use on_invalid='flag'")
     bad = status.reshape(-1).nonzero()[:, 0].tolist()
     if bad:
-        places = [str(row) if len(batch) < 2 else f"{row} {np.unravel_index(row, batch)}" for row in bad[:4]]
+        places = [f" {tuple(map(int, np.unravel_index(row, batch)))}" if len(batch) > 1 else "" for row in bad[:4]]
         shown = ", ".join(
-            f"row {place} has {STATUS[int(status.reshape(-1)[row])]}" for place, row in zip(places, bad, strict=False)
+            f"row {row}{place} has {STATUS[int(status.reshape(-1)[row])]}"
+            for row, place in zip(bad, places, strict=False)
         )
         more = f" and {len(bad) - 4} more rows are invalid" if len(bad) > 4 else ""
         raise ValueError(f"logits: {shown}{more}; on_invalid='flag' returns token -1 and a status instead")

@@ -199,7 +199,7 @@ class Sampler:
         with self._lock:
             numbers = range(self._batch_size) if rows is None else slot_numbers(rows, self._batch_size)
             active = {name for row in numbers for name in self._penalised.get(row, ())}
-        warn_without_ids(tuple(sorted(active)), prompt_ids, None, stacklevel=3)
+        warn_without_ids(active, prompt_ids, None, stacklevel=3)
 
     def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, Request]:
         """What is kept of the last step with these slots, or a new beginning."""
