@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from fastsample.api import filter_logits, probabilities, sample
 from fastsample.candidates import best_of_n
 from fastsample.engines import engines
+from fastsample.masks import pack_bitmask
 from fastsample.params import SamplingParams
 from fastsample.request import SampleOutput
 from fastsample.sampler import Sampler
@@ -20,6 +21,7 @@ __all__ = [
     "engines",
     "filter_logits",
     "get_num_threads",
+    "pack_bitmask",
     "probabilities",
     "sample",
     "set_num_threads",

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch.compiler import is_compiling
 
 from fastsample import api
-from fastsample.params import SamplingParams, specs
+from fastsample.leading import flat_fields, flat_inputs, flat_words
+from fastsample.params import SamplingParams, specs, unknown_name
 from fastsample.request import FIELDS, Request, SampleOutput, check_logits
 from fastsample.rows import Rows, pack_offsets, pack_seeds
+from fastsample.slots import Pick, slot_numbers
+from fastsample.traced import belongs_here
 
 if TYPE_CHECKING:
     from fastsample.sampler import Sampler
@@ -43,27 +48,34 @@ def sample(
     out: SampleOutput | None,
 ) -> SampleOutput:
     """`fastsample.sample` in a trace."""
-    _refuse_out(out)
-    seeds = torch.ops.fastsample.fresh_seed(_DRAWN) if seed is None else _words("seed", seed)
+    seeds = _fresh() if seed is None else _words("seed", seed)
     result = torch.ops.fastsample.sample(
-        logits.detach(), *_params(params, fields), seeds, _words("offset", offset), *_inputs(*inputs), *wishes
+        _own(logits), *_params(params, fields), seeds, _words("offset", offset), *_inputs(inputs), *wishes
     )
     return _named(result, wishes)
 
 
 def step(
-    sampler: Sampler, logits: Tensor, inputs: tuple[Any, ...], wishes: tuple[Any, ...], out: SampleOutput | None
+    sampler: Sampler,
+    logits: Tensor,
+    rows: Any,
+    inputs: tuple[Any, ...],
+    wishes: tuple[Any, ...],
+    out: SampleOutput | None,
 ) -> SampleOutput:
     """A call of a Sampler in a trace; the operator advances the offsets in place."""
-    _refuse_out(out)
-    rows = sampler._rows
-    if rows.records.device != logits.device:
-        records, seeds, offsets = (t.to(logits.device) for t in (rows.records, rows.seeds, rows.offsets))
-        sampler._rows = rows = Rows(records, seeds, offsets, workspace=rows.workspace)
-    result = torch.ops.fastsample.sample_step(
-        logits.detach(), rows.records, rows.seeds, rows.offsets, *_inputs(*inputs), *wishes
-    )
-    return _named(result, wishes)
+    own = sampler._rows
+    if own.records.device != logits.device:
+        records, seeds, offsets = (t.to(logits.device) for t in (own.records, own.seeds, own.offsets))
+        sampler._rows = own = Rows(records, seeds, offsets, workspace=own.workspace)
+        sampler._device = None
+    slots = (_own(logits), own.records, own.seeds, own.offsets)
+    if rows is None:
+        return _named(torch.ops.fastsample.sample_step(*slots, *_inputs(inputs), *wishes), wishes)
+    picked = _as_tensor(rows)
+    if not isinstance(picked, torch.Tensor):
+        picked = torch.tensor(slot_numbers(picked, sampler.batch_size), dtype=torch.int64, device="cpu")
+    return _named(torch.ops.fastsample.sample_rows(*slots, picked, *_inputs(inputs), *wishes), wishes)
 
 
 def full(
@@ -77,24 +89,49 @@ def full(
     fields: dict[str, Any],
 ) -> Tensor:
     """`fastsample.filter_logits` and `fastsample.probabilities` in a trace."""
-    _refuse_out(out)
-    given = (*_params(params, fields), *_inputs(*inputs))
-    result: Tensor = torch.ops.fastsample.full(kind, logits.detach(), *given, on_invalid, backend)
+    given = (*_params(params, fields), *_inputs(inputs))
+    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, on_invalid, backend)
     return result
+
+
+def _own(logits: Tensor) -> Tensor:
+    """The logits, for which no gradient is wanted."""
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+    if not is_compiling() and not belongs_here(logits):
+        raise ValueError("logits: expected a fake tensor under FakeTensorMode, got one with values")
+    return logits.detach()
+
+
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def _fresh() -> Tensor:
+    """A seed of torch's default CPU generator, by an operator where a graph of torch.compile may merge equal ones."""
+    if torch.compiler.is_dynamo_compiling():
+        if _is_exporting():  # which takes neither that operator nor random_
+            return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+        seed: Tensor = torch.ops.fastsample.fresh_seed(_DRAWN)
+        return seed
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
 
 def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list[float], list[Tensor | None]]:
     """One number per field (a choice as its position) or one tensor with a value per row."""
     for name in fields:
         if name not in _NAMES:
-            raise TypeError(f"{name}: expected a field of SamplingParams: {', '.join(_NAMES)}")
+            raise TypeError(_unknown(name))
+    if params is not None and not isinstance(params, SamplingParams):
+        raise TypeError(f"params: expected SamplingParams, got {type(params).__name__}")
     values: list[float] = []
     columns: list[Tensor | None] = []
     for name, spec in specs():
         value = fields[name] if name in fields else getattr(SamplingParams if params is None else params, name)
+        value = _as_tensor(value)
         column = None
         if isinstance(value, bool):
-            raise TypeError(f"{name} = {value!r}: expected {spec.range}")
+            raise TypeError(f"{name} = {value!r}: expected {spec.wanted}")
         if isinstance(value, torch.Tensor):
             column = value
         elif isinstance(value, str):
@@ -107,14 +144,26 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
     return values, columns
 
 
+_constant: Any = torch.compiler.assume_constant_result
+_unknown = _constant(lambda name: unknown_name(name, api.OTHERS))  # runs as it is: no trace goes through difflib
+
+
 def _position(name: str, choices: tuple[str, ...], value: str) -> int:
     if value not in choices:
         raise ValueError(f"{name} = {value!r}: expected one of {', '.join(map(repr, choices))}")
     return choices.index(value)
 
 
+def _as_tensor(value: Any) -> Any:
+    """An array as a tensor; torch.compile takes a number of numpy's for an array too."""
+    if isinstance(value, np.ndarray):
+        return torch.as_tensor(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _words(name: str, value: Any) -> Tensor:
     """Seeds or offsets as 64-bit words: 0-D of a number, which means what the number means, or one per row."""
+    value = _as_tensor(value)
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (list, tuple)):
@@ -125,23 +174,16 @@ def _words(name: str, value: Any) -> Tensor:
 def _word(name: str, value: Any) -> Any:
     if isinstance(value, (bool, float)):
         raise TypeError(f"{name} = {value!r}: expected an integer")
+    if name == "offset" and value < 0:
+        raise ValueError(f"{name} = {value}: expected an integer, 0 <= value < 2^64")
     if value < -(2**63) or value >= 2**64:
         raise ValueError(f"{name} = {value}: expected a 64-bit integer, -2^63 <= value < 2^64")
     return value - 2**64 if value >= 2**63 else value
 
 
-def _inputs(bitmask: Any, bias: Any, prompt_ids: Any, output_ids: Any) -> tuple[Any, ...]:
-    for name, value in (("prompt_ids", prompt_ids), ("output_ids", output_ids)):
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor under torch.compile; a list would be a constant of the code")
-    if bias is not None and not isinstance(bias, tuple):
-        raise TypeError("bias: expected tensors (row_ptr, ids, values) under torch.compile; a dict would be a constant")
+def _inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    bitmask, bias, prompt_ids, output_ids = inputs[:4]
     return bitmask, [] if bias is None else list(bias[:3]), prompt_ids, output_ids
-
-
-def _refuse_out(out: Any) -> None:
-    if out is not None:
-        raise TypeError("out: expected None under torch.compile, which plans the buffers itself")
 
 
 def _named(result: Sequence[Tensor], wishes: tuple[Any, ...]) -> SampleOutput:
@@ -216,19 +258,19 @@ def _sample(
 ) -> tuple[Tensor, ...]:
     request = Request(*wishes)
     table = request.table(logits)
-    count = table.shape[0]
-    rows = Rows(
-        api.pack_params(None, _fields(values, columns), count),
-        pack_seeds(seed, count),
-        pack_offsets(offset, count),
-    )
-    return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), False)
+    count, fields, inputs = table.shape[0], _fields(values, columns), (bitmask, bias, prompt_ids, output_ids)
+    if len(request.batch) > 1:
+        fields, (seed, offset) = flat_fields(request.batch, fields), flat_words(request.batch, seed, offset)
+        inputs = flat_inputs(request.batch, *inputs)[:4]
+    rows = Rows(api.pack_params(None, fields, count), pack_seeds(seed, count), pack_offsets(offset, count))
+    return _run(table, request, rows, inputs, False)
+
+
+_SLOTS = "Tensor logits, Tensor records, Tensor seeds, Tensor(a!) offsets"
 
 
 @torch.library.custom_op(
-    "fastsample::sample_step",
-    mutates_args=("offsets",),
-    schema=f"(Tensor logits, Tensor records, Tensor seeds, Tensor(a!) offsets, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    "fastsample::sample_step", mutates_args=("offsets",), schema=f"({_SLOTS}, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}"
 )
 def _step(
     logits: Tensor,
@@ -242,11 +284,39 @@ def _step(
     *wishes: Any,
 ) -> tuple[Tensor, ...]:
     request = Request(*wishes)
+    request.slots = len(offsets)
     table = request.table(logits)
-    if table.shape[0] != len(offsets):
-        raise ValueError(f"logits: expected {len(offsets)} rows (batch_size), got {table.shape[0]}")
     rows = Rows(records, seeds, offsets)
     return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), True)
+
+
+@torch.library.custom_op(
+    "fastsample::sample_rows",
+    mutates_args=("offsets",),
+    schema=f"({_SLOTS}, Tensor rows, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    **_TAGS,
+)
+def _rows(
+    logits: Tensor,
+    records: Tensor,
+    seeds: Tensor,
+    offsets: Tensor,
+    rows: Tensor,
+    bitmask: Tensor | None,
+    bias: Sequence[Tensor],
+    prompt_ids: Tensor | None,
+    output_ids: Tensor | None,
+    *wishes: Any,
+) -> tuple[Tensor, ...]:
+    pick = Pick(slot_numbers(rows, len(offsets)))
+    pick.require_rows(logits)
+    request = Request(*wishes)
+    request.slots = len(pick.numbers)
+    table = request.table(logits)
+    own = Rows(records, seeds, offsets)
+    result = _run(table, request, pick.take(own), (bitmask, bias, prompt_ids, output_ids), True)
+    pick.put_back(own)
+    return result
 
 
 @torch.library.custom_op(
@@ -282,6 +352,11 @@ def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 @_step.register_fake
+def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _shapes(logits, *arguments[-5:-2])
+
+
+@_rows.register_fake
 def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _shapes(logits, *arguments[-5:-2])
 

@@ -8,12 +8,13 @@ csrc/core/rows.h, in the same order).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class Spec:
     high: float = _FLOAT32_MAX
     open_low: bool = False
     choices: tuple[str, ...] = ()
+    off: str = ""  # the neutral value, where other libraries have another one
 
     @property
     def range(self) -> str:
@@ -52,6 +54,11 @@ class Spec:
         high = "" if self.high in (_FLOAT32_MAX, _INT32_MAX) else f" <= {_number(self.high)}"
         noun = "an integer" if self.kind == "int" else "a finite number"
         return noun if not low and not high else f"{noun}, {low}value{high}"
+
+    @property
+    def wanted(self) -> str:
+        """The range as an error tells it, with the value that means off."""
+        return f"{self.range}; {self.off} is off" if self.off else self.range
 
     def accepts(self, value: Any) -> Any:
         """Whether a number, or each element of a tensor, lies in the range (NaN does not)."""
@@ -67,21 +74,39 @@ def _real(default: float, meaning: str, **bounds: Any) -> Any:
     return dataclasses.field(default=default, metadata={"spec": Spec("float", meaning, **bounds)})
 
 
-def _integer(default: int, meaning: str, low: int) -> Any:
-    return dataclasses.field(default=default, metadata={"spec": Spec("int", meaning, low, _INT32_MAX)})
+def _integer(default: int, meaning: str, low: int, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"spec": Spec("int", meaning, low, _INT32_MAX, **more)})
 
 
 def _choice(meaning: str, *choices: str) -> Any:
     return dataclasses.field(default=choices[0], metadata={"spec": Spec("choice", meaning, choices=choices)})
 
 
+_Class = TypeVar("_Class")
+
+
+def _names_near_misses(cls: type[_Class]) -> type[_Class]:
+    """A class whose constructor answers an unknown name with the known ones."""
+    target: Any = cls
+    known = target.__init__
+
+    @functools.wraps(known)
+    def init(self: Any, *values: Any, **fields: Any) -> None:
+        check_names(fields)
+        known(self, *values, **fields)
+
+    target.__init__ = init
+    return cls
+
+
+@_names_near_misses
 @dataclass(frozen=True, eq=False)
 class SamplingParams:
     """How each row is sampled.
 
     Every field takes a scalar, which all rows share, or one value per row: a sequence or a 1-D tensor of length B.
     Values are rounded to float32 (`top_k` to int32; any `top_k` of the vocabulary's size or more is off) before their
-    range is checked.
+    range is checked. Equal values make equal params, with equal hashes; a scalar is not equal to one value per row.
 
     Args:
         temperature: divides the logits; below 1e-5 the row is greedy. 0 <= T <= 2^20.
@@ -100,17 +125,19 @@ class SamplingParams:
             what top-k and min-p kept) or "joint" (FlashInfer: each filter judges the whole row).
 
     Raises:
-        TypeError: a value that is no number, or a name that is no string.
+        TypeError: a value that is no number, a choice that is no string, or an unknown name.
         ValueError: a value out of range; the message names the parameter, the row and the value.
     """
 
     temperature: Values = _real(1.0, "divides the logits; below 1e-5 the row is greedy", low=0.0, high=2.0**20)
-    top_k: int | Values = _integer(0, "keep the k highest logits; 0 keeps all", low=0)
+    top_k: int | Values = _integer(0, "keep the k highest logits; 0 keeps all", low=0, off="0")
     top_p: Values = _real(
-        1.0, "keep the shortest ranked prefix with this probability", low=0.0, high=1.0, open_low=True
+        1.0, "keep the shortest ranked prefix with this probability", low=0.0, high=1.0, open_low=True, off="1"
     )
     min_p: Values = _real(0.0, "keep tokens this probable relative to the best", low=0.0, high=1.0)
-    repetition_penalty: Values = _real(1.0, "shrinks logits of tokens in prompt or output", low=0.0, open_low=True)
+    repetition_penalty: Values = _real(
+        1.0, "shrinks logits of tokens in prompt or output", low=0.0, open_low=True, off="1"
+    )
     frequency_penalty: Values = _real(0.0, "subtracted per occurrence in the output")
     presence_penalty: Values = _real(0.0, "subtracted from tokens in the output")
     ties: Ties | Sequence[Ties] = _choice("what top-k does with equal logits", "first", "all")
@@ -121,6 +148,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, spec in specs():
             object.__setattr__(self, name, _normalise(name, spec, getattr(self, name)))
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, SamplingParams) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(value for _, value in self._values())
 
     def replace(self, **fields: Any) -> SamplingParams:
         """A copy with some fields changed, validated again."""
@@ -137,22 +173,46 @@ class SamplingParams:
         """The records that the engines read: int32 [B or 1, number of fields] on the CPU, floats as their bits."""
         rows = next(iter(self.per_row().values()), None)
         columns = [_code(spec, value) for (_, spec), (_, value) in zip(_SPECS, self._values(), strict=True)]
+        shared = [0 if isinstance(column, (torch.Tensor, list)) else column for column in columns]
+        bits = struct.unpack(_INTS, struct.pack(_RECORD, *shared))
+        record = torch.tensor([bits], dtype=torch.int32, device=CPU)
         if rows is None:
-            bits = struct.unpack(_INTS, struct.pack(_RECORD, *columns))
-            return torch.tensor([bits], dtype=torch.int32, device=CPU)
-        records = torch.empty(rows, len(_SPECS), dtype=torch.int32, device=CPU)
-        for target, (_, spec), column in zip(records.unbind(1), _SPECS, columns, strict=True):
-            target = target.view(torch.float32) if spec.kind == "float" else target
-            target.copy_(torch.as_tensor(column, device=CPU))
+            return record
+        records = record.repeat(rows, 1)
+        for at, ((_, spec), column) in enumerate(zip(_SPECS, columns, strict=True)):
+            if isinstance(column, (torch.Tensor, list)):
+                target = records[:, at].view(torch.float32) if spec.kind == "float" else records[:, at]
+                target.copy_(torch.as_tensor(column, device=CPU))
         return records
 
     def _values(self) -> Iterator[tuple[str, Any]]:
         return ((name, getattr(self, name)) for name, _ in _SPECS)
 
+    def _key(self) -> tuple[Any, ...]:
+        """The values as what compares and hashes: a column is a tuple, a scalar is not."""
+        return tuple(tuple(v.tolist()) if isinstance(v, torch.Tensor) else v for _, v in self._values())
+
 
 def specs() -> tuple[tuple[str, Spec], ...]:
     """(name, Spec) of every parameter, in the order of the packed record."""
     return _SPECS
+
+
+def check_names(fields: Iterable[str], others: Iterable[str] = ()) -> None:
+    """TypeError where a name is no field of SamplingParams; `others` is what the call takes besides."""
+    if not _NAMES.issuperset(fields):
+        name = next(name for name in fields if name not in _NAMES)
+        raise TypeError(unknown_name(name, others))
+
+
+def unknown_name(name: str, others: Iterable[str] = ()) -> str:
+    """What to say of a name that is no field."""
+    from difflib import get_close_matches
+
+    known = [*(own for own, _ in _SPECS), *others]
+    near = get_close_matches(name.lower(), known, 1) or [other for other in known if other.startswith(name.lower())]
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    return f"{name}{guess}: expected a field of SamplingParams: {', '.join(own for own, _ in _SPECS)}"
 
 
 def _code(spec: Spec, value: Any) -> Any:
@@ -164,6 +224,8 @@ def _code(spec: Spec, value: Any) -> Any:
 
 def _normalise(name: str, spec: Spec, value: Any) -> Any:
     """The validated value: a number or a name, or per row a 1-D tensor or a tuple of names."""
+    if type(value) in (float, int, str):  # the usual types first: to ask for abstract ones takes longer
+        return _scalar(name, spec, value, "")
     if isinstance(value, np.ndarray):
         value = from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
     if isinstance(value, torch.Tensor):
@@ -171,24 +233,33 @@ def _normalise(name: str, spec: Spec, value: Any) -> Any:
         value = value.item() if value.ndim == 0 else value
     if isinstance(value, torch.Tensor):
         return _tensor(name, spec, value)
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        return _scalar(name, spec, value, "row 0 and every other")
-    items = [_scalar(name, spec, item, f"row {row}") for row, item in enumerate(value)]
+    if not is_list(value):
+        return _scalar(name, spec, value, "")
+    items = [_scalar(name, spec, item, f" (row {row})") for row, item in enumerate(value)]
     return tuple(items) if spec.kind == "choice" else torch.tensor(items, dtype=_dtype(spec), device=CPU)
 
 
+_KINDS: dict[str, Any] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
+
+
 def _scalar(name: str, spec: Spec, value: Any, where: str) -> Any:
-    kinds: dict[str, Any] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
-    if not isinstance(value, kinds[spec.kind]) or isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} = {value!r} ({where}): expected {spec.range}")
+    if not isinstance(value, _KINDS[spec.kind]) or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} = {value!r}{where}: expected {spec.wanted}")
     if spec.kind == "choice":
         good = value in spec.choices
     else:
         number = min(int(value), _INT32_MAX) if spec.kind == "int" else to_float32(value)
         good = spec.accepts(number)
     if not good:
-        raise ValueError(f"{name} = {value!r} ({where}): expected {spec.range}")
+        raise ValueError(f"{name} = {value!r}{where}: expected {spec.wanted}")
     return value if spec.kind == "choice" else number
+
+
+def is_list(value: Any) -> bool:
+    """Whether an argument is a sequence of values. Text and bytes are sequences too, and never meant as one."""
+    if type(value) is list:
+        return True
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def to_float32(value: Any) -> float:
@@ -201,7 +272,7 @@ def to_float32(value: Any) -> float:
 
 def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """An array of numbers as a tensor: torch takes no negative strides, no other byte order, and warns of read-only."""
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
@@ -250,16 +321,17 @@ def whole(name: str, value: Any) -> int:
 def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:
     if value.ndim != 1:
         raise ValueError(f"{name}: expected a scalar or a 1-D tensor [B], got shape {tuple(value.shape)}")
-    numeric = value.dtype in _INTEGERS or (spec.kind == "float" and value.is_floating_point())
+    numeric = value.dtype in INTEGERS or (spec.kind == "float" and value.is_floating_point())
     if spec.kind == "choice" or not numeric:
         raise TypeError(f"{name}: expected {spec.range} per row, got a tensor of {value.dtype}")
     # One copy: what was validated must not change with the caller's tensor.
-    column = value.detach().to("cpu", torch.float64 if spec.kind == "float" else torch.int64, copy=True)
-    column = column.float() if spec.kind == "float" else column.clamp(max=_INT32_MAX)
+    wide = torch.float64 if spec.kind == "float" or value.dtype == torch.uint64 else torch.int64
+    column = value.detach().to("cpu", wide, copy=True)
+    column = column.float() if spec.kind == "float" else column.clamp(max=_INT32_MAX).to(torch.int64)
     good = spec.accepts(column)
     if not bool(good.all()):
         row = int((~good).nonzero()[0, 0])
-        raise ValueError(f"{name} = {value[row].item()!r} (row {row}): expected {spec.range}")
+        raise ValueError(f"{name} = {value[row].item()!r} (row {row}): expected {spec.wanted}")
     return column.to(_dtype(spec))
 
 
@@ -267,7 +339,11 @@ def _dtype(spec: Spec) -> torch.dtype:
     return torch.float32 if spec.kind == "float" else torch.int32
 
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = frozenset(
+    (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+)
+"""Dtypes of whole numbers."""
 _SPECS: tuple[tuple[str, Spec], ...] = tuple((f.name, f.metadata["spec"]) for f in dataclasses.fields(SamplingParams))
+_NAMES = frozenset(name for name, _ in _SPECS)
 _RECORD = "=" + "".join("f" if spec.kind == "float" else "i" for _, spec in _SPECS)
 _INTS = "=" + "i" * len(_SPECS)

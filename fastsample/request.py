@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from fastsample.engines import DTYPES, Engine, LogprobsMode, Outputs, select
-from fastsample.params import has_memory, require_dense, require_strided, whole
+from fastsample.params import SamplingParams, has_memory, require_dense, require_strided, whole
 from fastsample.rows import MAX_VOCAB, Rows
 
 OnInvalid = Literal["raise", "flag"]
@@ -19,9 +20,15 @@ STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everythi
 """What a non-zero status means, after bitmask, bias and penalties."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SampleOutput:
     """What `sample` returns. B rows, n = num_samples, N = top_logprobs; [B, n] is [B] when num_samples is 1.
+
+    B stands for all of the logits' dimensions but the last: none for [V], [B, T] for [B, T, V].
+
+    Two are equal where every field is, by value: shape, dtype and numbers, a NaN like any other, wherever they lie.
+    (To compare on a GPU waits for it.) None has a hash, since calls with `out` change it. Copies, pickles, and loads
+    with `torch.load(weights_only=True)` once fastsample is imported.
 
     Attributes:
         tokens: int64 [B] or [B, n]; -1 in invalid rows.
@@ -39,8 +46,34 @@ class SampleOutput:
     top_ids: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SampleOutput):
+            return NotImplemented
+        return all(_same_values(getattr(self, name), getattr(other, name)) for name in FIELDS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in FIELDS)
+
+
+def _same_values(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    try:
+        require_dense("a", a)
+        require_dense("b", b)
+    except ValueError:  # nothing to compare
+        return False
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    b = b.to(a.device)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
 
 FIELDS = tuple(SampleOutput.__slots__)
+WISHES = ("num_samples", "logprobs", "top_logprobs", "on_invalid", "backend")
+torch.serialization.add_safe_globals([SampleOutput, SamplingParams])  # plain data, checked by its constructor
 
 
 class Request:
@@ -75,7 +108,8 @@ class Request:
         self.wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
         self.device: torch.device | None = None  # of the logits seen last
         self._engine: Engine
-        self._batch: tuple[int, ...] = ()  # [B], or [] for 1-D logits
+        self.batch: tuple[int, ...] = ()  # [B], [] for 1-D logits, [B, T] for 3-D ones
+        self._copied: torch.Tensor | None = None  # the logits, where the table is no view of them
         self._checked: tuple[Any, ...] | None = None
         self._template: SampleOutput | None = None
         self._own: Outputs | None = None  # of fresh buffers; a Sampler's calls take turns
@@ -95,12 +129,15 @@ class Request:
         if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
             return logits if logits.ndim == 2 else logits.unsqueeze(0)
         table = check_logits(logits)
+        if self.slots is not None and logits.ndim > 2:
+            raise ValueError(f"logits: expected [{self.slots}, V], a row per slot, got shape {tuple(logits.shape)}")
         if self.slots is not None and table.shape[0] != self.slots:
             raise ValueError(f"logits: expected {self.slots} rows (batch_size), got {table.shape[0]}")
         if self.top_logprobs > table.shape[1]:
             raise ValueError(f"top_logprobs = {self.top_logprobs}: expected at most V = {table.shape[1]}")
         self._engine = select(self.backend, table)
-        self._batch = tuple(logits.shape[:-1])
+        self.batch = tuple(logits.shape[:-1])
+        self._copied = None if table.data_ptr() == logits.data_ptr() else logits
         self._template = self._last = None
         self.device = logits.device
         self._checked = (logits.shape, logits.stride(), logits.dtype, self.device)
@@ -120,7 +157,7 @@ class Request:
             if outputs.restore:
                 result = self._fresh(table.device)
                 self._engine.run(table, rows, self._outputs(result))
-            raise_if_invalid(result.status)
+            raise_if_invalid(result.status, self.batch)
         if advance:
             self._engine.advance(rows)
         if out is None or out is result:
@@ -133,7 +170,7 @@ class Request:
 
     def _buffers(self, device: torch.device) -> SampleOutput:
         """Buffers of the shapes and dtypes that the logits need."""
-        batch = self._batch
+        batch = self.batch
         draws = batch if self.num_samples == 1 else (*batch, self.num_samples)
         buffers = SampleOutput(_empty(draws, torch.int64, device), _empty(batch, torch.int32, device))
         if self.logprobs is not None:
@@ -163,11 +200,18 @@ class Request:
         if outputs is None:
             outputs = Outputs(result.status, num_samples=self.num_samples, mode=self.logprobs, restore=restore)
             outputs.num_top = self.top_logprobs
+        if len(self.batch) > 1:
+            result = self._by_row(result)
         outputs.status, outputs.tokens = result.status, result.tokens
         if self.logprobs is not None:
             outputs.logprobs, outputs.ranks = result.logprobs, result.ranks
             outputs.top_ids, outputs.top_logprobs = result.top_ids, result.top_logprobs
         return outputs
+
+    def _by_row(self, result: SampleOutput) -> SampleOutput:
+        """Buffers [B, T, ...] as an engine fills them, [B * T, ...]; those that are not asked for may be anything."""
+        wanted = FIELDS if self.top_logprobs else FIELDS[: 4 if self.logprobs is not None else 2]
+        return SampleOutput(*(getattr(result, name).flatten(0, len(self.batch) - 1) for name in wanted))
 
     def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
@@ -186,6 +230,8 @@ class Request:
         start, end = _span(table)
         self._bytes = end - start
         self._written.require_apart_from(table, rows)
+        if self._copied is not None:
+            self._written.require_apart_from(self._copied, rows)
         outputs = self._outputs(out, restore=self.raises and self._engine.restores)
         self._last = (out, outputs)
         return outputs
@@ -209,34 +255,45 @@ def _same_buffers(out: SampleOutput, outputs: Outputs) -> bool:
 
 
 def check_logits(logits: torch.Tensor, traced: bool = False) -> torch.Tensor:
-    """The logits as [B, V], or an error that says what they should be; `traced` ones have no values yet."""
+    """The logits as [B, V], leading dimensions made one, or an error that says what they should be.
+
+    `traced` ones have no values yet.
+    """
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
     (require_strided if traced else require_dense)("logits", logits)
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits: expected float32, float16 or bfloat16, got {logits.dtype}")
-    if logits.ndim not in (1, 2):
-        raise ValueError(f"logits: expected shape [B, V] or [V], got {tuple(logits.shape)}")
-    table = logits if logits.ndim == 2 else logits.unsqueeze(0)
-    if table.is_neg():
-        table = table.resolve_neg()
-    vocab = table.shape[1]
+    if logits.ndim == 0:
+        raise ValueError("logits: expected shape [B, V], [V] or [B, T, V], got ()")
+    vocab = logits.shape[-1]
     if not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"logits: expected 1 <= V <= 2^20, got V = {vocab}")
-    if vocab > 1 and table.stride(1) != 1 and len(table):
+    if vocab > 1 and logits.stride(-1) != 1 and logits.numel():
         raise ValueError(
-            f"logits: expected a contiguous last dimension, got stride {table.stride(1)}; call .contiguous()"
+            f"logits: expected a contiguous last dimension, got stride {logits.stride(-1)}; call .contiguous()"
         )
-    return table
+    if logits.is_neg():
+        logits = logits.resolve_neg()
+    if logits.ndim == 2:
+        return logits
+    return logits.unsqueeze(0) if logits.ndim == 1 else logits.flatten(0, -2)
 
 
-def raise_if_invalid(status: torch.Tensor) -> None:
-    """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device."""
+def raise_if_invalid(status: torch.Tensor, batch: tuple[int, ...] = ()) -> None:
+    """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device.
+
+    `batch`: the leading dimensions, where there are several: then a row has its place among them named too.
+    """
     if status.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("on_invalid='raise' waits for the device, which no CUDA graph can; use on_invalid='flag'")
     bad = status.reshape(-1).nonzero()[:, 0].tolist()
     if bad:
-        shown = ", ".join(f"row {row} has {STATUS[int(status.reshape(-1)[row])]}" for row in bad[:4])
+        places = [f" {tuple(map(int, np.unravel_index(row, batch)))}" if len(batch) > 1 else "" for row in bad[:4]]
+        shown = ", ".join(
+            f"row {row}{place} has {STATUS[int(status.reshape(-1)[row])]}"
+            for row, place in zip(bad, places, strict=False)
+        )
         more = f" and {len(bad) - 4} more rows are invalid" if len(bad) > 4 else ""
         raise ValueError(f"logits: {shown}{more}; on_invalid='flag' returns token -1 and a status instead")
 

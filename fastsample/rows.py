@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,23 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from fastsample.params import CPU, from_numpy, has_memory, require_dense, require_memory, to_float32
+from fastsample.params import (
+    CPU,
+    INTEGERS,
+    from_numpy,
+    has_memory,
+    is_list,
+    require_dense,
+    require_memory,
+    to_float32,
+)
 
 MAX_VOCAB = 2**20
-MAX_IDS = 2**29
-"""Token ids per row: prompt, output and bias together are counted in 32 bits."""
 
-Seed: TypeAlias = "int | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
-TokenIds: TypeAlias = "torch.Tensor | Sequence[Sequence[int]] | Sequence[int]"
+Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
+Seed: TypeAlias = "int | Sequence[int] | Array"
+TokenIds: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
+Allowed: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
 BiasDict: TypeAlias = Mapping[int, float]
 BiasTensors: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 BiasLike: TypeAlias = "BiasDict | Sequence[BiasDict | None] | BiasTensors | Bias"
@@ -104,19 +114,23 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     if seed is None:
         # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
         seed = int(torch.empty(1, dtype=torch.int64, device=CPU).random_())
-    if isinstance(seed, torch.Tensor) and seed.ndim == 0:
-        seed = int(_uint64_column("seed", seed, rows))
+    if isinstance(seed, (torch.Tensor, np.ndarray)) and seed.ndim == 0:
+        seed = int(_SEED.column(seed, rows))
     # The usual type first: to ask for an abstract one takes longer.
     if type(seed) is int or (isinstance(seed, numbers.Integral) and not isinstance(seed, bool)):
-        return row_seeds(_uint64("seed", int(seed)), rows)
-    return _uint64_column("seed", seed, rows)
+        return row_seeds(_SEED.word(int(seed)), rows)
+    return _SEED.column(seed, rows)
 
 
 def pack_offsets(offset: Seed, rows: int) -> torch.Tensor:
-    """Per-row offsets, int64 bits [B], or [1] where all rows share one. Not to be written to."""
-    if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
-        return _shared_offset(_uint64("offset", int(offset)))
-    return _uint64_column("offset", offset, rows)
+    """Per-row offsets, int64 bits [B], or [1] where all rows share one. Not to be written to.
+
+    A negative number is no position, whether a Python int or in an array. A tensor of int64 holds bits, as those that
+    `Sampler.offsets` returns: 2^63 and more are negative there.
+    """
+    if type(offset) is int or (isinstance(offset, numbers.Integral) and not isinstance(offset, bool)):
+        return _shared_offset(_OFFSET.word(int(offset)))
+    return _OFFSET.column(offset, rows)
 
 
 @lru_cache(maxsize=64)
@@ -124,34 +138,6 @@ def _shared_offset(offset: int) -> torch.Tensor:
     shared = torch.full((1,), _signed(offset), dtype=torch.int64, device=CPU)
     require_memory("offset", shared)  # a mode of torch's that makes fake tensors must not leave one here
     return shared
-
-
-def pack_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """A mask of int32 words as [B or 1, words]; a 1-D mask is shared by every row."""
-    _require_tensor("bitmask", bitmask, logits.device)
-    if bitmask.dtype != torch.int32:
-        raise TypeError(f"bitmask: expected int32 words, got {bitmask.dtype}")
-    mask = bitmask.unsqueeze(0) if bitmask.ndim == 1 else bitmask
-    if mask.ndim != 2 or mask.shape[0] not in (1, logits.shape[0]):
-        raise ValueError(f"bitmask: expected shape [{logits.shape[0]}, words] or [words], got {tuple(bitmask.shape)}")
-    return _last_contiguous(mask)
-
-
-def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tensor:
-    """Token ids as int64 [B, L], padded with -1. Ids outside the vocabulary stay: engines ignore them."""
-    rows = logits.shape[0]
-    if not isinstance(ids, torch.Tensor):
-        return _pad(name, ids, rows).to(logits.device)
-    _require_tensor(name, ids, logits.device)
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: expected int64 or int32 token ids, got {ids.dtype}")
-    table = ids.unsqueeze(0) if ids.ndim == 1 and rows == 1 else ids
-    shape = table.shape
-    if len(shape) != 2 or shape[0] != rows:
-        raise ValueError(f"{name}: expected shape [{rows}, L], got {tuple(ids.shape)}")
-    if shape[1] > MAX_IDS:
-        raise ValueError(f"{name}: expected at most 2^29 ids per row, got {shape[1]}")
-    return _last_contiguous(table if table.dtype is torch.int64 else table.to(torch.int64))
 
 
 def pack_bias(bias: BiasLike, logits: torch.Tensor) -> Bias:
@@ -178,7 +164,7 @@ def pack_bias(bias: BiasLike, logits: torch.Tensor) -> Bias:
 
 def _bias_dicts(bias: Any, rows: int) -> BiasTensors:
     dicts = [bias] * rows if isinstance(bias, Mapping) else bias
-    if not isinstance(dicts, Sequence) or isinstance(dicts, str):
+    if not is_list(dicts):
         raise TypeError(f"bias: expected a dict, a list of dicts or (row_ptr, ids, values), got {type(bias).__name__}")
     if len(dicts) != rows:
         raise ValueError(f"bias: expected one dict per row ({rows}), got {len(dicts)}")
@@ -189,7 +175,7 @@ def _bias_dicts(bias: Any, rows: int) -> BiasTensors:
         if entries is not None and not isinstance(entries, Mapping):
             raise TypeError(f"bias (row {row}): expected a dict of id: value, got {type(entries).__name__}")
         for token, value in (entries or {}).items():
-            ids.append(_integer("bias id", token, row))
+            ids.append(integer("bias id", token, row))
             values.append(_bias_value(value, token, row))
         row_ptr.append(len(ids))
     return (
@@ -202,14 +188,21 @@ def _bias_dicts(bias: Any, rows: int) -> BiasTensors:
 def _bias_value(value: Any, token: Any, row: int) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"bias of id {token} (row {row}): expected a number, got {value!r}")
-    return to_float32(value)
+    number = to_float32(value)
+    if math.isinf(number) and value not in (math.inf, -math.inf):
+        raise _bad_bias(token, row, value)
+    return number
+
+
+def _bad_bias(token: Any, row: int, value: Any) -> ValueError:
+    return ValueError(f"bias of id {token} (row {row}): expected a finite float32 or -inf, got {value}")
 
 
 def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> BiasTensors:
     if len(bias) != 3:
         raise ValueError(f"bias: expected (row_ptr, ids, values), got {len(bias)} parts")
     for name, part in zip(("row_ptr", "ids", "values"), bias, strict=True):
-        _require_tensor(f"bias {name}", part, device)
+        require_tensor(f"bias {name}", part, device)
         if part.ndim != 1:
             raise ValueError(f"bias {name}: expected 1 dimension, got shape {tuple(part.shape)}")
     row_ptr, ids, values = bias
@@ -225,7 +218,11 @@ def _bias_tensors(bias: tuple[Any, ...], rows: int, device: torch.device) -> Bia
             f"bias: expected row_ptr of {rows + 1} rising entries from 0 to the number of ids "
             f"({len(ids)} ids, {len(values)} values), got {pointers[:8]}"
         )
-    row_ptr, ids, values = (part.resolve_neg() for part in (row_ptr.long(), ids.long(), values.detach().float()))
+    given = values.detach()
+    row_ptr, ids, values = (part.resolve_neg() for part in (row_ptr.long(), ids.long(), given.float()))
+    if given.dtype == torch.float64 and bool((beyond := values.isinf() & given.isfinite()).any()):
+        at = int(beyond.nonzero()[0, 0])
+        raise _bad_bias(int(ids[at]), int(torch.repeat_interleave(row_ptr.diff())[at]), float(given[at]))
     return row_ptr.contiguous(), ids.contiguous(), values.contiguous()
 
 
@@ -241,8 +238,7 @@ def _check_bias(row_ptr: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, 
     wrong = values.isnan() | (values == torch.inf)
     if bool(wrong.any()):
         at = int(wrong.nonzero()[0, 0])
-        where = f"bias of id {int(ids[at])} (row {int(row_of[at])})"
-        raise ValueError(f"{where}: expected a finite float32 or -inf, got {float(values[at])}")
+        raise _bad_bias(int(ids[at]), int(row_of[at]), float(values[at]))
     keys = (row_of * vocab + ids).sort().values
     twice = keys[1:] == keys[:-1]
     if bool(twice.any()):
@@ -250,38 +246,24 @@ def _check_bias(row_ptr: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, 
         raise ValueError(f"bias id {key % vocab} (row {key // vocab}): expected once per row, got it twice")
 
 
-def _pad(name: str, ids: Any, rows: int) -> torch.Tensor:
-    if not isinstance(ids, Sequence) or isinstance(ids, str):
-        raise TypeError(f"{name}: expected a tensor [B, L] or a list of lists of token ids, got {type(ids).__name__}")
-    table = [ids] if rows == 1 and all(isinstance(i, numbers.Integral) for i in ids) else ids
-    if len(table) != rows:
-        raise ValueError(f"{name}: expected one list of token ids per row ({rows}), got {len(table)}")
-    for row, line in enumerate(table):
-        if not isinstance(line, Sequence) or isinstance(line, str):
-            raise TypeError(f"{name} (row {row}): expected a list of token ids, got {line!r}")
-    padded = torch.full((rows, max(map(len, table), default=0)), -1, dtype=torch.int64, device=CPU)
-    for row, line in enumerate(table):
-        own = [_integer(f"{name} id", i, row) for i in line]
-        padded[row, : len(line)] = torch.tensor(own, dtype=torch.int64, device=CPU)
-    return padded
-
-
-def _integer(name: str, value: Any, row: int) -> int:
+def integer(name: str, value: Any, row: int | None) -> int:
+    """A token id of any size that int64 holds; `row` is None where it is for all rows."""
+    where = "" if row is None else f" (row {row})"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} (row {row}): expected an integer, got {value!r}")
+        raise TypeError(f"{name}{where}: expected an integer, got {value!r}")
     if not -(2**63) <= int(value) < 2**63:
-        raise ValueError(f"{name} (row {row}): expected a 64-bit integer, got {value}")
+        raise ValueError(f"{name}{where}: expected a 64-bit integer, got {value}")
     return int(value)
 
 
-def _last_contiguous(table: torch.Tensor) -> torch.Tensor:
+def last_contiguous(table: torch.Tensor) -> torch.Tensor:
     """A table whose rows an engine can walk, in few questions to torch: each is 0.1 us of a step's 10."""
     if table.is_neg():
         table = table.resolve_neg()
     return table if table.is_contiguous() or table.stride(1) == 1 else table.contiguous()
 
 
-def _require_tensor(name: str, value: Any, device: torch.device) -> None:
+def require_tensor(name: str, value: Any, device: torch.device) -> None:
     plain = type(value) is torch.Tensor and value.device == device and value.layout is torch.strided
     if plain and not value.is_nested and has_memory(value):
         return  # the usual case, in half the time
@@ -292,36 +274,65 @@ def _require_tensor(name: str, value: Any, device: torch.device) -> None:
     require_dense(name, value)
 
 
-def _uint64(name: str, value: int, row: int | None = None) -> int:
-    """Any signed or unsigned 64-bit integer, modulo 2^64."""
-    if not -(2**63) <= value < 2**64:
-        where = "" if row is None else f" (row {row})"
-        raise ValueError(f"{name} = {value}{where}: expected a 64-bit integer, -2^63 <= value < 2^64")
-    return value % 2**64
+@dataclass(frozen=True)
+class _Words:
+    """Seeds or offsets: 64-bit words, which torch keeps as the int64 of the same bits."""
+
+    name: str
+    low: int  # of a number; an int64 tensor holds bits
+
+    def word(self, value: int, row: int | None = None) -> int:
+        """A number's 64 bits as an unsigned integer."""
+        if not self.low <= value < 2**64:
+            where = "" if row is None else f" (row {row})"
+            wanted = "an integer, 0 <= value < 2^64" if self.low == 0 else "a 64-bit integer, -2^63 <= value < 2^64"
+            raise ValueError(f"{self.name} = {value}{where}: expected {wanted}")
+        return value % 2**64
+
+    def column(self, values: Any, rows: int) -> torch.Tensor:
+        """One word per row as int64 bits [B], or [1] of a 0-D tensor."""
+        if isinstance(values, np.ndarray):
+            values = self._from_array(values)
+        if is_list(values):
+            words = [self.word(self._integer(value, row), row) for row, value in enumerate(values)]
+            values = torch.tensor([_signed(word) for word in words], dtype=torch.int64, device=CPU)
+        if not isinstance(values, torch.Tensor):
+            raise TypeError(f"{self.name}: expected an integer or one per row, got {values!r}")
+        if values.dtype not in INTEGERS:
+            raise TypeError(f"{self.name}: expected integers, got {values.dtype}")
+        require_dense(self.name, values)
+        if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
+            wanted = f"one int or {rows} {self.name}s (one per row)"
+            got = len(values) if values.ndim == 1 else f"shape {tuple(values.shape)}"
+            raise ValueError(f"{self.name}: expected {wanted}, got {got}")
+        if values.dtype != torch.int64 and values.is_signed() and not values.is_cuda:
+            self._refuse_negative(values)
+        column = values.view(torch.int64) if values.dtype == torch.uint64 else values.to(torch.int64)
+        return column.reshape(1) if column.ndim == 0 else column.resolve_neg().contiguous()
+
+    def _from_array(self, values: np.ndarray[Any, Any]) -> Any:
+        """An array's values, of which the signed are numbers."""
+        if values.dtype.kind not in "biuf":
+            return values.tolist()
+        tensor = from_numpy(values)
+        if values.dtype.kind == "i":
+            self._refuse_negative(tensor)
+        return tensor
+
+    def _refuse_negative(self, values: torch.Tensor) -> None:
+        if self.low == 0 and bool((bad := values < 0).any()):
+            row = int(bad.reshape(-1).nonzero()[0, 0])
+            self.word(int(values.reshape(-1)[row]), row if values.ndim else None)
+
+    def _integer(self, value: Any, row: int) -> int:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{self.name} (row {row}): expected an integer, got {value!r}")
+        return int(value)
+
+
+_SEED = _Words("seed", -(2**63))
+_OFFSET = _Words("offset", 0)
 
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-def _uint64_column(name: str, values: Any, rows: int) -> torch.Tensor:
-    if isinstance(values, np.ndarray):
-        values = from_numpy(values) if values.dtype.kind in "biuf" else values.tolist()
-    if isinstance(values, Sequence) and not isinstance(values, str):
-        numbers_ = [_uint64(name, _big_integer(name, v, row), row) for row, v in enumerate(values)]
-        values = torch.tensor([_signed(v) for v in numbers_], dtype=torch.int64, device=CPU)
-    if not isinstance(values, torch.Tensor):
-        raise TypeError(f"{name}: expected an integer or one per row, got {values!r}")
-    if values.dtype not in (torch.int64, torch.int32, torch.uint64):
-        raise TypeError(f"{name}: expected int64, int32 or uint64, got {values.dtype}")
-    require_dense(name, values)
-    if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
-        raise ValueError(f"{name}: expected one value or {rows} (one per row), got shape {tuple(values.shape)}")
-    column = values.view(torch.int64) if values.dtype == torch.uint64 else values.to(torch.int64)
-    return column.reshape(1) if column.ndim == 0 else column.resolve_neg().contiguous()
-
-
-def _big_integer(name: str, value: Any, row: int) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} (row {row}): expected an integer, got {value!r}")
-    return int(value)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import weakref
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
 from fastsample.api import add_row_inputs, pack_params
 from fastsample.engines import LogprobsMode
-from fastsample.params import CPU, SamplingParams, whole
-from fastsample.request import OnInvalid, Request, SampleOutput
-from fastsample.rows import BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
+from fastsample.params import CPU, SamplingParams, specs, whole
+from fastsample.penalties import penalised_rows, warn_without_ids
+from fastsample.request import WISHES, OnInvalid, Request, SampleOutput
+from fastsample.rows import Allowed, BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
+from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
+from fastsample.traced import is_traced, untraced
 
 
 class Sampler:
@@ -35,6 +38,7 @@ class Sampler:
         TypeError, ValueError: bad argument; the message names it, the row and the value.
     """
 
+    @untraced
     def __init__(
         self,
         params: SamplingParams | None = None,
@@ -56,7 +60,7 @@ class Sampler:
         self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, batch_size)
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
-            records = pack_params(params, fields, batch_size)
+            records = pack_params(params, fields, batch_size, _OTHERS)
             self._rows = Rows(
                 records.repeat(batch_size // records.shape[0], 1),
                 pack_seeds(seed, batch_size).to(CPU, copy=True),
@@ -64,9 +68,17 @@ class Sampler:
                 workspace={},
             )
             self._initial_records = self._rows.records.clone()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is known yet of any step."""
+        self._penalised = penalised_rows(self._rows.records.cpu())
+        self._device: torch.device | None = None  # of the logits seen last
+        self._last_pick: tuple[Pick, Request] | None = None
         self._last: tuple[Rows, tuple[Any, ...], list[Any]] | None = None
         self._lock = _new_lock(self)
 
+    @untraced
     def __getstate__(self) -> dict[str, Any]:
         # Numbers, not tensors: those would go to another process through shared memory and file descriptors.
         with self._lock:
@@ -74,6 +86,7 @@ class Sampler:
             columns = [t.tolist() for t in (self._initial_records, own.records, own.seeds, own.offsets)]
         return {"batch_size": self._batch_size, "request": self._request.anew(), "columns": columns}
 
+    @untraced
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._batch_size = state["batch_size"]
         self._request = state["request"]
@@ -82,8 +95,17 @@ class Sampler:
             self._initial_records, own = (torch.tensor(t, dtype=torch.int32, device=CPU) for t in (initial, records))
             words = [torch.tensor(t, dtype=torch.int64, device=CPU) for t in (seeds, offsets)]
             self._rows = Rows(own, words[0], words[1], workspace={})
-        self._last = None
-        self._lock = _new_lock(self)
+        self._forget()
+
+    @untraced
+    def __repr__(self) -> str:
+        with self._lock:
+            records, offsets = self._rows.records.cpu(), self._rows.offsets.tolist()
+        wishes = zip(WISHES, self._request.wishes, strict=True)
+        parts = {"batch_size": repr(self._batch_size), **described(records)}
+        parts |= {name: repr(value) for name, value in wishes if value != _DEFAULTS[name]}
+        parts["offsets"] = shortened([offset % 2**64 for offset in offsets])
+        return f"Sampler({', '.join(f'{name}={value}' for name, value in parts.items())})"
 
     @property
     def batch_size(self) -> int:
@@ -91,8 +113,24 @@ class Sampler:
         return self._batch_size
 
     @property
+    @untraced
+    def params(self) -> SamplingParams:
+        """How each slot samples now: every field with one value per slot. A copy."""
+        with self._lock:
+            records = self._rows.records.cpu()
+        return unpack_params(records)
+
+    @property
+    @untraced
+    def seeds(self) -> torch.Tensor:
+        """Each slot's seed, int64 [B] (the bits of an unsigned integer). A copy, where the logits are."""
+        with self._lock:
+            return self._rows.seeds.clone()
+
+    @property
+    @untraced
     def offsets(self) -> torch.Tensor:
-        """Each slot's position at the next call, int64 [B] (the bits of an unsigned integer). A copy."""
+        """Each slot's position at the next call, int64 [B] (the bits of an unsigned integer). A copy, as `seeds`."""
         with self._lock:
             return self._rows.offsets.clone()
 
@@ -100,7 +138,9 @@ class Sampler:
         self,
         logits: torch.Tensor,
         *,
+        rows: SlotIndex | None = None,
         bitmask: torch.Tensor | None = None,
+        allowed_ids: Allowed | None = None,
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
         output_ids: TokenIds | None = None,
@@ -109,45 +149,99 @@ class Sampler:
         """One step: sample logits [B, V] ([V] when B is 1) and advance every slot's offset by 1.
 
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
-        """
-        if is_compiling():
-            from fastsample import ops
 
-            return ops.step(self, logits, (bitmask, bias, prompt_ids, output_ids), self._request.wishes, out)
+        Args:
+            rows: the slots that this step samples, where not all do: n distinct numbers 0 <= slot < B in any order (a
+                list, an integer tensor or array [n], a slice, or one number), or a mask of bool [B]. Row i of the
+                logits [n, V], of the other arguments and of the result then belongs to slot rows[i], as does a row that
+                an error names; the offsets of these slots alone advance. A slice or neighbours cost nothing. A tensor
+                on a GPU is read, which waits for it; a CUDA graph captures a step whose list has been used before.
+        """
+        if is_traced():
+            from fastsample import ops
+            from fastsample.untraced import served
+
+            inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
+            step = served(ops.step, inputs, out)
+            return step(self, logits, rows, inputs, self._request.wishes, out)
+        if self._penalised and output_ids is None:
+            self._warn(rows, prompt_ids)
         with self._lock:
-            table = self._request.table(logits)
-            rows = self._rows
-            if rows.records.device != self._request.device:
-                with torch.inference_mode(False):
-                    self._rows = rows = rows.to(table.device)
-            if bias is not None:
-                rows = rows.with_inputs()
-                add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids)
+            if rows is not None:
+                return self._step_of(rows, logits, (bitmask, bias, prompt_ids, output_ids, allowed_ids), out)
+            request, own = self._request, self._rows
+            table = request.table(logits)
+            if self._device is not request.device:
+                own = self._move_to(request)
+            if bias is not None or allowed_ids is not None:
+                own = own.with_inputs()
+                add_row_inputs(own, table, bitmask, bias, prompt_ids, output_ids, allowed_ids)
             elif bitmask is not None or prompt_ids is not None or output_ids is not None:
-                rows = self._with_tensors(table, bitmask, prompt_ids, output_ids)
-            return self._request.run(table, rows, out, advance=True)
+                own = self._with_tensors(own, table, bitmask, prompt_ids, output_ids)
+            return request.run(table, own, out, advance=True)
+
+    def _step_of(
+        self, rows: SlotIndex, logits: torch.Tensor, inputs: tuple[Any, ...], out: SampleOutput | None
+    ) -> SampleOutput:
+        """A step of some slots. (A step of all, which takes but a few us, asks for nothing of this.)"""
+        pick, request = self._picked(rows, logits)
+        table = request.table(logits)
+        own = pick.take(self._move_to(request))
+        if any(value is not None for value in inputs):
+            own = own.with_inputs()
+            add_row_inputs(own, table, *inputs)
+        result = request.run(table, own, out, advance=True)
+        pick.put_back(self._rows)
+        return result
+
+    def _warn(self, rows: SlotIndex | None, prompt_ids: TokenIds | None) -> None:
+        """Of penalties that are on in the slots of a step, where there are no output ids."""
+        with self._lock:
+            numbers = range(self._batch_size) if rows is None else slot_numbers(rows, self._batch_size)
+            active = {name for row in numbers for name in self._penalised.get(row, ())}
+        warn_without_ids(active, prompt_ids, None, stacklevel=3)
+
+    def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, Request]:
+        """What is kept of the last step with these slots, or a new beginning."""
+        numbers = listed(rows, self._batch_size)
+        if self._last_pick is None or self._last_pick[0].numbers != numbers:
+            pick = Pick(checked(numbers, self._batch_size))
+            self._last_pick = pick, Request(*self._request.wishes, len(numbers))
+        if isinstance(logits, torch.Tensor):
+            self._last_pick[0].require_rows(logits)
+        return self._last_pick
+
+    def _move_to(self, request: Request) -> Rows:
+        """The slots, where the request's logits are."""
+        self._device = request.device
+        if request.device is not None and self._rows.records.device != request.device:
+            with torch.inference_mode(False):
+                self._rows = self._rows.to(request.device)
+        return self._rows
 
     def _with_tensors(
         self,
+        own: Rows,
         table: torch.Tensor,
         bitmask: torch.Tensor | None,
         prompt_ids: TokenIds | None,
         output_ids: TokenIds | None,
     ) -> Rows:
-        """The slots with a step's inputs: the last step's where nothing but their values can have changed since."""
+        """Slots with a step's inputs: the last step's where nothing but their values can have changed since."""
         given = (bitmask, prompt_ids, output_ids)
         if self._last is not None:
             rows, known, stamps = self._last
-            same = rows.slots is self._rows and all(a is b for a, b in zip(known, given, strict=True))
+            same = rows.slots is own and all(a is b for a, b in zip(known, given, strict=True))
             if same and stamps == [stamp(value) for value in given]:
                 return rows
-        rows = self._rows.with_inputs()
+        rows = own.with_inputs()
         add_row_inputs(rows, table, bitmask, None, prompt_ids, output_ids)
         used = (rows.bitmask, rows.prompt_ids, rows.output_ids)
         in_place = all(a is None or shares_values(a, b) for a, b in zip(given, used, strict=True))
         self._last = (rows, given, [stamp(value) for value in given]) if in_place else None
         return rows
 
+    @untraced
     def set_row(
         self,
         row: int,
@@ -159,19 +253,27 @@ class Sampler:
     ) -> None:
         """Give a slot to a new sequence: its parameters, its own seed and its position.
 
+        What is not given is what the slot has of the Sampler: a field its value when the Sampler was made, whatever
+        `set_row` gave it since; the seed as it is.
+
         Args:
             row: slot, 0 <= row < B.
-            params: scalar parameters; `fields` override it.
-            seed: this sequence's 64-bit seed, used as it is, so that the slot does not matter; None takes a fresh one.
+            params: scalar parameters, which give every field; `fields` override it.
+            seed: this sequence's 64-bit seed, used as it is, so that the slot does not matter; None keeps the slot's,
+                so that at the same offset it draws by the same random numbers as the sequence before.
             offset: position of its next token.
         """
         row = self._checked_row(row)
-        record = pack_params(params, fields, 1)
+        record = pack_params(params, fields, 1)[0]
+        if params is None:
+            given = torch.tensor([name in fields for name, _ in specs()], device=CPU)
+            record = torch.where(given, record, self._initial_records[row])
         start = pack_offsets(offset, 1)
-        own = pack_seeds(None if seed is None else [seed], 1)
+        own = None if seed is None else pack_seeds([seed], 1)
         with self._lock:
-            self._restart(row, own, start, record[0])
+            self._restart(row, own, start, record)
 
+    @untraced
     def reset_row(self, row: int, *, seed: int | None = None) -> None:
         """Start a slot over at offset 0 with the parameters the Sampler was made with.
 
@@ -189,6 +291,9 @@ class Sampler:
             self._rows.seeds[row].copy_(seed[0])
         self._rows.offsets[row].copy_(offset[0])
         self._rows.records[row].copy_(record)
+        self._penalised.pop(row, None)
+        if 0 in (own := penalised_rows(record[None])):
+            self._penalised[row] = own[0]
 
     def _checked_row(self, row: int) -> int:
         row = whole("row", row)
@@ -196,6 +301,10 @@ class Sampler:
             raise ValueError(f"row = {row}: expected 0 <= row < {self.batch_size}")
         return row
 
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Sampler).parameters.items()}
+_OTHERS = ("seed", "offset", "num_samples", "logprobs", "top_logprobs", "on_invalid", "backend")
+"""What a misspelt name may have meant besides a parameter."""
 
 _alive: weakref.WeakSet[Sampler] = weakref.WeakSet()
 

@@ -10,18 +10,19 @@ MAX_THREADS = 4096
 _chosen: int | None = None
 
 
-def set_num_threads(n: int) -> None:
-    """Spread rows over 1 <= n <= 4096 threads from the next call on. Tokens do not depend on it.
+def set_num_threads(n: int | None) -> None:
+    """Spread rows over 1 <= n <= 4096 threads from the next call on; None goes back to torch's number.
+
+    Tokens do not depend on it.
 
     On Linux the engine's threads keep off the core of the thread that calls, within those of the process; a call does
     not wait for a thread that is slow to wake.
 
     Raises:
-        TypeError, ValueError: n is no integer, or not between 1 and 4096.
+        TypeError, ValueError: n is neither None nor an integer, or not between 1 and 4096.
     """
-    n = whole("n", n)
-    if not 1 <= n <= MAX_THREADS:
-        raise ValueError(f"n = {n}: expected 1 <= n <= {MAX_THREADS} threads")
+    if n is not None and not 1 <= (n := whole("n", n)) <= MAX_THREADS:
+        raise ValueError(f"n = {n}: expected 1 <= n <= {MAX_THREADS} threads, or None for torch's number")
     global _chosen
     _chosen = n
 

@@ -118,6 +118,7 @@ def test_a_scalar_seed_gives_every_row_its_own(seed: Any, backend: str) -> None:
         torch.tensor([5, -1, -(2**63)]),
         torch.tensor([5, 2**64 - 1, 2**63], dtype=torch.uint64),
         np.array([5, 2**64 - 1, 2**63], np.uint64),
+        [5, 2**64 - 1, 2**63],
         np.array([5, -1, -(2**63)]),
         torch.tensor([5, 0, -1, 0, -(2**63), 0])[::2],
     ],
@@ -127,9 +128,10 @@ def test_kinds_of_seeds_and_offsets(seeds: Any) -> None:
     x = torch.zeros(3, 100_000)
     want = [int(fs.sample(x[0], seed=[s]).tokens) for s in (5, 2**64 - 1, 2**63)]
     assert fs.sample(x, seed=seeds).tokens.tolist() == want
-    want = [int(fs.sample(x[0], seed=[1], offset=s).tokens) for s in (5, 2**64 - 1, 2**63)]
-    assert fs.sample(x, seed=[1] * 3, offset=seeds).tokens.tolist() == want
-    assert len(set(want)) == 3
+    if isinstance(seeds, torch.Tensor) or min(seeds) >= 0:  # int64 tensors hold bits, numbers below 0 are no position
+        want = [int(fs.sample(x[0], seed=[1], offset=s).tokens) for s in (5, 2**64 - 1, 2**63)]
+        assert fs.sample(x, seed=[1] * 3, offset=seeds).tokens.tolist() == want
+        assert len(set(want)) == 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -352,23 +354,6 @@ def test_set_row_makes_the_slot_not_matter(backend: str) -> None:
         assert sampler.offsets.tolist() == [13 if i == slot else 4 for i in range(3)]
 
 
-def test_set_row_without_params_means_the_defaults() -> None:
-    sampler = fs.Sampler(batch_size=1, temperature=0.0)
-    sampler.set_row(0, seed=5)
-    x = logits(1, 5000)
-    assert torch.equal(sampler(x).tokens, fs.sample(x, seed=[5]).tokens)
-
-
-def test_set_row_takes_a_fresh_seed() -> None:
-    x = torch.zeros(1, 2**20)
-    sampler = fs.Sampler(batch_size=1, seed=1)
-    tokens = set()
-    for _ in range(4):
-        sampler.set_row(0)
-        tokens.add(int(sampler(x).tokens))
-    assert len(tokens) == 4
-
-
 def test_reset_row_starts_over() -> None:
     x = logits(2, 5000)
     sampler = fs.Sampler(batch_size=2, seed=3, top_k=40, offset=7)
@@ -454,6 +439,22 @@ def test_threads_follow_torch_until_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     assert fs.get_num_threads() == torch.get_num_threads()
     fs.set_num_threads(7)
     assert fs.get_num_threads() == 7
+    fs.set_num_threads(None)
+    assert fs.get_num_threads() == torch.get_num_threads()
+    with pytest.raises(ValueError, match="n = 0: expected 1 <= n <= 4096 threads, or None for torch's number"):
+        fs.set_num_threads(0)
+
+
+def test_a_backend_in_the_environment_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSAMPLE_BACKEND", "foo")
+    for call in (fs.sample, fs.filter_logits, fs.probabilities, fs.Sampler(batch_size=4)):
+        with pytest.raises(ValueError, match=r"^FASTSAMPLE_BACKEND = 'foo': expected 'auto' or one of 'cuda'"):
+            call(logits())
+    fs.sample(logits(), backend="cpu")
+    monkeypatch.setenv("FASTSAMPLE_BACKEND", "cuda")
+    if fs.engines()["cuda"] is not None:
+        with pytest.raises(RuntimeError, match=r"^FASTSAMPLE_BACKEND 'cuda' cannot serve these logits: "):
+            fs.sample(logits())
 
 
 @pytest.mark.filterwarnings("ignore:You are using .torch.load:FutureWarning")  # torch 2.4 to itself
@@ -463,6 +464,88 @@ def test_params_and_output_survive_copy_and_pickle() -> None:
     for twin in (copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))):
         assert torch.equal(twin(params).pack(), params.pack())
         assert same(twin(out), out)
+
+
+def test_equal_outputs_are_equal() -> None:
+    x = logits()
+    x[1, 3] = torch.nan
+    how = {"logprobs": "raw", "top_logprobs": 2, "on_invalid": "flag"}
+    out = fs.sample(x, seed=1, **how)
+    assert bool(out.logprobs.isnan().any())
+    assert out == fs.sample(x, seed=1, **how)
+    for name in FIELDS:
+        value = getattr(out, name)
+        others = [None, value[:-1], value.double(), value.clone().fill_(77), value.to("meta"), [1], np.zeros(4)]
+        for other in others:
+            changed = copy.copy(out)
+            setattr(changed, name, other)
+            assert out != changed, name
+            assert changed != out, name
+    assert out != fs.sample(x, seed=1, on_invalid="flag")
+    assert out != out.tokens.tolist()
+    assert out in [out]
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(out)
+
+
+def test_output_and_params_load_with_weights_only(tmp_path: Path) -> None:
+    out = fs.sample(logits(), seed=1, logprobs="raw", top_logprobs=2)
+    params = fs.SamplingParams(top_k=[1, 2], ties="all", temperature=0.3)
+    torch.save({"out": out, "params": params, "plain": fs.sample(logits(), seed=2)}, tmp_path / "saved.pt")
+    code = """
+import sys, torch
+import fastsample as fs
+found = torch.load(sys.argv[1], weights_only=True)
+x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
+assert found["out"] == fs.sample(x, seed=1, logprobs="raw", top_logprobs=2)
+assert found["plain"] == fs.sample(x, seed=2)
+assert found["params"] == fs.SamplingParams(top_k=[1, 2], ties="all", temperature=0.3)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "saved.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_numpy_integers_everywhere() -> None:
+    """Of every size; what a Python int gives."""
+    x = logits()
+    for kind in (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64):
+        n = kind(2)
+        how = {
+            "top_k": n,
+            "num_samples": n,
+            "logprobs": "raw",
+            "top_logprobs": n,
+            "bias": {n: 3.0},
+            "allowed_ids": None,
+        }
+        how |= {"output_ids": [[n, 1], [n], [], [kind(3)]], "presence_penalty": 0.5}
+        want = {"top_k": 2, "num_samples": 2, "logprobs": "raw", "top_logprobs": 2, "bias": {2: 3.0}}
+        want |= {"output_ids": [[2, 1], [2], [], [3]], "presence_penalty": 0.5}
+        for seed in (n, kind([1, 2, 3, 4]), [n, kind(5), 6, 7], np.array(n)):
+            plain = (
+                seed.tolist() if isinstance(seed, np.ndarray) else [int(s) for s in seed] if type(seed) is list else 2
+            )
+            assert fs.sample(x, seed=seed, offset=seed, **how) == fs.sample(x, seed=plain, offset=plain, **want)
+        assert fs.sample(x, allowed_ids=[n, kind(9)], seed=1) == fs.sample(x, allowed_ids=[2, 9], seed=1)
+        sampler, other = fs.Sampler(batch_size=kind(4), seed=n, offset=n), fs.Sampler(batch_size=4, seed=2, offset=2)
+        sampler.set_row(n, seed=kind(7), offset=kind(3))
+        other.set_row(2, seed=7, offset=3)
+        assert sampler(x) == other(x)
+        sampler.reset_row(n, seed=n)
+        other.reset_row(2, seed=2)
+        assert sampler(x) == other(x)
+
+
+def test_offsets_go_round(variant: str) -> None:
+    """What a Sampler reports serves as an offset, past 2^63 too, where its int64 is negative."""
+    x = torch.zeros(2, 10_000)
+    sampler = fs.Sampler(batch_size=2, seed=1, offset=[2**63 - 1, 2**64 - 1], backend=variant)
+    sampler(x)
+    assert sampler.offsets.tolist() == [-(2**63), 0]
+    again = fs.Sampler(batch_size=2, seed=1, offset=sampler.offsets, backend=variant)
+    assert again(x) == sampler(x)
+    assert fs.sample(x, seed=1, offset=again.offsets, backend=variant) == sampler(x)
 
 
 def test_version_and_names() -> None:

@@ -116,6 +116,24 @@ def test_slots_are_given_away_while_others_sample() -> None:
     assert sampler(LOGITS).tokens[2].item() == first
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_threads_with_slots_of_their_own(width: int) -> None:
+    """Each draws what it would alone, whoever samples the other slots meanwhile."""
+    sampler = fs.Sampler(**{**FIELDS, "batch_size": 2 * THREADS})
+    x = LOGITS[:width]
+
+    def steps(i: int) -> list[list[int]]:
+        rows = [i, 2 * THREADS - 1 - i][:width]
+        return [sampler(x, rows=rows).tokens.tolist() for _ in range(STEPS)]
+
+    def alone(i: int) -> list[list[int]]:
+        other = fs.Sampler(**{**FIELDS, "batch_size": width, "seed": seeds[[i, 2 * THREADS - 1 - i][:width]]})
+        return [other(x).tokens.tolist() for _ in range(STEPS)]
+
+    seeds = sampler.seeds
+    assert at_once(steps) == [alone(i) for i in range(THREADS)]
+
+
 def test_set_num_threads_while_running() -> None:
     x = torch.randn(64, 8000, generator=torch.Generator().manual_seed(1))
     want = fs.sample(x, seed=1, top_p=0.9, backend="cpu").tokens

@@ -54,7 +54,7 @@ def check_all_calls(
     fails(exception, says, lambda: fs.sample(x, **own))
     assert untouched(out)
 
-    step_names = {"bitmask", "bias", "prompt_ids", "output_ids"}
+    step_names = {"bitmask", "allowed_ids", "bias", "prompt_ids", "output_ids"}
     step = {name: value for name, value in kwargs.items() if name in step_names}
     rest = {name: value for name, value in own.items() if name not in {*step_names, "out"}}
     made: list[fs.Sampler] = []
@@ -90,7 +90,6 @@ LOGITS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "sparse": (logits().to_sparse(), ValueError, ("logits", "sparse")),
     "meta": (logits(device="meta"), ValueError, ("logits", "meta")),
     "0-D": (torch.tensor(1.0), ValueError, ("logits", "()")),
-    "3-D": (logits(shape=(B, V, 1)), ValueError, ("logits", "(3, 50, 1)")),
     "V = 0": (torch.zeros(B, 0), ValueError, ("logits", "V = 0")),
     "V > 2^20": (torch.zeros(1).expand(B, 2**20 + 1).contiguous(), ValueError, ("logits", "V = 1048577")),
     "transposed": (logits(shape=(V, B)).t(), ValueError, ("logits", "contiguous", "stride 3")),
@@ -185,6 +184,10 @@ def bad_numbers(spec: Spec) -> list[Any]:
     return [NAN, INF, -INF, 1e39, -1e39, -0.1 if spec.low == 0 else -INF, *below, *above]
 
 
+BYTES = (bytes, bytearray, memoryview)
+"""Sequences of small integers, which are never meant as such."""
+
+
 def bad_parameters() -> list[Any]:
     cases = []
     for name, spec in specs():
@@ -198,13 +201,14 @@ def bad_parameters() -> list[Any]:
             wrong_type += [1.0, NAN, np.float32(1)]
         for exception, values in ((ValueError, wrong_value), (TypeError, wrong_type)):
             for value in values:
-                cases.append((name, value, exception, ("row 0", repr(value))))
+                cases.append((name, value, exception, (f" = {value!r}: expected",)))
                 cases.append((name, [default, value, default], exception, ("row 1", repr(value))))
         cases.append((name, [default, default], ValueError, ("one per row", "got 2")))
         cases.append((name, [default] * 4, ValueError, ("one per row", "got 4")))
         cases.append((name, [], ValueError, ("one per row", "got 0")))
-        cases.append((name, {"a": default}, TypeError, ("row 0",)))
-        cases.append((name, {default}, TypeError, ("row 0",)))
+        cases.append((name, {"a": default}, TypeError, ()))
+        cases.append((name, {default}, TypeError, ()))
+        cases += [(name, text(b"abc"), TypeError, ("abc" if text is not memoryview else "memory",)) for text in BYTES]
         cases.append((name, [[default]] * 3, TypeError, ("row 0",)))
         cases.append((name, torch.zeros(B, dtype=torch.bool), TypeError, ("torch.bool",)))
         cases.append((name, torch.zeros(B, dtype=torch.complex64), TypeError, ("torch.complex64",)))
@@ -252,10 +256,23 @@ def ragged_bias(row_ptr: Any, ids: Any, values: Any) -> tuple[torch.Tensor, torc
     return torch.tensor(row_ptr), torch.tensor(ids), torch.tensor(values)
 
 
+def wide_bias(row_ptr: Any, ids: Any, values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.tensor(row_ptr), torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
+
+
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"params": {"top_k": 3}}, TypeError, ("params", "SamplingParams", "dict")),
     ({"params": 3}, TypeError, ("params", "int")),
-    ({"temprature": 1.0}, TypeError, ("temprature",)),
+    ({"temprature": 1.0}, TypeError, ("temprature (did you mean temperature?)", "top_k", "order")),
+    ({"topk": 1}, TypeError, ("topk (did you mean top_k?)",)),
+    ({"temp": 1}, TypeError, ("temp (did you mean temperature?)",)),
+    ({"seeds": [1]}, TypeError, ("seeds (did you mean seed?)",)),
+    ({"xyz": 1}, TypeError, ("xyz: expected a field of SamplingParams: temperature",)),
+    ({"top_k": -1}, ValueError, ("top_k = -1: expected an integer, 0 <= value; 0 is off",)),
+    ({"top_k": [1, -1, 1]}, ValueError, ("top_k = -1 (row 1): expected an integer, 0 <= value; 0 is off",)),
+    ({"top_k": np.array([1, -1, 1])}, ValueError, ("top_k = -1 (row 1)", "0 is off")),
+    ({"top_k": torch.tensor([1, -1, 1])}, ValueError, ("top_k = -1 (row 1)", "0 is off")),
+    ({"top_p": 0}, ValueError, ("top_p = 0: ", "1 is off")),
     ({"temperature": [1.0] * 3, "top_p": [0.5] * 2}, ValueError, ("temperature", "top_p", "3", "2")),
     # seed and offset
     *[
@@ -265,9 +282,10 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
             ({name: 2**64}, ValueError, (name, str(2**64))),
             ({name: -(2**63) - 1}, ValueError, (name, str(-(2**63) - 1))),
             ({name: [1, 2**64, 3]}, ValueError, (name, "row 1", str(2**64))),
-            ({name: [1, 2]}, ValueError, (name, "3", "(2,)")),
-            ({name: []}, ValueError, (name, "3", "(0,)")),
-            ({name: torch.arange(4)}, ValueError, (name, "3", "(4,)")),
+            ({name: [1, 2]}, ValueError, (f"{name}: expected one int or 3 {name}s (one per row), got 2",)),
+            ({name: []}, ValueError, (f"{name}: expected one int or 3 {name}s (one per row), got 0",)),
+            ({name: torch.arange(4)}, ValueError, (f"{name}: expected one int or 3 {name}s (one per row), got 4",)),
+            *[({name: text(b"abc")}, TypeError, (f"{name}: expected an integer",)) for text in BYTES],
             ({name: torch.zeros(B, 1, dtype=torch.int64)}, ValueError, (name, "(3, 1)")),
             ({name: torch.zeros(B, dtype=torch.int64, device="meta")}, ValueError, (name, "meta")),
             ({name: 1.0}, TypeError, (name, "1.0")),
@@ -285,6 +303,12 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
         ]
     ],
     ({"offset": None}, TypeError, ("offset", "None")),
+    ({"offset": -1}, ValueError, ("offset = -1: expected an integer, 0 <= value < 2^64",)),
+    ({"offset": np.int64(-1)}, ValueError, ("offset = -1: expected",)),
+    ({"offset": [0, -1, 0]}, ValueError, ("offset = -1 (row 1)",)),
+    ({"offset": np.array([0, 0, -2])}, ValueError, ("offset = -2 (row 2)",)),
+    ({"offset": np.array(-1)}, ValueError, ("offset = -1: expected",)),
+    ({"offset": torch.tensor([0, -3, 0], dtype=torch.int32)}, ValueError, ("offset = -3 (row 1)",)),
     # num_samples, logprobs, top_logprobs
     ({"num_samples": 0}, ValueError, ("num_samples", "0")),
     ({"num_samples": -3}, ValueError, ("num_samples", "-3")),
@@ -320,8 +344,11 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"bias": [None, {}, {2**64: 1.0}]}, ValueError, ("bias", str(2**64), "row 2")),
     ({"bias": {3: NAN}}, ValueError, ("bias", "id 3", "row 0", "nan")),
     ({"bias": [None, {4: INF}, None]}, ValueError, ("bias", "id 4", "row 1", "inf")),
-    ({"bias": {5: 1e39}}, ValueError, ("bias", "id 5", "row 0")),
-    ({"bias": {5: 10**400}}, ValueError, ("bias", "id 5", "row 0")),
+    ({"bias": {5: 1e39}}, ValueError, ("bias of id 5 (row 0)", "got 1e+39")),
+    ({"bias": [None, {5: -1e39}, None]}, ValueError, ("bias of id 5 (row 1)", "got -1e+39")),
+    ({"bias": {5: np.float64(1e39)}}, ValueError, ("bias of id 5 (row 0)", "got 1e+39")),
+    ({"bias": {5: 10**400}}, ValueError, ("bias of id 5 (row 0)", "got 1000")),
+    ({"bias": b"abc"}, TypeError, ("bias", "bytes")),
     ({"bias": {5: "1"}}, TypeError, ("bias", "id 5", "row 0", "'1'")),
     ({"bias": [None, {5: None}, None]}, TypeError, ("bias", "id 5", "row 1", "None")),
     ({"bias": {5: True}}, TypeError, ("bias", "id 5", "True")),
@@ -340,6 +367,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"bias": ragged_bias([0, 0, 3, 3], [3, 1, 3], [1.0, 2.0, 1.0])}, ValueError, ("bias", "id 3", "row 1", "once")),
     ({"bias": ragged_bias([0, 0, 1, 2], [3, V], [1.0, 2.0])}, ValueError, ("bias", "id 50", "row 2")),
     ({"bias": ragged_bias([0, 0, 1, 2], [3, 4], [1.0, NAN])}, ValueError, ("bias", "id 4", "row 2", "nan")),
+    ({"bias": wide_bias([0, 1, 1, 2], [7, 9], [1.0, -1e39])}, ValueError, ("bias of id 9 (row 2)", "got -1e+39")),
     ({"bias": ragged_bias([0, 1], [3], [1.0])}, ValueError, ("bias", "row_ptr", "[0, 1]")),
     ({"bias": ragged_bias([0, 1, 0, 1], [3], [1.0])}, ValueError, ("bias", "row_ptr", "[0, 1, 0, 1]")),
     ({"bias": ragged_bias([1, 1, 1, 1], [3], [1.0])}, ValueError, ("bias", "row_ptr", "[1, 1, 1, 1]")),
@@ -369,11 +397,46 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
             ({name: [[1], ["2"], [3]]}, TypeError, (name, "row 1", "'2'")),
             ({name: [[1], "2", [3]]}, TypeError, (name, "row 1", "'2'")),
             ({name: [[1], [2], [2**63]]}, ValueError, (name, "row 2", str(2**63))),
+            ({name: [[1], [2], [np.True_]]}, TypeError, (f"{name} id (row 2)", "True")),
+            ({name: [[1], [2**40, True], [3]]}, TypeError, (f"{name} id (row 1)", "True")),
+            ({name: [[1], [2], [-(2**63) - 1]]}, ValueError, (f"{name} id (row 2)", str(-(2**63) - 1))),
+            ({name: [[1], torch.tensor([2.0]), [3]]}, TypeError, (f"{name} (row 1)", "torch.float32")),
+            ({name: [[1], torch.tensor([True]), [3]]}, TypeError, (f"{name} (row 1)", "torch.bool")),
+            ({name: [[1], np.array([2.0]), [3]]}, TypeError, (f"{name} (row 1)", "float64")),
+            ({name: [[1], IDS[:1], [3]]}, ValueError, (f"{name} (row 1)", "(1, 4)")),
+            ({name: [[1], IDS[0].to("meta"), [3]]}, ValueError, (f"{name} (row 1)", "meta")),
+            ({name: [[1], {2}, [3]]}, TypeError, (f"{name} (row 1)", "{2}")),
+            ({name: [[1], b"ab", [3]]}, TypeError, (f"{name} (row 1)", "b'ab'")),
+            ({name: [None, None]}, ValueError, (name, "(3)", "got 2")),
+            ({name: IDS.numpy().astype(float)}, TypeError, (name, "float64")),
+            ({name: IDS.numpy().astype(bool)}, TypeError, (name, "bool")),
+            ({name: IDS[:2].numpy()}, ValueError, (name, "[3, L]", "(2, 4)")),
+            *[({name: text(b"abc")}, TypeError, (name, text.__name__)) for text in BYTES],
             ({name: "abc"}, TypeError, (name, "str")),
             ({name: 3}, TypeError, (name, "int")),
             ({name: {1: 2}}, TypeError, (name, "dict")),
         ]
     ],
+    # allowed_ids
+    ({"allowed_ids": 3}, TypeError, ("allowed_ids", "int")),
+    ({"allowed_ids": "abc"}, TypeError, ("allowed_ids", "str")),
+    ({"allowed_ids": b"abc"}, TypeError, ("allowed_ids", "bytes")),
+    ({"allowed_ids": [1, V]}, ValueError, (f"allowed_ids: id {V}: expected 0 <= id < {V}",)),
+    ({"allowed_ids": [-1]}, ValueError, ("allowed_ids: id -1",)),
+    ({"allowed_ids": torch.tensor([1, -1])}, ValueError, ("allowed_ids: id -1",)),
+    ({"allowed_ids": [[1], [2, 2**40], None]}, ValueError, (f"allowed_ids: id {2**40} (row 1)",)),
+    ({"allowed_ids": torch.tensor([[1, -1], [2, -1], [V, -1]])}, ValueError, (f"allowed_ids: id {V} (row 2)",)),
+    ({"allowed_ids": [1, 2.5]}, TypeError, ("allowed_ids id", "2.5")),
+    ({"allowed_ids": [1, True]}, TypeError, ("allowed_ids id", "True")),
+    ({"allowed_ids": [[1], [2], 3]}, TypeError, ("allowed_ids (row 2)", "3")),
+    ({"allowed_ids": [[1], [2]]}, ValueError, ("allowed_ids", "3 rows", "got 2")),
+    ({"allowed_ids": torch.ones(V)}, TypeError, ("allowed_ids", "torch.float32")),
+    ({"allowed_ids": torch.ones(B, 2)}, TypeError, ("allowed_ids", "torch.float32")),
+    ({"allowed_ids": torch.ones(V - 1, dtype=torch.bool)}, ValueError, ("allowed_ids", "[50]", "(49,)")),
+    ({"allowed_ids": torch.ones(2, V, dtype=torch.bool)}, ValueError, ("allowed_ids", "3 rows", "got 2")),
+    ({"allowed_ids": [None, torch.ones(4, dtype=torch.bool), None]}, ValueError, ("allowed_ids (row 1)", "(4,)")),
+    ({"allowed_ids": torch.ones(1, 1, 1, dtype=torch.bool)}, ValueError, ("allowed_ids", "(1, 1, 1)")),
+    ({"allowed_ids": torch.ones(V, dtype=torch.bool, device="meta")}, ValueError, ("allowed_ids", "cpu", "meta")),
 ]
 
 
@@ -459,7 +522,8 @@ def test_the_environment_names_an_unknown_backend(monkeypatch: pytest.MonkeyPatc
         ({"batch_size": -1}, ValueError, ("batch_size", "-1")),
         ({"batch_size": 1.0}, TypeError, ("batch_size", "1.0")),
         ({"batch_size": True}, TypeError, ("batch_size", "True")),
-        ({"batch_size": 2, "temperature": [1.0] * 3}, ValueError, ("temperature", "2", "got 3")),
+        ({"batch_size": 2, "temperature": [1.0] * 3}, ValueError, ("temperature", "or 2 values (one per row", "got 3")),
+        ({"batch_size": 2, "tempreature": 1.0}, TypeError, ("tempreature (did you mean temperature?)",)),
         ({"batch_size": 2, "seed": [1] * 3}, ValueError, ("seed", "2")),
         ({"batch_size": 2, "offset": [1] * 3}, ValueError, ("offset", "2")),
     ],
@@ -471,6 +535,8 @@ def test_sampler(kwargs: dict[str, Any], exception: type[Exception], says: tuple
 
 def test_sampler_of_other_rows() -> None:
     sampler = fs.Sampler(batch_size=2, seed=1)
+    fails(ValueError, ("logits", "[2, V]", "(2, 1, 50)"), lambda: sampler(logits()[:2, None]))
+    fails(ValueError, ("logits", "[2, V]", "(1, 2, 50)"), lambda: sampler(logits()[None, :2]))
     fails(ValueError, ("logits", "2 rows", "got 3"), lambda: sampler(logits()))
     fails(ValueError, ("logits", "2 rows", "got 1"), lambda: sampler(logits()[0]))
     assert sampler.offsets.tolist() == [0, 0]
@@ -555,6 +621,7 @@ def test_empty_extras_change_nothing(backend: str) -> None:
         {"bias": (torch.zeros(B + 1).long(), torch.zeros(0).long(), torch.zeros(0))},
         {"output_ids": [[]] * B, "frequency_penalty": 2.0},
         {"prompt_ids": torch.zeros(B, 0, dtype=torch.int64), "repetition_penalty": 2.0},
-        {"repetition_penalty": 2.0, "presence_penalty": 1.0},
+        {"repetition_penalty": 2.0, "presence_penalty": 1.0, "output_ids": [None] * B},
+        {"repetition_penalty": 2.0, "prompt_ids": [None, [], torch.zeros(0, dtype=torch.int64)]},
     ):
         assert torch.equal(fs.filter_logits(x, **kwargs, backend=backend), x)

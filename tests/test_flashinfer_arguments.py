@@ -164,19 +164,19 @@ def test_check_nan(name: str) -> None:
 @pytest.mark.parametrize(
     ("limit", "value", "error", "words"),
     [
-        ("top_k", 0, ValueError, r"top_k = 0 \(row 0 and every other\): expected 1 <= value"),
+        ("top_k", 0, ValueError, "top_k = 0: expected 1 <= value"),
         ("top_k", 2.5, TypeError, "top_k = 2.5: expected a number"),
         ("top_k", True, TypeError, "top_k = True: expected a number"),
         ("top_k", torch.tensor([3, -1, 3]), ValueError, r"top_k = -1 \(row 1\): expected 1 <= value"),
         ("top_k", torch.tensor([1.0, 2, 3]), TypeError, "top_k: expected integers, got torch.float32"),
-        ("top_p", 1.5, ValueError, r"top_p = 1.5 \(row 0 and every other\): expected 0 <= value <= 1"),
+        ("top_p", 1.5, ValueError, "top_p = 1.5: expected 0 <= value <= 1"),
         ("top_p", float("nan"), ValueError, "top_p = nan"),
         ("top_p", "0.5", TypeError, "top_p = '0.5': expected a number"),
         ("top_p", torch.tensor([0.5, 0.5, torch.nan]), ValueError, r"top_p = nan \(row 2\)"),
         ("top_p", torch.tensor(0.5), ValueError, r"top_p: expected .* shape \[3\], got shape \(\)"),
         ("top_p", torch.rand(1), ValueError, r"shape \[3\], got shape \(1,\)"),
         ("top_p", torch.rand(3, 1), ValueError, r"shape \[3\], got shape \(3, 1\)"),
-        ("min_p", -0.1, ValueError, r"min_p = -0.1 .*: expected 0 <= value <= 1"),
+        ("min_p", -0.1, ValueError, r"min_p = -0.1: expected 0 <= value <= 1"),
         ("min_p", torch.rand(4), ValueError, r"min_p: expected .* shape \[3\], got shape \(4,\)"),
     ],
 )

@@ -83,7 +83,7 @@ def test_seeds_and_offsets(backend: str) -> None:
     signed = [[v - 2**64 if v >= 2**63 else v for v in values] for values in (seeds, offsets)]
     tensors = [torch.tensor(values) for values in signed]
     unsigned = [tensor.view(torch.uint64) for tensor in tensors]
-    for s, t in ((seeds, offsets), signed, tensors, unsigned):
+    for s, t in ((seeds, offsets), (signed[0], offsets), tensors, unsigned):
         assert fs.sample(x, seed=s, offset=t, backend=backend).tokens.tolist() == want
     for (seed, offset), token in zip(pairs, want, strict=True):
         assert fs.sample(x[0], seed=[seed], offset=offset, backend=backend).tokens.item() == token

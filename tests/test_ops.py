@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -164,6 +165,7 @@ CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
     "tensors": lambda x: fs.sample(
         x, top_k=torch.tensor([3, 4, 5]), min_p=torch.tensor([0.1, 0.0, 0.5]), seed=IDS[:, 0]
     ),
+    "arrays": lambda x: fs.sample(x, seed=np.arange(3), offset=np.int64(5), top_k=np.array([1, 50, 7])),
     "offsets": lambda x: fs.sample(x, seed=1, offset=torch.tensor([7, 8, -9]), num_samples=3),
     "inputs": lambda x: fs.sample(
         x,
@@ -178,6 +180,16 @@ CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
         logprobs="raw",
         top_logprobs=4,
     ),
+    "leading dimensions": lambda x: fs.sample(
+        x.view(3, 2, -1),
+        seed=torch.tensor([[5], [6], [7]]),
+        offset=torch.tensor([[3, 4]]),
+        temperature=torch.tensor([[0.5, 1.0], [2.0, 0.0], [1.0, 3.0]]),
+        bitmask=MASK[:, None, :5],
+        num_samples=2,
+        logprobs="raw",
+    ),
+    "filter leading dimensions": lambda x: fs.filter_logits(x.view(3, 2, -1), top_k=torch.tensor([[1], [2], [3]])),
     "one row": lambda x: fs.sample(x[0], seed=3, logprobs="raw", top_logprobs=2),
     "half": lambda x: fs.sample(x.half(), seed=3, backend="reference"),
     "bad rows": lambda x: fs.sample(x * torch.tensor([[1], [torch.nan], [torch.inf]]), seed=1, on_invalid="flag"),
@@ -228,6 +240,178 @@ def test_export() -> None:
         assert torch.equal(program.module()(logits(3, 4), torch.tensor(offset)), want)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_without_a_seed(strict: bool) -> None:
+    """Each run draws a fresh one from torch's generator."""
+
+    class Step(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return fs.sample(x * 0).tokens
+
+    module = torch.export.export(Step(), (logits(3),), strict=strict).module()
+    seen = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        seen += [tuple(module(logits(3)).tolist()), tuple(module(logits(3)).tolist())]
+    assert len(set(seen)) == 4
+    assert seen[:2] == seen[4:]
+
+
+# Some slots of a Sampler ----------------------------------------------------------------------------------------------
+
+SLOTS = torch.tensor([4, 0, 3])
+ROWS: dict[str, Any] = {
+    "tensor": SLOTS,
+    "int32": SLOTS.int(),
+    "mask": torch.tensor([True, False, False, True, True]),
+    "list": [4, 0, 3],
+    "slice": slice(1, 4),
+    "array": np.array([2, 1, 0]),
+}
+
+
+@both
+@pytest.mark.parametrize("name", ROWS)
+def test_some_slots_in_a_step(name: str, compiler: str) -> None:
+    rows = ROWS[name]
+    mine, eager = (fs.Sampler(batch_size=5, top_p=[0.1, 0.5, 0.9, 1, 1], seed=3, logprobs="raw") for _ in range(2))
+    once = compiled(lambda x: mine(x * 2, rows=rows, bitmask=MASK), compiler)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(STEPS):
+            assert same(once(logits(3, i)), eager(logits(3, i) * 2, rows=rows, bitmask=MASK))
+            for sampler in (mine, eager):
+                sampler.set_row(3, temperature=0.5 + i, seed=i, offset=i)
+    assert counted() == 1
+    assert torch.equal(mine.offsets, eager.offsets)
+    assert same(mine(logits(5)), eager(logits(5)))
+
+
+def test_the_slots_of_a_graph_are_its_input() -> None:
+    """A tensor may name others each time; what it names is checked each time, and no offset moves after an error."""
+    mine, eager = (fs.Sampler(batch_size=5, seed=3) for _ in range(2))
+    once = compiled(lambda x, rows: mine(x, rows=rows))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(STEPS):
+            rows = torch.randperm(5, generator=torch.Generator().manual_seed(i))[:3]
+            assert same(once(logits(3, i), rows), eager(logits(3, i), rows=rows))
+        for rows, words in (
+            (torch.tensor([0, 1, 5]), r"rows\[2\] = 5: expected a slot, 0 <= slot < 5"),
+            (torch.tensor([0, 1, 0]), r"rows\[2\] = 0: expected distinct slots"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                once(logits(3), rows)
+        with pytest.raises(ValueError, match="logits: row 1 has a NaN logit"):
+            once(logits(3) * torch.tensor([[1], [torch.nan], [1]]), SLOTS)
+    assert torch.equal(mine.offsets, eager.offsets)
+    with pytest.raises(ValueError, match="logits: expected 3 rows, one for each slot of `rows`, got 4"):
+        once(logits(4), SLOTS)
+
+
+# What no operator takes -----------------------------------------------------------------------------------------------
+
+BUFFER = fs.SampleOutput(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int32))
+FULL = torch.zeros(3, VOCAB)
+GROWING: list[list[int]] = [[], [], []]
+
+EAGER: dict[str, tuple[str, Callable[[fs.Sampler, torch.Tensor, torch.Tensor], Any]]] = {
+    "bias": ("bias", lambda s, x, i: fs.sample(x, seed=1, offset=i, bias={3: 9.0}).tokens),
+    "biases": ("bias", lambda s, x, i: fs.sample(x, seed=1, offset=i, bias=[{3: 9.0}, None, {4: 1.0}]).tokens),
+    "out": ("out", lambda s, x, i: fs.sample(x, seed=1, offset=i, out=BUFFER).tokens.clone()),
+    "ids": (
+        "output_ids",
+        lambda s, x, i: fs.sample(x, seed=1, offset=i, output_ids=GROWING, presence_penalty=2.0).tokens,
+    ),
+    "prompt": (
+        "prompt_ids",
+        lambda s, x, i: fs.sample(x, seed=1, offset=i, prompt_ids=GROWING, repetition_penalty=2.0).tokens,
+    ),
+    "allowed": ("allowed_ids", lambda s, x, i: fs.sample(x, seed=1, offset=i, allowed_ids=[[1, 2], [3], [4]]).tokens),
+    "filter": ("bias", lambda s, x, i: fs.filter_logits(x, top_k=5, bias={3: 9.0})),
+    "filter out": ("out", lambda s, x, i: fs.filter_logits(x, top_k=5, out=FULL).clone()),
+    "probabilities": ("prompt_ids", lambda s, x, i: fs.probabilities(x, prompt_ids=GROWING, repetition_penalty=2.0)),
+    "Sampler": ("bias", lambda s, x, i: s(x, bias={3: 9.0}).tokens),
+    "Sampler out": ("out", lambda s, x, i: s(x, out=BUFFER).tokens.clone()),
+    "Sampler ids": ("output_ids", lambda s, x, i: s(x, output_ids=GROWING).tokens),
+    "Sampler rows": ("output_ids", lambda s, x, i: s(x[:2], rows=[0, 2], output_ids=GROWING[:2]).tokens),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_graph_breaks_where_no_operator_takes_an_argument(name: str) -> None:
+    """The call is eager, as one piece: nothing of ours is compiled, nor a step anew but for a list's length."""
+    argument, call = EAGER[name]
+    lists = argument.endswith("_ids") and argument != "allowed_ids"
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    mine, eager = (fs.Sampler(batch_size=3, seed=3, temperature=1.5) for _ in range(2))
+    once = torch.compile(lambda x, i: call(mine, x * 2, i) + 1, backend=backend)
+    for row in GROWING:
+        row.clear()
+    for step in range(12):  # more than torch compiles a frame anew
+        x, i = logits(3, step), torch.tensor(step)
+        with torch._dynamo.config.patch(error_on_recompile=step > 2 and not lists):
+            assert torch.equal(once(x, i), call(eager, x * 2, i) + 1)
+        for row in GROWING:
+            row.append(step)
+    assert torch.equal(mine.offsets, eager.offsets)
+    reasons = torch._dynamo.utils.counters["graph_break"]
+    assert reasons
+    assert all(f"{argument}: expected" in reason for reason in reasons)
+    targets = {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op.startswith("call")}
+    assert targets <= {"<built-in function mul>", "<built-in function add>", "<built-in function getitem>", "clone"}
+
+
+def test_a_sampler_is_made_and_changed_in_a_compiled_function() -> None:
+    """By breaks of the graph, which fullgraph=True refuses."""
+
+    def step(sampler: fs.Sampler, x: torch.Tensor) -> Any:
+        y = x * 2
+        sampler.set_row(1, temperature=0.3, seed=4)
+        tokens = sampler(y).tokens
+        sampler.reset_row(0)
+        new = fs.Sampler(batch_size=3, seed=2)
+        return tokens, new(y).tokens, sampler.offsets, sampler.seeds
+
+    mine, eager = (fs.Sampler(batch_size=3, seed=1) for _ in range(2))
+    once = torch.compile(step, backend="aot_eager")
+    for i in range(STEPS):
+        assert all(map(torch.equal, once(mine, logits(3, i)), step(eager, logits(3, i))))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="outside_of_a_graph"):
+        compiled(lambda: mine.set_row(1))()
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_full_graph_names_the_argument(name: str) -> None:
+    argument, call = EAGER[name]
+    sampler = fs.Sampler(batch_size=3, seed=3)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{argument}: expected .* under torch.compile"):
+        compiled(lambda x: call(sampler, x, torch.tensor(0)))(logits(3))
+    assert sampler.offsets.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x: fs.sample(x, temprature=1.0), TypeError, "temprature .*: expected a field of SamplingParams"),
+        (lambda x: fs.sample(x, ties="none"), ValueError, "ties = 'none': expected one of 'first', 'all'"),
+        (lambda x: fs.sample(x, seed=1.5), TypeError, "seed = 1.5: expected an integer"),
+        (lambda x: fs.sample(x, {"top_k": 1}), TypeError, "params: expected SamplingParams, got dict"),  # type: ignore[arg-type]
+        (lambda x: fs.sample(x, bias={VOCAB: 1.0}), ValueError, "bias id 300"),
+        (lambda x: fs.sample(x, output_ids=[[1]]), ValueError, "output_ids: expected one list of token ids per row"),
+        (lambda x: fs.filter_logits(x, out=torch.empty(1)), ValueError, "out: expected torch.float32"),
+        (lambda x: fs.Sampler(batch_size=5, seed=1)(x, rows=[0, 1, 9]), ValueError, r"rows\[2\] = 9"),
+    ],
+)
+def test_errors_where_graphs_may_break(call: Callable[..., Any], error: type[Exception], words: str) -> None:
+    """Those of an eager call."""
+    with pytest.raises(error, match=words):
+        torch.compile(call, backend="aot_eager")(logits(3))
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
@@ -236,14 +420,14 @@ def test_export() -> None:
     [
         (lambda x: fs.sample(x * torch.nan, seed=1), ValueError, "logits: row 0 has a NaN logit"),
         (lambda x: fs.filter_logits(x * torch.nan), ValueError, "logits: row 0 has a NaN logit"),
-        (lambda x: fs.sample(x, temperature=-1.0), ValueError, r"temperature = -1.0 .*: expected a finite number"),
-        (lambda x: fs.sample(x, top_k=2.5), TypeError, "top_k = 2.5 .*: expected an integer"),
+        (lambda x: fs.sample(x, temperature=-1.0), ValueError, "temperature = -1.0: expected a finite number"),
+        (lambda x: fs.sample(x, top_k=2.5), TypeError, "top_k = 2.5: expected an integer"),
         (lambda x: fs.sample(x, top_p=torch.tensor([0.1, 2, 0.1])), ValueError, r"top_p = 2.0 \(row 1\)"),
-        (lambda x: fs.sample(x, top_p=torch.rand(2)), ValueError, "top_p: expected one value or 3"),
+        (lambda x: fs.sample(x, top_p=torch.rand(2)), ValueError, "top_p: expected one value for all rows or 3 values"),
         (lambda x: fs.sample(x, backend="x"), ValueError, "backend = 'x'"),
         (lambda x: fs.sample(x, num_samples=0), ValueError, "num_samples = 0"),
         (lambda x: fs.sample(x, bitmask=MASK.long()), TypeError, "bitmask: expected int32 words"),
-        (lambda x: fs.sample(x, seed=torch.arange(2)), ValueError, "seed: expected one value or 3"),
+        (lambda x: fs.sample(x, seed=torch.arange(2)), ValueError, "seed: expected one int or 3 seeds"),
     ],
 )
 def test_errors_of_a_run(call: Callable[..., Any], error: type[Exception], words: str) -> None:
@@ -259,11 +443,13 @@ def test_errors_of_a_run(call: Callable[..., Any], error: type[Exception], words
     [
         (lambda x: fs.sample(x, bias={1: 2.0}), r"bias: expected tensors \(row_ptr, ids, values\) under torch.compile"),
         (lambda x: fs.sample(x, output_ids=[[1], [2], [3]]), "output_ids: expected a tensor under torch.compile"),
-        (lambda x: fs.sample(x, temprature=1.0), "temprature: expected a field of SamplingParams: temperature, top_k"),
+        (lambda x: fs.sample(x, temprature=1.0), r"temprature \(did you mean temperature\?\): expected a field of"),
         (lambda x: fs.sample(x, ties="none"), "ties = 'none': expected one of 'first', 'all'"),
         (lambda x: fs.sample(x, temperature=True), "temperature = True: expected a finite number"),
         (lambda x: fs.sample(x, seed=2**64), "seed = 18446744073709551616: expected a 64-bit integer"),
         (lambda x: fs.sample(x, seed=1.5), "seed = 1.5: expected an integer"),
+        (lambda x: fs.sample(x, offset=-1), "offset = -1: expected an integer, 0 <= value < 2\\^64"),
+        (lambda x: fs.sample(x, allowed_ids=[1]), "allowed_ids: expected None"),
         (lambda x: fs.filter_logits(x, out=torch.empty(3, VOCAB)), "out: expected None under torch.compile"),
     ],
 )
@@ -309,6 +495,13 @@ def test_opcheck_step(wishes: tuple[Any, ...]) -> None:
     records = fs.SamplingParams(top_k=9).pack()
     arguments = (logits(3), records, torch.arange(3), torch.arange(3), None, [], None, None, *wishes)
     torch.library.opcheck(torch.ops.fastsample.sample_step.default, arguments)
+
+
+def test_opcheck_rows() -> None:
+    records = fs.SamplingParams(top_k=9).pack().repeat(5, 1)
+    inputs = (None, [], None, None, 1, None, 0, "raise", "auto")
+    arguments = (logits(3), records, torch.arange(5), torch.arange(5), SLOTS, *inputs)
+    torch.library.opcheck(torch.ops.fastsample.sample_rows.default, arguments)
 
 
 @pytest.mark.parametrize("kind", ["filtered", "probabilities"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import struct
 from typing import Any
 
@@ -192,6 +194,94 @@ def test_the_record_is_one_word_per_field() -> None:
     assert mixed.per_row() == {"ties": 2, "order": 2, "top_k": 2}
     assert mixed.pack()[:, [1, 7, 8]].tolist() == [[1, 0, 1], [2, 1, 0]]
     assert mixed.pack().view(torch.float32)[1, [0, 2, 3, 4, 5, 6]].tolist() == [0.5, 0.25, 0.125, 2.0, -1.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", ">u4", ">i8"])
+def test_arrays_of_any_integers(dtype: str) -> None:
+    values = np.array([1, 0, 4], dtype=dtype)
+    fields = {"top_k": values, "temperature": values, "presence_penalty": values[::-1]}
+    want = fs.SamplingParams(top_k=[1, 0, 4], temperature=[1.0, 0.0, 4.0], presence_penalty=[4.0, 0.0, 1.0])
+    assert fs.SamplingParams(**fields) == want
+    scalars = {name: array[0] for name, array in fields.items()}
+    assert fs.SamplingParams(**scalars) == fs.SamplingParams(top_k=1, temperature=1.0, presence_penalty=4.0)
+    assert fs.SamplingParams(top_k=values[1:2].reshape(())) == fs.SamplingParams()
+
+
+def test_the_largest_unsigned_integers() -> None:
+    for largest in (
+        np.array([2**64 - 1], np.uint64),
+        torch.tensor([2**64 - 1], dtype=torch.uint64),
+        np.uint64(2**64 - 1),
+    ):
+        params = fs.SamplingParams(top_k=largest)
+        assert params.pack()[0, NAMES.index("top_k")] == 2**31 - 1
+
+
+# Equality -------------------------------------------------------------------------------------------------------------
+
+SPELLINGS: list[list[dict[str, Any]]] = [
+    [{}, {"temperature": 1}, {"top_p": np.float32(1.0), "order": "top_k_first"}, {"min_p": -0.0}],
+    [
+        {"top_p": 0.1},
+        {"top_p": np.float32(0.1)},
+        {"top_p": torch.tensor(0.1, dtype=torch.float64)},
+        {"top_p": np.array(0.1)},
+    ],
+    [{"top_k": [3, 4]}, {"top_k": (3, 4)}, {"top_k": torch.tensor([3, 4])}, {"top_k": np.array([3, 4], np.uint16)}],
+    [{"top_p": [0.1, 1.0]}, {"top_p": torch.tensor([0.1, 1.0], dtype=torch.float64)}],
+    [{"ties": ["all", "all"]}, {"ties": np.array(["all", "all"])}, {"ties": ("all", "all")}],
+    [{"ties": "all"}],
+    [{"top_k": [3, 5]}],
+    [{"top_k": [3]}],
+    [{"top_k": 3}],
+    [{"temperature": 0.1}],
+]
+
+
+def test_equal_values_are_equal_and_hash() -> None:
+    made = [[fs.SamplingParams(**fields) for fields in group] for group in SPELLINGS]
+    for i, group in enumerate(made):
+        for j, others in enumerate(made):
+            for one in group:
+                for other in others:
+                    assert (one == other) == (i == j), (one, other)
+                    assert (one != other) == (i != j)
+        assert len({hash(one) for one in group}) == 1
+    assert len({one for group in made for one in group}) == len(SPELLINGS)
+    assert fs.SamplingParams() != {"temperature": 1.0}
+
+
+def test_a_used_copy_is_equal() -> None:
+    params = fs.SamplingParams(top_k=3, presence_penalty=0.5)
+    fs.sample(logits(), params, output_ids=[[1]] * 3)
+    for twin in (copy.copy(params), copy.deepcopy(params), pickle.loads(pickle.dumps(params)), params.replace()):
+        assert twin == params
+        assert hash(twin) == hash(params)
+        assert torch.equal(twin.pack(), params.pack())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("temprature", "temperature"), ("topk", "top_k"), ("Top_P", "top_p"), ("temp", "temperature"), ("minp", "min_p")],
+)
+def test_an_unknown_name_is_told_the_nearest(name: str, meant: str) -> None:
+    words = rf"^{name} \(did you mean {meant}\?\): expected a field of SamplingParams: temperature, .*, order$"
+    for call in (
+        lambda: fs.SamplingParams(**{name: 1}),
+        lambda: fs.SamplingParams().replace(**{name: 1}),
+        lambda: fs.sample(logits(), **{name: 1}),
+        lambda: fs.sample(logits(), fs.SamplingParams(), **{name: 1}),
+        lambda: fs.filter_logits(logits(), **{name: 1}),
+        lambda: fs.probabilities(logits(), **{name: torch.ones(3)}),
+        lambda: fs.Sampler(batch_size=3, **{name: 1}),
+        lambda: fs.Sampler(batch_size=3).set_row(0, **{name: 1}),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    with pytest.raises(TypeError, match=r"^sed \(did you mean seed\?\)"):
+        fs.sample(logits(), sed=1)
+    with pytest.raises(TypeError, match=r"^sed: expected"):
+        fs.SamplingParams(sed=1)
 
 
 def test_replace_validates_and_leaves_the_original() -> None:

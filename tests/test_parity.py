@@ -231,6 +231,14 @@ def test_the_environment_names_an_unknown_isa(backend: str, tmp_path: Path) -> N
     assert "baseline" in last or "neon" in last
 
 
+def test_engines_says_that_the_environment_names_an_unknown_isa(tmp_path: Path) -> None:
+    done = run_with_isa("sse9", "import fastsample as fs; print(fs.engines()['cpu'])", tmp_path)
+    assert done.stderr == ""
+    assert done.stdout.startswith("FASTSAMPLE_ISA = 'sse9': this CPU can run ")
+    for isa in native().isas():
+        assert run_with_isa(isa, "import fastsample as fs; print(fs.engines()['cpu'])", tmp_path).stdout == "None\n"
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"top_k": 50000, "top_p": 0.9}, {"top_p": 0.9}, {"top_k": 50000, "top_p": 0.5, "order": "joint"}],

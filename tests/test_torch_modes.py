@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastsample as fs
 from fastsample.api import _pack_plain
@@ -72,6 +76,7 @@ def everything(backend: str) -> list[torch.Tensor]:
         sampler.set_row(1, seed=8, offset=3)
         sampler.reset_row(2)
         found += [sampler(LOGITS).tokens, sampler.offsets]
+        found += [sampler(LOGITS[:2], rows=rows).tokens for rows in ([2, 0], slice(1, 3))] + [sampler.offsets]
     return found
 
 
@@ -233,9 +238,130 @@ def test_a_fake_tensor_mode_leaves_nothing_behind() -> None:
     assert torch.equal(fs.sample(LOGITS, top_k=11, seed=1, offset=12).tokens, want)
 
 
+# What records instead of running --------------------------------------------------------------------------------------
+
+OTHER = torch.randn(B, V, generator=torch.Generator().manual_seed(8))
+FULL = torch.zeros(B, V)
+SEEDS, COLUMN = torch.arange(B), torch.arange(B)[:, None]
+STATUS = torch.zeros(B, dtype=torch.int32)
+RECORDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sample": lambda x: fs.sample(x, seed=1, top_k=5).tokens,
+    "sample with tensors": lambda x: fs.sample(x, seed=SEEDS, offset=SEEDS + 2, temperature=[0.5, 0.0, 2.0]).tokens,
+    "sample with arrays": lambda x: fs.sample(x, seed=np.arange(B), offset=np.int64(3), top_p=np.float32(0.5)).tokens,
+    "logprobs": lambda x: fs.sample(x, seed=1, logprobs="raw", output_ids=COLUMN).logprobs,  # type: ignore[dict-item,return-value]
+    "filter_logits": lambda x: fs.filter_logits(x, top_k=5),
+    "probabilities": lambda x: fs.probabilities(x, top_p=0.9),
+}
+# (What a function closes over is no input, and torch takes a tensor there only if told so.)
+MAKE_FX: dict[str, dict[str, Any]] = {
+    "real": {},
+    "fake": {"tracing_mode": "fake", "_allow_non_fake_inputs": True},
+    "symbolic": {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True},
+    "pre-dispatch": {"pre_dispatch": True},
+}
+
+
+@pytest.mark.parametrize("how", MAKE_FX.values(), ids=MAKE_FX)
+@pytest.mark.parametrize("name", RECORDED)
+def test_make_fx(name: str, how: dict[str, Any]) -> None:
+    """What it records is the call, for logits that it has not seen."""
+    call = RECORDED[name]
+    graph = make_fx(lambda x: call(x * 2), **how)(LOGITS)
+    assert any("fastsample" in str(node.target) for node in graph.graph.nodes)
+    for x in (OTHER, LOGITS, OTHER.flip(0)):
+        assert torch.equal(graph(x), call(x * 2))
+
+
+def test_make_fx_without_a_seed_records_a_fresh_one() -> None:
+    graph = make_fx(lambda x: fs.sample(x).tokens)(LOGITS)
+    flat = torch.zeros(B, V)
+    torch.manual_seed(4)
+    want = [fs.sample(flat).tokens for _ in range(3)]
+    torch.manual_seed(4)
+    assert [graph(flat).tolist() for _ in range(3)] == [tokens.tolist() for tokens in want]
+
+
+@pytest.mark.parametrize("how", MAKE_FX.values(), ids=MAKE_FX)
+def test_make_fx_refuses_by_name(how: dict[str, Any]) -> None:
+    sampler = fs.Sampler(batch_size=B, seed=1)
+    refused: list[tuple[Callable[[torch.Tensor], Any], type[Exception], str]] = [
+        (lambda x: sampler(x).tokens, RuntimeError, "cannot record a Sampler"),
+        (lambda x: sampler(x[:1], rows=[0]).tokens, RuntimeError, "cannot record a Sampler"),
+        (lambda x: fs.sample(x, bias={1: 2.0}).tokens, TypeError, "bias: expected tensors"),
+        (lambda x: fs.sample(x, output_ids=[[1], [2], [3]]).tokens, TypeError, "output_ids: expected a tensor"),
+        (lambda x: fs.sample(x, allowed_ids=[1]).tokens, TypeError, "allowed_ids: expected None"),
+        (lambda x: fs.sample(x, out=fs.SampleOutput(SEEDS, STATUS)).tokens, TypeError, "out: expected None"),
+        (lambda x: fs.filter_logits(x, out=FULL), TypeError, "out: expected None"),
+        (lambda x: fs.sample(x, {"top_k": 1}).tokens, TypeError, "params: expected SamplingParams, got dict"),  # type: ignore[arg-type]
+    ]
+    for call, error, words in refused:
+        with pytest.raises(error, match=words):
+            make_fx(call, **how)(LOGITS)
+    assert sampler.offsets.tolist() == [0] * B
+    assert torch.equal(sampler(LOGITS).tokens, fs.sample(LOGITS, seed=1).tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", [*RECORDED, "Sampler", "slots of a Sampler"])
+def test_torch_jit_trace_is_refused(name: str) -> None:
+    sampler = fs.Sampler(batch_size=B, seed=1)
+    more = {
+        "Sampler": lambda x: sampler(x).tokens,
+        "slots of a Sampler": lambda x: sampler(x[:2], rows=[0, 2]).tokens,
+    }
+    with pytest.raises(RuntimeError, match=r"^torch.jit.trace .* cannot record fastsample; use torch.export"):
+        torch.jit.trace((RECORDED | more)[name], (LOGITS,), check_trace=False)
+    assert sampler.offsets.tolist() == [0] * B
+    RECORDED["sample"](LOGITS)  # and afterwards all is well
+
+
+def test_a_proxy_is_refused() -> None:
+    for call in RECORDED.values():
+        with pytest.raises(TypeError, match=r"logits: expected a torch\.Tensor, got Proxy"):
+            torch.fx.symbolic_trace(call)
+
+
+def test_fake_tensors_in_their_mode_have_shapes() -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(LOGITS)
+        out = fs.sample(fake, num_samples=4, logprobs="raw", top_logprobs=2)
+        assert (out.tokens.shape, out.tokens.dtype) == ((B, 4), torch.int64)
+        assert out.top_ids is not None
+        assert out.top_ids.shape == (B, 2)
+        assert fs.filter_logits(fake.half(), top_k=3).dtype == torch.float32
+        with pytest.raises(ValueError, match="logits: expected a fake tensor under FakeTensorMode"):
+            fs.sample(LOGITS, seed=1)
+        with pytest.raises(RuntimeError, match="cannot record a Sampler"):
+            SAMPLER(fake)
+
+
+SAMPLER = fs.Sampler(batch_size=B, seed=1)
+
+
+class Passing(TorchDispatchMode):
+    """A mode of a user's that lets everything through."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Passing, Watching, FlopCounterMode])
+def test_modes_that_record_nothing(mode: Callable[[], Any]) -> None:
+    more = {"display": False} if mode is FlopCounterMode else {}
+    want = everything("cpu")
+    with mode(**more):
+        assert equal(everything("cpu"), want)
+
+
 # Views and numbers that are not what they seem ------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect without")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("place", [name for name in PLACES if name != "logits"])
 def test_a_negated_view(place: str, backend: str) -> None:
@@ -416,6 +542,7 @@ CHANGES: dict[str, tuple[str, Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect without")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "make", "change"), CHANGES.values(), ids=CHANGES)
 def test_a_step_sees_what_changed_since_the_last(
@@ -442,7 +569,7 @@ def test_what_no_longer_fits_is_refused_at_later_steps_too() -> None:
     with pytest.raises(ValueError, match=r"prompt_ids: expected shape \[3, L\], got \(4, 4\)"):
         sampler(LOGITS, prompt_ids=ids)
     ids.resize_(B, 4).data = torch.zeros(B, 4)
-    with pytest.raises(TypeError, match="prompt_ids: expected int64 or int32 token ids"):
+    with pytest.raises(TypeError, match="prompt_ids: expected integer token ids"):
         sampler(LOGITS, prompt_ids=ids)
     ids.data = torch.zeros(B, 4, dtype=torch.int64)
     ids.untyped_storage().resize_(0)

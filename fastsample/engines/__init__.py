@@ -94,21 +94,24 @@ def engine(name: str) -> Engine:
     return found
 
 
-def _unknown(name: object) -> str:
-    return f"backend = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}"
+def _unknown(name: object, said: str = "backend") -> str:
+    return f"{said} = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}"
 
 
 def select(backend: str, logits: torch.Tensor) -> Engine:
     """The engine for these logits. `auto` takes the first that can; any other name serves or raises with the reason."""
+    said = "backend"
     if not isinstance(backend, str):  # may not even be hashable
-        raise ValueError(_unknown(backend))
-    if backend == "auto":
-        backend = os.environ.get("FASTSAMPLE_BACKEND") or "auto"
+        raise ValueError(_unknown(backend, said))
+    if backend == "auto" and (wanted := os.environ.get("FASTSAMPLE_BACKEND")):
+        backend, said = wanted, "FASTSAMPLE_BACKEND"
     if backend != "auto":
+        if backend not in ORDER:
+            raise ValueError(_unknown(backend, said))
         chosen = engine(backend)
         reason = chosen.why_not(logits)
         if reason is not None:
-            raise RuntimeError(f"backend {backend!r} cannot serve these logits: {reason}")
+            raise RuntimeError(f"{said} {backend!r} cannot serve these logits: {reason}")
         return chosen
     for name in ORDER[:-1]:
         if (found := engine(name)).why_not(logits) is None:

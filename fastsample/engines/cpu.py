@@ -28,6 +28,15 @@ def _load() -> tuple[Any, str | None]:
 _native, _reason = _load()
 
 
+def _why_no_isa() -> str | None:
+    """What is wrong with FASTSAMPLE_ISA."""
+    try:
+        _native.isa()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def native() -> Any:
     """The module fastsample._cpu; RuntimeError with the reason where it cannot serve."""
     if _reason is not None:
@@ -44,7 +53,9 @@ class CpuEngine(Engine):
     def why_not(self, logits: torch.Tensor | None) -> str | None:
         if _reason is not None:
             return _reason
-        if logits is not None and logits.device.type != "cpu":
+        if logits is None:
+            return _why_no_isa()  # with logits, the call itself raises that: `auto` must not go on to a slower engine
+        if logits.device.type != "cpu":
             return f"it serves CPU tensors, and the logits are on {logits.device}"
         return None
 

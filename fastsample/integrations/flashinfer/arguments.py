@@ -62,7 +62,7 @@ def _limit(name: str, value: Any, rows: int) -> Limit:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{name} = {value!r}: expected a number, {_RANGES[name]}, or a tensor [{rows}] of them")
         if not _in_range(name, value):
-            raise ValueError(f"{name} = {value!r} (row 0 and every other): expected {_RANGES[name]}")
+            raise ValueError(f"{name} = {value!r}: expected {_RANGES[name]}")
         return Limit(name, min(int(value), 2**31 - 1) if name == "top_k" else float(value))
     if value.ndim != 1 or len(value) != rows:
         got = f"shape {tuple(value.shape)}"
