@@ -20,7 +20,11 @@ from fastsample.rows import pack_bias
 
 AVAILABLE = torch.cuda.is_available()
 WHY = "there is no GPU that torch can use"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason=WHY)]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not AVAILABLE, reason=WHY),
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the cases on purpose
+]
 STEPS = 5
 
 # Every seventh small case (which no cycle of the table divides) and a third of the large ones: each combination of

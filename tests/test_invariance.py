@@ -178,6 +178,9 @@ FORK = """
 import multiprocessing, os, sys, threading
 import torch, fastsample as fs
 
+# Penalties without ids are among the cases on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+
 torch.set_num_threads(1)  # torch's own threads do not survive a fork; fastsample's must
 x = torch.randn(64, 8000, generator=torch.Generator().manual_seed(1))
 draw = lambda: fs.sample(x, seed=5, top_p=0.9, backend="cpu").tokens.tolist()

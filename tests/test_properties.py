@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,9 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import fastsample as fs
 from fastsample.params import specs, to_float32
+
+# Penalties without ids are among the cases on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 

@@ -22,7 +22,10 @@ from test_parity import LOGPROB_ULP, bits, invalid_rows, ulps
 
 import fastsample as fs
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the cases on purpose
+]
 
 HERE = Path(__file__).parent
 HOWS = (
