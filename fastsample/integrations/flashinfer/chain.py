@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from fastsample.integrations.flashinfer.arguments import pack_seed_offset, raise_where, table
+from fastsample.integrations.flashinfer.eager import eager
 from fastsample.integrations.flashinfer.masses import bits_of, exactly, excess, peaks, scale
 from fastsample.integrations.flashinfer.pipeline import draw, uniform60
 
 Tensor = torch.Tensor
 
 
+@eager
 def chain_speculative_sampling(
     draft_probs: Tensor,
     draft_token_ids: Tensor,
