@@ -20,6 +20,22 @@ struct Edit {
   float x;  // until then the bias
 };
 
+// Some of a row's draws, as other threads may have the others. Who has the first has all the rest
+// of the row's outputs too.
+struct Draws {
+  int32_t begin, end;
+};
+
+// From so many on, draws may be looked up in a table of the kept tokens.
+constexpr int32_t kManyDraws = 32;
+
+// A line of that table: a kept token that has mass, in id order.
+struct Step {
+  uint64_t end;  // the running mass, this token's included
+  int32_t id;
+  int32_t rank;  // 0: not yet known
+};
+
 // Scratch of one thread, owned by dispatch.cc; kernels never allocate.
 struct Workspace {
   float* block_max;      // [blocks + kPad]
@@ -31,7 +47,12 @@ struct Workspace {
   float* spare;          // [V + kPad]
   float* list_x;         // [V + kPad]
   int32_t* list_id;      // [V + kPad]
-  const void* ahead;     // the row that this thread probably takes next, or null
+  // Where there are many draws, else null:
+  Step* steps;          // [V + kPad]
+  int32_t* guide;       // [2^20 at most: a power of two, at least V]
+  float* step_logprob;  // [V + kPad]
+  uint32_t* keys[2];    // [V + kPad] each
+  const void* ahead;    // the row that this thread probably takes next, or null
 };
 
 // One per ISA: the only global symbol of its translation unit.
@@ -39,7 +60,7 @@ struct Kernel {
   const char* isa;
   int vector_bytes;
   // Every stage for one row; writes the row's outputs and returns its status.
-  Status (*sample_row)(const Batch& batch, int64_t row, const Workspace& workspace);
+  Status (*sample_row)(const Batch& batch, int64_t row, Draws draws, const Workspace& workspace);
 };
 
 }  // namespace fastsample
