@@ -109,10 +109,10 @@ struct Buffer {
 struct Scratch {
   Buffer<float> block_max, values, spare, list_x;
   Buffer<uint64_t> group_mass;
-  Buffer<int32_t> edit_start, segment, list_id, guide;
+  Buffer<int32_t> edit_start, segment, list_id, end_id, guide, end_rank;
   Buffer<Edit> edits;
-  Buffer<Step> steps;
-  Buffer<float> step_logprob;
+  Buffer<uint64_t> ends;
+  Buffer<float> end_logprob;
   Buffer<uint32_t> keys[2];
   Buffer<uint8_t> taken;
 
@@ -131,11 +131,11 @@ struct Scratch {
     ws.list_x = list_x.at_least(tokens);
     ws.list_id = list_id.at_least(tokens);
     if (!many_draws) return ws;
-    size_t parts = 1;
-    while (parts < (size_t)vocab) parts *= 2;
-    ws.steps = steps.at_least(tokens);
-    ws.guide = guide.at_least(parts);
-    ws.step_logprob = step_logprob.at_least(tokens);
+    ws.ends = ends.at_least(tokens);
+    ws.end_id = end_id.at_least(tokens);
+    ws.guide = guide.at_least(guide_size((int64_t)tokens));
+    ws.end_rank = end_rank.at_least(tokens);
+    ws.end_logprob = end_logprob.at_least(tokens);
     for (int i = 0; i < 2; ++i) ws.keys[i] = keys[i].at_least(tokens);
     return ws;
   }

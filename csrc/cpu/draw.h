@@ -79,70 +79,99 @@ FS_INLINE float logit_of(const Dense<T>& d, int32_t id) {
 
 // Whether a table of a domain's tokens costs less than the draws do without.
 FS_INLINE bool pays_table(const Outputs& out, const Workspace& ws, int32_t tokens) {
-  constexpr int64_t kTokensPerDraw = 128, kManyRanks = 128;
-  if (!ws.steps) return false;
+  constexpr int64_t kTokensPerDraw = 200, kManyRanks = 128;
+  if (!ws.ends) return false;
   if (out.ranks && out.num_samples >= kManyRanks) return true;
   return out.num_samples * kTokensPerDraw >= tokens;
 }
 
-// The kept tokens' running masses, and where to begin to look in them: of 2^bits equal parts of the
-// uniform numbers, guide[k] is the token of the least number in part k. So one or two steps are
-// enough on average, whatever the masses are (Chen and Asau 1974).
-struct StepTable {
-  const Step* steps;
+// The kept tokens that have mass, in id order, and where to begin to look among them: of 2^bits
+// equal parts of the uniform numbers, guide[k] is a token not above that of the least number in
+// part k. So one or two steps are enough on average, whatever the masses are (Chen and Asau 1974).
+struct Table {
+  const uint64_t* ends;  // [n] running masses, each token's included
+  const int32_t* ids;    // [n]
   int32_t n;
-  const int32_t* guide;
+  const int32_t* guide;  // [2^bits]
   int bits;
   uint64_t total;
 
-  FS_MEMBER uint64_t mass(int32_t i) const { return steps[i].end - (i ? steps[i - 1].end : 0); }
+  FS_MEMBER uint64_t mass(int32_t i) const { return ends[i] - (i ? ends[i - 1] : 0); }
   // The token of a uniform number and its threshold.
   FS_MEMBER int32_t find(uint64_t uniform, uint64_t threshold) const {
     int32_t i = guide[uniform >> (60 - bits)];
-    while (steps[i].end <= threshold) ++i;
+    while (ends[i] <= threshold) ++i;
     return i;
   }
 };
 
-FS_INLINE void fill_guide(const StepTable& table, int32_t* guide) {
-  // floor(k * total / 2^bits), in halves: the product has up to 80 bits.
-  const uint64_t parts = (uint64_t)1 << table.bits;
-  const uint64_t whole = table.total >> table.bits, rest = table.total & (parts - 1);
-  int32_t i = 0;
-  for (uint64_t k = 0; k < parts; ++k) {
-    const uint64_t threshold = k * whole + (k * rest >> table.bits);
-    while (table.steps[i].end <= threshold) ++i;
-    guide[k] = i;
-  }
-}
-
-template <class Domain>
-StepTable list_steps(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t total,
-                     const Workspace& ws) {
-  const float lowest = lowest_x(weigher, weigher.floor ? weigher.floor : 1);
-  float buffer[kBlock];
+// Makes a table, token by token and without a branch: it would be guessed wrongly.
+struct TableWriter {
+  const Workspace& ws;
+  double parts_per_mass;
   uint64_t running = 0;
   int32_t n = 0;
-  for (int b = 0; b < blocks(d); ++b) {
-    if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) continue;
-    const float* x = values(d, b, buffer);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const vi id = ids(d, b, i);
-      const Halves w = weigh(weigher, load(x + i), keeps(cut, load(x + i), id));
-      if (!any(nonzero((vi)(w.hi | w.lo)))) continue;
-      for (int lane = 0; lane < kLanes; ++lane) {  // no branch: it would be guessed wrongly
-        const uint64_t mass = ((uint64_t)w.hi[lane] << kHalfBits) + w.lo[lane];
-        running += mass;
-        ws.steps[n] = Step{running, id[lane], 0};
-        n += mass != 0;
-      }
+
+  // A token of any mass. It cannot be drawn in parts below the end of those before it: their first
+  // one of which is not is at most one too high.
+  FS_MEMBER void add(int32_t id, uint64_t mass) {
+    constexpr double kRounding = 0x1p-20;  // of a product of up to 2^21
+    ws.guide[(int32_t)((double)(int64_t)running * parts_per_mass + kRounding) + 1] = n;
+    running += mass;
+    ws.ends[n] = running;
+    ws.end_id[n] = id;
+    n += mass != 0;
+  }
+};
+
+// Adds what a cutoff keeps of block b.
+template <class Domain>
+FS_INLINE void add_tokens(const Domain& d, int b, Cutoff cut, const Weigher& weigher,
+                          TableWriter& table) {
+  float buffer[kBlock];
+  uint32_t hi[kBlock], lo[kBlock];
+  int32_t id[kBlock];
+  const float* x = values(d, b, buffer);
+  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+    const auto p = load_pack<kAbreast>(x + i);
+    Where<kAbreast> kept;
+    FS_EACH(kAbreast) {
+      const vi here = ids(d, b, i + u * kLanes);
+      store(id + i + u * kLanes, here);
+      kept.m[u] = keeps(cut, p.v[u], here);
+    }
+    const auto q = weigh(weigher, p, kept);
+    FS_EACH(kAbreast) {
+      const Halves w = to_integers(q.v[u]);
+      store(hi + i + u * kLanes, w.hi);
+      store(lo + i + u * kLanes, w.lo);
     }
   }
-  int bits = 0;
-  while (1 << bits < n) ++bits;
-  const StepTable table = {ws.steps, n, ws.guide, bits, total};
-  fill_guide(table, ws.guide);
-  return table;
+  TableWriter own = table;  // in registers: to the compiler a store might change it
+  for (int i = 0; i < kBlock; ++i) own.add(id[i], ((uint64_t)hi[i] << kHalfBits) + lo[i]);
+  table.running = own.running;
+  table.n = own.n;
+}
+
+// The table of what a cutoff keeps, `total` in all, for so many draws.
+template <class Domain>
+Table make_table(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t total, int32_t draws,
+                 const Workspace& ws) {
+  const int32_t tokens = blocks(d) * kBlock;
+  const int bits = guide_bits(draws < tokens ? draws : tokens);
+  const int32_t parts = 1 << bits;
+  memset(ws.guide, 0, (size_t)(parts + 2) * sizeof *ws.guide);
+  TableWriter writer = {ws, (double)parts / (double)total};
+  const float lowest = lowest_x(weigher, weigher.floor ? weigher.floor : 1);
+  for (int b = 0; b < blocks(d); ++b) {
+    if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) continue;
+    add_tokens(d, b, cut, weigher, writer);
+  }
+  for (int32_t k = 0, last = 0; k < parts; ++k) {
+    last = ws.guide[k] > last ? ws.guide[k] : last;
+    ws.guide[k] = last;
+  }
+  return Table{ws.ends, ws.end_id, writer.n, ws.guide, bits, total};
 }
 
 // The 60 uniform bits of N vectors of draws, side by side, as a vector's rounds wait for each
@@ -184,7 +213,7 @@ FS_INLINE vq multiply_high60(vq a, uint64_t b) {
 
 // use(j, its token's place in the table) for each draw j.
 template <class Use>
-void each_draw(const StepTable& table, Stream stream, Draws draws, Use use) {
+void each_draw(const Table& table, Stream stream, Draws draws, Use use) {
   constexpr int kAtOnce = 256, N = 4;
   uint64_t uniform[kAtOnce], threshold[kAtOnce];
   if (table.n == 1) {

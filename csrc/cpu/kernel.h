@@ -27,14 +27,15 @@ struct Draws {
 };
 
 // From so many on, draws may be looked up in a table of the kept tokens.
-constexpr int32_t kManyDraws = 32;
+constexpr int32_t kManyDraws = 8;
 
-// A line of that table: a kept token that has mass, in id order.
-struct Step {
-  uint64_t end;  // the running mass, this token's included
-  int32_t id;
-  int32_t rank;  // 0: not yet known
-};
+// Parts of the uniform numbers, at least as many as tokens, and two more.
+inline constexpr int guide_bits(int64_t tokens) {
+  int bits = 0;
+  while ((int64_t)1 << bits < tokens) ++bits;
+  return bits;
+}
+inline constexpr size_t guide_size(int64_t tokens) { return ((size_t)1 << guide_bits(tokens)) + 2; }
 
 // Scratch of one thread, owned by dispatch.cc; kernels never allocate.
 struct Workspace {
@@ -47,12 +48,14 @@ struct Workspace {
   float* spare;          // [V + kPad]
   float* list_x;         // [V + kPad]
   int32_t* list_id;      // [V + kPad]
-  // Where there are many draws, else null:
-  Step* steps;          // [V + kPad]
-  int32_t* guide;       // [2^20 at most: a power of two, at least V]
-  float* step_logprob;  // [V + kPad]
-  uint32_t* keys[2];    // [V + kPad] each
-  const void* ahead;    // the row that this thread probably takes next, or null
+  // Where there are many draws, else null: a table of kept tokens, and what is known of each.
+  uint64_t* ends;      // [V + kPad] the running mass, the token's included
+  int32_t* end_id;     // [V + kPad]
+  int32_t* guide;      // [guide_size(V)]
+  int32_t* end_rank;   // [V + kPad]
+  float* end_logprob;  // [V + kPad]
+  uint32_t* keys[2];   // [V + kPad] each
+  const void* ahead;   // the row that this thread probably takes next, or null
 };
 
 // One per ISA: the only global symbol of its translation unit.

@@ -110,24 +110,27 @@ void draw_few(const Task<T>& t, const Domain& d, Cutoff cut, const uint64_t* run
 template <class T, class Domain>
 void draw_many(const Task<T>& t, const Domain& d, Cutoff cut, uint64_t total) {
   const Outputs& out = t.batch.out;
-  const StepTable table = list_steps(d, cut, t.weigher, total, t.ws);
+  const Stream stream = stream_of(t.batch, t.r);
+  const int32_t draws = t.draws.end - t.draws.begin;
+  const Table table = make_table(d, cut, t.weigher, total, draws, t.ws);
   const int64_t row = t.r * out.num_samples;
   if (out.mode != kProcessedLogprobs) {
-    each_draw(table, stream_of(t.batch, t.r), t.draws,
-              [&](int32_t j, int32_t i) { out.tokens[row + j] = table.steps[i].id; });
+    each_draw(table, stream, t.draws,
+              [&](int32_t j, int32_t i) { out.tokens[row + j] = table.ids[i]; });
     return;
   }
-  const int32_t draws = t.draws.end - t.draws.begin, drawn = draws < table.n ? draws : table.n;
+  const int32_t drawn = draws < table.n ? draws : table.n;
   const Ranking<T> ranking = rank_tokens(t.dense, out.ranks ? drawn : 0, t.ws);
-  each_draw(table, stream_of(t.batch, t.r), t.draws, [&](int32_t j, int32_t i) {
-    Step& step = t.ws.steps[i];
-    if (!step.rank) {
-      step.rank = out.ranks ? ranking.of(logit_of(t.dense, step.id)) : 1;
-      t.ws.step_logprob[i] = log_ratio(table.mass(i), total);
+  memset(t.ws.end_rank, 0, (size_t)table.n * sizeof *t.ws.end_rank);
+  each_draw(table, stream, t.draws, [&](int32_t j, int32_t i) {
+    int32_t& rank = t.ws.end_rank[i];
+    if (!rank) {  // not yet drawn
+      rank = out.ranks ? ranking.of(logit_of(t.dense, table.ids[i])) : 1;
+      t.ws.end_logprob[i] = log_ratio(table.mass(i), total);
     }
-    out.tokens[row + j] = step.id;
-    if (out.logprobs) out.logprobs[row + j] = t.ws.step_logprob[i];
-    if (out.ranks) out.ranks[row + j] = step.rank;
+    out.tokens[row + j] = table.ids[i];
+    if (out.logprobs) out.logprobs[row + j] = t.ws.end_logprob[i];
+    if (out.ranks) out.ranks[row + j] = rank;
   });
 }
 
