@@ -99,7 +99,7 @@ def test_more_than_a_part(threads: int) -> None:
 
 
 def test_skewed_masses(isa: str) -> None:
-    """One token that has nearly all, between thousands that have next to nothing: a part of the table with all of them."""
+    """One token that has nearly all, among thousands that share one entry of the table's guide."""
     x = torch.full((1, 9000), -12.0)
     x[0, 4500] = 15.0
     x[0, 100:4000] = -13.0 - torch.rand(3900)
@@ -172,7 +172,7 @@ LONG = {
     "draws": "fs.sample(x, seed=1, num_samples=600_000_000)",
     "draws of rows": "fs.sample(x.expand(9, -1), seed=1, num_samples=60_000_000)",
     "rows": f"fs.sample({BATCH}, seed=1, top_p=0.9)",
-    "a sampler": f"fs.Sampler(1_000_000, seed=1)({BATCH})",
+    "a sampler": f"fs.Sampler(batch_size=1_000_000, seed=1)({BATCH})",
     "probabilities": "fs.filter_logits(torch.randn(1, 100_000).expand(60_000, -1), top_p=0.9)",
 }
 

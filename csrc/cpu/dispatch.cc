@@ -173,10 +173,13 @@ class OwnScratch {
   std::unique_ptr<Scratch> own_;
 };
 
+int64_t ids_of_a_row(const Batch& batch) {
+  const Rows& rows = batch.rows;
+  return (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
+}
+
 Workspace workspace_for(const Batch& batch, Scratch& scratch) {
-  size_t edits = 0;
-  if (batch.rows.output.data) edits += (size_t)batch.rows.output.length;
-  if (batch.rows.prompt.data) edits += (size_t)batch.rows.prompt.length;
+  size_t edits = (size_t)ids_of_a_row(batch);
   if (const int64_t* ptr = batch.rows.bias.row_ptr) {
     int64_t most = 0;
     for (int64_t r = 0; r < batch.logits.rows; ++r) most = std::max(most, ptr[r + 1] - ptr[r]);
@@ -265,11 +268,13 @@ struct Work {
 // same ones, which its core may still hold; then what the others have left, so that expensive rows
 // do not wait for each other.
 void run_units(Work& work, int thread, Scratch& scratch) {
-  constexpr int64_t kBeforeAsking = 1 << 20;  // logits and draws: from some tens of microseconds on
+  constexpr int64_t kBeforeAsking = 1
+                                    << 20;  // logits, ids and draws: tens of microseconds at least
   const FloatEnvironment environment;
   const Units& units = work.units;
   const Batch& batch = units.batch;
   const int64_t count = units.count();
+  const int64_t length = batch.logits.vocab + ids_of_a_row(batch);
   Workspace workspace = workspace_for(batch, scratch);
   int64_t invalid = 0, done = 0;
   for (int i = 0; i < work.threads; ++i) {
@@ -284,7 +289,7 @@ void run_units(Work& work, int thread, Scratch& scratch) {
         batch.out.status[r] = status;
         invalid += status != kValid;
       }
-      done += batch.logits.vocab + (draws.end - draws.begin);
+      done += length + (draws.end - draws.begin);
       if (thread == 0 && work.stop && done >= kBeforeAsking) {
         done = 0;
         if (work.stop()) work.stopped = true;
