@@ -101,6 +101,13 @@ def test_a_full_graph_is_refused_by_name(name: str, seed: str) -> None:
         compiled(P)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_a_jit_trace_is_refused_by_name(name: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{name}: torch\.jit\.trace cannot record it"):
+        torch.jit.trace(lambda p: CALLS[name](p, seed=1), (P,), check_trace=False)
+
+
 def test_eager_calls_load_no_compiler() -> None:
     code = """
 import sys, torch

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch.compiler import is_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,6 +26,8 @@ def eager(function: F) -> F:
             from fastsample.integrations.flashinfer import opaque  # while a trace runs, the compiler is loaded anyway
 
             return opaque.FUNCTIONS[name](*args, **kwargs)
+        if torch.jit.is_tracing():  # which sees none of what an engine does
+            raise RuntimeError(f"{name}: torch.jit.trace cannot record it; torch.compile can, with a graph break")
         return function(*args, **kwargs)
 
     return cast(F, call)
