@@ -288,7 +288,9 @@ def raw_is_sound(raw: Tensor) -> Tensor:
 def ranks(x: Tensor, tokens: Tensor) -> Tensor:
     """1 + number of tokens strictly above the sampled one, int64 [B, num_samples]."""
     own = x.gather(1, tokens.clamp(min=0))
-    return torch.stack([(x > own[:, j : j + 1]).sum(-1) + 1 for j in range(tokens.shape[1])], dim=1)
+    # A NaN is above nothing; searchsorted wants it out of the way.
+    ascending = torch.where(x.isnan(), NEG_INF, x).sort(dim=-1).values
+    return x.shape[1] - torch.searchsorted(ascending, own, right=True) + 1
 
 
 def one_hot(ids: Tensor, like: Tensor) -> Tensor:

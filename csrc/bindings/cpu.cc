@@ -4,7 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <string.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__APPLE__)
+#include <pthread.h>
+#endif
 
+#include <chrono>
 #include <exception>
 #include <optional>
 #include <stdexcept>
@@ -86,11 +93,15 @@ SizedRows with_inputs(SizedRows rows, std::optional<Table> mask, std::optional<T
 class Saved {
  public:
   explicit Saved(const Outputs& out, int64_t rows) : out_(out), rows_(rows) {
-    bytes().clear();
-    each_buffer([&](char* at, size_t n) { bytes().insert(bytes().end(), at, at + n); });
+    bytes_.swap(spare());
+    bytes_.clear();
+    each_buffer([&](char* at, size_t n) { bytes_.insert(bytes_.end(), at, at + n); });
   }
+  ~Saved() { bytes_.swap(spare()); }
+  Saved(const Saved&) = delete;
+
   void put_back() const {
-    const char* from = bytes().data();
+    const char* from = bytes_.data();
     each_buffer([&](char* at, size_t n) {
       memcpy(at, from, n);
       from += n;
@@ -98,8 +109,9 @@ class Saved {
   }
 
  private:
-  static std::vector<char>& bytes() {
-    thread_local std::vector<char> bytes;  // keeps its memory from call to call
+  // Keeps its memory from call to call.
+  static std::vector<char>& spare() {
+    thread_local std::vector<char> bytes;
     return bytes;
   }
 
@@ -118,6 +130,48 @@ class Saved {
 
   const Outputs& out_;
   int64_t rows_;
+  std::vector<char> bytes_;
+};
+
+// The thread whose signals Python handles.
+bool is_main_thread() {
+#if defined(__linux__)
+  return syscall(SYS_gettid) == getpid();
+#elif defined(__APPLE__)
+  return pthread_main_np();
+#else
+  return false;
+#endif
+}
+
+// A call without the GIL. Not gil_scoped_release: where the interpreter is being finalised, taking
+// the lock back ends this thread by unwinding its stack, and to unwind a destructor would abort the
+// process.
+class Unlocked {
+ public:
+  void begin() { state_ = PyEval_SaveThread(); }
+  void end() { PyEval_RestoreThread(state_); }
+
+  // Lets Python's handlers of signals run where that is due; whether one of them has raised, which
+  // this thread's state then holds. The main thread alone asks: it is the one that finalises.
+  bool interrupted() {
+    constexpr std::chrono::milliseconds kBetween(100);
+    const auto now = std::chrono::steady_clock::now();
+    const bool first = next_ == std::chrono::steady_clock::time_point();  // the clock starts
+    if (!first && now < next_) return false;
+    next_ = now + kBetween;
+    if (first || !is_main_thread()) return false;
+    end();
+    raised_ = PyErr_CheckSignals() != 0;
+    begin();
+    return raised_;
+  }
+  bool raised() const { return raised_; }
+
+ private:
+  PyThreadState* state_ = nullptr;
+  std::chrono::steady_clock::time_point next_;
+  bool raised_ = false;
 };
 
 int64_t run(const SizedRows& rows, Address logits, int64_t stride, int64_t batch_size,
@@ -137,21 +191,21 @@ int64_t run(const SizedRows& rows, Address logits, int64_t stride, int64_t batch
               pointer<int64_t>(top_ids), pointer<float>(top_logprobs), num_samples, num_top,
               (LogprobsMode)mode},
   };
-  // Not gil_scoped_release: where the interpreter is being finalised, taking the lock back ends
-  // this thread by unwinding its stack, and to unwind a destructor would abort the process.
   int64_t invalid = 0;
   std::exception_ptr error;
   std::optional<Saved> saved;
   if (restore) saved.emplace(batch.out, batch_size);
-  PyThreadState* const unlocked = PyEval_SaveThread();
+  Unlocked unlocked;
+  unlocked.begin();
   try {
-    invalid = sample_batch(batch, threads);
+    invalid = sample_batch(batch, threads, [&] { return unlocked.interrupted(); });
   } catch (...) {
     error = std::current_exception();
   }
-  if (saved && (error || invalid)) saved->put_back();
-  PyEval_RestoreThread(unlocked);
+  if (saved && (error || invalid || unlocked.raised())) saved->put_back();
+  unlocked.end();
   if (error) std::rethrow_exception(error);
+  if (unlocked.raised()) throw py::error_already_set();
   return invalid;
 }
 

@@ -109,37 +109,84 @@ struct Buffer {
 struct Scratch {
   Buffer<float> block_max, values, spare, list_x;
   Buffer<uint64_t> group_mass;
-  Buffer<int32_t> edit_start, segment, list_id;
+  Buffer<int32_t> edit_start, segment, list_id, end_id, guide, end_rank;
   Buffer<Edit> edits;
+  Buffer<uint64_t> ends;
+  Buffer<float> end_logprob;
+  Buffer<uint32_t> keys[2];
+  Buffer<uint8_t> taken;
 
-  Workspace workspace(int32_t vocab, size_t num_edits) {
+  Workspace workspace(int32_t vocab, size_t num_edits, bool many_draws) {
     const size_t blocks = (size_t)(vocab + kBlock - 1) / kBlock;
     const size_t groups = (blocks + kGroup - 1) / kGroup;
     const size_t tokens = (size_t)vocab + kPad;
-    return Workspace{block_max.at_least(blocks + kPad),
-                     group_mass.at_least(groups),
-                     edit_start.at_least(blocks + 1),
-                     edits.at_least(num_edits),
-                     segment.at_least(groups + 1),
-                     values.at_least(tokens),
-                     spare.at_least(tokens),
-                     list_x.at_least(tokens),
-                     list_id.at_least(tokens),
-                     nullptr};
+    Workspace ws = {};
+    ws.block_max = block_max.at_least(blocks + kPad);
+    ws.group_mass = group_mass.at_least(groups);
+    ws.edit_start = edit_start.at_least(blocks + 1);
+    ws.edits = edits.at_least(num_edits);
+    ws.segment = segment.at_least(groups + 1);
+    ws.values = values.at_least(tokens);
+    ws.spare = spare.at_least(tokens);
+    ws.list_x = list_x.at_least(tokens);
+    ws.list_id = list_id.at_least(tokens);
+    if (!many_draws) return ws;
+    ws.ends = ends.at_least(tokens);
+    ws.end_id = end_id.at_least(tokens);
+    ws.guide = guide.at_least(guide_size((int64_t)tokens));
+    ws.end_rank = end_rank.at_least(tokens);
+    ws.end_logprob = end_logprob.at_least(tokens);
+    for (int i = 0; i < 2; ++i) ws.keys[i] = keys[i].at_least(tokens);
+    return ws;
   }
 };
 
-Workspace workspace_for(const Batch& batch) {
-  thread_local Scratch scratch;
-  size_t edits = 0;
-  if (batch.rows.output.data) edits += (size_t)batch.rows.output.length;
-  if (batch.rows.prompt.data) edits += (size_t)batch.rows.prompt.length;
+// A thread's scratch while it samples. A call within a call, as a signal's handler may make it,
+// gets one of its own.
+class OwnScratch {
+ public:
+  OwnScratch() : outermost_(!in_use()) {
+    if (outermost_) {
+      in_use() = true;
+    } else {
+      own_.reset(new Scratch);
+    }
+  }
+  ~OwnScratch() {
+    if (outermost_) in_use() = false;
+  }
+  OwnScratch(const OwnScratch&) = delete;
+
+  bool outermost() const { return outermost_; }
+  Scratch& get() {
+    thread_local Scratch kept;
+    return outermost_ ? kept : *own_;
+  }
+
+ private:
+  static bool& in_use() {
+    thread_local bool in_use = false;
+    return in_use;
+  }
+
+  const bool outermost_;
+  std::unique_ptr<Scratch> own_;
+};
+
+int64_t ids_of_a_row(const Batch& batch) {
+  const Rows& rows = batch.rows;
+  return (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
+}
+
+Workspace workspace_for(const Batch& batch, Scratch& scratch) {
+  size_t edits = (size_t)ids_of_a_row(batch);
   if (const int64_t* ptr = batch.rows.bias.row_ptr) {
     int64_t most = 0;
     for (int64_t r = 0; r < batch.logits.rows; ++r) most = std::max(most, ptr[r + 1] - ptr[r]);
     edits += (size_t)most;
   }
-  return scratch.workspace(batch.logits.vocab, edits);
+  const bool many_draws = batch.out.tokens && batch.out.num_samples >= kManyDraws;
+  return scratch.workspace(batch.logits.vocab, edits, many_draws);
 }
 
 // The contract's float environment (nearest-even, subnormals kept), whatever the caller's thread
@@ -174,25 +221,82 @@ bool claim(uint8_t* taken) {
          !__atomic_exchange_n(taken, (uint8_t)1, __ATOMIC_RELAXED);
 }
 
-// Samples rows until none is open. Each thread takes every `threads`-th row, in every batch the
+// What threads take one after the other: a row, or where it has many draws a part of them. A part
+// is sampled like a row of its own, as filters take little time beside that many draws.
+struct Units {
+  const Batch& batch;
+  int32_t parts;  // of each row
+
+  Units(const Batch& b, int threads) : batch(b), parts(1) {
+    // A part's draws take tens of milliseconds at most, and all but a few percent of its time.
+    constexpr int64_t kMost = 1 << 20, kLeast = 1 << 15;
+    const int64_t rows = b.logits.rows, draws = b.out.tokens ? b.out.num_samples : 0;
+    if (rows == 0 || draws <= kLeast) return;
+    const int64_t sharing = (threads + rows - 1) / rows;
+    const int64_t useful = draws / std::max<int64_t>(kLeast, b.logits.vocab);
+    parts = (int32_t)std::max({(draws + kMost - 1) / kMost, std::min(sharing, useful), (int64_t)1});
+  }
+  int64_t count() const { return batch.logits.rows * parts; }
+  int64_t row(int64_t unit) const { return unit / parts; }
+  Draws draws(int64_t unit) const {
+    const int64_t part = unit % parts, n = batch.out.num_samples;
+    return Draws{(int32_t)(n * part / parts), (int32_t)(n * (part + 1) / parts)};
+  }
+  // How many threads have enough to do: one that has less than this costs more to wake than it
+  // saves.
+  int useful_threads(int threads) const {
+    constexpr int64_t kLogitsPerThread = 1 << 16, kLogitsPerDraw = 64;
+    const int64_t draws = batch.out.num_samples >= kManyDraws ? batch.out.num_samples : 0;
+    const int64_t row_work = batch.logits.vocab + draws * kLogitsPerDraw;
+    const int64_t useful = batch.logits.rows * row_work / kLogitsPerThread + 1;
+    return (int)std::min({(int64_t)threads, count(), useful});
+  }
+};
+
+// One call's work, shared by its threads.
+struct Work {
+  const Units& units;
+  const Kernel& kernel;
+  int threads;
+  uint8_t* taken;  // [units]
+  const std::function<bool()>& stop;
+  std::atomic<bool> stopped{false};
+  std::atomic<int64_t> invalid{0};
+};
+
+// Samples units until none is open. Each thread takes every `threads`-th one, in every batch the
 // same ones, which its core may still hold; then what the others have left, so that expensive rows
 // do not wait for each other.
-int64_t run_rows(const Batch& batch, const Kernel& k, int threads, int thread, uint8_t* taken) {
+void run_units(Work& work, int thread, Scratch& scratch) {
+  constexpr int64_t kBeforeAsking = 1
+                                    << 20;  // logits, ids and draws: tens of microseconds at least
   const FloatEnvironment environment;
-  const int64_t rows = batch.logits.rows;
-  Workspace workspace = workspace_for(batch);
-  int64_t invalid = 0;
-  for (int i = 0; i < threads; ++i) {
-    for (int64_t r = (thread + i) % threads; r < rows; r += threads) {
-      if (!claim(taken + r)) continue;
-      const int64_t next = r + threads;
-      workspace.ahead = next < rows ? row_address(batch.logits, next) : nullptr;
-      const Status status = k.sample_row(batch, r, workspace);
-      batch.out.status[r] = status;
-      invalid += status != kValid;
+  const Units& units = work.units;
+  const Batch& batch = units.batch;
+  const int64_t count = units.count();
+  const int64_t length = batch.logits.vocab + ids_of_a_row(batch);
+  Workspace workspace = workspace_for(batch, scratch);
+  int64_t invalid = 0, done = 0;
+  for (int i = 0; i < work.threads; ++i) {
+    for (int64_t u = (thread + i) % work.threads; u < count; u += work.threads) {
+      if (work.stopped.load(std::memory_order_relaxed)) return;
+      if (!claim(work.taken + u)) continue;
+      const int64_t next = u + work.threads, r = units.row(u);
+      const Draws draws = units.draws(u);
+      workspace.ahead = next < count ? row_address(batch.logits, units.row(next)) : nullptr;
+      const Status status = work.kernel.sample_row(batch, r, draws, workspace);
+      if (draws.begin == 0) {
+        batch.out.status[r] = status;
+        invalid += status != kValid;
+      }
+      done += length + (draws.end - draws.begin);
+      if (thread == 0 && work.stop && done >= kBeforeAsking) {
+        done = 0;
+        if (work.stop()) work.stopped = true;
+      }
     }
   }
-  return invalid;
+  work.invalid += invalid;
 }
 
 }  // namespace
@@ -217,18 +321,19 @@ void force_isa(const std::string& name) {
   chosen.store(&find_kernel(name, "isa"), std::memory_order_release);
 }
 
-int64_t sample_batch(const Batch& batch, int threads) {
-  const Kernel& k = kernel();
-  std::atomic<int64_t> invalid{0};
-  thread_local Buffer<uint8_t> buffer;
-  uint8_t* taken = buffer.at_least((size_t)batch.logits.rows);
-  std::fill_n(taken, batch.logits.rows, (uint8_t)0);
-  // A thread that has less than this to read costs more to wake than it saves.
-  constexpr int64_t kLogitsPerThread = 1 << 16;
-  const int64_t useful = batch.logits.rows * batch.logits.vocab / kLogitsPerThread + 1;
-  const int used = (int)std::min({(int64_t)threads, batch.logits.rows, useful});
-  run_on_threads(used, [&](int thread) { invalid += run_rows(batch, k, used, thread, taken); });
-  return invalid;
+int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()>& stop) {
+  OwnScratch own;
+  if (!own.outermost()) threads = 1;  // the pool is this thread's already
+  const Units units(batch, threads);
+  uint8_t* taken = own.get().taken.at_least((size_t)units.count());
+  std::fill_n(taken, units.count(), (uint8_t)0);
+  Work work = {units, kernel(), units.useful_threads(threads), taken, stop};
+  run_on_threads(work.threads, [&](int thread) {
+    if (thread == 0) return run_units(work, 0, own.get());
+    OwnScratch helpers;
+    run_units(work, thread, helpers.get());
+  });
+  return work.invalid;
 }
 
 }  // namespace fastsample

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,8 @@ std::vector<std::string> isas();
 void force_isa(const std::string& name);
 
 // Samples every row, spread over at most `threads` threads; returns the number of invalid rows.
-int64_t sample_batch(const Batch& batch, int threads);
+// Now and then, never twice within some tens of microseconds, this thread asks `stop` whether to go
+// on: where it says no, nothing more is begun, and what is not yet written stays as it is.
+int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()>& stop = {});
 
 }  // namespace fastsample

@@ -20,6 +20,23 @@ struct Edit {
   float x;  // until then the bias
 };
 
+// Some of a row's draws, as other threads may have the others. Who has the first has all the rest
+// of the row's outputs too.
+struct Draws {
+  int32_t begin, end;
+};
+
+// From so many on, draws may be looked up in a table of the kept tokens.
+constexpr int32_t kManyDraws = 8;
+
+// Parts of the uniform numbers, at least as many as tokens, and two more.
+inline constexpr int guide_bits(int64_t tokens) {
+  int bits = 0;
+  while ((int64_t)1 << bits < tokens) ++bits;
+  return bits;
+}
+inline constexpr size_t guide_size(int64_t tokens) { return ((size_t)1 << guide_bits(tokens)) + 2; }
+
 // Scratch of one thread, owned by dispatch.cc; kernels never allocate.
 struct Workspace {
   float* block_max;      // [blocks + kPad]
@@ -31,7 +48,14 @@ struct Workspace {
   float* spare;          // [V + kPad]
   float* list_x;         // [V + kPad]
   int32_t* list_id;      // [V + kPad]
-  const void* ahead;     // the row that this thread probably takes next, or null
+  // Where there are many draws, else null: a table of kept tokens, and what is known of each.
+  uint64_t* ends;      // [V + kPad] the running mass, the token's included
+  int32_t* end_id;     // [V + kPad]
+  int32_t* guide;      // [guide_size(V)]
+  int32_t* end_rank;   // [V + kPad]
+  float* end_logprob;  // [V + kPad]
+  uint32_t* keys[2];   // [V + kPad] each
+  const void* ahead;   // the row that this thread probably takes next, or null
 };
 
 // One per ISA: the only global symbol of its translation unit.
@@ -39,7 +63,7 @@ struct Kernel {
   const char* isa;
   int vector_bytes;
   // Every stage for one row; writes the row's outputs and returns its status.
-  Status (*sample_row)(const Batch& batch, int64_t row, const Workspace& workspace);
+  Status (*sample_row)(const Batch& batch, int64_t row, Draws draws, const Workspace& workspace);
 };
 
 }  // namespace fastsample

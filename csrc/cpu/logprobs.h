@@ -1,29 +1,11 @@
-// Log-probabilities, ranks and top-n of the sampled tokens, from integer masses in float64.
+// Log-probabilities and top-n of the sampled tokens, from integer masses in float64.
 #pragma once
 
+#include "cpu/ranks.h"
 #include "cpu/top_k.h"
 
 namespace fastsample {
 namespace {
-
-struct Drawn {
-  int32_t id;
-  float x;
-  uint64_t mass;
-};
-
-// 1 + number of tokens strictly above x.
-template <class T>
-int64_t rank_of(const Dense<T>& d, float x) {
-  float buffer[kBlock];
-  int64_t above = 0;
-  for (int b = 0; b < blocks(d); ++b) {
-    if (!(upper_bound(d, b) > x)) continue;
-    above += (int64_t)weigh_block(Counting{}, values(d, b, buffer),
-                                  [&](vf v, int) { return gt(v, splat(x)); });
-  }
-  return 1 + above;
-}
 
 FS_INLINE float log_ratio(uint64_t mass, uint64_t total) {
   return (float)log((double)mass / (double)total);
@@ -115,8 +97,8 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
 
 // log-softmax of the row as given; `processed` lends its block maxima where nothing was changed.
 template <class T>
-void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& processed,
-               Peak peak) {
+void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
+               const Dense<T>& processed, Peak peak) {
   const Outputs& out = batch.out;
   const Row<T> row = raw_row<T>(batch, r);
   const float scale = mass_scale(1.0f);
@@ -135,15 +117,22 @@ void write_raw(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T
   const auto logprob = [&](float x) {
     return (float)(((double)x - (double)peak.max) - normaliser);
   };
-  float buffer[kBlock];
-  for (int j = 0; j < out.num_samples; ++j) {
+  const int32_t wanted = out.ranks ? draws.end - draws.begin : 0;
+  const Ranking<T> ranking = rank_tokens(raw, wanted < row.vocab ? wanted : row.vocab, ws);
+  // The lists are free by now: one holds the ranks that are known.
+  if (ranking.sorted) memset(ws.list_id, 0, (size_t)row.vocab * sizeof *ws.list_id);
+  for (int32_t j = draws.begin; j < draws.end; ++j) {
     const int64_t slot = r * out.num_samples + j;
     const int32_t token = (int32_t)out.tokens[slot];
-    const float x = block(raw.row, token / kBlock, buffer)[token % kBlock];
+    const float x = allowed_logit(row, token);
     if (out.logprobs) out.logprobs[slot] = logprob(x);
-    if (out.ranks) out.ranks[slot] = rank_of(raw, x);
+    if (!out.ranks) continue;
+    int32_t once = 0;
+    int32_t& rank = ranking.sorted ? ws.list_id[token] : once;
+    if (!rank) rank = ranking.of(x);
+    out.ranks[slot] = rank;
   }
-  if (!out.num_top) return;
+  if (!out.num_top || draws.begin) return;
   if (!sound) return write_no_top(out, r);
   const List top = top_k(raw, out.num_top, kTiesFirst, ws).list;
   write_top(out, r, ws, top.n, logprob);

@@ -1,6 +1,6 @@
 // The pipeline for one row, from logits to token. Compiled once per ISA; exports nothing but that
 // ISA's Kernel.
-#include "core/philox.h"
+#include "cpu/draw.h"
 #include "cpu/logprobs.h"
 #include "cpu/mass.h"
 #include "cpu/min_p.h"
@@ -19,70 +19,25 @@ template <class T>
 struct Task {
   const Batch& batch;
   int64_t r;
+  Draws draws;
   const Workspace& ws;
   Dense<T> dense;   // the processed row
   Weigher weigher;  // with min-p's floor
   float divisor;    // temperature, 1 for greedy rows
 };
 
-void write_invalid(const Outputs& out, int64_t r, int32_t vocab) {
-  for (int j = 0; j < out.num_samples; ++j) {
+void write_invalid(const Outputs& out, int64_t r, Draws draws, int32_t vocab) {
+  for (int32_t j = draws.begin; j < draws.end; ++j) {
     const int64_t at = r * out.num_samples + j;
     if (out.tokens) out.tokens[at] = -1;
     if (out.logprobs) out.logprobs[at] = NAN;
     if (out.ranks) out.ranks[at] = 0;
   }
+  if (draws.begin) return;
   write_no_top(out, r);
   for (int i = 0; i < vocab; ++i) {
     if (out.filtered) out.filtered[r * vocab + i] = -INFINITY;
     if (out.probabilities) out.probabilities[r * vocab + i] = 0.0f;
-  }
-}
-
-// Stage 8, inside a block: the first kept token whose running mass exceeds r.
-template <class Domain>
-Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, uint64_t r) {
-  float buffer[kBlock];
-  const float* x = values(d, b, buffer);
-  for (int i = 0; i < kBlock; i += kLanes) {
-    const vi id = ids(d, b, i);
-    const auto [hi, lo] = weigh(weigher, load(x + i), keeps(cut, load(x + i), id));
-    const uint64_t here = (reduce_add(hi) << kHalfBits) + reduce_add(lo);
-    if (here <= r) {
-      r -= here;
-      continue;
-    }
-    for (int lane = 0;; ++lane) {
-      const uint64_t w = ((uint64_t)hi[lane] << kHalfBits) + lo[lane];
-      if (r < w) return Drawn{id[lane], x[i + lane], w};
-      r -= w;
-    }
-  }
-  __builtin_unreachable();  // r is below the block's mass
-}
-
-// Stage 8: `running` holds running sums, group by group.
-template <class Domain>
-Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* running,
-           uint64_t r) {
-  int low = 0, high = groups(d) - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (running[middle] > r) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  if (low) r -= running[low - 1];
-  const Weighing weight = {weigher, 1.0f};
-  const float lowest = weight.lowest();
-  for (int b = low * kGroup;; ++b) {
-    MassSum sum;
-    add_block(d, b, cut, weight, lowest, sum);
-    const uint64_t here = total(sum);
-    if (r < here) return draw_in_block(d, cut, weigher, b, r);
-    r -= here;
   }
 }
 
@@ -134,27 +89,69 @@ void write_probabilities(const Task<T>& t, Cutoff cut, uint64_t total) {
   }
 }
 
+// The row's draws, one by one; `running` holds running sums, group by group.
+template <class T, class Domain>
+void draw_few(const Task<T>& t, const Domain& d, Cutoff cut, const uint64_t* running,
+              uint64_t total) {
+  const Outputs& out = t.batch.out;
+  const auto [seed, offset] = stream_of(t.batch, t.r);
+  for (int32_t j = t.draws.begin; j < t.draws.end; ++j) {
+    const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, total);
+    const Drawn token = draw(d, cut, t.weigher, running, threshold);
+    const int64_t slot = t.r * out.num_samples + j;
+    out.tokens[slot] = token.id;
+    if (out.mode != kProcessedLogprobs) continue;
+    if (out.logprobs) out.logprobs[slot] = log_ratio(token.mass, total);
+    if (out.ranks) out.ranks[slot] = rank_of(t.dense, token.x);
+  }
+}
+
+// The same by a table of the kept tokens. What is known of a token is known of all its draws.
+template <class T, class Domain>
+void draw_many(const Task<T>& t, const Domain& d, Cutoff cut, uint64_t total) {
+  const Outputs& out = t.batch.out;
+  const Stream stream = stream_of(t.batch, t.r);
+  const int32_t draws = t.draws.end - t.draws.begin;
+  const Table table = make_table(d, cut, t.weigher, total, draws, t.ws);
+  const int64_t row = t.r * out.num_samples;
+  if (out.mode != kProcessedLogprobs) {
+    each_draw(table, stream, t.draws,
+              [&](int32_t j, int32_t i) { out.tokens[row + j] = table.ids[i]; });
+    return;
+  }
+  const int32_t drawn = draws < table.n ? draws : table.n;
+  const Ranking<T> ranking = rank_tokens(t.dense, out.ranks ? drawn : 0, t.ws);
+  memset(t.ws.end_rank, 0, (size_t)table.n * sizeof *t.ws.end_rank);
+  each_draw(table, stream, t.draws, [&](int32_t j, int32_t i) {
+    int32_t& rank = t.ws.end_rank[i];
+    if (!rank) {  // not yet drawn
+      rank = out.ranks ? ranking.of(logit_of(t.dense, table.ids[i])) : 1;
+      t.ws.end_logprob[i] = log_ratio(table.mass(i), total);
+    }
+    out.tokens[row + j] = table.ids[i];
+    if (out.logprobs) out.logprobs[row + j] = t.ws.end_logprob[i];
+    if (out.ranks) out.ranks[row + j] = rank;
+  });
+}
+
 // Outputs from the kept set: what a cutoff and min-p's floor leave of a domain.
 template <class T, class Domain>
 void finish(const Task<T>& t, const Domain& d, const Found& kept) {
   const Outputs& out = t.batch.out;
-  if (out.filtered) write_filtered(t, kept.cut);
+  const bool first = t.draws.begin == 0;
+  if (out.filtered && first) write_filtered(t, kept.cut);
   if (!out.tokens && !out.probabilities) return;
   uint64_t* running = t.ws.group_mass;
   const uint64_t total = kept.total ? kept.total : weigh_groups(d, kept.cut, t.weigher, t.ws);
-  if (out.probabilities) write_probabilities(t, kept.cut, total);
+  if (out.probabilities && first) write_probabilities(t, kept.cut, total);
   if (!out.tokens) return;
-  for (int g = 1; g < groups(d); ++g) running[g] += running[g - 1];
-  const uint64_t seed = (uint64_t)at(t.batch.rows.seeds, t.r);
-  const uint64_t offset = (uint64_t)at(t.batch.rows.offsets, t.r);
-  for (int j = 0; j < out.num_samples; ++j) {
-    const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, total);
-    const Drawn token = draw(d, kept.cut, t.weigher, running, threshold);
-    const int64_t slot = t.r * out.num_samples + j;
-    out.tokens[slot] = token.id;
-    if (out.mode == kProcessedLogprobs) write_processed(out, slot, t.dense, token, total);
+  if (pays_table(out, t.ws, blocks(d) * kBlock)) {
+    draw_many(t, d, kept.cut, total);
+  } else {
+    for (int g = 1; g < groups(d); ++g) running[g] += running[g - 1];
+    draw_few(t, d, kept.cut, running, total);
   }
-  if (out.mode == kProcessedLogprobs && out.num_top) {
+  if (out.mode == kProcessedLogprobs && out.num_top && first) {
     write_processed_top(t.batch, t.r, t.ws, t.dense, d, kept.cut, t.weigher, total);
   }
 }
@@ -215,7 +212,7 @@ void sample_random(const Task<T>& t, const RowParams& p) {
 }
 
 template <class T>
-Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
+Status sample_row_of(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
   const RowParams& p = at(batch.rows.params, r);
   Row<T> row = masked_row<T>(batch, r);
   const int changes = has_changes(batch.rows) ? sort_changes(batch, r, p, row, ws) : 0;
@@ -231,12 +228,12 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   if (changes) apply_changes(p, changes, ws, &row, &peak);
   const Status status = status_of(peak);
   if (status != kValid) {
-    write_invalid(batch.out, r, row.vocab);
+    write_invalid(batch.out, r, draws, row.vocab);
     return status;
   }
   const Weigher weigher = {peak.max, scale, floor};
   const Dense<T> dense = {row, ws.block_max, is_near(weigher, peak.low)};
-  const Task<T> task = {batch, r, ws, dense, weigher, temperature};
+  const Task<T> task = {batch, r, draws, ws, dense, weigher, temperature};
   if (is_greedy(p)) {
     sample_greedy(task);
   } else if (min_p) {
@@ -244,18 +241,18 @@ Status sample_row_of(const Batch& batch, int64_t r, const Workspace& ws) {
   } else {
     sample_random(task, p);
   }
-  if (batch.out.mode == kRawLogprobs) write_raw(batch, r, ws, task.dense, peak);
+  if (batch.out.mode == kRawLogprobs) write_raw(batch, r, draws, ws, task.dense, peak);
   return kValid;
 }
 
-Status sample_row(const Batch& batch, int64_t r, const Workspace& ws) {
+Status sample_row(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
   switch (batch.logits.dtype) {
     case kFloat16:
-      return sample_row_of<Half>(batch, r, ws);
+      return sample_row_of<Half>(batch, r, draws, ws);
     case kBFloat16:
-      return sample_row_of<BFloat>(batch, r, ws);
+      return sample_row_of<BFloat>(batch, r, draws, ws);
     default:
-      return sample_row_of<float>(batch, r, ws);
+      return sample_row_of<float>(batch, r, draws, ws);
   }
 }
 

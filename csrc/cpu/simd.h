@@ -30,7 +30,10 @@ typedef float vf __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
 
+typedef uint64_t vq __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
+
 constexpr int kLanes = FASTSAMPLE_VECTOR_BYTES / 4;
+constexpr int kWideLanes = FASTSAMPLE_VECTOR_BYTES / 8;
 constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 // Loads and stores need no alignment.
@@ -46,9 +49,11 @@ FS_INLINE vi load(const int32_t* p) { return load_as<vi>(p); }
 FS_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 FS_INLINE void store(int32_t* p, vi v) { memcpy(p, &v, sizeof v); }
 FS_INLINE void store(uint32_t* p, vu v) { memcpy(p, &v, sizeof v); }
+FS_INLINE void store(uint64_t* p, vq v) { memcpy(p, &v, sizeof v); }
 
 FS_INLINE vf splat(float x) { return x - vf{}; }
 FS_INLINE vi splat(int32_t x) { return x - vi{}; }
+FS_INLINE vq splat(uint64_t x) { return x - vq{}; }
 
 // {0, 1, 2, ...}
 FS_INLINE vi iota() {
@@ -219,6 +224,21 @@ FS_INLINE float* append_at_least(float* to, const vf (&v)[4], vf least) {
     append(max(v[2], v[3]));
   }
   return to;
+}
+
+// Products of the lower halves of each lane; there is no word for them among the vector extensions.
+FS_INLINE vq multiply_low(vq a, vq b) {
+#if defined(FASTSAMPLE_ISA_avx512)
+  return (vq)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(FASTSAMPLE_ISA_avx2)
+  return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (vq)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (vq)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#else
+  return (a & splat((uint64_t)UINT32_MAX)) * (b & splat((uint64_t)UINT32_MAX));
+#endif
 }
 
 FS_INLINE float reduce_max(vf v) {

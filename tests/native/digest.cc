@@ -80,9 +80,10 @@ void digest_row(uint64_t& counter, DType dtype, int32_t vocab, Digest& digest) {
   for (int32_t& word : mask) word = (int32_t)(random64(counter) | random64(counter));
   std::vector<int64_t> ids(60);
   for (int64_t& id : ids) id = (int64_t)(random64(counter) % (uint64_t)(vocab + 3)) - 1;
+  const int32_t draws = random64(counter) % 4 ? 2 : 300;
   std::vector<int32_t> status(1);
-  std::vector<int64_t> tokens(2), ranks(2), top_ids(3);
-  std::vector<float> filtered(vocab), probabilities(vocab), logprobs(2), top_logprobs(3);
+  std::vector<int64_t> tokens(draws), ranks(draws), top_ids(3);
+  std::vector<float> filtered(vocab), probabilities(vocab), logprobs(draws), top_logprobs(3);
   const Batch batch = {
       Logits{dtype == kFloat32 ? (const void*)x.data() : narrow.data(), vocab, 1, vocab, dtype},
       Rows{{&params, 0},
@@ -93,7 +94,7 @@ void digest_row(uint64_t& counter, DType dtype, int32_t vocab, Digest& digest) {
            {ids.data(), 0, 20},
            {ids.data() + 20, 0, 40}},
       Outputs{status.data(), tokens.data(), filtered.data(), probabilities.data(), logprobs.data(),
-              ranks.data(), top_ids.data(), top_logprobs.data(), 2, 3, kProcessedLogprobs},
+              ranks.data(), top_ids.data(), top_logprobs.data(), draws, 3, kProcessedLogprobs},
   };
   sample_batch(batch, 1);
   digest.add(status);

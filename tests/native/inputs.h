@@ -208,7 +208,8 @@ inline Input::Input(Bytes in) {
   wants_tokens = wants & 12 || !(wants & 3);
   wants_ranks = wants & 16;
   mode = wants_tokens ? (LogprobsMode)in.below(3) : kNoLogprobs;
-  num_samples = 1 + (int32_t)in.below(3);
+  const uint8_t draws = in.byte();  // few, or enough for a table of the kept tokens
+  num_samples = draws < 224 ? 1 + draws % 3 : 8 + (draws - 224) * 20;
   const uint8_t top = in.byte();
   num_top = mode == kNoLogprobs ? 0 : top < 250 ? std::min<int32_t>(top % 9, vocab) : vocab;
   take_params(in);

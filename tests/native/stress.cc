@@ -41,14 +41,16 @@ size_t replay(const std::filesystem::path& path) {
   return 1;
 }
 
-// Rows enough for several threads of the pool.
+// Rows, or draws of a few rows, enough for several threads of the pool.
 struct Load {
-  static constexpr int kRows = 48, kVocab = 8192;
+  static constexpr int kVocab = 8192;
+  int rows, draws;
   std::vector<float> logits;
   std::vector<int64_t> seeds;
   RowParams params = {0.9f, 0, 0.95f, 0, 1, 0, 0, 0, 0};
 
-  explicit Load(uint32_t seed) : logits(kRows * kVocab), seeds(kRows) {
+  Load(uint32_t seed, int rows, int draws)
+      : rows(rows), draws(draws), logits(rows * kVocab), seeds(rows) {
     fuzz::Noise noise{seed};
     for (float& x : logits) x = 4 * noise.normal();
     for (int64_t& s : seeds) s = (int64_t)noise.next();
@@ -56,28 +58,29 @@ struct Load {
 
   std::vector<int64_t> sample(int threads) const {
     static const int64_t kOffset = 0;
-    std::vector<int64_t> tokens(kRows);
-    std::vector<int32_t> status(kRows);
+    std::vector<int64_t> tokens((size_t)rows * draws);
+    std::vector<int32_t> status(rows);
     Batch batch = {};
-    batch.logits = Logits{logits.data(), kVocab, kRows, kVocab, kFloat32};
+    batch.logits = Logits{logits.data(), kVocab, rows, kVocab, kFloat32};
     batch.rows.params = {&params, 0};
     batch.rows.seeds = {seeds.data(), 1};
     batch.rows.offsets = {&kOffset, 0};
     batch.out.status = status.data();
     batch.out.tokens = tokens.data();
-    batch.out.num_samples = 1;
+    batch.out.num_samples = draws;
     sample_batch(batch, threads);
     return tokens;
   }
 };
 
 void share_the_pool(uint32_t seed) {
-  const Load load(seed);
-  const std::vector<int64_t> want = load.sample(1);
-  for (int round = 0; round < 12; ++round) {
-    if (load.sample(1 + (int)(seed + (uint32_t)round) % 7) == want) continue;
-    fprintf(stderr, "the pool changes tokens\n");
-    abort();
+  for (const Load& load : {Load(seed, 48, 1), Load(seed, 2, 100000)}) {
+    const std::vector<int64_t> want = load.sample(1);
+    for (int round = 0; round < 12; ++round) {
+      if (load.sample(1 + (int)(seed + (uint32_t)round) % 7) == want) continue;
+      fprintf(stderr, "the pool changes tokens\n");
+      abort();
+    }
   }
 }
 

@@ -36,9 +36,11 @@ What is exact
     Logits: the sampling contract of fastsample; tokens are the same on every engine and device.
     Probabilities: top-k and min-p compare the values themselves, sums are of integers, and no logarithm is taken. Top-p
         keeps the shortest prefix within 2^-23 of p, relatively, which is what float32 probabilities are good for:
-        [0.5, 0.3, 0.15, 0.05] at 0.8 keeps two. A probability below 2^-40 of the largest is never drawn.
+        [0.5, 0.3, 0.15, 0.05] at 0.8 keeps two. A probability below 2^-40 of the largest is never drawn. Rows of
+        subnormal probabilities are as exact as others, also where torch flushes such numbers to 0.
 
-Not for use inside torch.compile(fullgraph=True): sample from logits with `fastsample.sample` there.
+torch.compile: each call is a graph break and runs whole, as it does without. With fullgraph=True, which allows none,
+    it is an error that names the function: sample from logits with `fastsample.sample` there.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ import torch
 from fastsample import reference as spec
 from fastsample.integrations.flashinfer.arguments import limits, raise_where, table, temperatures
 from fastsample.integrations.flashinfer.chain import chain_speculative_sampling
+from fastsample.integrations.flashinfer.eager import eager
 from fastsample.integrations.flashinfer.pipeline import any_bad, keep_top_k, renormalise, sample_logits, sample_probs
 from fastsample.params import GREEDY_BELOW
 
@@ -74,6 +77,7 @@ __all__ = [
 # Sampling from logits ------------------------------------------------------------------------------------------------
 
 
+@eager
 def sampling_from_logits(
     logits: Tensor,
     indices: Tensor | None = None,
@@ -87,6 +91,7 @@ def sampling_from_logits(
     return sample_logits(logits, {}, "top_k_first", indices, generator, check_nan, seed, offset)
 
 
+@eager
 def top_k_top_p_sampling_from_logits(
     logits: Tensor,
     top_k: Tensor | int,
@@ -108,6 +113,7 @@ def top_k_top_p_sampling_from_logits(
     return sample_logits(logits, given, filter_apply_order, indices, generator, check_nan, seed, offset)
 
 
+@eager
 def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
     """The k highest logits of each row as they are, -inf elsewhere; equal ones by lower id.
 
@@ -123,6 +129,7 @@ def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
     return torch.where(kept, logits.detach(), spec.NEG_INF)
 
 
+@eager
 def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pdl: bool | None = None) -> Tensor:
     """softmax(logits / temperature), float32 [B, V], by torch.softmax.
 
@@ -145,6 +152,7 @@ def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pd
 # Sampling from probabilities -----------------------------------------------------------------------------------------
 
 
+@eager
 def sampling_from_probs(
     probs: Tensor,
     indices: Tensor | None = None,
@@ -159,6 +167,7 @@ def sampling_from_probs(
     return sample_probs(probs, {}, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
+@eager
 def top_p_sampling_from_probs(
     probs: Tensor,
     top_p: Tensor | float,
@@ -178,6 +187,7 @@ def top_p_sampling_from_probs(
     return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
+@eager
 def top_k_sampling_from_probs(
     probs: Tensor,
     top_k: Tensor | int,
@@ -197,6 +207,7 @@ def top_k_sampling_from_probs(
     return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
+@eager
 def min_p_sampling_from_probs(
     probs: Tensor,
     min_p: Tensor | float,
@@ -216,6 +227,7 @@ def min_p_sampling_from_probs(
     return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
+@eager
 def top_k_top_p_sampling_from_probs(
     probs: Tensor,
     top_k: Tensor | int,
@@ -238,6 +250,7 @@ def top_k_top_p_sampling_from_probs(
     return sample_probs(probs, given, filter_apply_order, indices, generator, check_nan, seed, offset, return_valid)
 
 
+@eager
 def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:
     """What top_p_sampling_from_probs draws from, float32 [B, V]: kept probabilities over their sum, 0 elsewhere.
 
@@ -246,6 +259,7 @@ def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: b
     return renormalise(probs, {"top_p": top_p})
 
 
+@eager
 def top_k_renorm_probs(probs: Tensor, top_k: Tensor | int, is_deterministic: bool = False) -> Tensor:
     """What top_k_sampling_from_probs draws from, [B, V] in the dtype of probs: kept ones over their sum, 0 elsewhere.
 

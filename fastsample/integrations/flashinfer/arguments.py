@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastsample.api import pack_params
+from fastsample.integrations.flashinfer.masses import bits_of, exactly, is_negative, rounded
 from fastsample.params import specs
 from fastsample.request import check_logits
 from fastsample.rows import pack_offsets, pack_seeds
@@ -27,7 +28,7 @@ def table(name: str, values: Any) -> Tensor:
         if values.ndim != 2:
             raise ValueError(f"{name}: expected shape [B, V], got {tuple(values.shape)}")
         values = values.detach()
-        values = values.float() if values.dtype == torch.float64 else values
+        values = rounded(values) if values.dtype == torch.float64 else values
         values = values if values.shape[1] == 0 or values.stride(1) == 1 else values.contiguous()
     try:
         return check_logits(values)
@@ -233,8 +234,8 @@ def raise_where(bad: Tensor, name: str, values: Tensor, row_of: Tensor | None = 
         reason = "a +inf"
     elif name == "logits":
         reason = "nothing above -inf"
-    elif bool((x < 0).any()):
-        reason = f"a negative value, {float(x.amin()):g}"
+    elif bool(is_negative(bits_of(x)).any()):
+        reason = f"a negative value, {float(exactly(x).amin()):g}"
     else:
         reason = "nothing above 0"
     where = ", ".join(f"{label} {i}" for label, i in zip(("row", "position"), at, strict=False))

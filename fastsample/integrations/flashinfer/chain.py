@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from fastsample.integrations.flashinfer.arguments import pack_seed_offset, raise_where, table
-from fastsample.integrations.flashinfer.pipeline import draw, scale, uniform60
+from fastsample.integrations.flashinfer.eager import eager
+from fastsample.integrations.flashinfer.masses import bits_of, exactly, excess, peaks, scale
+from fastsample.integrations.flashinfer.pipeline import draw, uniform60
 
 Tensor = torch.Tensor
 
 
+@eager
 def chain_speculative_sampling(
     draft_probs: Tensor,
     draft_token_ids: Tensor,
@@ -70,7 +73,7 @@ def _passes(draft: Tensor, target: Tensor, ids: Tensor, seeds: Tensor, offsets: 
     """Whether each draft passes its own test, bool [B, n]."""
     count, vocab = draft.shape[1:]
     at = ids.clamp(0, vocab - 1)[:, :, None]
-    p, q = draft.gather(2, at)[:, :, 0].double(), target[:, :count].gather(2, at)[:, :, 0].double()
+    p, q = (exactly(x.gather(2, at)[:, :, 0]) for x in (draft, target[:, :count]))
     steps = torch.arange(1, count + 1, device=draft.device)
     # 53 of the 60 bits are exact in a float64; one product and one comparison are then the same on every device.
     u = (uniform60(seeds[:, None], offsets[:, None], steps) >> 7).double() * 2.0**-53
@@ -85,7 +88,7 @@ def _wanted(draft: Tensor, target: Tensor, prefix: Tensor) -> Tensor:
     if count == 0:
         return wanted
     proposed = draft[rows, prefix.clamp(max=count - 1)].float()
-    rest = (wanted - torch.where((prefix < count)[:, None], proposed, 0)).clamp(min=0)
+    rest = excess(wanted, torch.where((prefix < count)[:, None], proposed, 0))
     # Nothing is left where draft and target differ by rounding alone: the target is then what to draw from.
     some = (rest > 0).any(-1, keepdim=True) | rest.isnan().any(-1, keepdim=True)
     return torch.where(some, rest, wanted)
@@ -122,7 +125,7 @@ def _table(name: str, probs: Any, batch: int, count: int) -> Tensor:
         raise ValueError(f"{name}: expected shape [{batch}, {count}, V], got {tuple(probs.shape)}")
     checked = table(name, probs.reshape(batch * count, probs.shape[2])).view(probs.shape)
     if checked.device.type == "cpu" and checked.numel():
-        raise_where(~((checked.amin(-1) >= 0) & (checked.amax(-1) < float("inf"))), name, checked)
+        raise_where(~peaks(bits_of(checked))[1], name, checked)
     return checked
 
 

@@ -24,6 +24,7 @@ from fastsample.integrations.flashinfer.arguments import (
     raise_where,
     table,
 )
+from fastsample.integrations.flashinfer.masses import scale
 from fastsample.rows import Rows
 
 Tensor = torch.Tensor
@@ -152,22 +153,6 @@ def _logit_masses(filtered: Tensor) -> tuple[Tensor, Tensor]:
 # Probabilities -------------------------------------------------------------------------------------------------------
 #
 # Masks multiply: on a CPU torch.where takes several times as long.
-
-
-def scale(p: Tensor) -> tuple[Tensor, Tensor]:
-    """p 2^s, float32 [B, V], whose integer part is the mass of a token; and which rows are valid, bool [B].
-
-    s differs from row to row: the largest p has a mass in [2^39, 2^40), so that sums fit the contract's 60 bits. The
-    scaling is exact, and so is the mass of every p down to 2^-16 of the largest; below 2^-40 of it, the mass is 0.
-    """
-    p = p.float()
-    low, high = p.amin(-1), p.amax(-1)  # NaN where there is one
-    valid = (low >= 0) & (high > 0) & (high < INF)
-    if p.device.type != "cpu" or not bool(valid.all()):
-        p = torch.where(valid[:, None], p, 0)
-    exponent = torch.where(valid, high, 1).frexp().exponent
-    factor = ((40 - exponent).clamp(max=127) + 127 << 23).view(torch.float32)
-    return p * factor[:, None], valid
 
 
 def _keep(p: Tensor, given: tuple[Limit, ...], order: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,238 @@
+// Stage 8: the first kept token, in id order, whose running mass exceeds the draw's threshold. For
+// a few draws it is searched for among the groups' masses; for many in a table of all kept tokens.
+#pragma once
+
+#include "core/philox.h"
+#include "cpu/domain.h"
+
+namespace fastsample {
+namespace {
+
+struct Drawn {
+  int32_t id;
+  float x;
+  uint64_t mass;
+};
+
+// The random numbers of a row.
+struct Stream {
+  uint64_t seed, offset;
+};
+
+FS_INLINE Stream stream_of(const Batch& batch, int64_t r) {
+  return Stream{(uint64_t)at(batch.rows.seeds, r), (uint64_t)at(batch.rows.offsets, r)};
+}
+
+// Inside a block: the first kept token whose running mass exceeds r.
+template <class Domain>
+Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, uint64_t r) {
+  float buffer[kBlock];
+  const float* x = values(d, b, buffer);
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const vi id = ids(d, b, i);
+    const auto [hi, lo] = weigh(weigher, load(x + i), keeps(cut, load(x + i), id));
+    const uint64_t here = (reduce_add(hi) << kHalfBits) + reduce_add(lo);
+    if (here <= r) {
+      r -= here;
+      continue;
+    }
+    for (int lane = 0;; ++lane) {
+      const uint64_t w = ((uint64_t)hi[lane] << kHalfBits) + lo[lane];
+      if (r < w) return Drawn{id[lane], x[i + lane], w};
+      r -= w;
+    }
+  }
+  __builtin_unreachable();  // r is below the block's mass
+}
+
+// `running` holds running sums, group by group.
+template <class Domain>
+Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* running,
+           uint64_t r) {
+  int low = 0, high = groups(d) - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (running[middle] > r) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  if (low) r -= running[low - 1];
+  const Weighing weight = {weigher, 1.0f};
+  const float lowest = weight.lowest();
+  for (int b = low * kGroup;; ++b) {
+    MassSum sum;
+    add_block(d, b, cut, weight, lowest, sum);
+    const uint64_t here = total(sum);
+    if (r < here) return draw_in_block(d, cut, weigher, b, r);
+    r -= here;
+  }
+}
+
+// A token's logit after stage 3.
+template <class T>
+FS_INLINE float logit_of(const Dense<T>& d, int32_t id) {
+  float buffer[kBlock];
+  return values(d, id / kBlock, buffer)[id % kBlock];
+}
+
+// Whether a table of a domain's tokens costs less than the draws do without.
+FS_INLINE bool pays_table(const Outputs& out, const Workspace& ws, int32_t tokens) {
+  constexpr int64_t kTokensPerDraw = 200, kManyRanks = 128;
+  if (!ws.ends) return false;
+  if (out.ranks && out.num_samples >= kManyRanks) return true;
+  return out.num_samples * kTokensPerDraw >= tokens;
+}
+
+// The kept tokens that have mass, in id order, and where to begin to look among them: of 2^bits
+// equal parts of the uniform numbers, guide[k] is a token not above that of the least number in
+// part k. So one or two steps are enough on average, whatever the masses are (Chen and Asau 1974).
+struct Table {
+  const uint64_t* ends;  // [n] running masses, each token's included
+  const int32_t* ids;    // [n]
+  int32_t n;
+  const int32_t* guide;  // [2^bits]
+  int bits;
+  uint64_t total;
+
+  FS_MEMBER uint64_t mass(int32_t i) const { return ends[i] - (i ? ends[i - 1] : 0); }
+  // The token of a uniform number and its threshold.
+  FS_MEMBER int32_t find(uint64_t uniform, uint64_t threshold) const {
+    int32_t i = guide[uniform >> (60 - bits)];
+    while (ends[i] <= threshold) ++i;
+    return i;
+  }
+};
+
+// Makes a table, token by token and without a branch: it would be guessed wrongly.
+struct TableWriter {
+  const Workspace& ws;
+  double parts_per_mass;
+  uint64_t running = 0;
+  int32_t n = 0;
+
+  // A token of any mass. It cannot be drawn in parts below the end of those before it: their first
+  // one of which is not is at most one too high.
+  FS_MEMBER void add(int32_t id, uint64_t mass) {
+    constexpr double kRounding = 0x1p-20;  // of a product of up to 2^21
+    ws.guide[(int32_t)((double)(int64_t)running * parts_per_mass + kRounding) + 1] = n;
+    running += mass;
+    ws.ends[n] = running;
+    ws.end_id[n] = id;
+    n += mass != 0;
+  }
+};
+
+// Adds what a cutoff keeps of block b.
+template <class Domain>
+FS_INLINE void add_tokens(const Domain& d, int b, Cutoff cut, const Weigher& weigher,
+                          TableWriter& table) {
+  float buffer[kBlock];
+  uint32_t hi[kBlock], lo[kBlock];
+  int32_t id[kBlock];
+  const float* x = values(d, b, buffer);
+  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+    const auto p = load_pack<kAbreast>(x + i);
+    Where<kAbreast> kept;
+    FS_EACH(kAbreast) {
+      const vi here = ids(d, b, i + u * kLanes);
+      store(id + i + u * kLanes, here);
+      kept.m[u] = keeps(cut, p.v[u], here);
+    }
+    const auto q = weigh(weigher, p, kept);
+    FS_EACH(kAbreast) {
+      const Halves w = to_integers(q.v[u]);
+      store(hi + i + u * kLanes, w.hi);
+      store(lo + i + u * kLanes, w.lo);
+    }
+  }
+  TableWriter own = table;  // in registers: to the compiler a store might change it
+  for (int i = 0; i < kBlock; ++i) own.add(id[i], ((uint64_t)hi[i] << kHalfBits) + lo[i]);
+  table.running = own.running;
+  table.n = own.n;
+}
+
+// The table of what a cutoff keeps, `total` in all, for so many draws.
+template <class Domain>
+Table make_table(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t total, int32_t draws,
+                 const Workspace& ws) {
+  const int32_t tokens = blocks(d) * kBlock;
+  const int bits = guide_bits(draws < tokens ? draws : tokens);
+  const int32_t parts = 1 << bits;
+  memset(ws.guide, 0, (size_t)(parts + 2) * sizeof *ws.guide);
+  TableWriter writer = {ws, (double)parts / (double)total};
+  const float lowest = lowest_x(weigher, weigher.floor ? weigher.floor : 1);
+  for (int b = 0; b < blocks(d); ++b) {
+    if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) continue;
+    add_tokens(d, b, cut, weigher, writer);
+  }
+  for (int32_t k = 0, last = 0; k < parts; ++k) {
+    last = ws.guide[k] > last ? ws.guide[k] : last;
+    ws.guide[k] = last;
+  }
+  return Table{ws.ends, ws.end_id, writer.n, ws.guide, bits, total};
+}
+
+// The 60 uniform bits of N vectors of draws, side by side, as a vector's rounds wait for each
+// other. A word is the lower half of a lane; what stands in the upper half no product sees.
+template <int N>
+FS_INLINE void uniform60(Stream stream, uint32_t first, vq (&bits)[N]) {
+  constexpr uint64_t kLow = UINT32_MAX;
+  uint32_t k0 = (uint32_t)stream.seed, k1 = (uint32_t)(stream.seed >> 32);
+  vq lanes = {}, c0[N], c1[N], c2[N], c3[N];
+  for (int i = 0; i < kWideLanes; ++i) lanes[i] = first + (uint32_t)i;
+  FS_EACH(N) {
+    c0[u] = splat(stream.offset & kLow);
+    c1[u] = splat(stream.offset >> 32);
+    c2[u] = lanes + splat((uint64_t)(u * kWideLanes));
+    c3[u] = vq{};
+  }
+  for (int round = 0; round < 10; ++round) {
+    FS_EACH(N) {
+      const vq p0 = multiply_low(c0[u], splat((uint64_t)0xD2511F53u));
+      const vq p1 = multiply_low(c2[u], splat((uint64_t)0xCD9E8D57u));
+      c0[u] = (p1 >> 32) ^ c1[u] ^ splat((uint64_t)k0);
+      c1[u] = p1;
+      c2[u] = (p0 >> 32) ^ c3[u] ^ splat((uint64_t)k1);
+      c3[u] = p0;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  FS_EACH(N) bits[u] = ((c0[u] << 32) | (c1[u] & splat(kLow))) >> 4;
+}
+
+// floor(a * b / 2^60) as in core/mass.h.
+FS_INLINE vq multiply_high60(vq a, uint64_t b) {
+  constexpr uint64_t kLow = ((uint64_t)1 << 30) - 1;
+  const vq a1 = a >> 30, a0 = a & splat(kLow), b1 = splat(b >> 30), b0 = splat(b & kLow);
+  const vq middle = multiply_low(a1, b0) + multiply_low(a0, b1) + (multiply_low(a0, b0) >> 30);
+  return multiply_low(a1, b1) + (middle >> 30);
+}
+
+// use(j, its token's place in the table) for each draw j.
+template <class Use>
+void each_draw(const Table& table, Stream stream, Draws draws, Use use) {
+  constexpr int kAtOnce = 256, N = 4;
+  uint64_t uniform[kAtOnce], threshold[kAtOnce];
+  if (table.n == 1) {
+    for (int32_t j = draws.begin; j < draws.end; ++j) use(j, 0);
+    return;
+  }
+  for (int32_t first = draws.begin, n; first < draws.end; first += n) {
+    n = draws.end - first < kAtOnce ? draws.end - first : kAtOnce;
+    for (int j = 0; j < n; j += N * kWideLanes) {
+      vq bits[N];
+      uniform60(stream, (uint32_t)(first + j), bits);
+      FS_EACH(N) {
+        store(uniform + j + u * kWideLanes, bits[u]);
+        store(threshold + j + u * kWideLanes, multiply_high60(bits[u], table.total));
+      }
+    }
+    for (int j = 0; j < n; ++j) use(first + j, table.find(uniform[j], threshold[j]));
+  }
+}
+
+}  // namespace
+}  // namespace fastsample
