@@ -275,7 +275,7 @@ def _auto() -> str:
     try:
         name = select("auto", torch.zeros(1, 2)).name
     except (ValueError, RuntimeError) as error:
-        return f"FASTSAMPLE_BACKEND = {asked!r} is refused: {error}"
+        return f"refused: FASTSAMPLE_BACKEND: {error}"
     return f"{name} (FASTSAMPLE_BACKEND = {asked!r})" if asked else f"{name} (FASTSAMPLE_BACKEND is not set)"
 
 

@@ -102,7 +102,7 @@ def find_model(model: str | None) -> tuple[str, bool]:
         raise RefusedError(f"{what}no such folder, and no name that a model on the hub could have") from None
     reason = _why_no_hub(hub)
     if reason is not None and not cached:
-        raise RefusedError(f"{what}no such folder; as a model of the hub it is not in the cache here, and {reason}")
+        raise RefusedError(f"{what}no folder of that name here, no model of it in the hub's cache, and {reason}")
     return model, reason is not None
 
 
@@ -122,10 +122,12 @@ def load(name: str, local: bool) -> tuple[Any, Any]:
     # terminal), no pickles.
     safe = {"local_files_only": local, "trust_remote_code": False}
     what = f"--model {name}: "
-    with told((Exception,), what):  # files that others wrote make transformers and its libraries raise anything
+    # Files that others wrote make transformers and its libraries raise anything.
+    with told((Exception,), what):
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
         )
+    with told((Exception,), f"{what}its tokenizer: "):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
     _check_weights(what, found)
     _check_tokenizer(what, lm, tokenizer)

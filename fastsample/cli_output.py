@@ -15,6 +15,9 @@ from typing import Any, TextIO
 INSTALL = "pip install 'fastsample[hf]'"
 
 
+_LONGEST = 500
+
+
 class RefusedError(Exception):
     """What cannot be done, in one line."""
 
@@ -32,8 +35,9 @@ def told(kinds: tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """One line on stderr; control characters of the user's own text are shown, not obeyed."""
+    """One line on stderr, of a length to read; control characters of the user's own text are shown, not obeyed."""
     line = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in " ".join(message.split()))
+    line = line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
     with stderr_may_fail():
         print("fastsample:", line, file=sys.stderr)
 

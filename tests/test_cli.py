@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import fastsample as fs
 import fastsample.integrations.transformers as drop_in
-from fastsample import cli, cli_generate, cli_output, cli_stats
+from fastsample import cli, cli_generate, cli_output, cli_session, cli_stats
 from fastsample.params import specs
 from fastsample.rows import row_seeds
 
@@ -130,7 +130,7 @@ def test_greedy(shipped: tuple[Any, Any]) -> None:
 
 def test_the_model_is_loaded_at_a_dtype_that_cpus_are_quick_at() -> None:
     with cli_generate.quiet():
-        model, _ = cli_generate.load("")
+        model, _ = cli_generate.load(*cli_generate.find_model(None))
     assert model.dtype == torch.float32
     assert not model.training
 
@@ -145,12 +145,13 @@ def test_a_model_of_ones_own_is_sampled_as_the_options_say(tmp_path: Path) -> No
 def test_only_a_hub_name_may_reach_for_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool, use_safetensors: bool) -> None:
+    def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool, **options: bool) -> None:
         asked.append(local_files_only)
         assert not trust_remote_code
-        assert use_safetensors
+        assert options["use_safetensors"]
         raise OSError("enough\nmore")
 
+    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda hub: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert "enough" in refusal("generate", "x")
     assert "enough" in refusal("generate", "x", "--model", str(tmp_path))
@@ -186,7 +187,7 @@ class Bytes:
 
 
 def test_the_writer_waits_for_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = cli_generate.Writer(Bytes())
+    writer = cli_session.Writer(Bytes())
     writer.put(torch.tensor([[*b"on screen already"]]))
     shown = []
     for byte in "aé€".encode() + b"\xe2":
@@ -205,7 +206,7 @@ def test_output_is_flushed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
             flushed.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Stream())
-    writer = cli_generate.Writer(Bytes())
+    writer = cli_session.Writer(Bytes())
     writer.put(torch.tensor([[]], dtype=torch.int64))
     for byte in b"ab":
         writer.put(torch.tensor([byte]))
