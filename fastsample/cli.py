@@ -50,10 +50,11 @@ class _Group(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         take_any_text(sys.stdout)
-        code: Any = 2
+        code = 2
         try:
-            code = super().main(*args, **kwargs)
+            status = super().main(*args, **kwargs)
             sys.stdout.flush()
+            code = status if isinstance(status, int) else 0
         except BrokenPipeError:  # `| head` has read enough
             discard(sys.stdout)
             code = 0
@@ -68,7 +69,7 @@ class _Group(TyperGroup):
             if os.environ.get("FASTSAMPLE_TRACEBACK"):
                 raise
             note(f"{type(error).__name__}: {error} (a bug; with FASTSAMPLE_TRACEBACK=1 it shows where)")
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
         try:
