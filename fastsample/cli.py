@@ -101,11 +101,12 @@ def _with_sampling_options(command: Callable[..., int]) -> Callable[..., int]:
     """Give a command that takes **fields one option for each sampling parameter of the table."""
     signature = inspect.signature(command, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    kinds: dict[str, Any] = {"float": float, "int": int, "choice": str}
+    kinds: dict[str, tuple[type, str]] = {"float": (float, "X"), "int": (int, "N"), "choice": (str, "NAME")}
     for name, spec in specs():
-        option = typer.Option(help=f"{spec.meaning} ({spec.range})")
+        kind, metavar = kinds[spec.kind]
+        option = typer.Option(metavar=metavar, help=f"{spec.meaning} ({spec.range})")
         default = DEFAULTS.get(name, getattr(fs.SamplingParams, name))
-        annotation: Any = Annotated[kinds[spec.kind], option]
+        annotation: Any = Annotated[kind, option]
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
@@ -123,7 +124,8 @@ def _with_sampling_options(command: Callable[..., int]) -> Callable[..., int]:
 @_with_sampling_options
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; may be empty. - reads standard input.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The text to continue; may be empty. A - reads standard input."),
     ] = None,
     *,
     prompt_file: Annotated[
@@ -161,7 +163,7 @@ def generate(
     ] = None,
     choice: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="One choice, exactly as it is; given several times."),
+        typer.Option(metavar="TEXT", help="One of the choices, exactly as it stands; may be given several times."),
     ] = None,
     grammar_backend: Annotated[
         str | None,
@@ -169,7 +171,7 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(metavar="INTEGER", help="Repeats a run; each continuation gets its own from it."),
+        typer.Option(metavar="N", help="Repeats a run; each continuation gets its own from it."),
     ] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, " + ", ".join(ORDER))] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Measure against transformers' own sampler (stderr).")] = False,

@@ -129,6 +129,8 @@ def load(name: str, local: bool) -> tuple[Any, Any]:
         )
     with told((Exception,), f"{what}its tokenizer: "):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
+    if any(name.endswith("ForMaskedLM") for name in lm.config.architectures or []):
+        raise RefusedError(f"{what}a masked language model; expected a causal one")
     _check_weights(what, found)
     _check_tokenizer(what, lm, tokenizer)
     if lm.dtype == torch.float16:

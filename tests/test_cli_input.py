@@ -310,6 +310,12 @@ def other_shape(folder: Path) -> str:
     return "weights of another shape"
 
 
+def masked_model(folder: Path) -> str:
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["BertForMaskedLM"]}))
+    return "a masked language model"
+
+
 def smaller_vocabulary(folder: Path) -> str:
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 300}))
@@ -318,7 +324,7 @@ def smaller_vocabulary(folder: Path) -> str:
 
 
 SPOILT = [no_tokenizer, no_vocabulary, broken_tokenizer, foreign_tokenizer, nameless_config, broken_config, no_weights]
-SPOILT += [cut_weights, missing_layer, other_shape, smaller_vocabulary]
+SPOILT += [cut_weights, missing_layer, other_shape, masked_model, smaller_vocabulary]
 
 
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda f: f.__name__)
