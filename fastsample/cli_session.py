@@ -74,12 +74,14 @@ class Session:
             )
         assert not isinstance(result, list)  # one prompt, one result
         best = result.best
-        print(("" if self.grammar is not None else self.prompt) + before(best.text, self.stops), flush=True)
+        text = before(best.text, self.stops)
+        print(("" if self.grammar is not None else self.prompt) + text, flush=True)
+        self._note_oddities(1, best.tokens, text)
         rows = [("draw", "mean logprob", "tokens", *(["answer"] if vote else []), "text")]
         for c in result.candidates:
             answer = [str(c.answer)] if vote else []
-            text = shorten(before(c.text, self.stops), 60)
-            rows.append((str(c.index), f"{c.score:.3f}", str(len(c.tokens)), *answer, text))
+            shown = shorten(before(c.text, self.stops), 60)
+            rows.append((str(c.index), f"{c.score:.3f}", str(len(c.tokens)), *answer, shown))
         with stderr_may_fail():
             print_table(rows, header=True, stream=sys.stderr)
         if vote and result.answer is not None:
@@ -155,14 +157,14 @@ class Decoder:
     """The text of new tokens as it stands after the prompt's: some tokenizers drop a leading space."""
 
     def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
-        self._tokenizer, self._prompt = tokenizer, prompt
+        self._tokenizer, self.prompt = tokenizer, prompt
         self._start = len(self._decode([]))
 
     def __call__(self, tokens: list[int]) -> str:
         return self._decode(tokens)[self._start :]
 
     def _decode(self, tokens: list[int]) -> str:
-        ids = self._prompt + tokens
+        ids = self.prompt + tokens
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -176,7 +178,7 @@ class StopAt:
 
     def __init__(self, stops: Sequence[str], decode: Decoder) -> None:
         self._stops, self._decode = stops, decode
-        self._prompt = len(decode._prompt)
+        self._prompt = len(decode.prompt)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         texts = map(self._decode, input_ids[:, self._prompt :].tolist())

@@ -173,7 +173,9 @@ def test_stop_strings_of_several_continuations() -> None:
     result = run("generate", PROMPT, "--best-of", "4", "--stop", "e", "--seed", "1", "--max-new-tokens", "8")
     assert result.exit_code == 0
     assert "e" not in result.stdout[len(PROMPT) :]
-    assert all("e" not in line.split(maxsplit=3)[-1] for line in result.stderr.splitlines()[1:])
+    rows = [line.split(maxsplit=3) for line in result.stderr.splitlines() if line[0].isdigit()]
+    assert len(rows) == 4
+    assert all("e" not in row[3] for row in rows if len(row) > 3)
 
 
 def test_nothing_of_a_stop_string_is_streamed(capsys: pytest.CaptureFixture[str]) -> None:
