@@ -1,13 +1,21 @@
-"""What the commands share: refusals in one line, and tables."""
+"""What the commands share: notes and refusals in one line, tables, and an output that takes any text."""
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any, TextIO
 
 INSTALL = "pip install 'fastsample[hf]'"
+
+
+_LONGEST = 500
 
 
 class RefusedError(Exception):
@@ -19,9 +27,53 @@ def told(kinds: tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
     """Turn expected exceptions into refusals: the first line of their message after `what`."""
     try:
         yield
+    except RecursionError:
+        raise RefusedError(f"{what}nested too deeply, or refers to itself without end") from None
     except kinds as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RefusedError(what + lines[0]) from None
+
+
+def note(message: str) -> None:
+    """One line on stderr, of a length to read; control characters of the user's own text are shown, not obeyed."""
+    line = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in " ".join(message.split()))
+    line = line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
+    with stderr_may_fail():
+        print("fastsample:", line, file=sys.stderr)
+
+
+@contextmanager
+def stderr_may_fail() -> Iterator[None]:
+    """Where nobody can be told, what is printed on stdout still counts."""
+    try:
+        yield
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is left of a stream that takes no more to nowhere, or the interpreter's exit fails on it."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def take_any_text(stream: TextIO) -> None:
+    r"""Print characters that the stream's encoding lacks as JSON does, \u00e9: JSON stays what it says."""
+    if isinstance(stream, io.TextIOWrapper):
+        codecs.register_error("fastsample.escape", _escape)
+        stream.reconfigure(errors="fastsample.escape")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    _note_escapes(error.encoding)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+@cache
+def _note_escapes(encoding: str) -> None:
+    note(rf"standard output is {encoding}: characters that it lacks are printed as \uXXXX")
 
 
 def print_table(rows: Sequence[tuple[str, ...]], *, header: bool = False, stream: Any = None) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import os
 import re
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +21,11 @@ from typer.testing import CliRunner
 
 import fastsample as fs
 import fastsample.integrations.transformers as drop_in
-from fastsample import cli, cli_generate, cli_output, cli_stats
+from fastsample import cli, cli_generate, cli_output, cli_session, cli_stats
 from fastsample.params import specs
 from fastsample.rows import row_seeds
 
 PROMPT = "The future of AI is"
-# A shell's background job ignores SIGINT, and so would its children; a terminal's command does not.
-TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-COMMAND = [sys.executable, "-c", TERMINAL + "from fastsample.cli import main; main()"]
 
 
 def run(*args: str) -> Any:
@@ -130,7 +124,7 @@ def test_greedy(shipped: tuple[Any, Any]) -> None:
 
 def test_the_model_is_loaded_at_a_dtype_that_cpus_are_quick_at() -> None:
     with cli_generate.quiet():
-        model, _ = cli_generate.load("")
+        model, _ = cli_generate.load(*cli_generate.find_model(None))
     assert model.dtype == torch.float32
     assert not model.training
 
@@ -145,12 +139,13 @@ def test_a_model_of_ones_own_is_sampled_as_the_options_say(tmp_path: Path) -> No
 def test_only_a_hub_name_may_reach_for_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool, use_safetensors: bool) -> None:
+    def from_pretrained(name: str, *, local_files_only: bool, trust_remote_code: bool, **options: bool) -> None:
         asked.append(local_files_only)
         assert not trust_remote_code
-        assert use_safetensors
+        assert options["use_safetensors"]
         raise OSError("enough\nmore")
 
+    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda hub: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert "enough" in refusal("generate", "x")
     assert "enough" in refusal("generate", "x", "--model", str(tmp_path))
@@ -186,7 +181,7 @@ class Bytes:
 
 
 def test_the_writer_waits_for_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    writer = cli_generate.Writer(Bytes())
+    writer = cli_session.Writer(Bytes())
     writer.put(torch.tensor([[*b"on screen already"]]))
     shown = []
     for byte in "aé€".encode() + b"\xe2":
@@ -205,7 +200,7 @@ def test_output_is_flushed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
             flushed.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Stream())
-    writer = cli_generate.Writer(Bytes())
+    writer = cli_session.Writer(Bytes())
     writer.put(torch.tensor([[]], dtype=torch.int64))
     for byte in b"ab":
         writer.put(torch.tensor([byte]))
@@ -332,6 +327,9 @@ def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None
     assert re.search(r"instruction set +avx2 \(also here: avx512\)\n", run("info").stdout)
     monkeypatch.setattr(cli, "native", missing)
     assert re.search(r"instruction set +not built\n", run("info").stdout)
+    monkeypatch.setattr(Native, "isa", staticmethod(missing))
+    monkeypatch.setattr(cli, "native", Native)
+    assert re.search(r"instruction set +not built\n", run("info").stdout)
 
 
 def test_a_terminal_gets_a_frame() -> None:
@@ -398,40 +396,3 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         runpy.run_path(cli.__file__)
     assert stopped.value.code == 2
     assert hint in capsys.readouterr().err
-
-
-# As a process ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_console_script_is_main() -> None:
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="fastsample")
-    assert script.load() is cli.main
-
-
-def process(*args: str) -> subprocess.Popen[str]:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *args], stdout=pipe, stderr=pipe, text=True, env=env)
-
-
-@pytest.mark.parametrize("args", [("info",), ("generate", PROMPT, "--max-new-tokens", "200")], ids=lambda a: a[0])
-def test_a_closed_pipe_ends_it_quietly(args: tuple[str, ...]) -> None:
-    with process(*args) as child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        if args[0] == "generate":
-            assert child.stdout.read(10) == PROMPT[:10]
-        child.stdout.close()
-        assert child.stderr.read() == ""
-    assert child.returncode == 0
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_control_c_ends_it_quietly() -> None:
-    with process("generate", PROMPT, "--max-new-tokens", "200", "--num", "1000") as child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        child.stdout.read(len("[1] " + PROMPT) + 5)
-        child.send_signal(signal.SIGINT)
-        assert child.communicate(timeout=60)[1].strip() == ""
-    assert child.returncode == 130
