@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from fastsample.integrations.grammar_batch import GrammarBatch, GrammarError, TruncatedWarning, per_row
 from fastsample.integrations.grammar_check import Check, Matches, OneOf, Validates
 from fastsample.integrations.grammar_engines import ENGINES, Matcher, Start, gist
+from fastsample.integrations.grammar_names import UniqueNames, may_repeat
 from fastsample.integrations.grammar_regex import parse
 from fastsample.integrations.grammar_schema import ANNOTATIONS, Rewriter
 from fastsample.integrations.grammar_types import schema_of
@@ -142,6 +143,8 @@ class GrammarCompiler:
                 name, argument = calls
                 more = (self._any_whitespace,) if name == "json_schema" else ()
                 start = getattr(engine, name)(argument, *more)
+                if name == "json_schema" and may_repeat(argument):
+                    start = partial(_unique, start, self._vocabulary)
                 _try_out(start, self._vocabulary)
             except (ValueError, TypeError, RuntimeError) as error:
                 reasons.append(f"{engine.name}: {gist(str(error))}")
@@ -167,9 +170,7 @@ class Grammar:
         vocabulary: the tokens that it was compiled for.
     """
 
-    def __init__(
-        self, backend: str, start: Start, vocabulary: Vocabulary, check: Check, made: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, backend: str, start: Start, vocabulary: Vocabulary, check: Check, made: tuple[Any, ...]) -> None:
         self.backend = backend
         self.vocabulary = vocabulary
         self._start, self._check, self._made = start, check, made
@@ -208,6 +209,10 @@ class Grammar:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Grammar:
         return self  # nothing changes it
+
+
+def _unique(start: Start, vocabulary: Vocabulary) -> Matcher:
+    return UniqueNames(start(), vocabulary)
 
 
 @lru_cache(maxsize=6)

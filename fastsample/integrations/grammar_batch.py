@@ -169,6 +169,17 @@ class GrammarBatch:
         for row in (row for row, ended in enumerate(self._ended) if ended and self._complete[row]):
             self._confirm(row)
 
+    def allowed(self, row: int) -> list[int] | None:
+        """The ids that the last `bitmask` allows a sequence; None where it may have any."""
+        if self._masks is None or self._matchers[row] is None or self._ended[row]:
+            return None
+        bits = np.unpackbits(self._masks.mask[row].numpy().view(np.uint8), bitorder="little")
+        return [int(i) for i in bits[: self._masks.vocab].nonzero()[0]]
+
+    def text(self, row: int) -> bytes:
+        """What a sequence with a grammar has so far, without its end of sequence."""
+        return bytes(self._texts[row])
+
     def restarted(self) -> GrammarBatch:
         """The same grammars at their beginning."""
         return GrammarBatch(self._grammars, self._stop_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import import_module
@@ -11,7 +10,6 @@ from typing import Any, Protocol
 
 from fastsample.integrations import grammar_formats as formats
 from fastsample.integrations.grammar_regex import Node, matches, parse
-from fastsample.integrations.grammar_schema import load
 
 
 class Check(Protocol):

@@ -32,7 +32,9 @@ _IPV6 = (
     + f"|:(?::{_H}){{1,6}}|::)"
 )
 _HEX = "[0-9a-fA-F]"
-_PATH = r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]*)*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@/?-]*)?(?:#[A-Za-z0-9._~!$&'()*+,;=:@/?-]*)?"
+_PATH = (
+    r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]*)*(?:\?[A-Za-z0-9._~!$&'()*+,;=:@/?-]*)?(?:#[A-Za-z0-9._~!$&'()*+,;=:@/?-]*)?"
+)
 _ATOM = "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]{1,20}"
 
 
@@ -65,7 +67,7 @@ ANY_STRING = frozenset({"binary", "password"})
 """Formats that say how a string is shown or kept, and nothing of its characters."""
 
 INTEGERS = {"int32": (-(2**31), 2**31 - 1), "int64": (1 - 2**53, 2**53 - 1)}
-"""OpenAPI's formats of integers, and the bounds that are set for them: those of int64 are what float64 holds exactly."""
+"""OpenAPI's formats of integers, and the bounds set for them: those of int64 are of what float64 holds exactly."""
 
 ANY_NUMBER = frozenset({"float", "double"})
 

@@ -94,7 +94,9 @@ def parse(pattern: str, *, search: bool = False) -> Node:
     if whole == NEVER:
         raise ValueError("it matches no text")
     if size(whole) > LARGEST:
-        raise ValueError(f"with its repetitions written out it has {size(whole)} characters; at most {LARGEST} are served")
+        raise ValueError(
+            f"with its repetitions written out it has {size(whole)} characters; at most {LARGEST} are served"
+        )
     return whole
 
 
@@ -289,7 +291,7 @@ def _charset(name: str, value: Any, flags: int) -> Ranges:
     if flags & re.IGNORECASE:
         return without(_scanned(_class(items, negated), flags & (re.IGNORECASE | re.ASCII)), [_SURROGATES])
     # Of a negated set all must be left out that an item may stand for, of others only what every dialect agrees on.
-    ranges = merged(pair for item in items for pair in _item(*item, flags, wide=negated))
+    ranges = merged(pair for op, code in items for pair in _item(op, code, flags, wide=negated))
     return without(_ALL, ranges) if negated else without(ranges, [_SURROGATES])
 
 
@@ -326,6 +328,7 @@ def _scanned(pattern: str, flags: int) -> Ranges:
     return tuple((run.start(), run.end() - 1) for run in runs)
 
 
+@lru_cache(maxsize=1)
 def _every_character() -> str:
     return "".join(map(chr, range(0x110000)))
 
@@ -337,7 +340,9 @@ def _of_category(category: str) -> Ranges:
     return merged((code, code) for code in codes)
 
 
-_CATEGORIES = set("LMNPSZC") | {unicodedata.category(chr(code)) for code in range(0x3000)} | {"Co", "Cs", "Cn", "Zp", "Zl"}
+_CATEGORIES = (
+    set("LMNPSZC") | {unicodedata.category(chr(code)) for code in range(0x3000)} | {"Co", "Cs", "Cn", "Zp", "Zl"}
+)
 _PIECE = re.compile(r"\\([pP])(?:\{(\^?)([^}]*)\}|(\w))|\\.|\(\?<(?=[A-Za-z_])|\[\^?\]?|.", re.DOTALL)
 
 
@@ -350,7 +355,9 @@ def _with_properties(pattern: str) -> str:
             name = match[3] if match[4] is None else match[4]
             name = name.removeprefix("gc=").removeprefix("General_Category=")
             if name not in _CATEGORIES:
-                raise ValueError(f"{piece} is not served: of Unicode's properties only general categories are, such as Lu")
+                raise ValueError(
+                    f"{piece} is not served: of Unicode's properties only general categories are, such as Lu"
+                )
             ranges = _of_category(name)
             ranges = without(((0, 0x10FFFF),), ranges) if (match[1] == "P") != bool(match[2]) else ranges
             body = "".join(rf"\U{low:08x}-\U{high:08x}" for low, high in ranges)

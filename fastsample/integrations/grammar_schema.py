@@ -6,27 +6,33 @@ patterns and formats are anchored patterns of one dialect, and an object that na
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from decimal import Decimal
+from dataclasses import replace
+from decimal import ROUND_CEILING, ROUND_FLOOR
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any
 from urllib.parse import unquote
 
 from fastsample.integrations import grammar_formats as formats
-from fastsample.integrations.grammar_regex import NEVER, Node, Ranges, parse, rust, within
+from fastsample.integrations.grammar_regex import NEVER, Node, parse, rust, within
+from fastsample.integrations.grammar_values import (
+    JSON_CHARACTERS,
+    Context,
+    above,
+    below,
+    bounds,
+    exact,
+    plain,
+    rounded,
+    step,
+    writable,
+)
 
-Path: TypeAlias = tuple[str, ...]
-
-LARGEST_INTEGER = 2**53
-"""Beyond it float64, in which engines hold a schema's numbers, skips integers."""
 LARGEST_COUNT = 100_000
+LARGEST_LENGTH = 1_000_000
 
-# The control characters that JSON can only write as \uXXXX are never written: with \u there, a name has many spellings.
-JSON_CHARACTERS: Ranges = ((0x08, 0x0A), (0x0C, 0x0D), (0x20, 0x7E), (0x80, 0xD7FF), (0xE000, 0x10FFFF))
 
 ANNOTATIONS = frozenset(
     {
@@ -45,29 +51,6 @@ _WORDS = frozenset(
         *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     }
 )
-
-
-@dataclass(frozen=True)
-class _Context:
-    """Where a schema stands.
-
-    Attributes:
-        path: keys that lead to it, for messages.
-        names: properties that schemas of the same value name.
-        decided: whether one of these says what else an object may hold.
-    """
-
-    path: Path = ()
-    names: frozenset[str] = frozenset()
-    decided: bool = False
-
-    def inside(self, *keys: str) -> _Context:
-        """Of a part of the value."""
-        return _Context((*self.path, *keys))
-
-    def error(self, message: str) -> ValueError:
-        where = ".".join(self.path)
-        return ValueError(f"at {where}: {message}" if where else message)
 
 
 class Rewriter:
@@ -91,7 +74,7 @@ class Rewriter:
         Raises:
             ValueError: it holds what no engine enforces, or cannot be satisfied by a text of finite length.
         """
-        out = self._schema(self._root, _Context())
+        out = self._schema(self._root, Context())
         for (pointer, *_), name in self._keys.items():
             if _loops(name, self._definitions):
                 raise ValueError(f"$ref {pointer!r} leads back to itself without a step into the value")
@@ -99,7 +82,7 @@ class Rewriter:
             raise ValueError("no text of finite length satisfies it")
         return {**out, "$defs": self._definitions} if isinstance(out, dict) and self._definitions else out
 
-    def _schema(self, schema: Any, at: _Context) -> Any:
+    def _schema(self, schema: Any, at: Context) -> Any:
         if isinstance(schema, bool):
             return {} if schema else False
         words = {word for word in schema if word not in ANNOTATIONS and not word.startswith("x-")}
@@ -110,7 +93,7 @@ class Rewriter:
         if "enum" in words or "const" in words:
             return {"enum": self._values(schema, at)}
         out: dict[str, Any] = {}
-        types = _types(schema)
+        types = types_of(schema)
         if "type" in schema:
             out["type"] = schema["type"]
         self._numbers(schema, types, at, out)
@@ -124,7 +107,7 @@ class Rewriter:
 
     # References and combinations --------------------------------------------------------------------------------------
 
-    def _target(self, pointer: str, at: _Context) -> tuple[Any, Path]:
+    def _target(self, pointer: str, at: Context) -> tuple[Any, tuple[str, ...]]:
         """The schema that a reference is to."""
         if pointer != "#" and not pointer.startswith("#/"):
             raise at.error(f"$ref {pointer!r}: only references within the schema, '#/...', are served")
@@ -141,7 +124,7 @@ class Rewriter:
             raise at.error(f"$ref {pointer!r} does not lead to a schema")
         return found, tuple(keys)
 
-    def _reference(self, pointer: str, at: _Context) -> str:
+    def _reference(self, pointer: str, at: Context) -> str:
         """The name of the definition that stands for a reference's target here."""
         target, path = self._target(pointer, at)
         key = (pointer, at.names, at.decided)
@@ -151,7 +134,7 @@ class Rewriter:
             self._definitions[name] = self._schema(target, replace(at, path=path))
         return self._keys[key]
 
-    def _in_place(self, schema: dict[str, Any], at: _Context, out: dict[str, Any]) -> None:
+    def _in_place(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
         """What further schemas say of the same value."""
         members = [(word, i, inner) for word in _IN_PLACE for i, inner in enumerate(schema.get(word, ()))]
         if "$ref" in schema:
@@ -180,45 +163,46 @@ class Rewriter:
                 decided |= any(word in member for word in _SAYS_WHAT_ELSE)
                 pointer = member.get("$ref")
                 if pointer is not None and pointer not in seen:
-                    more, other = self._named([self._target(pointer, _Context())[0]], (*seen, pointer))
+                    more, other = self._named([self._target(pointer, Context())[0]], (*seen, pointer))
                     names, decided = names | more, decided or other
         return names, decided
 
     # Values and numbers -----------------------------------------------------------------------------------------------
 
-    def _values(self, schema: dict[str, Any], at: _Context) -> list[Any]:
+    def _values(self, schema: dict[str, Any], at: Context) -> list[Any]:
         """The values of an enum or const that satisfy all that stands beside it."""
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         fitting = [value for value in values if self._fits(value, schema)]
         if not fitting:
             raise at.error("none of its values satisfies the rest of the schema")
-        return [_exact(value, at) for value in fitting]
+        return [exact(value, at) for value in fitting]
 
-    def _numbers(self, schema: dict[str, Any], types: set[str], at: _Context, out: dict[str, Any]) -> None:
+    def _numbers(self, schema: dict[str, Any], types: set[str], at: Context, out: dict[str, Any]) -> None:
         if not types & {"number", "integer"}:
             return
         whole = "number" not in types
-        low = _bounds(schema, "minimum", "exclusiveMinimum", at)
-        high = _bounds(schema, "maximum", "exclusiveMaximum", at)
+        low = bounds(schema, "minimum", "exclusiveMinimum", at)
+        high = bounds(schema, "maximum", "exclusiveMaximum", at)
         name = schema.get("format")
         if name in formats.INTEGERS and whole:
             lowest, highest = formats.INTEGERS[name]
-            low, high = [*low, (lowest, False)], [*high, (highest, False)]
-        least = max(((_above(*bound, whole, high), bound) for bound in low), default=None)
-        most = min(((_below(*bound, whole, low), bound) for bound in high), default=None)
+            low, high = [*low, (Fraction(lowest), False)], [*high, (Fraction(highest), False)]
+        least = max(((above(*bound, whole, high), bound) for bound in low), default=None)
+        most = min(((below(*bound, whole, low), bound) for bound in high), default=None)
         for word, limit in (("minimum", least), ("maximum", most)):
             if limit is not None:
-                out[word] = _plain(limit[0])
+                toward = ROUND_CEILING if word == "minimum" else ROUND_FLOOR
+                out[word] = plain(limit[0] if whole else rounded(limit[0], toward))
         if least is not None and most is not None and least[0] > most[0]:
             raise at.error("no number is within its bounds")
         if "multipleOf" in schema:
-            out["multipleOf"] = step = _step(schema["multipleOf"], at)
-            if least is not None and most is not None and math.ceil(least[0] / step) * step > most[0]:
-                raise at.error(f"no multiple of {step} is within its bounds")
+            out["multipleOf"] = every = step(schema["multipleOf"], at)
+            if least is not None and most is not None and math.ceil(least[0] / every) * every > most[0]:
+                raise at.error(f"no multiple of {every} is within its bounds")
 
     # Arrays and objects -----------------------------------------------------------------------------------------------
 
-    def _arrays(self, schema: dict[str, Any], at: _Context, out: dict[str, Any]) -> None:
+    def _arrays(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
         out |= _counts(schema, ("minItems", "maxItems"), at)
         if schema.get("uniqueItems") and out.get("maxItems", 2) > 1:
             raise at.error("no engine enforces 'uniqueItems' (a set): take a list, and drop what is there twice")
@@ -230,15 +214,15 @@ class Rewriter:
         if items is not None:
             out["items"] = self._schema(items, at.inside("items"))
 
-    def _objects(self, schema: dict[str, Any], at: _Context, out: dict[str, Any]) -> None:
+    def _objects(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
         out |= _counts(schema, ("minProperties", "maxProperties"), at)
         if "properties" in schema:
             out["properties"] = {
-                _writable(name, at): self._schema(inner, at.inside("properties", name))
+                writable(name, at): self._schema(inner, at.inside("properties", name))
                 for name, inner in schema["properties"].items()
             }
         if required := _required(schema):
-            out["required"] = [_writable(name, at) for name in required]
+            out["required"] = [writable(name, at) for name in required]
         if "patternProperties" in schema:
             out["patternProperties"] = {
                 _anchored(_tree(pattern, at)): self._schema(inner, at.inside("patternProperties", pattern))
@@ -247,8 +231,8 @@ class Rewriter:
             shorthand = next((p for p in schema["patternProperties"] if re.search(r"\\[dwsDWS]", p)), None)
             if shorthand is not None and schema.get("additionalProperties") is not False:
                 raise at.error(
-                    f"patternProperties {shorthand!r}: which names \\d, \\w and \\s leave to additionalProperties depends on "
-                    "the validator: write [0-9], or additionalProperties false"
+                    f"patternProperties {shorthand!r}: which names \\d, \\w and \\s leave to additionalProperties is "
+                    "up to the validator: write [0-9], or additionalProperties false"
                 )
         if "additionalProperties" in schema:
             more = self._schema(schema["additionalProperties"], at.inside("additionalProperties"))
@@ -257,7 +241,7 @@ class Rewriter:
             self._names(schema, at, out)
         self._close(schema, at, out)
 
-    def _names(self, schema: dict[str, Any], at: _Context, out: dict[str, Any]) -> None:
+    def _names(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
         """Say by patternProperties what propertyNames says, where the names are all that is said."""
         names = schema["propertyNames"]
         followed: set[str] = set()
@@ -275,10 +259,10 @@ class Rewriter:
             out["patternProperties"] = {_anchored(_tree(names["pattern"], at)): rest}
         else:
             allowed = [name for name in self._values(names, at) if isinstance(name, str)]
-            out["properties"] = {_writable(name, at): rest for name in allowed}
+            out["properties"] = {writable(name, at): rest for name in allowed}
         out["additionalProperties"] = False
 
-    def _close(self, schema: dict[str, Any], at: _Context, out: dict[str, Any]) -> None:
+    def _close(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
         """Leave no room for other properties than those that this and other schemas of the same value name."""
         if not self._strict or "properties" not in schema or any(word in schema for word in _SAYS_WHAT_ELSE):
             return
@@ -286,7 +270,7 @@ class Rewriter:
         if at.decided or decided:
             return
         for name in sorted({*names, *at.names, *_required(schema)} - set(out["properties"])):
-            out["properties"][_writable(name, at)] = {}
+            out["properties"][writable(name, at)] = {}
         out["additionalProperties"] = False
 
 
@@ -302,18 +286,20 @@ def _required(schema: dict[str, Any]) -> list[str]:
     return list(required) if isinstance(required, list) else []
 
 
-def _types(schema: dict[str, Any]) -> set[str]:
+def types_of(schema: dict[str, Any]) -> set[str]:
     given = schema.get("type", ["null", "boolean", "number", "integer", "string", "array", "object"])
     return set(given) if isinstance(given, list) else {given}
 
 
-def _counts(schema: dict[str, Any], words: tuple[str, str], at: _Context) -> dict[str, int]:
+def _counts(
+    schema: dict[str, Any], words: tuple[str, str], at: Context, largest: int = LARGEST_COUNT
+) -> dict[str, int]:
     """Limits of a number of things, as integers."""
     given = {word: int(schema[word]) for word in words if word in schema}
     for word, count in given.items():
-        if count > LARGEST_COUNT:
-            raise at.error(f"{word} = {count}: at most {LARGEST_COUNT} are served")
-    if given.get(words[0], 0) > given.get(words[1], LARGEST_COUNT):
+        if count > largest:
+            raise at.error(f"{word} = {count}: at most {largest} are served")
+    if given.get(words[0], 0) > given.get(words[1], largest):
         raise at.error(f"{words[0]} = {given[words[0]]} is greater than {words[1]} = {given[words[1]]}")
     return {word: count for word, count in given.items() if (word, count) != (words[0], 0)}
 
@@ -321,7 +307,7 @@ def _counts(schema: dict[str, Any], words: tuple[str, str], at: _Context) -> dic
 # Strings --------------------------------------------------------------------------------------------------------------
 
 
-def _strings(schema: dict[str, Any], types: set[str], at: _Context, out: dict[str, Any]) -> list[dict[str, Any]]:
+def _strings(schema: dict[str, Any], types: set[str], at: Context, out: dict[str, Any]) -> list[dict[str, Any]]:
     """Write what is said of strings; further schemas, where that takes more than one pattern."""
     name = schema.get("format")
     if "string" not in types:
@@ -329,7 +315,7 @@ def _strings(schema: dict[str, Any], types: set[str], at: _Context, out: dict[st
         if name is not None and name not in known | set(formats.PATTERNS) | formats.ANY_STRING:
             raise at.error(f"nothing here checks the format {name!r}")
         return []
-    out |= _counts(schema, ("minLength", "maxLength"), at)
+    out |= _counts(schema, ("minLength", "maxLength"), at, LARGEST_LENGTH)
     trees = [_tree(schema["pattern"], at)] if "pattern" in schema else []
     if name in formats.PATTERNS:
         trees.append(_writable_tree(formats.tree(name), at))
@@ -341,7 +327,7 @@ def _strings(schema: dict[str, Any], types: set[str], at: _Context, out: dict[st
     return [{"pattern": pattern} for pattern in patterns[1:]]
 
 
-def _tree(pattern: str, at: _Context) -> Node:
+def _tree(pattern: str, at: Context) -> Node:
     try:
         tree = parse(pattern, search=True)
     except ValueError as error:
@@ -349,103 +335,18 @@ def _tree(pattern: str, at: _Context) -> Node:
     return _writable_tree(tree, at)
 
 
-def _writable_tree(tree: Node, at: _Context) -> Node:
-    writable = within(tree, JSON_CHARACTERS)
-    if writable == NEVER:
+def _writable_tree(tree: Node, at: Context) -> Node:
+    kept = within(tree, JSON_CHARACTERS)
+    if kept == NEVER:
         raise at.error("its strings are of control characters, which are not written")
-    return writable
+    return kept
 
 
 def _anchored(tree: Node) -> str:
     return f"^(?:{rust(tree)})$"
 
 
-def _writable(text: str, at: _Context) -> str:
-    for character in text:
-        code = ord(character)
-        if not any(low <= code <= high for low, high in JSON_CHARACTERS):
-            raise at.error(f"{text!r} holds U+{code:04X}, which is not written")
-    return text
-
-
-# Numbers --------------------------------------------------------------------------------------------------------------
-
-
-def _exact(value: Any, at: _Context) -> Any:
-    """A value of an enum as engines hold it to the last digit."""
-    if isinstance(value, str):
-        return _writable(value, at)
-    if isinstance(value, list):
-        return [_exact(item, at) for item in value]
-    if isinstance(value, dict):
-        return {_writable(name, at): _exact(item, at) for name, item in value.items()}
-    if isinstance(value, bool) or value is None:
-        return value
-    return _plain(_number(value, "value", at))
-
-
-def _number(value: Any, word: str, at: _Context) -> Fraction:
-    """The number, if engines hold it exactly."""
-    exact = Fraction(Decimal(repr(value)))
-    if abs(exact) > LARGEST_INTEGER:
-        raise at.error(f"{word} {value}: the engines hold numbers as float64, exact up to 2**53 = {LARGEST_INTEGER}")
-    if exact and abs(exact) < Fraction(1, 10**12):
-        raise at.error(f"{word} {value}: numbers below 1e-12 are not served")
-    return exact
-
-
-def _plain(value: Fraction) -> int | float:
-    return int(value) if value.denominator == 1 else float(value)
-
-
-def _bounds(schema: dict[str, Any], word: str, exclusive: str, at: _Context) -> list[tuple[Fraction, bool]]:
-    """The limits on one side, and whether each is itself left out."""
-    beyond = schema.get(exclusive)
-    found = []
-    if word in schema:
-        found.append((_number(schema[word], f"{word} =", at), beyond is True))
-    if beyond is not None and not isinstance(beyond, bool):
-        found.append((_number(beyond, f"{exclusive} =", at), True))
-    return found
-
-
-def _above(low: Fraction, left_out: bool, whole: bool, high: list[tuple[Fraction, bool]]) -> Fraction:
-    """The least number to allow, where `low` is the limit.
-
-    Where a limit is left out, no text may round to it as a float: numbers closer to it than a millionth, or than the
-    room that there is, are left out with it.
-    """
-    if whole:
-        return Fraction(math.floor(low) + 1 if left_out else math.ceil(low))
-    return low + _margin(low, [bound for bound, _ in high]) if left_out else low
-
-
-def _below(high: Fraction, left_out: bool, whole: bool, low: list[tuple[Fraction, bool]]) -> Fraction:
-    """The greatest number to allow, where `high` is the limit."""
-    return -_above(-high, left_out, whole, [(-bound, out) for bound, out in low])
-
-
-def _margin(limit: Fraction, others: list[Fraction]) -> Fraction:
-    room = min((abs(other - limit) / 4 for other in others), default=Fraction(1))
-    smallest = Fraction(max(1, abs(limit)), 2**40)
-    for digits in range(6, 12):
-        if (margin := Fraction(1, 10**digits)) <= room:
-            return margin if margin > smallest else max(room, smallest)
-    return Fraction(1, 10**12)
-
-
-def _step(value: Any, at: _Context) -> int | float:
-    """A multipleOf of which every multiple is seen to be one by float64 arithmetic too."""
-    step = _number(value, "multipleOf =", at)
-    if step.denominator & (step.denominator - 1):
-        raise at.error(
-            f"multipleOf = {value}: it is no binary fraction, so that validators do not take its multiples for such "
-            "(0.3 / 0.1 is no integer): use integers, or a pattern"
-        )
-    return _plain(step)
-
-
-# References that lead back, and texts that end --------------------------------------------------------------------------------------
+# References that lead back, and texts that end ------------------------------------------------------------------------
 
 
 def _loops(name: str, definitions: dict[str, Any]) -> bool:
@@ -485,7 +386,7 @@ def _ends(schema: Any, known: dict[str, bool]) -> bool:
 
 
 def _kind_ends(schema: dict[str, Any], known: dict[str, bool]) -> bool:
-    types = _types(schema)
+    types = types_of(schema)
     if types - {"array", "object"}:
         return True
     rest = schema.get("items", {})
@@ -498,35 +399,3 @@ def _kind_ends(schema: dict[str, Any], known: dict[str, bool]) -> bool:
         _ends(properties[name], known) if name in properties else any(_ends(other, known) for other in others)
         for name in _required(schema)
     )
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-def load(text: str) -> Any:
-    """JSON, if Python's numbers hold what it says and no name stands twice in an object.
-
-    Raises:
-        ValueError: not so.
-    """
-    return json.loads(text, parse_float=_float, parse_constant=_constant, object_pairs_hook=_object)
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or Decimal(text) != Decimal(repr(value)):
-        raise ValueError(f"the number {text} is {value!r} as float64, in which validators and engines hold it")
-    return value
-
-
-def _constant(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the name {name!r} stands twice in an object")
-        found[name] = value
-    return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import typing
 from importlib import import_module
 from typing import Any
 
-from fastsample.integrations.grammar_schema import load
+from fastsample.integrations.grammar_values import load
 
 EXPECTED = (
     "a JSON Schema (a dict, a bool, or a str of JSON), or a type that pydantic describes (a BaseModel, a dataclass, a "
@@ -82,6 +83,18 @@ def _generator(pydantic: Any) -> Any:
         def decimal_schema(self, schema: Any) -> Any:
             made = super().decimal_schema(schema)  # a number, or any string at all
             return made.get("anyOf", [made])[0]
+
+        def dict_schema(self, schema: Any) -> Any:
+            made = super().dict_schema(schema)  # open to other names than those that the type of its keys takes
+            values = made.get("additionalProperties", {})
+            if schema.get("keys_schema", {}).get("type") == "int":
+                made["patternProperties"] = {"^(?:0|-?[1-9][0-9]{0,14})$": values}
+            return {**made, "additionalProperties": False} if "patternProperties" in made else made
+
+        def url_schema(self, schema: Any) -> Any:
+            schemes = schema.get("allowed_schemes")
+            made = super().url_schema(schema)
+            return {**made, "pattern": f"^(?:{'|'.join(map(re.escape, schemes))})://"} if schemes else made
 
         def complex_schema(self, schema: Any) -> Any:
             return self.handle_invalid_for_json_schema(schema, "a complex number, which JSON does not have")

@@ -47,6 +47,15 @@ class Vocabulary:
         """The text of these tokens."""
         return b"".join(self.tokens[token] for token in tokens)
 
+    def with_quotes(self, count: int) -> Any:
+        """The ids of tokens with at least so many quotation marks, of 1 to 3; int64."""
+        return self._quotes[count - 1]
+
+    @cached_property
+    def _quotes(self) -> list[Any]:
+        counts = np.fromiter((token.count(b'"') for token in self.tokens), np.int64, self.end)
+        return [np.flatnonzero(counts >= least) for least in (1, 2, 3)]
+
     @cached_property
     def _packed(self) -> tuple[int | None, bytes, bytes]:
         """The padding, and the tokens' lengths and bytes."""
