@@ -87,7 +87,8 @@ class GrammarCompiler:
                 BaseModel, a dataclass, a TypedDict, an Enum, list[int], a TypeAdapter.
             strict: objects are closed: one whose schema gives `properties`, and neither additionalProperties nor
                 patternProperties nor propertyNames, has no others than those that it, the schemas combined with it
-                (allOf, anyOf, oneOf, $ref) and their `required` name. Without `properties` an object stays open.
+                (allOf, anyOf, oneOf, $ref) and their `required` name; and it is an object, where no `type` says so.
+                Without `properties` an object stays open.
 
         Raises:
             TypeError: nothing that has a schema.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastsample.integrations.grammar_engines import Matcher
-from fastsample.integrations.grammar_schema import types_of
+from fastsample.integrations.grammar_values import types_of
 from fastsample.integrations.grammar_vocabulary import Vocabulary
 
 

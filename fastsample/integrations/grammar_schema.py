@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from fastsample.integrations import grammar_formats as formats
+from fastsample.integrations.grammar_disjoint import Disjoint
 from fastsample.integrations.grammar_regex import NEVER, Node, parse, rust, within
 from fastsample.integrations.grammar_values import (
     JSON_CHARACTERS,
@@ -27,6 +28,7 @@ from fastsample.integrations.grammar_values import (
     plain,
     rounded,
     step,
+    types_of,
     writable,
 )
 
@@ -150,6 +152,21 @@ class Rewriter:
             else:
                 branch = self._schema(member, replace(around, path=(*at.path, word, str(i))))
                 out.setdefault(word, []).append(branch)
+        if "oneOf" in out:
+            self._one_of(schema["oneOf"], at)
+            branches = out.pop("oneOf")
+            if "anyOf" in out:
+                out["allOf"] = [*out.get("allOf", []), {"anyOf": branches}]
+            else:
+                out["anyOf"] = branches
+
+    def _one_of(self, branches: list[Any], at: Context) -> None:
+        """Refuse branches that may hold together: of the others it is certain that one holds where any does."""
+        disjoint = Disjoint(lambda pointer: self._target(pointer, at)[0], self._fits)
+        for j, second in enumerate(branches):
+            for i, first in enumerate(branches[:j]):
+                if not disjoint(first, second):
+                    raise at.error(f"oneOf: a value might satisfy branch {i} and branch {j}, which no engine prevents")
 
     def _named(self, schemas: Iterable[Any], seen: tuple[str, ...] = ()) -> tuple[frozenset[str], bool]:
         """The properties that these schemas, of one value, name; and whether one says what else there may be."""
@@ -264,7 +281,10 @@ class Rewriter:
 
     def _close(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
         """Leave no room for other properties than those that this and other schemas of the same value name."""
-        if not self._strict or "properties" not in schema or any(word in schema for word in _SAYS_WHAT_ELSE):
+        if not self._strict or "properties" not in schema:
+            return
+        out.setdefault("type", "object")  # a list of properties that a string would satisfy, too, means an object
+        if any(word in schema for word in _SAYS_WHAT_ELSE):
             return
         names, decided = self._named([{word: schema[word] for word in (*_IN_PLACE, "$ref") if word in schema}])
         if at.decided or decided:
@@ -284,11 +304,6 @@ def _members(schema: Any) -> list[Any]:
 def _required(schema: dict[str, Any]) -> list[str]:
     required = schema.get("required", [])
     return list(required) if isinstance(required, list) else []
-
-
-def types_of(schema: dict[str, Any]) -> set[str]:
-    given = schema.get("type", ["null", "boolean", "number", "integer", "string", "array", "object"])
-    return set(given) if isinstance(given, list) else {given}
 
 
 def _counts(

@@ -47,6 +47,12 @@ class Context:
         return ValueError(f"at {where}: {message}" if where else message)
 
 
+def types_of(schema: dict[str, Any]) -> set[str]:
+    """The types that a schema allows."""
+    given = schema.get("type", ["null", "boolean", "number", "integer", "string", "array", "object"])
+    return set(given) if isinstance(given, list) else {given}
+
+
 def writable(text: str, at: Context) -> str:
     for character in text:
         code = ord(character)
