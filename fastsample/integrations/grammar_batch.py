@@ -101,7 +101,10 @@ class GrammarBatch:
         self._texts = [bytearray() for _ in self._grammars]
         self._ended = [False] * len(self._grammars)
         self._strayed = [False] * len(self._grammars)
-        self._complete = [matcher is None or matcher.complete() for matcher in self._matchers]
+        self._complete = [
+            matcher is None or bool(self._ask(row, lambda m: m.complete()))
+            for row, matcher in enumerate(self._matchers)
+        ]
         self._checked = [-1] * len(self._grammars)  # length of the text that was last found to hold
         self._masks: _Masks | None = None
 
