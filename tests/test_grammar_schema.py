@@ -235,6 +235,8 @@ def test_multiples(compiler: GrammarCompiler) -> None:
             for to in ("http://x.y/z", "other.json", "urn:x:y", "#anchor", "b#/c")
         ),
         *(({"$ref": to}, "leads nowhere") for to in ("#/nope", "#/$defs/a/b", "#/properties/x/7")),
+        ({"enum": [1], "$ref": "http://127.0.0.1:9/x"}, "leads nowhere"),
+        ({"enum": [1], "allOf": [{"$ref": "other.json"}]}, "leads nowhere"),
         ({"$dynamicRef": "#x"}, "'\\$dynamicRef'"),
         ({"$recursiveRef": "#"}, "'\\$recursiveRef'"),
         ({"$id": "inner", "type": "null"}, "'\\$id' inside"),
@@ -288,6 +290,11 @@ def test_texts_that_never_end(compiler: GrammarCompiler) -> None:
     ):
         with pytest.raises(ValueError, match="leads back to itself"):
             compiler.json_schema(schema)
+    deep: Any = {"type": "null"}
+    for _ in range(400):
+        deep = {"type": "array", "items": deep}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        compiler.json_schema(deep)
     for inner in ({"$ref": "#"}, {"type": "array", "items": {"$ref": "#"}, "minItems": 1}):
         with pytest.raises(ValueError, match="no text of finite length"):
             compiler.json_schema({"type": "object", "properties": {"a": inner}, "required": ["a"]})

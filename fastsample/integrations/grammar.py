@@ -138,6 +138,8 @@ class GrammarCompiler:
             calls, check = _READ[kind](source, *options)
         except ValueError as error:
             raise ValueError(f"{kind} {shown}: {str(error).removeprefix(f'{kind}: ')}") from None
+        except RecursionError:
+            raise ValueError(f"{kind} {shown}: it is nested too deeply") from None
         reasons: list[str] = []
         for engine in self._engines:
             try:

@@ -101,10 +101,7 @@ class GrammarBatch:
         self._texts = [bytearray() for _ in self._grammars]
         self._ended = [False] * len(self._grammars)
         self._strayed = [False] * len(self._grammars)
-        self._complete = [
-            matcher is None or bool(self._ask(row, lambda m: m.complete()))
-            for row, matcher in enumerate(self._matchers)
-        ]
+        self._complete = [m is None or self._is_complete(row) for row, m in enumerate(self._matchers)]
         self._checked = [-1] * len(self._grammars)  # length of the text that was last found to hold
         self._masks: _Masks | None = None
 
@@ -236,8 +233,11 @@ class GrammarBatch:
         if self._vocabulary is not None:
             self._texts[row] += self._vocabulary.tokens[token]
         self._ask(row, lambda matcher: matcher.accept(token))
-        self._complete[row] = bool(self._ask(row, lambda matcher: matcher.complete()))
+        self._complete[row] = self._is_complete(row)
         self._ended[row] = self._complete[row] and not self._stop_ids
+
+    def _is_complete(self, row: int) -> bool:
+        return bool(self._ask(row, lambda matcher: matcher.complete()))
 
     def _ask(self, row: int, question: Any) -> Any:
         """What a row's matcher says, or the error that it has given up."""

@@ -57,7 +57,12 @@ class Validates:
 
     def fits(self, value: Any, part: Any) -> bool:
         """Whether a value validates against a part of the schema."""
-        return bool(self._validator.evolve(schema=part).is_valid(value))
+        try:
+            return bool(self._validator.evolve(schema=part).is_valid(value))
+        except import_module("referencing").exceptions.Unresolvable as error:
+            raise ValueError(f"a reference leads nowhere: {error}") from None
+        except RecursionError:
+            raise ValueError("a reference leads back to itself") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,7 +98,9 @@ def validator(schema: Any) -> Any:
     except RecursionError:
         raise ValueError("json_schema: it is nested too deeply") from None
     rules = {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional}
-    return jsonschema.validators.extend(kind, rules)(schema, format_checker=_format_checker(jsonschema, kind))
+    local = import_module("referencing").Registry()  # nothing is fetched
+    checker = _format_checker(jsonschema, kind)
+    return jsonschema.validators.extend(kind, rules)(schema, format_checker=checker, registry=local)
 
 
 def _format_checker(jsonschema: Any, kind: Any) -> Any:
