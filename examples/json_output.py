@@ -17,8 +17,7 @@ schema = {
         "arguments": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
     },
     "required": ["name", "kind", "arguments"],
-    "additionalProperties": False,
-}
+}  # and nothing else: objects are closed unless the schema says otherwise
 path = str(files("fastsample") / "models" / "tiny-gpt2")
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)

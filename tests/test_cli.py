@@ -360,7 +360,7 @@ def test_version_and_help() -> None:
         (["generate", "x", "--backend", "abacus"], "backend = 'abacus'"),
         (["generate", "x", "--colour"], "--colour"),
         (["generate", "x", "--stats", "--max-new-tokens", "2"], "--stats needs"),
-        (["generate", "x", "--regex", "(a"], "regex (a: llguidance: "),
+        (["generate", "x", "--regex", "(a"], "regex (a: not a pattern: "),
         (["generate", "x", "--choices", "a,,b"], "choices: "),
         (["generate", "x", "--json-schema", "missing.json"], "--json-schema: [Errno 2]"),
         (["generate", "x", "--regex", "a", "--choices", "a"], "expected one of them"),

@@ -7,11 +7,12 @@
 A grammar engine (llguidance, xgrammar or outlines-core, whichever is installed) says which tokens may come next; they
 go to the fused kernel as its bitmask, in the pass that samples. The text is that of the new tokens alone, without the
 prompt. Special tokens are never part of it; a model's end-of-sequence tokens are allowed where the text is complete,
-and alone where it cannot go on. In a loop of your own, `GrammarBatch` keeps the masks of a batch:
+and alone where it cannot go on. A text is called complete when it has passed a second check, that does not ask the
+engine (jsonschema, formats included). In a loop of your own, `GrammarBatch` keeps the masks of a batch:
 
     batch = GrammarBatch([grammar, None], stop_ids=[tokenizer.eos_token_id])
     tokens = sampler(logits, bitmask=batch.bitmask(logits)).tokens
-    batch.accept(tokens.tolist())
+    batch.accept(tokens)
 """
 
 from __future__ import annotations
@@ -19,37 +20,41 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastsample.integrations.grammar_engines import ENGINES, Matcher, Start, Vocabulary, gist
+from fastsample.integrations.grammar_batch import GrammarBatch, GrammarError, TruncatedWarning, per_row
+from fastsample.integrations.grammar_check import Check, Matches, OneOf, Validates
+from fastsample.integrations.grammar_engines import ENGINES, Matcher, Start, gist
+from fastsample.integrations.grammar_names import UniqueNames, may_repeat
+from fastsample.integrations.grammar_regex import parse
+from fastsample.integrations.grammar_schema import ANNOTATIONS, Rewriter
+from fastsample.integrations.grammar_types import schema_of
+from fastsample.integrations.grammar_vocabulary import Vocabulary
 from fastsample.params import CPU
 
-__all__ = ["Grammar", "GrammarBatch", "GrammarCompiler", "TruncatedWarning"]
+__all__ = ["Grammar", "GrammarBatch", "GrammarCompiler", "GrammarError", "TruncatedWarning", "per_row"]
 
 INSTALL = "pip install 'fastsample[grammar]'"
 
 
-class TruncatedWarning(UserWarning):
-    """Generation ended, by its number of tokens or a stopping criterion, before a text was one of its grammar."""
-
-
 class GrammarCompiler:
-    """Makes grammars for one tokenizer; the work on its vocabulary is done once.
+    """Makes grammars for one tokenizer; the work on its vocabulary is done once. It can be pickled.
 
     Args:
-        tokenizer: a tokenizer of transformers, byte-level BPE or SentencePiece.
+        tokenizer: a tokenizer of transformers, or a tokenizers.Tokenizer: byte-level BPE or SentencePiece.
         backend: "llguidance", "xgrammar", "outlines-core", or "auto": the first of these, in this order, that is
-            installed and takes the grammar. xgrammar and outlines-core ignore some keywords of JSON Schema; a schema
-            that holds one is refused. outlines-core goes on from a complete text only by a token that completes it
-            again.
-        any_whitespace: allow any whitespace between the parts of JSON. By default there is one form: that of
-            `json.dumps` (outlines-core: without spaces), which leaves a small model no room to dawdle.
+            installed and takes the grammar. What an engine does not enforce is refused, never let pass; xgrammar and
+            outlines-core enforce less of JSON Schema than llguidance. outlines-core goes on from a complete text only
+            by a token that completes it again.
+        any_whitespace: allow up to 8 characters of whitespace between the parts of JSON. By default there is one form:
+            that of `json.dumps` (outlines-core: without spaces), which leaves a small model no room to dawdle.
 
     Raises:
+        TypeError: no tokenizer.
         ValueError: unknown backend, or a tokenizer whose tokens' bytes cannot be told.
         ImportError: the backend (with "auto": every one) is not installed.
     """
@@ -57,52 +62,58 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Any, *, backend: str = "auto", any_whitespace: bool = False) -> None:
         if backend != "auto" and backend not in ENGINES:
             raise ValueError(f"backend = {backend!r}: expected 'auto', {', '.join(map(repr, ENGINES))}")
-        self._vocabulary = Vocabulary(tokenizer)
-        self._any_whitespace = any_whitespace
+        self._vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary(tokenizer)
+        self._backend, self._any_whitespace = backend, any_whitespace
         self._engines: list[Any] = []
         missing: list[str] = []
         for name in ENGINES if backend == "auto" else (backend,):
             try:
-                self._engines.append(ENGINES[name](self._vocabulary))
+                import_module(name.replace("-", "_"))
+                self._engines.append(_engine(name, self._vocabulary))
             except ImportError as error:
                 missing.append(f"{name} ({error})")
         if not self._engines:
             raise ImportError(f"grammars need {' or '.join(missing)}: {INSTALL}")
 
-    def json_schema(self, schema: Any) -> Grammar:
-        """A grammar of the JSON texts that validate against a schema.
+    def json_schema(self, schema: Any, *, strict: bool = True) -> Grammar:
+        """A grammar of JSON texts that validate against a schema.
+
+        Where a schema leaves a choice that validators differ on or that a text could get lost in, the narrower reading
+        holds: strings write no \\uXXXX, formats are those texts that every validator takes, and a number stays a
+        millionth away from a bound that is left out.
 
         Args:
-            schema: a JSON Schema as dict, bool or JSON text, or a pydantic model.
+            schema: a JSON Schema (draft 4 to 2020-12) as dict, bool or JSON text; or a type that pydantic describes: a
+                BaseModel, a dataclass, a TypedDict, an Enum, list[int], a TypeAdapter.
+            strict: objects are closed: one whose schema gives `properties`, and neither additionalProperties nor
+                patternProperties nor propertyNames, has no others than those that it, the schemas combined with it
+                (allOf, anyOf, oneOf, $ref) and their `required` name; and it is an object, where no `type` says so.
+                Without `properties` an object stays open.
 
         Raises:
-            ValueError: the schema is no JSON, no JSON Schema, cannot be satisfied, or holds what no backend enforces.
-            ImportError: jsonschema, which checks the schema itself, is not installed.
+            TypeError: nothing that has a schema.
+            ValueError: the schema is no JSON, no JSON Schema, cannot be satisfied, or holds what no engine enforces;
+                the message says where in the schema.
+            ImportError: jsonschema, or for a type pydantic, is not installed.
         """
-        if hasattr(schema, "model_json_schema"):
-            schema = schema.model_json_schema()
-        if isinstance(schema, str):
-            try:
-                schema = json.loads(schema)
-            except ValueError as error:
-                raise ValueError(f"json_schema: not JSON: {error}") from None
-        _check_schema(schema)
-        return self._compile("json_schema", schema, self._any_whitespace)
+        text = json.dumps(schema_of(schema), ensure_ascii=False)
+        return self._compile("json_schema", text, strict)
 
     def regex(self, pattern: str) -> Grammar:
-        r"""A grammar of the texts that a regular expression matches from end to end.
+        r"""A grammar of texts that a regular expression matches from end to end, as `re.fullmatch` does.
 
         Args:
-            pattern: in the backend's dialect (llguidance, outlines-core: Rust's; xgrammar: ECMAScript's), without
-                look-around. A leading ^ and a trailing $ are understood. \d, \w and \s are ASCII, so that every
-                dialect agrees on what they match; \D, \W, \S and [^...] are the dialect's.
+            pattern: in Python's dialect, and \p{Lu}, \P{L} and the like. ^ and $ may stand at its ends. \d, \w and \s
+                are ASCII, so that every dialect agrees on what they match.
 
         Raises:
-            TypeError, ValueError: not a pattern that a backend takes.
+            TypeError, ValueError: no pattern, or one with look-around, backreferences, word boundaries, an inner
+                anchor, atomic groups or possessive repetitions, or that is too large.
         """
         if not isinstance(pattern, str):
-            raise TypeError(f"regex: expected a str, got {type(pattern).__name__}")
-        return self._compile("regex", _in_ascii(_unanchored(pattern)))
+            hint = ": give its .pattern" if isinstance(pattern, re.Pattern) else ""
+            raise TypeError(f"regex: expected a str, got {type(pattern).__name__}{hint}")
+        return self._compile("regex", pattern)
 
     def choices(self, choices: Sequence[str]) -> Grammar:
         """A grammar of exactly these texts.
@@ -110,222 +121,162 @@ class GrammarCompiler:
         Raises:
             TypeError, ValueError: not a sequence of non-empty strings.
         """
-        if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+        if isinstance(choices, (str, bytes)) or not isinstance(choices, Iterable):
             raise TypeError(f"choices: expected a sequence of str, got {choices!r}")
-        if not choices or not all(choices):
+        given = list(choices)
+        if not all(isinstance(choice, str) for choice in given):
+            raise TypeError(f"choices: expected a sequence of str, got {choices!r}")
+        if not given or not all(given):
             raise ValueError(f"choices: expected at least one, and none empty, got {choices!r}")
-        return self._compile("choices", list(dict.fromkeys(choices)))
+        return self._compile("choices", list(dict.fromkeys(given)))
 
     def _compile(self, kind: str, source: Any, *options: Any) -> Grammar:
         """The grammar of the first engine that takes it, or an error with each one's reason."""
+        text = source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        try:
+            calls, check = _READ[kind](source, *options)
+        except ValueError as error:
+            raise ValueError(f"{kind} {shown}: {str(error).removeprefix(f'{kind}: ')}") from None
+        except RecursionError:
+            raise ValueError(f"{kind} {shown}: it is nested too deeply") from None
         reasons: list[str] = []
         for engine in self._engines:
             try:
-                start = getattr(engine, kind)(source, *options)
-            except (ValueError, TypeError) as error:
+                name, argument = calls
+                more = (self._any_whitespace,) if name == "json_schema" else ()
+                start = getattr(engine, name)(argument, *more)
+                if name == "json_schema" and may_repeat(argument):
+                    start = partial(_unique, start, self._vocabulary)
+                _try_out(start, self._vocabulary)
+            except (ValueError, TypeError, RuntimeError) as error:
                 reasons.append(f"{engine.name}: {gist(str(error))}")
             else:
-                return Grammar(engine.name, start, self._vocabulary)
-        text = source if isinstance(source, str) else json.dumps(source)
-        shown = text if len(text) <= 80 else text[:77] + "..."
+                made = (self._vocabulary, engine.name, self._any_whitespace, kind, source, options)
+                return Grammar(engine.name, start, self._vocabulary, check, made)
         raise ValueError(f"{kind} {shown}: " + "; ".join(reasons))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _compiler, (self._vocabulary, self._backend, self._any_whitespace)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GrammarCompiler:
+        return self  # nothing changes it
 
 
 class Grammar:
     """A compiled grammar, made by a GrammarCompiler. Any number of sequences may follow it at once.
+
+    It is pickled as its source and the bytes of its vocabulary, and compiled again where it is loaded.
 
     Attributes:
         backend: the grammar engine that serves it.
         vocabulary: the tokens that it was compiled for.
     """
 
-    def __init__(self, backend: str, start: Start, vocabulary: Vocabulary) -> None:
+    def __init__(self, backend: str, start: Start, vocabulary: Vocabulary, check: Check, made: tuple[Any, ...]) -> None:
         self.backend = backend
         self.vocabulary = vocabulary
-        self._start = start
+        self._start, self._check, self._made = start, check, made
 
     def matcher(self) -> Matcher:
         """A new text's way through the grammar."""
         return self._start()
 
+    def fault(self, text: bytes) -> str | None:
+        """What a check that does not ask the engine finds wrong with a finished text; None where nothing is."""
+        try:
+            return self._check(text.decode())
+        except UnicodeDecodeError:
+            return "it is no UTF-8"
+
     def is_complete(self, tokens: Iterable[int]) -> bool:
-        """Whether the text of these tokens (without an end-of-sequence token) is a whole text of the grammar."""
-        matcher = self.matcher()
-        text = self.vocabulary.is_text
-        return all(text(int(token)) and matcher.accept(int(token)) for token in tokens) and matcher.complete()
-
-
-class GrammarBatch:
-    """Where each sequence of a batch stands in its grammar, and which tokens it may go on with.
-
-    Args:
-        grammars: one per sequence; None leaves a sequence free.
-        stop_ids: the ids that end a sequence: allowed where its text is complete, and alone where it cannot go on.
-            Without any, a sequence ends at the first token that completes its text.
-
-    Raises:
-        TypeError, ValueError: no grammar, or grammars of different tokenizers.
-    """
-
-    def __init__(self, grammars: Sequence[Grammar | None], stop_ids: Iterable[int] = ()) -> None:
-        for row, grammar in enumerate(grammars):
-            if grammar is not None and not isinstance(grammar, Grammar):
-                raise TypeError(f"grammar (row {row}): expected a Grammar or None, got {type(grammar).__name__}")
-        given = [grammar for grammar in grammars if grammar is not None]
-        if not given:
-            raise ValueError("grammar: expected at least one, got none")
-        self._vocabulary = given[0].vocabulary
-        if any(grammar.vocabulary.tokens != self._vocabulary.tokens for grammar in given):
-            raise ValueError("grammar: expected grammars of one tokenizer, got several")
-        self._grammars = list(grammars)
-        self._stop_ids = {int(i) for i in stop_ids}
-        self._matchers = [None if grammar is None else grammar.matcher() for grammar in grammars]
-        self._ended = [False] * len(grammars)
-        self._complete = [matcher is None or matcher.complete() for matcher in self._matchers]
-        self._masks: _Masks | None = None
-
-    def __len__(self) -> int:
-        """Number of sequences."""
-        return len(self._matchers)
-
-    def bitmask(self, logits: torch.Tensor) -> torch.Tensor:
-        """The tokens that may come next, for logits [B, V]: int32 [B, words] on their device, as `sample` takes it.
-
-        A sequence without a grammar, or past its end, may have any token. The next call writes to the same tensor.
+        """Whether the text of these tokens (without an end-of-sequence token) is a whole text of the grammar.
 
         Raises:
-            ValueError: another number of rows, or no token of the vocabulary continues a sequence's text.
+            RuntimeError: the engine gave up, for a limit of its own.
         """
-        if logits.ndim != 2 or len(logits) != len(self._matchers):
-            raise ValueError(f"logits: expected {len(self._matchers)} rows (grammars), got {tuple(logits.shape)}")
-        if self._masks is None or self._masks.vocab != logits.shape[1]:
-            self._masks = _Masks(len(self._matchers), logits.shape[1], self._vocabulary, self._stop_ids)
-        bound = [row for row, m in enumerate(self._matchers) if m is not None and not self._ended[row]]
-        mask = self._masks.write([(row, self._matchers[row], self._complete[row]) for row in bound])
-        return mask if logits.device.type == "cpu" else mask.to(logits.device, non_blocking=True)
+        matcher, ids = self.matcher(), [int(token) for token in tokens]
+        for token in ids:
+            if not self.vocabulary.is_text(token) or not matcher.allows(token):
+                return False
+            matcher.accept(token)
+        return matcher.complete() and self.fault(self.vocabulary.bytes_of(ids)) is None
 
-    def accept(self, tokens: Sequence[int | None], *, strict: bool = True) -> None:
-        """Append a token to each sequence; those that have ended ignore theirs.
+    def __repr__(self) -> str:
+        kind, source = self._made[3:5]
+        text = source if isinstance(source, str) else repr(source)
+        return f"<Grammar {kind} {text if len(text) <= 60 else text[:57] + '...'} ({self.backend})>"
 
-        Args:
-            tokens: one per sequence; None ends a sequence, whatever its text.
-            strict: whether a token that its grammar does not allow is an error, or ends the sequence.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _grammar, self._made
 
-        Raises:
-            ValueError: another number of tokens, or a token that is not allowed.
-        """
-        if len(tokens) != len(self._matchers):
-            raise ValueError(f"tokens: expected {len(self._matchers)} (one per grammar), got {len(tokens)}")
-        for row, (matcher, token) in enumerate(zip(self._matchers, tokens, strict=True)):
-            if matcher is None or self._ended[row]:
-                continue
-            if token is None or (token in self._stop_ids and self._complete[row]):
-                self._ended[row] = True
-            elif not self._vocabulary.is_text(token) or not matcher.accept(token):
-                if strict:
-                    raise ValueError(f"token {token} (row {row}): the grammar does not allow it here")
-                self._ended[row] = True
-            else:
-                self._complete[row] = matcher.complete()
-                self._ended[row] = self._complete[row] and not self._stop_ids
-
-    def restarted(self) -> GrammarBatch:
-        """The same grammars at their beginning."""
-        return GrammarBatch(self._grammars, self._stop_ids)
-
-    @property
-    def padding(self) -> int | None:
-        """An id that is no text, for sequences that have ended; None where the tokenizer has none."""
-        return self._vocabulary.padding
-
-    @property
-    def ended(self) -> list[bool]:
-        """Per sequence: whether it has ended."""
-        return list(self._ended)
-
-    @property
-    def truncated(self) -> list[bool]:
-        """Per sequence: whether its text is not (yet) a whole text of its grammar."""
-        return [not complete for complete in self._complete]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Grammar:
+        return self  # nothing changes it
 
 
-class _Masks:
-    """The words that the engines write, and those that the kernel reads."""
-
-    def __init__(self, rows: int, vocab: int, vocabulary: Vocabulary, stop_ids: set[int]) -> None:
-        self.vocab = vocab
-        # An engine's mask has a bit for the id past its vocabulary's end; the logits may be more, or fewer.
-        self._written = torch.zeros(rows, vocabulary.end // 32 + 1, dtype=torch.int32, device=CPU)
-        self._mask = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32, device=CPU)
-        self._words = min(self._written.shape[1], self._mask.shape[1])
-        words = self._mask.shape[1]
-        text = {i for i, token in enumerate(vocabulary.tokens) if token} - stop_ids
-        self._text = _bits(text, words)[: self._words]
-        self._stops = _bits(stop_ids, words)
-
-    def write(self, bound: list[tuple[int, Any, bool]]) -> torch.Tensor:
-        """Masks of the (row, matcher, whether its text is complete) given; the other rows are free."""
-        for row, matcher, _ in bound:
-            matcher.fill(self._written, row)
-        self._mask.zero_()
-        torch.bitwise_and(self._written[:, : self._words], self._text, out=self._mask[:, : self._words])
-        rows = [row for row, *_ in bound]
-        if complete := [row for row, _, done in bound if done]:
-            self._mask[complete] |= self._stops
-        if len(rows) < len(self._mask):
-            free = torch.ones(len(self._mask), dtype=torch.bool, device=CPU)
-            free[rows] = False
-            self._mask[free] = -1
-        dead = (self._mask == 0).all(1)
-        if bool(dead.any()):
-            raise ValueError(
-                f"grammar (row {int(dead.nonzero()[0, 0])}): no token of the vocabulary continues its text"
-            )
-        return self._mask
+def _unique(start: Start, vocabulary: Vocabulary) -> Matcher:
+    return UniqueNames(start(), vocabulary)
 
 
-def _bits(ids: Iterable[int], words: int) -> torch.Tensor:
-    """int32 [words] with the bits of these ids set; those that do not fit are left out."""
-    bits = np.zeros(32 * words, dtype=np.uint8)
-    bits[[i for i in ids if i < 32 * words]] = 1
-    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
+@lru_cache(maxsize=6)
+def _engine(name: str, vocabulary: Vocabulary) -> Any:
+    """An engine that has read a vocabulary; grammars that come out of a pickle share it."""
+    return ENGINES[name](vocabulary)
 
 
-def _unanchored(pattern: str) -> str:
-    """Without the anchors that a match from end to end implies."""
-    body = pattern[1:] if pattern.startswith("^") else pattern
-    escaped = len(body[:-1]) - len(body[:-1].rstrip("\\"))
-    return body[:-1] if body.endswith("$") and escaped % 2 == 0 else body
+def _compiler(vocabulary: Vocabulary, backend: str, any_whitespace: bool) -> GrammarCompiler:
+    return GrammarCompiler(vocabulary, backend=backend, any_whitespace=any_whitespace)
 
 
-_ASCII = {r"\d": "0-9", r"\w": "0-9A-Za-z_", r"\s": r" \t\n\r\f\x0b"}
+def _grammar(
+    vocabulary: Vocabulary, backend: str, any_whitespace: bool, kind: str, source: Any, options: tuple[Any, ...]
+) -> Grammar:
+    return _compiler(vocabulary, backend, any_whitespace)._compile(kind, source, *options)
 
 
-def _in_ascii(pattern: str) -> str:
-    """The pattern with its classes of digits, word characters and spaces spelt out, except under a negation."""
-    pieces = []
-    inside = negated = False
-    for piece in re.findall(r"\\.|\[\^?|.", pattern, re.DOTALL):
-        if piece in ("[", "[^") and not inside:
-            inside, negated = True, piece == "[^"
-        elif piece == "]":
-            inside = negated = False
-        elif piece in _ASCII and not negated:
-            piece = _ASCII[piece] if inside else f"[{_ASCII[piece]}]"
-        pieces.append(piece)
-    return "".join(pieces)
+# What an engine is told to make, and what checks the texts that come of it -------------------------------------------
 
 
-def _check_schema(schema: Any) -> None:
-    """ValueError where this is no JSON Schema."""
-    if not isinstance(schema, (dict, bool)):
-        raise TypeError(f"json_schema: expected a dict, a bool or JSON text of one, got {type(schema).__name__}")
-    try:
-        jsonschema = import_module("jsonschema")
-    except ImportError:
-        raise ImportError(f"json_schema needs jsonschema: {INSTALL}") from None
-    validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    try:
-        validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ValueError(f"json_schema: at {error.json_path}: {error.message}") from None
+def _read_schema(text: str, strict: bool) -> tuple[tuple[str, Any], Check]:
+    schema = json.loads(text)
+    check = Validates(schema)
+    if isinstance(schema, dict) and set(schema) - ANNOTATIONS - {"type"} in ({"enum"}, {"const"}):
+        values = schema["enum"] if "enum" in schema else [schema["const"]]
+        # Whole texts are exact where an engine would make float64 of their numbers.
+        fitting = [json.dumps(value, ensure_ascii=False) for value in values if check.fits(value, schema)]
+        if not fitting:
+            raise ValueError("none of its values satisfies the rest of the schema")
+        return ("choices", list(dict.fromkeys(fitting))), check
+    return ("json_schema", Rewriter(schema, strict=strict, fits=check.fits).rewritten()), check
+
+
+def _read_regex(pattern: str) -> tuple[tuple[str, Any], Check]:
+    tree = parse(pattern)
+    return ("regex", tree), Matches(tree)
+
+
+def _read_choices(choices: list[str]) -> tuple[tuple[str, Any], Check]:
+    for choice in choices:
+        if any(0xD800 <= ord(character) <= 0xDFFF for character in choice):
+            raise ValueError(f"choices: {choice!r} holds half a character, which no text does")
+    return ("choices", choices), OneOf(choices)
+
+
+_READ: dict[str, Any] = {"json_schema": _read_schema, "regex": _read_regex, "choices": _read_choices}
+
+
+def _try_out(start: Start, vocabulary: Vocabulary) -> None:
+    """Take the first steps, so that a grammar which an engine cannot follow is refused when it is compiled."""
+    matcher = start()
+    mask = torch.zeros(1, vocabulary.end // 32 + 1, dtype=torch.int32, device=CPU)
+    for _ in range(2):
+        matcher.fill(mask, 0)
+        bits = mask.numpy().view("uint8")
+        word = next(iter(bits[0].nonzero()[0].tolist()), None)
+        token = None if word is None else word * 8 + (int(bits[0, word]) & -int(bits[0, word])).bit_length() - 1
+        if token is None or not vocabulary.is_text(token):
+            if not matcher.complete():
+                raise ValueError("no token of the vocabulary begins a text of it")
+            return
+        if matcher.allows(token):
+            matcher.accept(token)

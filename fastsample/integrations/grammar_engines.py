@@ -1,7 +1,8 @@
 """The grammar engines that `fastsample.integrations.grammar` drives: llguidance, xgrammar and outlines-core.
 
 All see the same vocabulary, the bytes of each token as our own reading of the tokenizer gives them, plus one id past
-its end that serves as their end of text: what ends a sequence is the model's affair (see `GrammarBatch`).
+its end that serves as their end of text: what ends a sequence is the model's affair (see `GrammarBatch`). And all get
+schemas and patterns as grammar_schema.py and grammar_regex.py have rewritten them.
 """
 
 from __future__ import annotations
@@ -14,83 +15,30 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from fastsample.integrations.grammar_regex import Chars, Node, ebnf, either, rust, sequence
+from fastsample.integrations.grammar_vocabulary import Vocabulary
+
+WHITESPACE = 8
+"""Characters of whitespace in one place, at most, where any whitespace is allowed."""
+
 
 class Matcher(Protocol):
-    """One text on its way through a grammar."""
+    """One text on its way through a grammar. An engine that gives up raises a RuntimeError with its reason."""
 
     def fill(self, mask: torch.Tensor, row: int) -> None:
         """Set the bits of the tokens that may come next in mask[row] (int32 words); others become 0."""
 
-    def accept(self, token: int) -> bool:
-        """Append a token; False where the grammar does not allow it."""
+    def allows(self, token: int) -> bool:
+        """Whether the grammar allows this token next."""
+
+    def accept(self, token: int) -> None:
+        """Append a token that it allows."""
 
     def complete(self) -> bool:
         """Whether the text so far is a whole text of the grammar."""
 
 
 Start: TypeAlias = Callable[[], Matcher]
-
-
-class Vocabulary:
-    """The bytes of every token that is text.
-
-    Attributes:
-        tokens: bytes by id; b"" for special tokens and ids that are none.
-        end: the id past the last, which no model draws.
-        padding: a special token's id, the padding token's where there is one; None where there is none.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        ids = tokenizer.get_vocab()
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        pad = getattr(tokenizer, "pad_token_id", None)
-        self.padding = pad if pad is not None else min(special, default=None)
-        as_bytes = _reader(tokenizer)
-        self.end = max(ids.values()) + 1
-        self.tokens = [b""] * self.end
-        for token, i in ids.items():
-            if i not in special:
-                self.tokens[i] = as_bytes(token)
-
-    def is_text(self, token: int) -> bool:
-        """Whether this is the id of a token with a text of its own."""
-        return 0 <= token < self.end and self.tokens[token] != b""
-
-
-def _reader(tokenizer: Any) -> Callable[[str], bytes]:
-    """How a tokenizer of this kind writes bytes in the names of its tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = "" if backend is None or backend.decoder is None else backend.decoder.__getstate__().decode()
-    if '"ByteLevel"' in decoder or hasattr(tokenizer, "byte_decoder"):
-        return _byte_level
-    if '"ByteFallback"' in decoder or "\u2581" in decoder or hasattr(tokenizer, "sp_model"):
-        return _sentence_piece
-    raise ValueError(
-        f"tokenizer: {type(tokenizer).__name__} is neither byte-level nor SentencePiece: the bytes of its tokens are "
-        "not known"
-    )
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's names of bytes: printable ones stand for themselves, the others for U+0100 and on, in their order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
-
-
-def _byte_level(token: str) -> bytes:
-    if all(character in _ALPHABET for character in token):
-        return bytes(_ALPHABET[character] for character in token)
-    return token.encode()  # an added token is text as it is
-
-
-def _sentence_piece(token: str) -> bytes:
-    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
 
 
 class LLGuidance:
@@ -104,13 +52,16 @@ class LLGuidance:
         self._tokenizer = self._module.LLTokenizer(wrapper)
 
     def json_schema(self, schema: Any, any_whitespace: bool) -> Start:
-        whitespace = {"whitespace_flexible": any_whitespace}
-        separators = {} if any_whitespace else {"item_separator": ", ", "key_separator": ": "}
+        options: dict[str, Any] = {"json_allowed_escapes": 'nrbtf\\"', "json_allow_general_unicode_escapes": False}
+        if any_whitespace:
+            options |= {"whitespace_pattern": rf"[ \t\n\r]{{1,{WHITESPACE}}}"}
+        else:
+            options |= {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         text = json.dumps(schema if isinstance(schema, dict) else {} if schema else {"enum": []})
-        return self._start(self._module.LLMatcher.grammar_from_json_schema(text, overrides=whitespace | separators))
+        return self._start(self._module.LLMatcher.grammar_from_json_schema(text, overrides=options))
 
-    def regex(self, pattern: str) -> Start:
-        return self._start(self._module.LLMatcher.grammar_from_regex(pattern))
+    def regex(self, tree: Node) -> Start:
+        return self._start(self._module.LLMatcher.grammar_from_regex(rust(tree)))
 
     def choices(self, choices: list[str]) -> Start:
         return self.regex(_alternatives(choices))
@@ -158,16 +109,25 @@ class _LLMatcher:
             self._matcher.unsafe_compute_mask_ptr(line.data_ptr(), 4 * len(line))
         self._check()
 
-    def accept(self, token: int) -> bool:
-        # validate first: a token that is not allowed would leave the matcher in a state of error.
-        return bool(self._matcher.validate_tokens([token])) and bool(self._matcher.consume_token(token))
+    def allows(self, token: int) -> bool:
+        # A limit that is reached reads as a token that is not allowed, but for the error.
+        return self._checked(self._matcher.validate_tokens([token]) == 1)
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
 
     def complete(self) -> bool:
-        return bool(self._matcher.is_accepting())
+        return self._checked(self._matcher.is_accepting())
+
+    def _checked(self, answer: bool) -> bool:
+        if not answer:
+            self._check()
+        return bool(answer)
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"grammar: llguidance: {gist(self._matcher.get_error())}")
+            raise RuntimeError(f"llguidance gave up: {gist(self._matcher.get_error())}")
 
 
 class XGrammar:
@@ -184,16 +144,15 @@ class XGrammar:
 
     def json_schema(self, schema: Any, any_whitespace: bool) -> Start:
         _refuse_unenforced(schema, _STRUCTURE | {"prefixItems"})
-        options = {"any_whitespace": any_whitespace, "strict_mode": False}
-        return self._start(self._compiler.compile_json_schema, json.dumps(schema), **options)
+        _refuse_names(schema)
+        options = {"any_whitespace": any_whitespace, "max_whitespace_cnt": WHITESPACE if any_whitespace else None}
+        return self._start(self._compiler.compile_json_schema, json.dumps(schema), strict_mode=False, **options)
 
-    def regex(self, pattern: str) -> Start:
-        return self._start(self._compiler.compile_regex, pattern)
+    def regex(self, tree: Node) -> Start:
+        return self._start(self._compiler.compile_grammar, f"root ::= {ebnf(tree)}")
 
     def choices(self, choices: list[str]) -> Start:
-        return self._start(
-            self._compiler.compile_grammar, "root ::= " + " | ".join(json.dumps(c, ensure_ascii=False) for c in choices)
-        )
+        return self.regex(_alternatives(choices))
 
     def _start(self, compile_: Callable[..., Any], source: str, **options: Any) -> Start:
         try:
@@ -211,8 +170,15 @@ class _XMatcher:
         if not self._matcher.fill_next_token_bitmask(mask, row):
             mask[row] = -1
 
-    def accept(self, token: int) -> bool:
-        return bool(self._matcher.accept_token(token))
+    def allows(self, token: int) -> bool:
+        allowed = bool(self._matcher.accept_token(token))
+        if allowed:
+            self._matcher.rollback(1)
+        return allowed
+
+    def accept(self, token: int) -> None:
+        if not self._matcher.accept_token(token):
+            raise RuntimeError(f"xgrammar does not take token {token}, which it allowed")
 
     def complete(self) -> bool:
         return bool(self._matcher.is_completed())
@@ -236,21 +202,23 @@ class OutlinesCore:
 
     def json_schema(self, schema: Any, any_whitespace: bool) -> Start:
         _refuse_unenforced(schema, _STRUCTURE | {"minLength", "maxLength"})
-        for name in (name for part in _schemas(schema) for name in part.get("properties", ())):
-            if json.dumps(name, ensure_ascii=False) != f'"{name}"':
-                raise ValueError(f"it does not escape the property {name!r}")
+        _refuse_names(schema)
         build = self._module.json_schema.build_regex_from_schema
-        return self.regex(build(json.dumps(schema), r"[ \n\t\r]*" if any_whitespace else ""))
+        whitespace = rf"[ \n\t\r]{{0,{WHITESPACE}}}" if any_whitespace else ""
+        return self._start(build(json.dumps(schema), whitespace))
 
-    def regex(self, pattern: str) -> Start:
-        index = self._module.Index(pattern, self._vocabulary)
-        return lambda: _OutlinesMatcher(self._module.Guide(index))
+    def regex(self, tree: Node) -> Start:
+        return self._start(rust(tree))
 
     def choices(self, choices: list[str]) -> Start:
         for choice in choices:
             if longer := next((other for other in choices if other != choice and other.startswith(choice)), None):
                 raise ValueError(f"it would end {longer!r} at {choice!r}")
         return self.regex(_alternatives(choices))
+
+    def _start(self, pattern: str) -> Start:
+        index = self._module.Index(pattern, self._vocabulary)
+        return lambda: _OutlinesMatcher(self._module.Guide(index))
 
 
 class _OutlinesMatcher:
@@ -261,12 +229,11 @@ class _OutlinesMatcher:
         line = mask[row]
         self._guide.write_mask_into(line.data_ptr(), len(line), 4)
 
-    def accept(self, token: int) -> bool:
-        try:
-            self._guide.advance(token, return_tokens=False)
-        except ValueError:
-            return False
-        return True
+    def allows(self, token: int) -> bool:
+        return bool(self._guide.accepts_tokens([token]))
+
+    def accept(self, token: int) -> None:
+        self._guide.advance(token, return_tokens=False)
 
     def complete(self) -> bool:
         return bool(self._guide.is_finished())
@@ -278,47 +245,42 @@ ENGINES: dict[str, type[LLGuidance] | type[XGrammar] | type[OutlinesCore]] = {
 """In the order in which "auto" asks them: the strictest about JSON Schema first."""
 
 
-def _alternatives(choices: list[str]) -> str:
-    """A regular expression of exactly these texts, in the dialect of Rust's regex crates."""
-    return "|".join("".join(rf"\x{{{ord(c):X}}}" if not c.isalnum() else c for c in choice) for choice in choices)
+def _alternatives(choices: list[str]) -> Node:
+    """The tree of exactly these texts."""
+    return either(sequence(Chars(((ord(c), ord(c)),)) for c in choice) for choice in choices)
 
 
-_ANNOTATIONS = {
-    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
-    *("$schema", "$id", "$comment", "$defs", "definitions"),
-}
+# What xgrammar and outlines-core enforce: `tests/test_grammar.py` walks every one of these words.
 _STRUCTURE = {
-    *("type", "enum", "const", "anyOf", "$ref", "properties", "required", "additionalProperties"),
+    *("type", "enum", "anyOf", "$ref", "$defs", "properties", "required", "additionalProperties"),
     *("items", "minItems", "maxItems"),
 }
-_ALONE = ("anyOf", "$ref", "enum", "const")
+_ALONE = ("anyOf", "$ref", "enum")
 
 
 def _refuse_unenforced(schema: Any, enforced: set[str]) -> None:
     """ValueError for what an engine that ignores what it does not know would let pass."""
     for part in _schemas(schema):
-        constraints = sorted(set(part) - _ANNOTATIONS)
-        if unknown := [name for name in constraints if name not in enforced]:
+        words = sorted(set(part) - {"$defs"})
+        if unknown := [word for word in words if word not in enforced]:
             raise ValueError(f"it does not enforce {unknown[0]!r}")
-        alone = next((name for name in _ALONE if name in part), None)
-        if alone and constraints not in ([alone], [alone, "type"]):
-            raise ValueError(f"it does not enforce {' and '.join(constraints)} together")
-        if "type" not in part and (sizes := [name for name in constraints if name.startswith(("min", "max"))]):
+        if any(word in part for word in _ALONE) and len(words) > 1:
+            raise ValueError(f"it does not enforce {' and '.join(words)} together")
+        if "type" not in part and (sizes := [word for word in words if word not in _ALONE]):
             raise ValueError(f"it does not enforce {sizes[0]!r} without a type")
+        if isinstance(part.get("type"), list) and len(words) > 1:
+            raise ValueError(f"it does not enforce {' and '.join(words)} together")
         if undeclared := sorted(set(part.get("required", ())) - set(part.get("properties", ()))):
             raise ValueError(f"it does not enforce the required property {undeclared[0]!r}, which is not declared")
-        if "type" in part and alone:
-            _refuse_values(part)
+        if part.get("properties") and part.get("additionalProperties", True) is not False:
+            raise ValueError("it would take properties that are named once more for additional ones")
 
 
-def _refuse_values(part: dict[str, Any]) -> None:
-    """ValueError for an enum or const with a value that is not of the type given beside it."""
-    if "enum" not in part and "const" not in part:
-        raise ValueError(f"it does not enforce {' and '.join(sorted(set(part) - _ANNOTATIONS))} together")
-    of_type = import_module("jsonschema").Draft202012Validator({"type": part["type"]}).is_valid
-    for value in part.get("enum", [part.get("const")]):
-        if not of_type(value):
-            raise ValueError(f"it does not enforce the type {part['type']!r} of {value!r}")
+def _refuse_names(schema: Any) -> None:
+    """ValueError for names of properties that an engine writes otherwise than JSON has them."""
+    for name in (name for part in _schemas(schema) for name in part.get("properties", ())):
+        if json.dumps(name) != f'"{name}"':
+            raise ValueError(f"it does not write the property {name!r} as it is")
 
 
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
@@ -326,14 +288,14 @@ def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(schema, dict):
         return
     yield schema
-    for name in ("properties", "$defs", "definitions"):
-        for inner in (schema.get(name) or {}).values():
+    for word in ("properties", "$defs"):
+        for inner in schema.get(word, {}).values():
             yield from _schemas(inner)
-    for name in ("anyOf", "prefixItems"):
-        for inner in schema.get(name) or ():
+    for word in ("anyOf", "prefixItems"):
+        for inner in schema.get(word, ()):
             yield from _schemas(inner)
-    for name in ("items", "additionalProperties"):
-        yield from _schemas(schema.get(name))
+    for word in ("items", "additionalProperties"):
+        yield from _schemas(schema.get(word))
 
 
 def gist(message: str) -> str:

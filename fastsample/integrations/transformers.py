@@ -10,7 +10,8 @@ order are transformers' own. Whatever stands before the part that can be fused s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from fastsample.api import filter_logits
 from fastsample.engines import LogprobsMode
-from fastsample.integrations.grammar import Grammar, GrammarBatch
+from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError, per_row
 from fastsample.integrations.transformers_loop import Loop, Streamer
 from fastsample.integrations.transformers_rows import check_backend
 from fastsample.params import SamplingParams
@@ -71,20 +72,27 @@ class GrammarLogitsProcessor(LogitsProcessor):
 
         model.generate(**inputs, num_beams=4, logits_processor=[GrammarLogitsProcessor(grammar, eos_token_id=0)])
 
+    Where there are fewer texts than beams, beam search fills up with hypotheses of score -inf that are no texts of the
+    grammar; they keep that score. `grammar.is_complete` tells which of several returned sequences are whole.
+
     Args:
         grammar: for every sequence, or one (or None) per sequence of the batch.
         eos_token_id: the model's, one or several: allowed where a text is complete, alone where it cannot go on.
 
     Raises:
         TypeError, ValueError: bad argument; or, when called, another number of rows than grammars, ids that do not go
-            on from the call before, or a row for which the grammar and the other processors leave no token.
+            on from the call before, or (as a GrammarError, which has the row) a row for which the grammar and the other
+            processors leave no token, a finished text that breaks its grammar, or an engine that gave up.
     """
 
     supports_continuous_batching = False
 
     def __init__(self, grammar: Grammar | Sequence[Grammar | None], eos_token_id: int | Sequence[int]) -> None:
+        rows = len(grammar) if isinstance(grammar, Sequence) else 1
+        per_row(grammar, rows)  # what is no grammar should fail here, not after a model's forward pass
         self._grammar = grammar
-        self._eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        eos = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+        self._eos = list(eos) if isinstance(eos, Iterable) else [operator.index(eos)]
         if not self._eos:
             raise ValueError("eos_token_id: expected at least one")
         self._ids: torch.Tensor | None = None
@@ -94,19 +102,48 @@ class GrammarLogitsProcessor(LogitsProcessor):
         """Scores [B, V] with -inf where a token is not allowed; a new float32 tensor."""
         if self._ids is None:
             self._prompt = input_ids.shape[1]
-            given = self._grammar
-            grammars = [given] * len(input_ids) if isinstance(given, Grammar) else list(given)
-            self._batch = GrammarBatch(grammars, self._eos)
+            self._batch = GrammarBatch(per_row(self._grammar, len(input_ids)), self._eos)
         elif input_ids.shape[1] != self._ids.shape[1] + 1 or len(input_ids) != len(self._ids):
             raise ValueError("GrammarLogitsProcessor: serves one call of generate; make another for the next")
         elif torch.equal(input_ids[:, :-1], self._ids):
-            self._batch.accept(input_ids[:, -1].tolist(), strict=False)
+            self._batch.accept(input_ids[:, -1], strict=False)
         else:  # beams have moved to other rows
             self._batch = self._batch.restarted()
-            for tokens in input_ids[:, self._prompt :].T.tolist():
+            for tokens in input_ids[:, self._prompt :].T:
                 self._batch.accept(tokens, strict=False)
         self._ids = input_ids
-        return filter_logits(scores, bitmask=self._batch.bitmask(scores))
+        return self._masked(scores)
+
+    def _masked(self, scores: torch.Tensor) -> torch.Tensor:
+        strayed = [row for row, away in enumerate(self._batch.strayed) if away]
+        mask = self._batch.bitmask(scores)
+        if strayed:
+            if len(strayed) == len(scores):
+                raise GrammarError("GrammarLogitsProcessor: every sequence has left its grammar", 0, b"")
+            mask = mask.clone()
+            mask[strayed] = -1  # hypotheses of score -inf may have nothing left; below
+        try:
+            left = filter_logits(scores, bitmask=mask)
+        except ValueError as error:
+            raise self._conflict(scores) or error from None
+        if strayed:
+            ends = left[strayed][:, self._eos]
+            left[strayed] = -torch.inf
+            left[torch.tensor(strayed)[:, None], torch.tensor(self._eos)] = ends
+        return left
+
+    def _conflict(self, scores: torch.Tensor) -> GrammarError | None:
+        """The error of the first row where the other processors have forbidden all that the grammar allows."""
+        for row, line in enumerate(scores):
+            ids = self._batch.allowed(row)
+            if ids is not None and bool(torch.isneginf(line[ids]).all()):
+                shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+                return GrammarError(
+                    f"grammar (row {row}): the processors before it forbid every token that it allows here ({shown})",
+                    row,
+                    self._batch.text(row),
+                )
+        return None
 
 
 def _to_be_called(function: Callable[P, R]) -> Callable[P, R]:

@@ -1,0 +1,326 @@
+"""Regular expressions, read once: Python's dialect, as a tree that every engine is given in the same plain form.
+
+Engines disagree on what an escape, an anchor or a class means, and some take what they do not know for letters. So a
+pattern is parsed here, by Python's own parser, and only what has one meaning goes on: sets of characters, sequences,
+alternatives and repetitions. What is left out (look-around, backreferences, word boundaries, atomic groups) is refused.
+
+The texts of the tree are some of those that `re.fullmatch` takes: positive \\d, \\w and \\s are their ASCII characters,
+while \\D, \\W, \\S and [^...] leave out all that Python's would.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+from typing import Any, TypeAlias
+
+from fastsample.integrations.grammar_charsets import ALL, Ranges, charset, holds, with_properties, without
+
+_parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+
+LARGEST = 100_000
+"""Characters that a pattern may stand for with its repetitions written out: beyond it engines take seconds and fail."""
+
+
+@dataclass(frozen=True)
+class Chars:
+    """One character of a set; of the empty set, nothing at all."""
+
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One part after another; without any, the empty text."""
+
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of the options."""
+
+    options: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A part at least `least` times, and at most `most` (None: any number of) times."""
+
+    part: Node
+    least: int
+    most: int | None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The beginning of the text (else its end); gone once a tree is whole."""
+
+    start: bool
+
+
+Node: TypeAlias = Chars | Sequence | Either | Repeat | Anchor
+EMPTY = Sequence(())
+NEVER = Chars(())
+ANY_TEXT = Repeat(Chars(ALL), 0, None)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def parse(pattern: str, *, search: bool = False) -> Node:
+    """The tree of the texts that a pattern matches from end to end, or (search) that it matches a part of.
+
+    Raises:
+        ValueError: no pattern, or one that holds what is refused; the message says what and where.
+    """
+    try:
+        parsed = _parsed(pattern)
+        whole = _searched(_read(parsed, parsed.state.flags)) if search else _matched(_read(parsed, parsed.state.flags))
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"not a pattern: {error}") from None
+    except RecursionError:
+        raise ValueError("its groups are nested too deeply") from None
+    if whole == NEVER:
+        raise ValueError("it matches no text")
+    if size(whole) > LARGEST:
+        raise ValueError(
+            f"with its repetitions written out it has {size(whole)} characters; at most {LARGEST} are served"
+        )
+    return whole
+
+
+def _parsed(pattern: str) -> Any:
+    """What Python's parser makes of it, unless other dialects read it otherwise."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parsed = _parser.parse(with_properties(pattern))
+    for warning in caught:
+        if "nested set" not in str(warning.message) or "[[:" in pattern:
+            raise ValueError(f"not the same in every dialect: {warning.message}")
+    return parsed
+
+
+def _matched(tree: Node) -> Node:
+    return _unanchor(tree, True, True)
+
+
+def _searched(tree: Node) -> Node:
+    ways = [way for half in _open_end(tree, True) for way in _open_end(half, False)]
+    return either(_unanchor(way, True, True) for way in ways)
+
+
+def _read(items: Any, flags: int) -> Node:
+    return sequence(_read_one(op, value, flags) for op, value in items)
+
+
+def _read_one(op: Any, value: Any, flags: int) -> Node:
+    name = str(op)
+    if name in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
+        return Chars(charset(name, value, flags))
+    if name == "BRANCH":
+        return either(_read(option, flags) for option in value[1])
+    if name == "SUBPATTERN":
+        _, added, removed, inner = value
+        return _read(inner, (flags | added) & ~removed)
+    if name in ("MAX_REPEAT", "MIN_REPEAT"):  # which texts match does not depend on which is tried first
+        least, most, inner = value
+        return repeat(_read(inner, flags), least, None if most == _parser.MAXREPEAT else most)
+    if name == "AT" and str(value) in _ANCHORS:
+        if flags & re.MULTILINE and not str(value).endswith("STRING"):
+            raise ValueError("^ and $ of lines, (?m), are not served")
+        return Anchor(_ANCHORS[str(value)])
+    raise ValueError(f"{_REFUSED.get(name, name)} is not served")
+
+
+_ANCHORS = {"AT_BEGINNING": True, "AT_BEGINNING_STRING": True, "AT_END": False, "AT_END_STRING": False}
+_REFUSED = {
+    "AT": r"a word boundary, \b or \B,",
+    "ASSERT": "look-around, (?=...) or (?<=...),",
+    "ASSERT_NOT": "negative look-around, (?!...) or (?<!...),",
+    "GROUPREF": r"a backreference, \1 or (?P=name),",
+    "GROUPREF_EXISTS": "a condition, (?(1)...),",
+    "ATOMIC_GROUP": "an atomic group, (?>...),",
+    "POSSESSIVE_REPEAT": "a possessive repetition, such as a*+,",
+}
+
+
+def sequence(parts: Iterable[Node]) -> Node:
+    """The parts one after another."""
+    flat: list[Node] = []
+    for part in parts:
+        flat += part.parts if isinstance(part, Sequence) else [part]
+    if NEVER in flat:
+        return NEVER
+    return flat[0] if len(flat) == 1 else Sequence(tuple(flat))
+
+
+def either(options: Iterable[Node]) -> Node:
+    """One of the options, those that match nothing left out."""
+    kept = tuple(dict.fromkeys(option for option in options if option != NEVER))
+    return NEVER if not kept else kept[0] if len(kept) == 1 else Either(kept)
+
+
+def repeat(part: Node, least: int, most: int | None) -> Node:
+    """The part again and again."""
+    if most == 0 or part == EMPTY or (part == NEVER and least == 0):
+        return EMPTY
+    return part if part == NEVER or (least, most) == (1, 1) else Repeat(part, least, most)
+
+
+# Anchors --------------------------------------------------------------------------------------------------------------
+
+
+def _unanchor(node: Node, first: bool, last: bool) -> Node:
+    """Without the anchors that hold because of where the node stands: first in the text, last in it, or both."""
+    if isinstance(node, Anchor):
+        if first if node.start else last:
+            return EMPTY
+        raise ValueError(f"an inner {'^' if node.start else '$'} is not served: it belongs at an end of the pattern")
+    if isinstance(node, Either):
+        return either(_unanchor(option, first, last) for option in node.options)
+    if isinstance(node, Repeat):
+        once = node.most == 1
+        return repeat(_unanchor(node.part, first and once, last and once), node.least, node.most)
+    if isinstance(node, Sequence):
+        parts, count = node.parts, len(node.parts)
+        before = [first and all(_empty(part) for part in parts[:i]) for i in range(count)]
+        after = [last and all(_empty(part) for part in parts[i + 1 :]) for i in range(count)]
+        return sequence(_unanchor(part, b, a) for part, b, a in zip(parts, before, after, strict=True))
+    return node
+
+
+def _empty(node: Node) -> bool:
+    """Whether the node never takes a character."""
+    if isinstance(node, Sequence):
+        return all(map(_empty, node.parts))
+    if isinstance(node, Either):
+        return all(map(_empty, node.options))
+    return _empty(node.part) if isinstance(node, Repeat) else isinstance(node, Anchor)
+
+
+def _open_end(node: Node, start: bool) -> list[Node]:
+    """The node as options with any text at this end, except where an anchor stands there; those anchors are gone."""
+    parts = node.parts if isinstance(node, Sequence) else (node,)
+    if not parts:
+        return [ANY_TEXT]
+    edge = parts[0 if start else -1]
+    rest = parts[1:] if start else parts[:-1]
+    if isinstance(edge, Anchor) and edge.start == start:
+        again = rest and rest[0 if start else -1] == edge
+        return _open_end(sequence(rest), start) if again else [sequence(rest)]
+    if isinstance(edge, (Either, Repeat)) and _anchored(edge, start):
+        if isinstance(edge, Repeat) and edge.most != 1:
+            raise ValueError("a repeated ^ or $ is not served")
+        inner = edge.options if isinstance(edge, Either) else (EMPTY, edge.part)[1 if edge.least else 0 :]
+        whole = (sequence((option, *rest) if start else (*rest, option)) for option in inner)
+        return [option for way in whole for option in _open_end(way, start)]
+    return [sequence((ANY_TEXT, *parts) if start else (*parts, ANY_TEXT))]
+
+
+def _anchored(node: Node, start: bool) -> bool:
+    """Whether an anchor of this end stands somewhere in the node."""
+    if isinstance(node, Anchor):
+        return node.start == start
+    return any(_anchored(part, start) for part in _parts(node))
+
+
+def _parts(node: Node) -> tuple[Node, ...]:
+    """What the node is made of."""
+    if isinstance(node, Sequence):
+        return node.parts
+    if isinstance(node, Either):
+        return node.options
+    return (node.part,) if isinstance(node, Repeat) else ()
+
+
+# Writing, measuring, matching -----------------------------------------------------------------------------------------
+
+
+def rust(node: Node) -> str:
+    """The tree in the dialect of Rust's regex crates, without anything that depends on flags."""
+    if isinstance(node, Chars):
+        if len(node.ranges) == 1 and node.ranges[0][0] == node.ranges[0][1]:
+            code = node.ranges[0][0]
+            return chr(code) if chr(code).isascii() and chr(code).isalnum() else rf"\x{{{code:X}}}"
+        return "[" + "".join(rf"\x{{{low:X}}}-\x{{{high:X}}}" for low, high in node.ranges) + "]"
+    if isinstance(node, Either):
+        return "(?:" + "|".join(map(rust, node.options)) + ")"
+    if isinstance(node, Repeat):
+        part = rust(node.part)
+        return (part if isinstance(node.part, Chars) else f"(?:{part})") + _count(node)
+    return "".join(map(rust, _parts(node)))
+
+
+def ebnf(node: Node) -> str:
+    """The tree as the right side of a rule, in xgrammar's notation."""
+    if isinstance(node, Chars):
+        return "[" + "".join(f"{_code(low)}-{_code(high)}" for low, high in node.ranges) + "]"
+    if isinstance(node, Either):
+        return "(" + " | ".join(map(ebnf, node.options)) + ")"
+    if isinstance(node, Repeat):
+        return f"({ebnf(node.part)}){_count(node)}"
+    return " ".join(map(ebnf, _parts(node))) or '""'
+
+
+def _code(code: int) -> str:
+    return rf"\U{code:08x}"
+
+
+def _count(node: Repeat) -> str:
+    named = {(0, None): "*", (1, None): "+", (0, 1): "?"}
+    most = "" if node.most is None else node.most
+    return named.get((node.least, node.most)) or f"{{{node.least},{most}}}"
+
+
+def size(node: Node) -> int:
+    """Characters in the tree, with its repetitions written out."""
+    if isinstance(node, Chars):
+        return 1
+    times = max(1, node.least if node.most is None else node.most) if isinstance(node, Repeat) else 1
+    return times * sum(map(size, _parts(node)))
+
+
+def within(node: Node, allowed: Ranges) -> Node:
+    """The tree of those texts that are of allowed characters only."""
+    if isinstance(node, Chars):
+        return Chars(without(node.ranges, without(((0, 0x10FFFF),), allowed)))
+    if isinstance(node, Sequence):
+        return sequence(within(part, allowed) for part in node.parts)
+    if isinstance(node, Either):
+        return either(within(option, allowed) for option in node.options)
+    return repeat(within(node.part, allowed), node.least, node.most) if isinstance(node, Repeat) else node
+
+
+def matches(node: Node, text: str) -> bool:
+    """Whether the text is one of the tree's, in time that grows with their sizes and never with the ways to match."""
+    return len(text) in _ends(node, text, frozenset([0]))
+
+
+def _ends(node: Node, text: str, starts: frozenset[int]) -> frozenset[int]:
+    """Where matches of the node may end that begin at one of these places."""
+    if isinstance(node, Chars):
+        return frozenset(i + 1 for i in starts if i < len(text) and holds(node.ranges, ord(text[i])))
+    if isinstance(node, Either):
+        return frozenset().union(*(_ends(option, text, starts) for option in node.options))
+    if isinstance(node, Repeat):
+        return _repeated_ends(node, text, starts)
+    return reduce(lambda places, part: _ends(part, text, places), _parts(node), starts)
+
+
+def _repeated_ends(node: Repeat, text: str, starts: frozenset[int]) -> frozenset[int]:
+    for _ in range(node.least):
+        starts = _ends(node.part, text, starts)
+        if not starts:
+            return starts
+    reached = fresh = starts
+    times = node.least
+    while fresh and (node.most is None or times < node.most):
+        fresh = _ends(node.part, text, fresh) - reached
+        reached, times = reached | fresh, times + 1
+    return reached
