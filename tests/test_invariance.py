@@ -17,6 +17,9 @@ from cases import EXTRAS, PARAMS
 import fastsample as fs
 from fastsample.engines.cpu import native
 
+# Penalties without ids are among the cases on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+
 BACKENDS = ("reference", "cpu")
 ROWS, VOCAB = 24, 9001  # enough for more than two threads
 FIELDS = fs.SampleOutput.__slots__
@@ -177,9 +180,6 @@ def test_many_threads_call_at_once() -> None:
 FORK = """
 import multiprocessing, os, sys, threading
 import torch, fastsample as fs
-
-# Penalties without ids are among the cases on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 
 torch.set_num_threads(1)  # torch's own threads do not survive a fork; fastsample's must
 x = torch.randn(64, 8000, generator=torch.Generator().manual_seed(1))

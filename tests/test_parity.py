@@ -19,6 +19,9 @@ import fastsample as fs
 from fastsample import reference
 from fastsample.engines.cpu import native
 
+# Penalties without ids are among the cases on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+
 LOGPROB_ULP = 2
 ISAS = ("baseline", "avx2", "avx512", "neon")
 
@@ -212,9 +215,6 @@ def test_the_environment_forces_an_isa(isa: str, tmp_path: Path) -> None:
     code = """
 import torch, fastsample as fs
 from fastsample.engines.cpu import native
-
-# Penalties without ids are among the cases on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 token = fs.sample(torch.arange(100.0) / 9, seed=7, backend="cpu").tokens
 print(native().isa(), int(token))
 """

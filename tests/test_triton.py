@@ -29,6 +29,9 @@ from fastsample.engines import Outputs, engine, select
 from fastsample.engines import triton as adapter
 from fastsample.rows import Bias, Rows
 
+# Penalties without ids are among the cases on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
@@ -253,9 +256,6 @@ def test_importing_fastsample_and_sampling_on_a_cpu_does_not_import_triton() -> 
     code = """
 import sys, torch, fastsample as fs
 from fastsample.engines import engine
-
-# Penalties without ids are among the cases on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 engine("triton").why_not(torch.zeros(1, 9))
 fs.sample(torch.zeros(9)), fs.engines()
 print("triton" in sys.modules, any(name.startswith("fastsample.kernels") for name in sys.modules))
