@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_is_traced: Callable[[], bool] = torch.jit.is_tracing
+_is_traced: Callable[[], bool] = torch.jit._trace.is_tracing
 
 functions: dict[str, Callable[..., Any]] = {}
 """Every function so marked, for `opaque`."""
