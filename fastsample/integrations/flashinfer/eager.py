@@ -11,6 +11,8 @@ from torch.compiler import is_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_is_traced: Callable[[], bool] = torch.jit._trace.is_tracing
+
 functions: dict[str, Callable[..., Any]] = {}
 """Every function so marked, for `opaque`."""
 
@@ -26,7 +28,7 @@ def eager(function: F) -> F:
             from fastsample.integrations.flashinfer import opaque  # while a trace runs, the compiler is loaded anyway
 
             return opaque.FUNCTIONS[name](*args, **kwargs)
-        if torch.jit.is_tracing():  # which sees none of what an engine does
+        if _is_traced():  # which sees none of what an engine does
             raise RuntimeError(f"{name}: torch.jit.trace cannot record it; torch.compile can, with a graph break")
         return function(*args, **kwargs)
 
