@@ -160,6 +160,20 @@ def grammar(
 
 
 @app.command()
+def draws(
+    vocab: Annotated[Numbers, typer.Option(help="[default: 300, 4096 and 151936]")] = None,
+    num: Annotated[Numbers, typer.Option(help="Draws of each row. [default: 10^4, 10^5 and 10^6]")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for each of them; five turns at least.")] = 2.0,
+) -> None:
+    """Many draws of a row, against torch.multinomial."""
+    from bench.draws import run
+
+    run(vocab or [300, 4096, 151_936], num or [10**4, 10**5, 10**6], batch, threads, seconds)
+
+
+@app.command()
 def serving(
     vocab: Annotated[int, typer.Option(min=64, max=2**20)] = 128256,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,

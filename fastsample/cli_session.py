@@ -70,7 +70,13 @@ class Session:
         ballot = None if vote is None else self._ballot(vote)
         with told(_REFUSALS):
             result = fs.best_of_n(
-                self.lm, self.ids, n, vote=ballot, tokenizer=self.tokenizer, max_new_tokens=self.steps, **sampling
+                self.lm,
+                {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)},
+                n,
+                vote=ballot,
+                tokenizer=self.tokenizer,
+                max_new_tokens=self.steps,
+                **sampling,
             )
         assert not isinstance(result, list)  # one prompt, one result
         best = result.best

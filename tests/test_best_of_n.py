@@ -507,7 +507,7 @@ def test_all_fail(table: TableModel) -> None:
         (2, {"top_p": [0.5, 0.9, 1.0]}, r"top_p: expected one value or 1 \(one per prompt\), got 3"),
         (2, {"seed": 1.5}, "seed.* 1.5"),
         (2, {"backend": "nope"}, "backend = 'nope'"),
-        (2, {"grammar": "yes|no"}, r"grammar = 'yes\|no': expected a Grammar"),
+        (2, {"grammar": "yes|no"}, r"grammar: expected a Grammar or None, got str 'yes\|no'"),
         (2, {"logprobs": "all"}, "logprobs = 'all'"),
         (2, {"on_error": "skip"}, "on_error = 'skip': expected 'warn' or 'raise'"),
         (2, {"on_invalid": "skip"}, "on_invalid = 'skip'"),

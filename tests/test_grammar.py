@@ -39,8 +39,8 @@ from fastsample.integrations.grammar import (
     TruncatedWarning,
     _engine,
 )
-from fastsample.integrations.grammar_engines import ENGINES, _LLMatcher
-from fastsample.integrations.grammar_vocabulary import Vocabulary
+from fastsample.integrations.grammar.engines import ENGINES, _LLMatcher
+from fastsample.integrations.grammar.vocabulary import Vocabulary
 from fastsample.integrations.transformers import GrammarLogitsProcessor, fs_generate
 
 BACKENDS = list(ENGINES)

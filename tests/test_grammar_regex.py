@@ -11,10 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastsample.cli_generate import shipped_model
-from fastsample.integrations import grammar_formats as formats
-from fastsample.integrations.grammar import GrammarCompiler
-from fastsample.integrations.grammar_engines import ENGINES
-from fastsample.integrations.grammar_regex import Chars, Either, Node, Repeat, Sequence, matches, parse
+from fastsample.integrations.grammar import GrammarCompiler, formats
+from fastsample.integrations.grammar.engines import ENGINES
+from fastsample.integrations.grammar.regex import Chars, Either, Node, Repeat, Sequence, matches, parse
 
 PATTERNS = [
     r"[0-9]{3}-[a-f]+",

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from fastsample.cli_generate import shipped_model
 from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarCompiler
-from fastsample.integrations.grammar_engines import ENGINES, LLGuidance
+from fastsample.integrations.grammar.engines import ENGINES, LLGuidance
 
 EOS, V = 0, 4096
 

@@ -19,7 +19,8 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from fastsample.api import filter_logits
 from fastsample.engines import LogprobsMode
-from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError, per_row
+from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError
+from fastsample.integrations.grammar.batch import per_row
 from fastsample.integrations.transformers_loop import Loop, Streamer
 from fastsample.integrations.transformers_rows import check_backend
 from fastsample.params import SamplingParams

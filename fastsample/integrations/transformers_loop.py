@@ -18,6 +18,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from fastsample.engines import LogprobsMode
 from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
+from fastsample.integrations.grammar.batch import check_grammar
 from fastsample.integrations.transformers_generate import (
     hand_back_tokenizer,
     refuse_other_loops,
@@ -28,7 +29,6 @@ from fastsample.integrations.transformers_plan import Plan, make_plan
 from fastsample.integrations.transformers_rows import (
     Batch,
     check_backend,
-    check_grammar,
     check_modes,
     check_offset,
     check_seed,

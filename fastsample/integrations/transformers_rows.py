@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastsample.engines import engine
-from fastsample.integrations.grammar import Grammar, GrammarCompiler
+from fastsample.integrations.grammar import Grammar
 from fastsample.params import CPU, SamplingParams
 from fastsample.request import check_on_invalid, is_one_of
 from fastsample.rows import pack_offsets, pack_seeds, row_seeds
@@ -47,22 +47,6 @@ def check_streamer(streamer: Any) -> None:
     for method in ("put", "end"):
         if not callable(getattr(streamer, method, None)):
             raise TypeError(f"streamer: expected an object with put(ids) and end(), got {type(streamer).__name__}")
-
-
-def check_grammar(grammar: Any) -> None:
-    """TypeError that says how to make a grammar of what was given instead."""
-    several = isinstance(grammar, Sequence) and not isinstance(grammar, (str, bytes))
-    for row, item in enumerate(grammar if several else [grammar]):
-        if isinstance(item, Grammar) or (item is None and several):
-            continue
-        where = f"grammar (sequence {row})" if several else "grammar"
-        if isinstance(item, GrammarCompiler):
-            raise TypeError(f"{where}: expected a Grammar, got the compiler; call its json_schema, regex or choices")
-        shown = repr(item) if len(repr(item)) <= 60 else type(item).__name__
-        raise TypeError(
-            f"{where} = {shown}: expected a Grammar; GrammarCompiler(tokenizer) makes one: .json_schema({{...}}), "
-            ".regex('yes|no') or .choices(['yes', 'no'])"
-        )
 
 
 def check_modes(logprobs: Any, on_invalid: Any) -> None:

@@ -12,7 +12,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from fastsample.api import filter_logits
 from fastsample.engines import LogprobsMode
-from fastsample.integrations.grammar import GrammarBatch
+from fastsample.integrations.grammar import GrammarBatch, GrammarError
 from fastsample.integrations.transformers_conflicts import culprits, told
 from fastsample.integrations.transformers_plan import Plan
 from fastsample.integrations.transformers_rows import repeated, siblings
@@ -63,17 +63,16 @@ class Followed:
         while True:
             try:
                 return self._batch.bitmask(scores)
-            except ValueError as error:
+            except GrammarError as error:
                 self._end(error, _NOTHING_LEFT)
 
     def accept(self, tokens: list[int | None]) -> list[bool]:
         """Append a token to each sequence, None to those that have ended; returns which have."""
         try:
             self._batch.accept(tokens)
-        except ValueError as error:
+        except GrammarError as error:
             # Of a text that has ended and is none of its grammar we hear when all have moved; else none has.
-            row = getattr(error, "row", None)
-            if row is None or not self._batch.ended[row]:
+            if not self._batch.ended[error.row]:
                 raise
             self._end(error, 0)
         return self._batch.ended
@@ -84,15 +83,14 @@ class Followed:
         while True:
             try:
                 return self._batch.truncated
-            except ValueError as error:
+            except GrammarError as error:
                 self._end(error, 0)
 
-    def _end(self, error: ValueError, status: int) -> None:
-        row = getattr(error, "row", None)  # what a GrammarError says more than others
-        if row is None or not self._flag:
+    def _end(self, error: GrammarError, status: int) -> None:
+        if not self._flag:
             raise error
-        self._progress.end(row, status, str(error))
-        self._batch._ended[row] = True
+        self._progress.end(error.row, status, str(error))
+        self._batch.end(error.row)
 
 
 class Inputs:

@@ -10,7 +10,7 @@ from decimal import Context as DecimalContext
 from fractions import Fraction
 from typing import Any, TypeAlias
 
-from fastsample.integrations.grammar_charsets import Ranges
+from fastsample.integrations.grammar.charsets import Ranges
 
 Path: TypeAlias = tuple[str, ...]
 

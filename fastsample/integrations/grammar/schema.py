@@ -15,10 +15,10 @@ from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
-from fastsample.integrations import grammar_formats as formats
-from fastsample.integrations.grammar_disjoint import Disjoint
-from fastsample.integrations.grammar_regex import NEVER, Node, parse, rust, within
-from fastsample.integrations.grammar_values import (
+from fastsample.integrations.grammar import formats
+from fastsample.integrations.grammar.disjoint import Disjoint
+from fastsample.integrations.grammar.regex import NEVER, Node, parse, rust, within
+from fastsample.integrations.grammar.values import (
     JSON_CHARACTERS,
     Context,
     above,

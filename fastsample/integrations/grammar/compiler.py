@@ -1,19 +1,4 @@
-"""Structured output: text that matches a JSON schema, a regular expression or one of some choices, every time.
-
-    compiler = GrammarCompiler(tokenizer)
-    grammar = compiler.json_schema({"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]})
-    model.generate(**inputs, do_sample=True, custom_generate=fs_generate(seed=7, grammar=grammar))
-
-A grammar engine (llguidance, xgrammar or outlines-core, whichever is installed) says which tokens may come next; they
-go to the fused kernel as its bitmask, in the pass that samples. The text is that of the new tokens alone, without the
-prompt. Special tokens are never part of it; a model's end-of-sequence tokens are allowed where the text is complete,
-and alone where it cannot go on. A text is called complete when it has passed a second check, that does not ask the
-engine (jsonschema, formats included). In a loop of your own, `GrammarBatch` keeps the masks of a batch:
-
-    batch = GrammarBatch([grammar, None], stop_ids=[tokenizer.eos_token_id])
-    tokens = sampler(logits, bitmask=batch.bitmask(logits)).tokens
-    batch.accept(tokens)
-"""
+"""Grammars, and what makes them for a tokenizer."""
 
 from __future__ import annotations
 
@@ -26,17 +11,14 @@ from typing import Any
 
 import torch
 
-from fastsample.integrations.grammar_batch import GrammarBatch, GrammarError, TruncatedWarning, per_row
-from fastsample.integrations.grammar_check import Check, Matches, OneOf, Validates
-from fastsample.integrations.grammar_engines import ENGINES, Matcher, Start, gist
-from fastsample.integrations.grammar_names import UniqueNames, may_repeat
-from fastsample.integrations.grammar_regex import parse
-from fastsample.integrations.grammar_schema import ANNOTATIONS, Rewriter
-from fastsample.integrations.grammar_types import schema_of
-from fastsample.integrations.grammar_vocabulary import Vocabulary
+from fastsample.integrations.grammar.check import Check, Matches, OneOf, Validates
+from fastsample.integrations.grammar.engines import ENGINES, Matcher, Start, gist
+from fastsample.integrations.grammar.names import UniqueNames, may_repeat
+from fastsample.integrations.grammar.regex import parse
+from fastsample.integrations.grammar.schema import ANNOTATIONS, Rewriter
+from fastsample.integrations.grammar.types import schema_of
+from fastsample.integrations.grammar.vocabulary import Vocabulary
 from fastsample.params import CPU
-
-__all__ = ["Grammar", "GrammarBatch", "GrammarCompiler", "GrammarError", "TruncatedWarning", "per_row"]
 
 INSTALL = "pip install 'fastsample[grammar]'"
 

@@ -8,7 +8,7 @@ import typing
 from importlib import import_module
 from typing import Any
 
-from fastsample.integrations.grammar_values import load
+from fastsample.integrations.grammar.values import load
 
 EXPECTED = (
     "a JSON Schema (a dict, a bool, or a str of JSON), or a type that pydantic describes (a BaseModel, a dataclass, a "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastsample.integrations.grammar_vocabulary import Vocabulary
+from fastsample.integrations.grammar.vocabulary import Vocabulary
 from fastsample.params import CPU
 
 if TYPE_CHECKING:
@@ -43,16 +43,23 @@ def per_row(grammar: Any, rows: int) -> list[Grammar | None]:
         TypeError: something else than grammars; the message says how to make one of it.
         ValueError: another number of grammars.
     """
+    check_grammar(grammar)
     if _is_grammar(grammar):
         return [grammar] * rows
-    if isinstance(grammar, (str, bytes, dict)) or not isinstance(grammar, Sequence):
-        raise TypeError(f"grammar: {_wanted(grammar)}")
     if len(grammar) != rows:
         raise ValueError(f"grammar: expected one or {rows} (one per sequence), got {len(grammar)}")
+    return list(grammar)
+
+
+def check_grammar(grammar: Any) -> None:
+    """TypeError that says how to make a grammar of what was given, unless it is one, or a sequence of them or None."""
+    if _is_grammar(grammar):
+        return
+    if isinstance(grammar, (str, bytes, dict)) or not isinstance(grammar, Sequence):
+        raise TypeError(f"grammar: {_wanted(grammar)}")
     for row, given in enumerate(grammar):
         if given is not None and not _is_grammar(given):
             raise TypeError(f"grammar (row {row}): {_wanted(given)}")
-    return list(grammar)
 
 
 def _is_grammar(given: Any) -> bool:
@@ -168,6 +175,10 @@ class GrammarBatch:
             self._ended[row] = True
         for row in (row for row, ended in enumerate(self._ended) if ended and self._complete[row]):
             self._confirm(row)
+
+    def end(self, row: int) -> None:
+        """End a sequence where it stands; its text stays what it is."""
+        self._ended[row] = True
 
     def allowed(self, row: int) -> list[int] | None:
         """The ids that the last `bitmask` allows a sequence; None where it may have any."""

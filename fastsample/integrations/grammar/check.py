@@ -8,8 +8,8 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, Protocol
 
-from fastsample.integrations import grammar_formats as formats
-from fastsample.integrations.grammar_regex import Node, matches, parse
+from fastsample.integrations.grammar import formats
+from fastsample.integrations.grammar.regex import Node, matches, parse
 
 
 class Check(Protocol):

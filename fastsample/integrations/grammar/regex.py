@@ -19,7 +19,7 @@ from functools import reduce
 from importlib import import_module
 from typing import Any, TypeAlias
 
-from fastsample.integrations.grammar_charsets import ALL, Ranges, charset, holds, with_properties, without
+from fastsample.integrations.grammar.charsets import ALL, Ranges, charset, holds, with_properties, without
 
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 

@@ -2,7 +2,7 @@
 
 All see the same vocabulary, the bytes of each token as our own reading of the tokenizer gives them, plus one id past
 its end that serves as their end of text: what ends a sequence is the model's affair (see `GrammarBatch`). And all get
-schemas and patterns as grammar_schema.py and grammar_regex.py have rewritten them.
+schemas and patterns as schema.py and regex.py have rewritten them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from fastsample.integrations.grammar_regex import Chars, Node, ebnf, either, rust, sequence
-from fastsample.integrations.grammar_vocabulary import Vocabulary
+from fastsample.integrations.grammar.regex import Chars, Node, ebnf, either, rust, sequence
+from fastsample.integrations.grammar.vocabulary import Vocabulary
 
 WHITESPACE = 8
 """Characters of whitespace in one place, at most, where any whitespace is allowed."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastsample.integrations.grammar_values import types_of
+from fastsample.integrations.grammar.values import types_of
 
 DEPTH = 6
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsample.integrations.grammar_engines import Matcher
-from fastsample.integrations.grammar_values import types_of
-from fastsample.integrations.grammar_vocabulary import Vocabulary
+from fastsample.integrations.grammar.engines import Matcher
+from fastsample.integrations.grammar.values import types_of
+from fastsample.integrations.grammar.vocabulary import Vocabulary
 
 
 def may_repeat(schema: Any) -> bool:
