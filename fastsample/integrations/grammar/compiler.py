@@ -61,8 +61,8 @@ class GrammarCompiler:
         """A grammar of JSON texts that validate against a schema.
 
         Where a schema leaves a choice that validators differ on or that a text could get lost in, the narrower reading
-        holds: strings write no \\uXXXX, formats are those texts that every validator takes, and a number stays a
-        millionth away from a bound that is left out.
+        holds: strings write no \\uXXXX, formats are those texts that every validator takes, a number stays a millionth
+        away from a bound that is left out, and (llguidance) an integer without a bound stays within 10^18.
 
         Args:
             schema: a JSON Schema (draft 4 to 2020-12) as dict, bool or JSON text; or a type that pydantic describes: a

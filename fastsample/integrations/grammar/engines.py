@@ -21,6 +21,9 @@ from fastsample.integrations.grammar.vocabulary import Vocabulary
 WHITESPACE = 8
 """Characters of whitespace in one place, at most, where any whitespace is allowed."""
 
+LARGEST = 10**18
+"""Of integers to which a schema sets no bound: without one a model may go on with digits for ever."""
+
 
 class Matcher(Protocol):
     """One text on its way through a grammar. An engine that gives up raises a RuntimeError with its reason."""
@@ -57,7 +60,8 @@ class LLGuidance:
             options |= {"whitespace_pattern": rf"[ \t\n\r]{{1,{WHITESPACE}}}"}
         else:
             options |= {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        text = json.dumps(schema if isinstance(schema, dict) else {} if schema else {"enum": []})
+        given = schema if isinstance(schema, dict) else {} if schema else {"enum": []}
+        text = json.dumps(_with_bounded_integers(given))
         return self._start(self._module.LLMatcher.grammar_from_json_schema(text, overrides=options))
 
     def regex(self, tree: Node) -> Start:
@@ -248,6 +252,26 @@ ENGINES: dict[str, type[LLGuidance] | type[XGrammar] | type[OutlinesCore]] = {
 def _alternatives(choices: list[str]) -> Node:
     """The tree of exactly these texts."""
     return either(sequence(Chars(((ord(c), ord(c)),)) for c in choice) for choice in choices)
+
+
+def _with_bounded_integers(schema: Any) -> Any:
+    """The schema with a bound on each side of every integer."""
+    if isinstance(schema, list):
+        return [_with_bounded_integers(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = dict(schema)
+    for word in ("properties", "patternProperties", "$defs"):
+        if word in out:
+            out[word] = {name: _with_bounded_integers(part) for name, part in out[word].items()}
+    for word in ("allOf", "anyOf", "oneOf", "prefixItems", "items", "additionalProperties"):
+        if word in out:
+            out[word] = _with_bounded_integers(out[word])
+    types = out.get("type", ())
+    if "integer" in ([types] if isinstance(types, str) else types) and "number" not in types:
+        out.setdefault("minimum", -LARGEST)
+        out.setdefault("maximum", LARGEST)
+    return out
 
 
 # What xgrammar and outlines-core enforce: `tests/test_grammar.py` walks every one of these words.
