@@ -37,8 +37,8 @@ from fastsample.integrations.grammar import (
     GrammarCompiler,
     GrammarError,
     TruncatedWarning,
-    _engine,
 )
+from fastsample.integrations.grammar.compiler import _engine
 from fastsample.integrations.grammar.engines import ENGINES, _LLMatcher
 from fastsample.integrations.grammar.vocabulary import Vocabulary
 from fastsample.integrations.transformers import GrammarLogitsProcessor, fs_generate

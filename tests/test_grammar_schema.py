@@ -173,6 +173,20 @@ def test_large_integers_are_exact_or_refused(tokenizer: Any, backend: str) -> No
             compiler.json_schema({"type": "integer", "minimum": value, "maximum": value})
 
 
+def test_integers_without_a_bound_end(compiler: GrammarCompiler) -> None:
+    """A small model goes on with digits as long as it may."""
+    inside, outside = ("0", "-7", str(10**18), str(-(10**18))), (str(10**18 + 1), "9" * 30, "-" + "1" * 25)
+    schemas: list[Any] = [{"type": "integer"}, {"type": ["integer", "null"]}, {"allOf": [{"type": "integer"}]}]
+    for schema in schemas:
+        grammar = compiler.json_schema(schema)
+        assert all(takes(grammar, text) for text in inside)
+        assert not any(takes(grammar, text) for text in outside)
+    grammar = compiler.json_schema({"type": "array", "items": {"type": "integer", "exclusiveMinimum": 4}})
+    assert takes(grammar, "[5, 6]")
+    assert not takes(grammar, "[4]")
+    assert not takes(grammar, f"[{outside[0]}]")
+
+
 def test_numbers_that_float64_does_not_hold_are_refused(compiler: GrammarCompiler) -> None:
     for number in ("1e400", "-1e400", "0.1000000000000000055511151231257827", "1e-400", "NaN", "-Infinity"):
         with pytest.raises(ValueError, match=f"json_schema: not JSON: .*{re.escape(number)}"):
