@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, TextIO
 
-INSTALL = "pip install 'fastsample[hf]'"
+INSTALL = "pip install '.[hf]' in a clone of fastsample"
 
 
 _LONGEST = 500

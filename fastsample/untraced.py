@@ -91,23 +91,26 @@ def _outside_of_a_graph(function: Callable[..., Any], *arguments: Any, **named: 
     return function(*arguments, **named)
 
 
-def _disabled(function: Any, name: str) -> Any:
+def disabled(function: Any, reason: str) -> Any:
     """`function`, which no trace enters; the reason is what fullgraph=True says, where this torch takes one."""
+    disable: Any = torch.compiler.disable
+    takes_reason = "reason" in inspect.signature(disable).parameters  # torch 2.7 and later
+    return disable(function, reason=reason) if takes_reason else disable(function)
 
+
+def _without_graph(function: Any, name: str) -> Any:
     def call(*arguments: Any) -> Any:
         return function(*arguments)
 
     call.__name__ = call.__qualname__ = f"fastsample_without_a_graph_for_{name}"
-    takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
-    disable: Any = torch.compiler.disable
-    return disable(call, reason=f"{name}: expected {_WANTED[name]}") if takes_reason else disable(call)
+    return disabled(call, f"{name}: expected {_WANTED[name]}")
 
 
 # A frame of ours that torch.compile would try to compile.
 _is_recorded: Any = cast(Any, torch.compiler.disable)(is_recorded)
 eagerly: Any = cast(Any, torch.compiler.disable)(_outside_of_a_graph)
 _EAGER = {
-    (traced, name): _disabled(function, name)
+    (traced, name): _without_graph(function, name)
     for traced, function in (("sample", _eager_sample), ("step", _eager_step), ("full", _eager_full))
     for name in _WANTED
 }

@@ -388,7 +388,7 @@ def test_an_engine_that_cannot_serve_is_refused_before_the_model_is_loaded(monke
 
 
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    hint = "pip install 'fastsample[hf]'"
+    hint = "pip install '.[hf]' in a clone of fastsample"
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert hint in refusal("generate", "x")
     monkeypatch.setitem(sys.modules, "typer", None)

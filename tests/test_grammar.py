@@ -809,7 +809,7 @@ def test_a_processor_that_forbids_all_that_the_grammar_allows(table: TableModel,
 def test_engines_that_are_not_installed(tokenizer: Any, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = missing.replace("-", "_")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"{missing} .*pip install 'fastsample\[grammar\]'"):
+    with pytest.raises(ImportError, match=rf"{missing} .*pip install '\.\[grammar\]'"):
         GrammarCompiler(tokenizer, backend=missing)
     assert GrammarCompiler(tokenizer).regex("a").backend == next(name for name in BACKENDS if name != missing)
 

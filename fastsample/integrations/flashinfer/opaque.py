@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from fastsample.integrations.flashinfer.eager import functions
+from fastsample.untraced import disabled
 
 
 def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,13 +15,11 @@ def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    disable: Any = torch.compiler.disable
-    say = {}
-    if "reason" in inspect.signature(disable).parameters:  # torch 2.7 and later
-        name = f"{function.__module__}.{function.__name__}".replace(".chain.", ".")
-        say["reason"] = f"{name} is not for fullgraph=True; fastsample.sample, which takes logits, is"
-    disabled: Callable[..., Any] = disable(call, **say)
-    return disabled
+    name = f"{function.__module__}.{function.__name__}".replace(".chain.", ".")
+    opaque: Callable[..., Any] = disabled(
+        call, f"{name} is not for fullgraph=True; fastsample.sample, which takes logits, is"
+    )
+    return opaque
 
 
 FUNCTIONS = {name: _opaque(function) for name, function in functions.items()}

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from fastsample.integrations.grammar import formats
 from fastsample.integrations.grammar.regex import Node, matches, parse
 
+INSTALL = "pip install '.[grammar]' in a clone of fastsample"
+
 
 class Check(Protocol):
     """Says what is wrong with a text; None where nothing is."""
@@ -83,7 +85,7 @@ def validator(schema: Any) -> Any:
     try:
         jsonschema = import_module("jsonschema")
     except ImportError:
-        raise ImportError("json_schema needs jsonschema: pip install 'fastsample[grammar]'") from None
+        raise ImportError(f"json_schema needs jsonschema: {INSTALL}") from None
     dialect = schema.get("$schema") if isinstance(schema, dict) else None
     kind = jsonschema.validators.validator_for(schema, default=None)
     if kind is None and isinstance(dialect, str):

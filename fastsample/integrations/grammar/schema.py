@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from fastsample.integrations.grammar import formats
 from fastsample.integrations.grammar.disjoint import Disjoint
+from fastsample.integrations.grammar.endings import IN_PLACE, is_finite, loops, members_of, required_of
 from fastsample.integrations.grammar.regex import NEVER, Node, parse, rust, within
 from fastsample.integrations.grammar.values import (
     JSON_CHARACTERS,
@@ -43,11 +44,10 @@ ANNOTATIONS = frozenset(
         *("contentMediaType", "contentEncoding", "discriminator"),
     }
 )
-_IN_PLACE = ("allOf", "anyOf", "oneOf")
 _SAYS_WHAT_ELSE = ("additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties")
 _WORDS = frozenset(
     {
-        *("type", "enum", "const", "$ref", *_IN_PLACE, "properties", "required", "additionalProperties"),
+        *("type", "enum", "const", "$ref", *IN_PLACE, "properties", "required", "additionalProperties"),
         *("patternProperties", "propertyNames", "minProperties", "maxProperties", "items", "prefixItems"),
         *("additionalItems", "minItems", "maxItems", "uniqueItems", "minLength", "maxLength", "pattern", "format"),
         *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
@@ -78,9 +78,9 @@ class Rewriter:
         """
         out = self._schema(self._root, Context())
         for (pointer, *_), name in self._keys.items():
-            if _loops(name, self._definitions):
+            if loops(name, self._definitions):
                 raise ValueError(f"$ref {pointer!r} leads back to itself without a step into the value")
-        if not _finite(out, self._definitions):
+        if not is_finite(out, self._definitions):
             raise ValueError("no text of finite length satisfies it")
         return {**out, "$defs": self._definitions} if isinstance(out, dict) and self._definitions else out
 
@@ -138,10 +138,10 @@ class Rewriter:
 
     def _in_place(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
         """What further schemas say of the same value."""
-        members = [(word, i, inner) for word in _IN_PLACE for i, inner in enumerate(schema.get(word, ()))]
+        members = [(word, i, inner) for word in IN_PLACE for i, inner in enumerate(schema.get(word, ()))]
         if "$ref" in schema:
             members.append(("$ref", 0, {"$ref": schema["$ref"]}))
-        own = {word: value for word, value in schema.items() if word not in (*_IN_PLACE, "$ref")}
+        own = {word: value for word, value in schema.items() if word not in (*IN_PLACE, "$ref")}
         for word, i, member in members:
             # Of anyOf and oneOf the other branches need not hold where this one does.
             others = [m for w, j, m in members if w != word or (word == "allOf" and j != i)]
@@ -173,10 +173,10 @@ class Rewriter:
         names: frozenset[str] = frozenset()
         decided = False
         for schema in schemas:
-            for member in _members(schema):
+            for member in members_of(schema):
                 if not isinstance(member, dict):
                     continue
-                names |= {*member.get("properties", ()), *_required(member)}
+                names |= {*member.get("properties", ()), *required_of(member)}
                 decided |= any(word in member for word in _SAYS_WHAT_ELSE)
                 pointer = member.get("$ref")
                 if pointer is not None and pointer not in seen:
@@ -238,7 +238,7 @@ class Rewriter:
                 writable(name, at): self._schema(inner, at.inside("properties", name))
                 for name, inner in schema["properties"].items()
             }
-        if required := _required(schema):
+        if required := required_of(schema):
             out["required"] = [writable(name, at) for name in required]
         if "patternProperties" in schema:
             out["patternProperties"] = {
@@ -286,24 +286,12 @@ class Rewriter:
         out.setdefault("type", "object")  # a list of properties that a string would satisfy, too, means an object
         if any(word in schema for word in _SAYS_WHAT_ELSE):
             return
-        names, decided = self._named([{word: schema[word] for word in (*_IN_PLACE, "$ref") if word in schema}])
+        names, decided = self._named([{word: schema[word] for word in (*IN_PLACE, "$ref") if word in schema}])
         if at.decided or decided:
             return
-        for name in sorted({*names, *at.names, *_required(schema)} - set(out["properties"])):
+        for name in sorted({*names, *at.names, *required_of(schema)} - set(out["properties"])):
             out["properties"][writable(name, at)] = {}
         out["additionalProperties"] = False
-
-
-def _members(schema: Any) -> list[Any]:
-    """A schema and those that it says hold of the same value, references aside."""
-    if not isinstance(schema, dict):
-        return [schema]
-    return [schema, *(m for word in _IN_PLACE for inner in schema.get(word, ()) for m in _members(inner))]
-
-
-def _required(schema: dict[str, Any]) -> list[str]:
-    required = schema.get("required", [])
-    return list(required) if isinstance(required, list) else []
 
 
 def _counts(
@@ -359,58 +347,3 @@ def _writable_tree(tree: Node, at: Context) -> Node:
 
 def _anchored(tree: Node) -> str:
     return f"^(?:{rust(tree)})$"
-
-
-# References that lead back, and texts that end ------------------------------------------------------------------------
-
-
-def _loops(name: str, definitions: dict[str, Any]) -> bool:
-    """Whether a definition refers to itself for the very same value."""
-    ahead, seen = [name], set()
-    while ahead:
-        members = _members(definitions[ahead.pop()])
-        for other in (m["$ref"].rsplit("/", 1)[1] for m in members if isinstance(m, dict) and "$ref" in m):
-            if other == name:
-                return True
-            if other not in seen:
-                seen.add(other)
-                ahead.append(other)
-    return False
-
-
-def _finite(schema: Any, definitions: dict[str, Any]) -> bool:
-    """Whether a text of finite length satisfies a schema: not where it needs itself as a part."""
-    known: dict[str, bool] = {}
-    while True:
-        found = {name: _ends(inner, known) for name, inner in definitions.items()}
-        if found == known:
-            return _ends(schema, known)
-        known = found
-
-
-def _ends(schema: Any, known: dict[str, bool]) -> bool:
-    """Whether some text of a schema ends, where it is known which definitions have one."""
-    if not isinstance(schema, dict):
-        return False
-    if "enum" in schema:
-        return True
-    if "$ref" in schema and not known.get(schema["$ref"].rsplit("/", 1)[1], False):
-        return False
-    some = (any(_ends(inner, known) for inner in schema[word]) for word in ("anyOf", "oneOf") if word in schema)
-    return all(some) and all(_ends(inner, known) for inner in schema.get("allOf", ())) and _kind_ends(schema, known)
-
-
-def _kind_ends(schema: dict[str, Any], known: dict[str, bool]) -> bool:
-    types = types_of(schema)
-    if types - {"array", "object"}:
-        return True
-    rest = schema.get("items", {})
-    first = [*schema.get("prefixItems", ()), *[rest] * schema.get("minItems", 0)][: schema.get("minItems", 0)]
-    if "array" in types and all(_ends(item, known) for item in first):
-        return True
-    properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
-    others = [schema.get("additionalProperties", {}), *patterns.values()]
-    return "object" in types and all(
-        _ends(properties[name], known) if name in properties else any(_ends(other, known) for other in others)
-        for name in _required(schema)
-    )
