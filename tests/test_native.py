@@ -17,6 +17,8 @@ from cases import MEDIUM_CASES, SMALL_CASES, Case
 import fastsample as fs
 from fastsample.engines import cpu
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the cases on purpose
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -24,6 +24,8 @@ import fastsample as fs
 from fastsample import reference
 from fastsample.rows import row_seeds, splitmix64
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the cases on purpose
+
 REFERENCE = {"backend": "reference"}
 
 

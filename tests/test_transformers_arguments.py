@@ -24,7 +24,7 @@ from transformers import (
 
 import fastsample as fs
 from fastsample.cli_generate import shipped_model
-from fastsample.integrations.grammar import GrammarBatch, GrammarCompiler
+from fastsample.integrations.grammar import GrammarBatch, GrammarCompiler, GrammarError
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_generate
 from fastsample.rows import row_seeds
 
@@ -352,21 +352,15 @@ def test_what_a_sequence_past_its_end_gets_is_no_error(table: TableModel) -> Non
     assert (got[1, 8:] == PAD).all()
 
 
-class RowError(ValueError):
-    """What a grammar batch raises for one of its sequences."""
-
-    row = 1
-
-
 def test_a_step_that_no_grammar_has_taken_is_an_error(
     model: Any, tokenizer: Any, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(self: Any, *_: Any) -> None:
-        raise RowError("the engine gave up")
+        raise GrammarError("the engine gave up", 1, b"")
 
     monkeypatch.setattr(GrammarBatch, "accept", fails)
     sample = fs_generate(7, grammar=compiler.regex("[a-z]{20}"), on_invalid="flag")
-    with pytest.raises(RowError):
+    with pytest.raises(GrammarError):
         tokens(model, tokenizer(["The", "The"], return_tensors="pt"), sample, max_new_tokens=3)
 
 
@@ -386,11 +380,11 @@ def test_what_one_grammar_cannot_do_ends_that_sequence(
         result = real(self, *args)
         if len(calls) == 3:
             self._ended[1] = self._ended[1] or method == "accept"
-            raise RowError("the engine gave up")
+            raise GrammarError("the engine gave up", 1, b"")
         return result
 
     monkeypatch.setattr(GrammarBatch, method, third_fails)
-    with pytest.raises(RowError):
+    with pytest.raises(GrammarError):
         model.generate(**batch, **options, custom_generate=fs_generate(7, grammar=grammar))
     calls.clear()
     out = model.generate(**batch, **options, custom_generate=fs_generate(7, grammar=grammar, on_invalid="flag"))
@@ -446,7 +440,7 @@ def test_bad_arguments_fail_when_given(given: dict[str, Any], message: str) -> N
 
 
 def test_a_compiler_is_no_grammar(compiler: GrammarCompiler) -> None:
-    with pytest.raises(TypeError, match="got the compiler; call its json_schema, regex or choices"):
+    with pytest.raises(TypeError, match="got GrammarCompiler itself: make one by its json_schema"):
         fs_generate(grammar=compiler)  # type: ignore[arg-type]
 
 
