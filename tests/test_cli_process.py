@@ -19,6 +19,7 @@ PROMPT = "The future of AI is"
 # A shell's background job ignores SIGINT, and so would its children; a terminal's command does not.
 TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 SCRIPT = "from _fastsample_cli import main; print('started', flush=True); main()"
+HERE = Path(__file__).parent  # from the root, the source tree would be imported
 COMMAND = [sys.executable, "-c", TERMINAL + "from _fastsample_cli import main; main()"]
 GENERATE = ("generate", PROMPT, "--seed", "1", "--max-new-tokens", "4")
 
@@ -31,13 +32,13 @@ def environment(**more: str) -> dict[str, str]:
 
 def process(*args: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *args], stdout=pipe, stderr=pipe, text=True, env=environment())
+    return subprocess.Popen([*COMMAND, *args], stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=HERE)
 
 
 def shell(redirect: str, *args: str, **variables: str) -> Any:
     """The command behind a shell's redirection; (exit status, stdout, stderr)."""
     command = ["sh", "-c", f'"$@" {redirect}', "sh", *COMMAND, *args]
-    done = subprocess.run(command, capture_output=True, env=environment(**variables), timeout=300)
+    done = subprocess.run(command, capture_output=True, env=environment(**variables), cwd=HERE, timeout=300)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -48,7 +49,7 @@ def test_the_console_script_is_main() -> None:
 
 def test_the_console_script_loads_no_torch_before_it_is_ready_for_control_c() -> None:
     code = "import sys, _fastsample_cli; print('torch' in sys.modules, 'fastsample' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=HERE) == "False False\n"
 
 
 @pytest.mark.parametrize("args", [("info",), ("generate", PROMPT, "--max-new-tokens", "200")], ids=lambda a: a[0])
@@ -78,7 +79,7 @@ def test_control_c_ends_it_quietly() -> None:
 @pytest.mark.parametrize("delay", [0.01, 0.1, 0.3, 0.6, 1.0, 2.0])
 def test_control_c_while_it_starts(delay: float) -> None:
     command = [sys.executable, "-c", TERMINAL + SCRIPT, "generate", PROMPT, "--num", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "started\n"
         time.sleep(delay)
@@ -91,7 +92,9 @@ def test_control_c_while_it_starts(delay: float) -> None:
 def test_a_job_that_ignores_control_c_goes_on_ignoring_it() -> None:
     ignoring = "import signal, os; signal.signal(signal.SIGINT, signal.SIG_IGN); os.kill(os.getpid(), signal.SIGINT); "
     code = ignoring + "from _fastsample_cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, text=True, cwd=HERE, timeout=300
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -137,7 +140,9 @@ def test_an_ascii_stdout_gets_the_escapes_of_json(variables: dict[str, str]) -> 
 @posix
 def test_a_prompt_that_is_not_utf8() -> None:
     code = "import os, sys; os.execv(sys.executable, [os.fsencode(a) for a in sys.argv[1:]] + [b'a\\xff'])"
-    done = subprocess.run([sys.executable, "-c", code, *COMMAND, "generate"], capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *COMMAND, "generate"], capture_output=True, cwd=HERE, timeout=300
+    )
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"fastsample: PROMPT: not UTF-8: ")
 
@@ -156,7 +161,9 @@ def test_a_bug_is_one_line_unless_asked_for_more() -> None:
     code = "from fastsample import cli; cli.find_model = None; cli.main()"
     for variables in ({}, {"FASTSAMPLE_TRACEBACK": "1"}):
         command = [sys.executable, "-c", code, "generate", "x"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=300)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment(**variables), cwd=HERE, timeout=300
+        )
         assert ("Traceback" in done.stderr) == bool(variables)
         if not variables:
             assert done.returncode == 2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +120,7 @@ def test_raw_ranks_beside_a_masked_nan() -> None:
 
 # Signals and memory ---------------------------------------------------------------------------------------------------
 
+HERE = Path(__file__).parent  # from the root, the source tree would be imported
 INTERRUPTED = """
 import sys, threading, time
 import torch, fastsample as fs
@@ -155,7 +157,7 @@ LONG = {
 def test_ctrl_c(name: str, threads: int) -> None:
     code = INTERRUPTED.format(call=LONG[name], threads=threads)
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE
     ) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
@@ -187,7 +189,9 @@ except TimeoutError:
     assert (out.tokens == -7).all() and (out.status == -7).all()
     print("kept")
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=120, check=False
+    )
     assert run.stdout == "kept\n", run.stderr
 
 
@@ -208,7 +212,9 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 assert torch.equal(got, want[0])
 print(bool(times) and all(times))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=120, check=False
+    )
     assert run.stdout == "True\n", run.stderr
 
 
