@@ -201,7 +201,7 @@ def pack(params: SamplingParams | None, fields: dict[str, Any], rows: int, other
     packed = _pack(params)
     if len(packed.records) not in (1, rows):
         names = ", ".join(params.per_row())
-        wanted = f"one value for all rows or {rows} values (one per row of logits)"
+        wanted = "one value" if rows == 1 else f"one value for all rows or {rows} values (one per row of logits)"
         raise ValueError(f"{names}: expected {wanted}, got {len(packed.records)} values")
     return packed
 
