@@ -237,7 +237,16 @@ def newest(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env=env)
 
 
-BUILT_FROM = ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "csrc", "fastsample", "kernels")
+BUILT_FROM = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "_fastsample_cli",
+    "csrc",
+    "fastsample",
+    "kernels",
+)
 
 
 @nox.session
