@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import nox
@@ -66,7 +67,7 @@ def stack(session: nox.Session, name: str, *bare: str) -> None:
         session.run("python", "-m", "bench", "serving", *session.posargs[1:])
         return
     session.install("--no-deps", "--force-reinstall", str(ROOT), *NO_CUDA)
-    tests = sorted(map(str, (ROOT / "tests").glob(f"test_{name}*.py")))
+    tests = sorted(map(str, (ROOT / "tests" / "integrations").glob(f"test_{name}*.py")))
     session.chdir(session.create_tmp())  # from the root, the source tree would be imported
     session.run("pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests, *session.posargs)
 
@@ -91,6 +92,11 @@ def bench(session: nox.Session) -> None:
         session.run("python", "-m", "bench", *session.posargs)
     else:
         session.run("pytest", "bench", "--benchmark-only", *session.posargs)
+
+
+def _test_files(names: Iterable[str]) -> list[str]:
+    """The test files of these names, whatever group they are in."""
+    return [str(next((ROOT / "tests").glob(f"*/test_{name}.py"))) for name in names]
 
 
 def _clang() -> str | None:
@@ -137,7 +143,7 @@ def sanitize(session: nox.Session) -> None:
     session.run(
         "pytest",
         *("-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", chosen),
-        *(str(ROOT / "tests" / f"test_{name}.py") for name in names),
+        *_test_files(names),
         *posargs[quick:],
         env={"LD_PRELOAD": str(runtime).strip(), "ASAN_OPTIONS": "detect_leaks=0"},
     )
@@ -167,7 +173,7 @@ def fuzz(session: nox.Session) -> None:
 def distribution(session: nox.Session) -> None:
     """Nightly: 10^8 draws per test."""
     session.install("-e", ".[test]")
-    names = ("-k", "many_draws", "-s", "tests/test_distribution.py")
+    names = ("-k", "many_draws", "-s", "tests/contract/test_distribution.py")
     session.run("pytest", *names, *session.posargs, env={"FASTSAMPLE_DRAWS": "1e8"})
 
 
@@ -175,14 +181,14 @@ def distribution(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Nightly: ten minutes of calls of all kinds on four threads; prints the slope of the memory."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-k", "soak", "-s", "tests/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"})
+    session.run("pytest", "-k", "soak", "-s", "tests/robustness/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"})
 
 
 @nox.session
 def huge(session: nox.Session) -> None:
     """Nightly: outputs of more than 2^31 elements; needs 18 GB of memory."""
     session.install("-e", ".[test]", *NO_CUDA)
-    session.run("pytest", "-k", "huge", "-s", "tests/test_integers.py", env={"FASTSAMPLE_HUGE": "1"})
+    session.run("pytest", "-k", "huge", "-s", "tests/contract/test_integers.py", env={"FASTSAMPLE_HUGE": "1"})
 
 
 @nox.session(python=["3.13t", "3.14t"])
@@ -191,9 +197,9 @@ def freethreaded(session: nox.Session) -> None:
     wheels = ("--only-binary", "numpy,scipy,torch")  # the newest that have one; hypothesis 6.136 and later need Rust
     session.install(*wheels, ".", "pytest>=8", "hypothesis>=6.100,<6.136", "scipy>=1.11", *NO_CUDA)
     names = ("parity", "concurrency", "torch_modes", "bad_input", "errors")
-    tests = (str(ROOT / "tests" / f"test_{name}.py") for name in names)
+    tests = _test_files(names)
     session.chdir(session.create_tmp())  # from the root, the source tree would be imported
-    code = "import sys, fastsample.engines.cpu; sys.exit(sys._is_gil_enabled())"
+    code = "import sys, fastsample.backends.cpu; sys.exit(sys._is_gil_enabled())"
     session.run("python", "-W", "error", "-c", code)
     outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", "not V1048576")
     session.run("pytest", *outside, *tests, *session.posargs)
@@ -213,7 +219,7 @@ def oldest(session: nox.Session) -> None:
     session.install(*build, *_lower_bounds(*project["dependencies"], *extras["hf"], *extras["grammar"]), *OLDEST_WITH)
     session.install("--no-deps", "--no-build-isolation", "-e", ".", *NO_CUDA)
     names = ("api", "errors", "params", "parity", "properties", "integers", "torch_modes", "bad_input", "concurrency")
-    files = (f"tests/test_{name}.py" for name in (*names, "cli", "transformers", "grammar", "supply"))
+    files = _test_files((*names, "cli", "transformers", "grammar", "supply"))
     # What an old package uses of a newer one, and the newer one means to drop, is no affair of these tests.
     session.run("pytest", "-W", "ignore::DeprecationWarning", *files, *session.posargs)
 
@@ -300,4 +306,4 @@ def flashinfer(session: nox.Session) -> None:
     session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
     session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # with them it would replace torch by a CUDA build
     session.run("python", "-c", "import flashinfer.sampling")  # where this fails, the test would be skipped
-    session.run("pytest", "tests/test_flashinfer_signatures.py", *session.posargs)
+    session.run("pytest", "tests/integrations/test_flashinfer_signatures.py", *session.posargs)

@@ -13,7 +13,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, _interrupted)
     _open_what_is_closed()
-    from fastsample.cli import app
+    from fastsample.cli.app import app
 
     app()
 

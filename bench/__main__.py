@@ -37,7 +37,7 @@ def compare(
     ] = None,
     peer: Annotated[Names, typer.Option(help="Only these peers, as `python -m bench peers` lists them.")] = None,
     mode: Annotated[Names, typer.Option(help="Only these modes of bench/modes.py.")] = None,
-    logits: Annotated[Names, typer.Option(help="Only these makers of tests/cases.py.")] = None,
+    logits: Annotated[Names, typer.Option(help="Only these makers of tests/support/cases.py.")] = None,
     batch: Annotated[Numbers, typer.Option(help="Only these batch sizes.")] = None,
     vocab: Annotated[Numbers, typer.Option(help="These vocabularies instead of a section's own.")] = None,
     threads: Annotated[Numbers, typer.Option(help="These numbers of threads. [default: 1 and torch's]")] = None,
@@ -72,7 +72,7 @@ def peers() -> None:
 
 @app.command()
 def cpu(
-    logits: Annotated[str, typer.Option(help="Maker of logits in tests/cases.py.")] = "flat",
+    logits: Annotated[str, typer.Option(help="Maker of logits in tests/support/cases.py.")] = "flat",
     vocab: Annotated[int, typer.Option(min=1, max=2**20)] = 128256,
     batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1 and 64]")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",

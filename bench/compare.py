@@ -26,7 +26,7 @@ from bench.modes import BY_NAME, FILTERS, make_logits, prepare
 from bench.record import RESULTS, Results, console, load, machine, slug
 from bench.summary import disturbed
 from bench.timing import Others, Step, bandwidth, in_turns, seconds, spread
-from fastsample.engines.cpu import native
+from fastsample.backends.cpu import native
 
 AMAX, ONE_THREAD, FLOAT32 = "torch.amax", "one thread", "float32"
 PLAIN = ("greedy", "k50 p.95", "min_p", "p.95", "T")

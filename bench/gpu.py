@@ -26,7 +26,7 @@ import fastsample as fs
 from bench import gate, peers
 from bench.modes import MODES, Mode, make_logits, prepare
 from bench.record import Results, console, packages
-from fastsample.engines import engine
+from fastsample.backends import engine
 
 ROOT = Path(__file__).parents[1]
 BATCHES, VOCABS, DTYPES = (1, 8, 64, 256), (32000, 128256, 262144), ("float32", "bfloat16")
@@ -50,7 +50,18 @@ class Budget:
 
 def run_tests(budget: Budget, screen: Console) -> dict[str, Any]:
     """The gpu tests in a process of their own: (passed, last line)."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "gpu",
+        "tests/engines/test_gpu.py",
+        "-p",
+        "no:cacheprovider",
+    ]
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, budget.left * TEST_SHARE)

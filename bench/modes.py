@@ -1,4 +1,4 @@
-"""What is measured: sampling modes as data, over the logits makers of tests/cases.py."""
+"""What is measured: sampling modes as data, over the logits makers of tests/support/cases.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 import fastsample as fs
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from cases import MAKERS, finish
 
 SEED = 1

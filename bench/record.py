@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 import fastsample as fs
-from fastsample.engines.cpu import native
+from fastsample.backends.cpu import native
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"  # where figures go that are given no other place

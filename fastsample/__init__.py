@@ -3,8 +3,8 @@
 from importlib.metadata import version as _version
 
 from fastsample.api import filter_logits, probabilities, sample
-from fastsample.candidates import best_of_n
-from fastsample.engines import engines
+from fastsample.backends import engines
+from fastsample.integrations.best_of_n import best_of_n
 from fastsample.masks import pack_bitmask
 from fastsample.params import SamplingParams
 from fastsample.request import SampleOutput

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fastsample.engines import LogprobsMode, Outputs, select
+from fastsample.backends import LogprobsMode, Outputs, select
 from fastsample.ids import pack_token_ids
 from fastsample.leading import flat_fields, flat_inputs, flat_words
 from fastsample.masks import check_bitmask, restrict

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fastsample.engines import DTYPES, Engine, LogprobsMode, Outputs, select
+from fastsample.backends import DTYPES, Engine, LogprobsMode, Outputs, select
 from fastsample.params import SamplingParams, has_memory, require_dense, require_strided, whole
 from fastsample.rows import MAX_VOCAB, Rows
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastsample.api import add_row_inputs, pack_params
-from fastsample.engines import LogprobsMode
+from fastsample.backends import LogprobsMode
 from fastsample.params import CPU, SamplingParams, specs, whole
 from fastsample.penalties import penalised_rows, warn_without_ids
 from fastsample.request import WISHES, OnInvalid, Request, SampleOutput

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastsample as fs
-from fastsample.engines import ORDER, engine
-from fastsample.engines.cpu import native
+from fastsample.backends import ORDER, engine
+from fastsample.backends.cpu import native
 
 # The reference needs no threads for these sizes, and waking torch's pool costs more than the tests do.
 torch.set_num_threads(1)

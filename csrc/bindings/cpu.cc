@@ -238,7 +238,7 @@ py::tuple param_fields() {
 // No state here that the GIL would guard: what threads share in csrc/cpu is atomic or locked.
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   namespace fs = fastsample;
-  m.doc() = "The CPU engine: see fastsample.engines.cpu, its only caller.";
+  m.doc() = "The CPU engine: see fastsample.backends.cpu, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
   py::class_<fs::SizedRows>(m, "Rows", py::module_local())
       .def(py::init(&fs::make_rows))

@@ -158,7 +158,7 @@ py::tuple param_fields() {
 
 PYBIND11_MODULE(_cuda, m) {
   namespace fs = fastsample;
-  m.doc() = "The CUDA engine: see fastsample.engines.cuda, its only caller.";
+  m.doc() = "The CUDA engine: see fastsample.backends.cuda, its only caller.";
   m.attr("PARAM_FIELDS") = fs::param_fields();
   m.attr("CUDA_VERSION") = CUDART_VERSION;
   py::class_<fs::NativeRows>(m, "Rows").def(py::init(&fs::make_rows));

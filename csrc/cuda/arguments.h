@@ -1,5 +1,5 @@
 // A batch from the flat integers that Python passes: addresses, strides in elements, lengths. The
-// order is that of fastsample/engines/cuda.py.
+// order is that of fastsample/backends/cuda.py.
 #pragma once
 
 #include "core/rows.h"

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from fastsample.engines import Outputs, select
+from fastsample.backends import Outputs, select
 from fastsample.params import SamplingParams, specs
 from fastsample.request import STATUS
 from fastsample.rows import MAX_VOCAB, Rows

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastsample import reference as spec
-from fastsample.engines import Outputs, select
+from fastsample.backends import Outputs, select
 from fastsample.integrations.flashinfer.arguments import (
     Limit,
     check_no_nan,

@@ -274,7 +274,7 @@ def _with_bounded_integers(schema: Any) -> Any:
     return out
 
 
-# What xgrammar and outlines-core enforce: `tests/test_grammar.py` walks every one of these words.
+# What xgrammar and outlines-core enforce: `tests/integrations/test_grammar.py` walks every one of these words.
 _STRUCTURE = {
     *("type", "enum", "anyOf", "$ref", "$defs", "properties", "required", "additionalProperties"),
     *("items", "minItems", "maxItems"),

@@ -1,0 +1,124 @@
+"""The engines that obey the contract, in the order in which `auto` tries them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Literal, Protocol
+
+import torch
+
+from fastsample.rows import Rows
+
+LogprobsMode = Literal["raw", "processed"]
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Dtypes of logits, each with its number in csrc/core/rows.h."""
+MODES: dict[LogprobsMode | None, int] = {None: 0, "raw": 1, "processed": 2}
+"""What log-probabilities are of, likewise."""
+
+
+@dataclass(slots=True)
+class Outputs:
+    """Contiguous buffers for an engine to fill; None means not wanted. Dimensions of size 1 may be missing."""
+
+    status: torch.Tensor  # int32 [B]
+    tokens: torch.Tensor | None = None  # int64 [B, num_samples]
+    filtered: torch.Tensor | None = None  # float32 [B, V]
+    probabilities: torch.Tensor | None = None  # float32 [B, V]
+    mode: LogprobsMode | None = None  # what the four below are of
+    logprobs: torch.Tensor | None = None  # float32 [B, num_samples]
+    ranks: torch.Tensor | None = None  # int64 [B, num_samples]
+    top_ids: torch.Tensor | None = None  # int64 [B, num_top]
+    top_logprobs: torch.Tensor | None = None  # float32 [B, num_top]
+    num_samples: int = 1
+    num_top: int = 0
+    restore: bool = False  # put back what they held where a row is invalid; only for engines that can
+
+
+def column(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address and row stride; a stride of 0 shares the first row."""
+    return tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0
+
+
+def token_ids(ids: torch.Tensor) -> tuple[int, int, int]:
+    """Address, row stride and length of each row's list."""
+    return ids.data_ptr(), ids.stride(0), ids.shape[1]
+
+
+def beyond_tokens(out: Outputs) -> tuple[int, ...]:
+    """Addresses of filtered, probabilities, logprobs, ranks, top_ids and top_logprobs; 0 for what is not wanted."""
+    return (
+        0 if out.filtered is None else out.filtered.data_ptr(),
+        0 if out.probabilities is None else out.probabilities.data_ptr(),
+        0 if out.logprobs is None else out.logprobs.data_ptr(),
+        0 if out.ranks is None else out.ranks.data_ptr(),
+        0 if out.top_ids is None else out.top_ids.data_ptr(),
+        0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
+    )
+
+
+class Engine(Protocol):
+    """One implementation of the contract."""
+
+    name: str
+    restores: bool = False
+    """Whether it can put back what buffers held."""
+
+    def why_not(self, logits: torch.Tensor | None) -> str | None:
+        """Why this engine cannot serve these logits (None: any at all), or None when it can."""
+
+    def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
+        """Fill `out` from logits [B, V].
+
+        Returns the number of invalid rows, or None where to know it would mean waiting for the device.
+        """
+
+    def advance(self, rows: Rows) -> None:
+        """Add 1 to every offset, in place and in the order of the device's other work."""
+        rows.offsets += 1
+
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+"""Engine names, fastest first where several can serve; each is the module of that name."""
+
+
+@cache
+def engine(name: str) -> Engine:
+    """The engine of that name; imported on first use, so that `import fastsample` loads no compiler and no driver."""
+    if name not in ORDER:
+        raise ValueError(_unknown(name))
+    found: Engine = import_module(f"fastsample.backends.{name}").ENGINE
+    return found
+
+
+def _unknown(name: object, said: str = "backend") -> str:
+    return f"{said} = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}"
+
+
+def select(backend: str, logits: torch.Tensor) -> Engine:
+    """The engine for these logits. `auto` takes the first that can; any other name serves or raises with the reason."""
+    said = "backend"
+    if not isinstance(backend, str):  # may not even be hashable
+        raise ValueError(_unknown(backend, said))
+    if backend == "auto" and (wanted := os.environ.get("FASTSAMPLE_BACKEND")):
+        backend, said = wanted, "FASTSAMPLE_BACKEND"
+    if backend != "auto":
+        if backend not in ORDER:
+            raise ValueError(_unknown(backend, said))
+        chosen = engine(backend)
+        reason = chosen.why_not(logits)
+        if reason is not None:
+            raise RuntimeError(f"{said} {backend!r} cannot serve these logits: {reason}")
+        return chosen
+    for name in ORDER[:-1]:
+        if (found := engine(name)).why_not(logits) is None:
+            return found
+    return engine(ORDER[-1])  # serves whatever there is
+
+
+def engines() -> dict[str, str | None]:
+    """What can run here: engine name -> None where it can, else the reason why not, in the order `auto` tries them."""
+    return {name: engine(name).why_not(None) for name in ORDER}

@@ -1,0 +1,148 @@
+"""The CUDA engine: adapter to fastsample._cuda (csrc/cuda). Addresses, strides and a stream in; it never waits."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from threading import Lock
+from typing import Any
+
+import torch
+
+from fastsample.backends import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
+from fastsample.params import specs
+from fastsample.rows import Rows
+
+Tensor = torch.Tensor
+
+
+@cache
+def native() -> tuple[Any, str | None]:
+    """fastsample._cuda, or the reason why it cannot serve any GPU here."""
+    try:
+        found = import_module("fastsample._cuda")
+    except ModuleNotFoundError:
+        return None, "fastsample was built without it: no nvcc was found (FASTSAMPLE_CUDA=on demands it)"
+    except ImportError as error:
+        return None, f"fastsample._cuda cannot be imported: {error}"
+    names = tuple(name for name, _ in specs())
+    if names != found.PARAM_FIELDS:
+        return None, f"fastsample._cuda was built for other parameters: {found.PARAM_FIELDS}, not {names}"
+    return found, found.why_not()
+
+
+class Buffers:
+    """Device memory that a launch uses and nothing else may use meanwhile; it grows and is kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lock = Lock()  # the launches of one call, of which the second reads what the first has left
+        self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
+        self.boards = self.workspace
+
+    def grow(self, workspace: int, boards: int) -> None:
+        """At least this many bytes; the boards begin as zeros, and every launch leaves them so."""
+        if workspace > self.workspace.numel():
+            self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.device)
+        if boards > self.boards.numel():
+            self.boards = torch.zeros(boards, dtype=torch.uint8, device=self.device)
+
+
+class CudaEngine(Engine):
+    """One launch from logits to token; a second one for whole rows of output and log-probabilities."""
+
+    name = "cuda"
+
+    def __init__(self, module: Any = None) -> None:
+        self._module = module  # tests/simt lends one that needs no GPU
+        self._buffers: dict[tuple[str, torch.device, int], Buffers] = {}  # by device and stream
+
+    def why_not(self, logits: Tensor | None) -> str | None:
+        reason = native()[1]
+        if reason is not None or logits is None:
+            return reason
+        if logits.device.type != "cuda":
+            return f"it serves tensors on a CUDA device, and the logits are on {logits.device}"
+        return _why_not_device(logits.device)
+
+    def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
+        if logits.shape[0] == 0:
+            return 0
+        module = self._module or native()[0]
+        if rows.native is None:
+            rows.native = module.Rows(row_arguments(rows))
+        on_gpu = logits.device.type == "cuda"
+        stream = torch.cuda.current_stream(logits.device).cuda_stream if on_gpu else 0
+        buffers = self._memory(logits.device, stream, rows)
+        call = call_arguments(logits, out)
+        with buffers.lock:
+            while True:
+                needed = module.run(
+                    rows.native,
+                    logits.device.index or 0,
+                    stream,
+                    call,
+                    (buffers.workspace.data_ptr(), buffers.workspace.numel()),
+                    (buffers.boards.data_ptr(), buffers.boards.numel()),
+                )
+                if needed is None:
+                    break
+                buffers.grow(*needed)  # nothing was launched
+        return None if on_gpu else int((out.status != 0).sum())
+
+    def _memory(self, device: torch.device, stream: int, rows: Rows) -> Buffers:
+        """Memory that nothing else can be using while this call's launches run.
+
+        A stream's calls run one after another and share it; a Sampler has its own. A capture takes new memory, from the
+        graph's, but for a Sampler that already has some on the capturing stream: a graph may be replayed on any stream.
+        """
+        key = (self.name, device, stream)
+        kept = self._buffers if rows.workspace is None else rows.workspace
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and (kept is self._buffers or key not in kept):
+            return Buffers(device)
+        if key not in kept:
+            kept[key] = Buffers(device)
+        found: Buffers = kept[key]
+        return found
+
+
+def row_arguments(rows: Rows) -> tuple[int, ...]:
+    """What csrc/cuda/arguments.h calls RowArguments."""
+    mask, bias = rows.bitmask, rows.bias
+    return (
+        *column(rows.records),
+        *column(rows.seeds),
+        *column(rows.offsets),
+        *((0, 0, -1) if mask is None else (*column(mask), mask.shape[1])),
+        *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias[:3]), bias.ids.numel())),
+        *((0, 0, 0) if rows.prompt_ids is None else token_ids(rows.prompt_ids)),
+        *((0, 0, 0) if rows.output_ids is None else token_ids(rows.output_ids)),
+    )
+
+
+def call_arguments(logits: Tensor, out: Outputs) -> tuple[int, ...]:
+    """What csrc/cuda/arguments.h calls CallArguments."""
+    return (
+        logits.data_ptr(),
+        logits.stride(0),
+        *logits.shape,
+        DTYPES[logits.dtype],
+        out.status.data_ptr(),
+        0 if out.tokens is None else out.tokens.data_ptr(),
+        *beyond_tokens(out),
+        out.num_samples,
+        out.num_top,
+        MODES[out.mode],
+    )
+
+
+@cache
+def _why_not_device(device: torch.device) -> str | None:
+    reason: str | None = native()[0].why_not_device(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
+    return reason
+
+
+ENGINE = CudaEngine()

@@ -1,0 +1,57 @@
+"""The reference as an engine: plain PyTorch on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from fastsample import reference as spec
+from fastsample.backends import Engine, Outputs
+from fastsample.rows import Rows
+
+
+class ReferenceEngine(Engine):
+    name = "reference"
+
+    def why_not(self, logits: torch.Tensor | None) -> str | None:
+        return None
+
+    @torch.inference_mode()  # in which buffers of any kind may be written to
+    def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
+        dist = spec.distribution(logits, rows)
+        _fill(out.status, dist.status)
+        if out.filtered is not None:
+            _fill(out.filtered, spec.filter_logits(dist, rows))
+        if out.probabilities is not None:
+            _fill(out.probabilities, spec.probabilities(dist))
+        if out.tokens is not None:
+            tokens = spec.sample(dist, rows, out.num_samples)
+            _fill(out.tokens, tokens)
+            if out.mode is not None:
+                self._logprobs(logits, dist, tokens, out)
+        return int((dist.status != 0).sum())
+
+    def _logprobs(self, logits: torch.Tensor, dist: spec.Distribution, tokens: torch.Tensor, out: Outputs) -> None:
+        raw = out.mode == "raw"
+        x = logits.float() if raw else dist.x
+        logprobs = spec.raw_logprobs(x) if raw else spec.processed_logprobs(dist)
+        valid = (dist.status == 0)[:, None]
+        if out.logprobs is not None:
+            own = logprobs.gather(1, tokens.clamp(min=0))
+            _fill(out.logprobs, torch.where(valid, own, torch.nan))
+        if out.ranks is not None:
+            _fill(out.ranks, torch.where(valid, spec.ranks(x, tokens), 0))
+        if out.top_ids is not None and out.top_logprobs is not None:
+            sound = valid & spec.raw_is_sound(x)[:, None] if raw else valid
+            listed = (x > spec.NEG_INF if raw else dist.kept) & sound
+            order = spec.rank_order(torch.where(listed, x, spec.NEG_INF))[:, : out.num_top]
+            there = listed.gather(1, order)
+            _fill(out.top_ids, torch.where(there, order, -1))
+            missing = torch.where(sound, spec.NEG_INF, torch.nan)
+            _fill(out.top_logprobs, torch.where(there, logprobs.gather(1, order), missing))
+
+
+def _fill(buffer: torch.Tensor, values: torch.Tensor) -> None:
+    buffer.copy_(values.view(buffer.shape))
+
+
+ENGINE = ReferenceEngine()

@@ -1,0 +1,340 @@
+"""The Triton engine: adapter to fastsample.kernels (kernels/), for GPUs of any vendor. It never waits for one."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from fastsample.backends import Engine, Outputs
+from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
+from fastsample.params import specs
+from fastsample.rows import Bias, Rows
+
+Tensor = torch.Tensor
+
+THREADS = 256  # of a program
+PROGRAMS_PER_SM = (
+    2  # that many fit at once, which the barrier relies on: tests/engines/test_triton_compile.py checks it
+)
+REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
+ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits: the leading bits that a key can have
+EDIT_PARTS = 8
+OLDEST = (3, 7)  # version of Triton
+MIN_CHUNKS = 128  # fewer are not worth a compilation of their own
+
+
+def interpreted() -> bool:
+    """Whether Triton was asked to interpret kernels, which works on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+class TritonEngine(Engine):
+    name = "triton"
+
+    def __init__(self) -> None:
+        # Overrides of the tuning, for tests; results do not depend on it.
+        self.block: int | None = None
+        self.parts: int | None = None
+        self.one_launch = not interpreted()  # interpreted programs run one after another: no barrier may wait
+        self._memory: dict[tuple[torch.device, int], Memory] = {}  # by device and stream
+
+    def why_not(self, logits: Tensor | None) -> str | None:
+        if not _is_installed():
+            return "triton is not installed"
+        if not interpreted():
+            if not _has_device():
+                return "there is no CUDA or HIP device"
+            if logits is not None and logits.device.type != "cuda":
+                return f"it serves tensors on a CUDA or HIP device, and the logits are on {logits.device}"
+        return _why_not_kernels()
+
+    @torch.no_grad()
+    def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
+        on_device: AbstractContextManager[Any] = nullcontext()
+        if logits.device.type == "cuda":
+            on_device = torch.cuda.device(logits.device)
+        with on_device:
+            call = Call(self, logits, rows, out)
+            with call.memory.lock:
+                call.run()
+        return None if logits.device.type == "cuda" else int((out.status != 0).sum())
+
+    def layout(self, table: Table) -> Layout:
+        """Enough programs per row to fill the device, no more than can run at once where a row has several."""
+        batch, vocab = table.x.shape
+        vec = 16 // table.x.element_size()
+        block = self.block or vec * THREADS
+        chunks = -(-vocab // block)
+        parts = self.parts or PROGRAMS_PER_SM * device_shape(table.x.device)[0] // max(batch, 1)
+        limit = min(chunks, int(kernels("sample").MAX_PARTS))
+        return Layout(block, vec, chunks, max(1, min(parts, limit)), table.rounds)
+
+    def memory(self, logits: Tensor, rows: Rows) -> Memory:
+        """Workspace that nothing else can be using while this call's launches run.
+
+        A stream's calls run one after another and share one; a Sampler has its own. A capture takes a new one, from the
+        graph's memory, but for a Sampler that already has one on the capturing stream: a graph may be replayed on any
+        stream, and no zeros that it is to write are there before.
+        """
+        on_gpu = logits.device.type == "cuda"
+        key = (logits.device, torch.cuda.current_stream().cuda_stream if on_gpu else 0)
+        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+        kept = self._memory if rows.workspace is None else rows.workspace
+        if capturing and (kept is self._memory or key not in kept):
+            return Memory(logits.device)
+        return kept.setdefault(key, Memory(logits.device))
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _has_device() -> bool:
+    return torch.cuda.is_available()
+
+
+@cache
+def device_shape(device: torch.device) -> tuple[int, int]:
+    """Number of multiprocessors, threads per warp; the interpreter runs programs one after another."""
+    if device.type != "cuda":
+        return 1, 32
+    found = torch.cuda.get_device_properties(device)
+    return int(found.multi_processor_count), int(found.warp_size)
+
+
+def compile_options(warp_size: int, nvidia: bool) -> dict[str, Any]:
+    """How every kernel is compiled: each float operation rounded by itself, two programs to a multiprocessor."""
+    options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    if nvidia:
+        options["maxnreg"] = REGISTERS // (THREADS * PROGRAMS_PER_SM)
+    return options
+
+
+@cache
+def _why_not_kernels() -> str | None:
+    try:
+        found = import_module("triton").__version__
+        if tuple(map(int, found.split(".")[:2])) < OLDEST:
+            return f"Triton {found} is too old: before {'.'.join(map(str, OLDEST))} its divisions flush denormals to 0"
+        fields = kernels("process").FIELDS
+    except ImportError as error:
+        return f"the kernels cannot be imported: {error}"
+    names = tuple(name for name, _ in specs())
+    return None if fields == names else f"the kernels are for parameters {fields}, not {names}"
+
+
+class Call:
+    """One call's launches, all on the current stream."""
+
+    def __init__(self, engine: TritonEngine, logits: Tensor, rows: Rows, out: Outputs) -> None:
+        self.engine, self.logits, self.rows, self.out = engine, logits, rows, out
+        self.batch, self.vocab = logits.shape
+        self.memory = engine.memory(logits, rows)
+        self.options: dict[str, Any] = {}
+        if not interpreted():
+            self.options = compile_options(device_shape(logits.device)[1], nvidia=torch.version.hip is None)
+
+    def run(self) -> None:
+        if self.batch == 0:
+            return
+        out = self.out
+        table = self.processed()
+        state = self.sample("state", table, self.rows.records, out.status, out.tokens)
+        for kind, target in (("FILTERED", out.filtered), ("PROBABILITIES", out.probabilities)):
+            if target is not None:
+                self.write(kind, table, state, target)
+        if out.tokens is not None and out.mode is not None:
+            self.logprobs(table, state, out.tokens)
+
+    def processed(self) -> Table:
+        """Stages 0 to 2, and what 3 needs: the logits themselves where nothing is asked of them."""
+        rows, logits = self.rows, self.logits
+        rounds = ROUNDS[logits.dtype]
+        if rows.bitmask is None and rows.bias is None and rows.prompt_ids is None and rows.output_ids is None:
+            return Table(logits, rounds)
+        counted = rows.prompt_ids is not None or rows.output_ids is not None
+        width = -(-self.vocab // 16) * 16
+        x = self.memory("x", self.batch * width, torch.float32).view(self.batch, width)
+        counts = x  # a pointer that no kernel follows
+        if counted:
+            counts = self.memory("counts", self.batch * width, torch.int32).view(self.batch, width)
+        if counted or rows.bias is not None:
+            rounds = ROUNDS[torch.float32]
+        table = Table(x[:, : self.vocab], rounds, counts if counted else None)
+        mask = rows.bitmask
+        block = self.engine.layout(table).block
+        kernels("process").prepare[(self.batch, -(-self.vocab // block))](
+            logits,
+            logits.stride(0),
+            logits if mask is None else mask,
+            0 if mask is None else _stride(mask),
+            0 if mask is None else mask.shape[1],
+            x,
+            counts,
+            width,
+            self.vocab,
+            HAS_MASK=mask is not None,
+            HAS_COUNTS=counted,
+            BLOCK=block,
+            **self.options,
+        )
+        if counted or rows.bias is not None:
+            self.edit(x, counts, rows.bias, rows.prompt_ids, rows.output_ids)
+        return table
+
+    def edit(self, x: Tensor, counts: Tensor, bias: Bias | None, prompt: Tensor | None, output: Tensor | None) -> None:
+        row_ptr, bias_ids, bias_values = (x, x, x) if bias is None else bias[:3]
+        kernels("process").edit[(self.batch, EDIT_PARTS)](
+            x,
+            counts,
+            x.stride(0),
+            row_ptr,
+            bias_ids,
+            bias_values,
+            *((x, 0, 0) if prompt is None else (prompt, prompt.stride(0), prompt.shape[1])),
+            *((x, 0, 0) if output is None else (output, output.stride(0), output.shape[1])),
+            self.vocab,
+            HAS_BIAS=bias is not None,
+            HAS_PROMPT=prompt is not None,
+            HAS_OUTPUT=output is not None,
+            BLOCK=256,
+            **self.options,
+        )
+
+    def sample(self, name: str, table: Table, records: Tensor, status: Tensor, tokens: Tensor | None = None) -> State:
+        """Cutoffs, and tokens where wanted, in one launch; one per phase where the interpreter has split rows."""
+        layout = self.engine.layout(table)
+        size = self.batch * layout.record
+        words = self.memory(name, size, torch.int64)
+        sems = self.memory(SEMAPHORES, self.batch, torch.int32)
+        split = layout.parts > 1
+        options = self.options | ({"launch_cooperative_grid": True} if split and self.options else {})
+        phases = [(0, layout.last)]
+        if split and not self.engine.one_launch:
+            phases = [(phase, phase + 1) for phase in range(layout.last)]
+        seeds, offsets = self.rows.seeds, self.rows.offsets
+        for first, last in phases:
+            kernels("sample").sample[(self.batch, layout.parts)](
+                table.x,
+                table.stride,
+                words if table.counts is None else table.counts,
+                records,
+                _stride(records),
+                seeds,
+                _stride(seeds),
+                offsets,
+                _stride(offsets),
+                status,
+                words if tokens is None else tokens,
+                0 if tokens is None else self.out.num_samples,
+                words,
+                layout.record,
+                sems,
+                self.vocab,
+                layout.chunks,
+                first,
+                last,
+                HAS_COUNTS=table.counts is not None,
+                ROUNDS=layout.rounds,
+                SPLIT=split and self.engine.one_launch,
+                CHUNKS=max(MIN_CHUNKS, _power_of_two(layout.chunks)),
+                VEC=layout.vec,
+                BLOCK=layout.block,
+                **options,
+            )
+        return State(words.view(self.batch, layout.record), layout)
+
+    def write(self, what: str, table: Table, state: State, target: Tensor) -> None:
+        module = kernels("outputs")
+        module.write[(self.batch, state.layout.chunks)](
+            table.x,
+            table.stride,
+            self.rows.records,
+            _stride(self.rows.records),
+            state.words,
+            state.layout.record,
+            target,
+            self.vocab,
+            WHAT=getattr(module, what).value,
+            BLOCK=state.layout.block,
+            **self.options,
+        )
+
+    # Log-probabilities: outside the path from logits to token ----------------------------------------------------
+
+    def logprobs(self, table: Table, state: State, tokens: Tensor) -> None:
+        out, raw = self.out, self.out.mode == "raw"
+        unused = self.memory("unused", self.batch, torch.int32)
+        listed = self.memory("listed", self.batch, torch.int32)
+        records = self.rows.records
+        if raw:
+            table = Table(self.logits, ROUNDS[self.logits.dtype])
+            records = self.memory.record(top_k=0)
+            state = self.sample("raw", table, records, unused)
+        draws = out.num_samples
+        assert out.logprobs is not None
+        assert out.ranks is not None
+        kernels("logprobs").sampled[(self.batch * draws,)](
+            table.x, table.stride, records, _stride(records), state.words, state.layout.record,
+            tokens, out.logprobs, out.ranks, listed, draws, RAW=raw, **self.options,
+        )  # fmt: skip
+        layout = state.layout
+        kernels("logprobs").rank[(self.batch, layout.parts)](
+            table.x, table.stride, tokens, out.ranks, draws, self.vocab, layout.chunks, BLOCK=layout.block,
+            **self.options,
+        )  # fmt: skip
+        if out.top_ids is not None and out.top_logprobs is not None:
+            self.top(table, state, records, tokens, listed, unused, out.top_ids, out.top_logprobs)
+
+    def top(
+        self,
+        table: Table,
+        state: State,
+        records: Tensor,
+        tokens: Tensor,
+        listed: Tensor,
+        unused: Tensor,
+        top_ids: Tensor,
+        top_logprobs: Tensor,
+    ) -> None:
+        """The first N of the rank order, by top-k's own cutoff."""
+        raw, n, draws = self.out.mode == "raw", self.out.num_top, self.out.num_samples
+        if not raw:
+            # Min-p may leave gaps in the rank order, so what is kept is written out first.
+            kept = self.memory("kept", self.batch * self.vocab, torch.float32)
+            kept = kept.view(self.batch, self.vocab)
+            self.write("KEPT", table, state, kept)
+            table = Table(kept, table.rounds)
+        cuts = self.sample("cuts", table, self.memory.record(top_k=n), unused)
+        layout = cuts.layout
+        found = self.memory("found", self.batch * n, torch.int64)
+        kernels("logprobs").collect[(self.batch, layout.chunks)](
+            table.x, table.stride, state.words, state.layout.record, cuts.words, layout.record, tokens, draws, listed,
+            found, n,
+            self.vocab, BLOCK=layout.block, **self.options,
+        )  # fmt: skip
+        block = min(256, _power_of_two(n))
+        kernels("logprobs").arrange[(self.batch, -(-n // block))](
+            records, _stride(records), state.words, state.layout.record, tokens, draws, listed, found, n,
+            top_ids, top_logprobs, RAW=raw, BLOCK=block, **self.options,
+        )  # fmt: skip
+
+
+def _stride(tensor: Tensor) -> int:
+    """Row stride; 0 where all rows share the first."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else 0
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+ENGINE = TritonEngine()

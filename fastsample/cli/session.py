@@ -1,0 +1,226 @@
+"""How `fastsample generate` goes on from a prompt, and what it prints of that."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from textwrap import shorten
+from typing import Any
+
+import torch
+
+import fastsample as fs
+from fastsample.cli.output import note, print_table, stderr_may_fail, told
+
+BATCH = 16
+"""Continuations that are drawn at once, at most: each has a cache of its own in memory."""
+
+_REFUSALS = (ValueError, TypeError, RuntimeError)
+
+
+@dataclass
+class Session:
+    """A loaded model, an encoded prompt, and how to go on from it."""
+
+    prompt: str
+    lm: Any
+    tokenizer: Any
+    ids: torch.Tensor  # int64 [1, L]
+    steps: int
+    grammar: Any
+    stops: Sequence[str]
+    sampling: dict[str, Any]  # backend and SamplingParams fields
+
+    def one(self, seed: int) -> list[int]:
+        """Print a continuation as it comes; with a grammar, the new text alone, once it is whole.
+
+        Returns the numbers of those that were truncated, from 1; so do the two below.
+        """
+        if self.grammar is not None:
+            return self.several(iter([seed]), labels=False)
+        print(self.prompt, end="", flush=True)
+        try:
+            self._draw([seed], 1, streamer=Writer(self.tokenizer, self.stops))
+        finally:
+            print(flush=True)
+        return []
+
+    def several(self, seeds: Iterator[int], *, labels: bool) -> list[int]:
+        """Print a continuation for each seed, in their order, as batches of them are done."""
+        cut: list[int] = []
+        number = 0
+        # Sequences of a batch that have ended are padded. Where only the grammar knows their ends, there is none.
+        size = 1 if self.grammar is not None and not self._ends() else BATCH
+        while batch := list(islice(seeds, size)):
+            for text, truncated in self._draw(batch, number + 1):
+                number += 1
+                between = "\n" if labels and number > 1 else ""
+                label = f"{between}[{number}] {self.prompt}" if labels else ""
+                print(label + text, flush=True)
+                cut += [number] if truncated else []
+        return cut
+
+    def best_of(self, n: int, seed: int, vote: re.Pattern[str] | None) -> list[int]:
+        """Print the best of n continuations, and all of them on stderr."""
+        sampling = {"seed": [seed], "grammar": self.grammar, "stopping_criteria": self._criteria(), **self.sampling}
+        ballot = None if vote is None else self._ballot(vote)
+        with told(_REFUSALS):
+            result = fs.best_of_n(
+                self.lm,
+                {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)},
+                n,
+                vote=ballot,
+                tokenizer=self.tokenizer,
+                max_new_tokens=self.steps,
+                **sampling,
+            )
+        assert not isinstance(result, list)  # one prompt, one result
+        best = result.best
+        text = before(best.text, self.stops)
+        print(("" if self.grammar is not None else self.prompt) + text, flush=True)
+        self._note_oddities(1, best.tokens, text)
+        rows = [("draw", "mean logprob", "tokens", *(["answer"] if vote else []), "text")]
+        for c in result.candidates:
+            answer = [str(c.answer)] if vote else []
+            shown = shorten(before(c.text, self.stops), 60)
+            rows.append((str(c.index), f"{c.score:.3f}", str(len(c.tokens)), *answer, shown))
+        with stderr_may_fail():
+            print_table(rows, header=True, stream=sys.stderr)
+        if vote and result.answer is not None:
+            note(f"{result.answer!r} has {result.votes[result.answer]} of {n} votes")
+        elif vote:
+            note(f"--vote {vote.pattern}: no candidate matches; printed is the one with the best mean logprob")
+        return [1] if best.truncated else []
+
+    def _draw(self, seeds: list[int], first: int, streamer: Any = None) -> list[tuple[str, bool]]:
+        """The new text for each seed, and whether its grammar was cut off; `first` is the number of the first one."""
+        from fastsample.integrations.transformers import fs_generate
+
+        sample = fs_generate(seeds, streamer=streamer, grammar=self.grammar, **self.sampling)
+        ids = self.ids.expand(len(seeds), -1)
+        with told(_REFUSALS):
+            out = self.lm.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                max_new_tokens=self.steps,
+                return_dict_in_generate=True,
+                stopping_criteria=self._criteria(),
+                custom_generate=sample,
+            )
+        decode = Decoder(self.tokenizer, self.ids[0].tolist())
+        texts = []
+        for number, row in enumerate(out.sequences[:, self.ids.shape[1] :].tolist(), first):
+            tokens = _up_to(row, self._ends())
+            texts.append(before(decode(tokens), self.stops))
+            self._note_oddities(number, tokens, texts[-1])
+        truncated = [False] * len(seeds) if self.grammar is None else out.truncated.tolist()
+        return list(zip(texts, truncated, strict=True))
+
+    def _note_oddities(self, number: int, tokens: list[int], text: str) -> None:
+        """Say where the text does not show that something was drawn."""
+        if foreign := [token for token in tokens if token not in self._known]:
+            note(f"continuation {number}: {len(foreign)} of its tokens are not in the tokenizer, like {foreign[0]}")
+        elif not text:
+            why = "a stop string came first" if self.stops and len(tokens) > 1 else "the model ended it at once"
+            note(f"continuation {number} is empty: {why}")
+
+    @cached_property
+    def _known(self) -> set[int]:
+        return set(self.tokenizer.get_vocab().values())
+
+    def _criteria(self) -> list[Any]:
+        return [StopAt(self.stops, Decoder(self.tokenizer, self.ids[0].tolist()))] if self.stops else []
+
+    def _ends(self) -> list[int]:
+        """The model's end-of-sequence tokens."""
+        given = self.lm.generation_config.eos_token_id
+        return [] if given is None else [given] if isinstance(given, int) else list(given)
+
+    def _ballot(self, vote: re.Pattern[str]) -> Callable[[str], str | None]:
+        """What a text answers: its last match of the pattern (the first group, where there is one)."""
+
+        def answer(text: str) -> str | None:
+            matches = list(vote.finditer(before(text, self.stops)))
+            return matches[-1][1 if vote.groups else 0] if matches else None
+
+        return answer
+
+
+def _up_to(tokens: list[int], ends: list[int]) -> list[int]:
+    """Without the padding that follows an end of sequence."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
+
+
+# Text of tokens ------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """The text of new tokens as it stands after the prompt's: some tokenizers drop a leading space."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._tokenizer, self.prompt = tokenizer, prompt
+        self._start = len(self._decode([]))
+
+    def __call__(self, tokens: list[int]) -> str:
+        return self._decode(tokens)[self._start :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        ids = self.prompt + tokens
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+class StopAt:
+    """A stopping criterion: the new text holds a stop string, of however many tokens."""
+
+    def __init__(self, stops: Sequence[str], decode: Decoder) -> None:
+        self._stops, self._decode = stops, decode
+        self._prompt = len(decode.prompt)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = map(self._decode, input_ids[:, self._prompt :].tolist())
+        found = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+class Writer:
+    """A streamer for `generate` that prints text as soon as it is sure: whole characters, and no stop string."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._decode: Decoder | None = None
+        self._tokens: list[int] = []
+        self._printed = 0
+
+    def put(self, ids: torch.Tensor) -> None:
+        """The prompt, which is on the screen already, then one token at a time."""
+        if self._decode is None:
+            self._decode = Decoder(self._tokenizer, ids.flatten().tolist())
+            return
+        self._tokens += ids.flatten().tolist()
+        text = self._decode(self._tokens)
+        if not text.endswith("\ufffd"):  # the first bytes of a character
+            self._print(before(text, self._stops), held=self._may_be_a_stop(text))
+
+    def end(self) -> None:
+        """Print what is left, whole or not."""
+        if self._decode is not None:
+            self._print(before(self._decode(self._tokens), self._stops), held=0)
+
+    def _print(self, text: str, held: int) -> None:
+        sure = text[self._printed : len(text) - held]
+        self._printed += len(sure)
+        print(sure, end="", flush=True)
+
+    def _may_be_a_stop(self, text: str) -> int:
+        """Characters at the end that a stop string may begin with."""
+        return max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

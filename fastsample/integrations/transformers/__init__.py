@@ -1,0 +1,230 @@
+"""Hugging Face transformers (>= 5): a fused logits processor, and the whole sampling step for `model.generate`.
+
+    from fastsample.integrations.transformers import fs_generate
+    model.generate(**inputs, do_sample=True, temperature=0.8, top_p=0.95, custom_generate=fs_generate(seed=7))
+
+What to fuse is read off the end of the processor list that `generate` has prepared, so that its options, defaults and
+order are transformers' own. Whatever stands before the part that can be fused stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from transformers.generation.logits_process import LogitsProcessor
+
+from fastsample.api import filter_logits
+from fastsample.backends import LogprobsMode
+from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError
+from fastsample.integrations.grammar.batch import per_row
+from fastsample.integrations.transformers.loop import Loop, Streamer
+from fastsample.integrations.transformers.rows import check_backend
+from fastsample.params import SamplingParams
+from fastsample.request import OnInvalid
+from fastsample.rows import Seed
+
+__all__ = ["FastSampleLogitsProcessor", "GrammarLogitsProcessor", "Streamer", "fs_generate"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class FastSampleLogitsProcessor(LogitsProcessor):
+    """Temperature, top-k, top-p and min-p in one pass, with transformers' rules; the draw stays with `generate`.
+
+    For code that takes logits processors only; `fs_generate` is faster and seeds each sequence. `generate` applies its
+    own warpers after this one, and cuts to the top 50 unless told otherwise: pass it `top_k=0` and leave temperature,
+    top_p and min_p unset, or they act twice.
+
+        model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[FastSampleLogitsProcessor(top_p=0.9)])
+
+    Args:
+        temperature, top_k, top_p, min_p: as in SamplingParams, one value or one per sequence.
+        backend: as for `fastsample.sample`.
+
+    Raises:
+        TypeError, ValueError: bad parameter, or when called a row with a NaN, with +inf or with nothing above -inf.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0, *, backend: str = "auto"
+    ) -> None:
+        self.params = SamplingParams(temperature, top_k, top_p, min_p, ties="all")
+        check_backend(backend)
+        self.backend = backend
+
+    # transformers looks at the number of parameters: there must be exactly these two.
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] divided by the temperature where a token is kept, -inf elsewhere; a new float32 tensor."""
+        return filter_logits(scores, self.params, backend=self.backend)
+
+
+class GrammarLogitsProcessor(LogitsProcessor):
+    """Allows only tokens that continue a text of a grammar; for decoding loops that `fs_generate` does not serve.
+
+    For one call of `generate`, sampling or beams, after which it has done its work. In `fs_generate` the mask goes into
+    the pass that samples, and a model without an end-of-sequence token is served: prefer `fs_generate(grammar=...)`.
+
+        model.generate(**inputs, num_beams=4, logits_processor=[GrammarLogitsProcessor(grammar, eos_token_id=0)])
+
+    Where there are fewer texts than beams, beam search fills up with hypotheses of score -inf that are no texts of the
+    grammar; they keep that score. `grammar.is_complete` tells which of several returned sequences are whole.
+
+    Args:
+        grammar: for every sequence, or one (or None) per sequence of the batch.
+        eos_token_id: the model's, one or several: allowed where a text is complete, alone where it cannot go on.
+
+    Raises:
+        TypeError, ValueError: bad argument; or, when called, another number of rows than grammars, ids that do not go
+            on from the call before, or (as a GrammarError, which has the row) a row for which the grammar and the other
+            processors leave no token, a finished text that breaks its grammar, or an engine that gave up.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, grammar: Grammar | Sequence[Grammar | None], eos_token_id: int | Sequence[int]) -> None:
+        rows = len(grammar) if isinstance(grammar, Sequence) else 1
+        per_row(grammar, rows)  # what is no grammar should fail here, not after a model's forward pass
+        self._grammar = grammar
+        eos = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+        self._eos = list(eos) if isinstance(eos, Iterable) else [operator.index(eos)]
+        if not self._eos:
+            raise ValueError("eos_token_id: expected at least one")
+        self._ids: torch.Tensor | None = None
+        self._prompt = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] with -inf where a token is not allowed; a new float32 tensor."""
+        if self._ids is None:
+            self._prompt = input_ids.shape[1]
+            self._batch = GrammarBatch(per_row(self._grammar, len(input_ids)), self._eos)
+        elif input_ids.shape[1] != self._ids.shape[1] + 1 or len(input_ids) != len(self._ids):
+            raise ValueError("GrammarLogitsProcessor: serves one call of generate; make another for the next")
+        elif torch.equal(input_ids[:, :-1], self._ids):
+            self._batch.accept(input_ids[:, -1], strict=False)
+        else:  # beams have moved to other rows
+            self._batch = self._batch.restarted()
+            for tokens in input_ids[:, self._prompt :].T:
+                self._batch.accept(tokens, strict=False)
+        self._ids = input_ids
+        return self._masked(scores)
+
+    def _masked(self, scores: torch.Tensor) -> torch.Tensor:
+        strayed = [row for row, away in enumerate(self._batch.strayed) if away]
+        mask = self._batch.bitmask(scores)
+        if strayed:
+            if len(strayed) == len(scores):
+                raise GrammarError("GrammarLogitsProcessor: every sequence has left its grammar", 0, b"")
+            mask = mask.clone()
+            mask[strayed] = -1  # hypotheses of score -inf may have nothing left; below
+        try:
+            left = filter_logits(scores, bitmask=mask)
+        except ValueError as error:
+            raise self._conflict(scores) or error from None
+        if strayed:
+            ends = left[strayed][:, self._eos]
+            left[strayed] = -torch.inf
+            left[torch.tensor(strayed)[:, None], torch.tensor(self._eos)] = ends
+        return left
+
+    def _conflict(self, scores: torch.Tensor) -> GrammarError | None:
+        """The error of the first row where the other processors have forbidden all that the grammar allows."""
+        for row, line in enumerate(scores):
+            ids = self._batch.allowed(row)
+            if ids is not None and bool(torch.isneginf(line[ids]).all()):
+                shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+                return GrammarError(
+                    f"grammar (row {row}): the processors before it forbid every token that it allows here ({shown})",
+                    row,
+                    self._batch.text(row),
+                )
+        return None
+
+
+def _to_be_called(function: Callable[P, R]) -> Callable[P, R]:
+    """Tell who passes the function itself as custom_generate, without (), what to do."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "generation_config" in kwargs:
+            raise TypeError(
+                "custom_generate=fs_generate: expected what fs_generate returns; call it: "
+                "custom_generate=fs_generate() or fs_generate(seed=7)"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_to_be_called
+def fs_generate(
+    seed: Seed | None = None,
+    *,
+    offset: Seed | Literal["prompt"] = 0,
+    streamer: Streamer | None = None,
+    backend: str = "auto",
+    grammar: Grammar | Sequence[Grammar | None] | None = None,
+    logprobs: LogprobsMode | None = None,
+    on_invalid: OnInvalid = "raise",
+    tokenizer: Any = None,
+    **fields: Any,
+) -> Callable[..., Any]:
+    """The argument `custom_generate` that gives the sampling step of `model.generate` to fastsample.
+
+    Temperature, top-k, top-p, min-p, a repetition penalty, single-token `sequence_bias`, `prefix_allowed_tokens_fn`, a
+    grammar and the draw become one call per step. Other options keep running as transformers' own processors, and so
+    does what precedes them, but for those that only forbid tokens; README.md has the table. With do_sample=False,
+    `generate` is plain greedy.
+
+    A sequence's tokens depend on its logits, its seed and their position: not on the batch, its slot, padding or
+    earlier calls. But a model's own logits may differ in their last bits between batch shapes.
+
+    What there is one of per sequence (seed, offset, grammar, fields) may also be given one per prompt, where
+    num_return_sequences makes several of each.
+
+    Args:
+        seed: an int s gives sequence i of the batch (after num_return_sequences) the seed
+            splitmix64(splitmix64(s) + i); a list holds one seed per sequence, used as it is. Of one per prompt, the
+            prompt's first sequence gets the prompt's seed p, its j-th splitmix64(splitmix64(p) + j). None takes a fresh
+            seed from torch's default CPU generator at each call of `generate`; `torch.manual_seed` repeats it.
+        offset: position of the first new token, an int or one per sequence, 0 <= offset < 2^64. "prompt" counts from
+            the beginning of the text: a sequence's position is its number of ids so far, without padding. A text that
+            is handed back to `generate` then goes on with the random numbers that it would have had in one call, where
+            0 repeats those of its beginning. (Options that look at new tokens alone still start over: frequency and
+            presence penalties, grammars, min_new_tokens.)
+        streamer: gets the prompt and then each token. Passed to `generate` it would be lost, and is refused.
+        backend: as for `fastsample.sample`.
+        grammar: what the new text must match (see `fastsample.integrations.grammar`), for every sequence, or one (or
+            None) per sequence. A sequence ends where its text is complete and the model draws an end-of-sequence token;
+            without such a token, where its text is first complete. Where generation ends before that, the result with
+            return_dict_in_generate=True says so (`truncated`, bool [B]); else a TruncatedWarning does.
+        logprobs: adds `logprobs` to the result (which takes return_dict_in_generate=True), float32 [B, new tokens]:
+            natural log-probability of each new token, NaN after a sequence's end. "raw" is of the model's own logits,
+            "processed" of the distribution that was drawn from.
+        on_invalid: a sequence that can have no token (a NaN, +inf, nothing above -inf, as where a grammar and
+            min_new_tokens contradict each other) raises ("raise"), or ends there, is padded, and lets the others go on
+            ("flag"). The result then has `status` (int32 [B], as SampleOutput has it) and `errors` (for each sequence a
+            sentence or None) with return_dict_in_generate=True; else a warning names it.
+        tokenizer: for `stop_strings`, where `generate` itself was given none.
+        **fields: SamplingParams fields, one value or one per sequence, that replace `generate`'s: e.g.
+            frequency_penalty=0.2, or temperature=[0.2, 1.0]. `ties` is "all" unless given.
+
+    Returns:
+        A callable for `custom_generate`; it may be used for any number of `generate` calls.
+
+    Raises:
+        TypeError, ValueError: bad argument; or, from `generate`, seeds, offsets, grammars or fields of another number
+            than sequences or prompts, fields or logprobs that would be without effect, an option that fastsample does
+            not serve (beams, assisted, contrastive, paged, ... named in the message), or a sequence that can have no
+            token; where options contradict each other, the message names them.
+
+    Warns:
+        UserWarning: a seed or an offset is without effect, since do_sample=False draws nothing.
+    """
+    return Loop(seed, streamer, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid)

@@ -1,0 +1,95 @@
+"""What `generate` keeps from its custom_generate, and how fs_generate comes by it all the same.
+
+`generate` acts on some options before it looks at custom_generate, and hands others to no callable. It does look at the
+callable twice on its way: it asks whether it is a str, and for its signature. Those are the moments to speak up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import CodeType, FrameType
+from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_EXTRACT = GenerationMixin._extract_generation_mode_kwargs.__code__
+
+_OTHER_LOOPS = (
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "dola_layers",
+    "use_mtp",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+)
+"""Options of `generate` that ask for another decoding loop than one token per step."""
+
+
+def refuse_paged() -> None:
+    """ValueError where our caller's caller is a `generate` that is about to drop its custom_generate silently."""
+    frame = sys._getframe(2)
+    if frame.f_code is _GENERATE and frame.f_locals["kwargs"].get("cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation='paged': generate switches to continuous batching and drops custom_generate; use "
+            "fastsample.integrations.transformers.batching.generate_batch, or leave cache_implementation out"
+        )
+
+
+def hand_back_tokenizer(own: Any) -> None:
+    """Put the tokenizer back among the arguments of the `generate` that is reading our signature.
+
+    It takes the tokenizer out of them before a callable can claim it, and then misses it where it makes the criterion
+    of stop_strings. `own` is fs_generate's, for a `generate` that was given none.
+    """
+    frame = _frame_of(_EXTRACT)
+    if frame is not None:
+        tokenizer = frame.f_locals.get("generation_mode_kwargs", {}).get("tokenizer", own)
+        if tokenizer is not None:
+            frame.f_locals["kwargs"].setdefault("tokenizer", tokenizer)
+
+
+def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
+    """ValueError that names what asks for another decoding loop; delegating would drop it silently."""
+    withheld = _withheld()
+    if withheld.get("streamer") is not None:
+        raise ValueError(
+            "streamer: generate does not hand it to custom_generate; use fs_generate(streamer=...) instead"
+        )
+    asked = [name for name in _OTHER_LOOPS if getattr(config, name, None) not in (None, False)]
+    asked += ["assistant_model"] if withheld.get("assistant_model") is not None else []
+    asked += ["num_beams"] if (config.num_beams or 1) > 1 else []
+    asked += ["cache_implementation"] if config.cache_implementation == "paged" else []
+    mode = config.get_generation_mode()
+    if asked or mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        raise ValueError(
+            f"{', '.join(asked) or mode.value}: not served by fs_generate, which draws one token per sequence and step"
+        )
+    if type(model)._sample is not GenerationMixin._sample:
+        raise ValueError(
+            f"{type(model).__name__} has a decoding loop of its own (_sample), which fs_generate cannot enter"
+        )
+
+
+def synced_gpus(model: Any) -> bool:
+    """What `generate` makes of its argument, which it does not hand to `custom_generate` (ZeRO-3 would hang)."""
+    asked = _withheld().get("synced_gpus")
+    return bool(model._extract_generation_mode_kwargs(None, {}, asked, None, None)["synced_gpus"])
+
+
+def _withheld() -> dict[str, Any]:
+    """The arguments of the `generate` that called us: it keeps some from a callable, and only its frame has them."""
+    frame = _frame_of(_GENERATE)
+    names = ("streamer", "assistant_model", "synced_gpus")
+    return {} if frame is None else {name: frame.f_locals.get(name) for name in names}
+
+
+def _frame_of(code: CodeType) -> FrameType | None:
+    """The innermost call of a function that we are inside of."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame

@@ -1,0 +1,366 @@
+"""The decoding loop of `fs_generate`: transformers' own, but for the step that picks the tokens."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+from fastsample.backends import LogprobsMode
+from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
+from fastsample.integrations.grammar.batch import check_grammar
+from fastsample.integrations.transformers.generate import (
+    hand_back_tokenizer,
+    refuse_other_loops,
+    refuse_paged,
+    synced_gpus,
+)
+from fastsample.integrations.transformers.plan import Plan, make_plan
+from fastsample.integrations.transformers.rows import (
+    Batch,
+    check_backend,
+    check_modes,
+    check_offset,
+    check_seed,
+    check_streamer,
+    sequence_grammars,
+    sequence_offsets,
+    sequence_params,
+    sequence_seeds,
+)
+from fastsample.integrations.transformers.step import Clean, Criteria, Draw, Followed, Inputs, Progress
+from fastsample.params import SamplingParams
+from fastsample.request import OnInvalid
+from fastsample.rows import Seed
+
+
+class Streamer(Protocol):
+    """What a streamer does; every BaseStreamer of transformers is one."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt's ids [B, L], then a step's token [B] at a time."""
+
+    def end(self) -> None:
+        """Generation is over."""
+
+
+@dataclass
+class Record:
+    """What a call's sequences are besides their ids.
+
+    Attributes:
+        start: length of the prompt.
+        logprobs: float32 [B, steps], NaN after a sequence's end; None where not asked for.
+        lengths: ids of each sequence, prompt included, up to its end.
+        truncated: per sequence, whether its text is no whole text of its grammar.
+        errors: per sequence, why it was ended for want of a token, or None.
+    """
+
+    start: int = 0
+    logprobs: torch.Tensor | None = None
+    lengths: list[int] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    errors: list[str | None] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Loop:
+    """What `generate` calls as its custom_generate; see `fs_generate` for the first nine fields."""
+
+    seed: Seed | None = None
+    streamer: Streamer | None = None
+    backend: str = "auto"
+    grammar: Grammar | Sequence[Grammar | None] | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    offset: Seed | Literal["prompt"] = 0
+    tokenizer: Any = None
+    logprobs: LogprobsMode | None = None
+    on_invalid: OnInvalid = "raise"
+    copies: int = 1  # sequences that each prompt branches into at its first step
+    record: Record | None = None
+
+    def __post_init__(self) -> None:
+        """Errors of the arguments alone come here, before a model is run."""
+        SamplingParams(**self.fields)
+        check_modes(self.logprobs, self.on_invalid)
+        check_backend(self.backend)
+        if self.seed is not None:
+            check_seed(self.seed)
+        check_offset(self.offset)
+        if self.grammar is not None:
+            check_grammar(self.grammar)
+        if self.streamer is not None:
+            check_streamer(self.streamer)
+
+    @property  # type: ignore[misc]  # an object's own can be set
+    def __class__(self) -> type[Loop]:
+        """What isinstance(custom_generate, str) looks at: the one look that `generate` takes before it may drop us."""
+        refuse_paged()
+        return Loop
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What `generate` reads to tell our arguments from the model's."""
+        hand_back_tokenizer(self.tokenizer)
+        return inspect.signature(type(self).__call__.__get__(self))
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        tokenizer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        config = copy.copy(generation_config)
+        refuse_other_loops(model, config)
+        self._look_for_idle(config)
+        sampled = bool(config.do_sample)
+        plan = make_plan(logits_processor, input_ids.shape[1], self.fields, sampled)
+        if "repetition_penalty" in self.fields:
+            plan.ignored = _left_padding(model, model_kwargs)
+        progress = Progress(torch.zeros(len(input_ids) * self.copies, dtype=torch.int32, device=input_ids.device))
+        batch = self._batch(len(input_ids), config)
+        grammars = self._grammars(batch, config)
+        pads = self._prepare_padding(grammars, len(progress.status), config)
+        grammar = None if grammars is None else Followed(grammars, progress, self.on_invalid == "flag")
+        lengths = _lengths(model, input_ids, config, model_kwargs)
+        draw = self._draw(plan, grammar, input_ids, config, batch, lengths, progress)
+        criteria = Criteria(stopping_criteria, grammar, progress, pads)
+        processors = plan.own
+        if draw is not None:
+            processors = [*([] if draw.clean is None else [draw.clean]), *plan.own, draw]
+            draw.kept = criteria.kept = [] if config.return_dict_in_generate and config.output_scores else None
+        config.do_sample = False  # the step leaves one token to choose, which greedy search then takes
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())  # as `generate` does with its own
+        synced = {"synced_gpus": synced_gpus(model)}
+        loop, start = type(model)._sample, input_ids.shape[1]
+        if self.copies > 1:
+            model, input_ids, model_kwargs = _branch(model, input_ids, config, model_kwargs, self.copies)
+        result = loop(
+            model,
+            input_ids,
+            logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=criteria,
+            generation_config=config,
+            streamer=self.streamer,
+            **synced | model_kwargs,
+        )
+        self._report(result, draw, criteria, start)
+        return result
+
+    def _look_for_idle(self, config: Any) -> None:
+        """Say what is without effect."""
+        idle = [] if self.seed is None else ["seed"]
+        idle += [] if isinstance(self.offset, Integral) and self.offset == 0 else ["offset"]
+        if idle and not config.do_sample:
+            warnings.warn(
+                f"fs_generate({idle[0]}=...): without effect unless generate gets do_sample=True; "
+                "greedy search draws no random numbers",
+                UserWarning,
+                stacklevel=2,
+            )
+        if self.logprobs is not None and self.record is None and not config.return_dict_in_generate:
+            raise ValueError(
+                f"fs_generate(logprobs={self.logprobs!r}): the ids alone have no room for them; "
+                "call generate with return_dict_in_generate=True"
+            )
+
+    def _batch(self, rows: int, config: Any) -> Batch:
+        """The sequences that we are called with."""
+        if self.record is not None:
+            return Batch(rows, unit="prompt")
+        each = int(config.num_return_sequences or 1)
+        return Batch(rows // each, each)
+
+    def _grammars(self, batch: Batch, config: Any) -> GrammarBatch | None:
+        if self.grammar is None:
+            return None
+        if self.copies > 1:
+            batch = Batch(batch.prompts, self.copies, "candidate")
+        given = sequence_grammars(self.grammar, batch)
+        if all(item is None for item in given):
+            return None
+        stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+        return GrammarBatch(given, stops)
+
+    def _prepare_padding(self, grammar: GrammarBatch | None, rows: int, config: Any) -> bool:
+        """Whether sequences may end that generate would not end, and so have to be padded where others go on."""
+        if grammar is None and self.on_invalid == "raise":
+            return False
+        if config._pad_token_tensor is None and (grammar is None or config._eos_token_tensor is None):
+            padding = None if grammar is None else grammar.padding
+            if padding is None and rows > 1:
+                name = "on_invalid='flag'" if grammar is None else "grammar"
+                raise ValueError(f"{name}: sequences of a batch end at different steps: give generate a pad_token_id")
+            config._pad_token_tensor = torch.tensor(padding or 0)
+        return True
+
+    def _draw(
+        self,
+        plan: Plan,
+        grammar: Followed | None,
+        input_ids: torch.Tensor,
+        config: Any,
+        batch: Batch,
+        lengths: torch.Tensor,
+        progress: Progress,
+    ) -> Draw | None:
+        """The processor that goes last; None where plain greedy search needs none."""
+        sampled = bool(config.do_sample)
+        params = sequence_params(SamplingParams(**plan.fields), batch)
+        inputs = Inputs(plan, params, grammar, input_ids, self.copies)
+        if not (sampled or inputs.needed or self.logprobs or self.on_invalid == "flag"):
+            return None
+        return Draw(
+            params,
+            inputs,
+            sequence_seeds(self.seed if sampled else 0, batch),
+            sequence_offsets(self.offset if sampled else 0, lengths, batch),
+            progress,
+            sampled,
+            self.backend,
+            self.copies,
+            self.logprobs,
+            int(config._pad_token_tensor) if self.on_invalid == "flag" else None,
+            self.copies > 1 and isinstance(self.grammar, Sequence),
+            Clean() if self.logprobs == "raw" and plan.own else None,
+        )
+
+    def _report(self, result: Any, draw: Draw | None, criteria: Criteria, start: int) -> None:
+        """Say what the ids do not: in the record, in the result, or as a warning."""
+        progress, plain = criteria.progress, isinstance(result, torch.Tensor)
+        steps = (result if plain else result.sequences).shape[1] - start
+        if draw is not None and draw.kept is not None:
+            result.scores = tuple(draw.kept[:steps])
+        truncated = [False] * len(progress.status) if criteria.grammar is None else criteria.grammar.truncated
+        logprobs = (
+            _until_the_end(draw.logprobs[:steps], progress, start) if draw is not None and self.logprobs else None
+        )
+        if self.record is not None:
+            self.record.start, self.record.logprobs = start, logprobs
+            self.record.lengths = [] if progress.lengths is None else progress.lengths.tolist()
+            self.record.truncated, self.record.errors = truncated, progress.errors
+            return
+        more: dict[str, Any] = {} if self.grammar is None else {"truncated": torch.tensor(truncated)}
+        more |= {} if self.on_invalid == "raise" else {"status": progress.status, "errors": progress.errors}
+        more |= {} if logprobs is None else {"logprobs": logprobs}
+        for name, value in more.items() if not plain else ():
+            setattr(result, name, value)
+        for row, reason in progress.reasons.items() if plain else ():
+            warnings.warn(f"sequence {row} was ended: {reason}", UserWarning, stacklevel=2)
+        if plain and any(truncated):
+            rows = ", ".join(str(row) for row, cut in enumerate(truncated) if cut)
+            warnings.warn(
+                f"generation ended before the grammar did: the text of sequence {rows} is truncated",
+                TruncatedWarning,
+                stacklevel=2,
+            )
+
+
+def _until_the_end(steps: list[torch.Tensor], progress: Progress, start: int) -> torch.Tensor:
+    """float32 [B, steps], NaN after a sequence's end."""
+    table = torch.stack(steps, dim=1)
+    position = torch.arange(start, start + table.shape[1], device=table.device)
+    assert progress.lengths is not None
+    return table.masked_fill(position >= progress.lengths[:, None].to(table.device), torch.nan)
+
+
+# One prefill for several sequences -----------------------------------------------------------------------------------
+
+
+def _branch(
+    model: Any, input_ids: torch.LongTensor, config: Any, model_kwargs: dict[str, Any], copies: int
+) -> tuple[Any, torch.LongTensor, dict[str, Any]]:
+    """What the loop needs to go on with so many copies of each prompt.
+
+    The prompts run once, here, and the cache is copied. Where it is of a kind that cannot be, they run once per copy.
+    """
+    outputs = None
+    if all(_can_be_copied(model_kwargs.get(name)) for name in ALL_CACHE_NAMES):
+        outputs = model._prefill(input_ids, config, model_kwargs)
+        caches = [outputs.get(name) for name in ALL_CACHE_NAMES]
+        if not all(map(_can_be_copied, caches)):  # a kind that the model makes itself
+            outputs = None
+        else:
+            outputs.logits = outputs.logits[:, -1:].repeat_interleave(copies, dim=0)
+            for cache in caches:
+                if cache is not None:
+                    cache.batch_repeat_interleave(copies)
+    elif any(_is_in_use(model_kwargs.get(name)) for name in ALL_CACHE_NAMES):
+        raise ValueError("cache: one that is in use already cannot be copied for each sequence, unless it is dynamic")
+    input_ids, model_kwargs = model._expand_inputs_for_generation(
+        copies, model.config.is_encoder_decoder, input_ids, **model_kwargs
+    )
+    return model if outputs is None else _Prefilled(model, outputs), input_ids, model_kwargs
+
+
+_COPIED = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer")
+"""Layers of transformers.cache_utils that can be copied whole. Their subclasses hold more, and copy the same."""
+
+
+def _can_be_copied(cache: Any) -> bool:
+    """Whether all that a cache holds can be repeated for each sequence."""
+    if cache is None:
+        return True
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    if parts != [None, None]:
+        return all(map(_can_be_copied, parts))
+    if getattr(cache, "offloading", False):
+        return False
+    kinds = [type(layer) for layer in getattr(cache, "layers", ())]
+    kinds = kinds or [getattr(cache, "layer_class_to_replicate", None) or type(cache)]
+    return all(kind.__module__ == "transformers.cache_utils" and kind.__name__ in _COPIED for kind in kinds)
+
+
+def _is_in_use(cache: Any) -> bool:
+    """Whether a cache holds tokens, or room for a number of sequences."""
+    return cache is not None and (cache.get_seq_length() > 0 or bool(getattr(cache, "is_initialized", False)))
+
+
+class _Prefilled:
+    """A model whose prompts have been run."""
+
+    def __init__(self, model: Any, outputs: Any) -> None:
+        self._model, self._outputs = model, outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _prefill(self, *_: Any, **__: Any) -> Any:
+        return self._outputs
+
+
+def _left_padding(model: Any, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """How many ids each sequence starts with that are padding, int64 [B], as `generate` counts them."""
+    mask = _mask(model, model_kwargs)
+    return None if mask is None else (mask != 0).int().argmax(dim=1)
+
+
+def _lengths(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
+    """Ids of each sequence so far without padding, int64 [B]; with a cache, those that it holds too."""
+    mask = _mask(model, model_kwargs)
+    if mask is not None:
+        return (mask != 0).sum(dim=1)
+    # generate drops a mask of ones, and notes its length.
+    known = 0 if model.config.is_encoder_decoder else getattr(config, "_mask_length", 0)
+    return torch.full((len(input_ids),), max(input_ids.shape[1], known))
+
+
+def _mask(model: Any, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Which ids of what the decoder has got are no padding."""
+    found = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    return found if isinstance(found, torch.Tensor) and found.ndim == 2 else None

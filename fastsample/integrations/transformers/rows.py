@@ -1,0 +1,141 @@
+"""The arguments of `fs_generate`: checked when it is made, and spread over the sequences when `generate` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsample.backends import engine
+from fastsample.integrations.grammar import Grammar
+from fastsample.params import CPU, SamplingParams
+from fastsample.request import check_on_invalid, is_one_of
+from fastsample.rows import pack_offsets, pack_seeds, row_seeds
+
+
+def check_backend(backend: Any) -> None:
+    """An error unless this is "auto" or an engine's name."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend = {backend!r}: expected 'auto' or the name of an engine")
+    if backend != "auto":
+        engine(backend)
+
+
+def check_seed(seed: Any) -> None:
+    """An error unless this is a seed of some number of rows."""
+    if isinstance(seed, (bytes, bytearray, memoryview)):
+        raise TypeError(f"seed = {seed!r}: expected an integer or one per sequence; int.from_bytes makes one")
+    count = _count(seed)
+    pack_seeds(seed, 1 if count is None else count)
+
+
+def check_offset(offset: Any) -> None:
+    """An error unless this is "prompt" or positions of some number of rows."""
+    if is_one_of(offset, "prompt"):
+        return
+    if isinstance(offset, str):
+        raise ValueError(f"offset = {offset!r}: expected an integer, one per sequence, or 'prompt'")
+    count = _count(offset)
+    pack_offsets(offset, 1 if count is None else count)
+
+
+def check_streamer(streamer: Any) -> None:
+    """TypeError unless this can take tokens."""
+    for method in ("put", "end"):
+        if not callable(getattr(streamer, method, None)):
+            raise TypeError(f"streamer: expected an object with put(ids) and end(), got {type(streamer).__name__}")
+
+
+def check_modes(logprobs: Any, on_invalid: Any) -> None:
+    """ValueError that says what these may be."""
+    if logprobs is not None and not is_one_of(logprobs, "raw", "processed"):
+        raise ValueError(f"logprobs = {logprobs!r}: expected None, 'raw' or 'processed'")
+    check_on_invalid(on_invalid)
+
+
+# One value per sequence ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`each` sequences of every prompt; `unit` is what a caller knows one of them as."""
+
+    prompts: int
+    each: int = 1
+    unit: str = "sequence"
+
+    @property
+    def sequences(self) -> int:
+        """All of them."""
+        return self.prompts * self.each
+
+    def require(self, name: str, count: int) -> None:
+        """ValueError unless there is one value per sequence, or per prompt of several sequences."""
+        if count not in (self.sequences, self.prompts):
+            one = "one" if name == "grammar" else "one value"
+            per_prompt = f", or {self.prompts} (one per prompt)" if self.each > 1 else ""
+            wanted = f"expected {one} or {self.sequences} (one per {self.unit}){per_prompt}"
+            raise ValueError(f"{name}: {wanted}, got {count}")
+
+
+def sequence_seeds(seed: Any, batch: Batch) -> torch.Tensor:
+    """int64 bits, one for each sequence."""
+    count = _count(seed)
+    if count is None or count == batch.sequences:
+        return pack_seeds(seed, batch.sequences)
+    batch.require("seed", count)
+    return siblings(pack_seeds(seed, batch.prompts), batch.each)
+
+
+def siblings(seeds: torch.Tensor, each: int) -> torch.Tensor:
+    """The first sequence of a prompt with seed p goes on with p, as it would alone; the j-th with row j of seed p."""
+    own = torch.stack([row_seeds(seed % 2**64, each) for seed in seeds.tolist()])
+    own[:, 0] = seeds
+    return own.flatten()
+
+
+def sequence_offsets(offset: Any, lengths: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """int64 bits, likewise; "prompt" is each sequence's length so far."""
+    if isinstance(offset, str):
+        return lengths.to(CPU, torch.int64)
+    count = _count(offset)
+    if count is None or count == batch.sequences:
+        return pack_offsets(offset, batch.sequences).expand(batch.sequences)
+    batch.require("offset", count)
+    return pack_offsets(offset, batch.prompts).repeat_interleave(batch.each)
+
+
+def sequence_params(params: SamplingParams, batch: Batch) -> SamplingParams:
+    """One value per sequence where there is one per sequence or per prompt."""
+    sizes = params.per_row()
+    for name, size in sizes.items():
+        batch.require(name, size)
+    if not sizes or set(sizes.values()) == {batch.sequences}:
+        return params
+    return repeated(params, batch.each)
+
+
+def repeated(params: SamplingParams, each: int) -> SamplingParams:
+    """Every row's values so many times."""
+    values = {name: getattr(params, name) for name in params.per_row()}
+    lists = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+    return params.replace(**{name: [v for v in values for _ in range(each)] for name, values in lists.items()})
+
+
+def sequence_grammars(grammar: Any, batch: Batch) -> list[Grammar | None]:
+    """One grammar, or None, for each sequence."""
+    if isinstance(grammar, Grammar):
+        return [grammar] * batch.sequences
+    given = list(grammar)
+    batch.require("grammar", len(given))
+    return given if len(given) == batch.sequences else [item for item in given for _ in range(batch.each)]
+
+
+def _count(values: Any) -> int | None:
+    """How many values there are; None where all sequences share one."""
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        return None if values.ndim == 0 else len(values)
+    return len(values) if isinstance(values, Sequence) and not isinstance(values, str) else None

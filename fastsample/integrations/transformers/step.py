@@ -1,0 +1,329 @@
+"""A step of `fs_generate`: what it is told besides the logits, the draw, and what becomes of a sequence by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from fastsample.api import filter_logits
+from fastsample.backends import LogprobsMode
+from fastsample.integrations.grammar import GrammarBatch, GrammarError
+from fastsample.integrations.transformers.conflicts import culprits, told
+from fastsample.integrations.transformers.plan import Plan
+from fastsample.integrations.transformers.rows import repeated, siblings
+from fastsample.params import SamplingParams
+from fastsample.request import STATUS, SampleOutput
+from fastsample.rows import Bias, pack_bias
+from fastsample.sampler import Sampler
+
+_NOTHING_LEFT = 3  # of STATUS
+
+
+@dataclass
+class Progress:
+    """What is known of the sequences before a step.
+
+    Attributes:
+        status: int32 [B], as SampleOutput's: why a sequence was ended for want of a token, or 0.
+        done: bool [B], which have ended; None before the first step.
+        lengths: int64 [B], ids of each sequence, prompt included, up to its end.
+        reasons: status in words, for the sequences that have one.
+    """
+
+    status: torch.Tensor
+    done: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[str | None]:
+        """The reasons, or None, of all sequences."""
+        return [self.reasons.get(row) for row in range(len(self.status))]
+
+    def end(self, row: int, status: int, reason: str) -> None:
+        """Note why a sequence ends; of several reasons the first."""
+        if row not in self.reasons:
+            self.reasons[row] = reason
+            self.status[row] = status
+
+
+class Followed:
+    """The grammars of a call. Where sequences may be flagged, what one's grammar cannot go on with ends that one."""
+
+    def __init__(self, batch: GrammarBatch, progress: Progress, flag: bool) -> None:
+        self._batch, self._progress, self._flag = batch, progress, flag
+
+    def bitmask(self, scores: torch.Tensor) -> torch.Tensor:
+        """As GrammarBatch's; a sequence that its grammar leaves no token has ended, and may have any."""
+        while True:
+            try:
+                return self._batch.bitmask(scores)
+            except GrammarError as error:
+                self._end(error, _NOTHING_LEFT)
+
+    def accept(self, tokens: list[int | None]) -> list[bool]:
+        """Append a token to each sequence, None to those that have ended; returns which have."""
+        try:
+            self._batch.accept(tokens)
+        except GrammarError as error:
+            # Of a text that has ended and is none of its grammar we hear when all have moved; else none has.
+            if not self._batch.ended[error.row]:
+                raise
+            self._end(error, 0)
+        return self._batch.ended
+
+    @property
+    def truncated(self) -> list[bool]:
+        """Per sequence: whether its text is no whole text of its grammar."""
+        while True:
+            try:
+                return self._batch.truncated
+            except GrammarError as error:
+                self._end(error, 0)
+
+    def _end(self, error: GrammarError, status: int) -> None:
+        if not self._flag:
+            raise error
+        self._progress.end(error.row, status, str(error))
+        self._batch.end(error.row)
+
+
+class Inputs:
+    """What a step is told besides the logits: penalties' ids, masks and bias."""
+
+    def __init__(
+        self, plan: Plan, params: SamplingParams, grammar: Followed | None, prompt: torch.Tensor, copies: int
+    ) -> None:
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        values = [(getattr(params, name), getattr(SamplingParams, name)) for name in names]
+        self._counts = any(isinstance(value, torch.Tensor) or value != neutral for value, neutral in values)
+        self._plan, self._grammar = plan, grammar
+        self._bias: Bias | None = None
+        self._length = prompt.shape[1]
+        self._prompt = prompt.repeat_interleave(copies, 0)
+        if plan.ignored is not None:
+            position = torch.arange(self._length, device=prompt.device)
+            first = torch.as_tensor(plan.ignored, device=prompt.device).reshape(-1, 1)
+            first = first.repeat_interleave(copies, 0) if len(first) > 1 else first
+            self._prompt = self._prompt.masked_fill(position < first, -1)
+
+    @property
+    def needed(self) -> bool:
+        """Whether greedy search has to look at any of them."""
+        return self._counts or self._grammar is not None or self._plan.bias is not None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, every: int = 1) -> dict[str, Any]:
+        """The keyword arguments of a call for every so many rows; empty where nothing looks at them."""
+        inputs: dict[str, Any] = {}
+        if self._counts:
+            inputs["prompt_ids"] = self._prompt[::every]
+            inputs["output_ids"] = input_ids[::every, self._length :]
+        masks = list(self._masks(input_ids, scores).values())
+        if masks:
+            inputs["bitmask"] = (masks[0] if len(masks) == 1 else masks[0] & masks[1])[::every]
+        if self._plan.bias is not None:
+            table = scores[::every]
+            if self._bias is None or len(self._bias.row_ptr) != len(table) + 1:
+                self._bias = pack_bias(self._plan.bias, table)
+            inputs["bias"] = self._bias
+        return inputs
+
+    def why_nothing_is_left(self, row: int, input_ids: torch.Tensor, scores: torch.Tensor) -> str:
+        """What forbids a row every token."""
+        masks = self._masks(input_ids, scores)
+        allowed = {name: _unpacked(mask[row], scores.shape[1]) for name, mask in masks.items()}
+        return told(row, culprits(row, input_ids[row, None], scores[row], self._plan.own, allowed))
+
+    def _masks(self, input_ids: torch.Tensor, scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Bitmasks int32 [B, words] of what is allowed, by the name of the option."""
+        masks = {} if self._grammar is None else {"grammar": self._grammar.bitmask(scores)}
+        return (
+            masks
+            if self._plan.allowed is None
+            else masks | {"prefix_allowed_tokens_fn": self._allowed(input_ids, scores)}
+        )
+
+    def _allowed(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What prefix_allowed_tokens_fn allows, as a bitmask."""
+        rows, vocab = scores.shape
+        bits = np.zeros((rows, -(-vocab // 32) * 32), dtype=np.uint8)
+        for row, ids in enumerate(input_ids):
+            allowed = self._plan.allowed(row, ids) if self._plan.allowed is not None else []
+            bits[row, :vocab][torch.as_tensor(allowed, dtype=torch.int64).cpu().numpy()] = 1
+        words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+        return torch.from_numpy(words).to(scores.device)
+
+
+def _unpacked(words: torch.Tensor, vocab: int) -> torch.Tensor:
+    """A row of a bitmask as bool [V]."""
+    bits = np.unpackbits(words.cpu().numpy().view(np.uint8), bitorder="little")[:vocab]
+    missing = np.zeros(vocab - len(bits), dtype=np.uint8)  # past the last word nothing is allowed
+    return torch.from_numpy(np.concatenate([bits, missing])).to(words.device).bool()
+
+
+class Clean(LogitsProcessor):
+    """Goes first, and keeps the model's own logits for the log-probabilities."""
+
+    scores: torch.Tensor
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        self.scores = scores.clone()  # some processors write to what they get
+        return scores
+
+
+@dataclass(eq=False)
+class Draw(LogitsProcessor):
+    """Draws each sequence's token and returns scores that have their only maximum there.
+
+    `generate` looks for that maximum and keeps nothing else of the scores, unless it collects them (output_scores). So
+    one buffer of zeros and a single 1 per row serves every step, the clean scores are kept aside, and the scores that
+    came in (of which transformers may hold a reference, as output_logits) are only read.
+
+    Attributes:
+        params: of each prompt where prompts branch (copies > 1), else of each sequence.
+        seeds, offsets: int64 bits, likewise.
+        sampled: False takes the most probable token, as greedy search.
+        padding: the id of a sequence that is ended for want of a token; None makes that an error.
+        apart: whether sequences of a prompt may differ in what their first token can be.
+        clean: has the logits that "raw" log-probabilities are of, where processors of transformers change them first.
+    """
+
+    params: SamplingParams
+    inputs: Inputs
+    seeds: torch.Tensor
+    offsets: torch.Tensor
+    progress: Progress
+    sampled: bool = True
+    backend: str = "auto"
+    copies: int = 1
+    mode: LogprobsMode | None = None
+    padding: int | None = None
+    apart: bool = False
+    clean: Clean | None = None
+    kept: list[torch.Tensor] | None = None
+    logprobs: list[torch.Tensor] = field(default_factory=list)  # float32 [B] of each step, where asked for
+    sampler: Sampler | None = None
+    choice: torch.Tensor | None = None  # float32 [B, V]
+    chosen: torch.Tensor | None = None  # int64 [B, 1], where it holds a 1
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        first = self.sampler is None and self.copies > 1
+        every = self.copies if first and not self.apart else 1
+        inputs = self.inputs(input_ids, scores, every)
+        if first:
+            out = self._branch(scores[::every], inputs)
+        else:
+            self.sampler = self.sampler or self._new_sampler(self.params, self.seeds, self.offsets)
+            out = self.sampler(scores, **inputs)
+        tokens = out.tokens.reshape(-1, 1)
+        if bool(out.status.any()):
+            self._end_invalid(out.status.repeat_interleave(every), input_ids, scores)
+            tokens = tokens.clamp(min=0)  # of sequences that have ended
+        if self.progress.reasons:
+            tokens = tokens.where(self.progress.status[:, None] == 0, self.padding or 0)
+        if out.logprobs is not None:
+            self.logprobs.append(out.logprobs.flatten() if self.clean is None else self._raw(tokens))
+        if self.kept is not None:
+            kept = filter_logits(scores, self.params, backend=self.backend, on_invalid="flag", **inputs)
+            self.kept.append(kept)
+        return self._one_hot(tokens, scores)
+
+    def _branch(self, scores: torch.Tensor, inputs: dict[str, Any]) -> SampleOutput:
+        """The first step of prompts that branch: draw j is the j-th sequence's. Also makes the others' sampler."""
+        own, params = siblings(self.seeds, self.copies), repeated(self.params, self.copies)
+        offsets = self.offsets.repeat_interleave(self.copies)
+        self.sampler = self._new_sampler(params, own, offsets + 1)
+        if not self.apart:
+            return self._new_sampler(self.params, self.seeds, self.offsets, self.copies)(scores, **inputs)
+        seeds = self.seeds.repeat_interleave(self.copies)
+        out = self._new_sampler(params, seeds, offsets, self.copies)(scores, **inputs)
+        draw = torch.arange(len(seeds), device=scores.device)[:, None] % self.copies
+        return SampleOutput(
+            out.tokens.gather(1, draw), out.status, None if out.logprobs is None else out.logprobs.gather(1, draw)
+        )
+
+    def _new_sampler(
+        self, params: SamplingParams, seeds: torch.Tensor, offsets: torch.Tensor, num_samples: int = 1
+    ) -> Sampler:
+        return Sampler(
+            params if self.sampled else params.replace(temperature=0.0),
+            batch_size=len(seeds),
+            seed=seeds,
+            offset=offsets,
+            num_samples=num_samples,
+            logprobs=self.mode,
+            on_invalid="flag",
+            backend=self.backend,
+        )
+
+    def _end_invalid(self, status: torch.Tensor, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """Note which sequences can have no token, or raise; those that have ended already need none."""
+        progress = self.progress
+        over = progress.status != 0 if progress.done is None else progress.done | (progress.status != 0)
+        rows = status.masked_fill(over, 0).nonzero()[:, 0].tolist()
+        for row in rows:
+            code = int(status[row])
+            reason = f"row {row} has {STATUS[code]}"
+            if code == _NOTHING_LEFT:
+                reason = self.inputs.why_nothing_is_left(row, input_ids, scores)
+            if self.padding is None:
+                more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+                raise ValueError(f"{reason}{more}; on_invalid='flag' ends such a sequence and lets the others go on")
+            progress.end(row, code, reason)
+
+    def _raw(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.clean is not None
+        return self.clean.scores.log_softmax(-1).gather(1, tokens).flatten()
+
+    def _one_hot(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.choice is None or self.chosen is None:
+            self.choice = torch.zeros(scores.shape, device=scores.device)
+        else:
+            self.choice.scatter_(1, self.chosen, 0.0)
+        self.chosen = tokens
+        return self.choice.scatter_(1, tokens, 1.0)
+
+
+class Criteria(StoppingCriteriaList):
+    """The same stopping criteria, shown the clean scores; keeps the progress, and the grammars up to date."""
+
+    def __init__(
+        self, criteria: StoppingCriteriaList, grammar: Followed | None, progress: Progress, pads: bool
+    ) -> None:
+        super().__init__(criteria)
+        if pads:
+            self.append(_Padding())
+        self.grammar, self.progress = grammar, progress
+        self.kept: list[torch.Tensor] | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        progress = self.progress
+        done = super().__call__(input_ids, scores if self.kept is None else tuple(self.kept), **kwargs)
+        before = torch.zeros_like(done) if progress.done is None else progress.done
+        lengths = torch.full_like(done, input_ids.shape[1], dtype=torch.int64)
+        over = before
+        if progress.reasons:  # the last id of those that were ended in this step is padding
+            over = before | (progress.status != 0)
+            lengths -= (over & ~before).long()
+            done = done | over
+        progress.lengths = lengths if progress.lengths is None else torch.where(before, progress.lengths, lengths)
+        if self.grammar is not None:
+            tokens = zip(input_ids[:, -1].tolist(), over.tolist(), strict=True)
+            ended = self.grammar.accept([None if is_over else token for token, is_over in tokens])
+            done = done | torch.tensor(ended, device=done.device)
+        progress.done = before | done
+        return done  # type: ignore[no-any-return]
+
+
+class _Padding(StoppingCriteria):
+    """Ends nothing; that it has this attribute makes `generate` pad sequences which have ended."""
+
+    eos_token_id = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]

@@ -1,0 +1,242 @@
+"""The CUDA engine where there may be no GPU: what it says, how it lends memory, what its binaries hold."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastsample as fs
+from fastsample.backends import Outputs, cuda, engine, select
+from fastsample.rows import Rows
+
+HERE = Path(__file__).parent
+BUILT = cuda.native()[0] is not None
+WANTED = shutil.which("nvcc") is not None and "FASTSAMPLE_CUDA=off" not in os.environ.get("CMAKE_ARGS", "")
+needs_build = pytest.mark.skipif(
+    not BUILT and not WANTED, reason="there is no nvcc, or CMAKE_ARGS turns it off, so the extension is not built"
+)
+
+
+def test_with_nvcc_it_is_built() -> None:
+    if WANTED:
+        assert BUILT, cuda.native()[1]
+
+
+def test_it_says_why_it_cannot_serve() -> None:
+    reason = fs.engines()["cuda"]
+    if torch.cuda.is_available():
+        assert reason is None
+        return
+    assert reason is not None
+    expected = "there is no NVIDIA GPU with a driver" if BUILT else "fastsample was built without it: no nvcc"
+    assert reason.startswith(expected)
+    with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot serve these logits: {expected}"):
+        fs.sample(torch.zeros(9), backend="cuda")
+
+
+@needs_build
+def test_it_imports_without_a_driver(tmp_path: Path) -> None:
+    code = "import fastsample._cuda as m; print(m.why_not() or 'there is one', m.CUDA_VERSION >= 12000)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "there is no NVIDIA GPU" in done.stdout
+    assert done.stdout.rstrip().endswith("True")
+
+
+def test_importing_fastsample_loads_no_extension_of_cuda() -> None:
+    code = "import sys, torch, fastsample as fs; fs.sample(torch.zeros(9), backend='cpu'); print(*sys.modules)"
+    # Not from the root, where the source tree would be imported.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE)
+    assert "fastsample._cpu" in done.stdout.split()
+    assert "fastsample._cuda" not in done.stdout.split()
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, reason: str | None = None) -> None:
+    module = SimpleNamespace(why_not_device=lambda index: f"GPU {index} is too old" if index == 1 else None)
+    monkeypatch.setattr(cuda, "native", lambda: (module, reason))
+    monkeypatch.setattr(cuda, "_why_not_device", cache(cuda._why_not_device.__wrapped__))
+
+
+def test_it_serves_gpu_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch)
+    on_gpu, on_old, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu"))
+    assert select("auto", on_gpu).name == "cuda"  # type: ignore[arg-type]
+    assert select("auto", on_cpu).name == "cpu"  # type: ignore[arg-type]
+    assert engine("cuda").why_not(on_old) == "GPU 1 is too old"  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot serve these logits: .*the logits are on cpu"):
+        fs.sample(torch.zeros(9), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ModuleNotFoundError("no"), "fastsample was built without it: no nvcc was found"),
+        (ImportError("undefined symbol"), "fastsample._cuda cannot be imported: undefined symbol"),
+        (None, "fastsample._cuda was built for other parameters"),
+    ],
+)
+def test_what_is_wrong_with_the_extension_is_a_reason(
+    failure: Exception | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> Any:
+        if failure is not None:
+            raise failure
+        return SimpleNamespace(PARAM_FIELDS=("temperature",))
+
+    monkeypatch.setattr(cuda, "import_module", load)
+    monkeypatch.setattr(cuda, "native", cache(cuda.native.__wrapped__))
+    found = engine("cuda").why_not(None)
+    assert found is not None
+    assert found.startswith(reason)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of the extension: wants some memory, and notes what it is given."""
+
+    def __init__(self, workspace: int, boards: int) -> None:
+        self.needs = (workspace, boards)
+        self.launches: list[tuple[Any, ...]] = []
+
+    def Rows(self, arguments: tuple[int, ...]) -> tuple[int, ...]:  # noqa: N802
+        return arguments
+
+    def run(self, rows: Any, device: int, stream: int, call: Any, workspace: Any, boards: Any) -> Any:
+        if workspace[1] < self.needs[0] or boards[1] < self.needs[1]:
+            return self.needs
+        self.launches.append((rows, call, workspace[0], boards[0]))
+        return None
+
+
+@pytest.fixture
+def step() -> Callable[[cuda.CudaEngine, Rows], None]:
+    logits = torch.zeros(2, 50)
+    out = Outputs(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64))
+    return lambda chosen, rows: chosen.run(logits, rows, out) and None
+
+
+def make_rows(workspace: dict[Any, Any] | None = None) -> Rows:
+    zeros = torch.zeros(2, dtype=torch.int64)
+    return Rows(fs.SamplingParams().pack(), zeros, zeros, workspace=workspace)
+
+
+def test_a_sampler_has_memory_of_its_own(step: Callable[..., None]) -> None:
+    recorder = Recorder(1000, 64)
+    chosen = cuda.CudaEngine(recorder)
+    own: dict[Any, Any] = {}
+    for rows in (make_rows(), make_rows(), make_rows(own), make_rows(own), make_rows({})):
+        step(chosen, rows)
+    used = [launch[2:] for launch in recorder.launches]
+    assert used[0] == used[1], "a stream's calls share it"
+    assert used[2] == used[3], "a Sampler's stays the same, so that a graph may hold it"
+    assert len({used[0], used[2], used[4]}) == 3
+
+
+class Busy(Recorder):
+    """Notes how many calls are inside at once. With a barrier, each waits there for the other."""
+
+    def __init__(self, barrier: threading.Barrier | None = None) -> None:
+        super().__init__(1000, 64)
+        self.barrier, self.inside, self.most = barrier, 0, 0
+
+    def run(self, *arguments: Any) -> Any:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        needs = super().run(*arguments)
+        if self.barrier is None:
+            time.sleep(0.01)
+        elif needs is None:
+            self.barrier.wait(10)
+        self.inside -= 1
+        return needs
+
+
+def test_calls_that_share_memory_take_turns(step: Callable[..., None]) -> None:
+    """Threads have one default stream between them, and a call's second launch reads what its first has left."""
+    busy = Busy()
+    chosen = cuda.CudaEngine(busy)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: step(chosen, make_rows()), range(12)))
+    assert (len(busy.launches), busy.most) == (12, 1)
+
+
+def test_calls_with_memory_of_their_own_do_not(step: Callable[..., None]) -> None:
+    chosen = cuda.CudaEngine(Busy(threading.Barrier(2)))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: step(chosen, make_rows({})), range(2)))
+
+
+def test_nothing_is_allocated_where_nothing_is_needed(step: Callable[..., None]) -> None:
+    recorder = Recorder(0, 0)
+    chosen = cuda.CudaEngine(recorder)
+    step(chosen, make_rows())
+    assert recorder.launches[0][2:] == (0, 0)
+
+
+def test_memory_grows_and_boards_begin_as_zeros() -> None:
+    buffers = cuda.Buffers(torch.device("cpu"))
+    buffers.grow(100, 4096)
+    first = buffers.workspace.data_ptr()
+    buffers.grow(50, 10)
+    assert buffers.workspace.data_ptr() == first
+    assert buffers.boards.numel() == 4096
+    assert int(buffers.boards.sum()) == 0
+
+
+# Gates read from the binaries -----------------------------------------------------------------------------------------
+
+
+@needs_build
+def test_gates(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton", reason="Triton's wheel has the tools that read binaries")
+    from cuda_gates import DTYPES, KERNELS, TARGETS, Kernel, extension, measure_extension, ptx_targets, table
+
+    library = extension()
+    assert library is not None
+    found = measure_extension(library)
+    with capsys.disabled():
+        print(f"\n{table(found)}")
+    wanted = {Kernel(name, dtype, target) for name in KERNELS for dtype in DTYPES.values() for target in TARGETS}
+    assert set(found) >= wanted, "every policy, for every dtype and architecture"
+    assert ptx_targets(library), "PTX for GPUs to come"
+    assert {kernel: broken for kernel, m in found.items() if (broken := m.broken(kernel))} == {}
+
+
+@needs_build
+@pytest.mark.parametrize(("fmad", "broken"), [("false", []), ("true", ["fused multiply-adds"])])
+def test_contraction_breaks_a_gate(fmad: str, broken: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton's wheel has the tools that read binaries")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the path")
+    from cuda_gates import CSRC, Kernel, measure, run
+
+    (tmp_path / "mass.cu").write_text(
+        '#include "core/mass.h"\n'
+        "__global__ void mass(const float4* x, unsigned long long* w, float max, float scale) {\n"
+        "  w[threadIdx.x] = fastsample::mass_of(__ldg(x + threadIdx.x).x, max, scale);\n}\n"
+    )
+    command = [nvcc, "-std=c++17", f"-I{CSRC}", f"-fmad={fmad}", "-arch=sm_90", "-cubin", "-o", "mass.cubin", "mass.cu"]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    found = measure(run("nvdisasm", "-c", tmp_path / "mass.cubin"), 40, 0)
+    assert [
+        gate for gate in found.broken(Kernel("sample block", "float32", "sm_90")) if gate != "16-byte loads"
+    ] == broken

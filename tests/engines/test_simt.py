@@ -1,0 +1,339 @@
+"""The CUDA sources on fibers (tests/simt) against the reference: equal to the bit in every policy and order."""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, EXTRAS, MAKERS, PARAMS, Case
+from conformance import LOGPROB_ULP, bits, invalid_rows, ulps
+from simt_engine import A100, CSRC, H100, ORDERS, How, Job, Simt, as_backend, build, compiler, results
+
+import fastsample as fs
+
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the cases on purpose
+]
+
+SUPPORT = Path(__file__).parents[1] / "support"
+HOWS = (
+    How("block"),
+    How("cluster", 2),
+    How("cluster", 1, 96, 2, "shuffled"),
+    How("grid", 3, 64, 2, "descending"),
+    How("cluster", 4, 32, 1, "warp by warp"),
+    How("grid", 2, 32, 1, "shuffled"),
+    How("block", 1, 128, 1, "warp by warp"),
+)
+
+
+def _jobs() -> list[Job]:
+    """Every third small case, and the large shapes on blocks as large as a GPU's."""
+    small = [case for case in CASES if case.vocab <= 2049]
+    jobs = [Job(case, HOWS[i % len(HOWS)]) for i, case in enumerate(small[::3])]
+    seen = {case.extra for case in small[::3]}
+    jobs += [Job(next(c for c in small if c.extra == extra), HOWS[1]) for extra in EXTRAS if extra not in seen]
+    large = [case for case in CASES if case.vocab > 2049]
+    jobs += [Job(case, How("auto", device=(H100, A100)[i % 2])) for i, case in enumerate(large[::5])]
+    return jobs
+
+
+JOBS = _jobs()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture
+def simt(library: Path) -> Simt:
+    return Simt(library)
+
+
+expected = cache(lambda case: results(case, "reference"))
+
+
+def differences(want: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> list[str]:
+    assert want.keys() == got.keys()
+    found = []
+    for name, value in want.items():
+        assert (got[name].shape, got[name].dtype) == (value.shape, value.dtype), name
+        if name.endswith("logprobs"):
+            same = ulps(got[name], value) <= LOGPROB_ULP
+        else:
+            same = torch.equal(bits(got[name]), bits(value))
+        found += [name] * (not same)
+    return found
+
+
+def simulate(simt: Simt, job: Job) -> dict[str, torch.Tensor]:
+    simt.how = job.how
+    with as_backend(simt):
+        return results(job.case, "cuda")
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_equals_reference(job: Job, simt: Simt) -> None:
+    assert differences(expected(job.case), simulate(simt, job)) == []
+
+
+def test_the_jobs_reach_every_parameter_set_maker_extra_and_policy() -> None:
+    cases = [job.case for job in JOBS]
+    assert {case.params for case in cases} == set(PARAMS)
+    assert {case.maker for case in cases} == set(MAKERS)
+    assert {case.extra for case in cases} == {None, *EXTRAS}
+    assert {(job.how.policy, job.case.dtype) for job in JOBS} >= {
+        (policy, dtype) for policy in ("cluster", "block", "grid") for dtype in ("f32", "f16", "bf16")
+    }
+    assert len({job.name for job in JOBS}) == len(JOBS)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("how", HOWS, ids=lambda how: how.policy + str(how.parts))
+def test_the_order_of_threads_changes_nothing(how: How, order: str, simt: Simt) -> None:
+    for case in (Case("ties", "rows", 1025, "bf16"), Case("ties", "penalties", 513, "f32", "everything")):
+        assert differences(expected(case), simulate(simt, Job(case, replace(how, order=order)))) == []
+
+
+@pytest.mark.parametrize("how", HOWS[:4], ids=lambda how: how.policy)
+def test_invalid_rows(how: How, simt: Simt) -> None:
+    logits = invalid_rows()
+    simt.how = how
+    for mode in (None, "raw", "processed"):
+        kwargs = {"top_p": 0.9, "seed": 3, "on_invalid": "flag", "logprobs": mode, "top_logprobs": 4 if mode else 0}
+        want = fs.sample(logits, backend="reference", **kwargs)
+        with as_backend(simt):
+            got = fs.sample(logits, backend="cuda", **kwargs)
+        names = [name for name in fs.SampleOutput.__slots__ if getattr(want, name) is not None]
+        assert differences({n: getattr(want, n) for n in names}, {n: getattr(got, n) for n in names}) == []
+
+
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_all_logprobs_and_many_draws(mode: str, simt: Simt) -> None:
+    logits = (torch.randn(2, 700, generator=torch.Generator().manual_seed(4)) * 8).round() / 4
+    kwargs = {"seed": 5, "num_samples": 200, "logprobs": mode, "top_logprobs": 700, "top_p": 0.97}
+    want = fs.sample(logits, backend="reference", **kwargs)
+    simt.how = How("cluster", 2)
+    with as_backend(simt):
+        got = fs.sample(logits, backend="cuda", **kwargs)
+    for name in ("tokens", "status", "ranks", "top_ids"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
+    assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+
+
+@pytest.mark.parametrize("how", [How("cluster", 2), How("grid", 3), How("block")], ids=lambda how: how.policy)
+def test_more_edits_than_shared_memory_holds(how: How, simt: Simt) -> None:
+    """The table then lies in device memory, shared by the row's blocks."""
+    g = torch.Generator().manual_seed(9)
+    logits = torch.randn(3, 3000, generator=g)
+    ids = {"prompt_ids": torch.randint(3000, (3, 900), generator=g), "bias": dict.fromkeys(range(0, 3000, 7), -0.5)}
+    kwargs = {"output_ids": torch.randint(-1, 3000, (3, 700), generator=g), **ids, "repetition_penalty": 1.3}
+    kwargs |= {"frequency_penalty": 0.2, "top_p": 0.95, "seed": 2}
+    want = (
+        fs.sample(logits, backend="reference", **kwargs),
+        fs.filter_logits(logits, backend="reference", **{k: v for k, v in kwargs.items() if k != "seed"}),
+    )
+    simt.how = how
+    with as_backend(simt):
+        got = (
+            fs.sample(logits, backend="cuda", **kwargs),
+            fs.filter_logits(logits, backend="cuda", **{k: v for k, v in kwargs.items() if k != "seed"}),
+        )
+    assert simt.chosen is not None
+    assert simt.chosen.workspace > 3 * 2 * 1600 * 12
+    assert torch.equal(got[0].tokens, want[0].tokens)
+    assert torch.equal(bits(got[1]), bits(want[1]))
+
+
+def test_marks_of_edited_tokens_that_shared_memory_does_not_hold(simt: Simt) -> None:
+    """A GPU with little shared memory and a large vocabulary: the second kernel keeps them in device memory."""
+    logits = torch.randn(1, 2**20 - 5, generator=torch.Generator().manual_seed(1))
+    kwargs = {"bias": {5: 9.0, 2**20 - 6: 8.5, 77777: 9.2}, "top_k": 5}
+    simt.how = How("auto", device=(120, 170, 99 * 1024, 100 * 1024, 8))
+    want = fs.filter_logits(logits, backend="reference", **kwargs)
+    with as_backend(simt):
+        got = fs.filter_logits(logits, backend="cuda", **kwargs)
+    assert simt.chosen is not None
+    assert simt.chosen.far_bitmap
+    assert torch.equal(bits(got), bits(want))
+
+
+# Plans and bytes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "vocab", "dtype", "policy", "parts"),
+    [
+        (H100, 1, 128256, torch.float32, "cluster", 8),
+        (H100, 64, 128256, torch.float32, "cluster", 8),
+        (H100, 64, 128256, torch.bfloat16, "cluster", 4),
+        (H100, 300, 32000, torch.bfloat16, "cluster", 1),
+        (H100, 1, 2**20, torch.bfloat16, "cluster", 16),
+        (H100, 1, 2**20, torch.float32, "grid", 32),
+        (A100, 1, 128256, torch.float32, "grid", 32),
+        (A100, 300, 32000, torch.float32, "block", 1),
+    ],
+)
+def test_plans(
+    device: tuple[int, ...], rows: int, vocab: int, dtype: torch.dtype, policy: str, parts: int, simt: Simt
+) -> None:
+    plan = simt.plan(device, rows, vocab, dtype.itemsize, edits=False)
+    assert plan[:2] == (("cluster", "block", "grid").index(policy), parts)
+    assert plan[4] <= device[2]
+
+
+def test_every_plan_fits_its_gpu(simt: Simt) -> None:
+    """Shared memory of a block, blocks of a cluster, and (where blocks wait for each other) all of them at once."""
+    l40 = (89, 142, 99 * 1024, 100 * 1024, 1)
+    rtx50 = (120, 170, 99 * 1024, 100 * 1024, 8)
+    seen = set()
+    for device in (A100, H100, l40, rtx50):
+        for rows, vocab in itertools.product((1, 2, 7, 64, 1000), (1, 999, 32000, 128256, 262144, 2**20)):
+            for itemsize, edits in itertools.product((2, 4), (False, True)):
+                policy, parts, threads, teams, shared = simt.plan(device, rows, vocab, itemsize, edits)
+                seen.add((device[0], policy))
+                assert shared <= device[2], (device, rows, vocab, itemsize, edits)
+                assert 1 <= teams <= rows
+                assert parts <= (device[4] if policy == 0 else 1 if policy == 1 else 32)
+                per_sm = min(2, device[3] // (shared + 1024))
+                assert policy != 2 or teams * parts <= device[1] * per_sm, (device, rows, vocab, itemsize, edits)
+                assert threads == 256
+    assert seen == {(80, 1), (80, 2), (89, 1), (89, 2), (90, 0), (90, 1), (90, 2), (120, 0), (120, 1), (120, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{"top_k": 50, "top_p": 0.9}, {"top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}])
+def test_device_memory_is_read_once(fields: dict[str, float], dtype: torch.dtype, simt: Simt) -> None:
+    """In the resident path: every logit once, nothing as large as a row written, no workspace."""
+    logits = torch.randn(2, 128256, generator=torch.Generator().manual_seed(3)).to(dtype)
+    simt.how = How("auto")
+    with as_backend(simt):
+        got = fs.sample(logits, seed=1, backend="cuda", **fields)
+    assert torch.equal(got.tokens, fs.sample(logits, seed=1, backend="reference", **fields).tokens)
+    assert simt.chosen is not None
+    assert (simt.chosen.policy, simt.chosen.workspace, simt.chosen.boards) == (0, 0, 0)
+    counters = simt.counters()
+    assert logits.nbytes <= counters.logit_bytes <= 1.02 * logits.nbytes
+    assert counters.other_bytes == 0
+    assert counters.written_bytes == 2 * (8 + 4)
+
+
+def test_mask_and_penalties_read_the_logits_once_too(simt: Simt) -> None:
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 50000, generator=g).to(torch.bfloat16)
+    extras = {"bitmask": torch.full((2, 1563), -1, dtype=torch.int32), "output_ids": torch.randint(50000, (2, 100))}
+    simt.how = How("auto")
+    with as_backend(simt):
+        fs.sample(logits, seed=1, backend="cuda", frequency_penalty=0.3, top_p=0.9, **extras)
+    assert simt.counters().logit_bytes <= 1.02 * logits.nbytes
+    assert simt.counters().written_bytes == 2 * (8 + 4)
+
+
+def test_the_other_policies_read_no_more_than_their_passes(simt: Simt) -> None:
+    """One block per row, top-k and top-p: a scan, at most 3 rounds each, the sums and the draw's segment."""
+    logits = torch.randn(1, 32000, generator=torch.Generator().manual_seed(3))
+    for policy, parts in (("block", 1), ("grid", 4)):
+        simt.how = How(policy, parts, 512)
+        with as_backend(simt):
+            fs.sample(logits, seed=1, backend="cuda", top_k=50, top_p=0.9)
+        assert logits.nbytes <= simt.counters().logit_bytes <= 9 * logits.nbytes
+
+
+# The harness finds what it is for -------------------------------------------------------------------------------------
+
+
+BARRIERS = [
+    (path.name, number)
+    for path in sorted((CSRC / "cuda").glob("*.cuh"))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if "__syncthreads()" in line
+]
+PROBES = (
+    Case("ties", "rows", 1025, "f32", None, 2),
+    Case("ties", "penalties", 1025, "bf16", "everything", 2),
+    Case("equal", "k50", 513, "f32", None, 1),
+    Case("ties", "plain", 1025, "f32", "mask", 2),
+)
+
+
+@cache
+def long_list(backend: str) -> fs.SampleOutput:
+    """More top tokens than a warp sorts."""
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(4))
+    return fs.sample(logits, seed=1, logprobs="raw", top_logprobs=300, backend=backend)
+
+
+def wrong(simt: Simt, how: How) -> bool:
+    """Whether any probe goes wrong, a deadlock included."""
+    simt.how = how
+    try:
+        with as_backend(simt):
+            if any(differences(expected(case), results(case, "cuda")) for case in PROBES):
+                return True
+            return not torch.equal(long_list.__wrapped__("cuda").top_ids, long_list("reference").top_ids)
+    except RuntimeError:
+        return True
+
+
+def found_wrong(simt: Simt, how: How) -> bool:
+    """The same in a child process, since a wild address is one of the things that a missing barrier leads to."""
+    for case in PROBES:
+        expected(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch has threads, which the child does not need
+        child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os._exit(wrong(simt, how))
+    return os.waitpid(child, 0)[1] != 0
+
+
+@pytest.mark.parametrize("how", [How("block", 1, 96, 1), How("cluster", 2, 96, 1), How("grid", 2, 96, 1)], ids=str)
+def test_nothing_is_found_where_nothing_is_missing(how: How, simt: Simt) -> None:
+    assert not any(found_wrong(simt, replace(how, order=order)) for order in ORDERS)
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda barrier: f"{barrier[0]}:{barrier[1]}")
+def test_a_missing_barrier_is_found(barrier: tuple[str, int], simt: Simt) -> None:
+    """Left out, it leads to a wrong result or a deadlock in one order of threads or another."""
+    hows = (How("cluster", 2, 96, 1), How("grid", 2, 96, 1), How("block", 1, 96, 1))
+    assert any(found_wrong(simt, replace(how, order=order, skip=barrier)) for how in hows for order in reversed(ORDERS))
+
+
+def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    """A slice of the jobs with every buffer exactly as large as it must be."""
+    jobs = [job for job in JOBS if job.case.vocab <= 1100][::28]
+    (tmp_path / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    library = build(tmp_path, sanitize=True)
+    cxx = str(compiler())
+    runtimes = [
+        subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": str(SUPPORT),
+    }
+    command = [sys.executable, str(SUPPORT / "simt_engine.py"), library, tmp_path / "jobs.json", tmp_path / "out.pt"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("runtime error|ERROR: AddressSanitizer", done.stderr), done.stderr[-3000:]
+    found = torch.load(tmp_path / "out.pt")
+    for job in jobs:
+        assert differences(expected(job.case), found[job.name]) == [], job.name

@@ -1,0 +1,333 @@
+"""The Triton engine in Triton's interpreter, on CPU tensors, against the reference: equal to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import EXTRAS, MAKERS, PARAMS, Case
+from conformance import LOGPROB_ULP, bits, ulps
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_interpreter import Job, results
+
+import fastsample as fs
+from fastsample import reference
+from fastsample.backends import Outputs, engine, select
+from fastsample.backends import triton as adapter
+from fastsample.rows import Bias, Rows
+
+# Penalties without ids are among the cases on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SUPPORT = Path(__file__).parents[1] / "support"
+KINDS = ("f32", "bf16", "f16")
+PROCESSES = 2
+
+
+def _jobs() -> list[Job]:
+    """A slice of tests/support/cases.py that the interpreter gets through in a minute or two."""
+    jobs = []
+    sizes = (300, 257, 33, 513)
+    for p, params in enumerate(PARAMS):
+        extra = "ids" if "penalt" in params or params[:4] in ("repe", "freq", "pres") else None
+        maker = ("ties", "lm", "steps", "half_masked", "flat")[p % 5]
+        jobs.append(Job(Case(maker, params, sizes[p % 4], KINDS[p % 3], extra, 2 + 3 * ("rows" in params))))
+    for m, maker in enumerate(MAKERS):
+        params = ("all-hf-ties", "all-joint", "all-vllm", "k50-p.9")[m % 4]
+        jobs.append(Job(Case(maker, params, sizes[m % 4], KINDS[(m // 4) % 3], None, 2), parts=1 + 2 * (m % 2)))
+    for e, extra in enumerate(EXTRAS):
+        params = ("penalties", "all-joint-ties", "rows-penalties", "greedy")[e % 4]
+        jobs.append(Job(Case("ties", params, (300, 97)[e % 2], KINDS[e % 3], extra, 3), parts=1 + e % 2))
+    for vocab in (1, 2, 3, 255, 256, 511, 1025):
+        jobs.append(Job(Case("ties", "all-hf", vocab, KINDS[vocab % 3], None, 1)))
+    jobs += [Job(Case("flat", "plain", 100, "f32", None, 0)), Job(Case("lm", "p.9", 4099, "bf16", None, 1), parts=4)]
+    large = (("equal", "p.9", 2**20, "f32"), ("ties", "all-joint", 2**20, "bf16"), ("lm", "k50-p.9", 128256, "f32"))
+    jobs += [Job(Case(m, p, vocab, dtype, None, 1), 1 + i, block=2**16) for i, (m, p, vocab, dtype) in enumerate(large)]
+    for params, extra in (("all-hf", None), ("all-joint-ties", "ids"), ("greedy", None), ("plain", "bias")):
+        jobs.append(Job(Case("ties", params, 700, "f32", extra, 2), parts=3, threads=True))
+    jobs.append(Job(Case("zeros", "all-vllm", 1100, "bf16", None, 1), parts=3, threads=True))
+    return jobs
+
+
+JOBS = _jobs()
+
+
+def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Results of these jobs from a process of their own."""
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    command = [
+        sys.executable,
+        str(SUPPORT / "triton_interpreter.py"),
+        str(folder / "jobs.json"),
+        str(folder / "out.pt"),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "out.pt")
+    return found
+
+
+@pytest.fixture(scope="session")
+def interpreted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Results of every job that this session asks for."""
+    calls = (item.callspec for item in request.session.items if hasattr(item, "callspec"))
+    jobs = [call.params["job"] for call in calls if isinstance(call.params.get("job"), Job)]
+    folder = tmp_path_factory.mktemp("interpreter")
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        parts = pool.map(lambda i: interpret(jobs[i::PROCESSES], folder / str(i)), range(PROCESSES))
+    return {name: found for part in parts for name, found in part.items()}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_equals_reference(job: Job, interpreted: dict[str, dict[str, torch.Tensor]]) -> None:
+    want, got = results(job.case, "reference"), interpreted[job.name]
+    assert want.keys() == got.keys()
+    for name in want:
+        assert (got[name].shape, got[name].dtype) == (want[name].shape, want[name].dtype), name
+        if name.endswith("logprobs"):
+            assert ulps(got[name], want[name]) <= LOGPROB_ULP, name
+        else:
+            differs = (bits(got[name]) != bits(want[name])).nonzero()
+            assert not len(differs), f"{name} at {differs[:4].tolist()}"
+
+
+def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:
+    cases = [job.case for job in JOBS]
+    assert {case.params for case in cases} == set(PARAMS)
+    assert {case.maker for case in cases} == set(MAKERS)
+    assert {case.extra for case in cases} == {None, *EXTRAS}
+    assert len({job.name for job in JOBS}) == len(JOBS)
+
+
+# Launches and memory ------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of a module of kernels: notes what would be launched, and the buffers it would be given."""
+
+    CHUNK_SUM, MAX_PARTS = 576, 256
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
+        self.pointers: list[set[int]] = []
+
+    def __getattr__(self, name: str) -> Kernel:
+        return Kernel(self, name)
+
+    def launch(self, name: str, grid: tuple[int, ...], *args: object, **options: object) -> None:
+        self.launches.append((name, grid, options))
+        self.pointers.append({a.data_ptr() for a in args if isinstance(a, torch.Tensor)})
+
+
+class Kernel:
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self.recorder, self.name, self.value = recorder, name, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.recorder.launch, self.name, grid)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """An engine on a device of 132 multiprocessors, all of whose launches are noted and not run."""
+    recorder = Recorder()
+    fresh = adapter.TritonEngine()
+    monkeypatch.setattr(fresh, "why_not", lambda logits: None)
+    monkeypatch.setattr("fastsample.request.select", lambda backend, logits: fresh)
+    monkeypatch.setattr(adapter, "kernels", lambda stem: recorder)
+    monkeypatch.setattr(adapter, "device_shape", lambda device: (132, 32))
+    return recorder
+
+
+def test_one_launch_from_logits_to_token(recorded: Recorder) -> None:
+    fs.sample(torch.zeros(8, 128256), top_k=50, top_p=0.9, seed=1, on_invalid="flag")
+    ((name, grid, options),) = recorded.launches
+    assert (name, grid) == ("sample", (8, 33))
+    assert options["launch_cooperative_grid"]
+    assert options["SPLIT"]
+    assert not options["enable_fp_fusion"]
+
+
+def test_three_launches_with_everything(recorded: Recorder) -> None:
+    words = torch.zeros(8, 1000, dtype=torch.int32)
+    more = {"bitmask": words, "bias": {3: 1.0}, "prompt_ids": words.long(), "output_ids": words.long()}
+    fs.sample(torch.zeros(8, 32000), top_k=50, min_p=0.1, seed=1, on_invalid="flag", **more)
+    assert [name for name, _, _ in recorded.launches] == ["prepare", "edit", "sample"]
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(1, 126), (2, 126), (8, 33), (64, 4), (132, 2), (133, 1), (1000, 1)])
+def test_programs_per_row(batch: int, parts: int, recorded: Recorder) -> None:
+    """As many as fit the device at once, which the barrier needs; a lone program has no barrier to wait at."""
+    fs.sample(torch.zeros(1, 128256).expand(batch, -1), seed=1, on_invalid="flag")
+    ((_, grid, options),) = recorded.launches
+    assert grid == (batch, parts)
+    assert parts == 1 or batch * parts <= 264
+    assert options["SPLIT"] == (parts > 1) == options.get("launch_cooperative_grid", False)
+
+
+VIEWS = {"aten.view", "aten.slice", "aten.select", "aten.unsqueeze", "aten.expand", "aten.add_"}
+COUNT_OF_INVALID_ROWS = {"aten.ne", "aten.sum", "aten._local_scalar_dense"}  # not taken on a GPU
+
+
+class NoAllocation(TorchDispatchMode):
+    """Lets through only what makes no tensor with memory of its own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert str(func.overloadpacket) in VIEWS | COUNT_OF_INVALID_ROWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("extras", [(), ("bitmask", "output_ids"), ("bitmask", "bias", "prompt_ids", "output_ids")])
+@pytest.mark.parametrize("mode", [None, "raw", "processed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sampler_given_out_allocates_nothing(
+    dtype: torch.dtype, mode: Any, extras: tuple[str, ...], recorded: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"logprobs": mode, "top_logprobs": 5 if mode else 0}
+    sampler = fs.Sampler(batch_size=2, seed=1, on_invalid="flag", top_p=0.9, repetition_penalty=1.1, **wanted)
+    logits, ids = torch.zeros(2, 5000, dtype=dtype), torch.zeros(2, 7, dtype=torch.int64)
+    bias = Bias(torch.tensor([0, 1, 2]), torch.tensor([3, 4]), torch.tensor([1.0, -1.0]), 5000)
+    words = torch.full((2, 157), -1, dtype=torch.int32)
+    inputs = {"bitmask": words, "bias": bias, "prompt_ids": ids, "output_ids": ids}
+    inputs = {name: inputs[name] for name in extras}
+    monkeypatch.setattr("fastsample.api.pack_bias", lambda bias, logits: bias)  # on a GPU, it was checked when packed
+    out = sampler(logits, **inputs)
+    recorded.pointers.clear()
+    with NoAllocation():
+        for _ in range(2):
+            sampler(logits, out=out, **inputs)
+    half = len(recorded.pointers) // 2
+    assert half
+    assert recorded.pointers[:half] == recorded.pointers[half:]
+
+
+# Choosing the engine ------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_share_memory_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads have one default stream between them, and a call's later launches read what the earlier have left."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def run(call: adapter.Call) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+
+    monkeypatch.setattr(adapter.Call, "run", run)
+    chosen, zeros = adapter.TritonEngine(), torch.zeros(2, dtype=torch.int64)
+    rows = Rows(fs.SamplingParams().pack(), zeros, zeros)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: chosen.run(torch.zeros(2, 50), rows, Outputs(zeros.int(), zeros)), range(12)))
+    assert most == [1] * 12
+    most.clear()
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(adapter.Call, "run", lambda call: most.append(barrier.wait(10)))  # a Sampler has its own
+    with ThreadPoolExecutor(2) as pool:
+        own = (replace(rows, workspace={}) for _ in range(2))
+        list(pool.map(lambda rows: chosen.run(torch.zeros(2, 50), rows, Outputs(zeros.int(), zeros)), own))
+    assert sorted(most) == [0, 1]
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, cwd=SUPPORT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_fastsample_and_sampling_on_a_cpu_does_not_import_triton() -> None:
+    code = """
+import sys, torch, fastsample as fs
+from fastsample.backends import engine
+engine("triton").why_not(torch.zeros(1, 9))
+fs.sample(torch.zeros(9)), fs.engines()
+print("triton" in sys.modules, any(name.startswith("fastsample.kernels") for name in sys.modules))
+"""
+    assert python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="") == "False False"
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set")
+def test_it_refuses_cpu_tensors_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_has_device", lambda: False)
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot serve these logits: there is no CUDA or HIP device"
+    ):
+        fs.sample(torch.zeros(9), backend="triton")
+    monkeypatch.setattr(adapter, "_has_device", lambda: True)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot serve these logits: .*the logits are on cpu"):
+        fs.sample(torch.zeros(9), backend="triton")
+
+
+def test_auto_takes_it_for_gpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_has_device", lambda: True)
+    monkeypatch.setattr(adapter, "_why_not_kernels", lambda: None)
+    on_gpu, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda:0", "cpu"))
+    assert select("auto", on_gpu).name == "triton"  # type: ignore[arg-type]
+    assert select("auto", on_cpu).name == "cpu"  # type: ignore[arg-type]
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_is_installed", lambda: False)
+    assert engine("triton").why_not(None) == "triton is not installed"
+    assert engine("triton").why_not(torch.zeros(1, 9)) == "triton is not installed"
+
+
+def test_a_broken_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(stem: str) -> object:
+        raise ImportError("no libtriton")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(adapter, "kernels", broken)
+    monkeypatch.setattr(adapter, "_why_not_kernels", cache(adapter._why_not_kernels.__wrapped__))
+    assert engine("triton").why_not(torch.zeros(1, 9)) == "the kernels cannot be imported: no libtriton"
+
+
+def test_an_old_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    monkeypatch.setattr(adapter, "_why_not_kernels", cache(adapter._why_not_kernels.__wrapped__))
+    reason = "Triton 3.5.1 is too old: before 3.7 its divisions flush denormals to 0"
+    assert engine("triton").why_not(torch.zeros(1, 9)) == reason
+
+
+def test_the_environment_forces_it() -> None:
+    code = "import torch, fastsample as fs; print(int(fs.sample(torch.arange(40.0) / 9, seed=7).tokens), fs.engines())"
+    want = int(fs.sample(torch.arange(40.0) / 9, seed=7, backend="reference").tokens)
+    token, engines = python(code, TRITON_INTERPRET="1", FASTSAMPLE_BACKEND="triton").split(" ", 1)
+    assert int(token) == want
+    assert "'triton': None" in engines
+
+
+def test_the_kernels_know_every_parameter() -> None:
+    from fastsample.params import specs
+
+    code = "from fastsample.kernels.process import FIELDS; print(*FIELDS)"
+    assert tuple(python(code).split()) == tuple(name for name, _ in specs())
+
+
+def test_the_coefficients_are_the_references() -> None:
+    """A last bit of one shows in a token of 10^5, which is more than the interpreter gets through."""
+    code = "from fastsample.kernels import mass; print(*(getattr(mass, f'C{i}').value.hex() for i in range(5, 0, -1)))"
+    assert [float.fromhex(c) for c in python(code).split()] == list(reference.POLYNOMIAL[:5])

@@ -1,0 +1,136 @@
+"""Reads from the CUDA extension's own binaries what the contract and the tuning demand of them.
+
+python cuda_gates.py    # the table of all kernels and targets
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from triton_gates import BIN, instructions
+
+CSRC = Path(__file__).parents[2] / "csrc"
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_6BFloatE": "bfloat16"}
+KERNELS = ("sample cluster", "sample block", "sample grid", "outputs")
+THREADS, BLOCKS_PER_SM, REGISTERS = (
+    int(re.search(rf"{name} =\s+(\d+);", (CSRC / "cuda/tuning.h").read_text())[1])  # type: ignore[index]
+    for name in ("kThreads", "kBlocksPerSM", "kRegisters")
+)
+NAME = re.compile(r"_ZN10fastsample\d+(sample|outputs)_kernelI(f|NS_4HalfE|NS_6BFloatE)(?:L\w*?E(\d)E)?E")
+
+
+def extension() -> Path | None:
+    """The built fastsample._cuda, found without importing it."""
+    spec = find_spec("fastsample._cuda")
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in one binary."""
+
+    name: str
+    dtype: str
+    target: str
+
+    @property
+    def is_empty(self) -> bool:
+        """sm_80 has no clusters; that kernel is there to be named, and is never launched."""
+        return (self.name, self.target) == ("sample cluster", "sm_80")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the gates look at."""
+
+    registers: int
+    local: int  # bytes of stack and local memory
+    wide_loads: int  # of 16 bytes
+    fused: int  # multiply-adds but for those that a division rounded to nearest is made of
+    float64: int
+    inexact: int  # approximate or flushing float instructions other than a division's
+
+    def broken(self, kernel: Kernel) -> list[str]:
+        """The gates that this binary does not pass."""
+        gates = {
+            "registers": self.registers <= REGISTERS,
+            "spills": self.local == 0,
+            "16-byte loads": self.wide_loads >= 1 or kernel.is_empty,
+            "fused multiply-adds": self.fused == 0,
+            "float64": self.float64 == 0 or kernel.name == "outputs",
+            "approximations": self.inexact == 0,
+        }
+        return [name for name, passed in gates.items() if not passed]
+
+
+def run(tool: str, *arguments: object, cwd: Path | None = None) -> str:
+    command = [str(BIN / tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
+
+
+def measure(sass: str, registers: int, local: int) -> Measures:
+    """From the machine code of one kernel."""
+    counts = Counter(instructions(sass))
+
+    def count(pattern: str, dividing: bool | None = None) -> int:
+        return sum(n for (op, d), n in counts.items() if re.match(pattern, op) and dividing in (None, d))
+
+    return Measures(
+        registers,
+        local + count(r"(LDL|STL)\b"),
+        count(r"LDG\.E\.(\w+\.)*128"),
+        count("FFMA", dividing=False),
+        count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w+64H|F2F\.F64|I2F\.F64"),
+        count(r"MUFU\.(EX2|LG2|SIN|COS|TANH)|F(ADD|MUL|FMA)\.FTZ", dividing=False),
+    )
+
+
+def kernels_of(cubin: Path, target: str) -> Iterator[tuple[Kernel, Measures]]:
+    usage = run("cuobjdump", "-res-usage", cubin)
+    used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    sections = re.split(r"^\.text\.(\S+):$", run("nvdisasm", "-c", cubin), flags=re.MULTILINE)
+    code = dict(zip(sections[1::2], sections[2::2], strict=True))
+    for symbol, registers, stack, local in used:
+        found = NAME.match(symbol)
+        assert found is not None, symbol
+        name = "outputs" if found[1] == "outputs" else KERNELS[int(found[3] or 0)]
+        kernel = Kernel(name, DTYPES[found[2]], target)
+        yield kernel, measure(code[symbol], int(registers), int(stack) + int(local))
+
+
+def measure_extension(library: Path) -> dict[Kernel, Measures]:
+    """Every kernel of every binary in the extension."""
+    found: dict[Kernel, Measures] = {}
+    with TemporaryDirectory() as folder:
+        run("cuobjdump", "-xelf", "all", library, cwd=Path(folder))
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = re.search(r"sm_\d+", cubin.name)
+            assert target is not None
+            found |= dict(kernels_of(cubin, target[0]))
+    return found
+
+
+def ptx_targets(library: Path) -> set[str]:
+    return set(re.findall(r"\.(sm_\d+)\.ptx", run("cuobjdump", "--list-ptx", library)))
+
+
+def table(found: dict[Kernel, Measures]) -> str:
+    """One line per kernel and target."""
+    lines = [f"{'kernel':15}{'dtype':10}{'target':8}{'regs':>5}{'local':>6}{'16B':>5}{'fused':>6}{'f64':>5}  gates"]
+    for k, m in sorted(found.items(), key=lambda item: (item[0].name, item[0].dtype, TARGETS.index(item[0].target))):
+        numbers = f"{m.registers:5}{m.local:6}{m.wide_loads:5}{m.fused:6}{m.float64:5}"
+        lines.append(f"{k.name:15}{k.dtype:10}{k.target:8}{numbers}  {', '.join(m.broken(k)) or 'pass'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    built = extension()
+    print("fastsample._cuda is not built" if built is None else table(measure_extension(built)))

@@ -1,0 +1,200 @@
+"""csrc/cuda on fibers (tests/simt), behind the CUDA engine's own adapter: any case, any policy, no GPU.
+
+python simt_engine.py JOBS.json RESULTS.pt    # in a process of its own, as AddressSanitizer wants it
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import Case
+
+import fastsample as fs
+from fastsample.backends import engine
+from fastsample.backends.cuda import CudaEngine
+
+HERE = Path(__file__).parents[1]
+CSRC = HERE.parent / "csrc"
+FLAGS = ("-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
+QUIET = ("-Wno-unknown-pragmas", "-Wno-psabi")
+SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+POLICIES = {"auto": -1, "cluster": 0, "block": 1, "grid": 2}
+ORDERS = ("ascending", "descending", "shuffled", "warp by warp")
+H100 = (90, 132, 227 * 1024, 228 * 1024, 16)
+A100 = (80, 108, 163 * 1024, 164 * 1024, 1)
+
+
+def compiler() -> str | None:
+    """A host compiler; the build needed one too."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def build(folder: Path, sanitize: bool = False) -> Path:
+    """The library, compiled from the same .cuh files that nvcc gets."""
+    chosen = compiler()
+    assert chosen is not None, "there is no C++ compiler"
+    target = folder / ("simt-sanitized.so" if sanitize else "simt.so")
+    sources = [str(HERE / "simt" / name) for name in ("simt.cc", "engine.cc")]
+    command = [
+        chosen,
+        *FLAGS,
+        *QUIET,
+        *(SANITIZERS if sanitize else ()),
+        f"-I{CSRC}",
+        f"-I{HERE / 'simt'}",
+        "-o",
+        str(target),
+    ]
+    done = subprocess.run([*command, *sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return target
+
+
+@dataclass(frozen=True)
+class How:
+    """Which kernel, cut up how, on fibers in which order."""
+
+    policy: str = "auto"
+    parts: int = 1
+    threads: int = 64
+    teams: int = 2
+    order: str = "ascending"
+    device: tuple[int, ...] = H100
+    skip: tuple[str, int] | None = None  # a barrier that is left out
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the last launch did."""
+
+    logit_bytes: int
+    other_bytes: int
+    written_bytes: int
+    barriers: int
+    warp_operations: int
+    atomics: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How the last call was served."""
+
+    policy: int
+    parts: int
+    threads: int
+    teams: int
+    shared: int
+    workspace: int
+    boards: int
+    outputs_teams: int
+    far_bitmap: int
+
+
+class Simt:
+    """In place of the module fastsample._cuda."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.simt_run.restype = ctypes.c_char_p
+        self.how = How()
+        self.seed = 1
+        self.chosen: Chosen | None = None
+
+    def Rows(self, arguments: tuple[int, ...]) -> tuple[int, ...]:  # noqa: N802
+        return arguments
+
+    def run(self, rows: tuple[int, ...], device: int, stream: int, call: tuple[int, ...], *memory: Any) -> None:
+        how = self.how
+        skip = (None, 0) if how.skip is None else (how.skip[0].encode(), how.skip[1])
+        self._library.simt_settings(ORDERS.index(how.order), ctypes.c_uint64(self.seed), *skip)
+        plan = (*how.device, POLICIES[how.policy], how.parts, how.threads, how.teams)
+        chosen = (ctypes.c_int64 * 9)()
+        failure = self._library.simt_run(_array(rows), _array(call), _array(plan), chosen)
+        self.chosen = Chosen(*chosen)
+        if failure is not None:
+            raise RuntimeError(failure.decode())
+
+    def plan(self, device: tuple[int, ...], rows: int, vocab: int, itemsize: int, edits: bool) -> tuple[int, ...]:
+        """What tuning.h says: policy, blocks per row, threads, rows in flight, bytes of shared memory."""
+        chosen = (ctypes.c_int64 * 5)()
+        self._library.simt_plan(_array(device), *map(ctypes.c_int64, (rows, vocab, itemsize, edits)), chosen)
+        return tuple(chosen)
+
+    def counters(self) -> Counters:
+        found = (ctypes.c_int64 * 6)()
+        self._library.simt_counters(found)
+        return Counters(*found)
+
+
+def _array(values: tuple[int, ...]) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@contextmanager
+def as_backend(module: Simt) -> Iterator[None]:
+    """While it lasts, backend "cuda" is the simulated one and serves CPU tensors."""
+    ours = CudaEngine(module)
+    theirs = engine("cuda")
+    before = {name: getattr(theirs, name) for name in ("why_not", "run")}
+    theirs.why_not, theirs.run = (lambda logits: None), ours.run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(theirs, name, value)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case and how to run it."""
+
+    case: Case
+    how: How
+
+    @property
+    def name(self) -> str:
+        how = self.how
+        return f"{self.case.name}-{how.policy}{how.parts}x{how.threads}-{how.order.replace(' ', '-')}"
+
+
+def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
+    """What an engine can be asked about a case, in few calls."""
+    inputs = case.build()
+    common = {**inputs.kwargs, "backend": backend, "on_invalid": "flag"}
+    found = {
+        "filter_logits": fs.filter_logits(inputs.logits, **common),
+        "probabilities": fs.probabilities(inputs.logits, **common),
+    }
+    mode = "raw" if case.vocab % 2 else "processed"
+    wanted = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
+    out = fs.sample(inputs.logits, **common, **inputs.draw, **wanted)
+    plain = fs.sample(inputs.logits, **common, **inputs.draw)
+    return found | {name: getattr(out, name) for name in fs.SampleOutput.__slots__} | {"plain": plain.tokens}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    module = Simt(Path(sys.argv[1]))
+    with open(sys.argv[2]) as file:
+        jobs = [Job(Case(**job["case"]), How(**job["how"])) for job in json.load(file)]
+    found = {}
+    with as_backend(module):
+        for job in jobs:
+            module.how = job.how
+            found[job.name] = results(job.case, "cuda")
+    torch.save(found, sys.argv[3])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Compiles every Triton kernel for GPUs that need not be there, and reads from the binaries what the contract demands.
+
+python triton_gates.py    # the table of all kernels and targets
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastsample.backends.triton import PROGRAMS_PER_SM, THREADS, compile_options
+from fastsample.kernels import logprobs, outputs, process, sample
+
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)} | {
+    "gfx942": GPUTarget("hip", "gfx942", 64)
+}
+REGISTERS = {"gfx942": 131072}  # per multiprocessor, 65536 elsewhere
+SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}  # KiB per multiprocessor
+POINTERS = {
+    "x": "fp32", "counts": "i32", "records": "i32", "seeds": "i64", "offsets": "i64", "status": "i32",
+    "tokens": "i64", "workspace": "i64", "cuts": "i64", "sems": "i32", "logits": "fp32", "mask": "i32",
+    "row_ptr": "i64", "bias_ids": "i64", "bias_values": "fp32", "prompt": "i64", "output": "i64", "out": "fp32",
+    "logprobs": "fp32", "ranks": "i64", "listed": "i32", "found": "i64", "top_ids": "i64", "top_logprobs": "fp32",
+}  # fmt: skip
+ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One specialisation of a kernel."""
+
+    name: str
+    fn: Any
+    constants: dict[str, Any]
+    row_loads: int  # places in the source that load a block of logits, or of their counts
+    types: dict[str, str] = field(default_factory=dict)
+    float64: bool = False  # whether the contract divides or takes logarithms in float64 there
+
+
+def _sample(name: str, row_loads: int, dtype: str = "fp32", **more: Any) -> Kernel:
+    vec = 4 if dtype == "fp32" else 8
+    constants = {"HAS_COUNTS": False, "ROUNDS": 8, "SPLIT": True, "CHUNKS": 128, "VEC": vec, "BLOCK": vec * THREADS}
+    return Kernel(name, sample.sample, constants | more, row_loads, {"x": dtype})
+
+
+def _kernels() -> Iterator[Kernel]:
+    block = {"BLOCK": 4 * THREADS}
+    yield _sample("sample f32", 9)
+    yield _sample("sample f32 penalties", 10, HAS_COUNTS=True, SPLIT=False)
+    yield _sample("sample bf16", 9, "bf16", ROUNDS=4)
+    yield _sample("sample f16", 9, "fp16", ROUNDS=5)
+    yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True} | block, 1)
+    everything = {"HAS_BIAS": True, "HAS_PROMPT": True, "HAS_OUTPUT": True}
+    yield Kernel("edit", process.edit, everything | {"BLOCK": 256}, 0)
+    for what in ("FILTERED", "PROBABILITIES", "KEPT"):
+        constants = {"WHAT": getattr(outputs, what).value} | block
+        yield Kernel(f"write {what.lower()}", outputs.write, constants, 1, float64=what == "PROBABILITIES")
+    yield Kernel("sampled raw", logprobs.sampled, {"RAW": True}, 0, float64=True)
+    yield Kernel("sampled processed", logprobs.sampled, {"RAW": False}, 0, float64=True)
+    yield Kernel("rank", logprobs.rank, block, 1)
+    yield Kernel("collect", logprobs.collect, block, 1)
+    yield Kernel("arrange raw", logprobs.arrange, {"RAW": True, "BLOCK": 32}, 0, float64=True)
+    yield Kernel("arrange processed", logprobs.arrange, {"RAW": False, "BLOCK": 32}, 0, float64=True)
+
+
+KERNELS = {kernel.name: kernel for kernel in _kernels()}
+
+
+def compile_kernel(kernel: Kernel, target: str, **options: Any) -> Any:
+    """Triton's compiled kernel, as the engine would launch it on aligned rows."""
+    names = kernel.fn.arg_names
+    pointers = {name: "*" + kernel.types.get(name, POINTERS[name]) for name in names if name in POINTERS}
+    signature = {n: "constexpr" if n in kernel.constants else pointers.get(n, "i32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n in ALIGNED}
+    source = ASTSource(kernel.fn, signature, kernel.constants, aligned)
+    gpu = TARGETS[target]
+    chosen = compile_options(gpu.warp_size, gpu.backend == "cuda") | options
+    with triton.knobs.compilation.scope():
+        # A hit in the user's cache would name the source files of another checkout.
+        triton.knobs.compilation.always_compile = True
+        return triton.compile(source, target=gpu, options=chosen)
+
+
+@dataclass
+class Measures:
+    """What the gates look at."""
+
+    registers: int
+    shared: int  # bytes
+    spills: int  # loads and stores of local memory
+    wide_loads: int  # of 16 bytes
+    fused: int  # multiply-adds but for those that a division rounded to nearest, or a logarithm, is made of
+    float64: int
+    inexact: int  # approximate or flushing float instructions
+
+    def broken(self, kernel: Kernel, target: str) -> list[str]:
+        """The gates that this binary does not pass."""
+        gates = {
+            "spills": self.spills == 0,
+            "fused multiply-adds": self.fused == 0,
+            "float64": self.float64 == 0 or kernel.float64,
+            "approximations": self.inexact == 0,
+            "16-byte row loads": self.wide_loads >= kernel.row_loads,
+            "registers": self.registers * THREADS * PROGRAMS_PER_SM <= REGISTERS.get(target, 65536),
+            "shared memory": self.shared * PROGRAMS_PER_SM <= SHARED[target] * 1024,
+        }
+        return [name for name, passed in gates.items() if not passed]
+
+
+def measure(kernel: Kernel, target: str, **options: Any) -> Measures:
+    compiled = compile_kernel(kernel, target, **options)
+    return _measure_amd(compiled) if "amdgcn" in compiled.asm else _measure_nvidia(compiled)
+
+
+def dump(tool: str, cubin: bytes, *options: str) -> str:
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [BIN / tool, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def _source(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+DIVIDES = re.compile(r"div_rn\(|float64\) /|/ total|tl\.log\(")
+LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
+TWO_TO_32 = "0x4f800000"
+DIVISION_LENGTH = 64  # instructions that a division, scheduled among others, may span
+
+
+def instructions(sass: str) -> Iterator[tuple[str, bool]]:
+    """Each opcode, and whether it is part of a division or a logarithm.
+
+    Those are made of multiply-adds; whatever else is one was contracted. They are known by the source line; by being in
+    a subroutine; or, where the scheduler has mixed the lines up, by refining the reciprocal of a few instructions ago.
+    """
+    lines: list[str] = []
+    fresh, subroutine = True, False
+    refining: dict[str, int] = {}  # register -> where its reciprocal was estimated
+    for at, line in enumerate(sass.splitlines()):
+        if line.startswith(("$__internal", ".text.")):
+            subroutine = line.startswith("$__internal")
+        elif found := LINE.match(line):
+            lines = [] if fresh else lines
+            fresh = False
+            lines.append(_source(found[1])[int(found[2]) - 1])
+        elif found := INSTRUCTION.match(line):
+            fresh = True
+            opcode, registers = found[1], re.findall(r"\bR\d+\b", found[2])
+            target, sources = (registers[0], registers[1:]) if registers else ("", [])
+            born = at if opcode == "MUFU.RCP" else max((refining.get(r, -1) for r in sources), default=-1)
+            refines = opcode == "FFMA" and 0 <= at - born <= DIVISION_LENGTH and born >= 0
+            refining.pop(target, None)
+            if refines or opcode == "MUFU.RCP":
+                refining[target] = born
+            adds_zero = found[2].split(",")[1:2] == [" RZ"]  # float64 division looks at exponents with 0 * a + b
+            yield opcode, subroutine or refines or adds_zero or any(map(DIVIDES.search, lines))
+
+
+def _measure_nvidia(compiled: Any) -> Measures:
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    usage = dump("cuobjdump", cubin, "-res-usage")
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    counts = Counter(instructions(dump("nvdisasm", cubin, "-g", "-c")))
+
+    def count(pattern: str, dividing: bool | None = None) -> int:
+        return sum(n for (op, d), n in counts.items() if re.match(pattern, op) and dividing in (None, d))
+
+    return Measures(
+        registers,
+        compiled.metadata.shared,
+        spills=count(r"(LDL|STL)\b") + stack + local,
+        wide_loads=count(r"LDG\.E\.(\w+\.)*128"),
+        fused=count("FFMA", dividing=False) + len(re.findall(r"\bfma\.\S*f32", ptx)),
+        float64=count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w+64H|.*\.F64"),
+        inexact=len(re.findall(r"\w+\.(?:approx|full)\.\S*f32|(?:add|sub|mul|fma|div|cvt)\.\S*ftz", ptx)),
+    )
+
+
+def _measure_amd(compiled: Any) -> Measures:
+    text = compiled.asm["amdgcn"]
+    registers, spilled, scratch = (
+        int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+        for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    # A division refines a reciprocal with them, and conversions to and from 64 bits are made with one.
+    fused, reciprocal = 0, -DIVISION_LENGTH - 1
+    for at, line in enumerate(text.splitlines()):
+        if "v_rcp_f32" in line or "v_div_scale_f32" in line:
+            reciprocal = at
+        if re.search(r"\bv_(pk_)?(fma|fmac|fmamk|fmaak)_f32", line) and "|" not in line and TWO_TO_32 not in line:
+            fused += "v_pk_" in line or at - reciprocal > DIVISION_LENGTH
+    wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+    float64 = len(re.findall(r"\bv_\w+_f64", text))
+    return Measures(registers, compiled.metadata.shared, spilled + scratch, wide, fused, float64, 0)
+
+
+def table(found: dict[tuple[str, str], Measures]) -> str:
+    """One line per kernel and target."""
+    head = f"{'kernel':22}{'target':8}{'regs':>5}{'shared':>8}{'spills':>7}{'16B':>5}{'fused':>6}{'f64':>5}  gates"
+    lines = [head]
+    for (name, target), m in found.items():
+        numbers = f"{m.registers:5}{m.shared:8}{m.spills:7}{m.wide_loads:5}{m.fused:6}{m.float64:5}"
+        lines.append(f"{name:22}{target:8}{numbers}  {', '.join(m.broken(KERNELS[name], target)) or 'pass'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table({(name, target): measure(KERNELS[name], target) for name in KERNELS for target in TARGETS}))

@@ -1,0 +1,53 @@
+"""The examples run as they are, offline, and are as short as they claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "train_tiny_gpt2.py")
+
+
+def run(path: Path) -> list[str]:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    command = [sys.executable, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_there_are_three() -> None:
+    assert [path.stem for path in SHORT] == ["best_of_n", "json_output", "sampling"]
+
+
+@pytest.mark.parametrize("path", SHORT, ids=lambda path: path.stem)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 40
+
+
+def test_sampling() -> None:
+    text = "\n".join(run(EXAMPLES / "sampling.py"))
+    first, second = text.split("\n---\n")
+    assert first.startswith("The future of AI is")
+    assert second.startswith("Use this function to")
+    assert len(first) > 60
+
+
+def test_best_of_n() -> None:
+    *candidates, vote = run(EXAMPLES / "best_of_n.py")
+    scores = [float(line.split()[0]) for line in candidates]
+    assert len(scores) == 8
+    assert scores == sorted(scores, reverse=True)
+    assert vote.startswith("most say ")
+
+
+def test_json() -> None:
+    objects = [json.loads(line) for line in run(EXAMPLES / "json_output.py")]
+    assert len(objects) == 5
+    assert all(set(one) == {"name", "kind", "arguments"} for one in objects)
