@@ -19,9 +19,7 @@ from fastsample.rows import Bias, Rows
 Tensor = torch.Tensor
 
 THREADS = 256  # of a program
-PROGRAMS_PER_SM = (
-    2  # that many fit at once, which the barrier relies on: tests/engines/test_triton_compile.py checks it
-)
+PROGRAMS_PER_SM = 2  # that many fit at once, which the barrier relies on (test_triton_compile.py checks it)
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
 ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits: the leading bits that a key can have
 EDIT_PARTS = 8

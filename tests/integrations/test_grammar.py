@@ -341,7 +341,7 @@ BOUNDED = {name: schema for name, schema in SCHEMAS.items() if name not in ("und
 def test_every_generation_validates_or_is_reported_truncated(
     model: Any, tokenizer: Any, compiler: GrammarCompiler, record_property: Any
 ) -> None:
-    """FASTSAMPLE_GENERATIONS=1000 pytest tests/integrations/test_grammar.py -k every_generation -s: the long run, of fresh seeds."""
+    """The long run, of fresh seeds: FASTSAMPLE_GENERATIONS=1000 pytest -k every_generation -s tests/integrations."""
     grammars = {name: compiler.json_schema(schema) for name, schema in SCHEMAS.items()}
     names = list(SCHEMAS)
     truncated = 0

@@ -1,4 +1,4 @@
-"""docs/bad-input.md is the table below, with what each call says: `python tests/robustness/test_bad_input_table.py` prints it."""
+"""docs/bad-input.md is the table below, with what each call says; run as a script, this file prints it."""
 
 from __future__ import annotations
 
