@@ -3,8 +3,8 @@
     result = fastsample.best_of_n(model, "The answer is", 8, tokenizer=tokenizer, seed=7, max_new_tokens=20)
     result.best.text, result.best.score
 
-Best-of-N keeps the candidate that a scorer likes best (Stiennon et al. 2020; Nakano et al. 2021), self-consistency the
-answer that most candidates agree on (Wang et al. 2023). Needs transformers.
+Best-of-N keeps the candidate with the highest score (Stiennon et al. 2020; Nakano et al. 2021); self-consistency keeps
+the answer that most candidates agree on (Wang et al. 2023). Needs transformers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Candidate:
     Attributes:
         index: which of the n draws it is, from 0.
         text: the new text, without special tokens; "" where no tokenizer was given.
-        tokens: the new ids, up to and with the end-of-sequence token.
+        tokens: the new ids, up to and including the end-of-sequence token.
         logprobs: natural log-probability of each token; empty with logprobs=None.
-        score: what it is ranked by; -inf where it could not be scored.
-        answer: what it votes for; None without a vote, or where it abstains.
-        truncated: whether its text is no whole text of the grammar; False without one.
-        error: why it is out of the contest (scorer or vote failed on it, or on_invalid="flag" ended it); else None.
+        score: what it is ranked by; -inf if it could not be scored.
+        answer: what it votes for; None without a vote, or if it abstains.
+        truncated: whether its text is not a whole text of the grammar; False without a grammar.
+        error: why it is not ranked (the scorer or the vote failed, or on_invalid="flag" ended it); else None.
     """
 
     index: int
@@ -70,12 +70,12 @@ class BestOfN:
 
     @property
     def best(self) -> Candidate:
-        """The first candidate; it has an error only where all have."""
+        """The first candidate; it has an error only if all have one."""
         return self.candidates[0]
 
     @property
     def answer(self) -> Hashable:
-        """The answer with the most votes; None without a vote, or where all abstain."""
+        """The answer with the most votes; None without a vote, or if all abstain."""
         return next(iter(self.votes), None)
 
 
@@ -98,52 +98,52 @@ def best_of_n(
 ) -> BestOfN | list[BestOfN]:
     """Draw n continuations of a prompt, and rank them by score or by vote.
 
-    The prompt runs through the model once. Its first step draws n tokens from one row of logits in one pass; then the
-    n sequences go on as a batch. Candidate 0 is what one sequence alone would be (`fs_generate` with the same seed),
-    and the candidates of a smaller n are the first of a larger one, up to the last bits of a model's own logits, which
-    may depend on the size of a batch. (A cache that cannot be copied, as a static, quantized or offloaded one or that
-    of linear attention, has the prompt run once per candidate.)
+    The prompt runs through the model once. The first step draws n tokens from one row of logits in one pass; then the n
+    sequences continue as a batch. Candidate 0 is what a single sequence would be (`fs_generate` with the same seed),
+    and the candidates for a smaller n are the first ones for a larger n (up to the last bits of the model's own logits,
+    which may depend on the batch size). With a cache that cannot be copied (static, quantized, offloaded, or of linear
+    attention), the prompt runs once per candidate.
 
     Args:
         model: a language model of transformers, decoder-only or encoder-decoder.
         inputs: a prompt or a list of prompts (both need the tokenizer); ids [B, L] or [L], a tensor, an array or lists;
             or what a tokenizer returns, tensors or lists. An empty prompt starts from the beginning-of-sequence token,
-            else the end-of-sequence token. Ids of a tensor without an attention mask are padding where `generate` takes
-            them for padding (generation_config.pad_token_id, unless it ends sequences too); lists of different lengths
-            are padded on the left.
+            or else the end-of-sequence token. In a tensor without an attention mask, those ids are padding that
+            `generate` takes for padding (generation_config.pad_token_id, unless it also ends sequences). Lists of
+            different lengths are padded on the left.
         n: candidates of each prompt, n >= 1.
         score: "mean_logprob", the mean of a candidate's log-probabilities, or a callable on (text, tokens, logprobs)
-            that returns a number. Higher is better; of equal ones the candidate drawn first (lower index) comes first.
-        vote: a callable on the text that returns a candidate's answer, None to abstain. Candidates then come in the
-            order of their answers: most votes first; of equally many, that whose best candidate scores higher.
-            Candidates that abstain come last; those of one answer in the order of their scores.
-        tokenizer: makes texts of ids, and serves `stop_strings`. Without one, `score` and `vote` get "".
+            that returns a number. Higher is better; among equals the lower index comes first.
+        vote: a callable on the text that returns a candidate's answer, or None to abstain. Candidates are then ordered
+            by answer: most votes first; among equals, the answer whose best candidate scores higher. Within an answer
+            they are ordered by score. Candidates that abstain come last.
+        tokenizer: decodes ids to text, and serves `stop_strings`. Without one, `score` and `vote` get "".
         seed: an int s gives prompt i the seed splitmix64(splitmix64(s) + i); a sequence holds one seed per prompt.
-            Candidate 0 goes on with its prompt's seed p, candidate j with splitmix64(splitmix64(p) + j). None takes a
-            fresh one from torch's default CPU generator.
+            Candidate 0 keeps its prompt's seed p, candidate j gets splitmix64(splitmix64(p) + j). None takes a fresh
+            seed from torch's default CPU generator.
         offset: position of the first new token, as for `fs_generate`; one for all or one per prompt.
         logprobs: "raw", of the model's own logits; "processed", of the distribution drawn from; None for none, which
             needs a `score` of your own.
         grammar: for all candidates, or one per candidate (n of each prompt after another) or per prompt; see
             `fs_generate`.
-        on_error: where `score` or `vote` raises, or gives NaN or what is no number or cannot be counted: "warn" keeps
-            the candidate, with its `error` and a score of -inf or no answer, behind all others (it does not vote), and
-            warns; "raise" raises. Where all fail, the result holds them all the same.
-        on_invalid: a candidate that can have no next token raises ("raise"), or is ended there with its `error`, behind
-            all others ("flag").
+        on_error: what to do when `score` or `vote` raises, or returns NaN or a value that is not a number or cannot be
+            counted. "warn" keeps the candidate with its `error`, behind all others and without a vote, and warns;
+            "raise" raises. If all fail, the result still holds them.
+        on_invalid: what to do with a candidate that can have no next token. "raise" raises; "flag" ends it with its
+            `error`, behind all others.
         backend: as for `fastsample.sample`.
         **options: SamplingParams fields go to `fs_generate`, all others to `model.generate` (max_new_tokens,
             stop_strings, stopping_criteria, eos_token_id, ...).
 
     Returns:
-        A BestOfN; a list of them, one per prompt, for a list of prompts or ids of more than one row.
+        A BestOfN; for a list of prompts or for ids of more than one row, a list of them, one per prompt.
 
     Raises:
-        TypeError, ValueError: bad argument, found before the model is run; what `fs_generate` refuses; with
-            on_error="raise" a score or vote that failed. The message names the candidate.
+        TypeError, ValueError: bad argument, found before the model runs; what `fs_generate` refuses; with
+            on_error="raise", a score or vote that failed (the message names the candidate).
 
     Warns:
-        RuntimeWarning: candidates are out of the contest; how many, and the first one's error.
+        RuntimeWarning: some candidates are not ranked; how many, and the first one's error.
     """
     from fastsample.integrations.transformers.inputs import encode
     from fastsample.integrations.transformers.loop import Loop, Record
@@ -191,7 +191,7 @@ def _text(tokenizer: Any, tokens: list[int]) -> str:
 
 
 class Drawn(NamedTuple):
-    """A candidate before the contest."""
+    """A candidate before it is ranked."""
 
     text: str
     tokens: list[int]
@@ -203,7 +203,7 @@ class Drawn(NamedTuple):
 def _rank(drawn: list[Drawn], score: Score, vote: Vote | None, on_error: OnError = "warn") -> BestOfN:
     candidates = [_judged(index, each, score, vote, on_error) for index, each in enumerate(drawn)]
     candidates.sort(key=lambda candidate: (candidate.error is not None, -candidate.score, candidate.index))
-    # Counter keeps the order of first appearance among equals: that of each answer's best candidate.
+    # Among equals, Counter keeps the order of first appearance: that of each answer's best candidate.
     votes = dict(Counter(c.answer for c in candidates if c.answer is not None).most_common())
     place = {answer: i for i, answer in enumerate(votes)}
     candidates.sort(key=lambda candidate: (candidate.error is not None, place.get(candidate.answer, len(place))))
@@ -211,7 +211,7 @@ def _rank(drawn: list[Drawn], score: Score, vote: Vote | None, on_error: OnError
 
 
 def _judged(index: int, drawn: Drawn, score: Score, vote: Vote | None, on_error: OnError) -> Candidate:
-    """A candidate with its score and its answer, or with the error that it met."""
+    """A candidate with its score and its answer, or with its error."""
     text, tokens, logprobs, truncated, error = drawn
     value, answer = -math.inf, None
     if error is None:
@@ -226,7 +226,7 @@ def _judged(index: int, drawn: Drawn, score: Score, vote: Vote | None, on_error:
 
 
 def _warn(candidates: list[Candidate]) -> None:
-    """Say how many candidates are out of the contest, and why the first of them is."""
+    """Say how many candidates failed, and why the first did."""
     errors = [c.error for c in candidates if c.error is not None]
     if errors:
         warnings.warn(
@@ -256,7 +256,7 @@ def _answer(index: int, vote: Vote, text: str) -> Hashable:
     try:
         answer = vote(text)
         if isinstance(answer, torch.Tensor):
-            answer = answer.item()  # one tensor is no other's equal
+            answer = answer.item()  # tensors hash by identity
         hash(answer)
     except Exception as error:
         raise ValueError(f"vote: raised {type(error).__name__} on candidate {index} ({text!r}): {error}") from error

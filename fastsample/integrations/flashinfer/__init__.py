@@ -1,46 +1,46 @@
 """FlashInfer's sampling functions on fastsample: the same names, parameters, defaults, dtypes and shapes.
 
-`import fastsample.integrations.flashinfer as sampling` serves where `flashinfer.sampling` did (0.7), and on CPU tensors
-too. FlashInfer itself is not needed. What the functions have in common:
+`import fastsample.integrations.flashinfer as sampling` replaces `flashinfer.sampling` (0.7), also for CPU tensors.
+FlashInfer itself is not needed. What the functions have in common:
 
 Arguments
     logits, probs: float32, float16 or bfloat16 [B, V] (float64 is rounded to float32), 1 <= V <= 2^20. Probabilities
-        need not sum to 1: they are taken relative to their sum.
+        need not sum to 1: they are relative to their sum.
     indices: int32 or int64 [N]; output i is drawn from row indices[i]. It sets N and the outputs' dtype; without it
-        N = B and outputs are int32. A distribution that many outputs share is filtered once.
+        N = B and outputs are int32. A row shared by many outputs is filtered once.
     top_k >= 1, 0 <= top_p <= 1, 0 <= min_p <= 1: a number, or a tensor [B] with one value per row of logits or probs
         (with indices too, as in FlashInfer's kernels). top_p = 0 keeps the most probable token.
-    seed, offset: two ints, or two int64 or uint64 tensors of shape [1] or [N] on the device of the logits, which is
-        what a CUDA graph needs. A missing offset is 0. Without a seed, `generator` gives one (a GPU generator: its seed
-        and position, which advances by 4); without a generator, torch's default CPU generator does, for every device.
-    check_nan: raise ValueError where there is a NaN. On a GPU this waits for the device.
+    seed, offset: two ints, or two int64 or uint64 tensors of shape [1] or [N] on the device of the logits (as a CUDA
+        graph needs). A missing offset is 0. Without a seed, `generator` provides one (a GPU generator: its seed and
+        position, which advances by 4); without a generator, torch's default CPU generator does, on every device.
+    check_nan: raise ValueError if there is a NaN. On a GPU this waits for the device.
     return_valid: also return bool [N]; a row that cannot be sampled gives token 0 and False instead of an error.
     deterministic, is_deterministic, enable_pdl: accepted. Every result is deterministic.
 
 Rows that cannot be sampled
-    A NaN, +inf or nothing above -inf; for probabilities NaN, infinite, negative, or nothing above 0. Without
-    return_valid they raise a ValueError that names the row. On a GPU nothing waits for that unless check_nan is set:
-    such a row, or one whose top_k, top_p or min_p (in a tensor) is out of range, gives token -1.
+    Logits with a NaN, +inf or nothing above -inf; probabilities that are NaN, infinite or negative, or with nothing
+    above 0. Without return_valid they raise a ValueError that names the row. On a GPU no call waits to find that out
+    unless check_nan is set: such a row, or one whose top_k, top_p or min_p (in a tensor) is out of range, gives -1.
 
 Where the answer differs from FlashInfer's, on purpose
-    Ties: exactly k tokens stay, lower ids first, and top-p keeps as few of equal tokens as reach p; FlashInfer keeps
-        every tie at the boundary.
+    Ties: exactly k tokens stay, lower ids first, and top-p keeps only as many of equal tokens as it needs to reach p.
+        FlashInfer keeps every tie at the boundary.
     Seeds: one seed per output (a tensor [N]) is used as it is, so an output does not depend on its slot. An int, or a
         tensor of one element for N > 1 outputs, gives output i the seed splitmix64(splitmix64(seed) + i), like
-        `fastsample.sample`. FlashInfer always mixes the row into the stream. Any other offset is other noise; advance
-        it by 1.
+        `fastsample.sample`. FlashInfer always mixes the row into the stream. Every offset gives other random numbers;
+        advance it by 1.
     A seed without an offset is used; FlashInfer ignores it then.
-    Cost does not depend on the distribution: there is no rejection, and no limit of rounds.
+    The cost does not depend on the distribution: there is no rejection, and no limit on rounds.
 
 What is exact
     Logits: the sampling contract of fastsample; tokens are the same on every engine and device.
     Probabilities: top-k and min-p compare the values themselves, sums are of integers, and no logarithm is taken. Top-p
-        keeps the shortest prefix within 2^-23 of p, relatively, which is what float32 probabilities are good for:
+        keeps the shortest prefix that reaches p within a relative 2^-23, the precision of float32 probabilities:
         [0.5, 0.3, 0.15, 0.05] at 0.8 keeps two. A probability below 2^-40 of the largest is never drawn. Rows of
-        subnormal probabilities are as exact as others, also where torch flushes such numbers to 0.
+        subnormal probabilities are as exact as others, even if torch flushes such numbers to 0.
 
-torch.compile: each call is a graph break and runs whole, as it does without. With fullgraph=True, which allows none,
-    it is an error that names the function: sample from logits with `fastsample.sample` there.
+torch.compile: each call is a graph break and runs eagerly. With fullgraph=True, which allows no graph break, it is an
+    error that names the function: sample from logits with `fastsample.sample` there.
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
 def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pdl: bool | None = None) -> Tensor:
     """softmax(logits / temperature), float32 [B, V], by torch.softmax.
 
-    temperature: None (1), a number or a floating-point tensor [B]; >= 0. Below 1e-5 a row becomes one-hot at its lowest
-    maximum, as greedy sampling has it (FlashInfer: uniform at 0). Rows that cannot be sampled raise (on a GPU: NaN).
+    temperature: None (1), a number or a floating-point tensor [B]; >= 0. Below 1e-5 a row becomes one-hot at the lowest
+    id among its maxima, as in greedy sampling (FlashInfer: uniform at 0). Rows that cannot be sampled raise (on a GPU:
+    NaN).
     """
     x = table("logits", logits).float()
     divisor = temperatures(1.0 if temperature is None else temperature, x)

@@ -18,12 +18,12 @@ from fastsample.rows import pack_offsets, pack_seeds
 Tensor = torch.Tensor
 
 _FIELDS = tuple(name for name, _ in specs())
-_SMALLEST_P = 2.0**-126  # as a parameter of the engines: their target is then 1, the most probable token
+_SMALLEST_P = 2.0**-126  # what the engines get instead of 0: their target is then 1, the most probable token
 _RANGES = {"top_k": "1 <= value", "top_p": "0 <= value <= 1", "min_p": "0 <= value <= 1"}
 
 
 def table(name: str, values: Any) -> Tensor:
-    """Logits or probabilities [B, V], checked; float64 becomes float32 as in FlashInfer."""
+    """Logits or probabilities [B, V], checked; float64 becomes float32, as in FlashInfer."""
     if isinstance(values, Tensor):
         if values.ndim != 2:
             raise ValueError(f"{name}: expected shape [B, V], got {tuple(values.shape)}")
@@ -57,7 +57,7 @@ def limits(given: dict[str, Any], rows: int) -> tuple[Limit, ...]:
 
 
 def _limit(name: str, value: Any, rows: int) -> Limit:
-    """A checked parameter. A tensor on a GPU is not waited for: its bad values make their rows invalid."""
+    """A checked parameter. A tensor on a GPU is not read: bad values make their rows invalid."""
     kind: Any = numbers.Integral if name == "top_k" else numbers.Real
     if not isinstance(value, Tensor):
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -84,7 +84,7 @@ def _in_range(name: str, value: Any) -> Any:
 
 
 def pack(given: tuple[Limit, ...], order: str, like: Tensor) -> Tensor:
-    """What an engine reads for a table like this: int32 [B or 1, fields] on its device."""
+    """The packed records for a table like this: int32 [B or 1, fields] on its device."""
     fixed = {one.name: _number(one.value) for one in given if not isinstance(one.value, Tensor)}
     packed = _packed(tuple(fixed.items()), order, like.device)
     columns = {one.name: one.value.to(like.device) for one in given if isinstance(one.value, Tensor)}
@@ -103,7 +103,7 @@ def _number(value: float) -> float:
 
 @lru_cache(maxsize=256)
 def _packed(fields: tuple[tuple[str, float], ...], order: str, device: torch.device) -> Tensor:
-    """Kept on the device, so that a captured graph copies nothing from the host."""
+    """Records kept on the device, so that a captured graph copies nothing from the host."""
     return pack_params(None, {**dict(fields), "order": order}, 1).to(device)
 
 
@@ -125,13 +125,13 @@ def pack_seed_offset(
     if not isinstance(seed, Tensor):
         return pack_seeds(seed, rows).to(device), pack_offsets(offset, rows).to(device)
     seeds, offsets = (_bits(name, value, rows, device) for name, value in (("seed", seed), ("offset", offset)))
-    if len(seeds) != rows:  # one for all: rows need different noise
+    if len(seeds) != rows:  # one seed for all: each row needs its own stream
         seeds = row_seeds(seeds, rows)
     return seeds, offsets
 
 
 def _from_generator(generator: torch.Generator | None) -> tuple[int | None, int]:
-    """A CPU generator gives a seed of 63 bits; a GPU's gives its seed and position, and moves on, without waiting."""
+    """A CPU generator gives a seed of 63 bits; a GPU's gives its seed and position and advances, without waiting."""
     if generator is None:
         return None, 0
     if generator.device.type == "cpu":
@@ -201,7 +201,7 @@ def check_order(order: str) -> None:
 
 
 def count_outputs(indices: Tensor | None, values: Tensor) -> int:
-    """N, once the indices are known to be in order."""
+    """N, after checking the indices."""
     if indices is None:
         return len(values)
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64) or indices.ndim != 1:
@@ -222,7 +222,7 @@ def check_no_nan(wanted: bool, name: str, values: Tensor) -> None:
 
 
 def raise_where(bad: Tensor, name: str, values: Tensor, row_of: Tensor | None = None) -> None:
-    """ValueError that names the first bad row [V] of `values` and what is wrong with it; bad[i] is of row_of[i]."""
+    """ValueError that names the first bad row [V] of `values` and what is wrong; bad[i] belongs to row_of[i]."""
     if not bool(bad.any()):
         return
     at = tuple(bad.nonzero()[0].tolist())

@@ -1,4 +1,4 @@
-"""Speculative decoding: which of the drafted tokens stand, and the token after them."""
+"""Speculative decoding: which drafted tokens are accepted, and the token after them."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ def chain_speculative_sampling(
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Verify n drafted tokens per row so that what is emitted is distributed as the target's (Chen et al. 2023).
+    """Verify n drafted tokens per row so that the emitted tokens follow the target's distribution (Chen et al. 2023).
 
-    Draft i is accepted with probability min(1, target / draft) of its token. The first one that is not is replaced by a
-    draw from max(0, target - draft), and nothing follows it; after n accepted drafts comes a draw from the last target.
+    Draft i is accepted with probability min(1, target / draft) of its token. The first rejected one is replaced by a
+    draw from max(0, target - draft), and nothing follows it. After n accepted drafts, one more token is drawn from the
+    last target.
 
     Args:
-        draft_probs: [B, n, V], what the drafts were drawn from.
+        draft_probs: [B, n, V], the distributions that the drafts were drawn from.
         draft_token_ids: int32 or int64 [B, n]. An id outside the vocabulary raises (on a GPU it is rejected).
-        target_probs: [B, n + 1, V]. Like draft_probs they must sum to 1, as the ratio compares them.
-        maybe_output_accepted_token_num: int32 or int64 [B], added to in place: how many of the n drafts pass their own
-            test, whatever became of those before. FlashInfer tests the first rejected one a second time.
-        maybe_output_emitted_draft_token_num: likewise: how many drafts are emitted.
-        deterministic, generator, seed, offset: as in the package, with N = B. The test of draft i is draw i + 1 at the
-            offset, the last token draw 0.
+        target_probs: [B, n + 1, V]. Like draft_probs it must sum to 1, since the ratio compares the two.
+        maybe_output_accepted_token_num: int32 or int64 [B], incremented in place by the number of drafts that pass
+            their own test, whatever happened before them. (FlashInfer tests the first rejected one a second time.)
+        maybe_output_emitted_draft_token_num: likewise, by the number of drafts emitted.
+        deterministic, generator, seed, offset: as in the package, with N = B. Draft i is tested with draw i + 1 at the
+            offset; the last token is draw 0.
 
     Returns:
         Token ids int32 [B, n + 1], padded with -1 after the last; the two counters (new int32 [B] if not given).
 
     Raises:
-        TypeError, ValueError: bad shapes, ids or (not on a GPU) probabilities. Nothing was added to the counters.
+        TypeError, ValueError: bad shapes, ids or (not on a GPU) probabilities. The counters are unchanged.
     """
     draft, target = _tables(draft_probs, draft_token_ids, target_probs)
     batch, count, _ = draft.shape
@@ -75,13 +76,13 @@ def _passes(draft: Tensor, target: Tensor, ids: Tensor, seeds: Tensor, offsets: 
     at = ids.clamp(0, vocab - 1)[:, :, None]
     p, q = (exactly(x.gather(2, at)[:, :, 0]) for x in (draft, target[:, :count]))
     steps = torch.arange(1, count + 1, device=draft.device)
-    # 53 of the 60 bits are exact in a float64; one product and one comparison are then the same on every device.
+    # 53 of the 60 bits are exact in a float64, so one product and one comparison are the same on every device.
     u = (uniform60(seeds[:, None], offsets[:, None], steps) >> 7).double() * 2.0**-53
     return (u * p < q) & (ids >= 0) & (ids < vocab)
 
 
 def _wanted(draft: Tensor, target: Tensor, prefix: Tensor) -> Tensor:
-    """What the token after the accepted ones is drawn from, float32 [B, V] up to a factor."""
+    """The distribution of the token after the accepted ones, float32 [B, V] up to a factor."""
     batch, count = draft.shape[:2]
     rows = torch.arange(batch, device=draft.device)
     wanted = target[rows, prefix].float()
@@ -89,7 +90,7 @@ def _wanted(draft: Tensor, target: Tensor, prefix: Tensor) -> Tensor:
         return wanted
     proposed = draft[rows, prefix.clamp(max=count - 1)].float()
     rest = excess(wanted, torch.where((prefix < count)[:, None], proposed, 0))
-    # Nothing is left where draft and target differ by rounding alone: the target is then what to draw from.
+    # If draft and target differ by rounding alone, nothing is left: then draw from the target.
     some = (rest > 0).any(-1, keepdim=True) | rest.isnan().any(-1, keepdim=True)
     return torch.where(some, rest, wanted)
 

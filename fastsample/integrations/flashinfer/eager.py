@@ -1,4 +1,4 @@
-"""Under torch.compile the functions of this package run as they do without it: whole, not traced in pieces."""
+"""Under torch.compile the functions of this package run eagerly, whole, not traced in pieces."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ functions: dict[str, Callable[..., Any]] = {}
 
 
 def eager(function: F) -> F:
-    """Mark a public function: a trace calls it as something that it does not look into."""
+    """Mark a public function as opaque to a trace."""
     name = function.__name__
     functions[name] = function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            from fastsample.integrations.flashinfer import opaque  # while a trace runs, the compiler is loaded anyway
+            from fastsample.integrations.flashinfer import opaque  # during a trace the compiler is loaded anyway
 
             return opaque.FUNCTIONS[name](*args, **kwargs)
-        if _is_traced():  # which sees none of what an engine does
+        if _is_traced():  # which would see nothing of what an engine does
             raise RuntimeError(f"{name}: torch.jit.trace cannot record it; torch.compile can, with a graph break")
         return function(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 """Probabilities as integers: their mass, and arithmetic on their bits.
 
-A probability may be subnormal, and `torch.set_flush_denormal(True)` makes torch's float operations read such a number
-as 0. So what decides about probabilities here looks at their bits, which order non-negative floats as integers.
+A probability may be subnormal, and under `torch.set_flush_denormal(True)` torch's float operations read such a number
+as 0. So decisions here look at the bits of probabilities, which order non-negative floats as integers.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ Tensor = torch.Tensor
 
 _INFINITY = 0x7F800000  # bits of +inf; those of a positive NaN are above it
 _ONE = 127 << 23  # bits of 1
-_SMALL = 67 << 23  # bits of 2^-60: where a row's maximum is below, a token with mass may be subnormal
+_SMALL = 67 << 23  # bits of 2^-60: if a row's maximum is below this, a token with mass may be subnormal
 _LEAST = 149  # the least subnormal is 2^-149
 
 
 def scale(p: Tensor) -> tuple[Tensor, Tensor]:
-    """p 2^s, float32 [B, V], whose integer part is the mass of a token; and which rows are valid, bool [B].
+    """p 2^s, float32 [B, V], whose integer part is a token's mass; and which rows are valid, bool [B].
 
-    s differs from row to row: the largest p has a mass in [2^39, 2^40), so that sums fit the contract's 60 bits. The
-    scaling is exact for every p that has a mass, subnormal ones too: down to 2^-40 of the largest.
+    s depends on the row: the largest p gets a mass in [2^39, 2^40), so that sums fit the contract's 60 bits. The
+    scaling is exact for every p that has a mass (down to 2^-40 of the largest), subnormal ones included.
     """
     bits = bits_of(p)
     high, sound = peaks(bits)
@@ -44,7 +44,7 @@ def bits_of(p: Tensor) -> Tensor:
 
 
 def peaks(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """The bits of the largest value over the last dimension, and whether none is negative, NaN or infinite."""
+    """The bits of the largest value over the last dimension, and whether all are finite and non-negative."""
     low, high = bits.amin(-1), bits.amax(-1)
     sound = high < _INFINITY
     if bits.device.type != "cpu" or bool((low < 0).any()):
@@ -53,7 +53,7 @@ def peaks(bits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_negative(bits: Tensor) -> Tensor:
-    """Below -0.0, whose bits are the least int32, or a NaN with a sign."""
+    """Whether a value lies below -0.0 (whose bits are the least int32), or is a NaN with a sign."""
     return (bits < 0) & (bits != -(2**31))
 
 
@@ -87,7 +87,7 @@ def excess(a: Tensor, b: Tensor) -> Tensor:
     rest = (a - b).clamp(min=0)
     if rest.device.type != "cpu" or rest.numel() == 0:
         return rest
-    # The largest may have been flushed to 0. In float64 it is not, and to round twice changes nothing (53 >= 2 24 + 2).
+    # The largest may have been flushed to 0. In float64 it is not, and rounding twice is exact (53 >= 2 * 24 + 2).
     small = rest.amax(-1) < 2.0**-60
     if bool(small.any()):
         exact = (exactly(a[small]) - exactly(b[small])).clamp(min=0)

@@ -1,4 +1,4 @@
-"""What a trace calls in place of the functions of this package. Only a trace imports this, and torch's compiler."""
+"""What a trace calls instead of this package's functions. Only a trace imports this, and with it torch's compiler."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From checked arguments to tokens: kept sets, integer masses and draws.
 
-Logits go to an engine as they are. Probabilities are never turned into logits: a logarithm would merge neighbours and
-move sums. Their mass is the probability itself, as an integer (`scale`), and the draw is the contract's stage 8 on it.
+Logits go to an engine unchanged. Probabilities are never turned into logits: a logarithm would merge neighbouring
+values and move sums. Their mass is the probability itself as an integer (`scale`), and the draw is stage 8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastsample.rows import Rows
 Tensor = torch.Tensor
 
 TOP_P_SLACK = 2.0**-23
-"""A prefix within this fraction of p has reached p: float32 probabilities and their sum are no more exact than that."""
+"""A prefix within this fraction of p counts as having reached p: float32 probabilities are no more precise."""
 
 INF = float("inf")
 
@@ -96,7 +96,7 @@ def renormalise(probs: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 def any_bad(given: tuple[Limit, ...], values: Tensor) -> Tensor:
-    """Rows with a parameter that is out of range and was not raised for (see `Limit`), bool [B]."""
+    """Rows with an out-of-range parameter that raised no error (see `Limit`), bool [B]."""
     bad = torch.zeros(len(values), dtype=torch.bool, device=values.device)
     for one in given:
         if one.bad is not None:
@@ -105,14 +105,14 @@ def any_bad(given: tuple[Limit, ...], values: Tensor) -> Tensor:
 
 
 def _finish(tokens: Tensor, name: str, values: Tensor, given: tuple[Limit, ...], indices: Tensor | None) -> Tensor:
-    """The outputs, or an error where that needs no waiting."""
+    """The outputs, or an error if that needs no wait for a GPU."""
     if values.device.type == "cpu":
         raise_where(tokens < 0, name, values, indices)
     return _mark(tokens, given, indices, values).to(_dtype(indices))
 
 
 def _mark(tokens: Tensor, given: tuple[Limit, ...], indices: Tensor | None, values: Tensor) -> Tensor:
-    """-1 in the outputs of rows with a bad parameter."""
+    """Put -1 into the outputs of rows with a bad parameter."""
     if all(one.bad is None for one in given) or len(values) == 0:
         return tokens
     bad = any_bad(given, values)
@@ -152,7 +152,7 @@ def _logit_masses(filtered: Tensor) -> tuple[Tensor, Tensor]:
 
 # Probabilities -------------------------------------------------------------------------------------------------------
 #
-# Masks multiply: on a CPU torch.where takes several times as long.
+# Masks are multiplied in: on a CPU torch.where takes several times as long.
 
 
 def _keep(p: Tensor, given: tuple[Limit, ...], order: str) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ def _keep_top_p(y: Tensor, top_p: Limit) -> Tensor:
 
 
 def prefix_by_sort(y: Tensor, target: Tensor) -> Tensor:
-    """The shortest ranked prefix whose mass reaches the target. No step depends on the data: no GPU is waited for."""
+    """The shortest ranked prefix whose mass reaches the target; no step depends on the data or waits for a GPU."""
     ranked = y.sort(dim=-1, descending=True, stable=True).indices
     mass = y.gather(1, ranked).to(torch.int64)
     before = mass.cumsum(-1) - mass
@@ -197,9 +197,9 @@ def prefix_by_sort(y: Tensor, target: Tensor) -> Tensor:
 
 
 def prefix_by_cutoff(y: Tensor, target: Tensor, top_p: Limit) -> Tensor:
-    """The same, seldom sorting: an engine's top-p over log(y) guesses the least kept y, and exact sums confirm it."""
+    """The same with few sorts: an engine's top-p over log(y) guesses the least kept y, and exact sums confirm it."""
     guess = _filter(y.log(), pack((top_p,), "top_k_first", y)) > spec.NEG_INF
-    # The least positive float32 is the least of their bits; those of 0 wrap to the largest.
+    # The smallest positive float32 has the smallest bits; those of 0 wrap to the largest.
     bits = (y * guess).view(torch.int32).sub_(1).bitwise_and_(2**31 - 1)
     cutoff = (bits.amin(-1, keepdim=True) + 1).view(torch.float32)
     above, tied = y > cutoff, y == cutoff
@@ -238,7 +238,7 @@ def draw(w: Tensor, valid: Tensor, seeds: Tensor, offsets: Tensor, indices: Tens
 
 
 def _first_above(running: Tensor, start: Tensor, vocab: int, threshold: Tensor) -> Tensor:
-    """The first id whose running mass exceeds the threshold, by bisection: no row is copied for its outputs."""
+    """The first id whose running mass exceeds the threshold, by bisection; rows are not copied for their outputs."""
     low, high = torch.zeros_like(start), torch.full_like(start, vocab - 1)
     for _ in range(vocab.bit_length()):
         middle = (low + high) >> 1
@@ -248,10 +248,10 @@ def _first_above(running: Tensor, start: Tensor, vocab: int, threshold: Tensor) 
 
 
 def uniform60(seeds: Tensor, offsets: Tensor, index: Tensor) -> Tensor:
-    """60 uniform bits per (seed, offset, draw index), as the reference has them."""
+    """60 uniform bits per (seed, offset, draw index), as in the reference."""
     if seeds.device.type != "cpu":
         return spec.uniform60(seeds, offsets, index)
-    # The same words from numpy: a call costs a fraction of torch's, and there are hundreds.
+    # The same words from numpy: its calls cost a fraction of torch's, and there are hundreds.
     seed: Any = seeds.numpy()
     offset: Any = offsets.numpy()
     zero: Any = np.zeros_like((offsets + index).numpy())

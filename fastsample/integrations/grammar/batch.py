@@ -1,4 +1,4 @@
-"""Where the sequences of a batch stand in their grammars."""
+"""The positions of a batch's sequences in their grammars."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class TruncatedWarning(UserWarning):
-    """Generation ended, by its number of tokens or a stopping criterion, before a text was one of its grammar."""
+    """Generation ended, by length or a stopping criterion, before a text was complete."""
 
 
 class GrammarError(ValueError):
-    """A sequence and its grammar do not go together.
+    """A sequence cannot follow its grammar.
 
     Attributes:
-        row: the sequence's.
-        text: what it has so far.
+        row: the sequence's row.
+        text: its text so far.
     """
 
     def __init__(self, message: str, row: int, text: bytes) -> None:
@@ -37,11 +37,11 @@ class GrammarError(ValueError):
 
 
 def per_row(grammar: Any, rows: int) -> list[Grammar | None]:
-    """One grammar (or None) per row, of one for all of them or a sequence of one for each.
+    """One grammar (or None) per row, from one for all rows or a sequence with one for each.
 
     Raises:
-        TypeError: something else than grammars; the message says how to make one of it.
-        ValueError: another number of grammars.
+        TypeError: not grammars; the message says how to make one.
+        ValueError: the number of grammars is not that of the rows.
     """
     check_grammar(grammar)
     if _is_grammar(grammar):
@@ -52,7 +52,7 @@ def per_row(grammar: Any, rows: int) -> list[Grammar | None]:
 
 
 def check_grammar(grammar: Any) -> None:
-    """TypeError that says how to make a grammar of what was given, unless it is one, or a sequence of them or None."""
+    """TypeError, with the way to make a grammar of what was given, unless it is one, or a sequence of them or None."""
     if _is_grammar(grammar):
         return
     if isinstance(grammar, (str, bytes, dict)) or not isinstance(grammar, Sequence):
@@ -67,7 +67,7 @@ def _is_grammar(given: Any) -> bool:
 
 
 def _wanted(given: Any) -> str:
-    """What was given, and how to make a grammar of it."""
+    """What was given, and how to make a grammar from it."""
     shown = repr(given)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if isinstance(given, str):
@@ -82,15 +82,15 @@ def _wanted(given: Any) -> str:
 
 
 class GrammarBatch:
-    """Where each sequence of a batch stands in its grammar, and which tokens it may go on with.
+    """The position of each sequence of a batch in its grammar, and the tokens that may come next.
 
     Args:
         grammars: one per sequence; None leaves a sequence free.
-        stop_ids: the ids that end a sequence: allowed where its text is complete, and alone where it cannot go on.
-            Without any, a sequence ends at the first token that completes its text.
+        stop_ids: the ids that end a sequence: allowed where its text is complete, and all that is allowed where it
+            cannot go on. Without any, a sequence ends at the first token that completes its text.
 
     Raises:
-        TypeError, ValueError: no sequence, something else than a grammar, or grammars of different tokenizers.
+        TypeError, ValueError: not a sequence of grammars or None, or grammars of different tokenizers.
     """
 
     def __init__(self, grammars: Sequence[Grammar | None], stop_ids: Iterable[int] = ()) -> None:
@@ -109,7 +109,7 @@ class GrammarBatch:
         self._ended = [False] * len(self._grammars)
         self._strayed = [False] * len(self._grammars)
         self._complete = [m is None or self._is_complete(row) for row, m in enumerate(self._matchers)]
-        self._checked = [-1] * len(self._grammars)  # length of the text that was last found to hold
+        self._checked = [-1] * len(self._grammars)  # length of the text that last passed the check
         self._masks: _Masks | None = None
 
     def __len__(self) -> int:
@@ -119,11 +119,11 @@ class GrammarBatch:
     def bitmask(self, logits: torch.Tensor) -> torch.Tensor:
         """The tokens that may come next, for logits [B, V]: int32 [B, words] on their device, as `sample` takes it.
 
-        A sequence without a grammar, or past its end, may have any token. The next call writes to the same tensor.
+        A sequence without a grammar, or one that has ended, may have any token. The next call reuses the tensor.
 
         Raises:
-            ValueError: another number of rows; as a GrammarError, no token of the vocabulary continues a sequence's
-                text, or the grammar engine gave up.
+            ValueError: the number of rows is not that of the sequences.
+            GrammarError: no token of the vocabulary continues a sequence's text, or the grammar engine gave up.
         """
         if logits.ndim != 2 or len(logits) != len(self._matchers):
             raise ValueError(f"logits: expected {len(self._matchers)} rows (grammars), got {tuple(logits.shape)}")
@@ -140,17 +140,17 @@ class GrammarBatch:
         return masks.mask if logits.device.type == "cpu" else masks.mask.to(logits.device, non_blocking=True)
 
     def accept(self, tokens: Sequence[int | None] | torch.Tensor, *, strict: bool = True) -> None:
-        """Append a token to each sequence; those that have ended ignore theirs.
+        """Append a token to each sequence; sequences that have ended ignore theirs.
 
         Args:
             tokens: one per sequence, as a sequence, an array or a tensor; None ends a sequence, whatever its text.
-            strict: whether a token that a grammar does not allow is an error. Where it is not, its sequence has
-                strayed: it may only end, and is truncated. (Beam search fills up with hypotheses that cannot be.)
+            strict: whether a token that a grammar does not allow is an error. If not, the sequence has strayed: it can
+                only end, and is truncated. (Beam search may fill up with such hypotheses.)
 
         Raises:
-            TypeError, ValueError: another number of tokens, or a token that is no integer or not allowed: then no
-                sequence has moved. As a GrammarError, when all have: a text has ended that its grammar's second check
-                does not pass.
+            TypeError, ValueError: a wrong number of tokens, or a token that is not an integer or not allowed; then no
+                sequence has moved.
+            GrammarError: a finished text fails its grammar's second check; then all sequences have moved.
         """
         moves: list[tuple[int, int]] = []
         ends: list[int] = []
@@ -177,27 +177,27 @@ class GrammarBatch:
             self._confirm(row)
 
     def end(self, row: int) -> None:
-        """End a sequence where it stands; its text stays what it is."""
+        """End a sequence here; its text stays as it is."""
         self._ended[row] = True
 
     def allowed(self, row: int) -> list[int] | None:
-        """The ids that the last `bitmask` allows a sequence; None where it may have any."""
+        """The ids that the last `bitmask` allows a sequence; None if it may have any."""
         if self._masks is None or self._matchers[row] is None or self._ended[row]:
             return None
         bits = np.unpackbits(self._masks.mask[row].numpy().view(np.uint8), bitorder="little")
         return [int(i) for i in bits[: self._masks.vocab].nonzero()[0]]
 
     def text(self, row: int) -> bytes:
-        """What a sequence with a grammar has so far, without its end of sequence."""
+        """The text so far of a sequence with a grammar, without its end-of-sequence token."""
         return bytes(self._texts[row])
 
     def restarted(self) -> GrammarBatch:
-        """The same grammars at their beginning."""
+        """The same grammars, started over."""
         return GrammarBatch(self._grammars, self._stop_ids)
 
     @property
     def padding(self) -> int | None:
-        """An id that is no text, for sequences that have ended; None where the tokenizer has none."""
+        """An id that is not text, for sequences that have ended; None if the tokenizer has none."""
         return None if self._vocabulary is None else self._vocabulary.padding
 
     @property
@@ -215,7 +215,7 @@ class GrammarBatch:
         """Per sequence: whether its text is not (yet) a whole text of its grammar.
 
         Raises:
-            GrammarError: the grammar's second check does not pass a text that the engine calls whole.
+            GrammarError: a text that the engine calls whole fails the grammar's second check.
         """
         for row in (row for row, complete in enumerate(self._complete) if complete):
             self._confirm(row)
@@ -251,14 +251,14 @@ class GrammarBatch:
         return bool(self._ask(row, lambda matcher: matcher.complete()))
 
     def _ask(self, row: int, question: Any) -> Any:
-        """What a row's matcher says, or the error that it has given up."""
+        """A row's matcher's answer; GrammarError if it has given up."""
         try:
             return question(self._matchers[row])
         except RuntimeError as error:
             raise self._error(row, f"grammar (row {row}): {error}") from None
 
     def _confirm(self, row: int) -> None:
-        """Check a text that the engine calls whole; where it is not, it is truncated, and this is an error."""
+        """Check a text that the engine calls whole; if it is not, it is truncated, and this raises."""
         grammar, text = self._grammars[row], bytes(self._texts[row])
         if grammar is None or self._checked[row] == len(text):
             return
@@ -275,11 +275,11 @@ class GrammarBatch:
 
 
 class _Masks:
-    """The words that the engines write, and those that the kernel reads."""
+    """The mask's words as the engines write them, and as the kernel reads them."""
 
     def __init__(self, rows: int, vocab: int, vocabulary: Vocabulary | None, stop_ids: set[int]) -> None:
         self.vocab = vocab
-        # An engine's mask has a bit for the id past its vocabulary's end; the logits may be more, or fewer.
+        # An engine's mask has one bit more than its vocabulary; the logits may have more tokens, or fewer.
         end = 0 if vocabulary is None else vocabulary.end
         self.written = torch.zeros(rows, end // 32 + 1, dtype=torch.int32, device=CPU)
         self.mask = torch.full((rows, (vocab + 31) // 32), -1, dtype=torch.int32, device=CPU)
@@ -291,7 +291,7 @@ class _Masks:
         self._stops = _bits(stop_ids, words)
 
     def write(self, bound: list[int], complete: list[int], strayed: list[int]) -> int | None:
-        """Make the mask of what was written for the bound rows, and free the others. The first row with no token."""
+        """Make the mask from the engines' words; unbound rows may have any token. Returns the first row without one."""
         self.mask.zero_()
         torch.bitwise_and(self.written[:, : self._words], self._text, out=self.mask[:, : self._words])
         if strayed:
@@ -307,7 +307,7 @@ class _Masks:
 
 
 def _bits(ids: Iterable[int], words: int) -> torch.Tensor:
-    """int32 [words] with the bits of these ids set; those that do not fit are left out."""
+    """int32 [words] with the bits of these ids set; ids that do not fit are left out."""
     bits = np.zeros(32 * words, dtype=np.uint8)
     bits[[i for i in ids if 0 <= i < 32 * words]] = 1
     return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))

@@ -1,4 +1,4 @@
-"""Sets of characters: what the classes and escapes of Python's patterns stand for, as ranges of code points."""
+"""Character sets: the classes and escapes of Python's patterns as ranges of code points."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
-"""Code points from the first to the last of each pair, in order, apart from each other."""
+"""Inclusive ranges of code points, in order and not adjacent."""
 
 ALL: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 _SURROGATES = (0xD800, 0xDFFF)
@@ -35,7 +35,7 @@ def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def without(ranges: Ranges, others: Iterable[tuple[int, int]]) -> Ranges:
-    """The code points that are not among the others."""
+    """The code points of the first set that are not in the second."""
     kept: list[tuple[int, int]] = []
     holes = merged(others)
     for low, high in ranges:
@@ -51,7 +51,7 @@ def without(ranges: Ranges, others: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def charset(name: str, value: Any, flags: int) -> Ranges:
-    """The characters that an item of Python's parser stands for."""
+    """The characters that an item of Python's parser matches."""
     if name == "ANY":
         return ALL if flags & re.DOTALL else without(ALL, [(0x0A, 0x0A)])
     items = value if name == "IN" else [(name.removeprefix("NOT_"), value)]
@@ -59,7 +59,7 @@ def charset(name: str, value: Any, flags: int) -> Ranges:
     items = items[1:] if name == "IN" and negated else items
     if flags & re.IGNORECASE:
         return without(_scanned(_class(items, negated), flags & (re.IGNORECASE | re.ASCII)), [_SURROGATES])
-    # Of a negated set all must be left out that an item may stand for, of others only what every dialect agrees on.
+    # A negated set excludes all that an item may match in any dialect; others have only what every dialect matches.
     ranges = merged(pair for op, code in items for pair in _item(op, code, flags, wide=negated))
     return without(ALL, ranges) if negated else without(ranges, [_SURROGATES])
 
@@ -78,7 +78,7 @@ def _item(op: Any, value: Any, flags: int, *, wide: bool) -> Ranges:
 
 
 def _class(items: Any, negated: bool) -> str:
-    """The items as a class in Python's dialect."""
+    """The items as a character class in Python's dialect."""
     body = ""
     for op, value in items:
         if str(op) == "CATEGORY":
@@ -92,7 +92,7 @@ def _class(items: Any, negated: bool) -> str:
 
 @lru_cache(maxsize=64)
 def _scanned(pattern: str, flags: int) -> Ranges:
-    """All code points that a pattern of one character matches, by Python's own engine."""
+    """All code points that a one-character pattern matches, by Python's own engine."""
     runs = re.finditer(f"{pattern}+", _every_character(), flags)
     return tuple((run.start(), run.end() - 1) for run in runs)
 

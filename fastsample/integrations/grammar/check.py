@@ -1,4 +1,4 @@
-"""What a finished text is held against, by other means than those that made it."""
+"""Checks of a finished text that do not rely on the grammar engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTALL = "pip install '.[grammar]' in a clone of fastsample"
 
 
 class Check(Protocol):
-    """Says what is wrong with a text; None where nothing is."""
+    """Says what is wrong with a text, or None."""
 
     def __call__(self, text: str) -> str | None: ...
 
@@ -41,7 +41,7 @@ class Matches:
 
 
 class Validates:
-    """The text is JSON that jsonschema validates, formats included, and no object of it has a name twice."""
+    """The text is JSON that jsonschema validates, formats included, and none of its objects has a name twice."""
 
     def __init__(self, schema: Any) -> None:
         self.schema = schema
@@ -79,7 +79,7 @@ def validator(schema: Any) -> Any:
     """jsonschema's validator of a schema, of the draft that it names.
 
     Raises:
-        TypeError, ValueError: no JSON Schema.
+        TypeError, ValueError: not a JSON Schema.
         ImportError: jsonschema is not installed.
     """
     try:
@@ -122,7 +122,7 @@ def _format(name: str, known: Any) -> Any:
     return check
 
 
-# jsonschema's own search by `re`, in which a text may take for ever, and which knows no \p{Lu}.
+# jsonschema searches with `re`, which can backtrack for ever and does not know \p{Lu}.
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Grammars, and what makes them for a tokenizer."""
+"""Grammars, and the compiler that makes them for a tokenizer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from fastsample.params import CPU
 
 
 class GrammarCompiler:
-    """Makes grammars for one tokenizer; the work on its vocabulary is done once. It can be pickled.
+    """Makes grammars for one tokenizer, whose vocabulary is read once. It can be pickled.
 
     Args:
         tokenizer: a tokenizer of transformers, or a tokenizers.Tokenizer: byte-level BPE or SentencePiece.
         backend: "llguidance", "xgrammar", "outlines-core", or "auto": the first of these, in this order, that is
-            installed and takes the grammar. What an engine does not enforce is refused, never let pass; xgrammar and
-            outlines-core enforce less of JSON Schema than llguidance. outlines-core goes on from a complete text only
-            by a token that completes it again.
-        any_whitespace: allow up to 8 characters of whitespace between the parts of JSON. By default there is one form:
-            that of `json.dumps` (outlines-core: without spaces), which leaves a small model no room to dawdle.
+            installed and takes the grammar. What an engine cannot enforce is refused, never ignored; xgrammar and
+            outlines-core enforce less of JSON Schema than llguidance. outlines-core continues a complete text only
+            with tokens that complete it again.
+        any_whitespace: allow up to 8 characters of whitespace between the parts of JSON. By default there is one form,
+            that of `json.dumps` (outlines-core: without spaces), so that a small model cannot loop on whitespace.
 
     Raises:
-        TypeError: no tokenizer.
-        ValueError: unknown backend, or a tokenizer whose tokens' bytes cannot be told.
+        TypeError: not a tokenizer.
+        ValueError: unknown backend, or a tokenizer whose tokens' bytes cannot be determined.
         ImportError: the backend (with "auto": every one) is not installed.
     """
 
@@ -58,37 +58,37 @@ class GrammarCompiler:
     def json_schema(self, schema: Any, *, strict: bool = True) -> Grammar:
         """A grammar of JSON texts that validate against a schema.
 
-        Where a schema leaves a choice that validators differ on or that a text could get lost in, the narrower reading
-        holds: strings write no \\uXXXX, formats are those texts that every validator takes, a number stays a millionth
-        away from a bound that is left out, and (llguidance) an integer without a bound stays within 10^18.
+        Where validators differ, or where a text could go on for ever, the narrower reading holds: strings contain no
+        \\uXXXX, formats are the texts that every validator accepts, a number stays a millionth away from an exclusive
+        bound, and (llguidance) an integer without a bound stays within 10^18.
 
         Args:
             schema: a JSON Schema (draft 4 to 2020-12) as dict, bool or JSON text; or a type that pydantic describes: a
                 BaseModel, a dataclass, a TypedDict, an Enum, list[int], a TypeAdapter.
-            strict: objects are closed: one whose schema gives `properties`, and neither additionalProperties nor
-                patternProperties nor propertyNames, has no others than those that it, the schemas combined with it
-                (allOf, anyOf, oneOf, $ref) and their `required` name; and it is an object, where no `type` says so.
-                Without `properties` an object stays open.
+            strict: close objects. An object whose schema has `properties`, but neither additionalProperties nor
+                patternProperties nor propertyNames, may have only the properties named by that schema, by those
+                combined with it (allOf, anyOf, oneOf, $ref) and by their `required`; without a `type` it is an object. Without
+                `properties` an object stays open.
 
         Raises:
-            TypeError: nothing that has a schema.
-            ValueError: the schema is no JSON, no JSON Schema, cannot be satisfied, or holds what no engine enforces;
-                the message says where in the schema.
+            TypeError: not something that has a schema.
+            ValueError: not JSON, not a JSON Schema, impossible to satisfy, or something that no engine enforces; the
+                message says where in the schema.
             ImportError: jsonschema, or for a type pydantic, is not installed.
         """
         text = json.dumps(schema_of(schema), ensure_ascii=False)
         return self._compile("json_schema", text, strict)
 
     def regex(self, pattern: str) -> Grammar:
-        r"""A grammar of texts that a regular expression matches from end to end, as `re.fullmatch` does.
+        r"""A grammar of the texts that a regular expression matches from end to end, as `re.fullmatch` does.
 
         Args:
             pattern: in Python's dialect, and \p{Lu}, \P{L} and the like. ^ and $ may stand at its ends. \d, \w and \s
                 are ASCII, so that every dialect agrees on what they match.
 
         Raises:
-            TypeError, ValueError: no pattern, or one with look-around, backreferences, word boundaries, an inner
-                anchor, atomic groups or possessive repetitions, or that is too large.
+            TypeError, ValueError: not a pattern, or one that is too large or uses look-around, backreferences, word
+                boundaries, an inner anchor, atomic groups or possessive repetitions.
         """
         if not isinstance(pattern, str):
             hint = ": give its .pattern" if isinstance(pattern, re.Pattern) else ""
@@ -144,9 +144,9 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A compiled grammar, made by a GrammarCompiler. Any number of sequences may follow it at once.
+    """A compiled grammar, made by a GrammarCompiler. Any number of sequences may follow it at the same time.
 
-    It is pickled as its source and the bytes of its vocabulary, and compiled again where it is loaded.
+    A pickle holds its source and the bytes of its vocabulary; loading it compiles the grammar again.
 
     Attributes:
         backend: the grammar engine that serves it.
@@ -159,11 +159,11 @@ class Grammar:
         self._start, self._check, self._made = start, check, made
 
     def matcher(self) -> Matcher:
-        """A new text's way through the grammar."""
+        """A matcher at the start of a new text."""
         return self._start()
 
     def fault(self, text: bytes) -> str | None:
-        """What a check that does not ask the engine finds wrong with a finished text; None where nothing is."""
+        """What the engine-independent check finds wrong with a finished text, or None."""
         try:
             return self._check(text.decode())
         except UnicodeDecodeError:
@@ -173,7 +173,7 @@ class Grammar:
         """Whether the text of these tokens (without an end-of-sequence token) is a whole text of the grammar.
 
         Raises:
-            RuntimeError: the engine gave up, for a limit of its own.
+            RuntimeError: the engine reached a limit of its own and gave up.
         """
         matcher, ids = self.matcher(), [int(token) for token in tokens]
         for token in ids:
@@ -200,7 +200,7 @@ def _unique(start: Start, vocabulary: Vocabulary) -> Matcher:
 
 @lru_cache(maxsize=6)
 def _engine(name: str, vocabulary: Vocabulary) -> Any:
-    """An engine that has read a vocabulary; grammars that come out of a pickle share it."""
+    """An engine that has read a vocabulary; grammars loaded from pickles share it."""
     return ENGINES[name](vocabulary)
 
 
@@ -214,7 +214,7 @@ def _grammar(
     return _compiler(vocabulary, backend, any_whitespace)._compile(kind, source, *options)
 
 
-# What an engine is told to make, and what checks the texts that come of it -------------------------------------------
+# What an engine is asked to make, and what checks the texts it produces -------------------------------------------
 
 
 def _read_schema(text: str, strict: bool) -> tuple[tuple[str, Any], Check]:
@@ -222,7 +222,7 @@ def _read_schema(text: str, strict: bool) -> tuple[tuple[str, Any], Check]:
     check = Validates(schema)
     if isinstance(schema, dict) and set(schema) - ANNOTATIONS - {"type"} in ({"enum"}, {"const"}):
         values = schema["enum"] if "enum" in schema else [schema["const"]]
-        # Whole texts are exact where an engine would make float64 of their numbers.
+        # Whole texts stay exact; an engine would turn their numbers into float64.
         fitting = [json.dumps(value, ensure_ascii=False) for value in values if check.fits(value, schema)]
         if not fitting:
             raise ValueError("none of its values satisfies the rest of the schema")
@@ -246,7 +246,7 @@ _READ: dict[str, Any] = {"json_schema": _read_schema, "regex": _read_regex, "cho
 
 
 def _try_out(start: Start, vocabulary: Vocabulary) -> None:
-    """Take the first steps, so that a grammar which an engine cannot follow is refused when it is compiled."""
+    """Take the first steps, so that a grammar which an engine cannot follow is refused at compile time."""
     matcher = start()
     mask = torch.zeros(1, vocabulary.end // 32 + 1, dtype=torch.int32, device=CPU)
     for _ in range(2):

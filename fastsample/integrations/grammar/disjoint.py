@@ -1,4 +1,4 @@
-"""Whether two JSON Schemas can hold of one value: where they cannot, oneOf is anyOf, which engines enforce."""
+"""Whether one value can satisfy two JSON Schemas. If none can, oneOf equals anyOf, which engines enforce."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ DEPTH = 6
 
 @dataclass
 class _Said:
-    """What a schema and those that it includes (allOf, $ref) say of a value."""
+    """The constraints on a value by a schema and those that it includes (allOf, $ref)."""
 
     types: set[str] = field(default_factory=lambda: types_of({}))
     values: list[Any] | None = None
     required: set[str] = field(default_factory=set)
     properties: dict[str, list[Any]] = field(default_factory=dict)
-    closed: list[set[str]] = field(default_factory=list)  # the only names, of each schema that has no others
-    options: list[list[Any]] = field(default_factory=list)  # of each anyOf and oneOf
+    closed: list[set[str]] = field(default_factory=list)  # the allowed names, for each closed schema
+    options: list[list[Any]] = field(default_factory=list)  # for each anyOf and oneOf
 
 
 class Disjoint:
     """Tells schemas apart.
 
     Args:
-        target: the schema that a reference is to.
+        target: returns the schema that a reference points to.
         fits: whether a value validates against a part of the schema.
     """
 
@@ -35,7 +35,7 @@ class Disjoint:
         self._target, self._fits = target, fits
 
     def __call__(self, a: Any, b: Any, depth: int = DEPTH) -> bool:
-        """Whether it is certain that no value satisfies both."""
+        """Whether certainly no value satisfies both."""
         if a is False or b is False:
             return True
         if depth == 0:
@@ -54,7 +54,7 @@ class Disjoint:
         )
 
     def _properties(self, one: _Said, other: _Said, depth: int) -> bool:
-        """Whether a property that one of them demands is another in the other, or is not allowed there."""
+        """Whether a property required by one is disjoint in the other, or is not allowed there."""
         for has, may in ((one, other), (other, one)):
             if any(has.required - names for names in may.closed):
                 return True

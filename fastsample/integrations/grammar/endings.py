@@ -1,4 +1,4 @@
-"""What a schema comes to where its references lead back: whether they loop, and whether some text of it ends."""
+"""Recursive schemas: whether references loop, and whether some finite text satisfies the schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IN_PLACE = ("allOf", "anyOf", "oneOf")
 
 
 def members_of(schema: Any) -> list[Any]:
-    """A schema and those that it says hold of the same value, references aside."""
+    """A schema and those that apply to the same value, without following references."""
     if not isinstance(schema, dict):
         return [schema]
     return [schema, *(m for word in IN_PLACE for inner in schema.get(word, ()) for m in members_of(inner))]
@@ -23,7 +23,7 @@ def required_of(schema: dict[str, Any]) -> list[str]:
 
 
 def loops(name: str, definitions: dict[str, Any]) -> bool:
-    """Whether a definition refers to itself for the very same value."""
+    """Whether a definition refers to itself for the same value."""
     ahead, seen = [name], set()
     while ahead:
         members = members_of(definitions[ahead.pop()])
@@ -37,7 +37,7 @@ def loops(name: str, definitions: dict[str, Any]) -> bool:
 
 
 def is_finite(schema: Any, definitions: dict[str, Any]) -> bool:
-    """Whether a text of finite length satisfies a schema: not where it needs itself as a part."""
+    """Whether a text of finite length satisfies a schema; none does if the schema requires itself as a part."""
     known: dict[str, bool] = {}
     while True:
         found = {name: _ends(inner, known) for name, inner in definitions.items()}
@@ -47,7 +47,7 @@ def is_finite(schema: Any, definitions: dict[str, Any]) -> bool:
 
 
 def _ends(schema: Any, known: dict[str, bool]) -> bool:
-    """Whether some text of a schema ends, where it is known which definitions have one."""
+    """Whether some finite text satisfies a schema, given the definitions known to have one."""
     if not isinstance(schema, dict):
         return False
     if "enum" in schema:

@@ -1,7 +1,7 @@
 """The grammar engines that `fastsample.integrations.grammar` drives: llguidance, xgrammar and outlines-core.
 
-All see the same vocabulary, the bytes of each token as our own reading of the tokenizer gives them, plus one id past
-its end that serves as their end of text: what ends a sequence is the model's affair (see `GrammarBatch`). And all get
+All get the same vocabulary: the bytes of each token, as vocabulary.py reads them from the tokenizer, plus one id past
+the end that serves as their end of text. (`GrammarBatch` maps it to the model's own end-of-sequence tokens.) All get
 schemas and patterns as schema.py and regex.py have rewritten them.
 """
 
@@ -19,14 +19,14 @@ from fastsample.integrations.grammar.regex import Chars, Node, ebnf, either, rus
 from fastsample.integrations.grammar.vocabulary import Vocabulary
 
 WHITESPACE = 8
-"""Characters of whitespace in one place, at most, where any whitespace is allowed."""
+"""Most characters of whitespace in one place, where any whitespace is allowed."""
 
 LARGEST = 10**18
-"""Of integers to which a schema sets no bound: without one a model may go on with digits for ever."""
+"""For integers without a bound in the schema: otherwise a model may write digits for ever."""
 
 
 class Matcher(Protocol):
-    """One text on its way through a grammar. An engine that gives up raises a RuntimeError with its reason."""
+    """The position of one text in a grammar. An engine that gives up raises a RuntimeError with its reason."""
 
     def fill(self, mask: torch.Tensor, row: int) -> None:
         """Set the bits of the tokens that may come next in mask[row] (int32 words); others become 0."""
@@ -35,7 +35,7 @@ class Matcher(Protocol):
         """Whether the grammar allows this token next."""
 
     def accept(self, token: int) -> None:
-        """Append a token that it allows."""
+        """Append a token that the grammar allows."""
 
     def complete(self) -> bool:
         """Whether the text so far is a whole text of the grammar."""
@@ -78,7 +78,7 @@ class LLGuidance:
 
 
 class _ForLLGuidance:
-    """What TokenizerWrapper asks of a tokenizer."""
+    """What TokenizerWrapper needs of a tokenizer."""
 
     bos_token_id = None
 
@@ -90,7 +90,7 @@ class _ForLLGuidance:
         self._longest = max(map(len, self._ids))
 
     def __call__(self, text: bytes) -> list[int]:
-        """Tokens of a text that the grammar leaves no choice in: the longest that fits, again and again."""
+        """Tokens of a text that the grammar forces: the longest token that fits, repeatedly."""
         ids = []
         while text:
             length = next((n for n in range(min(self._longest, len(text)), 0, -1) if text[:n] in self._ids), None)
@@ -114,7 +114,7 @@ class _LLMatcher:
         self._check()
 
     def allows(self, token: int) -> bool:
-        # A limit that is reached reads as a token that is not allowed, but for the error.
+        # Reaching a limit looks like a token that is not allowed; only the error tells them apart.
         return self._checked(self._matcher.validate_tokens([token]) == 1)
 
     def accept(self, token: int) -> None:
@@ -189,9 +189,9 @@ class _XMatcher:
 
 
 class OutlinesCore:
-    """https://github.com/dottxt-ai/outlines-core: a schema becomes a regular expression, and that an automaton.
+    """https://github.com/dottxt-ai/outlines-core: a schema becomes a regular expression, which becomes an automaton.
 
-    Where a text is complete, it goes on only by a token that completes it again.
+    A complete text continues only with tokens that complete it again.
     """
 
     name = "outlines-core"
@@ -246,7 +246,7 @@ class _OutlinesMatcher:
 ENGINES: dict[str, type[LLGuidance] | type[XGrammar] | type[OutlinesCore]] = {
     engine.name: engine for engine in (LLGuidance, XGrammar, OutlinesCore)
 }
-"""In the order in which "auto" asks them: the strictest about JSON Schema first."""
+"""In the order in which "auto" tries them: the strictest about JSON Schema first."""
 
 
 def _alternatives(choices: list[str]) -> Node:
@@ -283,7 +283,7 @@ _ALONE = ("anyOf", "$ref", "enum")
 
 
 def _refuse_unenforced(schema: Any, enforced: set[str]) -> None:
-    """ValueError for what an engine that ignores what it does not know would let pass."""
+    """ValueError for keywords that the engine would ignore."""
     for part in _schemas(schema):
         words = sorted(set(part) - {"$defs"})
         if unknown := [word for word in words if word not in enforced]:
@@ -301,7 +301,7 @@ def _refuse_unenforced(schema: Any, enforced: set[str]) -> None:
 
 
 def _refuse_names(schema: Any) -> None:
-    """ValueError for names of properties that an engine writes otherwise than JSON has them."""
+    """ValueError for names of properties that an engine does not write as JSON does."""
     for name in (name for part in _schemas(schema) for name in part.get("properties", ())):
         if json.dumps(name) != f'"{name}"':
             raise ValueError(f"it does not write the property {name!r} as it is")
@@ -323,6 +323,6 @@ def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def gist(message: str) -> str:
-    """An error of several lines, in one."""
+    """An error's lines joined into one."""
     lines = [line.strip() for line in message.strip().splitlines()]
     return " ".join(line for line in lines if line.strip("^ "))[:300]

@@ -1,8 +1,8 @@
-"""The formats of JSON Schema's strings that are served, as regular expressions.
+"""The supported string formats of JSON Schema, as regular expressions.
 
-Each stands for texts that the format's own standard, jsonschema and pydantic all take: dates that exist, no leap
-seconds, names of hosts of moderate length. What is checked by something other than its letters (a regular expression,
-a file that exists) has no place here and is refused.
+Each matches texts that the format's own standard, jsonschema and pydantic all accept: dates that exist, no leap
+seconds, host names of moderate length. Formats that no pattern can check (a regular expression, an existing file) are
+refused.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ PATTERNS: dict[str, str] = {
     "base64url": "(?:[A-Za-z0-9_-]{4})*(?:[A-Za-z0-9_-][AQgw]==|[A-Za-z0-9_-]{2}[AEIMQUYcgkosw048]=)?",
     "path": r"[^\0]+",
 }
-"""By name. The same pattern checks a finished text, beside what jsonschema itself knows of the format."""
+"""By name. The same pattern checks a finished text, besides jsonschema's own check of the format."""
 PATTERNS |= {"byte": PATTERNS["base64"], "idn-email": PATTERNS["email"], "idn-hostname": PATTERNS["hostname"]}
 
 ANY_STRING = frozenset({"binary", "password"})
-"""Formats that say how a string is shown or kept, and nothing of its characters."""
+"""Formats that do not constrain the string's characters."""
 
 INTEGERS = {"int32": (-(2**31), 2**31 - 1), "int64": (1 - 2**53, 2**53 - 1)}
-"""OpenAPI's formats of integers, and the bounds set for them: those of int64 are of what float64 holds exactly."""
+"""OpenAPI's integer formats and their bounds; those of int64 are narrowed to what float64 holds exactly."""
 
 ANY_NUMBER = frozenset({"float", "double"})
 

@@ -1,4 +1,4 @@
-"""No name twice in an object: what a grammar, which has no memory, cannot say of properties without a rule each."""
+"""No name twice in an object: a grammar has no memory, so it cannot forbid this for open sets of names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastsample.integrations.grammar.vocabulary import Vocabulary
 
 
 def may_repeat(schema: Any) -> bool:
-    """Whether a rewritten schema leaves the names of some object open."""
+    """Whether a rewritten schema leaves some object's names open."""
     if not isinstance(schema, dict):
         return False
     types = set() if "enum" in schema else types_of(schema)
@@ -30,7 +30,7 @@ def may_repeat(schema: Any) -> bool:
 
 
 class UniqueNames:
-    """A matcher of JSON that leaves out the tokens which would write a name twice."""
+    """A matcher of JSON that also forbids tokens which would write a name twice."""
 
     def __init__(self, matcher: Matcher, vocabulary: Vocabulary) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
@@ -62,13 +62,13 @@ class UniqueNames:
 
 
 class _Place:
-    """Where a text of JSON is: in which objects, with what names so far, and in what string."""
+    """The position in a JSON text: the open objects, their names so far, and the current string."""
 
     def __init__(self) -> None:
-        self._names: list[set[str] | None] = []  # of each object that is open; None for an array
+        self._names: list[set[str] | None] = []  # of each open object; None for an array
         self._string: bytearray | None = None
         self._escaped = False
-        self._name_next = False  # a string here is a name
+        self._name_next = False  # the next string is a name
 
     def copy(self) -> _Place:
         other = _Place()
@@ -78,7 +78,7 @@ class _Place:
         return other
 
     def quotes_to_a_name(self) -> int:
-        """How many quotation marks a token needs at least to write a name again; 0 where there is none yet."""
+        """The least number of quotation marks in a token that could repeat a name; 0 if there is no name yet."""
         if not any(self._names):
             return 0
         if self._string is None:
@@ -89,7 +89,7 @@ class _Place:
         return 1 if b"\\" in self._string or any(name.startswith(begun) for name in names) else 3
 
     def follow(self, text: bytes) -> bool:
-        """Go on; False where a name comes twice."""
+        """Read on; False if a name comes twice."""
         unique = True
         for byte in text:
             if self._string is not None:

@@ -1,11 +1,12 @@
-"""Regular expressions, read once: Python's dialect, as a tree that every engine is given in the same plain form.
+"""Regular expressions in Python's dialect, parsed once into a tree that every engine gets in the same plain form.
 
 Engines disagree on what an escape, an anchor or a class means, and some take what they do not know for letters. So a
-pattern is parsed here, by Python's own parser, and only what has one meaning goes on: sets of characters, sequences,
-alternatives and repetitions. What is left out (look-around, backreferences, word boundaries, atomic groups) is refused.
+pattern is parsed here, by Python's own parser, and only parts with one meaning are kept: sets of characters,
+sequences, alternatives and repetitions. All else (look-around, backreferences, word boundaries, atomic groups) is
+refused.
 
-The texts of the tree are some of those that `re.fullmatch` takes: positive \\d, \\w and \\s are their ASCII characters,
-while \\D, \\W, \\S and [^...] leave out all that Python's would.
+The tree matches a subset of what `re.fullmatch` matches: \\d, \\w and \\s are their ASCII characters, while \\D, \\W,
+\\S and [^...] exclude everything that Python's Unicode classes exclude.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from fastsample.integrations.grammar.charsets import ALL, Ranges, charset, holds
 _parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 LARGEST = 100_000
-"""Characters that a pattern may stand for with its repetitions written out: beyond it engines take seconds and fail."""
+"""Most characters of a pattern with its repetitions written out: beyond it engines take seconds and fail."""
 
 
 @dataclass(frozen=True)
 class Chars:
-    """One character of a set; of the empty set, nothing at all."""
+    """One character of a set; the empty set matches nothing."""
 
     ranges: Ranges
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One part after another; without any, the empty text."""
+    """One part after another; without parts, the empty text."""
 
     parts: tuple[Node, ...]
 
@@ -50,7 +51,7 @@ class Either:
 
 @dataclass(frozen=True)
 class Repeat:
-    """A part at least `least` times, and at most `most` (None: any number of) times."""
+    """A part, `least` to `most` times (None: without a limit)."""
 
     part: Node
     least: int
@@ -59,7 +60,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Anchor:
-    """The beginning of the text (else its end); gone once a tree is whole."""
+    """The beginning of the text, or its end; a finished tree has none."""
 
     start: bool
 
@@ -74,10 +75,10 @@ ANY_TEXT = Repeat(Chars(ALL), 0, None)
 
 
 def parse(pattern: str, *, search: bool = False) -> Node:
-    """The tree of the texts that a pattern matches from end to end, or (search) that it matches a part of.
+    """The tree of the texts that a pattern matches from end to end or, with `search`, in part.
 
     Raises:
-        ValueError: no pattern, or one that holds what is refused; the message says what and where.
+        ValueError: not a pattern, or one with a refused construct; the message says which and where.
     """
     try:
         parsed = _parsed(pattern)
@@ -96,7 +97,7 @@ def parse(pattern: str, *, search: bool = False) -> Node:
 
 
 def _parsed(pattern: str) -> Any:
-    """What Python's parser makes of it, unless other dialects read it otherwise."""
+    """The pattern as Python's parser reads it, unless other dialects read it differently."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         parsed = _parser.parse(with_properties(pattern))
@@ -128,7 +129,7 @@ def _read_one(op: Any, value: Any, flags: int) -> Node:
     if name == "SUBPATTERN":
         _, added, removed, inner = value
         return _read(inner, (flags | added) & ~removed)
-    if name in ("MAX_REPEAT", "MIN_REPEAT"):  # which texts match does not depend on which is tried first
+    if name in ("MAX_REPEAT", "MIN_REPEAT"):  # greediness does not change which texts match
         least, most, inner = value
         return repeat(_read(inner, flags), least, None if most == _parser.MAXREPEAT else most)
     if name == "AT" and str(value) in _ANCHORS:
@@ -151,7 +152,7 @@ _REFUSED = {
 
 
 def sequence(parts: Iterable[Node]) -> Node:
-    """The parts one after another."""
+    """The parts in sequence, simplified."""
     flat: list[Node] = []
     for part in parts:
         flat += part.parts if isinstance(part, Sequence) else [part]
@@ -161,13 +162,13 @@ def sequence(parts: Iterable[Node]) -> Node:
 
 
 def either(options: Iterable[Node]) -> Node:
-    """One of the options, those that match nothing left out."""
+    """One of the options, without those that match nothing."""
     kept = tuple(dict.fromkeys(option for option in options if option != NEVER))
     return NEVER if not kept else kept[0] if len(kept) == 1 else Either(kept)
 
 
 def repeat(part: Node, least: int, most: int | None) -> Node:
-    """The part again and again."""
+    """The part repeated, simplified."""
     if most == 0 or part == EMPTY or (part == NEVER and least == 0):
         return EMPTY
     return part if part == NEVER or (least, most) == (1, 1) else Repeat(part, least, most)
@@ -177,7 +178,7 @@ def repeat(part: Node, least: int, most: int | None) -> Node:
 
 
 def _unanchor(node: Node, first: bool, last: bool) -> Node:
-    """Without the anchors that hold because of where the node stands: first in the text, last in it, or both."""
+    """Remove the anchors that hold because the node is first in the text, last in it, or both."""
     if isinstance(node, Anchor):
         if first if node.start else last:
             return EMPTY
@@ -196,7 +197,7 @@ def _unanchor(node: Node, first: bool, last: bool) -> Node:
 
 
 def _empty(node: Node) -> bool:
-    """Whether the node never takes a character."""
+    """Whether the node never consumes a character."""
     if isinstance(node, Sequence):
         return all(map(_empty, node.parts))
     if isinstance(node, Either):
@@ -205,7 +206,7 @@ def _empty(node: Node) -> bool:
 
 
 def _open_end(node: Node, start: bool) -> list[Node]:
-    """The node as options with any text at this end, except where an anchor stands there; those anchors are gone."""
+    """The node with any text allowed at this end, except in options with an anchor there; removes those anchors."""
     parts = node.parts if isinstance(node, Sequence) else (node,)
     if not parts:
         return [ANY_TEXT]
@@ -224,14 +225,14 @@ def _open_end(node: Node, start: bool) -> list[Node]:
 
 
 def _anchored(node: Node, start: bool) -> bool:
-    """Whether an anchor of this end stands somewhere in the node."""
+    """Whether the node contains an anchor of this end."""
     if isinstance(node, Anchor):
         return node.start == start
     return any(_anchored(part, start) for part in _parts(node))
 
 
 def _parts(node: Node) -> tuple[Node, ...]:
-    """What the node is made of."""
+    """The node's children."""
     if isinstance(node, Sequence):
         return node.parts
     if isinstance(node, Either):
@@ -243,7 +244,7 @@ def _parts(node: Node) -> tuple[Node, ...]:
 
 
 def rust(node: Node) -> str:
-    """The tree in the dialect of Rust's regex crates, without anything that depends on flags."""
+    """The tree in the dialect of Rust's regex crates, independent of flags."""
     if isinstance(node, Chars):
         if len(node.ranges) == 1 and node.ranges[0][0] == node.ranges[0][1]:
             code = node.ranges[0][0]
@@ -258,7 +259,7 @@ def rust(node: Node) -> str:
 
 
 def ebnf(node: Node) -> str:
-    """The tree as the right side of a rule, in xgrammar's notation."""
+    """The tree as the right-hand side of a rule in xgrammar's notation."""
     if isinstance(node, Chars):
         return "[" + "".join(f"{_code(low)}-{_code(high)}" for low, high in node.ranges) + "]"
     if isinstance(node, Either):
@@ -287,7 +288,7 @@ def size(node: Node) -> int:
 
 
 def within(node: Node, allowed: Ranges) -> Node:
-    """The tree of those texts that are of allowed characters only."""
+    """The tree restricted to texts of allowed characters."""
     if isinstance(node, Chars):
         return Chars(without(node.ranges, without(((0, 0x10FFFF),), allowed)))
     if isinstance(node, Sequence):
@@ -298,12 +299,12 @@ def within(node: Node, allowed: Ranges) -> Node:
 
 
 def matches(node: Node, text: str) -> bool:
-    """Whether the text is one of the tree's, in time that grows with their sizes and never with the ways to match."""
+    """Whether the tree matches the text, without backtracking: the time is polynomial in their sizes."""
     return len(text) in _ends(node, text, frozenset([0]))
 
 
 def _ends(node: Node, text: str, starts: frozenset[int]) -> frozenset[int]:
-    """Where matches of the node may end that begin at one of these places."""
+    """The positions where matches may end that begin at one of these positions."""
     if isinstance(node, Chars):
         return frozenset(i + 1 for i in starts if i < len(text) and holds(node.ranges, ord(text[i])))
     if isinstance(node, Either):

@@ -1,7 +1,7 @@
 """JSON Schemas, rewritten so that an engine can enforce every word of them, or refused with the place and the reason.
 
-What comes out holds only keywords of a short list, in one spelling: references are to `$defs`, numbers are exact,
-patterns and formats are anchored patterns of one dialect, and an object that names its properties has no others.
+The result uses a short list of keywords, each in one spelling: references point to `$defs`, numbers are exact, patterns
+and formats are anchored patterns of one dialect, and an object that names its properties has no others.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Rewriter:
     """Rewrites one schema.
 
     Args:
-        root: the schema, of which check_schema has said that it is one.
-        strict: whether objects that name their properties, and do not say what else they may hold, hold nothing else.
+        root: the schema, already checked by check_schema.
+        strict: whether objects that name their properties, without saying what else they may have, are closed.
         fits: whether a value validates against a part of the schema.
     """
 
@@ -74,7 +74,7 @@ class Rewriter:
         """The whole schema.
 
         Raises:
-            ValueError: it holds what no engine enforces, or cannot be satisfied by a text of finite length.
+            ValueError: no engine can enforce it, or no text of finite length satisfies it.
         """
         out = self._schema(self._root, Context())
         for (pointer, *_), name in self._keys.items():
@@ -110,7 +110,7 @@ class Rewriter:
     # References and combinations --------------------------------------------------------------------------------------
 
     def _target(self, pointer: str, at: Context) -> tuple[Any, tuple[str, ...]]:
-        """The schema that a reference is to."""
+        """The schema that a reference points to."""
         if pointer != "#" and not pointer.startswith("#/"):
             raise at.error(f"$ref {pointer!r}: only references within the schema, '#/...', are served")
         keys = [unquote(key).replace("~1", "/").replace("~0", "~") for key in pointer.split("/")[1:]]
@@ -127,23 +127,23 @@ class Rewriter:
         return found, tuple(keys)
 
     def _reference(self, pointer: str, at: Context) -> str:
-        """The name of the definition that stands for a reference's target here."""
+        """The name of the rewritten definition for a reference's target."""
         target, path = self._target(pointer, at)
         key = (pointer, at.names, at.decided)
         if key not in self._keys:
             self._keys[key] = name = str(len(self._keys))
-            self._definitions[name] = {}  # until it is known: it may refer to itself
+            self._definitions[name] = {}  # a placeholder: the definition may refer to itself
             self._definitions[name] = self._schema(target, replace(at, path=path))
         return self._keys[key]
 
     def _in_place(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
-        """What further schemas say of the same value."""
+        """The schemas that apply to the same value."""
         members = [(word, i, inner) for word in IN_PLACE for i, inner in enumerate(schema.get(word, ()))]
         if "$ref" in schema:
             members.append(("$ref", 0, {"$ref": schema["$ref"]}))
         own = {word: value for word, value in schema.items() if word not in (*IN_PLACE, "$ref")}
         for word, i, member in members:
-            # Of anyOf and oneOf the other branches need not hold where this one does.
+            # The other branches of anyOf and oneOf need not hold where this one does.
             others = [m for w, j, m in members if w != word or (word == "allOf" and j != i)]
             names, decided = self._named([own, *others])
             around = replace(at, names=at.names | names, decided=at.decided or decided)
@@ -161,7 +161,7 @@ class Rewriter:
                 out["anyOf"] = branches
 
     def _one_of(self, branches: list[Any], at: Context) -> None:
-        """Refuse branches that may hold together: of the others it is certain that one holds where any does."""
+        """Refuse branches that may hold together; for disjoint ones, oneOf is the same as anyOf."""
         disjoint = Disjoint(lambda pointer: self._target(pointer, at)[0], self._fits)
         for j, second in enumerate(branches):
             for i, first in enumerate(branches[:j]):
@@ -169,7 +169,7 @@ class Rewriter:
                     raise at.error(f"oneOf: a value might satisfy branch {i} and branch {j}, which no engine prevents")
 
     def _named(self, schemas: Iterable[Any], seen: tuple[str, ...] = ()) -> tuple[frozenset[str], bool]:
-        """The properties that these schemas, of one value, name; and whether one says what else there may be."""
+        """The properties named by these schemas of one value, and whether one of them says what else is allowed."""
         names: frozenset[str] = frozenset()
         decided = False
         for schema in schemas:
@@ -187,7 +187,7 @@ class Rewriter:
     # Values and numbers -----------------------------------------------------------------------------------------------
 
     def _values(self, schema: dict[str, Any], at: Context) -> list[Any]:
-        """The values of an enum or const that satisfy all that stands beside it."""
+        """The values of an enum or const that satisfy the rest of the schema."""
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         fitting = [value for value in values if self._fits(value, schema)]
         if not fitting:
@@ -259,7 +259,7 @@ class Rewriter:
         self._close(schema, at, out)
 
     def _names(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
-        """Say by patternProperties what propertyNames says, where the names are all that is said."""
+        """Express propertyNames by patternProperties, if it constrains nothing but the names."""
         names = schema["propertyNames"]
         followed: set[str] = set()
         while isinstance(names, dict) and "$ref" in names and names["$ref"] not in followed:
@@ -280,10 +280,10 @@ class Rewriter:
         out["additionalProperties"] = False
 
     def _close(self, schema: dict[str, Any], at: Context, out: dict[str, Any]) -> None:
-        """Leave no room for other properties than those that this and other schemas of the same value name."""
+        """Allow no properties other than those named by this and other schemas of the same value."""
         if not self._strict or "properties" not in schema:
             return
-        out.setdefault("type", "object")  # a list of properties that a string would satisfy, too, means an object
+        out.setdefault("type", "object")  # a string would satisfy a list of properties too; an object is meant
         if any(word in schema for word in _SAYS_WHAT_ELSE):
             return
         names, decided = self._named([{word: schema[word] for word in (*IN_PLACE, "$ref") if word in schema}])
@@ -297,7 +297,7 @@ class Rewriter:
 def _counts(
     schema: dict[str, Any], words: tuple[str, str], at: Context, largest: int = LARGEST_COUNT
 ) -> dict[str, int]:
-    """Limits of a number of things, as integers."""
+    """The limits of a count, as integers."""
     given = {word: int(schema[word]) for word in words if word in schema}
     for word, count in given.items():
         if count > largest:
@@ -311,7 +311,7 @@ def _counts(
 
 
 def _strings(schema: dict[str, Any], types: set[str], at: Context, out: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write what is said of strings; further schemas, where that takes more than one pattern."""
+    """Write the constraints on strings; returns further schemas if it takes more than one pattern."""
     name = schema.get("format")
     if "string" not in types:
         known = formats.ANY_NUMBER | set(formats.INTEGERS) if types & {"number", "integer"} else set()

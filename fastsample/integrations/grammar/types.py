@@ -1,4 +1,4 @@
-"""What `GrammarCompiler.json_schema` takes, as a JSON Schema."""
+"""The inputs of `GrammarCompiler.json_schema`, as a JSON Schema."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ EXPECTED = (
 
 
 def schema_of(source: Any) -> Any:
-    """A JSON Schema of this source, made of JSON's own types.
+    """The JSON Schema of this source, in JSON's own types.
 
     Raises:
-        TypeError: nothing that has a schema.
-        ValueError: no JSON, or a type that pydantic has no schema for.
-        ImportError: a type, and pydantic is not installed.
+        TypeError: not something that has a schema.
+        ValueError: not JSON, or a type for which pydantic has no schema.
+        ImportError: a type, but pydantic is not installed.
     """
     if isinstance(source, str):
         try:
@@ -41,7 +41,7 @@ def schema_of(source: Any) -> Any:
 
 
 def _is_type(source: Any) -> bool:
-    """Whether this stands for a type, as list[int] or a class does."""
+    """Whether this is a type, such as list[int] or a class."""
     forms = (typing.Any, typing.Dict, typing.List, typing.Tuple, typing.Set)  # noqa: UP006
     return (
         isinstance(source, type)
@@ -53,7 +53,7 @@ def _is_type(source: Any) -> bool:
 
 
 def _of_type(source: Any) -> dict[str, Any]:
-    """The schema that pydantic gives a type, but for decimals, which are numbers."""
+    """Pydantic's schema of a type, with decimals as numbers."""
     try:
         pydantic = import_module("pydantic")
         adapter_type: Any = pydantic.TypeAdapter
@@ -78,14 +78,14 @@ def _generator(pydantic: Any) -> Any:
     base = import_module("pydantic.json_schema").GenerateJsonSchema
 
     class Generator(base):  # type: ignore[misc, valid-type]
-        """Pydantic's schemas without the texts that its own validators refuse."""
+        """Pydantic's schemas, without the texts that its own validators refuse."""
 
         def decimal_schema(self, schema: Any) -> Any:
             made = super().decimal_schema(schema)  # a number, or any string at all
             return made.get("anyOf", [made])[0]
 
         def dict_schema(self, schema: Any) -> Any:
-            made = super().dict_schema(schema)  # open to other names than those that the type of its keys takes
+            made = super().dict_schema(schema)  # would allow names that the key type refuses
             values = made.get("additionalProperties", {})
             if schema.get("keys_schema", {}).get("type") == "int":
                 made["patternProperties"] = {"^(?:0|-?[1-9][0-9]{0,14})$": values}
@@ -103,10 +103,10 @@ def _generator(pydantic: Any) -> Any:
 
 
 def _failing_field(source: Any, adapter_type: Any, generator: Any) -> str | None:
-    """The field of a model that has no schema, if it is one."""
+    """The field of a model that has no schema, if there is one."""
     for name, field in getattr(source, "model_fields", {}).items():
         try:
             adapter_type(field.annotation).json_schema(schema_generator=generator)
-        except Exception:  # whatever makes this field fail is what made the model fail
+        except Exception:  # the field's error is the model's error
             return str(name)
     return None

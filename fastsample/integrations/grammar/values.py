@@ -1,4 +1,4 @@
-"""What a schema says that engines must hold to the last digit, and where in the schema it stands."""
+"""Values and numbers of a schema that engines must reproduce exactly, and their place in the schema."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fastsample.integrations.grammar.charsets import Ranges
 Path: TypeAlias = tuple[str, ...]
 
 LARGEST_INTEGER = 2**53
-"""Beyond it float64, in which engines hold a schema's numbers, skips integers."""
+"""Beyond this, float64, in which engines hold numbers, skips integers."""
 
 DIGITS = 15
-"""Numbers of more digits are not the same float to every reader of JSON."""
+"""With more digits, JSON readers may not agree on the float."""
 
-# The control characters that JSON can only write as \uXXXX are never written: with \u there, a name has many spellings.
+# Control characters that JSON can only write as \uXXXX are never written: with \u, a name would have many spellings.
 JSON_CHARACTERS: Ranges = ((0x08, 0x0A), (0x0C, 0x0D), (0x20, 0x7E), (0x80, 0xD7FF), (0xE000, 0x10FFFF))
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a schema stands.
+    """The position of a schema.
 
     Attributes:
-        path: keys that lead to it, for messages.
+        path: the keys that lead to it, for messages.
         names: properties that schemas of the same value name.
-        decided: whether one of these says what else an object may hold.
+        decided: whether one of these says what else an object may have.
     """
 
     path: Path = ()
@@ -39,7 +39,7 @@ class Context:
     decided: bool = False
 
     def inside(self, *keys: str) -> Context:
-        """Of a part of the value."""
+        """The context of a part of the value."""
         return Context((*self.path, *keys))
 
     def error(self, message: str) -> ValueError:
@@ -62,7 +62,7 @@ def writable(text: str, at: Context) -> str:
 
 
 def exact(value: Any, at: Context) -> Any:
-    """A value of an enum as engines hold it to the last digit."""
+    """An enum's value, if engines can reproduce it exactly."""
     if isinstance(value, str):
         return writable(value, at)
     if isinstance(value, list):
@@ -78,13 +78,13 @@ def exact(value: Any, at: Context) -> Any:
 
 
 def rounded(value: Fraction, how: str) -> Fraction:
-    """The nearest number of at most DIGITS digits below or above: every reader of JSON makes the same float of it."""
+    """The nearest number of at most DIGITS digits below or above, which every JSON reader turns into the same float."""
     context = DecimalContext(prec=DIGITS, rounding=how)
     return Fraction(context.divide(Decimal(value.numerator), Decimal(value.denominator)))
 
 
 def number_of(value: Any, word: str, at: Context) -> Fraction:
-    """The number, if engines hold it exactly."""
+    """The number, if engines can hold it exactly."""
     fraction = Fraction(Decimal(repr(value)))
     if abs(fraction) > LARGEST_INTEGER:
         raise at.error(f"{word} {value}: the engines hold numbers as float64, exact up to 2**53 = {LARGEST_INTEGER}")
@@ -94,12 +94,12 @@ def number_of(value: Any, word: str, at: Context) -> Fraction:
 
 
 def plain(value: Fraction) -> int | float:
-    """The number as JSON has it."""
+    """The number as JSON writes it."""
     return int(value) if value.denominator == 1 else float(value)
 
 
 def bounds(schema: dict[str, Any], word: str, exclusive: str, at: Context) -> list[tuple[Fraction, bool]]:
-    """The limits on one side, and whether each is itself left out."""
+    """The limits on one side, and whether each is exclusive."""
     beyond = schema.get(exclusive)
     found = []
     if word in schema:
@@ -110,10 +110,10 @@ def bounds(schema: dict[str, Any], word: str, exclusive: str, at: Context) -> li
 
 
 def above(low: Fraction, left_out: bool, whole: bool, high: list[tuple[Fraction, bool]]) -> Fraction:
-    """The least number to allow, where `low` is the limit.
+    """The least number to allow, given the limit `low`.
 
-    Where a limit is left out, no text may round to it as a float: numbers closer to it than a millionth, or than the
-    room that there is, are left out with it.
+    No text may round to an exclusive limit as a float, so numbers closer to it than a millionth (or than the available
+    range) are excluded too.
     """
     if whole:
         return Fraction(math.floor(low) + 1 if left_out else math.ceil(low))
@@ -121,7 +121,7 @@ def above(low: Fraction, left_out: bool, whole: bool, high: list[tuple[Fraction,
 
 
 def below(high: Fraction, left_out: bool, whole: bool, low: list[tuple[Fraction, bool]]) -> Fraction:
-    """The greatest number to allow, where `high` is the limit."""
+    """The greatest number to allow, given the limit `high`."""
     return -above(-high, left_out, whole, [(-bound, out) for bound, out in low])
 
 
@@ -135,7 +135,7 @@ def _margin(limit: Fraction, others: list[Fraction]) -> Fraction:
 
 
 def step(value: Any, at: Context) -> int | float:
-    """A multipleOf of which every multiple is seen to be one by float64 arithmetic too."""
+    """A multipleOf whose multiples are multiples in float64 arithmetic too."""
     exactly = number_of(value, "multipleOf =", at)
     if exactly.denominator & (exactly.denominator - 1):
         raise at.error(
@@ -149,10 +149,10 @@ def step(value: Any, at: Context) -> int | float:
 
 
 def load(text: str) -> Any:
-    """JSON, if Python's numbers hold what it says and no name stands twice in an object.
+    """Parsed JSON, if Python's numbers hold its values exactly and no object has a name twice.
 
     Raises:
-        ValueError: not so.
+        ValueError: otherwise.
     """
     return json.loads(text, parse_float=_float, parse_constant=_constant, object_pairs_hook=_object)
 

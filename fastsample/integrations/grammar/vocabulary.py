@@ -1,4 +1,4 @@
-"""The bytes of a tokenizer's tokens, as every grammar engine is given them."""
+"""The bytes of a tokenizer's tokens, as every grammar engine gets them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 
 
 class Vocabulary:
-    """The bytes of every token that is text.
+    """The bytes of every text token.
 
     Attributes:
-        tokens: bytes by id; b"" for special tokens and ids that are none.
-        end: the id past the last, which no model draws.
-        padding: a special token's id, the padding token's where there is one; None where there is none.
+        tokens: bytes by id; b"" for special tokens and unused ids.
+        end: the id after the last, which no model draws.
+        padding: the id of the padding token or else of another special token; None if there is none.
 
-    Vocabularies of the same tokens are equal, and one is pickled in a byte or so a token.
+    Vocabularies of the same tokens are equal. A pickle takes about the bytes of the tokens.
 
     Args:
         tokenizer: one of transformers or of tokenizers, byte-level BPE or SentencePiece.
 
     Raises:
-        TypeError: no tokenizer.
-        ValueError: a tokenizer whose tokens' bytes cannot be told.
+        TypeError: not a tokenizer.
+        ValueError: a tokenizer whose tokens' bytes cannot be determined.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -44,11 +44,11 @@ class Vocabulary:
         return 0 <= token < self.end and self.tokens[token] != b""
 
     def bytes_of(self, tokens: Iterable[int]) -> bytes:
-        """The text of these tokens."""
+        """The bytes of these tokens' text."""
         return b"".join(self.tokens[token] for token in tokens)
 
     def with_quotes(self, count: int) -> Any:
-        """The ids of tokens with at least so many quotation marks, of 1 to 3; int64."""
+        """The ids, int64, of tokens with at least this many quotation marks (1 to 3)."""
         return self._quotes[count - 1]
 
     @cached_property
@@ -58,13 +58,13 @@ class Vocabulary:
 
     @cached_property
     def _packed(self) -> tuple[int | None, bytes, bytes]:
-        """The padding, and the tokens' lengths and bytes."""
+        """The padding id, and the tokens' lengths and bytes."""
         lengths = np.fromiter(map(len, self.tokens), np.int32, self.end)
         return self.padding, lengths.tobytes(), b"".join(self.tokens)
 
     @cached_property
     def digest(self) -> bytes:
-        """The same for the same tokens."""
+        """A digest, equal for equal tokens."""
         return sha256(repr(self.padding).encode() + b"".join(self._packed[1:])).digest()
 
     def __eq__(self, other: object) -> bool:
@@ -91,7 +91,7 @@ def _unpacked(padding: int | None, lengths: bytes, text: bytes) -> Vocabulary:
 
 
 def _described(tokenizer: Any) -> tuple[dict[str, int], set[int], int | None, Any]:
-    """A tokenizer's ids by token, those that are special, that of padding, and its decoder."""
+    """A tokenizer's ids by token, its special ids, its padding id, and its decoder."""
     if isinstance(tokenizer, str):
         raise TypeError(
             f"tokenizer: expected a tokenizer, got the str {tokenizer!r}: "
@@ -118,7 +118,7 @@ def _described(tokenizer: Any) -> tuple[dict[str, int], set[int], int | None, An
 
 
 def _reader(tokenizer: Any, decoder: Any) -> Callable[[str], bytes]:
-    """How a tokenizer of this kind writes bytes in the names of its tokens."""
+    """The function that reads bytes from this kind of tokenizer's token names."""
     how = "" if decoder is None else decoder.__getstate__().decode()
     if '"ByteLevel"' in how or hasattr(tokenizer, "byte_decoder"):
         return _byte_level
@@ -131,7 +131,7 @@ def _reader(tokenizer: Any, decoder: Any) -> Callable[[str], bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's names of bytes: printable ones stand for themselves, the others for U+0100 and on, in their order."""
+    """GPT-2's names of bytes: printable bytes name themselves, the others are U+0100 and up, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

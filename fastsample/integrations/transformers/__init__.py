@@ -3,8 +3,8 @@
     from fastsample.integrations.transformers import fs_generate
     model.generate(**inputs, do_sample=True, temperature=0.8, top_p=0.95, custom_generate=fs_generate(seed=7))
 
-What to fuse is read off the end of the processor list that `generate` has prepared, so that its options, defaults and
-order are transformers' own. Whatever stands before the part that can be fused stays as it is.
+`generate` prepares a list of logits processors. The end of that list is what gets fused, so options, defaults and order
+are transformers' own. Processors before the part that can be fused run unchanged.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class FastSampleLogitsProcessor(LogitsProcessor):
     """Temperature, top-k, top-p and min-p in one pass, with transformers' rules; the draw stays with `generate`.
 
     For code that takes logits processors only; `fs_generate` is faster and seeds each sequence. `generate` applies its
-    own warpers after this one, and cuts to the top 50 unless told otherwise: pass it `top_k=0` and leave temperature,
-    top_p and min_p unset, or they act twice.
+    own warpers after this one, and its default is top_k=50: pass it `top_k=0` and leave temperature, top_p and min_p
+    unset, or they act twice.
 
         model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[FastSampleLogitsProcessor(top_p=0.9)])
 
@@ -66,31 +66,33 @@ class FastSampleLogitsProcessor(LogitsProcessor):
 
 
 class GrammarLogitsProcessor(LogitsProcessor):
-    """Allows only tokens that continue a text of a grammar; for decoding loops that `fs_generate` does not serve.
+    """Allows only tokens that continue a text of a grammar, for decoding loops that `fs_generate` does not serve.
 
-    For one call of `generate`, sampling or beams, after which it has done its work. In `fs_generate` the mask goes into
-    the pass that samples, and a model without an end-of-sequence token is served: prefer `fs_generate(grammar=...)`.
+    One object serves one call of `generate`, with sampling or beams. Prefer `fs_generate(grammar=...)` where it can be
+    used: there the mask is part of the fused pass, and models without an end-of-sequence token are served too.
 
         model.generate(**inputs, num_beams=4, logits_processor=[GrammarLogitsProcessor(grammar, eos_token_id=0)])
 
-    Where there are fewer texts than beams, beam search fills up with hypotheses of score -inf that are no texts of the
-    grammar; they keep that score. `grammar.is_complete` tells which of several returned sequences are whole.
+    When the grammar has fewer texts than there are beams, beam search fills the rest with hypotheses that leave the
+    grammar; they keep a score of -inf. `grammar.is_complete` tells which of the returned sequences are whole texts.
 
     Args:
         grammar: for every sequence, or one (or None) per sequence of the batch.
-        eos_token_id: the model's, one or several: allowed where a text is complete, alone where it cannot go on.
+        eos_token_id: the model's end-of-sequence ids, one or several: allowed where a text is complete, and all that is
+            allowed where it cannot go on.
 
     Raises:
-        TypeError, ValueError: bad argument; or, when called, another number of rows than grammars, ids that do not go
-            on from the call before, or (as a GrammarError, which has the row) a row for which the grammar and the other
-            processors leave no token, a finished text that breaks its grammar, or an engine that gave up.
+        TypeError, ValueError: bad argument; when called: a number of rows that is not the number of grammars, or ids
+            that do not continue those of the previous call.
+        GrammarError (a ValueError with the row): the grammar and the other processors leave a row no token, a finished
+            text breaks its grammar, or the grammar engine gave up.
     """
 
     supports_continuous_batching = False
 
     def __init__(self, grammar: Grammar | Sequence[Grammar | None], eos_token_id: int | Sequence[int]) -> None:
         rows = len(grammar) if isinstance(grammar, Sequence) else 1
-        per_row(grammar, rows)  # what is no grammar should fail here, not after a model's forward pass
+        per_row(grammar, rows)  # anything else should fail here, not after the model's forward pass
         self._grammar = grammar
         eos = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
         self._eos = list(eos) if isinstance(eos, Iterable) else [operator.index(eos)]
@@ -148,7 +150,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
 
 
 def _to_be_called(function: Callable[P, R]) -> Callable[P, R]:
-    """Tell who passes the function itself as custom_generate, without (), what to do."""
+    """A helpful error when the function itself is passed as custom_generate, without being called."""
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -178,53 +180,55 @@ def fs_generate(
     """The argument `custom_generate` that gives the sampling step of `model.generate` to fastsample.
 
     Temperature, top-k, top-p, min-p, a repetition penalty, single-token `sequence_bias`, `prefix_allowed_tokens_fn`, a
-    grammar and the draw become one call per step. Other options keep running as transformers' own processors, and so
-    does what precedes them, but for those that only forbid tokens; README.md has the table. With do_sample=False,
-    `generate` is plain greedy.
+    grammar and the draw become one call per step. Other options keep running as transformers' own processors, as do the
+    options before them in the list, except those that only forbid tokens; the documentation has the table. With
+    do_sample=False, `generate` is plain greedy search.
 
-    A sequence's tokens depend on its logits, its seed and their position: not on the batch, its slot, padding or
-    earlier calls. But a model's own logits may differ in their last bits between batch shapes.
+    A sequence's tokens depend on its logits, its seed and their position, and not on the batch, its slot, padding or
+    earlier calls. (A model's logits may themselves differ in their last bits between batch shapes.)
 
-    What there is one of per sequence (seed, offset, grammar, fields) may also be given one per prompt, where
-    num_return_sequences makes several of each.
+    Whatever takes one value per sequence (seed, offset, grammar, fields) also takes one value per prompt, when
+    num_return_sequences asks for several sequences of each.
 
     Args:
         seed: an int s gives sequence i of the batch (after num_return_sequences) the seed
-            splitmix64(splitmix64(s) + i); a list holds one seed per sequence, used as it is. Of one per prompt, the
-            prompt's first sequence gets the prompt's seed p, its j-th splitmix64(splitmix64(p) + j). None takes a fresh
-            seed from torch's default CPU generator at each call of `generate`; `torch.manual_seed` repeats it.
+            splitmix64(splitmix64(s) + i); a list holds one seed per sequence, used as it is. With
+            one seed p per prompt, the prompt's first sequence gets p and its j-th splitmix64(splitmix64(p) + j). None
+            takes a fresh seed from torch's default CPU generator at each call of `generate`; `torch.manual_seed`
+            makes that repeatable.
         offset: position of the first new token, an int or one per sequence, 0 <= offset < 2^64. "prompt" counts from
-            the beginning of the text: a sequence's position is its number of ids so far, without padding. A text that
-            is handed back to `generate` then goes on with the random numbers that it would have had in one call, where
-            0 repeats those of its beginning. (Options that look at new tokens alone still start over: frequency and
-            presence penalties, grammars, min_new_tokens.)
-        streamer: gets the prompt and then each token. Passed to `generate` it would be lost, and is refused.
+            the beginning of the text: a sequence's position is its number of ids so far, without padding. A text
+            passed back to `generate` then continues with the random numbers it would have had in a single call; with 0
+            it reuses those of its beginning. (Options that count new tokens still start over: frequency and presence
+            penalties, grammars, min_new_tokens.)
+        streamer: receives the prompt and then each token. Pass it here: `generate` does not hand on its own, so one
+            given there is refused.
         backend: as for `fastsample.sample`.
-        grammar: what the new text must match (see `fastsample.integrations.grammar`), for every sequence, or one (or
-            None) per sequence. A sequence ends where its text is complete and the model draws an end-of-sequence token;
-            without such a token, where its text is first complete. Where generation ends before that, the result with
-            return_dict_in_generate=True says so (`truncated`, bool [B]); else a TruncatedWarning does.
+        grammar: what the new text must match (see `fastsample.integrations.grammar`): one for every sequence, or one
+            (or None) per sequence. A sequence ends when its text is complete and the model draws an end-of-sequence
+            token; a model without such a token stops as soon as the text is complete. When generation ends earlier, the
+            result says so with return_dict_in_generate=True (`truncated`, bool [B]); otherwise a TruncatedWarning does.
         logprobs: adds `logprobs` to the result (which takes return_dict_in_generate=True), float32 [B, new tokens]:
-            natural log-probability of each new token, NaN after a sequence's end. "raw" is of the model's own logits,
-            "processed" of the distribution that was drawn from.
-        on_invalid: a sequence that can have no token (a NaN, +inf, nothing above -inf, as where a grammar and
-            min_new_tokens contradict each other) raises ("raise"), or ends there, is padded, and lets the others go on
-            ("flag"). The result then has `status` (int32 [B], as SampleOutput has it) and `errors` (for each sequence a
-            sentence or None) with return_dict_in_generate=True; else a warning names it.
-        tokenizer: for `stop_strings`, where `generate` itself was given none.
-        **fields: SamplingParams fields, one value or one per sequence, that replace `generate`'s: e.g.
+            the natural log-probability of each new token, NaN after a sequence's end. "raw" refers to the model's own
+            logits, "processed" to the distribution that was drawn from.
+        on_invalid: what to do with a sequence that can have no token (a NaN, +inf, or nothing above -inf, as when a
+            grammar and min_new_tokens contradict each other). "raise" raises; "flag" ends that sequence, pads it, and
+            lets the others go on. With "flag" and return_dict_in_generate=True the result has `status` (int32 [B], as
+            in SampleOutput) and `errors` (a sentence or None per sequence); otherwise a warning names the sequence.
+        tokenizer: for `stop_strings`, when `generate` itself was given none.
+        **fields: SamplingParams fields, one value or one per sequence; they replace `generate`'s. For example
             frequency_penalty=0.2, or temperature=[0.2, 1.0]. `ties` is "all" unless given.
 
     Returns:
-        A callable for `custom_generate`; it may be used for any number of `generate` calls.
+        A callable for `custom_generate`, for any number of `generate` calls.
 
     Raises:
-        TypeError, ValueError: bad argument; or, from `generate`, seeds, offsets, grammars or fields of another number
-            than sequences or prompts, fields or logprobs that would be without effect, an option that fastsample does
-            not serve (beams, assisted, contrastive, paged, ... named in the message), or a sequence that can have no
-            token; where options contradict each other, the message names them.
+        TypeError, ValueError: bad argument. From `generate`: a number of seeds, offsets, grammars or fields that is
+            neither that of the sequences nor that of the prompts; fields or logprobs that would have no effect; an
+            option that fastsample does not serve (beams, assisted, contrastive, paged, ...); or a sequence that can
+            have no token. The message names the option, or the options that contradict each other.
 
     Warns:
-        UserWarning: a seed or an offset is without effect, since do_sample=False draws nothing.
+        UserWarning: a seed or an offset has no effect, since do_sample=False draws nothing.
     """
     return Loop(seed, streamer, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid)

@@ -3,9 +3,9 @@
     with continuous_batching(model, GenerationConfig(do_sample=True, top_p=0.9), seed=7) as manager:
         manager.add_request(ids, max_new_tokens=20, temperature=0.7, seed=3)
 
-transformers builds the list of processors of its manager from the generation config and hands it to every step, which
+transformers' manager builds a list of logits processors from the generation config and applies it in every step, which
 then takes the softmax and draws with multinomial. Here that list is one object of ours, set on the manager before it
-starts: it draws, and leaves a one-hot row to a step that takes the maximum. No class or module is patched.
+starts: it draws the token and returns a one-hot row, of which the step takes the maximum. Nothing is patched.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ def continuous_batching(
     backend: str = "auto",
     continuous_batching_config: ContinuousBatchingConfig | None = None,
 ) -> Iterator[Any]:
-    """A started ContinuousBatchingManager of transformers whose tokens fastsample draws; stopped at the end.
+    """A started ContinuousBatchingManager of transformers whose tokens fastsample draws; stopped on exit.
 
-    `manager.add_request` and `add_requests` take temperature, top_k, top_p, min_p (else the generation config's) and
-    seed for a request. A request's tokens depend on its logits, its parameters, its seed and their position: not on
-    what it is batched with. But a model's own logits may differ in their last bits between batch shapes.
+    `manager.add_request` and `add_requests` take temperature, top_k, top_p, min_p (by default the generation config's)
+    and seed for each request. A request's tokens depend on its logits, its parameters, its seed and their position, and
+    not on what it is batched with. (A model's logits may themselves differ in their last bits between batch shapes.)
 
     Args:
         model: a causal language model that transformers serves in continuous batches.
         generation_config: with do_sample=True; None takes the model's.
-        seed: for requests that bring no seed of their own, which is used as it is. Request "req_i", as `add_requests`
-            numbers them, gets splitmix64(splitmix64(seed) + i). None takes a fresh one from torch's default CPU
-            generator.
+        seed: for requests without a seed of their own (a request's own seed is used as it is). Request "req_i", in the
+            numbering of `add_requests`, gets splitmix64(splitmix64(seed) + i). None takes a fresh seed from torch's
+            default CPU generator.
         backend: as for `fastsample.sample`.
-        continuous_batching_config: as for transformers, without asynchronous batching, CUDA graphs or logprobs.
+        continuous_batching_config: transformers' own; asynchronous batching, CUDA graphs and logprobs are not served.
 
     Raises:
-        TypeError, ValueError: bad seed or backend, do_sample=False, an option that is not one of the four fields (named
-            in the message), or a manager that the model has kept.
+        TypeError, ValueError: bad seed or backend, do_sample=False, an option that is not one of the four fields (the
+            message names it), or a model that has kept a manager.
     """
     check_backend(backend)
     own = int((pack_seeds(None, 1) if seed is None else pack_seeds([whole("seed", seed)], 1))[0]) % 2**64
     config = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
     batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
     defaults = _defaults(model, config, batching)
-    config.do_sample = False  # the processors leave one token to choose
+    config.do_sample = False  # the processors leave one token to choose from
     batching.use_async_batching = batching.use_cuda_graph = False
     manager = model.init_continuous_batching(config, batching)
     manager.logit_processor = _FusedStep(defaults, own, backend)
@@ -84,7 +84,7 @@ def generate_batch(
     seed: int | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """The new ids of each prompt, as `model.generate_batch` makes them but with the fused step.
+    """The new ids of each prompt, as from `model.generate_batch`, drawn by the fused step.
 
     Args:
         model, generation_config, seed, **options: as for `continuous_batching`.
@@ -92,14 +92,14 @@ def generate_batch(
         requests: keyword arguments of `add_request` for each prompt, e.g. {"temperature": 0.2, "seed": 5}.
 
     Raises:
-        TypeError, ValueError: another number of requests than prompts; what `continuous_batching` refuses.
+        TypeError, ValueError: the number of requests is not that of the prompts; what `continuous_batching` refuses.
         RuntimeError: a request failed; the message names it.
     """
     each = [{} for _ in inputs] if requests is None else list(requests)
     if len(each) != len(inputs):
         raise ValueError(f"requests: expected {len(inputs)} (one per prompt), got {len(each)}")
     with continuous_batching(model, generation_config, seed=seed, **options) as manager:
-        # Validated here: in the manager's thread an error would only fail the request.
+        # Checked here: in the manager's thread an error would only fail the request.
         for keywords in each:
             manager.logit_processor.check_kwargs({k: v for k, v in keywords.items() if k in (*_FIELDS, "seed")})
         common = {"max_new_tokens": manager.generation_config.max_new_tokens}
@@ -119,7 +119,7 @@ def generate_batch(
 
 
 def _defaults(model: Any, config: Any, batching: Any) -> dict[str, Any]:
-    """The fields of requests that bring none; ValueError for what is not served."""
+    """The fields of requests that give none; ValueError for options that are not served."""
     if not config.do_sample:
         raise ValueError("do_sample=False: nothing to sample; temperature=0 makes a request greedy")
     if getattr(model, "_cached_continuous_batching_manager", None) is not None:
@@ -139,7 +139,7 @@ def _defaults(model: Any, config: Any, batching: Any) -> dict[str, Any]:
 
 
 class _FusedStep(ContinuousBatchingLogitsProcessorList):
-    """The list of processors of a manager, as one call; its arguments are columns of int32 words, one per request."""
+    """A manager's list of processors as one call; its arguments are columns of int32 words, one per request."""
 
     def __init__(self, defaults: dict[str, Any], seed: int, backend: str) -> None:
         super().__init__(LogitsProcessorList())

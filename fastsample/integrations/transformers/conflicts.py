@@ -1,4 +1,4 @@
-"""Which options of a call leave a sequence no token, by the names that its caller knows them by."""
+"""Which options leave a sequence without a token, by the names that the caller knows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
-# They look at the ids alone, so that they may run once more. min_new_tokens brings a min_length of its own, which
-# therefore comes last: of two options that forbid the same, the later is not named.
+# They depend on the ids alone, so they can run a second time. min_new_tokens adds a min_length of its own, which
+# therefore comes last: of two options that forbid the same tokens, the later one is not named.
 _NAMES: dict[type[LogitsProcessor], str] = {
     MinNewTokensLengthLogitsProcessor: "min_new_tokens",
     SuppressTokensLogitsProcessor: "suppress_tokens",
@@ -35,14 +35,14 @@ def culprits(
     own: list[LogitsProcessor],
     masks: dict[str, torch.Tensor],
 ) -> list[str]:
-    """The fewest options of which each is needed to forbid a sequence every token; empty where it has one left.
+    """A minimal set of options that together forbid a sequence every token; empty if it has one left.
 
     Args:
         row: which sequence.
         ids: [1, L], its ids.
-        scores: float32 [V], what the processors left of its logits.
+        scores: float32 [V], its logits after the processors.
         own: those processors.
-        masks: what else says which tokens are allowed, by name, bool [V].
+        masks: further masks of allowed tokens, by name, bool [V].
     """
     allowed = masks | _allowed(row, ids, scores, own)
     known = torch.ones_like(scores, dtype=torch.bool)
@@ -75,7 +75,7 @@ def _allowed(row: int, ids: torch.Tensor, scores: torch.Tensor, own: list[Logits
 
 
 def told(row: int, names: list[str]) -> str:
-    """That these options leave a sequence no token."""
+    """The message that these options leave a sequence without a token."""
     if not names:
         return f"row {row} has no logit above -inf (everything is masked)"
     if len(names) == 1:

@@ -1,7 +1,7 @@
-"""What `generate` keeps from its custom_generate, and how fs_generate comes by it all the same.
+"""What `generate` does not pass to its custom_generate, and how fs_generate gets it anyway.
 
-`generate` acts on some options before it looks at custom_generate, and hands others to no callable. It does look at the
-callable twice on its way: it asks whether it is a str, and for its signature. Those are the moments to speak up.
+`generate` acts on some options before it looks at custom_generate, and passes others to no callable. But it looks at
+the callable twice on its way: it asks whether it is a str, and it reads its signature. Those are the moments to act.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OTHER_LOOPS = (
 
 
 def refuse_paged() -> None:
-    """ValueError where our caller's caller is a `generate` that is about to drop its custom_generate silently."""
+    """ValueError when the caller's caller is a `generate` about to drop its custom_generate silently."""
     frame = sys._getframe(2)
     if frame.f_code is _GENERATE and frame.f_locals["kwargs"].get("cache_implementation") == "paged":
         raise ValueError(
@@ -42,8 +42,8 @@ def refuse_paged() -> None:
 def hand_back_tokenizer(own: Any) -> None:
     """Put the tokenizer back among the arguments of the `generate` that is reading our signature.
 
-    It takes the tokenizer out of them before a callable can claim it, and then misses it where it makes the criterion
-    of stop_strings. `own` is fs_generate's, for a `generate` that was given none.
+    `generate` takes the tokenizer out before a callable can claim it, and then misses it when it makes the criterion of
+    stop_strings. `own` is fs_generate's tokenizer, used when `generate` was given none.
     """
     frame = _frame_of(_EXTRACT)
     if frame is not None:
@@ -53,7 +53,7 @@ def hand_back_tokenizer(own: Any) -> None:
 
 
 def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
-    """ValueError that names what asks for another decoding loop; delegating would drop it silently."""
+    """ValueError that names the option which asks for another decoding loop: going on would drop it silently."""
     withheld = _withheld()
     if withheld.get("streamer") is not None:
         raise ValueError(
@@ -75,20 +75,20 @@ def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
 
 
 def synced_gpus(model: Any) -> bool:
-    """What `generate` makes of its argument, which it does not hand to `custom_generate` (ZeRO-3 would hang)."""
+    """The value `generate` computes from its argument but does not pass to custom_generate (ZeRO-3 would hang)."""
     asked = _withheld().get("synced_gpus")
     return bool(model._extract_generation_mode_kwargs(None, {}, asked, None, None)["synced_gpus"])
 
 
 def _withheld() -> dict[str, Any]:
-    """The arguments of the `generate` that called us: it keeps some from a callable, and only its frame has them."""
+    """Arguments of the `generate` that called us which it passes to no callable: only its frame has them."""
     frame = _frame_of(_GENERATE)
     names = ("streamer", "assistant_model", "synced_gpus")
     return {} if frame is None else {name: frame.f_locals.get(name) for name in names}
 
 
 def _frame_of(code: CodeType) -> FrameType | None:
-    """The innermost call of a function that we are inside of."""
+    """The innermost running call of a function."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Prompts in whatever form, as the keyword arguments of `generate`."""
+"""Prompts in any form, as the keyword arguments of `generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 _RAGGED = ("input_ids", "attention_mask", "token_type_ids")
-"""What a tokenizer returns a list of for each text, one as long as the other."""
+"""What a tokenizer returns per text: lists of equal length."""
 
 
 def encode(inputs: Any, tokenizer: Any, model: Any) -> tuple[dict[str, Any], bool]:
@@ -18,7 +18,7 @@ def encode(inputs: Any, tokenizer: Any, model: Any) -> tuple[dict[str, Any], boo
     if isinstance(inputs, np.ndarray):
         inputs = torch.from_numpy(inputs)
     if isinstance(inputs, torch.Tensor):
-        # No mask: generate then tells padding from text by its own rule.
+        # No mask: generate then finds the padding by its own rule.
         ids = inputs if inputs.ndim != 1 else inputs[None]
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
             raise ValueError(f"inputs: expected ids [B, L] or [L], got {ids.dtype} of shape {tuple(inputs.shape)}")
@@ -41,7 +41,7 @@ def _from_texts(texts: Sequence[str], tokenizer: Any, model: Any) -> dict[str, A
 
 
 def _from_mapping(inputs: Mapping[str, Any], tokenizer: Any, model: Any) -> tuple[dict[str, Any], bool]:
-    """Tensors as they are, lists as tensors on the model's device, padded on the left."""
+    """Tensors unchanged, lists as tensors on the model's device, padded on the left."""
     given = {name: values for name, values in inputs.items() if values is not None}
     empty = isinstance(ids := given.get("input_ids"), torch.Tensor) and not ids.numel()
     tables = {name: _rows(name, v) for name, v in given.items() if not isinstance(v, torch.Tensor) or empty}
@@ -60,7 +60,7 @@ def _from_mapping(inputs: Mapping[str, Any], tokenizer: Any, model: Any) -> tupl
 
 
 def _fill_empty(tables: dict[str, list[list[Any]]], tokenizer: Any, model: Any) -> None:
-    """Give prompts without a token the one that a text begins with."""
+    """Give empty prompts the token that a text begins with."""
     for row, line in enumerate(tables["input_ids"]):
         if not line:
             start = _first_of(tokenizer, model, "bos_token_id", "eos_token_id")
@@ -73,12 +73,12 @@ def _fill_empty(tables: dict[str, list[list[Any]]], tokenizer: Any, model: Any) 
 
 
 def _padding(tokenizer: Any, model: Any) -> int:
-    """An id for the masked places."""
+    """An id for masked positions."""
     return _first_of(tokenizer, model, "pad_token_id", "eos_token_id") or 0
 
 
 def _first_of(tokenizer: Any, model: Any, *names: str) -> int | None:
-    """The first of some special tokens that the tokenizer or, where it says nothing, the model has."""
+    """The first of these special tokens that the tokenizer has, or else the model."""
     for name in names:
         for owner in (tokenizer, getattr(model, "generation_config", None)):
             token = getattr(owner, name, None)
@@ -88,7 +88,7 @@ def _first_of(tokenizer: Any, model: Any, *names: str) -> int | None:
 
 
 def _rows(name: str, values: Any) -> list[list[Any]]:
-    """Lists of a batch, or of one prompt."""
+    """The rows of a batch, or of one prompt."""
     values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
     if not _is_list(values):
         raise TypeError(f"inputs[{name!r}]: expected a tensor or lists, got {_short(values)}")

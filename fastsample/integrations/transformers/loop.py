@@ -1,4 +1,4 @@
-"""The decoding loop of `fs_generate`: transformers' own, but for the step that picks the tokens."""
+"""The decoding loop of `fs_generate`: transformers' own, except for the step that picks the tokens."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ from fastsample.rows import Seed
 
 
 class Streamer(Protocol):
-    """What a streamer does; every BaseStreamer of transformers is one."""
+    """What a streamer must offer; every BaseStreamer of transformers does."""
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt's ids [B, L], then a step's token [B] at a time."""
+        """Receive the prompt's ids [B, L], then each step's tokens [B]."""
 
     def end(self) -> None:
         """Generation is over."""
@@ -56,14 +56,14 @@ class Streamer(Protocol):
 
 @dataclass
 class Record:
-    """What a call's sequences are besides their ids.
+    """What is known of a call's sequences besides their ids.
 
     Attributes:
         start: length of the prompt.
-        logprobs: float32 [B, steps], NaN after a sequence's end; None where not asked for.
+        logprobs: float32 [B, steps], NaN after a sequence's end; None unless asked for.
         lengths: ids of each sequence, prompt included, up to its end.
-        truncated: per sequence, whether its text is no whole text of its grammar.
-        errors: per sequence, why it was ended for want of a token, or None.
+        truncated: per sequence, whether its text is not a whole text of its grammar.
+        errors: per sequence, why it was ended (it could have no token), or None.
     """
 
     start: int = 0
@@ -75,7 +75,7 @@ class Record:
 
 @dataclass(eq=False)
 class Loop:
-    """What `generate` calls as its custom_generate; see `fs_generate` for the first nine fields."""
+    """What `generate` calls as its custom_generate; `fs_generate` documents the first nine fields."""
 
     seed: Seed | None = None
     streamer: Streamer | None = None
@@ -90,7 +90,7 @@ class Loop:
     record: Record | None = None
 
     def __post_init__(self) -> None:
-        """Errors of the arguments alone come here, before a model is run."""
+        """Errors in the arguments alone are raised here, before the model runs."""
         SamplingParams(**self.fields)
         check_modes(self.logprobs, self.on_invalid)
         check_backend(self.backend)
@@ -102,15 +102,15 @@ class Loop:
         if self.streamer is not None:
             check_streamer(self.streamer)
 
-    @property  # type: ignore[misc]  # an object's own can be set
+    @property  # type: ignore[misc]  # an object may set its own
     def __class__(self) -> type[Loop]:
-        """What isinstance(custom_generate, str) looks at: the one look that `generate` takes before it may drop us."""
+        """Read by `generate` (isinstance(custom_generate, str)) before it might drop us: the place to refuse."""
         refuse_paged()
         return Loop
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """What `generate` reads to tell our arguments from the model's."""
+        """`generate` reads this to tell our arguments from the model's."""
         hand_back_tokenizer(self.tokenizer)
         return inspect.signature(type(self).__call__.__get__(self))
 
@@ -163,7 +163,7 @@ class Loop:
         return result
 
     def _look_for_idle(self, config: Any) -> None:
-        """Say what is without effect."""
+        """Warn of arguments, or refuse those, that have no effect here."""
         idle = [] if self.seed is None else ["seed"]
         idle += [] if isinstance(self.offset, Integral) and self.offset == 0 else ["offset"]
         if idle and not config.do_sample:
@@ -180,7 +180,7 @@ class Loop:
             )
 
     def _batch(self, rows: int, config: Any) -> Batch:
-        """The sequences that we are called with."""
+        """The sequences of this call."""
         if self.record is not None:
             return Batch(rows, unit="prompt")
         each = int(config.num_return_sequences or 1)
@@ -198,7 +198,7 @@ class Loop:
         return GrammarBatch(given, stops)
 
     def _prepare_padding(self, grammar: GrammarBatch | None, rows: int, config: Any) -> bool:
-        """Whether sequences may end that generate would not end, and so have to be padded where others go on."""
+        """Whether a sequence may end where `generate` would not end it, and so must be padded while others go on."""
         if grammar is None and self.on_invalid == "raise":
             return False
         if config._pad_token_tensor is None and (grammar is None or config._eos_token_tensor is None):
@@ -219,7 +219,7 @@ class Loop:
         lengths: torch.Tensor,
         progress: Progress,
     ) -> Draw | None:
-        """The processor that goes last; None where plain greedy search needs none."""
+        """The last processor, which draws; None when plain greedy search needs none."""
         sampled = bool(config.do_sample)
         params = sequence_params(SamplingParams(**plan.fields), batch)
         inputs = Inputs(plan, params, grammar, input_ids, self.copies)
@@ -241,7 +241,7 @@ class Loop:
         )
 
     def _report(self, result: Any, draw: Draw | None, criteria: Criteria, start: int) -> None:
-        """Say what the ids do not: in the record, in the result, or as a warning."""
+        """Report what the ids do not show: in the record, in the result, or as a warning."""
         progress, plain = criteria.progress, isinstance(result, torch.Tensor)
         steps = (result if plain else result.sequences).shape[1] - start
         if draw is not None and draw.kept is not None:
@@ -285,15 +285,16 @@ def _until_the_end(steps: list[torch.Tensor], progress: Progress, start: int) ->
 def _branch(
     model: Any, input_ids: torch.LongTensor, config: Any, model_kwargs: dict[str, Any], copies: int
 ) -> tuple[Any, torch.LongTensor, dict[str, Any]]:
-    """What the loop needs to go on with so many copies of each prompt.
+    """What the loop needs to continue with several copies of each prompt.
 
-    The prompts run once, here, and the cache is copied. Where it is of a kind that cannot be, they run once per copy.
+    The prompts run once, here, and the cache is copied. With a kind of cache that cannot be copied, they run once per
+    copy.
     """
     outputs = None
     if all(_can_be_copied(model_kwargs.get(name)) for name in ALL_CACHE_NAMES):
         outputs = model._prefill(input_ids, config, model_kwargs)
         caches = [outputs.get(name) for name in ALL_CACHE_NAMES]
-        if not all(map(_can_be_copied, caches)):  # a kind that the model makes itself
+        if not all(map(_can_be_copied, caches)):  # the model made a kind of its own
             outputs = None
         else:
             outputs.logits = outputs.logits[:, -1:].repeat_interleave(copies, dim=0)
@@ -309,11 +310,11 @@ def _branch(
 
 
 _COPIED = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "DummyLayer")
-"""Layers of transformers.cache_utils that can be copied whole. Their subclasses hold more, and copy the same."""
+"""Layers of transformers.cache_utils that copy whole. Subclasses are left out: they hold more but copy no more."""
 
 
 def _can_be_copied(cache: Any) -> bool:
-    """Whether all that a cache holds can be repeated for each sequence."""
+    """Whether everything in a cache can be repeated for each sequence."""
     if cache is None:
         return True
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
@@ -327,12 +328,12 @@ def _can_be_copied(cache: Any) -> bool:
 
 
 def _is_in_use(cache: Any) -> bool:
-    """Whether a cache holds tokens, or room for a number of sequences."""
+    """Whether a cache already holds tokens, or has allocated room for some number of sequences."""
     return cache is not None and (cache.get_seq_length() > 0 or bool(getattr(cache, "is_initialized", False)))
 
 
 class _Prefilled:
-    """A model whose prompts have been run."""
+    """A model whose prompts have already run."""
 
     def __init__(self, model: Any, outputs: Any) -> None:
         self._model, self._outputs = model, outputs
@@ -345,22 +346,22 @@ class _Prefilled:
 
 
 def _left_padding(model: Any, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """How many ids each sequence starts with that are padding, int64 [B], as `generate` counts them."""
+    """The number of padding ids that each sequence starts with, int64 [B], as `generate` counts them."""
     mask = _mask(model, model_kwargs)
     return None if mask is None else (mask != 0).int().argmax(dim=1)
 
 
 def _lengths(model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
-    """Ids of each sequence so far without padding, int64 [B]; with a cache, those that it holds too."""
+    """The number of ids of each sequence so far, int64 [B], without padding; those in the cache count too."""
     mask = _mask(model, model_kwargs)
     if mask is not None:
         return (mask != 0).sum(dim=1)
-    # generate drops a mask of ones, and notes its length.
+    # generate drops a mask that is all ones, and keeps its length.
     known = 0 if model.config.is_encoder_decoder else getattr(config, "_mask_length", 0)
     return torch.full((len(input_ids),), max(input_ids.shape[1], known))
 
 
 def _mask(model: Any, model_kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Which ids of what the decoder has got are no padding."""
+    """The decoder's attention mask: which ids are not padding."""
     found = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     return found if isinstance(found, torch.Tensor) and found.ndim == 2 else None

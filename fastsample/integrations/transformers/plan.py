@@ -1,4 +1,4 @@
-"""What `fs_generate` takes from the processors that `generate` has prepared."""
+"""Which of the processors that `generate` has prepared become part of the fused call."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from fastsample.params import GREEDY_BELOW, specs
 
 @dataclass
 class Plan:
-    """What is done by whom at each step of one call of `generate`."""
+    """Who does what at each step of one call of `generate`."""
 
-    own: list[LogitsProcessor]  # stay as they are, in their order
-    fields: dict[str, Any]  # the SamplingParams of what follows them
-    ignored: int | torch.Tensor | None = None  # leading ids, of all or of each sequence, that were never "seen"
+    own: list[LogitsProcessor]  # run unchanged, in their order
+    fields: dict[str, Any]  # the SamplingParams that replace the rest
+    ignored: int | torch.Tensor | None = None  # leading ids, for all or per sequence, that do not count as seen
     bias: dict[int, float] | None = None
     allowed: Callable[[int, torch.Tensor], list[int]] | None = None  # prefix_allowed_tokens_fn
 
 
-# In the order in which `generate` applies them. It is the contract's too, but for the mask of allowed tokens: -inf
-# stays -inf under a finite bias and under a penalty, so it may as well come first.
+# In the order in which `generate` applies them. The contract's order differs only in the mask of allowed tokens, which
+# comes first; that changes nothing, since -inf stays -inf under a finite bias and under a penalty.
 _FUSED: tuple[tuple[type[LogitsProcessor], str, str], ...] = (
     (SequenceBiasLogitsProcessor, "bias", "sequence_bias"),
     (RepetitionPenaltyLogitsProcessor, "repetition_penalty", "penalty"),
@@ -59,7 +59,7 @@ _FUSED: tuple[tuple[type[LogitsProcessor], str, str], ...] = (
     (MinPLogitsWarper, "min_p", "min_p"),
 )
 
-# They set some scores to -inf and look at the ids alone: for the same reason what precedes them may as well follow.
+# They set some scores to -inf and depend on the ids alone, so, for the same reason, fused processors may pass them.
 _MASKS = (
     NoRepeatNGramLogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -81,14 +81,14 @@ _AFTER_WARPERS = (
 
 _PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 
-# HF's top_p = 0 keeps one token; so does a mass target of 0, for which the contract has no name but a tiny p.
+# In transformers top_p = 0 keeps one token. The contract has 0 < p, and a tiny p keeps one token too.
 _SMALLEST_TOP_P = 2.0**-40
 
 
 def make_plan(processors: LogitsProcessorList, prompt_length: int, given: dict[str, Any], sampled: bool) -> Plan:
-    """Take from the end of the list what one fused call does just as well, and put the given fields over it."""
+    """Take from the end of the list what one fused call can do, and let the given fields override it."""
     plan = Plan([], {"ties": "all"} if sampled else {})
-    # Greedy search stays transformers' own, but for a penalty that a given one replaces.
+    # Greedy search stays transformers' own, except for a penalty that a given field replaces.
     stage = len(_FUSED) if sampled else 2 * ("repetition_penalty" in given)
     rest = list(processors)
     while rest:
@@ -120,13 +120,13 @@ def _fuse(plan: Plan, processor: LogitsProcessor, stage: int) -> None:
 
 
 def _stage(processors: list[LogitsProcessor], before: int, prompt_length: int) -> int | None:
-    """The last processor's index in _FUSED, or None where it does not go before what is fused already."""
+    """The last processor's index in _FUSED, or None if it may not come before what is fused already."""
     processor = processors[-1]
     kinds = [kind for kind, *_ in _FUSED[:before]]
     if type(processor) not in kinds or not _is_plain(processor, prompt_length):
         return None
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        # Where nothing that it allows is left, transformers allows it again: what may leave nothing must not precede.
+        # If nothing it allows is left, transformers allows it again; so what may leave nothing must not precede it.
         fused_too = (SequenceBiasLogitsProcessor, RepetitionPenaltyLogitsProcessor)
         if not all(type(p) in fused_too and _is_plain(p, prompt_length) for p in processors[:-1]):
             return None
@@ -134,9 +134,9 @@ def _stage(processors: list[LogitsProcessor], before: int, prompt_length: int) -
 
 
 def _is_plain(processor: LogitsProcessor, prompt_length: int) -> bool:
-    """Whether the contract has words for this processor's settings."""
+    """Whether the contract can express this processor's settings."""
     if isinstance(processor, TemperatureLogitsWarper):
-        # A smaller one is greedy in the contract, and merely cold in transformers.
+        # A smaller temperature is greedy in the contract, but not in transformers.
         return bool(GREEDY_BELOW <= processor.temperature <= dict(specs())["temperature"].high)
     if isinstance(processor, RepetitionPenaltyLogitsProcessor):
         ignored = getattr(processor, "prompt_ignore_length", None)
@@ -150,7 +150,7 @@ def _is_plain(processor: LogitsProcessor, prompt_length: int) -> bool:
 
 
 def _check_given(given: dict[str, Any], own: list[LogitsProcessor], sampled: bool) -> None:
-    """Refuse fields that would be without effect, or have their effect in the wrong place."""
+    """Refuse fields that would have no effect, or would take effect in the wrong place."""
     replaced = tuple(kind for kind, name, _ in _FUSED if name in given)
     for processor in own:
         if given and isinstance(processor, (*_AFTER_WARPERS, *replaced)):

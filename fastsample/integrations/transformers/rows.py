@@ -1,4 +1,4 @@
-"""The arguments of `fs_generate`: checked when it is made, and spread over the sequences when `generate` calls it."""
+"""The arguments of `fs_generate`: checked when it is called, spread over the sequences when `generate` runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastsample.rows import pack_offsets, pack_seeds, row_seeds
 
 
 def check_backend(backend: Any) -> None:
-    """An error unless this is "auto" or an engine's name."""
+    """Raise unless this is "auto" or an engine's name."""
     if not isinstance(backend, str):
         raise TypeError(f"backend = {backend!r}: expected 'auto' or the name of an engine")
     if backend != "auto":
@@ -25,7 +25,7 @@ def check_backend(backend: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """An error unless this is a seed of some number of rows."""
+    """Raise unless this is a seed, or one seed for each of some number of rows."""
     if isinstance(seed, (bytes, bytearray, memoryview)):
         raise TypeError(f"seed = {seed!r}: expected an integer or one per sequence; int.from_bytes makes one")
     count = _count(seed)
@@ -33,7 +33,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_offset(offset: Any) -> None:
-    """An error unless this is "prompt" or positions of some number of rows."""
+    """Raise unless this is "prompt", a position, or one position for each of some number of rows."""
     if is_one_of(offset, "prompt"):
         return
     if isinstance(offset, str):
@@ -43,14 +43,14 @@ def check_offset(offset: Any) -> None:
 
 
 def check_streamer(streamer: Any) -> None:
-    """TypeError unless this can take tokens."""
+    """TypeError unless this object can receive tokens."""
     for method in ("put", "end"):
         if not callable(getattr(streamer, method, None)):
             raise TypeError(f"streamer: expected an object with put(ids) and end(), got {type(streamer).__name__}")
 
 
 def check_modes(logprobs: Any, on_invalid: Any) -> None:
-    """ValueError that says what these may be."""
+    """ValueError unless these are among the known modes."""
     if logprobs is not None and not is_one_of(logprobs, "raw", "processed"):
         raise ValueError(f"logprobs = {logprobs!r}: expected None, 'raw' or 'processed'")
     check_on_invalid(on_invalid)
@@ -61,7 +61,7 @@ def check_modes(logprobs: Any, on_invalid: Any) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """`each` sequences of every prompt; `unit` is what a caller knows one of them as."""
+    """`each` sequences of every prompt; `unit` is the caller's word for one of them."""
 
     prompts: int
     each: int = 1
@@ -69,7 +69,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """All of them."""
+        """The number of sequences."""
         return self.prompts * self.each
 
     def require(self, name: str, count: int) -> None:
@@ -91,14 +91,14 @@ def sequence_seeds(seed: Any, batch: Batch) -> torch.Tensor:
 
 
 def siblings(seeds: torch.Tensor, each: int) -> torch.Tensor:
-    """The first sequence of a prompt with seed p goes on with p, as it would alone; the j-th with row j of seed p."""
+    """Seeds of a prompt's sequences: the first keeps the prompt's seed p, the j-th gets row j of p."""
     own = torch.stack([row_seeds(seed % 2**64, each) for seed in seeds.tolist()])
     own[:, 0] = seeds
     return own.flatten()
 
 
 def sequence_offsets(offset: Any, lengths: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """int64 bits, likewise; "prompt" is each sequence's length so far."""
+    """int64 bits, one for each sequence; "prompt" means each sequence's length so far."""
     if isinstance(offset, str):
         return lengths.to(CPU, torch.int64)
     count = _count(offset)
@@ -109,7 +109,7 @@ def sequence_offsets(offset: Any, lengths: torch.Tensor, batch: Batch) -> torch.
 
 
 def sequence_params(params: SamplingParams, batch: Batch) -> SamplingParams:
-    """One value per sequence where there is one per sequence or per prompt."""
+    """Values given per prompt, repeated to one per sequence."""
     sizes = params.per_row()
     for name, size in sizes.items():
         batch.require(name, size)
@@ -119,7 +119,7 @@ def sequence_params(params: SamplingParams, batch: Batch) -> SamplingParams:
 
 
 def repeated(params: SamplingParams, each: int) -> SamplingParams:
-    """Every row's values so many times."""
+    """Each row's values, repeated `each` times."""
     values = {name: getattr(params, name) for name in params.per_row()}
     lists = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
     return params.replace(**{name: [v for v in values for _ in range(each)] for name, values in lists.items()})
@@ -135,7 +135,7 @@ def sequence_grammars(grammar: Any, batch: Batch) -> list[Grammar | None]:
 
 
 def _count(values: Any) -> int | None:
-    """How many values there are; None where all sequences share one."""
+    """The number of values; None if all sequences share one."""
     if isinstance(values, (torch.Tensor, np.ndarray)):
         return None if values.ndim == 0 else len(values)
     return len(values) if isinstance(values, Sequence) and not isinstance(values, str) else None

@@ -1,4 +1,4 @@
-"""A step of `fs_generate`: what it is told besides the logits, the draw, and what becomes of a sequence by it."""
+"""One step of `fs_generate`: its inputs besides the logits, the draw, and the state of each sequence after it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _NOTHING_LEFT = 3  # of STATUS
 
 @dataclass
 class Progress:
-    """What is known of the sequences before a step.
+    """The state of the sequences before a step.
 
     Attributes:
-        status: int32 [B], as SampleOutput's: why a sequence was ended for want of a token, or 0.
-        done: bool [B], which have ended; None before the first step.
-        lengths: int64 [B], ids of each sequence, prompt included, up to its end.
-        reasons: status in words, for the sequences that have one.
+        status: int32 [B], as in SampleOutput: why a sequence that could have no token was ended, or 0.
+        done: bool [B], which sequences have ended; None before the first step.
+        lengths: int64 [B], the number of ids of each sequence, prompt included, up to its end.
+        reasons: the status in words, for the sequences that have one.
     """
 
     status: torch.Tensor
@@ -42,24 +42,24 @@ class Progress:
 
     @property
     def errors(self) -> list[str | None]:
-        """The reasons, or None, of all sequences."""
+        """The reason, or None, of each sequence."""
         return [self.reasons.get(row) for row in range(len(self.status))]
 
     def end(self, row: int, status: int, reason: str) -> None:
-        """Note why a sequence ends; of several reasons the first."""
+        """Note why a sequence ends; the first reason counts."""
         if row not in self.reasons:
             self.reasons[row] = reason
             self.status[row] = status
 
 
 class Followed:
-    """The grammars of a call. Where sequences may be flagged, what one's grammar cannot go on with ends that one."""
+    """The grammars of a call. With on_invalid="flag", a sequence that its grammar cannot continue ends."""
 
     def __init__(self, batch: GrammarBatch, progress: Progress, flag: bool) -> None:
         self._batch, self._progress, self._flag = batch, progress, flag
 
     def bitmask(self, scores: torch.Tensor) -> torch.Tensor:
-        """As GrammarBatch's; a sequence that its grammar leaves no token has ended, and may have any."""
+        """As in GrammarBatch; a sequence without a token has ended, and every token is then allowed."""
         while True:
             try:
                 return self._batch.bitmask(scores)
@@ -67,11 +67,11 @@ class Followed:
                 self._end(error, _NOTHING_LEFT)
 
     def accept(self, tokens: list[int | None]) -> list[bool]:
-        """Append a token to each sequence, None to those that have ended; returns which have."""
+        """Append a token to each sequence, None to those that have ended; returns which have ended."""
         try:
             self._batch.accept(tokens)
         except GrammarError as error:
-            # Of a text that has ended and is none of its grammar we hear when all have moved; else none has.
+            # A finished text that breaks its grammar is reported after all sequences have moved; otherwise none has.
             if not self._batch.ended[error.row]:
                 raise
             self._end(error, 0)
@@ -79,7 +79,7 @@ class Followed:
 
     @property
     def truncated(self) -> list[bool]:
-        """Per sequence: whether its text is no whole text of its grammar."""
+        """Per sequence: whether its text is not a whole text of its grammar."""
         while True:
             try:
                 return self._batch.truncated
@@ -94,7 +94,7 @@ class Followed:
 
 
 class Inputs:
-    """What a step is told besides the logits: penalties' ids, masks and bias."""
+    """A step's inputs besides the logits: the ids that penalties count, masks and bias."""
 
     def __init__(
         self, plan: Plan, params: SamplingParams, grammar: Followed | None, prompt: torch.Tensor, copies: int
@@ -114,11 +114,11 @@ class Inputs:
 
     @property
     def needed(self) -> bool:
-        """Whether greedy search has to look at any of them."""
+        """Whether greedy search needs any of them."""
         return self._counts or self._grammar is not None or self._plan.bias is not None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, every: int = 1) -> dict[str, Any]:
-        """The keyword arguments of a call for every so many rows; empty where nothing looks at them."""
+        """The keyword arguments of a call, for every `every`-th row; empty if nothing is needed."""
         inputs: dict[str, Any] = {}
         if self._counts:
             inputs["prompt_ids"] = self._prompt[::every]
@@ -134,13 +134,13 @@ class Inputs:
         return inputs
 
     def why_nothing_is_left(self, row: int, input_ids: torch.Tensor, scores: torch.Tensor) -> str:
-        """What forbids a row every token."""
+        """Which options forbid a row every token, in words."""
         masks = self._masks(input_ids, scores)
         allowed = {name: _unpacked(mask[row], scores.shape[1]) for name, mask in masks.items()}
         return told(row, culprits(row, input_ids[row, None], scores[row], self._plan.own, allowed))
 
     def _masks(self, input_ids: torch.Tensor, scores: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Bitmasks int32 [B, words] of what is allowed, by the name of the option."""
+        """Bitmasks of allowed tokens, int32 [B, words], by the name of the option."""
         masks = {} if self._grammar is None else {"grammar": self._grammar.bitmask(scores)}
         return (
             masks
@@ -167,12 +167,12 @@ def _unpacked(words: torch.Tensor, vocab: int) -> torch.Tensor:
 
 
 class Clean(LogitsProcessor):
-    """Goes first, and keeps the model's own logits for the log-probabilities."""
+    """Runs first, and keeps the model's own logits for the log-probabilities."""
 
     scores: torch.Tensor
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        self.scores = scores.clone()  # some processors write to what they get
+        self.scores = scores.clone()  # some processors write to their input
         return scores
 
 
@@ -180,17 +180,17 @@ class Clean(LogitsProcessor):
 class Draw(LogitsProcessor):
     """Draws each sequence's token and returns scores that have their only maximum there.
 
-    `generate` looks for that maximum and keeps nothing else of the scores, unless it collects them (output_scores). So
-    one buffer of zeros and a single 1 per row serves every step, the clean scores are kept aside, and the scores that
-    came in (of which transformers may hold a reference, as output_logits) are only read.
+    `generate` takes that maximum and uses nothing else of the scores, unless it collects them (output_scores). So one
+    buffer of zeros with a single 1 per row serves every step, the filtered scores are kept separately, and the incoming
+    scores are only read: transformers may hold a reference to them (output_logits).
 
     Attributes:
-        params: of each prompt where prompts branch (copies > 1), else of each sequence.
+        params: per prompt if prompts branch (copies > 1), else per sequence.
         seeds, offsets: int64 bits, likewise.
-        sampled: False takes the most probable token, as greedy search.
-        padding: the id of a sequence that is ended for want of a token; None makes that an error.
-        apart: whether sequences of a prompt may differ in what their first token can be.
-        clean: has the logits that "raw" log-probabilities are of, where processors of transformers change them first.
+        sampled: False takes the most probable token, as greedy search does.
+        padding: the id given to a sequence that is ended because it can have no token; None makes that an error.
+        apart: whether the sequences of a prompt may allow different first tokens.
+        clean: holds the logits for "raw" log-probabilities when processors of transformers change them first.
     """
 
     params: SamplingParams
@@ -234,7 +234,7 @@ class Draw(LogitsProcessor):
         return self._one_hot(tokens, scores)
 
     def _branch(self, scores: torch.Tensor, inputs: dict[str, Any]) -> SampleOutput:
-        """The first step of prompts that branch: draw j is the j-th sequence's. Also makes the others' sampler."""
+        """The first step of prompts that branch: draw j is the j-th sequence's. Also makes the later steps' sampler."""
         own, params = siblings(self.seeds, self.copies), repeated(self.params, self.copies)
         offsets = self.offsets.repeat_interleave(self.copies)
         self.sampler = self._new_sampler(params, own, offsets + 1)
@@ -262,7 +262,7 @@ class Draw(LogitsProcessor):
         )
 
     def _end_invalid(self, status: torch.Tensor, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
-        """Note which sequences can have no token, or raise; those that have ended already need none."""
+        """Note which sequences can have no token, or raise. Sequences that have ended need none."""
         progress = self.progress
         over = progress.status != 0 if progress.done is None else progress.done | (progress.status != 0)
         rows = status.masked_fill(over, 0).nonzero()[:, 0].tolist()
@@ -290,7 +290,7 @@ class Draw(LogitsProcessor):
 
 
 class Criteria(StoppingCriteriaList):
-    """The same stopping criteria, shown the clean scores; keeps the progress, and the grammars up to date."""
+    """The call's stopping criteria, given the filtered scores; also keeps the progress and the grammars up to date."""
 
     def __init__(
         self, criteria: StoppingCriteriaList, grammar: Followed | None, progress: Progress, pads: bool
@@ -307,7 +307,7 @@ class Criteria(StoppingCriteriaList):
         before = torch.zeros_like(done) if progress.done is None else progress.done
         lengths = torch.full_like(done, input_ids.shape[1], dtype=torch.int64)
         over = before
-        if progress.reasons:  # the last id of those that were ended in this step is padding
+        if progress.reasons:  # for those ended in this step, the last id is padding
             over = before | (progress.status != 0)
             lengths -= (over & ~before).long()
             done = done | over
@@ -321,7 +321,7 @@ class Criteria(StoppingCriteriaList):
 
 
 class _Padding(StoppingCriteria):
-    """Ends nothing; that it has this attribute makes `generate` pad sequences which have ended."""
+    """Ends nothing; because this attribute exists, `generate` pads sequences that have ended."""
 
     eos_token_id = None
 
