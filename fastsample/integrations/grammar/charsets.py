@@ -116,7 +116,7 @@ _PIECE = re.compile(r"\\([pP])(?:\{(\^?)([^}]*)\}|(\w))|\\.|\(\?<(?=[A-Za-z_])|\
 
 
 def with_properties(pattern: str) -> str:
-    r"""With \p{Lu}, \PL and the like spelt out, and groups named as Python has it."""
+    r"""The pattern with \p{Lu}, \PL and the like expanded, and groups named in Python's syntax."""
     pieces, inside = [], False
     for match in _PIECE.finditer(pattern):
         piece = match[0]

@@ -67,8 +67,8 @@ class GrammarCompiler:
                 BaseModel, a dataclass, a TypedDict, an Enum, list[int], a TypeAdapter.
             strict: close objects. An object whose schema has `properties`, but neither additionalProperties nor
                 patternProperties nor propertyNames, may have only the properties named by that schema, by those
-                combined with it (allOf, anyOf, oneOf, $ref) and by their `required`; without a `type` it is an object. Without
-                `properties` an object stays open.
+                combined with it (allOf, anyOf, oneOf, $ref) and by their `required`; without a `type` it is
+                an object. Without `properties` an object stays open.
 
         Raises:
             TypeError: not something that has a schema.
