@@ -1,7 +1,6 @@
-"""The adapters behind bench/peers.py: each makes a step, logits to token, out of what somebody else wrote.
+"""The adapters behind bench/peers.py: each wraps a peer's sampler as a step from logits to token.
 
-What must be copied or built anew before each step, because the peer destroys its input, happens outside of the clock
-(a step with `seconds`, see bench/timing.py).
+If a peer destroys its input, the copy made before each step is not timed (a step with `seconds`, see bench/timing.py).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Tensor = torch.Tensor
 
 
 class PrivateCopy:
-    """A step that may destroy its logits: each run gets a fresh copy, made outside of the clock."""
+    """A step that may destroy its logits: each run gets a fresh copy, which is not timed."""
 
     def __init__(self, logits: Tensor, step: Callable[[Tensor], Any]) -> None:
         self.logits, self.step = logits, step
@@ -45,14 +44,14 @@ class PrivateCopy:
 
 
 def draw(probs: Tensor) -> Tensor:
-    """A sample per row. On a GPU the exponential race inside multinomial, without multinomial's wait for the device."""
+    """One sample per row. On a GPU: the exponential race inside multinomial, without multinomial's wait for the device."""
     if probs.is_cuda:
         return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
     return probs.multinomial(1)[:, 0]
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Hugging Face's nucleus: ascending, cumulative probability at most 1 - p dropped."""
+    """Hugging Face's nucleus: in ascending order, drop tokens up to a cumulative probability of 1 - p."""
     values, order = logits.sort(-1)
     gone = values.softmax(-1).cumsum(-1) <= 1 - p
     gone[:, -1] = False
@@ -69,7 +68,7 @@ def penalised(logits: Tensor, fields: dict[str, Any], prompt: Tensor, output: Te
 
 
 def torch_step(mode: Mode, logits: Tensor) -> Step:
-    """The mode as one would write it in torch, top-k first among the filters so that the rest is small."""
+    """The mode as one would write it in torch, with top-k first so that little is left for the other filters."""
     fields = mode.fields
     extras = extra_inputs(mode, logits)
 
@@ -119,7 +118,7 @@ def hugging_face(mode: Mode, logits: Tensor) -> Step:
 
 @cache
 def stub_model(vocab: int) -> Any:
-    """A model whose logits are zeros [B, S, V]: what set_logits replaces."""
+    """A model whose logits are zeros [B, S, V], which set_logits replaces."""
     import onnx
     import onnxruntime_genai as og
     from onnx import TensorProto, helper
@@ -150,7 +149,7 @@ def stub_model(vocab: int) -> Any:
 
 
 class OnnxRuntime:
-    """set_logits and generate_next_token; the stub's own step, which must come first, is outside of the clock."""
+    """set_logits and generate_next_token; the stub model's own step before them is not timed."""
 
     def __init__(self, mode: Mode, logits: Tensor) -> None:
         import onnxruntime_genai as og
@@ -160,7 +159,7 @@ class OnnxRuntime:
         self.first = np.zeros((logits.shape[0], 1), dtype=np.int32)
         self.model = stub_model(logits.shape[1])
         params = og.GeneratorParams(self.model)
-        # With top_k = 0 it draws past top_p's limit (the gate sees it), and without filters it takes longer.
+        # With top_k = 0 it draws past top_p's limit (the gate notices), and without filters it takes longer.
         sampling = {
             "temperature": f["temperature"],
             "top_k": f.get("top_k", logits.shape[1]),
@@ -188,7 +187,7 @@ class OnnxRuntime:
 
 
 class LlamaCpp:
-    """llama.cpp's sampler chain over raw logits, row by row; `fill` puts the candidate array on the clock."""
+    """llama.cpp's sampler chain over raw logits, row by row; with `fill`, building the candidate array is timed too."""
 
     ENTRY = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -205,7 +204,7 @@ class LlamaCpp:
         self.array = lc.llama_token_data_array(data=data, size=self.size, selected=-1, sorted=False)
         self.chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
         parts = [lc.llama_sampler_init_greedy()]
-        if f["temperature"] > 0:  # top-k first: its order is the same, and the rest sees k candidates only
+        if f["temperature"] > 0:  # top-k first: the order is the same, and the others see only k candidates
             parts = [lc.llama_sampler_init_top_k(f["top_k"])] if "top_k" in f else []
             parts.append(lc.llama_sampler_init_temp(f["temperature"]))
             parts += [lc.llama_sampler_init_top_p(f["top_p"], 1)] if "top_p" in f else []

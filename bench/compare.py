@@ -1,4 +1,4 @@
-"""The comparison: figures as points of a few sections, each measured in turns with what it is held against.
+"""The comparison: points in a few sections, each measured in alternation with its contender.
 
 A point is one way to run us and one contender: a peer (bench/peers.py), `torch.amax` over the same logits (one read of
 the row), or ourselves run otherwise (another instruction set, one thread, float32 logits). Both sides take turns in
@@ -37,7 +37,7 @@ PACKAGES = ("transformers", "onnxruntime-genai", "llama-cpp-python", "mlx", "mlx
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured, and against what."""
+    """One measurement and its contender."""
 
     section: str
     against: str
@@ -56,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line narrows; None keeps a section's own values."""
+    """What the command line restricts; None keeps a section's own values."""
 
     sections: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ def peer_points(c: Choice) -> Iterator[Point]:
 
 
 def vocab_points(c: Choice) -> Iterator[Point]:
-    """Vocabularies from a thousand to a million: one row, in cache, and as many as must come from memory."""
+    """Vocabularies from a thousand to a million: one row in cache, and enough rows to exceed it."""
     for vocab, mode in itertools.product(c.vocabs or tuple(2**n for n in range(10, 21)), PLAIN):
         for rows in c.batches or (1, FROM_MEMORY // vocab):
             yield Point("vocab", AMAX, mode, "lm", rows, vocab, 1)
@@ -139,7 +139,7 @@ SECTIONS: dict[str, Callable[[Choice], Iterator[Point]]] = {
 
 
 def points(c: Choice) -> list[Point]:
-    """What the choice leaves of every section, points over the same logits side by side."""
+    """The chosen points of every section; points over the same logits follow each other."""
 
     def wanted(p: Point) -> bool:
         narrowed = ((c.modes, p.mode), (c.logits, p.logits), (c.batches, p.rows))
@@ -153,7 +153,7 @@ def points(c: Choice) -> list[Point]:
 
 
 class Ours:
-    """Our step, run with a number of threads and an instruction set that it chooses before every run."""
+    """Our step; sets its number of threads and its instruction set before every run."""
 
     def __init__(self, point: Point, threads: int, isa: str, dtype: str, **fields: Any) -> None:
         self.threads, self.isa = threads, isa
@@ -176,14 +176,14 @@ class Ours:
 
 @cache
 def ours_differs(mode: str, logits: str, rows: int, vocab: int, dtype: str, threads: int, isa: str) -> str | None:
-    """The engine's gate for one way to run it."""
+    """The engine's gate for one configuration."""
     fs.set_num_threads(threads)
     native().force_isa(isa)
     return gate.engine_differs(BY_NAME[mode], make_logits(logits, rows, vocab, getattr(torch, dtype)), "cpu")
 
 
 def theirs(point: Point, isa: str) -> tuple[Step, str | None]:
-    """The contender's step, and why it is refused, if it is."""
+    """The contender's step, and the reason if it is refused."""
     mode, logits = BY_NAME[point.mode], make_logits(*point.input)
     if point.against == AMAX:
         return lambda: torch.amax(logits, -1), None
@@ -202,7 +202,7 @@ def theirs(point: Point, isa: str) -> tuple[Step, str | None]:
 
 
 def measure(point: Point, budget: float) -> dict[str, Any]:
-    """A record: the point and its figures in microseconds a step, or why there are none."""
+    """A record: the point with its figures in microseconds per step, or the reason why there are none."""
     record = asdict(point)
     peer = peers.BY_NAME.get(point.against)
     missing = peer and peer.why_not()
@@ -221,7 +221,7 @@ def measure(point: Point, budget: float) -> dict[str, Any]:
         own = Ours(point, point.threads, isa, point.dtype, **(peer.fields if peer else {}))
         others = Others()
         pairs = in_turns(own, step, budget)
-    except Exception as error:  # a peer's failure is a result, and must not end the run
+    except Exception as error:  # a peer's failure is a result and must not end the run
         return record | {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     finally:
         native().force_isa(best)
@@ -235,12 +235,12 @@ def measure(point: Point, budget: float) -> dict[str, Any]:
 
 
 def disturbance(record: dict[str, Any] | None) -> float:
-    """Cores that others kept busy; infinite where there is no figure yet, nothing for a refusal."""
+    """The number of cores that other processes kept busy; infinite without a figure, 0 for a refusal."""
     return math.inf if record is None or "missing" in record else record.get("others") or 0.0
 
 
 def calmest(point: Point, budget: float, calm: float) -> dict[str, Any]:
-    """A record, up to three times while other processes disturb it."""
+    """A record, measured up to three times if other processes disturb it."""
     records = []
     while len(records) < 3 and (not records or disturbance(records[-1]) > calm):
         records.append(measure(point, budget))
@@ -254,7 +254,7 @@ KEYS |= {"threads": "threads", "against": "against"}
 
 
 def table(section: str, records: list[dict[str, Any]]) -> Table:
-    """Medians, and 10th to 90th percentiles of the ratio; what is the same in every line stands in the title."""
+    """Medians, and 10th to 90th percentiles of the ratio; the title has what all lines share."""
     values = {name: list(dict.fromkeys(str(r[key]) for r in records)) for name, key in KEYS.items()}
     shown = [name for name in KEYS if len(values[name]) > 1]
     same = ", ".join(f"{name} {values[name][0]}" for name in KEYS if len(values[name]) == 1 and values[name][0])
@@ -273,7 +273,7 @@ def table(section: str, records: list[dict[str, Any]]) -> Table:
 
 
 def remarks(records: list[dict[str, Any]]) -> list[str]:
-    """A line per refusal, and a line per peer that is not here."""
+    """One line per refusal, and one per peer that is not installed."""
     lines = disturbed(records)
     for r in records:
         if "refused" in r:

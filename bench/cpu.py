@@ -1,6 +1,6 @@
-"""The CPU engine against one read of the row: `python -m bench cpu`, with what is aimed at.
+"""The CPU engine against one read of the row: `python -m bench cpu`, with the target of each mode.
 
-Each mode takes turns with torch.amax over the same logits in one process. Python's share of both is included.
+Each mode alternates with torch.amax over the same logits in one process. Both times include Python's share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.timing import Others, in_turns, spread
 
 
 def measure(mode: Mode, logits: torch.Tensor, budget: float) -> dict[str, Any]:
-    """Microseconds a step, of amax too, and the ratio turn by turn; or why there is none."""
+    """Microseconds per step, those of amax, and the ratio turn by turn; or the reason why there is none."""
     reason = gate.engine_differs(mode, logits, "cpu")
     if reason:
         return {"refused": reason}

@@ -16,7 +16,7 @@ from bench.timing import duration, factor, in_turns, three_digits
 
 
 def run(vocabs: Iterable[int], counts: Iterable[int], rows: int, threads: int, seconds: float) -> None:
-    """Both in turns in one process, for each vocabulary and number of draws; medians and their ratio."""
+    """Alternate both in one process, for each vocabulary and number of draws; medians and their ratio."""
     torch.set_num_threads(threads)
     fs.set_num_threads(threads)
     where = machine()

@@ -1,4 +1,4 @@
-"""The red gate: before a time is taken, is it the same work? A reason why not, or None."""
+"""The gate before any timing: do both sides do the same work? A reason why not, or None."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bench.modes import BY_NAME, MAKERS, SEED, Mode, extra_inputs, prepare
 from bench.peers import Peer, tokens_of
 from bench.timing import Step
 
-SMALL = (4, 512)  # rows, vocab: here a kept token that is never drawn is noticed
+SMALL = (4, 512)  # rows, vocab: small enough to notice a kept token that is never drawn
 DRAWS, SECONDS = 4000, 0.4  # tokens looked at, at most
-ALPHA = 1e-6  # chance that a right peer is refused
-EDGE = 2e-4  # a token this close to a filter's limit may be kept or not: float sums of a whole row round
-ROWS = 2  # of an engine's, recomputed by the reference: a row's tokens depend on nothing else
+ALPHA = 1e-6  # probability of refusing a correct peer
+EDGE = 2e-4  # a token this close to a filter's limit may be kept or not: float sums over a row round
+ROWS = 2  # rows recomputed by the reference: a row's tokens depend on nothing else
 
 
 def engine_differs(mode: Mode, logits: torch.Tensor, backend: str, **fields: Any) -> str | None:
@@ -40,7 +40,7 @@ def engine_differs(mode: Mode, logits: torch.Tensor, backend: str, **fields: Any
 
 @cache
 def peer_differs(peer: Peer, mode_name: str, device: str) -> str | None:
-    """Why a peer's draws from small inputs, where much can be seen, do not fit our distribution, or None."""
+    """Why a peer's draws from small inputs, where the test is sharp, do not fit our distribution, or None."""
     mode = BY_NAME[mode_name]
     for maker in ("flat", "lm"):
         logits = MAKERS[maker](*SMALL, torch.Generator().manual_seed(7)).to(device)
@@ -54,9 +54,9 @@ def peer_differs(peer: Peer, mode_name: str, device: str) -> str | None:
 def draws_differ(step: Step, mode: Mode, logits: torch.Tensor, fields: dict[str, Any]) -> str | None:
     """Why repeated draws of a step do not fit `fastsample.probabilities` of these logits, or None.
 
-    Three questions: is every token within our kept set; is each token that we often draw drawn at all; and is the mass
-    in front of the drawn token, in rank order, uniform (the randomised probability integral transform, which has the
-    same distribution whatever the row, so that one Kolmogorov-Smirnov test sees all rows and draws)?
+    Three questions: is every token in our kept set; does every token that we draw often appear; and is the mass ranked
+    before the drawn token uniform? (The last is the randomised probability integral transform: its distribution does
+    not depend on the row, so one Kolmogorov-Smirnov test covers all rows and draws.)
     """
     tokens = collect(step, logits.shape[0])
     wide, options = logits.float(), {**mode.fields, **fields}
@@ -82,7 +82,7 @@ def draws_differ(step: Step, mode: Mode, logits: torch.Tensor, fields: dict[str,
 
 
 def collect(step: Step, rows: int) -> torch.Tensor:
-    """Tokens int64 [rows, steps] of as many steps as the limits allow, at least 3."""
+    """Tokens int64 [rows, steps], for as many steps as the limits allow, at least 3."""
     end = time.perf_counter() + SECONDS
     drawn: list[torch.Tensor] = []
     while len(drawn) < 3 or (len(drawn) * rows < DRAWS and time.perf_counter() < end):
@@ -91,7 +91,7 @@ def collect(step: Step, rows: int) -> torch.Tensor:
 
 
 def widened(options: dict[str, Any]) -> dict[str, Any]:
-    """The same filters, a little wider, and ties kept."""
+    """The same filters, slightly wider, with ties kept."""
     wide = {**options, "ties": "all"}
     if "top_p" in options:
         wide["top_p"] = min(1.0, options["top_p"] + EDGE)
@@ -105,7 +105,7 @@ def penalties(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_front(probs: torch.Tensor, keys: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
-    """The mass ranked before each token, plus a uniform part of its own."""
+    """The mass ranked before each token, plus a uniform fraction of its own."""
     order = keys.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
     before = torch.cat([torch.zeros(len(probs), 1, dtype=probs.dtype), probs.gather(1, order).cumsum(1)], 1)

@@ -1,7 +1,8 @@
-"""End to end: Hugging Face `generate` with its own sampler and with ours, and how much of a step is sampling.
+"""End to end: Hugging Face `generate` with its own sampler and with ours, and sampling's share of a step.
 
-Both run transformers' decoding loop over the same model and prompts, in turns. A step's sampling is what lies between
-the model's return and the stopping criteria: the float32 copy of the last logits, filters, draw and concatenation.
+Both run transformers' decoding loop over the same model and prompts, in alternation. A step's sampling is the time
+between the model's return and the stopping criteria: the float32 copy of the last logits, filters, draw and
+concatenation.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 class Stopwatch(StoppingCriteria):
-    """Never stops; notes how long it is since the model returned, and since the last step ended."""
+    """A stopping criterion that never stops; notes the time since the model returned, and since the last step."""
 
     def __init__(self, rows: int) -> None:
         self.go_on = torch.zeros(rows, dtype=torch.bool)
@@ -59,7 +60,7 @@ class Stopwatch(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         now = time.perf_counter()
-        if self.ended:  # the first step includes the prompt's
+        if self.ended:  # the first step includes the prompt
             self.sampling.append(now - self.returned)
             self.steps.append(now - self.ended)
         self.ended = now
@@ -68,7 +69,7 @@ class Stopwatch(StoppingCriteria):
 
 @dataclass
 class Sampler:
-    """One of the two ways to run `generate`, and what its turns gave."""
+    """One of the two ways to run `generate`, with its figures."""
 
     name: str
     options: dict[str, Any]
@@ -118,7 +119,7 @@ def one_turn(model: Any, ids: torch.Tensor, tokens: int, sampler: Sampler) -> No
 
 
 def measure(name: str, model: Any, rows: int, tokens: int, budget: float) -> list[Record]:
-    """A record for each sampler, turns alternating."""
+    """One record per sampler; turns alternate."""
     vocab = model.config.vocab_size
     ids = torch.randint(vocab, (rows, PROMPT), generator=torch.Generator().manual_seed(5))
     samplers = [Sampler("fastsample", {"custom_generate": fs_generate(seed=3)}), Sampler("Hugging Face", {})]

@@ -1,8 +1,7 @@
 """GPU engines against torch's own operations and FlashInfer: `python -m bench gpu`.
 
-First the `gpu` tests and bench/gate.py, since a fast wrong token is worth nothing. Then each mode, captured in a CUDA
-graph of several calls and timed with events: on inputs that take turns and together exceed the L2 cache (cold), and on
-one input (hot).
+First come the `gpu` tests and bench/gate.py. Then each mode is captured in a CUDA graph of several calls and timed with
+events: cold, over inputs that together exceed the L2 cache, and hot, over one input.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ ROOT = Path(__file__).parents[1]
 BATCHES, VOCABS, DTYPES = (1, 8, 64, 256), (32000, 128256, 262144), ("float32", "bfloat16")
 NAMES = ("greedy", "k50 p.95", "p.95", "min_p", "T", "everything")
 REPLAYS = 5
-TEST_SHARE = 0.6  # of the time, at most
-BANDWIDTH = 3.35e12  # bytes per second that an H100 SXM reads; only for the column of floors
+TEST_SHARE = 0.6  # of the time budget, at most
+BANDWIDTH = 3.35e12  # bytes per second of an H100 SXM; only for the column of floors
 
 
 @dataclass
 class Budget:
-    """Seconds since the start, and how many there are."""
+    """A time budget: seconds since the start, and the limit."""
 
     seconds: float
     start: float = field(default_factory=time.perf_counter)
@@ -78,16 +77,16 @@ def l2_bytes() -> int:
 
 
 def turns(row_bytes: int) -> int:
-    """How many inputs it takes to exceed twice the L2 cache; at least 2, at most 64."""
+    """The number of inputs that exceeds twice the L2 cache; at least 2, at most 64."""
     return min(64, max(2, math.ceil(2 * l2_bytes() / row_bytes)))
 
 
 def timed(calls: list[Callable[[], Any]]) -> tuple[float, bool]:
-    """Microseconds per call, the median of some replays, and whether a graph could be captured."""
+    """Microseconds per call (the median of several replays), and whether a graph could be captured."""
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        for call in calls * 2:  # kernels compiled, a Sampler's workspace its own
+        for call in calls * 2:  # compiles the kernels, and gives the Sampler its own workspace
             call()
     torch.cuda.synchronize()
 
@@ -122,7 +121,7 @@ Differs = Callable[[Mode, torch.Tensor, Callable[[], Any]], str | None]
 
 
 def contenders() -> dict[str, tuple[Make, Differs, tuple[str, ...]]]:
-    """Name -> what makes a step for a mode and logits, its gate, and the modes that it offers."""
+    """Name -> a function that makes a step for a mode and logits, its gate, and the modes it offers."""
     found: dict[str, tuple[Make, Differs, tuple[str, ...]]] = {}
     probe = torch.zeros(1, 1, device="cuda")
     for name in ("cuda", "triton"):
@@ -148,7 +147,7 @@ def peer_differs(peer: peers.Peer, mode: Mode, logits: torch.Tensor, step: Calla
 
 
 def make_inputs(batch: int, vocab: int, dtype: str) -> list[torch.Tensor]:
-    """Logits [batch, vocab] that take turns: a few rows of a language model's, rolled by different numbers of ids."""
+    """Alternating logits [batch, vocab]: a few rows of a language model, rolled by different numbers of ids."""
     rows = make_logits("lm", min(batch, 8), vocab, getattr(torch, dtype)).cuda()
     first = torch.cat([rows.roll(977 * i, -1) for i in range(-(-batch // len(rows)))])[:batch].contiguous()
     return [first] + [first.roll(97 * i, -1) for i in range(1, turns(first.nbytes))]
@@ -175,7 +174,7 @@ def measure(mode: Mode, inputs: list[torch.Tensor], budget: Budget) -> Iterator[
             cold, captured = timed(steps)
             hot, _ = timed([steps[0]] * len(steps))
             yield result | {"cold_us": cold, "hot_us": hot, "graph": captured}
-        except Exception as error:  # a peer's failure is a result, and must not end the run
+        except Exception as error:  # a peer's failure is a result and must not end the run
             yield result | {"skipped": f"{type(error).__name__}: {error}"[:200]}
     torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""`python -m bench grammar`: a grammar's mask inside the pass that samples, against applying it apart."""
+"""`python -m bench grammar`: a grammar's mask inside the fused pass, against applying it separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIELDS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 
 
 def make_mask(rows: int, vocab: int, share: float) -> torch.Tensor:
-    """Words of which each bit is 1 with this probability, int32 [rows, words]."""
+    """Random mask words, int32 [rows, words]; each bit is 1 with this probability."""
     bits = torch.rand(rows, (vocab + 31) // 32, 32, generator=torch.Generator().manual_seed(5)) < share
     return (bits.int() << torch.arange(32, dtype=torch.int32)).sum(-1).to(torch.int32)
 
@@ -30,7 +30,7 @@ def unpack(mask: torch.Tensor, vocab: int) -> torch.Tensor:
 
 
 def ways(logits: torch.Tensor, mask: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Steps that draw the same tokens, and last one without a mask."""
+    """Steps that draw the same tokens, and finally one without a mask."""
     rows, vocab = logits.shape
     fused, apart, ready, plain = (fs.Sampler(batch_size=rows, seed=1, on_invalid="flag", **FIELDS) for _ in range(4))
     forbidden = unpack(mask, vocab)

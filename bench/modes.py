@@ -1,4 +1,4 @@
-"""What is measured: sampling modes as data, over the logits makers of tests/support/cases.py."""
+"""The measured sampling modes as data, over the logits makers of tests/support/cases.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to sample; `limits` are the ratios to amax that are aimed at for B = 1 and B = 64."""
+    """One way to sample; `limits` are the target ratios to amax for B = 1 and B = 64."""
 
     name: str
     fields: dict[str, Any]
@@ -58,14 +58,14 @@ FILTERS += [Mode(f"p{str(p)[1:]}", {"top_p": p}) for p in (0.1, 0.9, 0.999)]
 BY_NAME = {mode.name: mode for mode in [*MODES, *FILTERS]}
 
 
-@lru_cache(maxsize=1)  # one input is measured in many ways before the next one's turn
+@lru_cache(maxsize=1)  # one input is measured in many ways before the next is made
 def make_logits(name: str, rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-    """Logits [rows, vocab] of one of the makers, the same at every call. Not to be written to."""
+    """Logits [rows, vocab] of one of the makers, the same at every call. Read-only."""
     return finish(MAKERS[name](rows, vocab, torch.Generator().manual_seed(7)), dtype)
 
 
 def extra_inputs(mode: Mode, logits: torch.Tensor) -> dict[str, Any]:
-    """A bitmask that allows everything, 250 ids of a prompt and 250 of an output, where the mode has them."""
+    """A bitmask that allows everything, 250 prompt ids and 250 output ids, for modes that use them."""
     if not mode.extras:
         return {}
     rows, vocab = logits.shape
@@ -75,7 +75,7 @@ def extra_inputs(mode: Mode, logits: torch.Tensor) -> dict[str, Any]:
 
 
 def prepare(mode: Mode, logits: torch.Tensor, backend: str = "auto", **fields: Any) -> Callable[[], fs.SampleOutput]:
-    """A step of a prepared Sampler into buffers of its own, as a serving loop would call it; `fields` replace."""
+    """A step of a prepared Sampler with out=, as in a serving loop; `fields` override the mode's."""
     options = {"seed": SEED, "on_invalid": "flag", "backend": backend, **mode.request}
     sampler = fs.Sampler(batch_size=logits.shape[0], **options, **{**mode.fields, **fields})
     extras = extra_inputs(mode, logits)

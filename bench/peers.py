@@ -1,6 +1,6 @@
-"""What others offer from logits to token: `PEERS`, each with its pip line and with what its time covers.
+"""Other samplers from logits to token: `PEERS`, each with its pip line and with what its time covers.
 
-bench/gate.py holds every step of theirs against our distribution before its time is taken.
+bench/gate.py checks every peer's step against our distribution before it is timed.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Peer:
-    """A way to sample that somebody could use instead of us."""
+    """A sampler that somebody could use instead of ours."""
 
     name: str
     make: Callable[[Mode, Tensor], Step]  # only for its modes
     install: str  # the pip line
-    covers: str  # what is on the clock, and what is not
+    covers: str  # what is timed, and what is not
     modules: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu",)
-    fields: dict[str, Any] = field(default_factory=dict)  # what our parameters must be for the same distribution
+    fields: dict[str, Any] = field(default_factory=dict)  # our parameters for the same distribution
     modes: tuple[str, ...] = ("greedy", "k50 p.95", "min_p", "p.95", "T")
 
     def why_not(self) -> str | None:
-        """Why it cannot run here, with its pip line, or None."""
+        """Why it cannot run here, with the pip line, or None."""
         try:
             for name in self.modules:
                 if find_spec(name.split(".")[0]) is None:
                     return f"not installed: {self.install}"
                 import_module(name)
-        except Exception as error:  # a peer that breaks while it is imported is none of our business, but is reported
+        except Exception as error:  # a peer that breaks on import is reported, not our problem
             return f"{type(error).__name__}: {error}".splitlines()[0][:160] + f" ({self.install})"
         return None
 
@@ -137,7 +137,7 @@ BY_NAME = {peer.name: peer for peer in PEERS}
 
 
 def tokens_of(result: Any) -> Tensor:
-    """Token ids int64 [B] on the CPU, whatever a step returned."""
+    """Token ids int64 [B] on the CPU, from whatever a step returned."""
     result = getattr(result, "tokens", result)
     if isinstance(result, torch.Tensor):
         return result.reshape(-1).cpu().long()
@@ -145,7 +145,7 @@ def tokens_of(result: Any) -> Tensor:
 
 
 def listing() -> None:
-    """Print who is here and who is not."""
+    """Print which peers are installed and which are not."""
     table = Table("peer", "here", "what its time covers", show_lines=True)
     for peer in PEERS:
         table.add_row(peer.name, peer.why_not() or "yes", peer.covers)

@@ -1,4 +1,4 @@
-"""What was measured, kept: the machine, files that survive an interruption, and reading them back."""
+"""Results on disk: the machine, files that survive an interruption, and reading them back."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import fastsample as fs
 from fastsample.backends.cpu import native
 
 Record = dict[str, Any]
-RESULTS = Path(__file__).parent / "results"  # where figures go that are given no other place
+RESULTS = Path(__file__).parent / "results"  # the default place for results
 KINDS = ("compare", "generate", "cpu", "gpu")
 
 
 def packages(names: tuple[str, ...]) -> dict[str, str]:
-    """Versions of what is installed of these."""
+    """Versions of those of these packages that are installed."""
     found = {}
     for name in names:
         try:
@@ -37,7 +37,7 @@ def packages(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def machine(*names: str) -> dict[str, Any]:
-    """Where it was measured: CPU, instruction set, versions (also of the packages named)."""
+    """This machine: CPU, instruction set, versions (including the packages named)."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -54,30 +54,30 @@ def machine(*names: str) -> dict[str, Any]:
 
 
 def slug(where: dict[str, Any]) -> str:
-    """The machine in a file name."""
+    """The machine's name as part of a file name."""
     text = where.get("gpu") or f"{where['cpu']} {where['isa']}"
     words = "".join(c if c.isalnum() else " " for c in text).lower().split()
     return "-".join(words)
 
 
 def console() -> Console:
-    """A console whose tables are readable in a file too."""
+    """A console whose tables stay readable in a file."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def command() -> str:
-    """What was typed."""
+    """The command line as typed."""
     return shlex.join(["python", "-m", "bench", *sys.argv[1:]])
 
 
 class Results:
-    """Figures in a JSON file that is whole after every one of them, so that an interrupted run loses nothing.
+    """Figures in a JSON file that is valid after each of them, so that an interrupted run loses nothing.
 
     Args:
-        path: the file; its folder is made. None keeps them in memory.
-        kind: which command's figures these are.
+        path: the file; its folder is created. None keeps the figures in memory.
+        kind: the command that made the figures.
         where: `machine()`.
-        resume: keep the figures that are there already; they must be of this machine and of these versions.
+        resume: keep existing figures; they must be from this machine and these versions.
     """
 
     def __init__(self, path: Path | None, kind: str, where: dict[str, Any], resume: bool = False) -> None:
@@ -105,7 +105,7 @@ class Results:
         return next((record for record in self.records if key.items() <= record.items()), None)
 
     def add(self, record: Record, instead: Record | None = None) -> None:
-        """Write a record at once, in the place of another."""
+        """Write a record at once, replacing one with the same key."""
         if instead is None:
             self.records.append(record)
         else:
@@ -113,7 +113,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """The whole file, or the one before it; never half of one."""
+        """Write atomically: readers see the new file or the old one, never half of one."""
         if self.path is None:
             return
         lines = ",\n  ".join(json.dumps(record) for record in self.records)
@@ -126,7 +126,7 @@ class Results:
 
 @dataclass
 class Machine:
-    """All that was measured on one machine, from however many files."""
+    """All figures of one machine, from any number of files."""
 
     where: dict[str, Any]
     runs: list[Record] = field(default_factory=list)
@@ -147,7 +147,7 @@ class Machine:
 
 
 def results_in(folder: Path) -> list[Path]:
-    """The JSON files of a folder that `load` reads; other commands may keep theirs there too."""
+    """The JSON files of a folder that `load` reads; other commands may keep files there too."""
     return [path for path in sorted(folder.glob("*.json")) if json.loads(path.read_text()).get("kind") in KINDS]
 
 
@@ -173,6 +173,6 @@ def load(files: Iterable[Path]) -> list[Machine]:
 
 
 def point_of(record: Record) -> tuple[Any, ...]:
-    """What says which point a record is of: its strings and whole numbers that are not figures or reasons."""
+    """A record's key: its strings and whole numbers that are not figures or reasons."""
     skipped = ("missing", "refused", "skipped", "turns")
     return tuple((k, v) for k, v in record.items() if isinstance(v, (str, int)) and k not in skipped)

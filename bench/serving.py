@@ -1,8 +1,8 @@
 """vLLM with and without fastsample: `python -m bench serving`, where vLLM is installed (`nox -s vllm -- bench`).
 
-Both are one engine in one process, whose sampler's forward is swapped from call to call (A B A B); medians, and the
-median of the ratios pair by pair. The model is a random Llama of one layer: its step costs little, so tokens per second
-show what the sampler allows, not what a large model would gain.
+One engine in one process serves both: its sampler's forward is swapped from call to call (A B A B); medians, and the
+median of the pairwise ratios. The model is a random Llama of one layer: its step costs little, so tokens per second
+show the sampler's limit, not a large model's gain.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LLAMA = {
     "hidden_act": "silu",
     "torch_dtype": "float32",
 }
-# What a request asks for, and what of it reaches the sampler's forward (the temperature is divided before).
+# A request's parameters, and those that reach the sampler's forward (temperature is applied before).
 MODES: dict[str, dict[str, Any]] = {
     "T": {"temperature": 0.8},
     "k50": {"temperature": 0.8, "top_k": 50},
@@ -82,13 +82,13 @@ def without(inner: Any) -> Iterator[None]:
 
 
 def against(call: Callable[[], Any], inner: Any, pairs: int) -> tuple[float, float, float]:
-    """Median seconds of a call with fastsample and without, and the median of without / with, pair by pair."""
+    """Median seconds per call with and without fastsample, and the median of the pairwise ratios without / with."""
     taken = []
     for pair in range(pairs + 1):
         mine = seconds(call)
         with without(inner):
             theirs = seconds(call)
-        if pair:  # the first warms up
+        if pair:  # the first call warms up
             taken.append((mine, theirs))
     return (
         statistics.median(a for a, _ in taken),
@@ -98,7 +98,7 @@ def against(call: Callable[[], Any], inner: Any, pairs: int) -> tuple[float, flo
 
 
 def sampler_time(inner: Any, mode: dict[str, Any], rows: int, vocab: int) -> tuple[float, float, float]:
-    """TopKTopPSampler on LM-like logits [rows, vocab]; a fresh copy each time, as it may write to them (not timed)."""
+    """TopKTopPSampler on LM-like logits [rows, vocab]; each call gets a fresh copy (not timed), as it may write to it."""
     logits = make_logits("lm", rows, vocab, torch.float32) / mode["temperature"]
     k = torch.full((rows,), mode["top_k"], dtype=torch.int32) if "top_k" in mode else None
     p = torch.full((rows,), mode["top_p"]) if "top_p" in mode else None
@@ -139,7 +139,7 @@ def run(vocab: int, batch_sizes: Iterable[int], out: Path | None) -> None:
                     "tokens_ratio": gain,
                 }
             )
-            if out is not None:  # after each, so that a run that is cut short leaves what it has
+            if out is not None:  # after each, so that an interrupted run keeps its figures
                 out.parent.mkdir(parents=True, exist_ok=True)
                 report = {"machine": where, "vocab": vocab, "tokens": TOKENS, "pairs": PAIRS, "results": results}
                 out.write_text(json.dumps(report, indent=1) + "\n")

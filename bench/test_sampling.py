@@ -13,7 +13,7 @@ ENGINES = [name for name, reason in fs.engines().items() if reason is None]
 VOCABS = (32_000, 50_257, 128_256, 151_936, 262_144)
 BATCHES = (1, 8, 32, 64, 256)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-REFERENCE = 2**21  # logits: the specification is timed up to here, it is no contender
+REFERENCE = 2**21  # logits: the reference is timed only up to here, it is no contender
 
 
 def shapes(engine: str) -> list[tuple[int, int]]:
@@ -26,7 +26,7 @@ CASES = [
     for engine in ENGINES
     for rows, vocab in shapes(engine)
     for dtype in DTYPES
-    for logits in ("lm", "flat", "peaked")  # the modes of one input follow each other, and it is made once
+    for logits in ("lm", "flat", "peaked")  # one input's modes follow each other, so it is made once
     for mode in MODES
 ]
 
@@ -35,7 +35,7 @@ CASES = [
 def test_step(benchmark, rows, vocab, dtype, logits, mode, engine):
     device = "cuda" if engine in ("cuda", "triton") else "cpu"
     x = make_logits(logits, rows, vocab, DTYPES[dtype]).to(device)
-    if engine != "reference":  # what is timed must be right first
+    if engine != "reference":  # correct first, then timed
         assert gate.engine_differs(mode, x, engine) is None
     step = prepare(mode, x, engine)
 

@@ -1,4 +1,4 @@
-"""How time is taken and written: two contenders in turns, medians and spread."""
+"""Timing: two contenders in alternation, medians and spread."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 Step = Callable[[], Any]
 """Logits to tokens, once. A step with a method `seconds` runs once and says how long the part that counts took."""
 
-TURN = 2e-3  # seconds; a turn is as many calls as fit, so that a fast contender is not always measured cold
-WARM = 5e-3  # a step that takes longer than this is not run once more before each turn
+TURN = 2e-3  # seconds; a turn has as many calls as fit, so that a fast contender is not always measured cold
+WARM = 5e-3  # steps that take longer get no warm-up call before each turn
 LEAST, MOST = 5, 300  # turns
-REST = 2e-2  # seconds before a turn of several threads: OpenMP's workers spin on for some ms, on a core that we need
+REST = 2e-2  # seconds before a multi-threaded turn: OpenMP's workers keep spinning for some ms on a core that we need
 
 
 def seconds(step: Step) -> float:
@@ -31,7 +31,7 @@ def seconds(step: Step) -> float:
 
 
 def turn(step: Step, typical: float) -> float:
-    """Median seconds of a few calls in a row, the first of a fast step not counted."""
+    """Median seconds of several consecutive calls; a fast step's first call does not count."""
     if torch.get_num_threads() > 1:
         time.sleep(REST)
     if typical < WARM:
@@ -40,7 +40,7 @@ def turn(step: Step, typical: float) -> float:
 
 
 def in_turns(ours: Step, theirs: Step, budget: float) -> list[tuple[float, float]]:
-    """A B A B within a time budget, at least LEAST turns of each: seconds of ours and of theirs, turn by turn."""
+    """A B A B within a time budget, at least LEAST turns each: seconds of ours and theirs, turn by turn."""
     typical = [min(seconds(step) for _ in range(3)) for step in (ours, theirs)]
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + budget
@@ -56,14 +56,14 @@ def spread(values: Any, digits: int = 2) -> dict[str, float]:
 
 
 def bandwidth(megabytes: int = 256) -> float:
-    """Bytes per second that torch.amax reads from a tensor far larger than a cache, with torch's threads as set."""
+    """Bytes per second that torch.amax reads from a tensor far larger than a cache, with torch's current threads."""
     rows = torch.zeros(64, megabytes * 2**20 // 256)
     torch.amax(rows, -1)
     return rows.nbytes / min(seconds(lambda: torch.amax(rows, -1)) for _ in range(5))
 
 
 class Others:
-    """How many cores other processes kept busy since this was made; None where the system cannot tell."""
+    """The number of cores that other processes kept busy since this was made; None if the system cannot tell."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -71,7 +71,7 @@ class Others:
 
     @staticmethod
     def busy() -> float | None:
-        """Seconds that all cores together have worked, waiting for a disk not counted."""
+        """Seconds that all cores together have worked, without waiting for disks."""
         try:
             values = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
         except OSError:
@@ -81,14 +81,14 @@ class Others:
 
     def cores(self) -> float | None:
         now, elapsed = self.busy(), time.perf_counter() - self.start
-        if now is None or self.all is None or elapsed < 0.1:  # the system counts in hundredths of a second
+        if now is None or self.all is None or elapsed < 0.1:  # the system counts in units of 10 ms
             return None
         used = now - self.all - (sum(os.times()[:4]) - self.own)
         return round(max(0.0, used / elapsed), 2)
 
 
 def three_digits(value: float) -> float:
-    """A figure as `duration` shows it, so that a ratio follows from what stands beside it."""
+    """A figure rounded as `duration` shows it, so that ratios follow from the shown figures."""
     return float(f"{value:.3g}")
 
 
@@ -101,5 +101,5 @@ def duration(us: float) -> str:
 
 
 def factor(ratio: float) -> str:
-    """How many times, with two digits or more."""
+    """A ratio with at least two digits."""
     return f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.2g}x"
