@@ -44,7 +44,7 @@ class PrivateCopy:
 
 
 def draw(probs: Tensor) -> Tensor:
-    """One sample per row. On a GPU: the exponential race inside multinomial, without multinomial's wait for the device."""
+    """One sample per row. On a GPU: multinomial's exponential race without its wait for the device."""
     if probs.is_cuda:
         return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
     return probs.multinomial(1)[:, 0]

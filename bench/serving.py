@@ -98,7 +98,7 @@ def against(call: Callable[[], Any], inner: Any, pairs: int) -> tuple[float, flo
 
 
 def sampler_time(inner: Any, mode: dict[str, Any], rows: int, vocab: int) -> tuple[float, float, float]:
-    """TopKTopPSampler on LM-like logits [rows, vocab]; each call gets a fresh copy (not timed), as it may write to it."""
+    """TopKTopPSampler on LM-like logits [rows, vocab]; each call gets a fresh copy, not timed."""
     logits = make_logits("lm", rows, vocab, torch.float32) / mode["temperature"]
     k = torch.full((rows,), mode["top_k"], dtype=torch.int32) if "top_k" in mode else None
     p = torch.full((rows,), mode["top_p"]) if "top_p" in mode else None
