@@ -19,7 +19,7 @@ PAGES = {
 }
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 PARAMETERS = re.compile(r"<!-- parameters: .*? -->")
-PICTURE = re.compile(r"!\[[^\]]*\]\(architecture\.svg\)")
+PICTURE = re.compile(r'<p><img [^>]*src="[^"]*architecture\.svg"[^>]*></p>')
 
 
 def parameter_table(params: ModuleType) -> str:
@@ -71,7 +71,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = here(markdown, PAGES.get(name, f"docs/{name}"), name)
     if name == "parameters.md":
         return PARAMETERS.sub(lambda _: parameter_table(load_params()), markdown)
-    if name == "architecture.md":  # inline, so that the picture follows the page's colours
-        picture = (ROOT / "docs" / "architecture.svg").read_text().strip()
-        return PICTURE.sub(lambda _: picture, markdown)
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """The picture inline, so that it follows the page's colours."""
+    return PICTURE.sub(lambda _: (ROOT / "docs" / "architecture.svg").read_text().strip(), html)
