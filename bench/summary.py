@@ -92,8 +92,8 @@ def cell(record: Record, own: float | None) -> str:
     return f"{duration(its)} ({factor(three_digits(its) / three_digits(own))})"
 
 
-def plural(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}"
+def plural(number: int, noun: str = "thread") -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"
 
 
 def generate_grid(machine: Machine) -> Grid | None:
@@ -237,12 +237,16 @@ def section(machines: list[Machine]) -> str:
     if own := records(best):
         vocab, rows = own[0]["vocab"], own[0]["rows"]
         parts.append(
-            f"One step with temperature 0.8, top-k 50 and top-p 0.95: V = {vocab:,} logits to a token, B = {rows}, one"
-            " thread. The axis is logarithmic; behind each bar, how many times our time it is:"
+            f"The time from {vocab:,} logits to a token ({plural(rows, 'row')}, 1 thread), with temperature 0.8,"
+            " top-k 50 and top-p 0.95. The axis is logarithmic; behind each bar stands how many times our time it is. `joint`"
+            " is the order of filters that SGLang uses; `fill` includes filling llama.cpp's list of candidates."
         )
         parts.append(f"```text\n{log_bars(bars_of(own, HEADLINE))}\n```")
     if generate := generate_grid(best):
-        parts.append(f"{generate.title}:\n\n{generate.markdown()}")
+        parts.append(
+            f"What that is worth to a whole model, for a vocabulary of V tokens and B sequences at once.\n"
+            f"{generate.title}:\n\n{generate.markdown()}"
+        )
     parts.append(f"Medians of alternating turns. {measured_on(best)}.")
     return "\n\n".join(parts)
 

@@ -179,8 +179,8 @@ def fs_generate(
 
     Temperature, top-k, top-p, min-p, a repetition penalty, single-token `sequence_bias`, `prefix_allowed_tokens_fn`, a
     grammar and the draw become one call per step. Other options keep running as transformers' own processors, and so
-    does what precedes them, but for those that only forbid tokens; docs/integrations/generate.md has the table. With do_sample=False,
-    `generate` is plain greedy.
+    does what precedes them, but for those that only forbid tokens; docs/integrations/generate.md has the table. With
+    do_sample=False, `generate` is plain greedy.
 
     A sequence's tokens depend on its logits, its seed and their position: not on the batch, its slot, padding or
     earlier calls. But a model's own logits may differ in their last bits between batch shapes.
