@@ -238,8 +238,8 @@ def section(machines: list[Machine]) -> str:
         vocab, rows = own[0]["vocab"], own[0]["rows"]
         parts.append(
             f"The time from {vocab:,} logits to a token ({plural(rows, 'row')}, 1 thread), with temperature 0.8,"
-            " top-k 50 and top-p 0.95. The axis is logarithmic; behind each bar stands how many times our time it is. `joint`"
-            " is the order of filters that SGLang uses; `fill` includes filling llama.cpp's list of candidates."
+            " top-k 50 and top-p 0.95. The axis is logarithmic; behind each bar stands how many times our time it is."
+            " `joint` is the order of filters that SGLang uses; `fill` includes filling llama.cpp's list of candidates."
         )
         parts.append(f"```text\n{log_bars(bars_of(own, HEADLINE))}\n```")
     if generate := generate_grid(best):
