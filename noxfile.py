@@ -40,6 +40,14 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The site, strictly, into site/; the sources are read as they are, so nothing is compiled."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    session.install(*project["dependencies"], *project["optional-dependencies"]["docs"])
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the sdist, the wheel from it, and test that wheel from outside the tree."""
     session.install("build>=1.2")

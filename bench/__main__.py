@@ -135,7 +135,7 @@ def report(
 def readme(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where it is out of date.")] = False,
 ) -> None:
-    """README's performance section, bench/README's tables and the plots, from bench/results/*.json."""
+    """README's performance section, docs/performance.md's tables and the plots, from bench/results/*.json."""
     from bench.plots import draw_all
     from bench.record import RESULTS, load, results_in
     from bench.summary import update

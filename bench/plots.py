@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.record import Machine, Record
-from bench.summary import order_of, own_time
-from bench.timing import duration, factor, three_digits
+from bench.summary import bars_of
+from bench.timing import duration, factor
 
 OURS, THEIRS, FLOOR = "#c2410c", "#94a3b8", "#1f2937"
 COLOURS = {"greedy": "#475569", "k50 p.95": "#c2410c", "min_p": "#0f766e", "p.95": "#7c3aed", "T": "#2563eb"}
@@ -78,7 +78,7 @@ def peer_bars(records: list[Record]) -> Figure | None:
     if not modes:
         return None
     rows, vocab = records[0]["rows"], records[0]["vocab"]
-    heights = [len(_bars([r for r in records if r["mode"] == mode], mode)) for mode in modes]
+    heights = [len(bars_of([r for r in records if r["mode"] == mode], mode)) for mode in modes]
     figure, axes = plt.subplots(
         len(modes),
         1,
@@ -90,7 +90,7 @@ def peer_bars(records: list[Record]) -> Figure | None:
     narrowest = min(middle(r) for r in records) / rows
     for axis, mode in zip([axes] if len(modes) == 1 else axes, modes, strict=True):
         own = [r for r in records if r["mode"] == mode]
-        names, values, ratios = zip(*_bars(own, mode), strict=True)
+        names, values, ratios = zip(*bars_of(own, mode), strict=True)
         per_row = [value / rows for value in values]
         colours = [OURS if ratio is None else THEIRS for ratio in ratios]
         axis.barh(range(len(names)), per_row, color=colours, height=0.72)
@@ -105,19 +105,6 @@ def peer_bars(records: list[Record]) -> Figure | None:
     plt.xlabel("us per row (log)")
     figure.suptitle(f"Logits to token, V = {vocab:,}, B = {rows}, LM-like logits, one thread", fontsize=11)
     return figure
-
-
-def _bars(records: list[Record], mode: str) -> list[tuple[str, float, float | None]]:
-    """Name, time and how many times ours it is: ours, then everybody with the same order of filters, fastest first."""
-    bars: list[tuple[str, float, float | None]] = []
-    for order in sorted({order_of(r) for r in records}):
-        alike = sorted((r for r in records if order_of(r) == order), key=lambda r: middle(r, "against_us"))
-        ours = own_time(alike, mode)
-        assert ours is not None  # of records with figures
-        bars.append((f"fastsample, {order}" if order else "fastsample", ours, None))
-        times = [(r["against"], middle(r, "against_us")) for r in alike]
-        bars += [(name, its, three_digits(its) / three_digits(ours)) for name, its in times]
-    return bars
 
 
 def against_vocab(records: list[Record], gigabytes: dict[str, float]) -> Figure | None:

@@ -1,11 +1,12 @@
-"""Figures as tables of text, for README's performance section and for the report."""
+"""Figures as tables of text, for README, docs/performance.md and the report."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from bench.peers import PEERS
 from bench.record import Machine, Record, load
@@ -18,6 +19,14 @@ SECTIONS = {
     "threads": ("All threads against one", "one / all"),
 }
 _ORDERS = {peer.name: peer.fields.get("order", "") for peer in PEERS}
+IMAGES = {
+    "vocab": "Microseconds per row against the size of the vocabulary",
+    "batch": "Microseconds per step against the batch size, one thread and all",
+    "logits": "Microseconds per row, one dot per distribution",
+    "generate": "Tokens per second of generate, and the share of a step spent sampling",
+}
+HEADLINE = "k50 p.95"  # README's plot
+Bar: TypeAlias = "tuple[str, float, float | None]"
 ORDER = ("greedy", "k50 p.95", "min_p", "p.95", "T", "everything")
 
 
@@ -83,8 +92,8 @@ def cell(record: Record, own: float | None) -> str:
     return f"{duration(its)} ({factor(three_digits(its) / three_digits(own))})"
 
 
-def plural(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}"
+def plural(number: int, noun: str = "thread") -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"
 
 
 def generate_grid(machine: Machine) -> Grid | None:
@@ -185,55 +194,107 @@ def dates(machine: Machine) -> str:
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def section(machines: list[Machine], root: Path) -> str:
-    """README's performance section."""
+def log_bars(bars: list[Bar], width: int = 32) -> str:
+    """A bar chart in text, on a logarithmic axis: name, time, bar, how many times ours."""
+    low = min(value for _, value, _ in bars) / 2
+    scale = width / math.log(max(value for _, value, _ in bars) / low)
+    lines = []
+    for name, value, ratio in bars:
+        bar = "\u2588" * round(scale * math.log(value / low))
+        lines.append(f"{name:<18}{duration(value):>8}  {bar}{'' if ratio is None else ' ' + factor(ratio)}")
+    return "\n".join(lines)
+
+
+def bars_of(records: list[Record], mode: str) -> list[Bar]:
+    """Name, time and how many times ours it is: ours, then everybody with the same order of filters, fastest first."""
+    bars: list[Bar] = []
+    for order in sorted({order_of(r) for r in records}):
+        alike = sorted((r for r in records if order_of(r) == order), key=lambda r: middle(r, "against_us"))
+        ours = own_time(alike, mode)
+        assert ours is not None  # of records with figures
+        bars.append((f"fastsample, {order}" if order else "fastsample", ours, None))
+        times = [(r["against"], middle(r, "against_us")) for r in alike]
+        bars += [(name, its, three_digits(its) / three_digits(ours)) for name, its in times]
+    return bars
+
+
+def measured_on(machine: Machine) -> str:
+    packages = ", ".join(f"{name} {number}" for name, number in machine.where["packages"].items())
+    return f"{machine.name}, {dates(machine)}, with {packages}"
+
+
+def section(machines: list[Machine]) -> str:
+    """README's performance section: one plot and one table, of the machine where most others were measured."""
+
+    def records(machine: Machine) -> list[Record]:
+        own = machine.of("compare", section="peers", mode=HEADLINE, threads=1, logits="lm")
+        own = [r for r in own if "us" in r]
+        at = min(((-r["vocab"], r["rows"]) for r in own), default=None)
+        return [r for r in own if (-r["vocab"], r["rows"]) == at]
+
     parts = []
-    for machine in machines:
-        peers = machine.of("compare", section="peers", threads=1, logits="lm")
-        shapes = sorted({(r["vocab"], r["rows"]) for r in peers})
-        grids = [peer_grid(machine, vocab=v, rows=b, threads=1, logits="lm") for v, b in shapes]
-        packages = ", ".join(f"{name} {number}" for name, number in machine.where["packages"].items())
-        found = [g for g in grids if g]
-        if found:
-            how = "medians, in turns; in brackets, how many times ours"
-            parts.append(f"Measured on {machine.name}, {dates(machine)}, with {packages}: {how}.")
-            parts += [f"{line}." for line in disturbed(machine.of("compare", section="peers"))]
-        parts += [f"{g.title}:\n\n{g.markdown()}" for g in found]
-        generate = generate_grid(machine)
-        if generate:
-            parts.append(f"{generate.title}:\n\n{generate.markdown()}")
-        image = f"bench/results/compare-{machine.slug}-vocab.png"
-        if found and (root / image).exists():
-            parts.append(f"![Microseconds per row against vocabulary size]({image})")
+    best = max(machines, key=lambda machine: len(records(machine)))
+    if own := records(best):
+        vocab, rows = own[0]["vocab"], own[0]["rows"]
+        parts.append(
+            f"The time from {vocab:,} logits to a token ({plural(rows, 'row')}, 1 thread), with temperature 0.8,"
+            " top-k 50 and top-p 0.95. The axis is logarithmic; behind each bar stands how many times our time it is."
+            " `joint` is the order of filters that SGLang uses; `fill` includes filling llama.cpp's list of candidates."
+        )
+        parts.append(f"```text\n{log_bars(bars_of(own, HEADLINE))}\n```")
+    if generate := generate_grid(best):
+        parts.append(
+            f"What that is worth to a whole model, for a vocabulary of V tokens and B sequences at once.\n"
+            f"{generate.title}:\n\n{generate.markdown()}"
+        )
+    parts.append(f"Medians of alternating turns. {measured_on(best)}.")
     return "\n\n".join(parts)
 
 
-def details(machines: list[Machine], root: Path) -> str:
-    """bench/README.md's tables."""
+def performance(machines: list[Machine], root: Path) -> str:
+    """The tables and plots of docs/performance.md, machine by machine."""
     parts = []
     for machine in machines:
-        grids = [amax_grid(machine), spread_grid(machine)]
-        grids += [section_grid(machine, name, *words) for name, words in SECTIONS.items()]
-        found = [f"{g.title}:\n\n{g.markdown()}" for g in grids if g]
+        found = [*peer_parts(machine), *(f"#### {g.title}\n\n{g.markdown()}" for g in detail_grids(machine))]
         if found:
             noise = disturbed(r for kind in machine.results.values() for r in kind)
-            parts += [f"{machine.name}, {dates(machine)}.", *(f"{line}." for line in noise), *found]
+            parts += [f"### {machine.name}", f"Measured on {measured_on(machine)}.", *(f"{n}." for n in noise)]
+            parts += [*found, *images(machine, root)]
     return "\n\n".join(parts)
+
+
+def peer_parts(machine: Machine) -> list[str]:
+    peers = machine.of("compare", section="peers", threads=1, logits="lm")
+    shapes = sorted({(r["vocab"], r["rows"]) for r in peers})
+    grids = [peer_grid(machine, vocab=v, rows=b, threads=1, logits="lm") for v, b in shapes]
+    return [f"#### {g.title}\n\n{g.markdown()}" for g in (*grids, generate_grid(machine)) if g]
+
+
+def detail_grids(machine: Machine) -> list[Grid]:
+    grids = [amax_grid(machine), spread_grid(machine)]
+    grids += [section_grid(machine, name, *words) for name, words in SECTIONS.items()]
+    return [grid for grid in grids if grid]
+
+
+def images(machine: Machine, root: Path) -> list[str]:
+    """The plots that are in the repository."""
+    paths = {name: f"bench/results/compare-{machine.slug}-{name}.png" for name in IMAGES}
+    return [f"![{IMAGES[name]}](../{path})" for name, path in paths.items() if (root / path).exists()]
 
 
 def update(root: Path, files: list[Path], check: bool) -> int:
-    """Put the sections of README.md and bench/README.md between their markers.
+    """Put the generated sections of README.md and docs/performance.md between their markers.
 
     Returns:
         The exit status: 1 where `check`, which writes nothing, finds one of them out of date.
     """
     machines, status = load(files), 0
-    for name, write in (("README.md", section), ("bench/README.md", details)):
+    for name, new_text in (("README.md", section(machines)), ("docs/performance.md", performance(machines, root))):
         text = (root / name).read_text()
         if BEGIN not in text or END not in text:
             raise SystemExit(f"{name}: expected a line {BEGIN!r} and a line {END!r}")
         head, rest = text.split(BEGIN, 1)
-        new = f"{head}{BEGIN}\n\n{write(machines, root)}\n\n{END}{rest.split(END, 1)[1]}"
+        new = f"{head}{BEGIN}\n\n{new_text}\n\n{END}{rest.split(END, 1)[1]}"
         if not check:
             (root / name).write_text(new)
         elif new != text:

@@ -692,7 +692,7 @@ def test_pipeline() -> None:
     assert got[0]["generated_text"] == tokenizer.decode(expected[0, ids["input_ids"].shape[1] :])
 
 
-# What README says of each option --------------------------------------------------------------------------------------
+# What the documentation says of each option ---------------------------------------------------------------------------
 
 
 TABLE: dict[str, dict[str, Any]] = {
@@ -745,9 +745,9 @@ def served(model: Any, options: dict[str, Any]) -> str:
     return "runs before the fused pass" if plans[0].own else "fused"
 
 
-def test_readme_tells_what_becomes_of_each_option(gpt2: GPT2LMHeadModel) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    rows = dict(re.findall(r"^\| (fused|runs before the fused pass|refused) \| (.*) \|$", readme, re.MULTILINE))
+def test_the_page_tells_what_becomes_of_each_option(gpt2: GPT2LMHeadModel) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "integrations" / "generate.md").read_text()
+    rows = dict(re.findall(r"^\| (fused|runs before the fused pass|refused) \| (.*) \|$", page, re.MULTILINE))
     told = {name: kind for kind, names in rows.items() for name in names.split(", ")}
     assert told.keys() == TABLE.keys()
     if not hasattr(GenerationConfig(), "use_mtp"):  # newer than the oldest transformers that is served

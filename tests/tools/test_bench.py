@@ -329,22 +329,23 @@ def test_files_of_other_commands(tmp_path):
 
 
 def test_readme_section_is_up_to_date():
-    assert bench("readme", "--check") == "README.md is up to date bench/README.md is up to date"
+    assert bench("readme", "--check") == "README.md is up to date docs/performance.md is up to date"
 
 
 def test_readme_section_follows_the_figures(tmp_path, capsys):
-    (tmp_path / "bench").mkdir()
-    for name in ("README.md", "bench/README.md"):
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/performance.md"):
         (tmp_path / name).write_text(f"before\n{summary.BEGIN}\n{summary.END}\nafter\n")
     peer, isa = point(), point(section="isa", against="avx512", isa="avx2", others=1.25)
     file = figures(tmp_path / "a.json", "compare", [peer, isa])
     assert summary.update(tmp_path, [file], check=True) == 1
     assert summary.update(tmp_path, [file], check=False) == 0
-    text, tables = ((tmp_path / name).read_text() for name in ("README.md", "bench/README.md"))
+    text, tables = ((tmp_path / name).read_text() for name in ("README.md", "docs/performance.md"))
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "| torch | 3 ms (150x) |" in text
     assert "<Some> CPU, 3 cores, avx512, 2031-02-03" in text
+    assert "<Some> CPU, 3 cores, avx512, 2031-02-03" in tables
+    assert "| torch | 3 ms (150x) |" in tables
     assert (
         "| T | lm | 1 | 999 | float32, avx2, 1 thread | avx512 | 20.0 | 3000.0 | 150.00 (150.00 - 150.00) |" in tables
     )
@@ -355,11 +356,17 @@ def test_readme_section_follows_the_figures(tmp_path, capsys):
     assert "README.md is out of date" in capsys.readouterr().out
 
 
-def test_ratios_of_readme_follow_from_the_figures_beside_them():
+def test_bars_are_logarithmic():
+    chart = summary.log_bars([("fastsample", 10.0, None), ("torch", 200.0, 20.0), ("other", 1280.0, 128.0)], width=8)
+    assert [line.count("\u2588") for line in chart.splitlines()] == [1, 5, 8]
+    assert chart.splitlines()[1].split() == ["torch", "200", "us", "\u2588" * 5, "20x"]
+
+
+def test_ratios_of_the_page_follow_from_the_figures_beside_them():
     """Of the shown figures, not of others; a peer with another order of filters stands below our time in that order."""
     units = {"us": 1.0, "ms": 1e3, "s": 1e6}
     ours, seen = [], 0
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "performance.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         times = [re.match(r"\**([\d.]+) (us|ms|s)\b(?: \(([\d.,]+)x\))?", cell) for cell in cells[1:]]
         if "fastsample" in cells[0] and any(times):

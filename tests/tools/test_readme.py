@@ -1,32 +1,43 @@
-"""What the README says of the code is what the code says of itself."""
+"""What README and the pages of docs/ say of the code is what the code says of itself."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import fastsample as fs
-from fastsample.params import specs
+from fastsample import params
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-
-
-def parameter_rows():
-    for name, spec in specs():
-        default = getattr(fs.SamplingParams, name)
-        yield f"| `{name}` | `{default!r}` | {spec.range} | {spec.meaning} |"
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LANGUAGES = {"python": [sys.executable, "-c"], "bash": ["bash", "-euc"]}
 
 
-@pytest.mark.parametrize("row", list(parameter_rows()))
-def test_parameter_table(row):
-    assert row in README
+def hooks() -> ModuleType:
+    """The site's own code."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_every_public_name_is_shown():
-    missing = [name for name in fs.__all__ if not re.search(rf"\b{name}\b", README)]
+def test_the_parameter_table_has_every_parameter():
+    table = hooks().parameter_table(params)
+    for name, spec in params.specs():
+        assert f"| `{name}` | `{getattr(fs.SamplingParams, name)!r}` | {spec.range} | {spec.meaning} |" in table
+    assert hooks().PARAMETERS.search((ROOT / "docs" / "parameters.md").read_text())
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    page = (ROOT / "docs" / "api.md").read_text()
+    missing = [name for name in fs.__all__ if not re.search(rf"^::: fastsample\.(.*\.)?{name}$", page, re.MULTILINE)]
     assert missing == []
 
 
@@ -35,15 +46,49 @@ def test_every_engine_is_shown():
     assert missing == []
 
 
-LANGUAGES = {"python": [sys.executable, "-c"], "bash": ["bash", "-euc"]}
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_of_readme():
+    """Every link is defined at the end, where they become addresses of the repository once it has one."""
+    body, definitions = README.split("\n[architecture]: ", 1)
+    links = dict(re.findall(r"^\[(.*)\]: (.*)$", f"[architecture]: {definitions}", re.MULTILINE))
+    assert not re.search(r"\]\((?!https:)", body)
+    assert set(re.findall(r"\]\[([\w-]+)\]", body)) == links.keys()
+    published = "[project.urls]" in (ROOT / "pyproject.toml").read_text()
+    for target in links.values():
+        assert target.startswith("https://") if published else (ROOT / target).is_file(), target
+
+
+def stages(text: str) -> set[str]:
+    """The stages that a text names: "stage 6b", "Stages 1 to 3", "stages 5 and 8"."""
+    found = re.findall(r"[Ss]tages? (\d+b?)(?:(?:-| to | and |, )(\d+b?)\b)?", text)
+    return {stage for pair in found for stage in pair if stage}
+
+
+def test_every_stage_that_the_sources_name_is_in_the_contract():
+    known = set(re.findall(r'^<a id="stage-(\w+)"></a>$', (ROOT / "docs" / "contract.md").read_text(), re.MULTILINE))
+    assert known == {*map(str, range(9)), "6b"}
+    sources = [p for d in ("csrc", "kernels", "fastsample", "tests") for p in (ROOT / d).rglob("*")]
+    sources = [p for p in sources if p.suffix in {".py", ".h", ".cc", ".cu", ".cuh"} and p != Path(__file__)]
+    named = {stage: path for path in sources for stage in stages(path.read_text())}
+    assert len(named) > 5
+    assert {stage: path for stage, path in named.items() if stage not in known} == {}
 
 
 def blocks():
-    """Every block of the page as (language, code), but for the first, whose commands install: CI runs those."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert found[0][0] == "bash"
-    assert "pip install" in found[0][1]
-    return found[1:]
+    """Every block that runs, of every page; but for README's first, whose commands install: CI runs those."""
+    pages = [(page.stem, BLOCK.findall(page.read_text())) for page in [ROOT / "README.md", *PAGES]]
+    language, code = pages[0][1].pop(0)
+    assert language == "bash"
+    assert "pip install" in code
+    return [
+        pytest.param(*block, id=f"{name}-{i}")
+        for name, found in pages
+        for i, block in enumerate(found)
+        if block[0] in LANGUAGES
+    ]
 
 
 @pytest.mark.parametrize(("language", "code"), blocks())
@@ -60,8 +105,7 @@ def test_blocks_run_as_they_stand(language, code, tmp_path):
 
 def test_nothing_is_said_to_be_on_an_index():
     """Only a clone can be installed."""
-    root = Path(__file__).parents[2]
-    pages = [root / "README.md", root / "CONTRIBUTING.md", *root.glob("docs/*.md"), *root.glob("examples/*.md")]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *ROOT.glob("examples/*.md")]
     pages += Path(fs.__file__).parent.rglob("*.py")
     wrong = [page.name for page in pages if re.search(r"pip install \S*fastsample", page.read_text())]
     assert wrong == []

@@ -181,8 +181,8 @@ def fs_generate(
 
     Temperature, top-k, top-p, min-p, a repetition penalty, single-token `sequence_bias`, `prefix_allowed_tokens_fn`, a
     grammar and the draw become one call per step. Other options keep running as transformers' own processors, as do the
-    options before them in the list, except those that only forbid tokens; the documentation has the table. With
-    do_sample=False, `generate` is plain greedy search.
+    options before them in the list, except those that only forbid tokens; docs/integrations/generate.md has the
+    table. With do_sample=False, `generate` is plain greedy search.
 
     A sequence's tokens depend on its logits, its seed and their position, and not on the batch, its slot, padding or
     earlier calls. (A model's logits may themselves differ in their last bits between batch shapes.)
