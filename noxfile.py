@@ -14,7 +14,8 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent.resolve()
-NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where it is not looked at: its kernels compile for minutes
+NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where no test looks at it: its kernels compile for minutes
+ALL = ("-m", "")  # the slow tests too
 
 nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "tests"]
@@ -23,9 +24,9 @@ nox.options.error_on_external_run = True
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite on an editable install; arguments after -- go to pytest."""
+    """All tests on an editable install; arguments after -- go to pytest."""
     session.install("-e", ".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", *ALL, *session.posargs)
 
 
 @nox.session
@@ -49,9 +50,8 @@ def wheel(session: nox.Session) -> None:
     session.install("--force-reinstall", "--no-deps", str(newest))
     session.install(f"{newest}[test]")
     session.chdir(dist)  # from the root, the source tree would be imported
-    session.run(
-        "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(ROOT / "tests"), *session.posargs
-    )
+    outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(ROOT / "tests"))
+    session.run("pytest", "-n", "auto", *ALL, *outside, *session.posargs)
 
 
 def stack(session: nox.Session, name: str, *bare: str) -> None:
@@ -69,7 +69,8 @@ def stack(session: nox.Session, name: str, *bare: str) -> None:
     session.install("--no-deps", "--force-reinstall", str(ROOT), *NO_CUDA)
     tests = sorted(map(str, (ROOT / "tests" / "integrations").glob(f"test_{name}*.py")))
     session.chdir(session.create_tmp())  # from the root, the source tree would be imported
-    session.run("pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests, *session.posargs)
+    outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
+    session.run("pytest", *ALL, *outside, *tests, *session.posargs)
 
 
 @nox.session
@@ -142,7 +143,7 @@ def sanitize(session: nox.Session) -> None:
     # Leaks: CPython's own at exit are no news. The stress program looks for ours.
     session.run(
         "pytest",
-        *("-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", chosen),
+        *("-q", "-n", "auto", *ALL, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", chosen),
         *_test_files(names),
         *posargs[quick:],
         env={"LD_PRELOAD": str(runtime).strip(), "ASAN_OPTIONS": "detect_leaks=0"},
@@ -173,7 +174,7 @@ def fuzz(session: nox.Session) -> None:
 def distribution(session: nox.Session) -> None:
     """Nightly: 10^8 draws per test."""
     session.install("-e", ".[test]")
-    names = ("-k", "many_draws", "-s", "tests/contract/test_distribution.py")
+    names = (*ALL, "-k", "many_draws", "-s", "tests/contract/test_distribution.py")
     session.run("pytest", *names, *session.posargs, env={"FASTSAMPLE_DRAWS": "1e8"})
 
 
@@ -181,14 +182,16 @@ def distribution(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Nightly: ten minutes of calls of all kinds on four threads; prints the slope of the memory."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-k", "soak", "-s", "tests/robustness/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"})
+    session.run(
+        "pytest", *ALL, "-k", "soak", "-s", "tests/robustness/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"}
+    )
 
 
 @nox.session
 def huge(session: nox.Session) -> None:
     """Nightly: outputs of more than 2^31 elements; needs 18 GB of memory."""
     session.install("-e", ".[test]", *NO_CUDA)
-    session.run("pytest", "-k", "huge", "-s", "tests/contract/test_integers.py", env={"FASTSAMPLE_HUGE": "1"})
+    session.run("pytest", *ALL, "-k", "huge", "-s", "tests/contract/test_integers.py", env={"FASTSAMPLE_HUGE": "1"})
 
 
 @nox.session(python=["3.13t", "3.14t"])
@@ -202,7 +205,7 @@ def freethreaded(session: nox.Session) -> None:
     code = "import sys, fastsample.backends.cpu; sys.exit(sys._is_gil_enabled())"
     session.run("python", "-W", "error", "-c", code)
     outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", "not V1048576")
-    session.run("pytest", *outside, *tests, *session.posargs)
+    session.run("pytest", *ALL, *outside, *tests, *session.posargs)
 
 
 def _lower_bounds(*wanted: str) -> list[str]:
@@ -221,7 +224,7 @@ def oldest(session: nox.Session) -> None:
     names = ("api", "errors", "params", "parity", "properties", "integers", "torch_modes", "bad_input", "concurrency")
     files = _test_files((*names, "cli", "transformers", "grammar", "supply"))
     # What an old package uses of a newer one, and the newer one means to drop, is no affair of these tests.
-    session.run("pytest", "-W", "ignore::DeprecationWarning", *files, *session.posargs)
+    session.run("pytest", "-n", "auto", *ALL, "-W", "ignore::DeprecationWarning", *files, *session.posargs)
 
 
 OLDEST_WITH = (
@@ -230,6 +233,7 @@ OLDEST_WITH = (
     "ninja",
     "outlines-core>=0.2.10",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "scipy>=1.11",
     "xgrammar>=0.2",
 )
@@ -237,10 +241,9 @@ OLDEST_WITH = (
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def newest(session: nox.Session) -> None:
-    """The test suite on the newest versions of everything, prereleases left out."""
-    env = {"CMAKE_ARGS": "-DFASTSAMPLE_CUDA=off"}  # as NO_CUDA; a test that asks for the extension looks there
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]", env=env)
-    session.run("pytest", *session.posargs, env=env)
+    """All tests on the newest versions of everything, prereleases left out."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]", *NO_CUDA)
+    session.run("pytest", "-n", "auto", *ALL, *session.posargs)
 
 
 BUILT_FROM = (
@@ -306,4 +309,4 @@ def flashinfer(session: nox.Session) -> None:
     session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
     session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # with them it would replace torch by a CUDA build
     session.run("python", "-c", "import flashinfer.sampling")  # where this fails, the test would be skipped
-    session.run("pytest", "tests/integrations/test_flashinfer_signatures.py", *session.posargs)
+    session.run("pytest", *ALL, "tests/integrations/test_flashinfer_signatures.py", *session.posargs)

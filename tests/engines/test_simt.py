@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from cases import CASES, EXTRAS, MAKERS, PARAMS, Case
 from conformance import LOGPROB_ULP, bits, invalid_rows, ulps
 from simt_engine import A100, CSRC, H100, ORDERS, How, Job, Simt, as_backend, build, compiler, results
+from tiers import quick_where_new
 
 import fastsample as fs
 
@@ -54,8 +56,8 @@ JOBS = _jobs()
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("simt"))
+def library(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return once("simt", build) / "simt.so"
 
 
 @pytest.fixture
@@ -85,7 +87,12 @@ def simulate(simt: Simt, job: Job) -> dict[str, torch.Tensor]:
         return results(job.case, "cuda")
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def _aspects(job: Job) -> tuple[Hashable, ...]:
+    case, how = job.case, job.how
+    return case.params, case.maker, case.extra, case.dtype, how, (how.policy, case.dtype), case.vocab > 2049
+
+
+@pytest.mark.parametrize("job", quick_where_new(JOBS, _aspects), ids=lambda job: job.name)
 def test_equals_reference(job: Job, simt: Simt) -> None:
     assert differences(expected(job.case), simulate(simt, job)) == []
 
@@ -314,6 +321,7 @@ def test_a_missing_barrier_is_found(barrier: tuple[str, int], simt: Simt) -> Non
     assert any(found_wrong(simt, replace(how, order=order, skip=barrier)) for how in hows for order in reversed(ORDERS))
 
 
+@pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """A slice of the jobs with every buffer exactly as large as it must be."""
     jobs = [job for job in JOBS if job.case.vocab <= 1100][::28]
