@@ -46,9 +46,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Workers begin with one half of the tests each, and take from each other at the end.
+    """Each worker gets neighbouring tests, and takes over others' when it has none left.
 
-    So the variants of one case, which share its expected results, are run by one worker.
+    The variants of a case are neighbours: one worker computes what they are all compared with.
     """
     if config.getoption("dist") != "load":  # `load` is what -n stands for; any other was asked for
         return None

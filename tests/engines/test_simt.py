@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,6 @@ import torch
 from cases import CASES, EXTRAS, MAKERS, PARAMS, Case
 from conformance import LOGPROB_ULP, bits, invalid_rows, ulps
 from simt_engine import A100, CSRC, H100, ORDERS, How, Job, Simt, as_backend, build, compiler, results
-from tiers import quick_where_new
 
 import fastsample as fs
 
@@ -87,12 +86,7 @@ def simulate(simt: Simt, job: Job) -> dict[str, torch.Tensor]:
         return results(job.case, "cuda")
 
 
-def _aspects(job: Job) -> tuple[Hashable, ...]:
-    case, how = job.case, job.how
-    return case.params, case.maker, case.extra, case.dtype, how, (how.policy, case.dtype), case.vocab > 2049
-
-
-@pytest.mark.parametrize("job", quick_where_new(JOBS, _aspects), ids=lambda job: job.name)
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_equals_reference(job: Job, simt: Simt) -> None:
     assert differences(expected(job.case), simulate(simt, job)) == []
 

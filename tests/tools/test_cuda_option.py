@@ -1,4 +1,4 @@
-"""FASTSAMPLE_CUDA: the GPUs that CMake builds the CUDA extension for, and the reason it records where it builds none."""
+"""FASTSAMPLE_CUDA: which GPUs CMake builds the CUDA extension for, and the reason it records where it builds none."""
 
 from __future__ import annotations
 
