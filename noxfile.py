@@ -1,6 +1,6 @@
-"""nox sessions: tests, lint, wheel, bench, and what shows that the library is reliable.
+"""nox sessions: tests, lint, wheel, benchmarks, and checks of reliability and of what is shipped.
 
-All install with pip, whose configuration decides where torch comes from.
+All of them install with pip, whose configuration decides where torch comes from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent.resolve()
-NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where it is not looked at: its kernels compile for minutes
+NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where no test looks at it: its kernels compile for minutes
+ALL = ("-m", "")  # the slow tests too
 
 nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "tests"]
@@ -23,9 +24,9 @@ nox.options.error_on_external_run = True
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite on an editable install; arguments after -- go to pytest."""
+    """All tests on an editable install; arguments after -- go to pytest."""
     session.install("-e", ".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", *ALL, *session.posargs)
 
 
 @nox.session
@@ -35,7 +36,8 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    sources = sorted(str(p) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cc", ".cuh", ".cu"})
+    folders = (ROOT / "csrc", ROOT / "tests" / "native", ROOT / "tests" / "simt")
+    sources = [str(p) for folder in folders for p in folder.rglob("*") if p.suffix in {".h", ".cc", ".cuh", ".cu"}]
     session.run("clang-format", "--dry-run", "-Werror", *sources)
 
 
@@ -57,15 +59,14 @@ def wheel(session: nox.Session) -> None:
     session.install("--force-reinstall", "--no-deps", str(newest))
     session.install(f"{newest}[test]")
     session.chdir(dist)  # from the root, the source tree would be imported
-    session.run(
-        "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(ROOT / "tests"), *session.posargs
-    )
+    outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(ROOT / "tests"))
+    session.run("pytest", "-n", "auto", *ALL, *outside, *session.posargs)
 
 
 def stack(session: nox.Session, name: str, *bare: str) -> None:
-    """Install a serving stack and this package's wheel, and run the tests with the real engine, or the benchmark.
+    """Install a serving stack and this package's wheel; run the tests on the real engine, or the benchmark.
 
-    The stack's own wheels are `bare`, installed without their dependencies, which would be those of a GPU.
+    The wheels in `bare` are installed without their dependencies, which are for GPUs.
     """
     session.install("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.22", "rich>=13")
     session.install("-r", str(ROOT / "tests" / "requirements" / f"{name}.txt"))
@@ -77,7 +78,8 @@ def stack(session: nox.Session, name: str, *bare: str) -> None:
     session.install("--no-deps", "--force-reinstall", str(ROOT), *NO_CUDA)
     tests = sorted(map(str, (ROOT / "tests" / "integrations").glob(f"test_{name}*.py")))
     session.chdir(session.create_tmp())  # from the root, the source tree would be imported
-    session.run("pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests, *session.posargs)
+    outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
+    session.run("pytest", *ALL, *outside, *tests, *session.posargs)
 
 
 @nox.session
@@ -125,7 +127,7 @@ SANITIZED = "not processes and not V1048576 and not soak"
 def sanitize(session: nox.Session) -> None:
     """The fuzzer's check, the pool and the tests of the CPU engine under ASan + UBSan; the threads under TSan.
 
-    `-- quick` is what CI runs: half as many inputs, and of the tests one instruction set and fewer cases.
+    CI runs `-- quick`: half as many inputs; one instruction set and fewer cases in the tests.
     """
     clang, built, posargs = _clang(), Path(session.create_tmp()), list(session.posargs)
     quick = posargs[:1] == ["quick"]
@@ -143,14 +145,14 @@ def sanitize(session: nox.Session) -> None:
     debug = ("-C", f"build-dir={built / 'build'}", "-C", "cmake.build-type=Debug")
     session.install(".[test]", *debug, *NO_CUDA, env=env)
     names = ("parity", "properties", "bad_input", "torch_modes", "errors", "integers", "concurrency")
-    # Processes: at exit, torch's own threads are in nobody's hands. V1048576 alone would take longer than all the rest.
-    # The soak measures memory, of which ASan holds back what was freed.
+    # Left out: processes, since nothing joins torch's own threads at exit; V1048576, which takes longer than all the
+    # rest; the soak, which measures memory, since ASan keeps what was freed.
     chosen = SANITIZED + (" and not avx2 and not baseline and (not parity or lm-)" if quick else "")
     session.chdir(built)  # from the root, the source tree would be imported
-    # Leaks: CPython's own at exit are no news. The stress program looks for ours.
+    # CPython itself leaks at exit. The stress program above looks for leaks of ours.
     session.run(
         "pytest",
-        *("-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", chosen),
+        *("-q", "-n", "auto", *ALL, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", chosen),
         *_test_files(names),
         *posargs[quick:],
         env={"LD_PRELOAD": str(runtime).strip(), "ASAN_OPTIONS": "detect_leaks=0"},
@@ -181,7 +183,7 @@ def fuzz(session: nox.Session) -> None:
 def distribution(session: nox.Session) -> None:
     """Nightly: 10^8 draws per test."""
     session.install("-e", ".[test]")
-    names = ("-k", "many_draws", "-s", "tests/contract/test_distribution.py")
+    names = (*ALL, "-k", "many_draws", "-s", "tests/contract/test_distribution.py")
     session.run("pytest", *names, *session.posargs, env={"FASTSAMPLE_DRAWS": "1e8"})
 
 
@@ -189,20 +191,22 @@ def distribution(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Nightly: ten minutes of calls of all kinds on four threads; prints the slope of the memory."""
     session.install("-e", ".[test]")
-    session.run("pytest", "-k", "soak", "-s", "tests/robustness/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"})
+    session.run(
+        "pytest", *ALL, "-k", "soak", "-s", "tests/robustness/test_concurrency.py", env={"FASTSAMPLE_SOAK": "600"}
+    )
 
 
 @nox.session
 def huge(session: nox.Session) -> None:
     """Nightly: outputs of more than 2^31 elements; needs 18 GB of memory."""
     session.install("-e", ".[test]", *NO_CUDA)
-    session.run("pytest", "-k", "huge", "-s", "tests/contract/test_integers.py", env={"FASTSAMPLE_HUGE": "1"})
+    session.run("pytest", *ALL, "-k", "huge", "-s", "tests/contract/test_integers.py", env={"FASTSAMPLE_HUGE": "1"})
 
 
 @nox.session(python=["3.13t", "3.14t"])
 def freethreaded(session: nox.Session) -> None:
     """Threads without a GIL: the tokens are those of one thread, and nothing asks for the GIL back."""
-    wheels = ("--only-binary", "numpy,scipy,torch")  # the newest that have one; hypothesis 6.136 and later need Rust
+    wheels = ("--only-binary", "numpy,scipy,torch")  # the newest versions with a wheel; hypothesis 6.136 needs Rust
     session.install(*wheels, ".", "pytest>=8", "hypothesis>=6.100,<6.136", "scipy>=1.11", *NO_CUDA)
     names = ("parity", "concurrency", "torch_modes", "bad_input", "errors")
     tests = _test_files(names)
@@ -210,7 +214,7 @@ def freethreaded(session: nox.Session) -> None:
     code = "import sys, fastsample.backends.cpu; sys.exit(sys._is_gil_enabled())"
     session.run("python", "-W", "error", "-c", code)
     outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", "not V1048576")
-    session.run("pytest", *outside, *tests, *session.posargs)
+    session.run("pytest", *ALL, *outside, *tests, *session.posargs)
 
 
 def _lower_bounds(*wanted: str) -> list[str]:
@@ -228,8 +232,8 @@ def oldest(session: nox.Session) -> None:
     session.install("--no-deps", "--no-build-isolation", "-e", ".", *NO_CUDA)
     names = ("api", "errors", "params", "parity", "properties", "integers", "torch_modes", "bad_input", "concurrency")
     files = _test_files((*names, "cli", "transformers", "grammar", "supply"))
-    # What an old package uses of a newer one, and the newer one means to drop, is no affair of these tests.
-    session.run("pytest", "-W", "ignore::DeprecationWarning", *files, *session.posargs)
+    # Old packages use what newer ones have deprecated; these tests are not about that.
+    session.run("pytest", "-n", "auto", *ALL, "-W", "ignore::DeprecationWarning", *files, *session.posargs)
 
 
 OLDEST_WITH = (
@@ -238,6 +242,7 @@ OLDEST_WITH = (
     "ninja",
     "outlines-core>=0.2.10",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "scipy>=1.11",
     "xgrammar>=0.2",
 )
@@ -245,10 +250,9 @@ OLDEST_WITH = (
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def newest(session: nox.Session) -> None:
-    """The test suite on the newest versions of everything, prereleases left out."""
-    env = {"CMAKE_ARGS": "-DFASTSAMPLE_CUDA=off"}  # as NO_CUDA; a test that asks for the extension looks there
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]", env=env)
-    session.run("pytest", *session.posargs, env=env)
+    """All tests on the newest versions of everything, prereleases left out."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[test]", *NO_CUDA)
+    session.run("pytest", "-n", "auto", *ALL, *session.posargs)
 
 
 BUILT_FROM = (
@@ -290,21 +294,21 @@ def supply(session: nox.Session) -> None:
 
 
 def _audit(session: nox.Session) -> None:
-    """Known vulnerabilities. Where nobody has answered, too, pip-audit says that there are none: its report tells."""
+    """Known vulnerabilities. pip-audit also succeeds where its service did not answer, so its report is read."""
     report = Path(session.create_tmp()) / "audit.json"
     report.unlink(missing_ok=True)
     options = ("--skip-editable", "--progress-spinner", "off", "--format", "json", "--output", str(report))
     session.run("pip-audit", *options, *session.posargs, success_codes=[0, 1])
     if not report.exists():
-        session.warn("pip-audit could not ask its service: nothing is known of vulnerabilities")
+        session.warn("pip-audit could not reach its service: vulnerabilities were not checked")
         return
     found = json.loads(report.read_text())["dependencies"]
     if known := [f"{d['name']} {d['version']}: {v['id']}" for d in found for v in d.get("vulns", ())]:
         session.error("known vulnerabilities: " + ", ".join(known))
     silent = [d["name"] for d in found if "skip_reason" in d and d["name"] != "fastsample"]
-    session.log(f"pip-audit: an answer about {sum('vulns' in d for d in found)} packages, no known vulnerability")
+    session.log(f"pip-audit: {sum('vulns' in d for d in found)} packages checked, no known vulnerability")
     if silent:
-        session.warn(f"pip-audit: no answer about {len(silent)} packages: {', '.join(silent)}")
+        session.warn(f"pip-audit: {len(silent)} packages could not be checked: {', '.join(silent)}")
 
 
 @nox.session
@@ -312,6 +316,6 @@ def flashinfer(session: nox.Session) -> None:
     """Our signatures against those of the installed FlashInfer, which needs no GPU to be imported."""
     session.install("-e", ".", "pytest>=8", "hypothesis>=6.100", *NO_CUDA)
     session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
-    session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # with them it would replace torch by a CUDA build
-    session.run("python", "-c", "import flashinfer.sampling")  # where this fails, the test would be skipped
-    session.run("pytest", "tests/integrations/test_flashinfer_signatures.py", *session.posargs)
+    session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # its dependencies replace torch with a CUDA build
+    session.run("python", "-c", "import flashinfer.sampling")  # if this fails, the test skips itself
+    session.run("pytest", *ALL, "tests/integrations/test_flashinfer_signatures.py", *session.posargs)

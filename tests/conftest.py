@@ -1,8 +1,15 @@
-"""Fixtures: the engine variants under test, thread counts put back, and hypothesis that repeats itself."""
+"""Fixtures: the engine variants under test, thread counts put back, hypothesis that repeats itself; and pytest-xdist.
+
+`pytest -n auto` runs the quick tier on every core; `pytest -n auto -m ""` runs all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -29,6 +36,45 @@ def variants() -> list[str]:
     others = [n for n in ORDER if n not in ("cpu", "reference") and engine(n).why_not(logits) is None]
     isas = native().isas() if engine("cpu").why_not(logits) is None else ["?"]
     return [f"cpu:{isa}" for isa in isas] + others
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: the cores that this process may use, up to eight, since each worker imports torch."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker gets neighbouring tests, and takes over others' when it has none left.
+
+    The variants of a case are neighbours: one worker computes what they are all compared with.
+    """
+    if config.getoption("dist") != "load":  # `load` is what -n stands for; any other was asked for
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)`: a folder that `make` has filled, in one worker for all of them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared / name
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished = tmp_path_factory.mktemp(name)
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return get
 
 
 @pytest.hookimpl(trylast=True)  # after the marks, so that the variants of one case follow each other

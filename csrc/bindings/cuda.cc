@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace fastsample {
 namespace {
 
-constexpr int kOldestArch = 80;
+constexpr int kOldestArch = FASTSAMPLE_OLDEST_GPU;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -141,7 +141,8 @@ std::optional<std::string> why_not_device(int index) {
   const int arch = query(index).arch;
   if (arch >= kOldestArch) return std::nullopt;
   return "GPU " + std::to_string(index) + " has compute capability " + std::to_string(arch / 10) +
-         "." + std::to_string(arch % 10) + ", and 8.0 is the oldest it is built for";
+         "." + std::to_string(arch % 10) + ", and " + std::to_string(kOldestArch / 10) + "." +
+         std::to_string(kOldestArch % 10) + " is the oldest it is built for";
 }
 
 py::tuple param_fields() {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastsample._built import CUDA_LEFT_OUT
 from fastsample.backends import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
 from fastsample.params import specs
 from fastsample.rows import Rows
@@ -22,7 +23,7 @@ def native() -> tuple[Any, str | None]:
     try:
         found = import_module("fastsample._cuda")
     except ModuleNotFoundError:
-        return None, "fastsample was built without it: no nvcc was found (FASTSAMPLE_CUDA=on demands it)"
+        return None, f"fastsample was built without it: {CUDA_LEFT_OUT}"
     except ImportError as error:
         return None, f"fastsample._cuda cannot be imported: {error}"
     names = tuple(name for name, _ in specs())

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # amo
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An extension like fastsample._cpu whose only kernel is the twin."""
-    built = tmp_path_factory.mktemp("twin") / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+NAME = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def build(folder: Path) -> None:
     compiler = os.environ.get("CXX") or "c++"
     sources = ["csrc/bindings/cpu.cc", "csrc/cpu/dispatch.cc", "csrc/cpu/pool.cc", "tests/native/twin.cc"]
-    folders = ["csrc", "tests/native", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = ["csrc", "tests/native", pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=gnu++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
-    flags += ["-DFASTSAMPLE_HAS_baseline", *(f"-I{folder}" for folder in folders)]
-    subprocess.run([compiler, *flags, *sources, "-o", str(built)], cwd=ROOT, check=True)
-    spec = importlib.util.spec_from_file_location("_cpu", built)
+    flags += ["-DFASTSAMPLE_HAS_baseline", *(f"-I{include}" for include in includes)]
+    subprocess.run([compiler, *flags, *sources, "-o", str(folder / NAME)], cwd=ROOT, check=True)
+
+
+@pytest.fixture(scope="session")
+def twin(once: Callable[[str, Callable[[Path], None]], Path]) -> Any:
+    """An extension like fastsample._cpu whose only kernel is the twin."""
+    spec = importlib.util.spec_from_file_location("_cpu", once("twin", build) / NAME)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

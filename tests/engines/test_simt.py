@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -54,8 +55,8 @@ JOBS = _jobs()
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("simt"))
+def library(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return once("simt", build) / "simt.so"
 
 
 @pytest.fixture
@@ -314,6 +315,7 @@ def test_a_missing_barrier_is_found(barrier: tuple[str, int], simt: Simt) -> Non
     assert any(found_wrong(simt, replace(how, order=order, skip=barrier)) for how in hows for order in reversed(ORDERS))
 
 
+@pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """A slice of the jobs with every buffer exactly as large as it must be."""
     jobs = [job for job in JOBS if job.case.vocab <= 1100][::28]

@@ -26,7 +26,7 @@ def report(request: pytest.FixtureRequest) -> Iterator[None]:
         print(f"\n{table(FOUND)}")
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.slow) for t in TARGETS])
 @pytest.mark.parametrize("name", KERNELS)
 def test_gates(name: str, target: str) -> None:
     FOUND[name, target] = found = measure(KERNELS[name], target)
