@@ -24,7 +24,7 @@ constexpr int kLargestCluster = 16;  // where the GPU allows more
 constexpr int kDigitBits = 11;       // of a key, resolved by one round of selection
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kMaxSegments = kMaxParts * kThreads / 32;  // one per warp that works on the row
-constexpr int kPrivateEntries = 1024;     // edited tokens that fit the table in shared memory
+constexpr int kPrivateEdits = 1024;       // edited tokens that fit the table in shared memory
 constexpr int kMinLogitsPerBlock = 4096;  // fewer are not worth a further block
 
 // What the choice depends on; the host asks the driver once per device.
@@ -69,7 +69,7 @@ constexpr int32_t vectors_per_block(const Shape& s, int32_t parts, int32_t threa
 FS_HD constexpr int64_t bitmap_bytes(int64_t vectors, int32_t itemsize) {
   return round_up(vectors * (16 / itemsize), 128) / 8;
 }
-constexpr int64_t kTableBytes = 2 * kPrivateEntries * 12;
+constexpr int64_t kTableBytes = 2 * kPrivateEdits * 12;
 constexpr int64_t kFixedShared = 26 * 1024;  // struct Shared; checked where it is defined
 
 constexpr int64_t shared_bytes(const Shape& s, bool resident, int32_t parts, int32_t threads) {

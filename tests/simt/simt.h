@@ -135,7 +135,7 @@ inline int32_t atomicCAS(int32_t* p, int32_t expected, int32_t value) {
   return before;
 }
 
-// What block.cuh defines for nvcc.
+// What device.cuh defines for nvcc.
 namespace fastsample {
 
 constexpr bool kHasClusters = true;
