@@ -22,9 +22,13 @@ FS_DEVICE int32_t lowest_key(const RowTask& t, const KeptKeys& kept, u64 mass) {
   return key > kept.low.x ? key : kept.low.x;
 }
 
+FS_DEVICE bool is_kept(const RowTask& t, const KeptKeys& kept, float x, int32_t id) {
+  return within(kept, {key_of(x), id}) && (!kept.floor || mass_in(t, x) >= kept.floor);
+}
+
 // A token's mass where it is kept, else 0.
 FS_DEVICE u64 kept_mass(const RowTask& t, const KeptKeys& kept, float x, KeyPlace place) {
-  if (!ranks_within(kept, place)) return 0;
+  if (!within(kept, place)) return 0;
   const u64 w = mass_in(t, x);
   return w >= kept.floor ? w : 0;
 }

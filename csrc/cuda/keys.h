@@ -19,6 +19,13 @@ constexpr int32_t kKeyLowest = -0x7f7fffff;  // of the lowest finite float
 
 FS_HD KeptKeys keep_all_keys() { return keep_all(kKeyInfinity, kKeyLowest); }
 
+// Whether a token ranks within the interval; its mass is for the caller to compare. As long as no
+// filter moves `high`, nvcc sees that it is open and leaves the comparison with it out.
+FS_HD bool within(const KeptKeys& kept, KeyPlace place) {
+  if (ranks_before(kept.low, place)) return false;
+  return kept.high.x == kKeyInfinity || ranks_before(kept.high, place);
+}
+
 FS_HD float from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);

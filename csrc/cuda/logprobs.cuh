@@ -1,21 +1,16 @@
-// Log-probabilities, ranks and top-n of one row, in float64: a block of the kernel that writes
-// outputs.
+// Log-probabilities, ranks and top-n of one row, in float64. One block per row.
 #pragma once
 
 #include "cuda/sample.cuh"
 
 namespace fastsample {
 
-FS_DEVICE bool is_kept(const RowTask& t, const KeptKeys& kept, float x, int32_t id) {
-  return ranks_within(kept, {key_of(x), id}) && (!kept.floor || mass_in(t, x) >= kept.floor);
-}
-
 // What the log-probabilities of one row are computed from: the distribution drawn from, or (raw)
 // the logits as given.
 struct LogRow {
   RowTask task;
   KeptKeys kept;
-  bool raw, sound;    // sound: there are log-probabilities, where not they are NaN
+  bool raw, sound;    // unless sound, every log-probability is NaN
   double normaliser;  // raw: log of the sum of exp(x - max); else the kept mass
 
   FS_METHOD float logprob(float x) const {
@@ -44,7 +39,7 @@ FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice) {
   return row;
 }
 
-// Descending, in place, by the threads of a block; `length` is a power of two.
+// Sorts in descending order, in place, by the threads of a block; `length` is a power of two.
 FS_DEVICE void sort_descending(long long* list, int64_t length) {
   for (int64_t span = 2; span <= length; span *= 2) {
     for (int64_t step = span / 2; step; step /= 2) {

@@ -28,7 +28,7 @@ FS_DEVICE void each_edit(const Batch& batch, int64_t r, const RowParams& p, cons
   if (rows.prompt.data && penalises_prompt(p)) each_id(rows.prompt, kInPrompt);
 }
 
-// At most how many edits the row has, all slices together.
+// How many edits the row has at most, all slices together.
 FS_DEVICE int64_t count_edits(const Batch& batch, int64_t r, const RowParams& p) {
   const Rows& rows = batch.rows;
   int64_t n = 0;
@@ -64,18 +64,25 @@ FS_DEVICE void settle_edits(const RowParams& p, const EditTable& table, uint32_t
   }
 }
 
-// Stages 2 and 3. Few edits go to a table of this block's own (`near`), many to the row's table in
-// device memory (`far`), which all blocks of the team share.
+// Where edits go: few to a table of the block's own, many to the row's table in device memory,
+// which all blocks of the team share.
+struct EditMemory {
+  Edit* near;
+  Edit* far;  // of all rows
+  uint32_t* bitmap;
+};
+
+// Stages 2 and 3.
 template <Policy kPolicy, class S>
 FS_DEVICE void make_edits(const Batch& batch, int64_t r, const RowParams& p,
-                          const Team<kPolicy>& team, Edit* near, Edit* far, uint32_t* bitmap,
-                          Overlay& overlay, const S& s) {
+                          const Team<kPolicy>& team, const EditMemory& memory, const S& s) {
   const int64_t n = count_edits(batch, r, p);
   if (n == 0) return;
   const bool own = n <= kPrivateEdits;
-  const EditTable table = {own ? near : far + table_offset(batch, r), (uint32_t)(2 * n)};
+  Edit* edits = own ? memory.near : memory.far + table_offset(batch, r);
+  const EditTable table = {edits, (uint32_t)(2 * n)};
   const int32_t words = warps() * s.per_warp * S::kWidth / 32;
-  for (int32_t i = (int32_t)threadIdx.x; i < words; i += (int32_t)blockDim.x) bitmap[i] = 0;
+  for (int32_t i = (int32_t)threadIdx.x; i < words; i += (int32_t)blockDim.x) memory.bitmap[i] = 0;
   const uint32_t start = (own ? 0 : team.rank * blockDim.x) + threadIdx.x;
   const uint32_t step = (own ? 1 : team.parts) * blockDim.x;
   for (uint32_t i = start; i < table.size; i += step) table.edits[i] = Edit{-1, 0, 0.0f};
@@ -92,10 +99,10 @@ FS_DEVICE void make_edits(const Batch& batch, int64_t r, const RowParams& p,
   });
   __syncthreads();
 
-  settle_edits(p, table, bitmap, s);
+  settle_edits(p, table, memory.bitmap, s);
   if (threadIdx.x == 0) {
-    overlay.edited = bitmap;
-    overlay.table = table;
+    team.own->overlay.edited = memory.bitmap;
+    team.own->overlay.table = table;
   }
   __syncthreads();
 }
@@ -118,7 +125,7 @@ FS_DEVICE void process_row(const Batch& batch, const Workspace& ws, int64_t r, c
   Edit* near = (Edit*)(slice.held + (kResident ? warps() * slice.per_warp : 0));
   uint32_t* bitmap = (uint32_t*)((char*)near + kTableBytes);
   if (kPolicy == kBlockPolicy && ws.bitmaps) bitmap = ws.bitmaps + blockIdx.x * ws.bitmap_words;
-  make_edits(batch, r, p, team, near, ws.tables, bitmap, overlay, slice);
+  make_edits(batch, r, p, team, EditMemory{near, ws.tables, bitmap}, slice);
 }
 
 }  // namespace fastsample

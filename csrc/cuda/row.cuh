@@ -54,7 +54,8 @@ FS_DEVICE float logit(const T* row, int32_t id) {
   }
 }
 
-// What lies over a row's logits. It is in shared memory, since most rows have nothing of it.
+// What lies over a row's logits. It is in shared memory rather than in registers, since most rows
+// have none of it.
 struct Overlay {
   const int32_t* mask;  // null: every token is allowed
   int64_t mask_words;

@@ -8,7 +8,7 @@
 
 namespace fastsample {
 
-// What one load brings: 4 or 8 logits.
+// What one load reads: 4 or 8 logits.
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
@@ -47,10 +47,11 @@ struct Edit {
 };
 constexpr uint32_t kInPrompt = 0x80000000u, kHasBias = 0x40000000u, kCount = 0x3fffffffu;
 constexpr uint32_t kInOutput = 1;
+static_assert(sizeof(Edit) * 2 * kPrivateEdits == kTableBytes, "tuning.h plans with this size");
 
 // Device memory lent to a launch.
 struct Workspace {
-  RowState* states;     // [B], null when no later kernel asks
+  RowState* states;     // [B], null if there is no later kernel
   Edit* tables;         // for rows with more edits than shared memory holds
   long long* lists;     // [teams, list_length], for top-n
   int64_t list_length;  // a power of two
