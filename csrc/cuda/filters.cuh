@@ -40,8 +40,8 @@ FS_DEVICE KeptKeys top_k(const Team<kPolicy>& team, const S& slice, const RowTas
   const RowParams& p = *t.params;
   if (!uses_top_k(p, slice.vocab)) return kept;
   const auto one = [](float, int32_t, int32_t) -> u64 { return 1; };
-  return narrow_above(
-      kept, nth_place(team, slice, t.k_bound, t.peak_key, (u64)p.top_k, p.ties == kTiesAll, one));
+  return narrow_above(kept, nth_place(team, slice, keep_all_keys().high, t.k_bound, t.peak_key,
+                                      (u64)p.top_k, p.ties == kTiesAll, one));
 }
 
 // The shortest prefix of the base set with enough of its mass.
@@ -63,7 +63,8 @@ FS_DEVICE KeptKeys top_p(const Team<kPolicy>& team, const S& slice, const RowTas
   const u64 w = mass_in(t, from_key(b.low));
   const u64 nth = (target_of(b.total) - b.above + w - 1) / w;
   const bool all = b.above + nth * w >= b.reached;
-  return narrow_above(kept, {b.low, all ? INT32_MAX : nth_equal(team, slice, b.low, nth)});
+  const int32_t last = all ? INT32_MAX : nth_equal(team, slice, base.high, b.low, nth);
+  return narrow_above(kept, {b.low, last});
 }
 
 // An order of filters is which set top-p is judged on: what top-k keeps, what the mass floors and

@@ -70,7 +70,7 @@ FS_DEVICE void list_top(const Team<kBlockPolicy>& team, const S& slice, const Lo
   if (row.sound) each(slice, [&](float x, int32_t id) { mine += row.listed(x, id); });
   KeyPlace last = row.kept.low;
   if (block_sum(mine, team.own->scratch) > (u64)n) {
-    last = nth_place(team, slice, last.x, row.task.peak_key, (u64)n, false, counts);
+    last = nth_place(team, slice, row.kept.high, last.x, row.task.peak_key, (u64)n, false, counts);
   }
   if (row.sound) {
     each(slice, [&](float x, int32_t id) {

@@ -168,11 +168,13 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
   }
 }
 
-// The id of the nth (from 1) of the tokens with this key.
+// The id of the nth (from 1) of the tokens with this key that rank after `high`.
 template <Policy kPolicy, class S>
-FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, int32_t key, u64 nth) {
+FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, KeyPlace high, int32_t key,
+                            u64 nth) {
+  const int32_t after = key == high.x ? high.id : -1;
   const auto equal = [&](float x, int32_t id) -> u64 {
-    return key_of(x) == key && id >= 0 && id < slice.vocab;
+    return key_of(x) == key && id > after && id < slice.vocab;
   };
   sum_segments(team, slice, equal);
   locate(team, slice, nth - 1, equal, [&](int32_t id) { team.board()->id = id; });
@@ -180,15 +182,15 @@ FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, int32_t k
   return team.board()->id;
 }
 
-// The last of the first n tokens, in rank order, that `counts` counts; its key lies in [low, high].
-// `all_ties` takes in everything that equals it.
+// The nth (from 1) token, in rank order, of those that `counts` counts, all of which rank after
+// `high`; its key lies between `low` and `peak`. With `all_ties`, the last token that equals it.
 template <Policy kPolicy, class S, class Counts>
-FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, int32_t low, int32_t high,
-                             u64 n, bool all_ties, Counts counts) {
-  const Bracket b = select<false>(team, slice, low, high, counts, [n](u64) { return n; });
+FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, KeyPlace high, int32_t low,
+                             int32_t peak, u64 n, bool all_ties, Counts counts) {
+  const Bracket b = select<false>(team, slice, low, peak, counts, [n](u64) { return n; });
   if (b.low <= kKeyMinusInfinity) return keep_all_keys().low;
   if (all_ties || b.reached == n) return KeyPlace{b.low, INT32_MAX};
-  return KeyPlace{b.low, nth_equal(team, slice, b.low, n - b.above)};
+  return KeyPlace{b.low, nth_equal(team, slice, high, b.low, n - b.above)};
 }
 
 }  // namespace fastsample
