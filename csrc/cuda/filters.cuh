@@ -67,15 +67,19 @@ FS_DEVICE KeptKeys top_p(const Team<kPolicy>& team, const S& slice, const RowTas
   return narrow_above(kept, {b.low, last});
 }
 
-// An order of filters is which set top-p is judged on: what top-k keeps, what the mass floors and
-// top-k keep, or (joint) all.
+// The orders differ in the set that top-p is judged on alone: what top-k keeps, what the mass
+// floors and top-k keep, or (joint) the whole row.
+FS_DEVICE KeptKeys top_p_base(const KeptKeys& kept, int32_t order) {
+  return order == kJoint ? keep_all_keys() : kept;
+}
+
 template <Policy kPolicy, class S>
-FS_DEVICE KeptKeys filter(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
+FS_DEVICE KeptKeys apply_filters(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
   const RowParams& p = *t.params;
   KeptKeys kept = keep_all_keys();
   if (p.order == kMinPFirst) kept = mass_floors(kept, p);
   kept = top_k(team, slice, t, kept);
-  kept = top_p(team, slice, t, p.order == kJoint ? keep_all_keys() : kept, kept);
+  kept = top_p(team, slice, t, top_p_base(kept, p.order), kept);
   kept = mass_floors(kept, p);
   return kept;
 }

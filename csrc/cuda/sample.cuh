@@ -60,7 +60,7 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   KeptKeys kept = narrow_above(keep_all_keys(), {t.peak_key, t.argmax});
   u64 total = kMassUnit;
   if (t.status == kValid && !t.greedy) {
-    kept = filter(team, slice, t);
+    kept = apply_filters(team, slice, t);
     total = draw(batch, r, team, slice, t, kept);
   } else {
     write_same_token(batch.out, r, team, t.status == kValid ? t.argmax : -1);
