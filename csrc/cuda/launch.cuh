@@ -1,11 +1,11 @@
-// A batch's launches, whoever launches: nvcc's runtime or tests/simt.
+// Which kernel each launch takes, whether CUDA's runtime launches it or tests/simt.
 #pragma once
 
 #include "cuda/outputs.cuh"
 
 namespace fastsample {
 
-// launch(kernel, plan, arguments...) starts plan.teams * plan.parts blocks and returns 0 or an
+// launch(kernel, plan, arguments...) starts plan.teams * plan.parts blocks; it returns 0 or an
 // error.
 template <class T, class Launch>
 int launch_sample(const Batch& batch, const Plan& plan, Workspace ws, Launch launch) {

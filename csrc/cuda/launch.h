@@ -1,4 +1,4 @@
-// The launches that the bindings call, one set per dtype: asynchronous, without allocation.
+// The launches that the bindings call, one set per dtype. They are asynchronous and never allocate.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,8 @@
 namespace fastsample {
 
 struct Launches {
-  // Lets this dtype's kernels use the current device's shared memory and its large clusters.
+  // Lets this dtype's kernels use all the shared memory and the large clusters of the current
+  // device.
   cudaError_t (*prepare)(const Device&);
   cudaError_t (*sample)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
   cudaError_t (*outputs)(const Batch&, const Plan&, const Workspace&, cudaStream_t);

@@ -1,5 +1,5 @@
-// The kernels of one dtype and their launches; compiled once per dtype, so that a build has work
-// for several cores.
+// The kernels of one dtype and their launches. Compiled once per dtype, so that several cores can
+// build at once.
 #include "cuda/launch.cuh"
 #include "cuda/launch.h"
 
@@ -35,7 +35,7 @@ struct Launch {
       config.numAttrs = 1;
     }
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    return error == cudaSuccess ? error : cudaGetLastError();  // which also forgets it
+    return error == cudaSuccess ? error : cudaGetLastError();  // which also clears it
   }
 };
 

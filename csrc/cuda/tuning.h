@@ -1,16 +1,16 @@
-// Which kernel a batch gets and how rows are cut up: decisions only, apart from the algorithm.
-// Results never depend on them.
+// Which kernel a batch gets, and how its rows are split among blocks: decisions only, apart from
+// the algorithm. No result depends on them.
 #pragma once
 
 #include "core/rows.h"
 
 namespace fastsample {
 
-// How many blocks share a row, and where they keep it.
+// How many blocks share a row, and where they hold it.
 enum Policy : int32_t {
   kClusterPolicy = 0,  // a cluster of blocks holds the row in shared memory; sm_90 and later
-  kBlockPolicy = 1,    // one block reads the row again from the L2 cache
-  kGridPolicy = 2,     // several blocks do, and meet in device memory; where rows are few
+  kBlockPolicy = 1,    // one block reads the row from the L2 cache in every pass
+  kGridPolicy = 2,     // so do several blocks, which meet in device memory; where rows are few
 };
 constexpr int kPolicies = 3;
 
@@ -21,18 +21,18 @@ constexpr int kRegisters =
 constexpr int kMaxParts = 32;  // blocks per row
 constexpr int kPortableCluster = 8;  // blocks per cluster that every GPU with clusters can run
 constexpr int kLargestCluster = 16;  // where the GPU allows more
-constexpr int kDigitBits = 11;       // of a key, resolved by one round of selection
+constexpr int kDigitBits = 11;       // bits of a key that one round of selection resolves
 constexpr int kBins = 1 << kDigitBits;
-constexpr int kMaxSegments = kMaxParts * kThreads / 32;  // one per warp that works on the row
-constexpr int kPrivateEntries = 1024;     // edited tokens that fit the table in shared memory
-constexpr int kMinLogitsPerBlock = 4096;  // fewer are not worth a further block
+constexpr int kMaxSegments = kMaxParts * kThreads / 32;  // of a row, one per warp
+constexpr int kPrivateEdits = 1024;       // edits that the table in shared memory has room for
+constexpr int kMinLogitsPerBlock = 4096;  // fewer are not worth another block
 
-// What the choice depends on; the host asks the driver once per device.
+// What the choice depends on. The host asks the driver once per device.
 struct Device {
   int32_t arch;  // 80, 90, ...
   int32_t multiprocessors;
-  int32_t shared_block;     // bytes that one block may have
-  int32_t shared_sm;        // bytes of a multiprocessor
+  int32_t shared_block;     // bytes of shared memory that a block may have
+  int32_t shared_sm;        // bytes of shared memory in a multiprocessor
   int32_t largest_cluster;  // blocks; 1 without clusters
 };
 
@@ -40,7 +40,7 @@ struct Shape {
   int64_t rows;
   int32_t vocab;
   int32_t itemsize;  // bytes per logit
-  bool edits;        // bias, prompt or output ids are given
+  bool edits;        // whether bias, prompt ids or output ids are given
 };
 
 struct Plan {
@@ -49,13 +49,13 @@ struct Plan {
   int32_t threads;  // per block
   int32_t teams;    // rows in flight
   int32_t shared;   // bytes of dynamic shared memory per block
-  bool far_bitmap;  // the marks of edited tokens do not fit it
+  bool far_bitmap;  // the marks of edited tokens do not fit there
 };
 
 FS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FS_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// 16-byte vectors per warp. A row that does not begin on 16 bytes may touch one vector more.
+// 16-byte vectors per warp. A row that does not begin at a multiple of 16 bytes may need one more.
 FS_HD constexpr int32_t vectors_per_warp(int32_t vocab, int32_t itemsize, int32_t warps) {
   return (int32_t)round_up(ceil_div((int64_t)vocab * itemsize + 15, 16), 32 * (int64_t)warps) /
          warps;
@@ -65,12 +65,13 @@ constexpr int32_t vectors_per_block(const Shape& s, int32_t parts, int32_t threa
   return vectors_per_warp(s.vocab, s.itemsize, parts * threads / 32) * (threads / 32);
 }
 
-// Bytes of the parts of a block's shared memory that not every launch needs.
+// The parts of a block's shared memory, in bytes: the marks of edited tokens, their table, and
+// struct Shared, which every launch has.
 FS_HD constexpr int64_t bitmap_bytes(int64_t vectors, int32_t itemsize) {
   return round_up(vectors * (16 / itemsize), 128) / 8;
 }
-constexpr int64_t kTableBytes = 2 * kPrivateEntries * 12;
-constexpr int64_t kFixedShared = 26 * 1024;  // struct Shared; checked where it is defined
+constexpr int64_t kTableBytes = 2 * kPrivateEdits * 12;
+constexpr int64_t kFixedShared = 26 * 1024;  // checked where Shared is defined
 
 constexpr int64_t shared_bytes(const Shape& s, bool resident, int32_t parts, int32_t threads) {
   const int64_t vectors = vectors_per_block(s, parts, threads);
@@ -79,7 +80,7 @@ constexpr int64_t shared_bytes(const Shape& s, bool resident, int32_t parts, int
 }
 
 constexpr int blocks_per_sm(const Device& d, int64_t shared) {
-  const int64_t fit = d.shared_sm / (shared + 1024);  // the driver takes 1 KiB per block
+  const int64_t fit = d.shared_sm / (shared + 1024);  // the driver reserves 1 KiB per block
   return fit < kBlocksPerSM ? (int)fit : kBlocksPerSM;
 }
 
@@ -96,7 +97,8 @@ constexpr Plan make_plan(const Device& d, const Shape& s, Policy policy, int32_t
   return Plan{policy, parts, threads, (int32_t)(teams > 0 ? teams : 1), (int32_t)shared, false};
 }
 
-// The kernel behind filter_logits, probabilities and log-probabilities: one block per row.
+// The plan of the second kernel, for filter_logits, probabilities and log-probabilities: one block
+// per row.
 constexpr Plan outputs_plan(const Device& d, const Shape& s) {
   Plan plan = make_plan(d, s, kBlockPolicy, 1);
   if (plan.shared > d.shared_block) {
@@ -106,7 +108,7 @@ constexpr Plan outputs_plan(const Device& d, const Shape& s) {
   return plan;
 }
 
-// The smallest number of blocks >= 1, a power of two, that `enough` accepts; 0 where none does.
+// The smallest power of two, up to the limit, that `enough` accepts; 0 if there is none.
 template <class Enough>
 constexpr int32_t fewest(int32_t limit, Enough enough) {
   for (int32_t parts = 1; parts <= limit; parts *= 2) {
@@ -119,8 +121,7 @@ constexpr bool fits(const Device& d, const Shape& s, bool resident, int32_t part
   return shared_bytes(s, resident, parts, kThreads) <= d.shared_block;
 }
 
-// Blocks per row that keep every multiprocessor busy with this many rows, as long as each block
-// has enough to do.
+// Blocks per row that keep every multiprocessor busy, as long as each block has enough to do.
 constexpr int32_t wanted_parts(const Device& d, const Shape& s, int32_t limit) {
   const int64_t share = (int64_t)d.multiprocessors * kBlocksPerSM / (s.rows > 0 ? s.rows : 1);
   const int64_t work = ceil_div(s.vocab, kMinLogitsPerBlock);
@@ -130,8 +131,8 @@ constexpr int32_t wanted_parts(const Device& d, const Shape& s, int32_t limit) {
 }
 
 constexpr Plan plan(const Device& d, const Shape& s) {
-  // Blocks of a cluster that hold the row: few enough to be portable and small enough that two
-  // share a multiprocessor; else whatever holds it.
+  // A cluster that holds the row: portable, and with blocks so small that two share a
+  // multiprocessor. Failing that, any that holds it.
   const auto small = [&](int32_t parts) {
     return blocks_per_sm(d, shared_bytes(s, true, parts, kThreads)) == kBlocksPerSM;
   };

@@ -1,34 +1,29 @@
-// What lies in device memory between and during launches, and where: plain data, for the host too.
+// What lies in device memory during launches and between them, and where: plain data, for the host
+// too.
 #pragma once
 
 #include "core/rows.h"
+#include "cuda/keys.h"
 #include "cuda/tuning.h"
 
 namespace fastsample {
 
-typedef unsigned long long u64;  // what CUDA's atomics and shuffles call uint64_t
-
-// What one load brings: 4 or 8 logits.
+// What one load reads: 4 or 8 logits.
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
 
-// A cutoff of the rank order: the last token kept; the id INT32_MAX keeps all that equal it.
-struct KeyCut {
-  int32_t key;
-  int32_t id;
-};
-
+// Keys among which a selection looks for one.
 struct Bracket {
-  int32_t low, high;   // keys; the cutoff is one of them
-  u64 above, reached;  // weight above `high`, and from `low` up
+  int32_t low, high;
+  u64 above, reached;  // the weight above `high`, and from `low` up
   u64 total;           // of all that was weighed in the first round
 };
 
 // What the blocks of a row tell each other.
 struct Board {
-  uint32_t bins[2 * kBins];  // 64-bit sums in halves; 0 whenever no selection is under way
-  u64 total;                 // likewise
+  uint32_t bins[2 * kBins];  // 64-bit sums in halves; 0 between selections
+  u64 total;                 // 0 between selections
   u64 sums[kMaxSegments];    // of each warp's segment, in id order
   long long best[kMaxParts];
   int32_t warp_low[kMaxParts], lane_low[kMaxParts];
@@ -40,44 +35,46 @@ struct Board {
 struct RowState {
   Status status;
   int32_t peak_key;
-  KeyCut cut;
-  u64 total;
+  KeptKeys kept;
+  u64 total;  // the kept tokens' mass
 };
 
-// Open addressing; an id is inserted by whoever owns it and looked up by nobody else.
-struct Entry {
-  int32_t id;      // -1: free
+// A token with a bias or a penalty.
+struct Edit {
+  int32_t id;      // -1: a free slot
   uint32_t count;  // occurrences in the output, and the flags below
-  float value;     // the bias, and in the end the processed logit
+  float x;         // the bias; in the end the processed logit
 };
 constexpr uint32_t kInPrompt = 0x80000000u, kHasBias = 0x40000000u, kCount = 0x3fffffffu;
+constexpr uint32_t kInOutput = 1;
+static_assert(sizeof(Edit) * 2 * kPrivateEdits == kTableBytes, "tuning.h plans with this size");
 
 // Device memory lent to a launch.
 struct Workspace {
-  RowState* states;     // [B], null when no later kernel asks
-  Entry* tables;        // for rows with more edits than shared memory holds
-  long long* lists;     // [teams, list_length] of the kernel that writes top-n
+  RowState* states;     // [B], null if there is no later kernel
+  Edit* tables;         // for rows with more edits than shared memory holds
+  long long* lists;     // [teams, list_length], for top-n
   int64_t list_length;  // a power of two
-  uint32_t* bitmaps;    // [teams, bitmap_words] of that kernel where shared memory is too small
+  uint32_t* bitmaps;    // [teams, bitmap_words], for the outputs where shared memory is too small
   int64_t bitmap_words;
-  Board* boards;         // [teams], zero between launches; kGridPolicy only
-  uint32_t* semaphores;  // [teams], likewise
+  Board* boards;         // kGridPolicy only: [teams], zero between launches
+  uint32_t* semaphores;  // kGridPolicy only: [teams], the low 31 bits zero between launches
 };
 
-// How a batch is served, and the bytes of device memory that it takes.
+// How a batch is served, and the bytes of device memory that this takes.
 struct Layout {
   Plan sample;
-  Plan outputs;       // of the second kernel; no teams when none is wanted
+  Plan outputs;       // of the second kernel; 0 teams where it is not wanted
   int64_t workspace;  // any contents
-  int64_t boards;     // zero before the first launch, and left so
-  int64_t table_entries;
+  int64_t boards;     // zero before the first launch
+  int64_t table_slots;
 };
 
 FS_HD bool has_edits(const Rows& rows) {
   return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
 }
 
-// Whether anything is wanted that takes a second kernel.
+// Whether anything is wanted that only the second kernel writes.
 inline bool wants_more(const Outputs& out) {
   return out.filtered || out.probabilities || out.mode != kNoLogprobs;
 }
@@ -93,7 +90,7 @@ inline int64_t list_length(const Outputs& out) {
   return out.num_top ? length : 0;
 }
 
-// Addresses of the workspace's parts, one behind the other; returns its size.
+// Sets the addresses of the workspace's parts, one after the other; returns its size.
 inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace, char* boards,
                        Workspace& ws) {
   int64_t size = 0;
@@ -104,7 +101,7 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   };
   const Plan& more = layout.outputs;
   ws.states = (RowState*)part(more.teams ? batch.logits.rows * (int64_t)sizeof(RowState) : 0);
-  ws.tables = (Entry*)part(layout.table_entries * (int64_t)sizeof(Entry));
+  ws.tables = (Edit*)part(layout.table_slots * (int64_t)sizeof(Edit));
   ws.list_length = list_length(batch.out);
   ws.lists = (long long*)part(more.teams * ws.list_length * 8);
   const Shape shape = shape_of(batch);
@@ -118,7 +115,7 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   return size;
 }
 
-// `bias_entries`: of all rows together.
+// `bias_entries` counts those of all rows together.
 inline Layout layout_for(const Device& device, const Batch& batch, int64_t bias_entries,
                          const Plan& sample) {
   const Rows& rows = batch.rows;
@@ -126,8 +123,8 @@ inline Layout layout_for(const Device& device, const Batch& batch, int64_t bias_
   if (wants_more(batch.out)) layout.outputs = outputs_plan(device, shape_of(batch));
   const int64_t lists =
       (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
-  if (bias_entries + lists > kPrivateEntries) {
-    layout.table_entries = 2 * (bias_entries + batch.logits.rows * lists);
+  if (bias_entries + lists > kPrivateEdits) {
+    layout.table_slots = 2 * (bias_entries + batch.logits.rows * lists);
   }
   Workspace unused;
   layout.workspace = lay_out(batch, layout, nullptr, nullptr, unused);

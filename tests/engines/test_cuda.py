@@ -1,4 +1,4 @@
-"""The CUDA engine where there may be no GPU: what it says, how it lends memory, what its binaries hold."""
+"""The CUDA engine where there may be no GPU: the reasons it gives, the memory it lends, its machine code."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_the_extension_is_a_reason(
 
 
 class Recorder:
-    """In place of the extension: wants some memory, and notes what it is given."""
+    """Stands in for the extension: needs some memory, and records what it is given."""
 
     def __init__(self, workspace: int, boards: int) -> None:
         self.needs = (workspace, boards)
@@ -152,7 +152,7 @@ def test_a_sampler_has_memory_of_its_own(step: Callable[..., None]) -> None:
 
 
 class Busy(Recorder):
-    """Notes how many calls are inside at once. With a barrier, each waits there for the other."""
+    """Records how many calls run at once. With a barrier, two calls wait for each other."""
 
     def __init__(self, barrier: threading.Barrier | None = None) -> None:
         super().__init__(1000, 64)
@@ -171,7 +171,7 @@ class Busy(Recorder):
 
 
 def test_calls_that_share_memory_take_turns(step: Callable[..., None]) -> None:
-    """Threads have one default stream between them, and a call's second launch reads what its first has left."""
+    """Threads share one default stream, and a call's second launch reads what its first one wrote."""
     busy = Busy()
     chosen = cuda.CudaEngine(busy)
     with ThreadPoolExecutor(6) as pool:

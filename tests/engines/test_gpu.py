@@ -1,4 +1,4 @@
-"""Engines on a real GPU against the reference on the CPU: the cases of every other engine, graphs, streams, waiting."""
+"""The GPU engines on a real GPU against the reference on the CPU; graphs, streams, and that no step waits."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_engine_equals_reference(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 7, 100])
 @pytest.mark.parametrize("one_launch", [True, False])
 def test_triton_however_rows_are_split(parts: int, one_launch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The barrier in device memory, and a launch per phase instead."""
+    """With a barrier in device memory between phases, and with a launch per phase."""
     adapter = engine("triton")
     monkeypatch.setattr(adapter, "parts", parts)
     monkeypatch.setattr(adapter, "one_launch", one_launch)
@@ -116,7 +116,7 @@ def steps(logits: torch.Tensor, backend: str, count: int, **fields: Any) -> list
 
 
 def test_a_captured_step_is_replayed_at_the_next_offsets(backend: str) -> None:
-    """Offsets live on the device, so each replay draws the next step's tokens."""
+    """Offsets are on the device, so each replay draws the next step's tokens."""
     logits = torch.randn(4, 50257, generator=torch.Generator().manual_seed(1))
     want = steps(logits, "reference", 3 + STEPS, top_p=0.95, top_k=200)
     sampler = fs.Sampler(batch_size=4, seed=11, backend=backend, on_invalid="flag", top_p=0.95, top_k=200)

@@ -173,6 +173,43 @@ def test_marks_of_edited_tokens_that_shared_memory_does_not_hold(simt: Simt) -> 
     assert torch.equal(bits(got), bits(want))
 
 
+KEYS = """
+#include "cuda/keys.h"
+#include <initializer_list>
+#include <math.h>
+using namespace fastsample;
+int main() {
+  const float x[] = {-INFINITY, -3e38f, -1.5f, -1e-45f, -0.0f, 0.0f, 1e-45f, 1.5f, 3e38f};
+  KeyPlace places[90];
+  int n = 0;
+  for (float v : x) {
+    if (from_key(key_of(v)) != v) return 1;
+    for (float w : x) if ((v < w) != (key_of(v) < key_of(w))) return 2;
+    for (int32_t id : {0, 7, (1 << 20) - 1}) places[n++] = {key_of(v), id};
+  }
+  for (int i = 0; i < n; ++i) {
+    const KeyPlace a = places[i], back = place_of(ranked(a));
+    if (back.x != a.x || back.id != a.id) return 3;
+    if (within(keep_all_keys(), a) != (from_key(a.x) > -INFINITY)) return 4;
+    for (int j = 0; j < n; ++j) {
+      const KeyPlace b = places[j];
+      if (ranks_before(a, b) != (ranked(a) > ranked(b))) return 5;
+      const KeptKeys above = narrow_above(keep_all_keys(), b), below = narrow_below(keep_all_keys(), b);
+      if (within(above, a) != ranks_within(above, a) || within(below, a) != ranks_within(below, a)) return 6;
+    }
+  }
+  return 0;
+}
+"""
+
+
+def test_keys_keep_the_order_of_logits_and_both_ends_of_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "keys.cc").write_text(KEYS)
+    chosen = str(compiler())
+    subprocess.run([chosen, "-std=c++17", f"-I{CSRC}", "-o", "keys", "keys.cc"], cwd=tmp_path, check=True)
+    assert subprocess.run([tmp_path / "keys"]).returncode == 0
+
+
 # Plans and bytes ------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +235,7 @@ def test_plans(
 
 
 def test_every_plan_fits_its_gpu(simt: Simt) -> None:
-    """Shared memory of a block, blocks of a cluster, and (where blocks wait for each other) all of them at once."""
+    """A block's shared memory, a cluster's blocks and, where blocks wait for each other, all of them at once."""
     l40 = (89, 142, 99 * 1024, 100 * 1024, 1)
     rtx50 = (120, 170, 99 * 1024, 100 * 1024, 8)
     seen = set()
@@ -254,7 +291,7 @@ def test_the_other_policies_read_no_more_than_their_passes(simt: Simt) -> None:
         assert logits.nbytes <= simt.counters().logit_bytes <= 9 * logits.nbytes
 
 
-# The harness finds what it is for -------------------------------------------------------------------------------------
+# The harness finds what it is there to find ---------------------------------------------------------------------------
 
 
 BARRIERS = [
@@ -291,7 +328,7 @@ def wrong(simt: Simt, how: How) -> bool:
 
 
 def found_wrong(simt: Simt, how: How) -> bool:
-    """The same in a child process, since a wild address is one of the things that a missing barrier leads to."""
+    """The same in a child process, since a missing barrier may lead to a wild address."""
     for case in PROBES:
         expected(case)
     with warnings.catch_warnings():
@@ -310,14 +347,14 @@ def test_nothing_is_found_where_nothing_is_missing(how: How, simt: Simt) -> None
 
 @pytest.mark.parametrize("barrier", BARRIERS, ids=lambda barrier: f"{barrier[0]}:{barrier[1]}")
 def test_a_missing_barrier_is_found(barrier: tuple[str, int], simt: Simt) -> None:
-    """Left out, it leads to a wrong result or a deadlock in one order of threads or another."""
+    """Without it, some order of threads gives a wrong result or a deadlock."""
     hows = (How("cluster", 2, 96, 1), How("grid", 2, 96, 1), How("block", 1, 96, 1))
     assert any(found_wrong(simt, replace(how, order=order, skip=barrier)) for how in hows for order in reversed(ORDERS))
 
 
 @pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    """A slice of the jobs with every buffer exactly as large as it must be."""
+    """Some of the jobs, with every buffer exactly as large as it has to be."""
     jobs = [job for job in JOBS if job.case.vocab <= 1100][::28]
     (tmp_path / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     library = build(tmp_path, sanitize=True)

@@ -18,8 +18,8 @@
 #define SIMT_ASAN 0
 #endif
 
-// A switch by ucontext takes system calls. These few instructions do not, but AddressSanitizer has
-// to be told of each switch and knows ucontext.
+// Switching by ucontext takes system calls, which these few instructions do not. Under
+// AddressSanitizer, which has to be told of each switch, it is ucontext, which it knows.
 #if defined(__x86_64__) && !SIMT_ASAN
 #define SIMT_ASM 1
 extern "C" void simt_switch(void** save, void* load);
@@ -58,7 +58,7 @@ namespace {
 
 constexpr size_t kStack = SIMT_ASAN ? 512 << 10 : 64 << 10;
 
-// Threads that meet: a block, a cluster, or the lanes of a warp.
+// Threads that wait for each other: a block, a cluster, or the lanes of a warp.
 struct Meeting {
   int members = 0, arrived = 0;
   uint64_t generation = 0;
@@ -66,7 +66,7 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  uint64_t given[2][32];  // by turns, so that one exchange cannot overtake another
+  uint64_t given[2][32];  // used in turn, so that one exchange cannot overwrite another
 };
 
 struct Block {
@@ -137,7 +137,7 @@ void prepare(Fiber* fiber) {
   void** top = (void**)(fiber->stack + kStack) - 1;  // aligned as after a call
   *top = nullptr;
   *--top = (void*)fiber_main;
-  fiber->sp = top - 6;  // six registers of no meaning
+  fiber->sp = top - 6;  // six registers, whose contents do not matter
 #else
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack;
@@ -188,7 +188,7 @@ char* take_stack() {
   return stack;
 }
 
-// The order in which runnable fibers get their turn.
+// Puts the fibers in the order in which they get their turns.
 void arrange(std::vector<Fiber*>& fibers, std::mt19937_64& random) {
   switch (settings.order) {
     case kAscending:
@@ -234,7 +234,7 @@ void schedule(std::vector<Fiber*> fibers) {
       }
     }
     if (!progress) failure = "deadlock: every thread waits";
-    // Warps stay whole: their lanes end together.
+    // All lanes of a warp end together, so warps stay whole.
     if (finished) {
       for (Fiber* fiber : fibers) {
         if (fiber->done) free_stacks.push_back(fiber->stack);
@@ -261,7 +261,7 @@ void run_together(int64_t first, int64_t blocks, int64_t grid, int threads, size
     block.warps.resize((size_t)threads / 32);
     for (Warp& warp : block.warps) warp.meeting.members = 32;
     block.shared.reset(new char[shared]);
-    memset(block.shared.get(), 0xA5, shared);  // nobody may count on zeros
+    memset(block.shared.get(), 0xA5, shared);  // nothing may rely on zeros
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[(size_t)(b * threads + t)];
       fiber.place = Place{{(uint32_t)t, 0, 0},

@@ -1,9 +1,9 @@
 // CUDA's names for the host: every thread of a block, a cluster or a grid is a fiber. csrc/cuda
-// includes this file where nvcc does not compile it, and nothing else there differs.
+// includes this file when a host compiler compiles it; nothing else differs.
 //
-// Fibers change only at barriers and warp operations, in an order that the test chooses: lane by
-// lane, or (kWarpByWarp) each warp, in shuffled order, as far as it gets. What a
-// missing barrier would have made wait is thus run too early or too late in one order or another.
+// Fibers switch only at barriers and warp operations, in an order that the test chooses: lane by
+// lane, or (kWarpByWarp) one warp after another, shuffled, each as far as it gets. So where a
+// barrier is missing, some order runs a thread too early or too late.
 #pragma once
 
 #include <stddef.h>
@@ -32,7 +32,7 @@ struct Counters {
   int64_t logit_bytes;    // read from the logits
   int64_t other_bytes;    // read from other device memory through load_global
   int64_t written_bytes;  // through store_global
-  int64_t barriers;       // passed, counted once per block
+  int64_t barriers;       // once for each block that passes
   int64_t warp_operations;
   int64_t atomics;
 };
@@ -40,7 +40,7 @@ struct Counters {
 struct Settings {
   int order;
   uint64_t seed;          // of the shuffled orders
-  const char* skip_file;  // a barrier that threads are let through, named by its place
+  const char* skip_file;  // where the barrier stands that does not make threads wait
   int skip_line;
   const char* logits_begin;
   const char* logits_end;
@@ -62,12 +62,12 @@ void pause();
 char* shared_memory();
 char* shared_memory_of(int cluster_rank);
 
-// Every lane gives 8 bytes; lane i gets what lane `from` gave.
+// Every lane gives 8 bytes and gets those of lane `from`.
 uint64_t exchange(uint64_t mine, int from);
 uint32_t vote(bool mine);
 
-// Starts grid * block threads, `together` blocks at a time (they may wait for each other), in
-// clusters of `cluster` blocks. Returns null, or what went wrong.
+// Runs grid * block threads in clusters of `cluster` blocks. `together` blocks run at a time and
+// may wait for each other. Returns null, or what went wrong.
 typedef void (*Body)(const void* context);
 const char* run(int64_t grid, int block, size_t shared, int64_t together, int cluster, Body body,
                 const void* context);
@@ -114,7 +114,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 
-// One fiber runs at a time, so that plain operations are atomic.
+// One fiber runs at a time, so plain operations are atomic.
 template <class T>
 inline T atomicAdd(T* p, T value) {
   ++simt::counters.atomics;
@@ -135,7 +135,7 @@ inline int32_t atomicCAS(int32_t* p, int32_t expected, int32_t value) {
   return before;
 }
 
-// What block.cuh defines for nvcc.
+// What device.cuh defines for nvcc.
 namespace fastsample {
 
 constexpr bool kHasClusters = true;
@@ -156,7 +156,7 @@ inline void store_global(T* p, T value) {
   *p = value;
 }
 
-// Exactly: exponent and mantissa in place, then a product with a power of two.
+// Exact: exponent and mantissa are moved into place, then multiplied by a power of two.
 inline float half_to_float(uint16_t bits) {
   const uint32_t magnitude = (bits & 0x7fffu) << 13;
   float x;

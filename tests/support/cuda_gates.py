@@ -1,4 +1,4 @@
-"""Reads from the CUDA extension's own binaries what the contract and the tuning demand of them.
+"""What the contract and the tuning demand of the CUDA extension's binaries, measured in their machine code.
 
 python cuda_gates.py    # the table of all kernels and targets
 """
@@ -43,23 +43,23 @@ class Kernel:
 
     @property
     def is_empty(self) -> bool:
-        """sm_80 has no clusters; that kernel is there to be named, and is never launched."""
+        """sm_80 has no clusters: its cluster kernel can be named, but is never launched."""
         return (self.name, self.target) == ("sample cluster", "sm_80")
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What the gates look at."""
+    """What the gates measure."""
 
     registers: int
     local: int  # bytes of stack and local memory
     wide_loads: int  # of 16 bytes
-    fused: int  # multiply-adds but for those that a division rounded to nearest is made of
+    fused: int  # multiply-adds, except those that make up a correctly rounded division
     float64: int
-    inexact: int  # approximate or flushing float instructions other than a division's
+    inexact: int  # float instructions that approximate or flush to zero, except a division's
 
     def broken(self, kernel: Kernel) -> list[str]:
-        """The gates that this binary does not pass."""
+        """The gates that this kernel does not pass."""
         gates = {
             "registers": self.registers <= REGISTERS,
             "spills": self.local == 0,

@@ -1,6 +1,6 @@
 """csrc/cuda on fibers (tests/simt), behind the CUDA engine's own adapter: any case, any policy, no GPU.
 
-python simt_engine.py JOBS.json RESULTS.pt    # in a process of its own, as AddressSanitizer wants it
+python simt_engine.py JOBS.json RESULTS.pt    # in a process of its own, which AddressSanitizer needs
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ A100 = (80, 108, 163 * 1024, 164 * 1024, 1)
 
 
 def compiler() -> str | None:
-    """A host compiler; the build needed one too."""
+    """A host compiler, if there is one."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -63,7 +63,7 @@ def build(folder: Path, sanitize: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class How:
-    """Which kernel, cut up how, on fibers in which order."""
+    """Which kernel, how it splits rows, and in which order its threads run."""
 
     policy: str = "auto"
     parts: int = 1
@@ -102,7 +102,7 @@ class Chosen:
 
 
 class Simt:
-    """In place of the module fastsample._cuda."""
+    """Stands in for the module fastsample._cuda."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -143,7 +143,7 @@ def _array(values: tuple[int, ...]) -> Any:
 
 @contextmanager
 def as_backend(module: Simt) -> Iterator[None]:
-    """While it lasts, backend "cuda" is the simulated one and serves CPU tensors."""
+    """Within this context, backend "cuda" is the simulated one and serves CPU tensors."""
     ours = CudaEngine(module)
     theirs = engine("cuda")
     before = {name: getattr(theirs, name) for name in ("why_not", "run")}
@@ -169,7 +169,7 @@ class Job:
 
 
 def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
-    """What an engine can be asked about a case, in few calls."""
+    """Everything that an engine can be asked about a case, in few calls."""
     inputs = case.build()
     common = {**inputs.kwargs, "backend": backend, "on_invalid": "flag"}
     found = {

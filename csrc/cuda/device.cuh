@@ -1,0 +1,73 @@
+// What the hardware offers: threads, loads and stores, clusters. Only this file knows whether nvcc
+// compiles it, or a host compiler for tests/simt, whose simt.h defines CUDA's names for the host.
+#pragma once
+
+#include "cuda/workspace.h"
+
+#if !defined(__CUDACC__)
+#include "simt.h"
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#include <cooperative_groups.h>
+#endif
+
+#define FS_DEVICE static __device__ __forceinline__
+#define FS_METHOD __device__ __forceinline__
+
+namespace fastsample {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu;
+
+FS_DEVICE int lane() { return (int)(threadIdx.x & 31); }
+FS_DEVICE int warp() { return (int)(threadIdx.x >> 5); }
+FS_DEVICE int warps() { return (int)(blockDim.x >> 5); }
+
+#if defined(__CUDACC__)
+
+FS_DEVICE char* shared_memory() {
+  extern __shared__ Vec16 fastsample_shared[];
+  return (char*)fastsample_shared;
+}
+
+// Read-only data in device memory: 16 bytes at once, or one element.
+FS_DEVICE Vec16 load_global16(const void* p) {
+  const uint4 v = __ldg((const uint4*)p);
+  return Vec16{{v.x, v.y, v.z, v.w}};
+}
+template <class T>
+FS_DEVICE T load_global(const T* p) {
+  return __ldg(p);
+}
+template <class T>
+FS_DEVICE void store_global(T* p, T value) {
+  *p = value;
+}
+
+FS_DEVICE float half_to_float(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+FS_DEVICE void pause() { __nanosleep(32); }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+FS_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+FS_DEVICE int cluster_rank() { return (int)cooperative_groups::this_cluster().block_rank(); }
+template <class T>
+FS_DEVICE T* of_cluster_block(T* mine, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+}
+#else
+constexpr bool kHasClusters = false;
+FS_DEVICE void cluster_sync() {}
+FS_DEVICE int cluster_rank() { return 0; }
+template <class T>
+FS_DEVICE T* of_cluster_block(T* mine, int) {
+  return mine;
+}
+#endif
+
+#endif  // __CUDACC__
+
+}  // namespace fastsample

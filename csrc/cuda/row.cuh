@@ -1,0 +1,230 @@
+// A row as the stages read it: a block's slice of its logits, upcast and with the mask and the
+// edits applied at each reading.
+#pragma once
+
+#include <math.h>
+
+#include "core/process.h"
+#include "cuda/edits.cuh"
+
+namespace fastsample {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// Low bits that are 0 in the keys of all unedited logits.
+template <class T>
+constexpr int kLowBits = 0;
+template <>
+constexpr int kLowBits<Half> = 13;
+template <>
+constexpr int kLowBits<BFloat> = 16;
+
+// Logits per 16-byte vector.
+template <class T>
+constexpr int kVec = 16 / (int)sizeof(T);
+
+FS_DEVICE float upcast(float x) { return x; }
+FS_DEVICE float upcast(Half x) { return half_to_float(x.bits); }
+FS_DEVICE float upcast(BFloat x) { return from_bits((uint32_t)x.bits << 16); }
+
+template <class T>
+FS_DEVICE void unpack(const Vec16& v, float (&x)[kVec<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVec<T>; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = from_bits(v.word[i]);
+    } else {
+      x[i] = upcast(T{(uint16_t)(v.word[i / 2] >> 16 * (i & 1))});
+    }
+  }
+}
+
+// One of a row's logits, as the caller gave them.
+template <class T>
+FS_DEVICE float logit(const T* row, int32_t id) {
+  if constexpr (sizeof(T) == 4) {
+    return load_global((const float*)row + id);
+  } else {
+    return upcast(T{load_global((const uint16_t*)row + id)});
+  }
+}
+
+// What lies over a row's logits. It is in shared memory rather than in registers, since most rows
+// have none of it.
+struct Overlay {
+  const int32_t* mask;  // null: every token is allowed
+  int64_t mask_words;
+  uint32_t* edited;  // a bit per position of the slice; null: no token is edited
+  EditTable table;
+
+  FS_METHOD uint32_t mask_word(int32_t index) const {
+    return index >= 0 && index < mask_words ? (uint32_t)load_global(mask + index) : 0;
+  }
+};
+
+// The part of a row that one block works on. Positions count from the last 16-byte boundary at or
+// before the row's begin: id = position - shift. A vector is kVec positions.
+template <class T, bool kResident>
+struct Slice {
+  static constexpr int kWidth = kVec<T>, kUnusedBits = kLowBits<T>;
+  const T* row;
+  int32_t vocab;
+  int32_t shift;
+  int32_t vectors;         // of the whole row
+  int32_t per_warp;        // vectors
+  int32_t first;           // vector
+  Vec16* held;             // resident only: [warps * per_warp] raw logits, -inf outside the row
+  const Overlay* overlay;  // null: the logits are used as they are
+
+  FS_METHOD bool owns(int64_t id) const {
+    if (id < 0 || id >= vocab) return false;
+    const int32_t vector = ((int32_t)id + shift) / kVec<T>;
+    return vector >= first && vector < first + warps() * per_warp;
+  }
+
+  // 16 bytes of logits, as they are.
+  FS_METHOD Vec16 fetch(int32_t vector) const {
+    const int32_t id = vector * kVec<T> - shift;
+    if (id >= 0 && id + kVec<T> <= vocab) return load_global16(row + id);
+    Vec16 v;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) v.word[w] = 0;
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) {
+      const bool inside = id + i >= 0 && id + i < vocab;
+      if constexpr (sizeof(T) == 4) {
+        v.word[i] = inside ? load_global((const uint32_t*)row + id + i) : 0xff800000u;
+      } else {
+        const uint32_t none = sizeof(T) == 2 && kLowBits<T> == 16 ? 0xff80u : 0xfc00u;
+        const uint32_t bits = inside ? load_global((const uint16_t*)row + id + i) : none;
+        v.word[i / 2] |= bits << 16 * (i & 1);
+      }
+    }
+    return v;
+  }
+
+  template <bool kFirst>
+  FS_METHOD Vec16 raw(int32_t vector) const {
+    if constexpr (!kResident) return fetch(vector);
+    if constexpr (kFirst) return held[vector - first] = fetch(vector);
+    return held[vector - first];
+  }
+
+  // The raw logits upcast, with the mask and the edits applied.
+  FS_METHOD void process(const Vec16& v, int32_t vector, float (&x)[kVec<T>]) const {
+    unpack<T>(v, x);
+    if (!overlay) return;
+    if (overlay->mask) apply_mask(vector, x);
+    if (overlay->edited) apply_edits(vector, x);
+  }
+
+  FS_METHOD void apply_mask(int32_t vector, float (&x)[kVec<T>]) const {
+    const int32_t id = vector * kVec<T> - shift;
+    const int32_t word = id >> 5, bit = id & 31;
+    uint32_t allowed = overlay->mask_word(word) >> bit;
+    if (bit + kVec<T> > 32) allowed |= overlay->mask_word(word + 1) << (32 - bit);
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) {
+      if (!(allowed >> i & 1)) x[i] = -INFINITY;
+    }
+  }
+
+  FS_METHOD void apply_edits(int32_t vector, float (&x)[kVec<T>]) const {
+    const int32_t id = vector * kVec<T> - shift;
+    const int32_t position = (vector - first) * kVec<T>;
+    uint32_t marks = overlay->edited[position >> 5] >> (position & 31) & ((1u << kVec<T>)-1);
+    // A loop around one look-up is less code than a look-up for each logit.
+    for (; marks; marks &= marks - 1) {
+      const int edited = __ffs((int)marks) - 1;
+      const float value = overlay->table.x_of(id + edited);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; ++i) x[i] = i == edited ? value : x[i];
+    }
+  }
+
+  // One logit after stage 1.
+  FS_METHOD float masked(int32_t id) const {
+    const bool gone = overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id);
+    return gone ? -INFINITY : logit(row, id);
+  }
+
+  // One processed logit of this slice.
+  FS_METHOD float value(int32_t id) const {
+    if (overlay && overlay->edited) {
+      const int32_t position = position_of(id);
+      if (overlay->edited[position >> 5] >> (position & 31) & 1) return overlay->table.x_of(id);
+    }
+    return masked(id);
+  }
+
+  // Of a token, within the slice.
+  FS_METHOD int32_t position_of(int32_t id) const { return id + shift - first * kVec<T>; }
+
+  // The vectors of the calling thread's warp.
+  FS_METHOD int32_t begin() const { return first + warp() * per_warp; }
+  FS_METHOD int32_t end() const {
+    return begin() + per_warp < vectors ? begin() + per_warp : vectors;
+  }
+};
+
+template <class T, bool kResident>
+FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank, int parts) {
+  const Logits& l = batch.logits;
+  Slice<T, kResident> s = {};
+  s.row = (const T*)l.data + r * l.stride;
+  s.vocab = l.vocab;
+  s.shift = (int32_t)((uintptr_t)s.row % 16 / sizeof(T));
+  s.vectors = (s.shift + s.vocab + kVec<T> - 1) / kVec<T>;
+  s.per_warp = vectors_per_warp(s.vocab, (int32_t)sizeof(T), parts * warps());
+  s.first = rank * warps() * s.per_warp;
+  return s;
+}
+
+// Calls f(x, id) for every position of the slice, with several loads ahead; x is -inf outside the
+// row. kFirst: the logits have not been read before.
+template <bool kFirst, class T, bool kResident, class F>
+FS_DEVICE void each_maybe_first(const Slice<T, kResident>& s, F f) {
+  // Logits that a lane reads in one go: many where they come from device memory, so that the loads
+  // overlap.
+  constexpr int kAtOnce = kFirst ? 16 : kResident ? kVec<T> : 8;
+  constexpr int kAhead = kAtOnce / kVec<T>;
+  const int32_t end = s.end();
+  for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
+    Vec16 raw[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (v + 32 * u < end) raw[u] = s.template raw<kFirst>(v + 32 * u);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (v + 32 * u < end) {
+        float x[kVec<T>];
+        s.process(raw[u], v + 32 * u, x);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; ++i) f(x[i], (v + 32 * u) * kVec<T> + i - s.shift);
+      }
+    }
+  }
+}
+
+template <class T, bool kResident, class F>
+FS_DEVICE void each_first(const Slice<T, kResident>& s, F f) {
+  each_maybe_first<true>(s, f);
+}
+template <class T, bool kResident, class F>
+FS_DEVICE void each(const Slice<T, kResident>& s, F f) {
+  each_maybe_first<false>(s, f);
+}
+
+// How many low bits of every key in the slice are 0.
+template <class S>
+FS_DEVICE int low_bits(const S& slice) {
+  return slice.overlay && slice.overlay->edited ? 0 : S::kUnusedBits;
+}
+
+}  // namespace fastsample

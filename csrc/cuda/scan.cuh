@@ -1,0 +1,113 @@
+// Stages 0 and 4: the first pass over a row, for its maximum and whether it is valid.
+#pragma once
+
+#include <limits.h>
+
+#include "core/filters.h"
+#include "cuda/process.cuh"
+
+namespace fastsample {
+
+// A row's parameters, and its distribution once the scan has found the maximum.
+struct RowTask {
+  const RowParams* params;
+  bool greedy;
+  int32_t peak_key;
+  int32_t argmax;
+  Status status;
+  float peak, scale;
+  int32_t k_bound;  // top-k's last key is no lower
+};
+
+FS_DEVICE RowTask make_task(const RowParams& params) {
+  RowTask t = {};
+  t.params = &params;
+  t.greedy = is_greedy(params);
+  t.scale = mass_scale(t.greedy ? 1.0f : params.temperature);
+  return t;
+}
+
+FS_DEVICE u64 mass_in(const RowTask& t, float x) { return mass_of(x, t.peak, t.scale); }
+
+FS_DEVICE Status status_of(int32_t peak_key) {
+  if (peak_key == kKeyNaN) return kNaN;
+  if (peak_key == kKeyInfinity) return kPositiveInfinity;
+  return peak_key == kKeyMinusInfinity ? kNothingLeft : kValid;
+}
+
+FS_DEVICE void set_peak(RowTask& t, KeyPlace best) {
+  t.peak_key = best.x;
+  t.argmax = best.id;
+  t.status = status_of(best.x);
+  t.peak = from_key(best.x);
+}
+
+// Of some threads' tokens: the first in rank order, and the lowest of the warps' and of the lanes'
+// maxima.
+struct Peaks {
+  long long best;
+  int32_t warp_low, lane_low;
+};
+
+// The calling warp's; every lane gets them.
+template <class S>
+FS_DEVICE Peaks scan_segment(const S& slice) {
+  int32_t key = kKeyMinusInfinity, at = 0;
+  each_first(slice, [&](float x, int32_t id) {
+    const int32_t k = x != x ? kKeyNaN : key_of(x);
+    if (k > key) {
+      key = k;
+      at = id;
+    }
+  });
+  // A lane sees ascending ids, so the first of its maxima has the lowest.
+  const bool any = slice.begin() + lane() < slice.end();
+  const long long best = warp_max(any ? ranked({key, at}) : LLONG_MIN);
+  const int32_t warp_low = slice.begin() < slice.end() ? place_of(best).x : INT32_MAX;
+  return Peaks{best, warp_low, warp_min(any ? key : INT32_MAX)};
+}
+
+// Those of n warps or blocks, as the calling warp finds them in shared or device memory.
+FS_DEVICE Peaks combine(const long long* best, const int32_t* warp_low, const int32_t* lane_low,
+                        int n) {
+  const bool has = lane() < n;
+  const int32_t warps_low = warp_min(has ? warp_low[lane()] : INT32_MAX);
+  const int32_t lanes_low = warp_min(has ? lane_low[lane()] : INT32_MAX);
+  return Peaks{warp_max(has ? best[lane()] : LLONG_MIN), warps_low, lanes_low};
+}
+
+// A key that at least k tokens reach: the lowest of k or more maxima of disjoint parts of the row.
+template <class S>
+FS_DEVICE int32_t key_reached_by(int32_t k, const S& slice, const Peaks& peaks) {
+  const int64_t busy_warps = ceil_div(slice.vectors, slice.per_warp);
+  const int64_t rest = slice.vectors - (busy_warps - 1) * slice.per_warp;
+  const int64_t busy_lanes = (busy_warps - 1) * 32 + (rest < 32 ? rest : 32);
+  return k <= busy_warps ? peaks.warp_low : k <= busy_lanes ? peaks.lane_low : kKeyMinusInfinity;
+}
+
+template <Policy kPolicy, class S>
+FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, RowTask& t) {
+  Shared& own = *team.own;
+  Peaks peaks = scan_segment(slice);
+  if (lane() == 0) {
+    own.best[warp()] = peaks.best;
+    own.warp_low[warp()] = peaks.warp_low;
+    own.lane_low[warp()] = peaks.lane_low;
+  }
+  __syncthreads();
+  if (warp() == 0) {
+    peaks = combine(own.best, own.warp_low, own.lane_low, warps());
+    if (lane() == 0) {
+      team.board()->best[team.rank] = peaks.best;
+      team.board()->warp_low[team.rank] = peaks.warp_low;
+      team.board()->lane_low[team.rank] = peaks.lane_low;
+    }
+  }
+  team.sync();
+  const Board& board = *team.board();
+  peaks = combine(board.best, board.warp_low, board.lane_low, team.parts);
+  set_peak(t, place_of(peaks.best));
+  t.k_bound = key_reached_by(top_k, slice, peaks);
+}
+
+}  // namespace fastsample

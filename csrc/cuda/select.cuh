@@ -1,0 +1,196 @@
+// Selection over a row: the key, or the token, at which a running weight reaches a target. A weight
+// is a count or a mass, an integer either way, so sums depend on no order.
+#pragma once
+
+#include <limits.h>
+
+#include "cuda/team.cuh"
+
+namespace fastsample {
+
+// One pass over the slice: adds weight(x, key, id) to the bins of the bracket [low, low + width].
+// A mass is added up over all tokens too in the first round, whether in the bracket or not.
+template <bool kMass, Policy kPolicy, class S, class Weight>
+FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low, uint32_t width,
+                         int shift, bool first, Weight weight) {
+  uint32_t* bins = team.own->board.bins;
+  u64 total = 0;
+  each(slice, [&](float x, int32_t id) {
+    const int32_t key = key_of(x);
+    const uint32_t distance = (uint32_t)key - (uint32_t)low;
+    const bool inside = distance <= width;
+    if (!inside && !(kMass && first)) return;
+    const u64 w = weight(x, key, id);
+    if (kMass) total += w;
+    if (!inside || !w) return;
+    uint32_t* bin = bins + 2 * (distance >> shift);
+    if (kMass) {
+      add_wide(bin, w);
+    } else {
+      atomicAdd(bin, 1u);
+    }
+  });
+  if (kMass && first) {
+    total = warp_sum(total);
+    if (lane() == 0) atomicAdd((u64*)&team.board()->total, total);
+  }
+}
+
+// The leading block narrows the bracket to the bin at which the weight, from the top, reaches the
+// target.
+template <Policy kPolicy, class Target>
+FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, int32_t high,
+                          int shift, Target target_of) {
+  Board& board = *team.board();
+  const int each = (kBins + (int)blockDim.x - 1) / (int)blockDim.x;
+  const int top = kBins - 1 - (int)threadIdx.x * each;
+  u64 sum = 0;
+  for (int bin = top; bin > top - each && bin >= 0; --bin) sum += wide(board.bins + 2 * bin);
+  const u64 total = first ? board.total : board.bracket.total;
+  const u64 target = target_of(total);
+  u64 above = first ? 0 : board.bracket.above;
+  u64 all;
+  above += block_scan(sum, team.own->scratch, all);
+  const bool mine = above < target && above + sum >= target;
+  for (int bin = top; bin > top - each && bin >= 0; --bin) {
+    const u64 here = wide(board.bins + 2 * bin);
+    board.bins[2 * bin] = board.bins[2 * bin + 1] = 0;
+    if (!mine || above >= target) continue;
+    if (above + here >= target) {
+      const uint32_t least = (uint32_t)low + ((uint32_t)bin << shift);
+      const uint32_t most = least + (((uint32_t)1 << shift) - 1);
+      const bool cut_off = (uint32_t)high - least < ((uint32_t)1 << shift);
+      board.bracket =
+          Bracket{(int32_t)least, cut_off ? high : (int32_t)most, above, above + here, total};
+    }
+    above += here;
+  }
+  if (threadIdx.x == 0) board.total = 0;
+}
+
+// The key at which the weight of the tokens, from the highest key down, reaches target_of(total).
+// It must lie in [low, high]. weight(x, key, id) is 1 for a token that counts, or (kMass) a mass. A
+// round resolves kDigitBits bits, so the number of rounds depends on the width of the bracket alone
+// and is at most 3.
+template <bool kMass, Policy kPolicy, class S, class Weight, class Target>
+FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int32_t low, int32_t high,
+                         Weight weight, Target target_of) {
+  const int unused = low_bits(slice);
+  low &= -(1 << unused);
+  for (bool first = true;; first = false) {
+    const uint32_t width = (uint32_t)high - (uint32_t)low;
+    const int bits = 32 - __clz((int)width) - kDigitBits;
+    const int shift = bits > unused ? bits : unused;
+    fill_bins<kMass>(team, slice, low, width, shift, first, weight);
+    team.merge();
+    if (team.leads()) choose_bin(team, first, low, high, shift, target_of);
+    team.sync();
+    if (shift == unused) return team.board()->bracket;
+    low = team.board()->bracket.low;
+    high = team.board()->bracket.high;
+  }
+}
+
+// Sums weight(x, id) over each warp's segment. Afterwards every block has the running sums; returns
+// the total.
+template <Policy kPolicy, class S, class Weight>
+FS_DEVICE u64 sum_segments(const Team<kPolicy>& team, const S& slice, Weight weight) {
+  u64 sum = 0;
+  each(slice, [&](float x, int32_t id) { sum += weight(x, id); });
+  sum = warp_sum(sum);
+  if (lane() == 0) team.board()->sums[team.rank * warps() + warp()] = sum;
+  team.sync();
+  const int segments = team.parts * warps();
+  u64 before = 0;
+  for (int i = 0; i < segments; i += (int)blockDim.x) {
+    const int segment = i + (int)threadIdx.x;
+    const u64 here = segment < segments ? team.board()->sums[segment] : 0;
+    u64 total;
+    const u64 running = before + block_scan(here, team.own->scratch, total) + here;
+    if (segment < segments) team.own->running[segment] = running;
+    before += total;
+  }
+  __syncthreads();
+  return before;
+}
+
+// The first segment whose running sum exceeds the threshold.
+FS_DEVICE int segment_at(const u64* running, int segments, u64 threshold) {
+  int low = 0, high = segments - 1;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (running[middle] > threshold) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// The first token, in id order, at which the running sum of weight(x, id) exceeds the threshold:
+// the one thread that reads it calls found(id). Every thread of every block calls this after
+// sum_segments; the block that owns the segment does the work.
+template <Policy kPolicy, class S, class Weight, class Found>
+FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, Weight weight,
+                      Found found) {
+  const u64* running = team.own->running;
+  const int segment = segment_at(running, team.parts * warps(), threshold);
+  const int owner = segment - team.rank * warps();
+  if (owner < 0 || owner >= warps()) return;
+  u64 before = segment ? running[segment - 1] : 0;
+  const int32_t begin = slice.first + owner * slice.per_warp;
+  const int32_t end =
+      begin + slice.per_warp < slice.vectors ? begin + slice.per_warp : slice.vectors;
+  constexpr int kN = S::kWidth;
+  for (int32_t v = begin; v < end; v += (int32_t)blockDim.x) {
+    const int32_t mine = v + (int32_t)threadIdx.x;
+    float x[kN];
+    u64 sum = 0;
+    if (mine < end) {
+      slice.process(slice.template raw<false>(mine), mine, x);
+      for (int i = 0; i < kN; ++i) sum += weight(x[i], mine * kN + i - slice.shift);
+    }
+    u64 total;
+    u64 at = before + block_scan(sum, team.own->scratch, total);
+    if (at <= threshold && threshold < at + sum) {
+      int32_t id = -1;
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        const u64 w = weight(x[i], mine * kN + i - slice.shift);
+        if (threshold >= at && threshold < at + w) id = mine * kN + i - slice.shift;
+        at += w;
+      }
+      found(id);
+    }
+    before += total;
+    if (before > threshold) return;
+  }
+}
+
+// The id of the nth (from 1) of the tokens with this key that rank after `high`.
+template <Policy kPolicy, class S>
+FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, KeyPlace high, int32_t key,
+                            u64 nth) {
+  const int32_t after = key == high.x ? high.id : -1;
+  const auto equal = [&](float x, int32_t id) -> u64 {
+    return key_of(x) == key && id > after && id < slice.vocab;
+  };
+  sum_segments(team, slice, equal);
+  locate(team, slice, nth - 1, equal, [&](int32_t id) { team.board()->id = id; });
+  team.sync();
+  return team.board()->id;
+}
+
+// The nth (from 1) token, in rank order, of those that `counts` counts, all of which rank after
+// `high`; its key lies between `low` and `peak`. With `all_ties`, the last token that equals it.
+template <Policy kPolicy, class S, class Counts>
+FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, KeyPlace high, int32_t low,
+                             int32_t peak, u64 n, bool all_ties, Counts counts) {
+  const Bracket b = select<false>(team, slice, low, peak, counts, [n](u64) { return n; });
+  if (b.low <= kKeyMinusInfinity) return keep_all_keys().low;
+  if (all_ties || b.reached == n) return KeyPlace{b.low, INT32_MAX};
+  return KeyPlace{b.low, nth_equal(team, slice, high, b.low, n - b.above)};
+}
+
+}  // namespace fastsample

@@ -1,0 +1,149 @@
+// The threads that work on one row: sums within a warp and a block, and teams of blocks, which meet
+// at barriers and share a board.
+#pragma once
+
+#include "cuda/row.cuh"
+
+namespace fastsample {
+
+// Reductions over a warp; every lane gets the result.
+template <class T, class Op>
+FS_DEVICE T warp_reduce(T value, Op op) {
+  for (int step = 16; step; step >>= 1) {
+    value = op(value, (T)__shfl_xor_sync(kWholeWarp, value, step));
+  }
+  return value;
+}
+FS_DEVICE u64 warp_sum(u64 value) {
+  return warp_reduce(value, [](u64 a, u64 b) { return a + b; });
+}
+FS_DEVICE long long warp_max(long long value) {
+  return warp_reduce(value, [](long long a, long long b) { return a > b ? a : b; });
+}
+FS_DEVICE int32_t warp_min(int32_t value) {
+  return warp_reduce(value, [](int32_t a, int32_t b) { return a < b ? a : b; });
+}
+
+// The sum of the values in lower lanes; `total` is the whole warp's.
+FS_DEVICE u64 warp_scan(u64 value, u64& total) {
+  u64 running = value;
+  for (int step = 1; step < 32; step <<= 1) {
+    const u64 below = __shfl_up_sync(kWholeWarp, running, step);
+    if (lane() >= step) running += below;
+  }
+  total = __shfl_sync(kWholeWarp, running, 31);
+  return running - value;
+}
+
+// The sum of the values of lower threads; `total` is the whole block's. `scratch` has 32 elements,
+// free again when the call returns.
+FS_DEVICE u64 block_scan(u64 value, u64* scratch, u64& total) {
+  u64 sum;
+  const u64 before = warp_scan(value, sum);
+  if (lane() == 0) scratch[warp()] = sum;
+  __syncthreads();
+  const u64 below = warp_scan(lane() < warps() ? scratch[lane()] : 0, total);
+  const u64 start = __shfl_sync(kWholeWarp, below, warp());
+  __syncthreads();
+  return start + before;
+}
+
+FS_DEVICE u64 block_sum(u64 value, u64* scratch) {
+  u64 total;
+  block_scan(value, scratch, total);
+  return total;
+}
+
+// 64-bit sums as two 32-bit atomics, which shared memory has on every GPU: of the additions that
+// make the lower half wrap, each sees its own wrap and carries 1.
+FS_DEVICE void add_wide(uint32_t* halves, u64 value) {
+  const uint32_t low = (uint32_t)value;
+  const uint32_t before = atomicAdd(halves, low);
+  const uint32_t high = (uint32_t)(value >> 32) + (before + low < before ? 1 : 0);
+  if (high) atomicAdd(halves + 1, high);
+}
+FS_DEVICE u64 wide(const uint32_t* halves) { return (u64)halves[1] << 32 | halves[0]; }
+
+// A barrier in device memory, for blocks that all run at once. The word's sign flips when all have
+// arrived, so nobody has to clear it: every block adds 1, but the first adds what brings the sum to
+// 2^31.
+FS_DEVICE void grid_sync(uint32_t* semaphore, int rank, int parts) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const uint32_t step = rank == 0 ? 0x80000000u - (uint32_t)(parts - 1) : 1u;
+    const uint32_t before = atomicAdd(semaphore, step);
+    while (!((before ^ *(volatile uint32_t*)semaphore) >> 31)) pause();
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// A block's own shared memory, as far as its size does not depend on the row's.
+struct alignas(16) Shared {
+  Board board;  // of the whole row in the first block of a cluster, or in a block alone
+  u64 running[kMaxSegments];
+  u64 scratch[32];
+  long long best[32];
+  int32_t warp_low[32], lane_low[32];
+  int32_t listed;
+  Overlay overlay;
+};
+static_assert(sizeof(Shared) <= kFixedShared, "tuning.h plans with less");
+
+// The blocks that work on one row.
+template <Policy kPolicy>
+struct Team {
+  Shared* own;
+  Board* grid_board;    // kGridPolicy only
+  uint32_t* semaphore;  // kGridPolicy only
+  int rank, parts;
+
+  // The team's board. A cluster's is looked up each time, which costs less than the registers that
+  // would hold it.
+  FS_METHOD Board* board() const {
+    if constexpr (kPolicy == kGridPolicy) return grid_board;
+    if constexpr (kPolicy == kClusterPolicy) return of_cluster_block(&own->board, 0);
+    return &own->board;
+  }
+
+  FS_METHOD bool leads() const { return rank == 0; }
+  FS_METHOD bool shares_board() const { return kPolicy == kGridPolicy || !leads(); }
+
+  FS_METHOD void sync() const {
+    if constexpr (kPolicy == kBlockPolicy) {
+      __syncthreads();
+    } else if constexpr (kPolicy == kClusterPolicy) {
+      cluster_sync();
+    } else {
+      grid_sync(semaphore, rank, parts);
+    }
+  }
+
+  // Adds the blocks' bins up on the board.
+  FS_METHOD void merge() const {
+    if constexpr (kPolicy != kBlockPolicy) {
+      __syncthreads();
+      uint32_t* mine = own->board.bins;
+      if (shares_board()) {
+        for (int bin = (int)threadIdx.x; bin < kBins; bin += (int)blockDim.x) {
+          const u64 value = wide(mine + 2 * bin);
+          if (value) add_wide(board()->bins + 2 * bin, value);
+          mine[2 * bin] = mine[2 * bin + 1] = 0;
+        }
+      }
+    }
+    sync();
+  }
+};
+
+// Zeroes what must be 0 before the first selection; the scan's barrier comes in between. A grid's
+// board is 0 already.
+template <Policy kPolicy>
+FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
+  uint32_t* bins = team.own->board.bins;
+  for (int i = (int)threadIdx.x; i < 2 * kBins; i += (int)blockDim.x) bins[i] = 0;
+  if (threadIdx.x == 0) team.own->board.total = 0;
+}
+
+}  // namespace fastsample
