@@ -7,26 +7,8 @@ Rows that something is done to are copied to the workspace as float32: `prepare`
 import triton
 import triton.language as tl
 
-# The packed record of one row, in the order of fastsample/params.py.
-FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "ties",
-    "order",
-)
-TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE, TIES, ORDER = map(tl.constexpr, range(9))
 NEG_INF = tl.constexpr(float("-inf"))
 IN_PROMPT = tl.constexpr(1 << 30)  # bit of a token's count word; the bits below count its occurrences in the output
-
-
-@triton.jit
-def load_float(record, FIELD: tl.constexpr):
-    return tl.load(record + FIELD).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
-from fastsample.params import specs
 from fastsample.rows import Bias, Rows
 
 Tensor = torch.Tensor
@@ -70,7 +69,7 @@ class TritonEngine(Engine):
         block = self.block or vec * THREADS
         chunks = -(-vocab // block)
         parts = self.parts or PROGRAMS_PER_SM * device_shape(table.x.device)[0] // max(batch, 1)
-        limit = min(chunks, int(kernels("sample").MAX_PARTS))
+        limit = min(chunks, int(kernels("workspace").MAX_PARTS))
         return Layout(block, vec, chunks, max(1, min(parts, limit)), table.rounds)
 
     def memory(self, logits: Tensor, rows: Rows) -> Memory:
@@ -122,11 +121,10 @@ def _why_not_kernels() -> str | None:
         found = import_module("triton").__version__
         if tuple(map(int, found.split(".")[:2])) < OLDEST:
             return f"Triton {found} is too old: before {'.'.join(map(str, OLDEST))} its divisions flush denormals to 0"
-        fields = kernels("process").FIELDS
+        kernels("sample")
     except ImportError as error:
         return f"the kernels cannot be imported: {error}"
-    names = tuple(name for name, _ in specs())
-    return None if fields == names else f"the kernels are for parameters {fields}, not {names}"
+    return None
 
 
 class Call:

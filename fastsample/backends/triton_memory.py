@@ -34,12 +34,12 @@ class Layout:
     @property
     def record(self) -> int:
         """int64 words of workspace per row."""
-        return int(kernels("sample").CHUNK_SUM) + 2 * self.chunks
+        return int(kernels("workspace").words(self.chunks))
 
     @property
     def last(self) -> int:
         """One past the last phase of kernels/sample.py."""
-        return 2 * self.rounds + 7
+        return int(kernels("workspace").first_phase("end", self.rounds))
 
 
 @dataclass

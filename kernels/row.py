@@ -1,0 +1,69 @@
+"""One program's part of one row, as the phases of `sample` hand it on, and the barrier of a row's programs."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .keys import INT_MIN
+from .process import load_x
+from .workspace import CHUNK_SUMS
+
+
+class Row(NamedTuple):
+    """A row and the chunks [begin, end) of it that this program reads."""
+
+    x: tl.tensor  # [vocab]
+    vocab: tl.tensor
+    record: tl.tensor  # [columns]
+    ws: tl.tensor  # int64 [words(chunks)]
+    sem: tl.tensor
+    chunks: tl.tensor
+    begin: tl.tensor
+    end: tl.tensor
+    part: tl.tensor
+    parts: tl.tensor
+
+
+@triton.jit
+def chunk_sums(row):
+    return row.ws + CHUNK_SUMS
+
+
+@triton.jit
+def highest_keys(row):
+    """Of each chunk."""
+    return row.ws + CHUNK_SUMS + row.chunks
+
+
+@triton.jit
+def load_chunk(row, chunk, BLOCK: tl.constexpr):
+    """Ids and logits of a chunk."""
+    ids = chunk * BLOCK + tl.arange(0, BLOCK)
+    return ids, load_x(row.x, ids, row.vocab)
+
+
+@triton.jit
+def meet(row, SPLIT: tl.constexpr):
+    """Barrier of a row's programs; what they wrote before it, they see after it.
+
+    The semaphore's sign flips when all have arrived, so it never needs to be cleared: each arrival adds 1, but the
+    first program adds what makes the sum 2^31. The programs must be on the device all at once (a cooperative launch).
+    """
+    tl.debug_barrier()
+    if SPLIT:
+        step = tl.where(row.part == 0, INT_MIN - (row.parts - 1), 1)
+        before = tl.atomic_add(row.sem, step, sem="release")
+        waiting = True
+        while waiting:
+            waiting = (before ^ tl.atomic_add(row.sem, 0, sem="acquire")) >= 0
+        tl.debug_barrier()
+
+
+@triton.jit
+def find_chunk(row, threshold, CHUNKS: tl.constexpr):
+    """The first chunk whose running sum exceeds the threshold, and the sum of those before it."""
+    index = tl.arange(0, CHUNKS)
+    sums = tl.load(chunk_sums(row) + index, mask=index < row.chunks, other=0)
+    chunk = tl.sum((tl.cumsum(sums, 0) <= threshold).to(tl.int32))
+    return chunk, tl.sum(tl.where(index < chunk, sums, 0))
