@@ -69,13 +69,14 @@ def top_p(
 ):  # fmt: skip
     """A phase, from 0, of the cut after the shortest prefix whose mass reaches the target."""
     selection = row.ws + TOP_P
-    target = top_p_target(row, selection, phase)
     if phase < ROUNDS:
+        target = top_p_target(row, selection, phase)
         low, _, _ = settle(row, selection, phase, target)
         base = top_p_base(load_kept(row.ws), param(row.record, "order"))
         add_above(row, selection, phase, low, VEC, BLOCK, base, peak, scale)
         meet(row, SPLIT)
     elif phase == ROUNDS:
+        target = top_p_target(row, selection, ROUNDS)
         key, above, reached = settle(row, selection, ROUNDS, target)
         w = mass_of(from_key(key), peak, scale)
         nth = (target - above + w - 1) // w

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from .keys import INT_MIN
 from .process import load_x
-from .workspace import CHUNK_SUMS
 
 
 class Row(NamedTuple):
@@ -17,23 +16,14 @@ class Row(NamedTuple):
     vocab: tl.tensor
     record: tl.tensor  # [columns]
     ws: tl.tensor  # int64 [words(chunks)]
+    chunk_sums: tl.tensor  # [chunks], in the workspace
+    highest_keys: tl.tensor  # [chunks], likewise
     sem: tl.tensor
     chunks: tl.tensor
     begin: tl.tensor
     end: tl.tensor
     part: tl.tensor
     parts: tl.tensor
-
-
-@triton.jit
-def chunk_sums(row):
-    return row.ws + CHUNK_SUMS
-
-
-@triton.jit
-def highest_keys(row):
-    """Of each chunk."""
-    return row.ws + CHUNK_SUMS + row.chunks
 
 
 @triton.jit
@@ -64,6 +54,6 @@ def meet(row, SPLIT: tl.constexpr):
 def find_chunk(row, threshold, CHUNKS: tl.constexpr):
     """The first chunk whose running sum exceeds the threshold, and the sum of those before it."""
     index = tl.arange(0, CHUNKS)
-    sums = tl.load(chunk_sums(row) + index, mask=index < row.chunks, other=0)
+    sums = tl.load(row.chunk_sums + index, mask=index < row.chunks, other=0)
     chunk = tl.sum((tl.cumsum(sums, 0) <= threshold).to(tl.int32))
     return chunk, tl.sum(tl.where(index < chunk, sums, 0))

@@ -24,8 +24,8 @@ from .mass import is_greedy, mass_of, mass_scale
 from .philox import draw_threshold
 from .process import penalise
 from .record import param
-from .row import Row, chunk_sums, find_chunk, highest_keys, load_chunk, meet
-from .workspace import DIGITS, MAX_PARTS, PEAK, PEAKS, SUMS, TOP_K, TOP_P, TOTAL, first_phase
+from .row import Row, find_chunk, load_chunk, meet
+from .workspace import CHUNK_SUMS, DIGITS, MAX_PARTS, PEAK, PEAKS, SUMS, TOP_K, TOP_P, TOTAL, first_phase
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def scan(row, counts, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
             tl.store(row.x + ids, value, mask=ids < row.vocab)
         key = key_of(value)
         best = tl.maximum(best, ranked(key, ids))
-        tl.store(highest_keys(row) + chunk, tl.max(key).to(tl.int64))
+        tl.store(row.highest_keys + chunk, tl.max(key).to(tl.int64))
     tl.store(row.ws + PEAKS + row.part, tl.max(best))
     if row.part == 0:
         zeros, index = tl.zeros([8 * DIGITS], tl.int64), tl.arange(0, 8 * DIGITS)
@@ -83,10 +83,10 @@ def weigh(row, peak, scale, BLOCK: tl.constexpr):
     kept = load_kept(row.ws)
     for chunk in range(row.begin, row.end):
         mass = tl.full([], 0, tl.int64)
-        key = tl.load(highest_keys(row) + chunk).to(tl.int32)
+        key = tl.load(row.highest_keys + chunk).to(tl.int32)
         if (key >= kept.low.key) & may_reach(mass_of(from_key(key), peak, scale), kept.floor):
             mass = tl.sum(kept_mass(row, kept, chunk, peak, scale, BLOCK))
-        tl.store(chunk_sums(row) + chunk, mass)
+        tl.store(row.chunk_sums + chunk, mass)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def draw(row, tokens, num_samples, seed, offset, peak, scale, CHUNKS: tl.constex
     """Stage 8: the row's draws, dealt out to its programs."""
     kept = load_kept(row.ws)
     index = tl.arange(0, CHUNKS)
-    total = tl.sum(tl.load(chunk_sums(row) + index, mask=index < row.chunks, other=0))
+    total = tl.sum(tl.load(row.chunk_sums + index, mask=index < row.chunks, other=0))
     if row.part == 0:
         tl.store(row.ws + TOTAL, total)
     for j in range(row.part, num_samples, row.parts):
@@ -155,7 +155,8 @@ def sample(
     each = tl.cdiv(chunks, parts)
     begin, end = part * each, tl.minimum((part + 1) * each, chunks)
     record, ws = records + at * record_stride, workspace + at * ws_stride
-    row = Row(x + at * x_stride, vocab, record, ws, sems + at, chunks, begin, end, part, parts)
+    sums = ws + CHUNK_SUMS
+    row = Row(x + at * x_stride, vocab, record, ws, sums, sums + chunks, sems + at, chunks, begin, end, part, parts)
     if first == 0:
         scan(row, counts + at * x_stride, HAS_COUNTS, BLOCK)
         meet(row, SPLIT)
@@ -169,17 +170,14 @@ def sample(
     uses_k, uses_p = filtered & uses_top_k(record, vocab), filtered & uses_top_p(record)
 
     for phase in range(tl.maximum(first, 1), last):
-        if phase < first_phase("top_p", ROUNDS):
-            if uses_k:
-                top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
-        elif phase < first_phase("weigh", ROUNDS):
-            if uses_p:
-                top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
-        elif phase < first_phase("draw", ROUNDS):
-            if filtered:
-                weigh(row, peak, scale, BLOCK)
-                meet(row, SPLIT)
-        else:
+        if uses_k & (phase < first_phase("top_p", ROUNDS)):
+            top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+        elif uses_p & (phase >= first_phase("top_p", ROUNDS)) & (phase < first_phase("weigh", ROUNDS)):
+            top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+        elif filtered & (phase == first_phase("weigh", ROUNDS)):
+            weigh(row, peak, scale, BLOCK)
+            meet(row, SPLIT)
+        elif phase == first_phase("draw", ROUNDS):
             if part == 0:
                 tl.store(ws + PEAK, best)
                 tl.store(status + at, status_of(best))

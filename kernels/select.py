@@ -10,7 +10,7 @@ import triton.language as tl
 from .kept import Place, load_kept, narrow_above, place_at, ranks_within, store_kept
 from .keys import INT_MAX, INT_MIN, key_of
 from .mass import mass_of
-from .row import chunk_sums, find_chunk, highest_keys, load_chunk, meet
+from .row import find_chunk, load_chunk, meet
 from .workspace import ABOVE, BITS, CUT, DIGITS, LOW, NTH, SUMS
 
 
@@ -54,7 +54,7 @@ def add_above(row, selection, turn, low, VEC: tl.constexpr, BLOCK: tl.constexpr,
     lowest = tl.maximum(low, base.low.key) if WEIGHTED else low
     for chunk in range(row.begin, row.end):
         # What lies below every pivot, or below the base set, adds nothing.
-        if tl.load(highest_keys(row) + chunk) >= lowest:
+        if tl.load(row.highest_keys + chunk) >= lowest:
             ids, value = load_chunk(row, chunk, BLOCK)
             key = key_of(value)
             if WEIGHTED:
@@ -86,10 +86,10 @@ def cut_at(row, selection, key, nth, BLOCK: tl.constexpr):
     if nth > 0:
         for chunk in range(row.begin, row.end):
             equal = 0
-            if tl.load(highest_keys(row) + chunk) >= key:
+            if tl.load(row.highest_keys + chunk) >= key:
                 ids, value = load_chunk(row, chunk, BLOCK)
                 equal = tl.sum(((key_of(value) == key) & (ids < row.vocab)).to(tl.int32))
-            tl.store(chunk_sums(row) + chunk, tl.full([], 0, tl.int64) + equal)
+            tl.store(row.chunk_sums + chunk, tl.full([], 0, tl.int64) + equal)
 
 
 @triton.jit
