@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .keys import INT_MAX, KEY_LOWEST, KEY_NAN
+from .keys import INT_MAX, KEY_LOWEST
 from .workspace import FLOOR, HIGH_ID, HIGH_KEY, LOW_ID, LOW_KEY
 
 
@@ -81,11 +81,6 @@ def all_above(low):
 def everything():
     """All tokens above -inf."""
     return all_above(place_at(KEY_LOWEST, INT_MAX))
-
-
-@triton.jit
-def nothing():
-    return all_above(place_at(KEY_NAN, -1))
 
 
 @triton.jit

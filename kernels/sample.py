@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .filters import mass_floors, top_k, top_p, uses_top_k, uses_top_p
-from .kept import Place, all_above, everything, keeps, load_kept, nothing, place_at, store_kept
+from .kept import Place, all_above, everything, keeps, load_kept, place_at, store_kept
 from .keys import KEY_INF, KEY_NAN, KEY_NEG_INF, LONG_MIN, from_key, id_in, key_in, key_of, ranked
 from .mass import is_greedy, mass_of, mass_scale
 from .philox import draw_threshold
@@ -110,12 +110,9 @@ def settle_unfiltered(row, tokens, num_samples, best, greedy):
     token = tl.where(greedy & (status_of(best) == 0), id_in(best), -1)
     for j in range(num_samples):
         tl.store(tokens + j, token.to(tl.int64))
-    if token < 0:
-        store_kept(row.ws, nothing())
-        tl.store(row.ws + TOTAL, tl.full([], 1, tl.int64))
-    else:
-        store_kept(row.ws, all_above(place_at(key_in(best), token)))
-        tl.store(row.ws + TOTAL, tl.full([], 1 << 40, tl.int64))
+    # With the id -1, a place that no token of the maximum's key reaches.
+    store_kept(row.ws, all_above(place_at(key_in(best), token)))
+    tl.store(row.ws + TOTAL, tl.where(token < 0, 1, tl.full([], 1 << 40, tl.int64)))
 
 
 STRIDES = ["record_stride", "seed_stride", "offset_stride", "ws_stride"]
