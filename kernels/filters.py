@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 
 from .kept import Kept, everything, load_kept, narrow_to_mass
-from .keys import KEY_NEG_INF
+from .keys import KEY_NEG_INF, from_key
 from .mass import LOW30, MASS_UNIT, mass_of
-from .keys import from_key
 from .record import choice, param
 from .row import meet
 from .select import add_above, cut_at, cut_equal, settle

@@ -14,6 +14,8 @@ launch of its own: that is how Triton's interpreter, which runs programs one aft
 Nothing depends on the order of atomics: sums and maxima of integers, in a workspace that the scan initialises.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -26,6 +28,16 @@ from .process import penalise
 from .record import param
 from .row import Row, find_chunk, load_chunk, meet
 from .workspace import CHUNK_SUMS, DIGITS, MAX_PARTS, PEAK, PEAKS, SUMS, TOP_K, TOP_P, TOTAL, first_phase
+
+
+class Draws(NamedTuple):
+    """Of one row: what its draws come from and where they go."""
+
+    seed: tl.tensor  # pointers, all of them
+    offset: tl.tensor
+    status: tl.tensor
+    tokens: tl.tensor  # [count]
+    count: tl.tensor
 
 
 @triton.jit
@@ -90,29 +102,62 @@ def weigh(row, peak, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw(row, tokens, num_samples, seed, offset, peak, scale, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def draw(row, draws, peak, scale, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Stage 8: the row's draws, dealt out to its programs."""
     kept = load_kept(row.ws)
     index = tl.arange(0, CHUNKS)
     total = tl.sum(tl.load(row.chunk_sums + index, mask=index < row.chunks, other=0))
     if row.part == 0:
         tl.store(row.ws + TOTAL, total)
-    for j in range(row.part, num_samples, row.parts):
+    seed, offset = tl.load(draws.seed), tl.load(draws.offset)
+    for j in range(row.part, draws.count, row.parts):
         threshold = draw_threshold(seed, offset, tl.full([], 0, tl.int32) + j, total)
         chunk, before = find_chunk(row, threshold, CHUNKS)
         running = before + tl.cumsum(kept_mass(row, kept, chunk, peak, scale, BLOCK), 0)
-        tl.store(tokens + j, (chunk * BLOCK + tl.sum((running <= threshold).to(tl.int32))).to(tl.int64))
+        token = chunk * BLOCK + tl.sum((running <= threshold).to(tl.int32))
+        tl.store(draws.tokens + j, token.to(tl.int64))
 
 
 @triton.jit
-def settle_unfiltered(row, tokens, num_samples, best, greedy):
+def settle_unfiltered(row, draws, best, greedy):
     """Stage 5: a greedy row keeps its maximum alone, an invalid one nothing."""
     token = tl.where(greedy & (status_of(best) == 0), id_in(best), -1)
-    for j in range(num_samples):
-        tl.store(tokens + j, token.to(tl.int64))
+    for j in range(draws.count):
+        tl.store(draws.tokens + j, token.to(tl.int64))
     # With the id -1, a place that no token of the maximum's key reaches.
     store_kept(row.ws, all_above(place_at(key_in(best), token)))
     tl.store(row.ws + TOTAL, tl.where(token < 0, 1, tl.full([], 1 << 40, tl.int64)))
+
+
+@triton.jit
+def after_scan(
+    row, draws, first, last,
+    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stages 5 to 8: phases first to last - 1."""
+    index = tl.arange(0, MAX_PARTS)
+    best = tl.max(tl.load(row.ws + PEAKS + index, mask=index < row.parts, other=LONG_MIN))
+    temperature = param(row.record, "temperature")
+    greedy = is_greedy(temperature)
+    filtered = (status_of(best) == 0) & (greedy == 0)
+    uses_k, uses_p = filtered & uses_top_k(row.record, row.vocab), filtered & uses_top_p(row.record)
+    peak, scale = from_key(key_in(best)), mass_scale(temperature)
+    for phase in range(first, last):
+        if uses_k & (phase < first_phase("top_p", ROUNDS)):
+            top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+        elif uses_p & (phase >= first_phase("top_p", ROUNDS)) & (phase < first_phase("weigh", ROUNDS)):
+            top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+        elif filtered & (phase == first_phase("weigh", ROUNDS)):
+            weigh(row, peak, scale, BLOCK)
+            meet(row, SPLIT)
+        elif phase == first_phase("draw", ROUNDS):
+            if row.part == 0:
+                tl.store(row.ws + PEAK, best)
+                tl.store(draws.status, status_of(best))
+            if filtered:
+                draw(row, draws, peak, scale, CHUNKS, BLOCK)
+            elif row.part == 0:
+                settle_unfiltered(row, draws, best, greedy)
 
 
 STRIDES = ["record_stride", "seed_stride", "offset_stride", "ws_stride"]
@@ -157,29 +202,6 @@ def sample(
     if first == 0:
         scan(row, counts + at * x_stride, HAS_COUNTS, BLOCK)
         meet(row, SPLIT)
-
-    index = tl.arange(0, MAX_PARTS)
-    best = tl.max(tl.load(ws + PEAKS + index, mask=index < parts, other=LONG_MIN))
-    temperature = param(record, "temperature")
-    greedy = is_greedy(temperature)
-    filtered = (status_of(best) == 0) & (greedy == 0)
-    peak, scale = from_key(key_in(best)), mass_scale(temperature)
-    uses_k, uses_p = filtered & uses_top_k(record, vocab), filtered & uses_top_p(record)
-
-    for phase in range(tl.maximum(first, 1), last):
-        if uses_k & (phase < first_phase("top_p", ROUNDS)):
-            top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
-        elif uses_p & (phase >= first_phase("top_p", ROUNDS)) & (phase < first_phase("weigh", ROUNDS)):
-            top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
-        elif filtered & (phase == first_phase("weigh", ROUNDS)):
-            weigh(row, peak, scale, BLOCK)
-            meet(row, SPLIT)
-        elif phase == first_phase("draw", ROUNDS):
-            if part == 0:
-                tl.store(ws + PEAK, best)
-                tl.store(status + at, status_of(best))
-            if filtered:
-                seed, offset = tl.load(seeds + at * seed_stride), tl.load(offsets + at * offset_stride)
-                draw(row, tokens + at * num_samples, num_samples, seed, offset, peak, scale, CHUNKS, BLOCK)
-            elif part == 0:
-                settle_unfiltered(row, tokens + at * num_samples, num_samples, best, greedy)
+    seed, offset = seeds + at * seed_stride, offsets + at * offset_stride
+    draws = Draws(seed, offset, status + at, tokens + at * num_samples, num_samples)
+    after_scan(row, draws, tl.maximum(first, 1), last, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)

@@ -47,17 +47,17 @@ def add_above(row, selection, turn, low, VEC: tl.constexpr, BLOCK: tl.constexpr,
 
     With a base set (a Kept), their mass instead, of those in it.
     """
-    WEIGHTED: tl.constexpr = base is not None
+    weighted: tl.constexpr = base is not None
     shift = 32 - BITS * (turn + 1)
-    total = (tl.zeros([BLOCK // VEC], tl.int64 if WEIGHTED else tl.int32),) * DIGITS
+    total = (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),) * DIGITS
     one = tl.full([], 1, tl.int32)
-    lowest = tl.maximum(low, base.low.key) if WEIGHTED else low
+    lowest = tl.maximum(low, base.low.key) if weighted else low
     for chunk in range(row.begin, row.end):
         # What lies below every pivot, or below the base set, adds nothing.
         if tl.load(row.highest_keys + chunk) >= lowest:
             ids, value = load_chunk(row, chunk, BLOCK)
             key = key_of(value)
-            if WEIGHTED:
+            if weighted:
                 weight = mass_of(value, peak, scale)
                 weight = tl.where(ranks_within(base, Place(key, ids)) & (weight >= base.floor), weight, 0)
             else:

@@ -9,9 +9,7 @@ MAX_PARTS = tl.constexpr(256)  # programs per row
 
 # The steps of the pipeline: (name, whether it has one phase per round, phases besides). A selection counts equal tokens
 # and then finds the last that is kept.
-STEPS = tl.constexpr(
-    (("scan", 0, 1), ("top_k", 1, 2), ("top_p", 1, 2), ("weigh", 0, 1), ("draw", 0, 1), ("end", 0, 0))
-)
+STEPS = tl.constexpr((("scan", 0, 1), ("top_k", 1, 2), ("top_p", 1, 2), ("weigh", 0, 1), ("draw", 0, 1), ("end", 0, 0)))
 
 
 @triton.constexpr_function

@@ -13,6 +13,7 @@ import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
+from fastsample.backends.workspaces import Workspaces
 from fastsample.rows import Bias, Rows
 
 Tensor = torch.Tensor
@@ -39,7 +40,7 @@ class TritonEngine(Engine):
         self.block: int | None = None
         self.parts: int | None = None
         self.one_launch = not interpreted()  # interpreted programs run one after another: no barrier may wait
-        self._memory: dict[tuple[torch.device, int], Memory] = {}  # by device and stream
+        self._workspaces = Workspaces(self.name, Memory)
 
     def why_not(self, logits: Tensor | None) -> str | None:
         if not _is_installed():
@@ -73,19 +74,9 @@ class TritonEngine(Engine):
         return Layout(block, vec, chunks, max(1, min(parts, limit)), table.rounds)
 
     def memory(self, logits: Tensor, rows: Rows) -> Memory:
-        """Workspace that nothing else can be using while this call's launches run.
-
-        A stream's calls run one after another and share one; a Sampler has its own. A capture takes a new one, from the
-        graph's memory, but for a Sampler that already has one on the capturing stream: a graph may be replayed on any
-        stream, and no zeros that it is to write are there before.
-        """
-        on_gpu = logits.device.type == "cuda"
-        key = (logits.device, torch.cuda.current_stream().cuda_stream if on_gpu else 0)
-        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
-        kept = self._memory if rows.workspace is None else rows.workspace
-        if capturing and (kept is self._memory or key not in kept):
-            return Memory(logits.device)
-        return kept.setdefault(key, Memory(logits.device))
+        """What this call's launches may use; on a GPU, its device is the current one."""
+        stream = torch.cuda.current_stream().cuda_stream if logits.device.type == "cuda" else 0
+        return self._workspaces.of(logits.device, stream, rows)
 
 
 @cache
