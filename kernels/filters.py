@@ -1,7 +1,8 @@
 """Stage 7: what top-k, top-p and min-p keep (stem of csrc/core/filters.h).
 
-Each filter narrows the Kept of the row's workspace. A filter that asks for a mass and knows it from the record alone is
-a line of `mass_floors`; one that asks for a place in the rank order selects it, in phases of its own (workspace.py).
+Each filter narrows the Kept in the row's workspace. One that keeps what has a certain mass, which the record alone
+decides, is a function here and a line of `mass_floors`. One that cuts the rank order selects the place in phases of its
+own, which workspace.py numbers.
 """
 
 import triton
@@ -18,14 +19,14 @@ from .workspace import SUMS, TARGET, TOP_K, TOP_P
 
 @triton.jit
 def mass_floors(kept, record):
-    """The filters that keep every token of some mass, which the record alone decides."""
+    """All filters that are a floor on mass which the record alone decides; the scan applies them."""
     kept = min_p(kept, record)
     return kept
 
 
 @triton.jit
 def min_p(kept, record):
-    """Mass is not quite monotone in x, so this is no cutoff on x."""
+    """Mass is not quite monotone in x, so this is no cut of the rank order."""
     return narrow_to_mass(kept, (param(record, "min_p") * MASS_UNIT).to(tl.int64))
 
 
@@ -37,9 +38,10 @@ def uses_top_k(record, vocab):
 
 @triton.jit
 def top_k(
-    row, phase, ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A phase, from 0, of the cut after the k highest."""
+    row, phase,
+    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One of this filter's phases, numbered from 0. Keeps the k highest."""
     k = param(row.record, "top_k")
     selection = row.ws + TOP_K
     if phase < ROUNDS:
@@ -66,7 +68,7 @@ def top_p(
     row, phase, peak, scale,
     ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A phase, from 0, of the cut after the shortest prefix whose mass reaches the target."""
+    """One of this filter's phases, numbered from 0. Keeps the shortest prefix whose mass reaches the target."""
     selection = row.ws + TOP_P
     if phase < ROUNDS:
         target = top_p_target(row, selection, phase)
@@ -88,7 +90,7 @@ def top_p(
 
 @triton.jit
 def top_p_base(kept, order):
-    """The set that top-p measures: what is kept so far. The mass floors count as later ones but in min_p_first."""
+    """The set that top-p measures: what is kept so far, where floors on mass count only if they come first."""
     floor = tl.where(order == choice("order", "min_p_first"), kept.floor, 0)
     if order == choice("order", "joint"):
         kept = everything()
@@ -97,7 +99,7 @@ def top_p_base(kept, order):
 
 @triton.jit
 def top_p_target(row, selection, phase):
-    """max(1, floor(trunc(p * 2^30) * total / 2^30)): known once the first round's lowest pivot has summed the base."""
+    """max(1, floor(trunc(p * 2^30) * total / 2^30)). The total is the first round's sum at its lowest pivot."""
     target = tl.full([], 1, tl.int64)
     if phase == 1:
         total = tl.load(selection + SUMS)

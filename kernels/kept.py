@@ -32,9 +32,7 @@ def ranks_before(a, b):
 @triton.jit
 def ranks_within(kept, token):
     """Whether a token's place lies in the interval; its mass is the caller's to compare."""
-    above_low = (token.key > kept.low.key) | ((token.key == kept.low.key) & (token.id <= kept.low.id))
-    below_high = (token.key < kept.high.key) | ((token.key == kept.high.key) & (token.id > kept.high.id))
-    return above_low & below_high
+    return ranks_before(kept.high, token) & ~ranks_before(kept.low, token)
 
 
 @triton.jit
@@ -43,22 +41,17 @@ def keeps(kept, token, mass):
 
 
 @triton.jit
-def better(a, b):
-    """Whichever of two places ranks before the other."""
-    first = ranks_before(a, b)
-    return Place(tl.where(first, a.key, b.key), tl.where(first, a.id, b.id))
-
-
-@triton.jit
 def narrow_below(kept, high):
-    first = ranks_before(kept.high, high)
-    place = Place(tl.where(first, high.key, kept.high.key), tl.where(first, high.id, kept.high.id))
-    return Kept(place, kept.low, kept.floor)
+    lower = ranks_before(kept.high, high)
+    key, token = tl.where(lower, high.key, kept.high.key), tl.where(lower, high.id, kept.high.id)
+    return Kept(Place(key, token), kept.low, kept.floor)
 
 
 @triton.jit
 def narrow_above(kept, low):
-    return Kept(kept.high, better(low, kept.low), kept.floor)
+    higher = ranks_before(low, kept.low)
+    key, token = tl.where(higher, low.key, kept.low.key), tl.where(higher, low.id, kept.low.id)
+    return Kept(kept.high, Place(key, token), kept.floor)
 
 
 @triton.jit
@@ -68,12 +61,13 @@ def narrow_to_mass(kept, floor):
 
 @triton.jit
 def place_at(key, token):
-    """A place of scalars, whichever kind of integers they are."""
+    """The place of one token."""
     return Place(tl.full([], 0, tl.int32) + key, tl.full([], 0, tl.int32) + token)
 
 
 @triton.jit
 def all_above(low):
+    """The tokens ranked at or above a place."""
     return Kept(place_at(INT_MAX, -1), low, tl.full([], 0, tl.int64))
 
 

@@ -1,4 +1,4 @@
-"""Order-preserving integer keys of logits, and tokens packed in rank order (csrc/cuda has the same)."""
+"""Integers that have the order of logits, and integers that have the rank order of tokens."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def from_key(key):
 
 @triton.jit
 def ranked(key, ids):
-    """Tokens as int64 that follow the rank order: the higher, the better."""
+    """Tokens packed into int64: the higher in the rank order, the greater."""
     return (key.to(tl.int64) << 32) | (INT_MAX - ids)
 
 

@@ -16,7 +16,7 @@ NAN = tl.constexpr(float("nan"))
 
 @triton.jit
 def logprob(x, ws, temperature, RAW: tl.constexpr):
-    """Of tokens with logit x. `ws` belongs to the distribution: of the raw logits, or of the one drawn from."""
+    """Of tokens with logit x, in the distribution whose workspace `ws` is: the raw logits', or the one drawn from."""
     peak = from_key(key_in(tl.load(ws + PEAK)))
     total = tl.load(ws + TOTAL).to(tl.float64)
     if RAW:
@@ -29,7 +29,7 @@ def logprob(x, ws, temperature, RAW: tl.constexpr):
 
 @triton.jit
 def sound(ws):
-    """Whether the row of this workspace is a distribution at all."""
+    """Whether the row of this workspace is a distribution at all, that is, valid."""
     return status_of(tl.load(ws + PEAK)) == 0
 
 
@@ -38,7 +38,7 @@ def sampled(
     x, x_stride, records, record_stride, workspace, ws_stride, tokens, logprobs, ranks, listed, num_samples,
     RAW: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability of one draw; its rank and the row's list made ready. Grid: rows x draws."""
+    """Log-probability of one draw; initialises its rank and the row's list. Grid: rows x draws."""
     row, j = tl.program_id(0).to(tl.int64) // num_samples, tl.program_id(0) % num_samples
     ws = workspace + row * ws_stride
     token = tl.load(tokens + row * num_samples + j)
@@ -73,7 +73,7 @@ def collect(
     x, x_stride, workspace, ws_stride, cuts, cuts_stride, tokens, num_samples, listed, found, num_top, vocab,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Note the tokens of one chunk that `cuts` keeps, in any order. Grid: rows, chunks."""
+    """List the tokens of one chunk that the workspace `cuts` keeps, in any order. Grid: rows, chunks."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if sound(workspace + row * ws_stride) & (tl.load(tokens + row * num_samples) >= 0):
@@ -89,7 +89,7 @@ def arrange(
     records, record_stride, workspace, ws_stride, tokens, num_samples, listed, found, num_top, top_ids, top_logprobs,
     RAW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Put noted tokens in rank order: a token's place is the number of those above it. Grid: rows, blocks."""
+    """Put listed tokens in rank order: a token's place is the number of those above it. Grid: rows, blocks."""
     row = tl.program_id(0).to(tl.int64)
     ws = workspace + row * ws_stride
     here = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

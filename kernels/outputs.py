@@ -1,4 +1,4 @@
-"""Whole rows of output: filtered logits and probabilities, from what `sample` says is kept."""
+"""Whole rows of output: filtered logits and probabilities, of what `sample` kept."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def write(
     ws_stride,
     out,  # float32 [B, V]
     vocab,
-    WHAT: tl.constexpr,  # KEPT: the processed logits themselves
+    WHAT: tl.constexpr,  # KEPT writes the processed logits themselves
     BLOCK: tl.constexpr,
 ):
     """One chunk of a row. Grid: rows, chunks."""

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from fastsample.params import specs
 
-# (name, kind, choices) of each column. Being a constexpr, it is part of the key under which Triton caches a kernel: one
-# that was compiled for another table is not found.
+# (name, kind, choices) of each column. A constexpr is part of the key under which Triton caches a kernel, so a kernel
+# that was compiled for another table is never found.
 COLUMNS = tl.constexpr(tuple((name, spec.kind, spec.choices) for name, spec in specs()))
 
 

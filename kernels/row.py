@@ -1,4 +1,4 @@
-"""One program's part of one row, as the phases of `sample` hand it on, and the barrier of a row's programs."""
+"""A row as the phases of `sample` see it: what one program reads of it, and where its programs meet."""
 
 from typing import NamedTuple
 
@@ -10,19 +10,19 @@ from .process import load_x
 
 
 class Row(NamedTuple):
-    """A row and the chunks [begin, end) of it that this program reads."""
+    """Pointers to a row, and the part of it that this program reads: the chunks [begin, end)."""
 
     x: tl.tensor  # [vocab]
     vocab: tl.tensor
-    record: tl.tensor  # [columns]
-    ws: tl.tensor  # int64 [words(chunks)]
-    chunk_sums: tl.tensor  # [chunks], in the workspace
-    highest_keys: tl.tensor  # [chunks], likewise
-    sem: tl.tensor
+    record: tl.tensor  # int32 [columns]
+    ws: tl.tensor  # int64 [words(chunks)]; the next two lie in it
+    chunk_sums: tl.tensor  # [chunks], counts of equal tokens or kept masses
+    highest_keys: tl.tensor  # [chunks]
+    sem: tl.tensor  # int32
     chunks: tl.tensor
     begin: tl.tensor
     end: tl.tensor
-    part: tl.tensor
+    part: tl.tensor  # this program's number among the row's
     parts: tl.tensor
 
 
@@ -35,10 +35,10 @@ def load_chunk(row, chunk, BLOCK: tl.constexpr):
 
 @triton.jit
 def meet(row, SPLIT: tl.constexpr):
-    """Barrier of a row's programs; what they wrote before it, they see after it.
+    """Barrier of a row's programs: each sees afterwards what any of them wrote before.
 
-    The semaphore's sign flips when all have arrived, so it never needs to be cleared: each arrival adds 1, but the
-    first program adds what makes the sum 2^31. The programs must be on the device all at once (a cooperative launch).
+    The semaphore's sign flips when all have arrived, so it never needs to be cleared: each arrival adds 1, except that
+    the first program adds what makes the sum 2^31. All programs must be on the device at once (a cooperative launch).
     """
     tl.debug_barrier()
     if SPLIT:

@@ -1,17 +1,18 @@
 """The pipeline, logits to token, for one row split over many programs (stem of csrc/cpu/sample.cc).
 
-One kernel runs the phases below, in order; a row's programs meet at a barrier after each. A cooperative launch has all
-of them on the device at once, so that barrier is in device memory and the whole pipeline is one launch. Where a single
-program has the row, it is a block barrier. And since programs share nothing but the workspace, a phase may also be a
-launch of its own: that is how Triton's interpreter, which runs programs one after another, runs split rows.
+One kernel runs the steps below, in order; each is one or more phases, and a row's programs meet at a barrier after each
+phase. A cooperative launch has all programs on the device at once, so that barrier is in device memory and the whole
+pipeline is one launch. Where a single program has the row, it is a block barrier. Since programs share nothing but the
+workspace, a phase may also be a launch of its own: Triton's interpreter, which runs programs one after another, runs
+split rows that way.
 
-    scan     penalties, the row's maximum and its id, each chunk's highest key
-    top_k    rounds of selection, a count of equal tokens, the last of them that is kept; left out where it is off
+    scan     stages 3 and 4: penalties, the row's maximum, each chunk's highest key; floors on mass
+    top_k    stage 7: rounds of selection, then a cut among equal tokens; skipped where top-k is off
     top_p    likewise
-    weigh    kept mass per chunk
-    draw     each draw's chunk, then its token
+    weigh    the kept mass of each chunk
+    draw     stage 8: each draw's chunk, then its token
 
-Nothing depends on the order of atomics: sums and maxima of integers, in a workspace that the scan initialises.
+The workspace holds sums and maxima of integers, so nothing depends on the order of atomics. The scan initialises it.
 """
 
 from typing import NamedTuple
@@ -31,18 +32,18 @@ from .workspace import CHUNK_SUMS, DIGITS, MAX_PARTS, PEAK, PEAKS, SUMS, TOP_K, 
 
 
 class Draws(NamedTuple):
-    """Of one row: what its draws come from and where they go."""
+    """Pointers to what a row's draws come from and to where they go."""
 
-    seed: tl.tensor  # pointers, all of them
+    seed: tl.tensor
     offset: tl.tensor
     status: tl.tensor
     tokens: tl.tensor  # [count]
-    count: tl.tensor
+    count: tl.tensor  # num_samples
 
 
 @triton.jit
 def scan(row, counts, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stages 3 and 4: this part's best token, and the workspace made ready."""
+    """Stages 3 and 4: find this part's best token, and initialise the workspace."""
     best = tl.full([BLOCK], LONG_MIN, tl.int64)
     repetition, frequency = param(row.record, "repetition_penalty"), param(row.record, "frequency_penalty")
     presence = param(row.record, "presence_penalty")
@@ -83,8 +84,7 @@ def kept_mass(row, kept, chunk, peak, scale, BLOCK: tl.constexpr):
 def may_reach(heaviest, floor):
     """Whether a chunk may hold a token of mass `floor`, given the mass of its highest logit.
 
-    Another token of the chunk may be heavier by the unit in the last place by which mass is not monotone; what is
-    allowed for here is 8 of them.
+    Mass is monotone in x but for a unit in the last place, so another token may be heavier by that; 8 are allowed for.
     """
     return heaviest + (heaviest >> 20) + 1 >= floor
 
@@ -103,7 +103,7 @@ def weigh(row, peak, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def draw(row, draws, peak, scale, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stage 8: the row's draws, dealt out to its programs."""
+    """Stage 8: each of the row's programs takes its share of the draws."""
     kept = load_kept(row.ws)
     index = tl.arange(0, CHUNKS)
     total = tl.sum(tl.load(row.chunk_sums + index, mask=index < row.chunks, other=0))
@@ -124,7 +124,7 @@ def settle_unfiltered(row, draws, best, greedy):
     token = tl.where(greedy & (status_of(best) == 0), id_in(best), -1)
     for j in range(draws.count):
         tl.store(draws.tokens + j, token.to(tl.int64))
-    # With the id -1, a place that no token of the maximum's key reaches.
+    # No token ranks at or above the maximum's key with the id -1.
     store_kept(row.ws, all_above(place_at(key_in(best), token)))
     tl.store(row.ws + TOTAL, tl.where(token < 0, 1, tl.full([], 1 << 40, tl.int64)))
 

@@ -7,7 +7,7 @@ sum that over the row's programs, and every program reads off the digit. The num
 import triton
 import triton.language as tl
 
-from .kept import Place, load_kept, narrow_above, place_at, ranks_within, store_kept
+from .kept import Place, keeps, load_kept, narrow_above, place_at, store_kept
 from .keys import INT_MAX, INT_MIN, key_of
 from .mass import mass_of
 from .row import find_chunk, load_chunk, meet
@@ -16,7 +16,7 @@ from .workspace import ABOVE, BITS, CUT, DIGITS, LOW, NTH, SUMS
 
 @triton.jit
 def settle(row, selection, turn, target):
-    """What rounds 0 to turn - 1 have found: (key, weight above, weight reached); the first program notes it."""
+    """What rounds 0 to turn - 1 have found: (key, weight above, weight reached). The first program stores it."""
     low, above, reached = tl.full([], INT_MIN, tl.int32), tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     if turn > 0:
         if turn > 1:
@@ -45,7 +45,7 @@ def digit_of(sums, low, above, target, shift):
 def add_above(row, selection, turn, low, VEC: tl.constexpr, BLOCK: tl.constexpr, base=None, peak=None, scale=None):
     """Round `turn`: add to the j-th sum the number of this part's tokens with key >= low + (j << shift).
 
-    With a base set (a Kept), their mass instead, of those in it.
+    With a base set (a Kept), add the mass of those that are in it instead.
     """
     weighted: tl.constexpr = base is not None
     shift = 32 - BITS * (turn + 1)
@@ -59,7 +59,7 @@ def add_above(row, selection, turn, low, VEC: tl.constexpr, BLOCK: tl.constexpr,
             key = key_of(value)
             if weighted:
                 weight = mass_of(value, peak, scale)
-                weight = tl.where(ranks_within(base, Place(key, ids)) & (weight >= base.floor), weight, 0)
+                weight = tl.where(keeps(base, Place(key, ids), weight), weight, 0)
             else:
                 weight = tl.full([BLOCK], 1, tl.int32)
             # The VEC neighbours that one thread loads are added without leaving it.
@@ -75,9 +75,9 @@ def add_above(row, selection, turn, low, VEC: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def cut_at(row, selection, key, nth, BLOCK: tl.constexpr):
-    """Keep what is at or above `key`, of the tokens equal to it only the first `nth` in id order (0: all).
+    """Keep the tokens at or above `key`; of those equal to it, only the first `nth` in id order (0: all of them).
 
-    Which token is the nth, the next phase finds (`cut_equal`) from the number of equal tokens per chunk.
+    The next phase, `cut_equal`, finds the nth from the number of equal tokens that this one counts per chunk.
     """
     if row.part == 0:
         tl.store(selection + CUT, key.to(tl.int64))
@@ -94,7 +94,7 @@ def cut_at(row, selection, key, nth, BLOCK: tl.constexpr):
 
 @triton.jit
 def cut_equal(row, selection, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The cut among equal tokens that `cut_at` left to do, if any."""
+    """Cut among the tokens equal to the key, where `cut_at` asked for it."""
     nth = tl.load(selection + NTH)
     if nth > 0:
         if row.part == 0:

@@ -7,19 +7,19 @@ BITS = tl.constexpr(4)  # of a key, which one round of a selection resolves
 DIGITS = tl.constexpr(16)
 MAX_PARTS = tl.constexpr(256)  # programs per row
 
-# The steps of the pipeline: (name, whether it has one phase per round, phases besides). A selection counts equal tokens
-# and then finds the last that is kept.
+# The steps of the pipeline: (name, phases per round of a selection, further phases). After its rounds, a selection
+# counts the tokens equal to the key and then finds the last of them that is kept.
 STEPS = tl.constexpr((("scan", 0, 1), ("top_k", 1, 2), ("top_p", 1, 2), ("weigh", 0, 1), ("draw", 0, 1), ("end", 0, 0)))
 
 
 @triton.constexpr_function
 def first_phase(step, rounds):
-    """Number of the first phase of a step, where keys take that many rounds."""
+    """Number of a step's first phase, where a selection takes that many rounds."""
     phase = 0
-    for name, per_round, besides in STEPS.value:
+    for name, per_round, further in STEPS.value:
         if name == step:
             return phase
-        phase += per_round * rounds + besides
+        phase += per_round * rounds + further
     raise KeyError(step)
 
 
