@@ -1,4 +1,4 @@
-"""The Triton engine: adapter to fastsample.kernels (kernels/), for GPUs of any vendor. It never waits for one."""
+"""The Triton engine: launches fastsample.kernels (kernels/) on GPUs of any vendor, and never waits for them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fastsample.rows import Bias, Rows
 Tensor = torch.Tensor
 
 THREADS = 256  # of a program
-PROGRAMS_PER_SM = 2  # that many fit at once, which the barrier relies on (test_triton_compile.py checks it)
+PROGRAMS_PER_SM = 2  # as many as fit at once, which the barrier relies on (test_triton_compile.py checks it)
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
-ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits: the leading bits that a key can have
+ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits each, from the top: what its keys need
 EDIT_PARTS = 8
-OLDEST = (3, 7)  # version of Triton
-MIN_CHUNKS = 128  # fewer are not worth a compilation of their own
+OLDEST = (3, 7)  # supported version of Triton
+MIN_CHUNKS = 128  # smaller sizes are not worth a kernel of their own
 
 
 def interpreted() -> bool:
@@ -39,7 +39,7 @@ class TritonEngine(Engine):
         # Overrides of the tuning, for tests; results do not depend on it.
         self.block: int | None = None
         self.parts: int | None = None
-        self.one_launch = not interpreted()  # interpreted programs run one after another: no barrier may wait
+        self.one_launch = not interpreted()  # interpreted programs run one after another, so none may wait for another
         self._workspaces = Workspaces(self.name, Memory)
 
     def why_not(self, logits: Tensor | None) -> str | None:
@@ -91,7 +91,7 @@ def _has_device() -> bool:
 
 @cache
 def device_shape(device: torch.device) -> tuple[int, int]:
-    """Number of multiprocessors, threads per warp; the interpreter runs programs one after another."""
+    """Number of multiprocessors and of threads per warp. The interpreter runs one program at a time."""
     if device.type != "cuda":
         return 1, 32
     found = torch.cuda.get_device_properties(device)
@@ -142,7 +142,7 @@ class Call:
             self.logprobs(table, state, out.tokens)
 
     def processed(self) -> Table:
-        """Stages 0 to 2, and what 3 needs: the logits themselves where nothing is asked of them."""
+        """Stages 0 to 2, and what stage 3 needs; the logits themselves where a call has no mask, bias or token ids."""
         rows, logits = self.rows, self.logits
         rounds = ROUNDS[logits.dtype]
         if rows.bitmask is None and rows.bias is None and rows.prompt_ids is None and rows.output_ids is None:
@@ -150,7 +150,7 @@ class Call:
         counted = rows.prompt_ids is not None or rows.output_ids is not None
         width = -(-self.vocab // 16) * 16
         x = self.memory("x", self.batch * width, torch.float32).view(self.batch, width)
-        counts = x  # a pointer that no kernel follows
+        counts = x  # stands in for a pointer that no kernel follows
         if counted:
             counts = self.memory("counts", self.batch * width, torch.int32).view(self.batch, width)
         if counted or rows.bias is not None:
@@ -197,7 +197,7 @@ class Call:
         )
 
     def sample(self, name: str, table: Table, records: Tensor, status: Tensor, tokens: Tensor | None = None) -> State:
-        """Cutoffs, and tokens where wanted, in one launch; one per phase where the interpreter has split rows."""
+        """What is kept, and tokens where wanted, in one launch; one per phase where interpreted rows are split."""
         layout = self.engine.layout(table)
         size = self.batch * layout.record
         words = self.memory(name, size, torch.int64)
@@ -255,9 +255,8 @@ class Call:
             **self.options,
         )
 
-    # Log-probabilities: outside the path from logits to token ----------------------------------------------------
-
     def logprobs(self, table: Table, state: State, tokens: Tensor) -> None:
+        """Log-probabilities and ranks of the tokens, and the top-n: launches that only these outputs need."""
         out, raw = self.out, self.out.mode == "raw"
         unused = self.memory("unused", self.batch, torch.int32)
         listed = self.memory("listed", self.batch, torch.int32)
@@ -292,10 +291,10 @@ class Call:
         top_ids: Tensor,
         top_logprobs: Tensor,
     ) -> None:
-        """The first N of the rank order, by top-k's own cutoff."""
+        """The first N of the rank order, which top-k finds."""
         raw, n, draws = self.out.mode == "raw", self.out.num_top, self.out.num_samples
         if not raw:
-            # Min-p may leave gaps in the rank order, so what is kept is written out first.
+            # A floor on mass may leave gaps in the rank order, so what is kept is written out first.
             kept = self.memory("kept", self.batch * self.vocab, torch.float32)
             kept = kept.view(self.batch, self.vocab)
             self.write("KEPT", table, state, kept)
