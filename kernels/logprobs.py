@@ -3,18 +3,21 @@
 import triton
 import triton.language as tl
 
-from .filters import INT_MAX, from_key, keeps, key_of
+from .kept import Place, load_kept, ranks_within
+from .keys import LONG_MIN, from_key, id_in, key_in, key_of, ranked
 from .mass import MASS_UNIT, mass_of, mass_scale
-from .process import NEG_INF, TEMPERATURE, load_float, load_x, to_float32
-from .sample import CUT_ID, CUT_KEY, PEAK, TOTAL, load_int, peak_key, status_of
+from .process import NEG_INF, load_x, to_float32
+from .record import param
+from .sample import status_of
+from .workspace import PEAK, TOTAL
 
 NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
 def logprob(x, ws, temperature, RAW: tl.constexpr):
-    """Of tokens with logit x. `ws` belongs to the distribution: of the raw logits, or of the one drawn from."""
-    peak = from_key(peak_key(tl.load(ws + PEAK)))
+    """Of tokens with logit x, in the distribution whose workspace `ws` is: the raw logits', or the one drawn from."""
+    peak = from_key(key_in(tl.load(ws + PEAK)))
     total = tl.load(ws + TOTAL).to(tl.float64)
     if RAW:
         normaliser = tl.log(total / MASS_UNIT)
@@ -26,7 +29,7 @@ def logprob(x, ws, temperature, RAW: tl.constexpr):
 
 @triton.jit
 def sound(ws):
-    """Whether the row of this workspace is a distribution at all."""
+    """Whether the row of this workspace is a distribution at all, that is, valid."""
     return status_of(tl.load(ws + PEAK)) == 0
 
 
@@ -35,12 +38,12 @@ def sampled(
     x, x_stride, records, record_stride, workspace, ws_stride, tokens, logprobs, ranks, listed, num_samples,
     RAW: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability of one draw; its rank and the row's list made ready. Grid: rows x draws."""
+    """Log-probability of one draw; initialises its rank and the row's list. Grid: rows x draws."""
     row, j = tl.program_id(0).to(tl.int64) // num_samples, tl.program_id(0) % num_samples
     ws = workspace + row * ws_stride
     token = tl.load(tokens + row * num_samples + j)
     value = to_float32(tl.load(x + row * x_stride + tl.maximum(token, 0)))
-    temperature = load_float(records + row * record_stride, TEMPERATURE)
+    temperature = param(records + row * record_stride, "temperature")
     good = (token >= 0) & sound(ws)
     own = tl.where(good, logprob(value, ws, temperature, RAW), NAN)
     tl.store(logprobs + row * num_samples + j, own)
@@ -70,17 +73,15 @@ def collect(
     x, x_stride, workspace, ws_stride, cuts, cuts_stride, tokens, num_samples, listed, found, num_top, vocab,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Note the tokens of one chunk that the cutoff in `cuts` keeps, in any order. Grid: rows, chunks."""
+    """List the tokens of one chunk that the workspace `cuts` keeps, in any order. Grid: rows, chunks."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if sound(workspace + row * ws_stride) & (tl.load(tokens + row * num_samples) >= 0):
         key = key_of(load_x(x + row * x_stride, ids, vocab))
-        ws = cuts + row * cuts_stride
-        kept = keeps(key, ids, load_int(ws, CUT_KEY), load_int(ws, CUT_ID)).to(tl.int32)
+        kept = ranks_within(load_kept(cuts + row * cuts_stride), Place(key, ids)).to(tl.int32)
         if tl.max(kept) > 0:
             at = tl.atomic_add(listed + row, tl.sum(kept), sem="relaxed") + tl.cumsum(kept, 0) - 1
-            packed = (key.to(tl.int64) << 32) | (INT_MAX - ids)
-            tl.store(found + row * num_top + at, packed, mask=kept > 0)
+            tl.store(found + row * num_top + at, ranked(key, ids), mask=kept > 0)
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def arrange(
     records, record_stride, workspace, ws_stride, tokens, num_samples, listed, found, num_top, top_ids, top_logprobs,
     RAW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Put noted tokens in rank order: a token's place is the number of those above it. Grid: rows, blocks."""
+    """Put listed tokens in rank order: a token's place is the number of those above it. Grid: rows, blocks."""
     row = tl.program_id(0).to(tl.int64)
     ws = workspace + row * ws_stride
     here = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -97,13 +98,13 @@ def arrange(
     place = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
         there = start + tl.arange(0, BLOCK)
-        other = tl.load(found + row * num_top + there, mask=there < count, other=-(2**63))
+        other = tl.load(found + row * num_top + there, mask=there < count, other=LONG_MIN)
         place += tl.sum((other[None, :] > own[:, None]).to(tl.int32), 1)
     there = here < count
     place = tl.where(there, place, here)
-    value = logprob(from_key(peak_key(own)), ws, load_float(records + row * record_stride, TEMPERATURE), RAW)
+    value = logprob(from_key(key_in(own)), ws, param(records + row * record_stride, "temperature"), RAW)
     good = sound(ws) & (tl.load(tokens + row * num_samples) >= 0)
     value = tl.where(there, value, tl.where(good, NEG_INF, NAN))
-    token = tl.where(there, INT_MAX - (own & INT_MAX).to(tl.int32), -1)
+    token = tl.where(there, id_in(own), -1)
     tl.store(top_ids + row * num_top + place, token.to(tl.int64), mask=here < num_top)
     tl.store(top_logprobs + row * num_top + place, value, mask=here < num_top)

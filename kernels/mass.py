@@ -1,6 +1,6 @@
 """Stage 6: integer probability mass, and exact arithmetic on sums of it (stem of csrc/core/mass.h).
 
-Compile with enable_fp_fusion=False: each float operation below is rounded by itself.
+The kernels are compiled with enable_fp_fusion=False, so that each float operation below is rounded by itself.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(float.fromhex("0x1.715476p+0"))
 GREEDY_BELOW = tl.constexpr(1e-5)
 ROUND_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer
-MASS_FLOOR = tl.constexpr(-60.0)  # below this y there is no mass (in fact from -41 on)
+MASS_FLOOR = tl.constexpr(-60.0)  # below this y there is no mass (in fact, below about -41)
 MASS_BITS = tl.constexpr(40)  # the maximum weighs 2^40
 MASS_UNIT = tl.constexpr(2.0**40)
 LOW30 = tl.constexpr(2**30 - 1)
@@ -45,7 +45,7 @@ def exp2_polynomial(f):
 @triton.jit
 def mass_of(x, peak, scale):
     """w = trunc(2^40 * exp2(y)), int64, for y = (x - peak) * scale <= 0; y may be -inf."""
-    # At the floor the mass is 2^-20, truncated to 0, so a clamp does the contract's cut-off without a branch.
+    # At the floor the mass is 2^-20, which truncates to 0, so clamping replaces the contract's test of y.
     y = tl.maximum((x - peak) * scale, MASS_FLOOR)
     t = y + ROUND_MAGIC
     p = exp2_polynomial(y - (t - ROUND_MAGIC))

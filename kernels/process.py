@@ -1,32 +1,14 @@
 """Stages 0 to 3: bitmask, bias, penalties (stem of csrc/core/process.h).
 
-Rows that something is done to are copied to the workspace as float32: `prepare` upcasts, masks and clears the counts,
-`edit` scatters bias and token ids, and the scan of sample.py penalises each token as it first reads it.
+Rows that are edited are copied to the workspace as float32: `prepare` upcasts, masks and clears the counts, `edit` adds
+the bias and counts the token ids, and the scan of sample.py penalises each token when it first reads it.
 """
 
 import triton
 import triton.language as tl
 
-# The packed record of one row, in the order of fastsample/params.py.
-FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "ties",
-    "order",
-)
-TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE, TIES, ORDER = map(tl.constexpr, range(9))
 NEG_INF = tl.constexpr(float("-inf"))
 IN_PROMPT = tl.constexpr(1 << 30)  # bit of a token's count word; the bits below count its occurrences in the output
-
-
-@triton.jit
-def load_float(record, FIELD: tl.constexpr):
-    return tl.load(record + FIELD).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -38,7 +20,7 @@ def load_x(x, ids, vocab):
 @triton.jit
 def to_float32(value):
     if value.dtype == tl.bfloat16:
-        # By hand: Triton's interpreter takes denormal bfloat16 for 0.
+        # By hand, since Triton's interpreter converts denormal bfloat16 to 0.
         return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         return value.to(tl.float32)
@@ -54,10 +36,10 @@ def allowed(words, num_words, ids):
 
 @triton.jit
 def penalise(x, count, repetition, frequency, presence):
-    """`count` holds the occurrences in the output, and IN_PROMPT where the prompt has the token."""
+    """Stage 3. `count` holds the occurrences in the output, and the bit IN_PROMPT where the prompt has the token."""
     seen = count != 0
     count = count & (IN_PROMPT - 1)
-    # As blocks: Triton's interpreter cannot broadcast a comparison of scalars.
+    # Blocks, since Triton's interpreter cannot broadcast a comparison of scalars.
     zero = tl.zeros_like(x)
     repetition, frequency, presence = zero + repetition, zero + frequency, zero + presence
     repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
@@ -81,7 +63,7 @@ def prepare(
     HAS_COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stages 0 and 1 of one chunk of a row, and its counts cleared. Grid: rows, chunks."""
+    """Stages 0 and 1 of one chunk of a row; clears its counts. Grid: rows, chunks."""
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
@@ -95,7 +77,7 @@ def prepare(
 
 @triton.jit
 def count_ids(token_ids, length, counts, vocab, part, parts, PROMPT: tl.constexpr, BLOCK: tl.constexpr):
-    """Note every id of a row's list; ids outside the vocabulary are padding."""
+    """Count every id of a row's list; ids outside the vocabulary are padding."""
     for start in range(part * BLOCK, length, parts * BLOCK):
         at = start + tl.arange(0, BLOCK)
         token = tl.load(token_ids + at, mask=at < length, other=-1)
@@ -137,7 +119,7 @@ def edit(
         for start in range(tl.load(row_ptr + row) + part * BLOCK, end, parts * BLOCK):
             at = start + tl.arange(0, BLOCK)
             token = tl.load(bias_ids + at, mask=at < end, other=-1)
-            inside = (token >= 0) & (token < vocab)  # a checked Bias may have been written to since
+            inside = (token >= 0) & (token < vocab)  # a Bias may be written to after it was checked
             bias = tl.load(bias_values + at, mask=inside, other=0.0)
             value = tl.load(x + token, mask=inside, other=0.0)
             tl.store(x + token, value + bias, mask=inside)

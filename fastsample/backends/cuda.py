@@ -11,6 +11,7 @@ import torch
 
 from fastsample._built import CUDA_LEFT_OUT
 from fastsample.backends import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
+from fastsample.backends.workspaces import Workspaces
 from fastsample.params import specs
 from fastsample.rows import Rows
 
@@ -56,7 +57,7 @@ class CudaEngine(Engine):
 
     def __init__(self, module: Any = None) -> None:
         self._module = module  # tests/simt lends one that needs no GPU
-        self._buffers: dict[tuple[str, torch.device, int], Buffers] = {}  # by device and stream
+        self._buffers = Workspaces(self.name, Buffers)
 
     def why_not(self, logits: Tensor | None) -> str | None:
         reason = native()[1]
@@ -74,7 +75,7 @@ class CudaEngine(Engine):
             rows.native = module.Rows(row_arguments(rows))
         on_gpu = logits.device.type == "cuda"
         stream = torch.cuda.current_stream(logits.device).cuda_stream if on_gpu else 0
-        buffers = self._memory(logits.device, stream, rows)
+        buffers = self._buffers.of(logits.device, stream, rows)
         call = call_arguments(logits, out)
         with buffers.lock:
             while True:
@@ -90,22 +91,6 @@ class CudaEngine(Engine):
                     break
                 buffers.grow(*needed)  # nothing was launched
         return None if on_gpu else int((out.status != 0).sum())
-
-    def _memory(self, device: torch.device, stream: int, rows: Rows) -> Buffers:
-        """Memory that nothing else can be using while this call's launches run.
-
-        A stream's calls run one after another and share it; a Sampler has its own. A capture takes new memory, from the
-        graph's, but for a Sampler that already has some on the capturing stream: a graph may be replayed on any stream.
-        """
-        key = (self.name, device, stream)
-        kept = self._buffers if rows.workspace is None else rows.workspace
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and (kept is self._buffers or key not in kept):
-            return Buffers(device)
-        if key not in kept:
-            kept[key] = Buffers(device)
-        found: Buffers = kept[key]
-        return found
 
 
 def row_arguments(rows: Rows) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The Triton engine: adapter to fastsample.kernels (kernels/), for GPUs of any vendor. It never waits for one."""
+"""The Triton engine: launches fastsample.kernels (kernels/) on GPUs of any vendor, and never waits for them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
-from fastsample.params import specs
+from fastsample.backends.workspaces import Workspaces
 from fastsample.rows import Bias, Rows
 
 Tensor = torch.Tensor
 
 THREADS = 256  # of a program
-PROGRAMS_PER_SM = 2  # that many fit at once, which the barrier relies on (test_triton_compile.py checks it)
+PROGRAMS_PER_SM = 2  # as many as fit at once, which the barrier relies on (test_triton_compile.py checks it)
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
-ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits: the leading bits that a key can have
+ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits each, from the top: what its keys need
 EDIT_PARTS = 8
-OLDEST = (3, 7)  # version of Triton
-MIN_CHUNKS = 128  # fewer are not worth a compilation of their own
+OLDEST = (3, 7)  # supported version of Triton
+MIN_CHUNKS = 128  # smaller sizes are not worth a kernel of their own
 
 
 def interpreted() -> bool:
@@ -39,8 +39,8 @@ class TritonEngine(Engine):
         # Overrides of the tuning, for tests; results do not depend on it.
         self.block: int | None = None
         self.parts: int | None = None
-        self.one_launch = not interpreted()  # interpreted programs run one after another: no barrier may wait
-        self._memory: dict[tuple[torch.device, int], Memory] = {}  # by device and stream
+        self.one_launch = not interpreted()  # interpreted programs run one after another, so none may wait for another
+        self._workspaces = Workspaces(self.name, Memory)
 
     def why_not(self, logits: Tensor | None) -> str | None:
         if not _is_installed():
@@ -70,23 +70,13 @@ class TritonEngine(Engine):
         block = self.block or vec * THREADS
         chunks = -(-vocab // block)
         parts = self.parts or PROGRAMS_PER_SM * device_shape(table.x.device)[0] // max(batch, 1)
-        limit = min(chunks, int(kernels("sample").MAX_PARTS))
+        limit = min(chunks, int(kernels("workspace").MAX_PARTS))
         return Layout(block, vec, chunks, max(1, min(parts, limit)), table.rounds)
 
     def memory(self, logits: Tensor, rows: Rows) -> Memory:
-        """Workspace that nothing else can be using while this call's launches run.
-
-        A stream's calls run one after another and share one; a Sampler has its own. A capture takes a new one, from the
-        graph's memory, but for a Sampler that already has one on the capturing stream: a graph may be replayed on any
-        stream, and no zeros that it is to write are there before.
-        """
-        on_gpu = logits.device.type == "cuda"
-        key = (logits.device, torch.cuda.current_stream().cuda_stream if on_gpu else 0)
-        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
-        kept = self._memory if rows.workspace is None else rows.workspace
-        if capturing and (kept is self._memory or key not in kept):
-            return Memory(logits.device)
-        return kept.setdefault(key, Memory(logits.device))
+        """What this call's launches may use; on a GPU, its device is the current one."""
+        stream = torch.cuda.current_stream().cuda_stream if logits.device.type == "cuda" else 0
+        return self._workspaces.of(logits.device, stream, rows)
 
 
 @cache
@@ -101,7 +91,7 @@ def _has_device() -> bool:
 
 @cache
 def device_shape(device: torch.device) -> tuple[int, int]:
-    """Number of multiprocessors, threads per warp; the interpreter runs programs one after another."""
+    """Number of multiprocessors and of threads per warp. The interpreter runs one program at a time."""
     if device.type != "cuda":
         return 1, 32
     found = torch.cuda.get_device_properties(device)
@@ -122,11 +112,10 @@ def _why_not_kernels() -> str | None:
         found = import_module("triton").__version__
         if tuple(map(int, found.split(".")[:2])) < OLDEST:
             return f"Triton {found} is too old: before {'.'.join(map(str, OLDEST))} its divisions flush denormals to 0"
-        fields = kernels("process").FIELDS
+        kernels("sample")
     except ImportError as error:
         return f"the kernels cannot be imported: {error}"
-    names = tuple(name for name, _ in specs())
-    return None if fields == names else f"the kernels are for parameters {fields}, not {names}"
+    return None
 
 
 class Call:
@@ -153,7 +142,7 @@ class Call:
             self.logprobs(table, state, out.tokens)
 
     def processed(self) -> Table:
-        """Stages 0 to 2, and what 3 needs: the logits themselves where nothing is asked of them."""
+        """Stages 0 to 2, and what stage 3 needs; the logits themselves where a call has no mask, bias or token ids."""
         rows, logits = self.rows, self.logits
         rounds = ROUNDS[logits.dtype]
         if rows.bitmask is None and rows.bias is None and rows.prompt_ids is None and rows.output_ids is None:
@@ -161,7 +150,7 @@ class Call:
         counted = rows.prompt_ids is not None or rows.output_ids is not None
         width = -(-self.vocab // 16) * 16
         x = self.memory("x", self.batch * width, torch.float32).view(self.batch, width)
-        counts = x  # a pointer that no kernel follows
+        counts = x  # stands in for a pointer that no kernel follows
         if counted:
             counts = self.memory("counts", self.batch * width, torch.int32).view(self.batch, width)
         if counted or rows.bias is not None:
@@ -208,7 +197,7 @@ class Call:
         )
 
     def sample(self, name: str, table: Table, records: Tensor, status: Tensor, tokens: Tensor | None = None) -> State:
-        """Cutoffs, and tokens where wanted, in one launch; one per phase where the interpreter has split rows."""
+        """What is kept, and tokens where wanted, in one launch; one per phase where interpreted rows are split."""
         layout = self.engine.layout(table)
         size = self.batch * layout.record
         words = self.memory(name, size, torch.int64)
@@ -266,9 +255,8 @@ class Call:
             **self.options,
         )
 
-    # Log-probabilities: outside the path from logits to token ----------------------------------------------------
-
     def logprobs(self, table: Table, state: State, tokens: Tensor) -> None:
+        """Log-probabilities and ranks of the tokens, and the top-n: launches that only these outputs need."""
         out, raw = self.out, self.out.mode == "raw"
         unused = self.memory("unused", self.batch, torch.int32)
         listed = self.memory("listed", self.batch, torch.int32)
@@ -303,10 +291,10 @@ class Call:
         top_ids: Tensor,
         top_logprobs: Tensor,
     ) -> None:
-        """The first N of the rank order, by top-k's own cutoff."""
+        """The first N of the rank order, which top-k finds."""
         raw, n, draws = self.out.mode == "raw", self.out.num_top, self.out.num_samples
         if not raw:
-            # Min-p may leave gaps in the rank order, so what is kept is written out first.
+            # A floor on mass may leave gaps in the rank order, so what is kept is written out first.
             kept = self.memory("kept", self.batch * self.vocab, torch.float32)
             kept = kept.view(self.batch, self.vocab)
             self.write("KEPT", table, state, kept)

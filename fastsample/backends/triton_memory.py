@@ -1,4 +1,4 @@
-"""What the Triton engine's launches share: how rows are cut up, tables of logits, workspaces."""
+"""What the Triton engine's launches share: how rows are split, tables of logits, workspaces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kernels(stem: str) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are cut up: V = chunks * block at most, dealt out to `parts` programs per row."""
+    """How rows are split: into chunks of `block` tokens, which `parts` programs per row share."""
 
     block: int
     vec: int  # neighbours that one thread loads at once
@@ -34,17 +34,17 @@ class Layout:
     @property
     def record(self) -> int:
         """int64 words of workspace per row."""
-        return int(kernels("sample").CHUNK_SUM) + 2 * self.chunks
+        return int(kernels("workspace").words(self.chunks))
 
     @property
     def last(self) -> int:
-        """One past the last phase of kernels/sample.py."""
-        return 2 * self.rounds + 7
+        """Number of phases of kernels/sample.py."""
+        return int(kernels("workspace").first_phase("end", self.rounds))
 
 
 @dataclass
 class Table:
-    """Rows that a kernel reads: the caller's logits or a copy that something was done to."""
+    """Rows that a kernel reads: the caller's logits or an edited copy."""
 
     x: Tensor  # [B, V]
     rounds: int
@@ -67,15 +67,15 @@ SEMAPHORES = "semaphores"
 
 
 class Memory:
-    """Named buffers that grow and are kept."""
+    """Named buffers, which grow and are reused."""
 
     def __init__(self, device: torch.device) -> None:
-        self.lock = Lock()  # a call's launches, which hand data to each other here
+        self.lock = Lock()  # held for a whole call: its launches hand data to each other here
         self._device = device
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """`numel` elements as the last call left them."""
+        """`numel` elements, as the last call left them."""
         found = self._buffers.get(name)
         if found is None or found.numel() < numel:
             # Semaphores must start at 0; everything else is written before it is read.
@@ -84,12 +84,12 @@ class Memory:
         return found[:numel]
 
     def record(self, top_k: int) -> Tensor:
-        """The packed record of a row that nothing else is asked of, int32 [1, fields]."""
+        """The packed record of a row for which all else is neutral, int32 [1, columns]."""
         name = f"record {top_k}"
         if name not in self._buffers:
             host = SamplingParams(top_k=top_k).pack()
             record = self._buffers[name] = torch.zeros_like(host, device=self._device)
             for column, bits in enumerate(host[0].tolist()):
-                if bits:  # filled there: a copy from pageable memory cannot be captured
+                if bits:  # filled on the device: a copy from pageable memory cannot be captured
                     record[:, column].fill_(bits)
         return self._buffers[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ import fastsample as fs
 from fastsample import reference
 from fastsample.backends import Outputs, engine, select
 from fastsample.backends import triton as adapter
+from fastsample.params import specs
 from fastsample.rows import Bias, Rows
 
 # Penalties without ids are among the cases on purpose.
@@ -41,7 +43,7 @@ PROCESSES = 2
 
 
 def _jobs() -> list[Job]:
-    """A slice of tests/support/cases.py that the interpreter gets through in a minute or two."""
+    """A slice of tests/support/cases.py that the interpreter runs in a minute or two."""
     jobs = []
     sizes = (300, 257, 33, 513)
     for p, params in enumerate(PARAMS):
@@ -69,7 +71,7 @@ JOBS = _jobs()
 
 
 def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Results of these jobs from a process of their own."""
+    """Results of these jobs, run in a process of their own."""
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     command = [
@@ -134,9 +136,9 @@ def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:
 
 
 class Recorder:
-    """In place of a module of kernels: notes what would be launched, and the buffers it would be given."""
+    """Stands in for a module of kernels: records what would be launched, and with which buffers."""
 
-    CHUNK_SUM, MAX_PARTS = 576, 256
+    MAX_PARTS = 256
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
@@ -160,7 +162,7 @@ class Kernel:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """An engine on a device of 132 multiprocessors, all of whose launches are noted and not run."""
+    """An engine on a device of 132 multiprocessors, whose launches are recorded and not run."""
     recorder = Recorder()
     fresh = adapter.TritonEngine()
     monkeypatch.setattr(fresh, "why_not", lambda logits: None)
@@ -188,7 +190,7 @@ def test_three_launches_with_everything(recorded: Recorder) -> None:
 
 @pytest.mark.parametrize(("batch", "parts"), [(1, 126), (2, 126), (8, 33), (64, 4), (132, 2), (133, 1), (1000, 1)])
 def test_programs_per_row(batch: int, parts: int, recorded: Recorder) -> None:
-    """As many as fit the device at once, which the barrier needs; a lone program has no barrier to wait at."""
+    """As many as fit the device at once, which the barrier needs; a lone program waits for nobody."""
     fs.sample(torch.zeros(1, 128256).expand(batch, -1), seed=1, on_invalid="flag")
     ((_, grid, options),) = recorded.launches
     assert grid == (batch, parts)
@@ -197,11 +199,11 @@ def test_programs_per_row(batch: int, parts: int, recorded: Recorder) -> None:
 
 
 VIEWS = {"aten.view", "aten.slice", "aten.select", "aten.unsqueeze", "aten.expand", "aten.add_"}
-COUNT_OF_INVALID_ROWS = {"aten.ne", "aten.sum", "aten._local_scalar_dense"}  # not taken on a GPU
+COUNT_OF_INVALID_ROWS = {"aten.ne", "aten.sum", "aten._local_scalar_dense"}  # which no GPU is asked for
 
 
 class NoAllocation(TorchDispatchMode):
-    """Lets through only what makes no tensor with memory of its own."""
+    """Lets through only operations that allocate no memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert str(func.overloadpacket) in VIEWS | COUNT_OF_INVALID_ROWS
@@ -236,7 +238,7 @@ def test_a_sampler_given_out_allocates_nothing(
 
 
 def test_calls_that_share_memory_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads have one default stream between them, and a call's later launches read what the earlier have left."""
+    """Threads share the default stream, and a call's later launches read what its earlier ones have left."""
     inside: list[int] = []
     most: list[int] = []
 
@@ -332,14 +334,41 @@ def test_the_environment_forces_it() -> None:
     assert "'triton': None" in engines
 
 
-def test_the_kernels_know_every_parameter() -> None:
-    from fastsample.params import specs
+def test_the_kernels_take_columns_and_choices_from_the_table() -> None:
+    code = """
+from fastsample.kernels import record
+from fastsample.params import specs
+for at, (name, spec) in enumerate(specs()):
+    assert record.column(name) == at
+    assert record.is_float(name) == (spec.kind == "float")
+    assert [record.choice(name, value) for value in spec.choices] == list(range(len(spec.choices)))
+"""
+    python(code)
 
-    code = "from fastsample.kernels.process import FIELDS; print(*FIELDS)"
-    assert tuple(python(code).split()) == tuple(name for name, _ in specs())
+
+def test_another_table_gives_other_columns_and_other_kernels() -> None:
+    """Triton caches kernels on disk: one that was compiled for a table must not serve another."""
+    code = """
+import sys, fastsample.params as params
+if REVERSED:
+    table = params.specs()[::-1]
+    params.specs = lambda: table
+from fastsample.kernels import filters, outputs, record, sample
+kernels = (record.param, filters.min_p, sample.sample, outputs.write)
+print(record.column("temperature"), *(kernel.cache_key for kernel in kernels))
+"""
+    one, again, other = (python(f"REVERSED = {flag}" + code).split() for flag in (False, False, True))
+    assert one == again
+    assert (int(one[0]), int(other[0])) == (0, len(specs()) - 1)
+    assert not set(one) & set(other)
+
+
+def test_the_kernels_read_every_parameter() -> None:
+    source = "".join(path.read_text() for path in (Path(__file__).parents[2] / "kernels").glob("*.py"))
+    assert set(re.findall(r'\bparam\(.+?, "(\w+)"\)', source)) == {name for name, _ in specs()}
 
 
 def test_the_coefficients_are_the_references() -> None:
-    """A last bit of one shows in a token of 10^5, which is more than the interpreter gets through."""
+    """A wrong last bit shows in one token of 10^5, more than the interpreter can run."""
     code = "from fastsample.kernels import mass; print(*(getattr(mass, f'C{i}').value.hex() for i in range(5, 0, -1)))"
     assert [float.fromhex(c) for c in python(code).split()] == list(reference.POLYNOMIAL[:5])

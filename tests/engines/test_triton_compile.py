@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not here, and gates read from the binaries."""
+"""Compiles every Triton kernel for GPUs that need not be here, and checks gates on the binaries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOUND: dict[tuple[str, str], Measures] = {}
 
 @pytest.fixture(scope="module", autouse=True)
 def report(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The table of what was compiled, on the terminal."""
+    """Prints the table of what was compiled."""
     yield
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     with capture.global_and_fixture_disabled() if capture else nullcontext():

@@ -1,4 +1,4 @@
-"""The folder kernels/ becomes fastsample.kernels, and hides nobody's package `kernels` from the repository's root."""
+"""The folder kernels/ becomes fastsample.kernels, and shadows no package `kernels` when run from the root."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEMS = ("process", "mass", "filters", "philox", "sample")
+STEMS = tuple(sorted(path.stem for path in (ROOT / "kernels").glob("*.py")))
 
 
 def python(code: str, cwd: Path, path: str = "") -> list[str]:
@@ -44,7 +44,7 @@ def test_a_package_called_kernels_wins_from_the_root(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 def test_transformers_imports_from_the_root() -> None:
-    """Beside the real `kernels` of Hugging Face, too, where that is installed."""
+    """Also beside the real `kernels` of Hugging Face, where that is installed."""
     code = """
 import transformers
 from transformers import AutoModelForCausalLM

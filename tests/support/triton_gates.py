@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and reads from the binaries what the contract demands.
+"""Compiles every Triton kernel for GPUs that need not be here, and checks what the contract demands of the binaries.
 
 python triton_gates.py    # the table of all kernels and targets
 """
@@ -46,7 +46,7 @@ class Kernel:
     constants: dict[str, Any]
     row_loads: int  # places in the source that load a block of logits, or of their counts
     types: dict[str, str] = field(default_factory=dict)
-    float64: bool = False  # whether the contract divides or takes logarithms in float64 there
+    float64: bool = False  # whether the contract asks for float64 there
 
 
 def _sample(name: str, row_loads: int, dtype: str = "fp32", **more: Any) -> Kernel:
@@ -88,7 +88,7 @@ def compile_kernel(kernel: Kernel, target: str, **options: Any) -> Any:
     gpu = TARGETS[target]
     chosen = compile_options(gpu.warp_size, gpu.backend == "cuda") | options
     with triton.knobs.compilation.scope():
-        # A hit in the user's cache would name the source files of another checkout.
+        # A hit in the user's cache may name the source files of another checkout.
         triton.knobs.compilation.always_compile = True
         return triton.compile(source, target=gpu, options=chosen)
 
@@ -101,12 +101,12 @@ class Measures:
     shared: int  # bytes
     spills: int  # loads and stores of local memory
     wide_loads: int  # of 16 bytes
-    fused: int  # multiply-adds but for those that a division rounded to nearest, or a logarithm, is made of
+    fused: int  # multiply-adds that are no part of a division rounded to nearest or of a logarithm
     float64: int
     inexact: int  # approximate or flushing float instructions
 
     def broken(self, kernel: Kernel, target: str) -> list[str]:
-        """The gates that this binary does not pass."""
+        """Names of the gates that this binary fails."""
         gates = {
             "spills": self.spills == 0,
             "fused multiply-adds": self.fused == 0,
@@ -141,14 +141,15 @@ DIVIDES = re.compile(r"div_rn\(|float64\) /|/ total|tl\.log\(")
 LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
 TWO_TO_32 = "0x4f800000"
-DIVISION_LENGTH = 64  # instructions that a division, scheduled among others, may span
+DIVISION_LENGTH = 64  # instructions that a division may span when it is scheduled among others
 
 
 def instructions(sass: str) -> Iterator[tuple[str, bool]]:
     """Each opcode, and whether it is part of a division or a logarithm.
 
-    Those are made of multiply-adds; whatever else is one was contracted. They are known by the source line; by being in
-    a subroutine; or, where the scheduler has mixed the lines up, by refining the reciprocal of a few instructions ago.
+    Those are made of multiply-adds; any other multiply-add was contracted. They are recognised by the source line, by
+    being in a subroutine, or, where the scheduler has mixed up the lines, by refining a reciprocal that was estimated
+    a few instructions before.
     """
     lines: list[str] = []
     fresh, subroutine = True, False
@@ -199,7 +200,7 @@ def _measure_amd(compiled: Any) -> Measures:
         int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
         for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
-    # A division refines a reciprocal with them, and conversions to and from 64 bits are made with one.
+    # A division refines a reciprocal with fused multiply-adds, and conversions to and from 64 bits use one.
     fused, reciprocal = 0, -DIVISION_LENGTH - 1
     for at, line in enumerate(text.splitlines()):
         if "v_rcp_f32" in line or "v_div_scale_f32" in line:

@@ -1,4 +1,4 @@
-"""Runs cases through the Triton engine in Triton's interpreter; a process of its own, since that is chosen at import.
+"""Runs cases through the Triton engine in Triton's interpreter, in a process of its own: Triton decides at import.
 
 TRITON_INTERPRET=1 python triton_interpreter.py JOBS.json RESULTS.pt
 """
@@ -20,12 +20,12 @@ import fastsample as fs
 
 @dataclass(frozen=True)
 class Job:
-    """A case and how its rows are cut up."""
+    """A case, and how its rows are split."""
 
     case: Case
     parts: int = 1  # programs per row
-    block: int = 256  # tokens per chunk: few, so that small rows have several
-    threads: bool = False  # the one launch that a GPU gets, barriers included, each program in a thread
+    block: int = 256  # tokens per chunk, so few that small rows have several chunks
+    threads: bool = False  # one launch as on a GPU, barriers included, with each program in a thread
 
     @property
     def name(self) -> str:
@@ -34,7 +34,7 @@ class Job:
 
 
 def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
-    """What an engine can be asked about a case, in fewer calls than test_parity.py makes."""
+    """All outputs of an engine for a case, in fewer calls than test_parity.py makes."""
     inputs = case.build()
     common = {**inputs.kwargs, "backend": backend, "on_invalid": "flag"}
     found = {
@@ -48,7 +48,7 @@ def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
 
 
 def patch_once() -> None:
-    """The interpreter patches triton.language again at each call of a device function; once is enough here."""
+    """Patch triton.language once; the interpreter does it again at each call of a device function."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -65,7 +65,7 @@ def patch_once() -> None:
 
 
 def run_programs_in_threads() -> None:
-    """The interpreter runs programs one after another, which would wait for ever at a barrier: give each a thread."""
+    """Give each program a thread: the interpreter runs one after another, and a barrier would wait for ever."""
     from triton.runtime import interpreter
 
     place = threading.local()

@@ -1,0 +1,59 @@
+"""A row as the phases of `sample` see it: what one program reads of it, and where its programs meet."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .keys import INT_MIN
+from .process import load_x
+
+
+class Row(NamedTuple):
+    """Pointers to a row, and the part of it that this program reads: the chunks [begin, end)."""
+
+    x: tl.tensor  # [vocab]
+    vocab: tl.tensor
+    record: tl.tensor  # int32 [columns]
+    ws: tl.tensor  # int64 [words(chunks)]; the next two lie in it
+    chunk_sums: tl.tensor  # [chunks], counts of equal tokens or kept masses
+    highest_keys: tl.tensor  # [chunks]
+    sem: tl.tensor  # int32
+    chunks: tl.tensor
+    begin: tl.tensor
+    end: tl.tensor
+    part: tl.tensor  # this program's number among the row's
+    parts: tl.tensor
+
+
+@triton.jit
+def load_chunk(row, chunk, BLOCK: tl.constexpr):
+    """Ids and logits of a chunk."""
+    ids = chunk * BLOCK + tl.arange(0, BLOCK)
+    return ids, load_x(row.x, ids, row.vocab)
+
+
+@triton.jit
+def meet(row, SPLIT: tl.constexpr):
+    """Barrier of a row's programs: each sees afterwards what any of them wrote before.
+
+    The semaphore's sign flips when all have arrived, so it never needs to be cleared: each arrival adds 1, except that
+    the first program adds what makes the sum 2^31. All programs must be on the device at once (a cooperative launch).
+    """
+    tl.debug_barrier()
+    if SPLIT:
+        step = tl.where(row.part == 0, INT_MIN - (row.parts - 1), 1)
+        before = tl.atomic_add(row.sem, step, sem="release")
+        waiting = True
+        while waiting:
+            waiting = (before ^ tl.atomic_add(row.sem, 0, sem="acquire")) >= 0
+        tl.debug_barrier()
+
+
+@triton.jit
+def find_chunk(row, threshold, CHUNKS: tl.constexpr):
+    """The first chunk whose running sum exceeds the threshold, and the sum of those before it."""
+    index = tl.arange(0, CHUNKS)
+    sums = tl.load(row.chunk_sums + index, mask=index < row.chunks, other=0)
+    chunk = tl.sum((tl.cumsum(sums, 0) <= threshold).to(tl.int32))
+    return chunk, tl.sum(tl.where(index < chunk, sums, 0))
