@@ -1,12 +1,12 @@
-// Stage 7's one invariant: what any filters, in any order, leave of a row.
+// What filters leave of a row, in any number and any order: the invariant of stage 7.
 #pragma once
 
 #include "core/rows.h"
 
 namespace fastsample {
 
-// A token's place in the rank order: x descending, then id ascending. X is a float logit, or the
-// integer key that has its order.
+// A token's place in the rank order: x descending, then id ascending. X is a float logit, or an
+// integer key of the same order.
 template <class X>
 struct Place {
   X x;
@@ -18,8 +18,9 @@ FS_HD bool ranks_before(Place<X> a, Place<X> b) {
   return a.x > b.x || (a.x == b.x && a.id < b.id);
 }
 
-// The tokens ranked below `high` (exclusive), ranked at or above `low`, of mass `floor` or more. A
-// filter takes one and returns one that keeps no more.
+// The tokens that are ranked after `high`, that are `low` or ranked before it, and whose mass is at
+// least `floor`. Every filter takes one and returns one that keeps no more. An id of INT32_MAX in
+// `low` keeps all tokens that equal low.x; an id of -1 in `high` keeps all that equal high.x.
 template <class X>
 struct Kept {
   Place<X> high;
@@ -27,7 +28,14 @@ struct Kept {
   uint64_t floor;
 };
 
-// Whether a token's place lies in the interval; its mass is the caller's to compare.
+// Every token above -inf. `infinity` and `lowest` are X's values of +inf and of the lowest finite
+// float.
+template <class X>
+FS_HD Kept<X> keep_all(X infinity, X lowest) {
+  return Kept<X>{{infinity, -1}, {lowest, INT32_MAX}, 0};
+}
+
+// Whether a token ranks within the interval. Its mass is for the caller to compare with the floor.
 template <class X>
 FS_HD bool ranks_within(const Kept<X>& kept, Place<X> token) {
   return ranks_before(kept.high, token) && !ranks_before(kept.low, token);
