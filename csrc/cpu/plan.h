@@ -22,10 +22,10 @@ struct Plan {
   bool watch;  // whether candidates are copied in the streaming pass already
 };
 
-// A row's vocabulary, type, and whether bias or penalties change it.
+// A row's vocabulary, whether its values have 16 bits, and whether bias or penalties change it.
 struct RowKind {
   int32_t vocab;
-  DType dtype;
+  bool narrow;
   bool edited;
 };
 
@@ -34,7 +34,7 @@ struct RowKind {
 FS_HD Plan plan_of(const RowParams& p, RowKind row) {
   if (is_greedy(p)) return Plan{kArgmax, false};
   if (filters_of(p, row.vocab) != kUsesMassFloor || row.edited) return Plan{kFilters, false};
-  return Plan{kCandidates, row.dtype == kFloat32};
+  return Plan{kCandidates, !row.narrow};
 }
 
 // What it takes to tell whether a token ranks within the interval of a kept set.
