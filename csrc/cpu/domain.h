@@ -253,19 +253,30 @@ FS_INLINE List list_of(float* x, int32_t* id, int n) {
   return List{x, id, n};
 }
 
+// Which of block b's values rank within the interval. What ranks above it is taken out afterwards,
+// so that the usual case costs nothing more.
+template <class Domain, class T>
+FS_INLINE BlockBits bits_within(const Domain& d, int b, const T* x, const Kept<float>& kept) {
+  const auto until = [&](Place<float> place) __attribute__((always_inline)) {
+    return block_bits(x, [&](vf v, int i) { return ranks_until(place, v, ids(d, b, i)); });
+  };
+  BlockBits set = kept.low.id == INT32_MAX ? bits_at_least(x, kept.low.x) : until(kept.low);
+  if (__builtin_expect(kept.high.x < INFINITY, false)) {
+    const BlockBits above = until(kept.high);
+    for (int k = 0; k < kBlock / 64; ++k) set.word[k] &= ~above.word[k];
+  }
+  return set;
+}
+
 // The tokens that rank within the interval, in id order. x and id may be the domain's own.
 template <class Domain>
 List gather(const Domain& d, const Kept<float>& kept, float* x, int32_t* id) {
   const Kept<float> within = kept;  // of its own: to the compiler, a store might change it
-  const bool by_value = bounds_of(within) != kByPlace;
   int n = 0;
   for (int b = 0; b < blocks(d); ++b) {
     if (!may_keep(d, b, within)) continue;
     with_values(d, b, [&](const auto* v, auto) __attribute__((always_inline)) {
-      const BlockBits set =
-          by_value ? bits_at_least(v, within.low.x) : block_bits(v, [&](vf value, int i) {
-            return ranks_within(within, value, ids(d, b, i));
-          });
+      const BlockBits set = bits_within(d, b, v, within);
       each_set(
           set, &n,
           [&](int to, const int (&at)[kGuess]) {  // reads, then writes
