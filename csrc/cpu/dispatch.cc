@@ -9,65 +9,15 @@
 #include <new>
 #include <stdexcept>
 
+#include "cpu/platform.h"
 #include "cpu/pool.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <immintrin.h>
-#endif
-
 namespace fastsample {
-
-#define FASTSAMPLE_DECLARE(isa) extern const Kernel kernel_##isa;
-#if defined(FASTSAMPLE_HAS_avx512)
-FASTSAMPLE_DECLARE(avx512)
-#endif
-#if defined(FASTSAMPLE_HAS_avx2)
-FASTSAMPLE_DECLARE(avx2)
-#endif
-#if defined(FASTSAMPLE_HAS_neon)
-FASTSAMPLE_DECLARE(neon)
-#endif
-#if defined(FASTSAMPLE_HAS_baseline)
-FASTSAMPLE_DECLARE(baseline)
-#endif
-
 namespace {
 
-#if defined(__x86_64__)
-[[maybe_unused]] bool has_avx2() {
-  unsigned a, b, c = 0, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-}
-
-[[maybe_unused]] bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
-std::vector<const Kernel*> find_supported() {
-  std::vector<const Kernel*> kernels;
-#if defined(FASTSAMPLE_HAS_avx512)
-  if (has_avx512()) kernels.push_back(&kernel_avx512);
-#endif
-#if defined(FASTSAMPLE_HAS_avx2)
-  if (has_avx2()) kernels.push_back(&kernel_avx2);
-#endif
-#if defined(FASTSAMPLE_HAS_neon)
-  kernels.push_back(&kernel_neon);
-#endif
-#if defined(FASTSAMPLE_HAS_baseline)
-  kernels.push_back(&kernel_baseline);
-#endif
-  return kernels;
-}
-
-// Kernels that this CPU can run, best first. Asked once: a virtual machine traps each cpuid.
+// Kernels that this CPU can run, best first. Found once, as a virtual machine traps each cpuid.
 const std::vector<const Kernel*>& supported() {
-  static const std::vector<const Kernel*> kernels = find_supported();
+  static const std::vector<const Kernel*> kernels = platform::find_kernels();
   return kernels;
 }
 
@@ -82,9 +32,9 @@ const Kernel& find_kernel(const std::string& name, const char* what) {
 
 std::atomic<const Kernel*> chosen{nullptr};
 
-// Scratch that grows to the largest batch seen and is then reused. It begins at a page: where few
-// values are copied, vectors are stored to the same place again and again, which takes many times
-// as long across two pages.
+// Scratch that grows to the largest batch seen and is then reused. It begins at a page boundary:
+// where few values are copied, vectors are stored to the same place again and again, and a store
+// across two pages takes many times as long.
 template <class T>
 struct Buffer {
   static constexpr std::align_val_t kPage{4096};
@@ -141,8 +91,8 @@ struct Scratch {
   }
 };
 
-// A thread's scratch while it samples. A call within a call, as a signal's handler may make it,
-// gets one of its own.
+// A thread's scratch while it samples. A call within a call, as a signal handler may make it, gets
+// scratch of its own.
 class OwnScratch {
  public:
   OwnScratch() : outermost_(!in_use()) {
@@ -189,46 +139,24 @@ Workspace workspace_for(const Batch& batch, Scratch& scratch) {
   return scratch.workspace(batch.logits.vocab, edits, many_draws);
 }
 
-// The contract's float environment (nearest-even, subnormals kept), whatever the caller's thread
-// has set.
-class FloatEnvironment {
- public:
-#if defined(__x86_64__)
-  FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~FloatEnvironment() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  FloatEnvironment() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" : : "r"((uint64_t)0));
-  }
-  ~FloatEnvironment() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
-
 const void* row_address(const Logits& l, int64_t row) {
   return (const char*)l.data + row * l.stride * (l.dtype == kFloat32 ? 4 : 2);
 }
 
-// Whether a row was open: of all threads one is told so.
+// Takes a unit of work; true for one thread only.
 bool claim(uint8_t* taken) {
   return !__atomic_load_n(taken, __ATOMIC_RELAXED) &&
          !__atomic_exchange_n(taken, (uint8_t)1, __ATOMIC_RELAXED);
 }
 
-// What threads take one after the other: a row, or where it has many draws a part of them. A part
-// is sampled like a row of its own, as filters take little time beside that many draws.
+// What a thread takes at a time: a row, or a part of its draws where they are many. Each part is
+// sampled like a row of its own, since filters take little time beside that many draws.
 struct Units {
   const Batch& batch;
   int32_t parts;  // of each row
 
   Units(const Batch& b, int threads) : batch(b), parts(1) {
-    // A part's draws take tens of milliseconds at most, and all but a few percent of its time.
+    // The draws of a part take tens of milliseconds at most, and nearly all of its time.
     constexpr int64_t kMost = 1 << 20, kLeast = 1 << 15;
     const int64_t rows = b.logits.rows, draws = b.out.tokens ? b.out.num_samples : 0;
     if (rows == 0 || draws <= kLeast) return;
@@ -242,7 +170,7 @@ struct Units {
     const int64_t part = unit % parts, n = batch.out.num_samples;
     return Draws{(int32_t)(n * part / parts), (int32_t)(n * (part + 1) / parts)};
   }
-  // How many threads have enough to do: one that has less than this costs more to wake than it
+  // How many threads have enough to do: to wake one for less work than this costs more than it
   // saves.
   int useful_threads(int threads) const {
     constexpr int64_t kLogitsPerThread = 1 << 16, kLogitsPerDraw = 64;
@@ -264,13 +192,13 @@ struct Work {
   std::atomic<int64_t> invalid{0};
 };
 
-// Samples units until none is open. Each thread takes every `threads`-th one, in every batch the
-// same ones, which its core may still hold; then what the others have left, so that expensive rows
-// do not wait for each other.
+// Samples units until none is left. Each thread first takes every `threads`-th one: the same ones
+// in every batch, whose rows its core may still have in its cache. Then it takes what the others
+// have left, so that expensive rows do not wait for each other.
 void run_units(Work& work, int thread, Scratch& scratch) {
-  constexpr int64_t kBeforeAsking = 1
-                                    << 20;  // logits, ids and draws: tens of microseconds at least
-  const FloatEnvironment environment;
+  // Logits, ids and draws before `stop` is asked: tens of microseconds at least.
+  constexpr int64_t kBeforeAsking = 1 << 20;
+  const platform::FloatEnvironment environment;
   const Units& units = work.units;
   const Batch& batch = units.batch;
   const int64_t count = units.count();

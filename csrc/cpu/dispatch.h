@@ -13,7 +13,7 @@
 namespace fastsample {
 
 // The kernel in use: the best that this CPU can run, or the one that FASTSAMPLE_ISA or force_isa
-// names. Throws std::invalid_argument where FASTSAMPLE_ISA names none that runs here.
+// names. Throws std::invalid_argument where FASTSAMPLE_ISA names none that can run here.
 const Kernel& kernel();
 
 // Names of the ISAs that this CPU can run, best first.
@@ -22,9 +22,9 @@ std::vector<std::string> isas();
 // Throws std::invalid_argument where the name is none of isas().
 void force_isa(const std::string& name);
 
-// Samples every row, spread over at most `threads` threads; returns the number of invalid rows.
-// Now and then, never twice within some tens of microseconds, this thread asks `stop` whether to go
-// on: where it says no, nothing more is begun, and what is not yet written stays as it is.
+// Samples every row on at most `threads` threads; returns the number of invalid rows. Now and then,
+// never twice within some tens of microseconds, this thread asks `stop` whether to stop: then
+// nothing more is begun, and what is not yet written stays as it is.
 int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()>& stop = {});
 
 }  // namespace fastsample

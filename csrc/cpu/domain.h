@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "core/filters.h"
+#include "cpu/plan.h"
 #include "cpu/process.h"
 #include "cpu/select.h"
 
@@ -172,16 +172,34 @@ FS_INLINE void each_run(const List& l, int g, Want, F f) {
   f(Run{g * kGroup, group_end(l, g), l.x + g * kGroup * kBlock}, Anywhere());
 }
 
-constexpr Cutoff kKeepAlive = {-FLT_MAX, INT32_MAX};  // everything above -inf
+FS_INLINE Kept<float> keep_alive() { return keep_all(INFINITY, -FLT_MAX); }
 
-FS_INLINE Mask keeps(Cutoff c, vf x, vi id) {
-  return either(gt(x, splat(c.x)), both(eq(x, splat(c.x)), le(id, splat(c.id))));
+// All tokens of this logit or a higher one.
+FS_INLINE Kept<float> keep_from(float x) {
+  return narrow_above(keep_alive(), Place<float>{x, INT32_MAX});
 }
 
-// Whether a cutoff may keep a token of block b.
+// A kept set's interval, less the tokens that are certainly too light for its floor.
+FS_INLINE Kept<float> within_reach(Kept<float> kept, const Weigher& weigher) {
+  if (!kept.floor) return kept;
+  return narrow_above(kept, Place<float>{lowest_x(weigher, kept.floor), INT32_MAX});
+}
+
+// Which tokens rank at a place or before it.
+FS_INLINE Mask ranks_until(Place<float> place, vf x, vi id) {
+  return either(gt(x, splat(place.x)), both(eq(x, splat(place.x)), le(id, splat(place.id))));
+}
+
+FS_INLINE Mask ranks_within(const Kept<float>& kept, vf x, vi id) {
+  const Mask until_low = ranks_until(kept.low, x, id);
+  if (kept.high.x == INFINITY) return until_low;
+  return but_not(until_low, ranks_until(kept.high, x, id));
+}
+
+// Whether a token of block b may rank within the interval.
 template <class Domain>
-FS_INLINE bool may_keep(const Domain& d, int b, Cutoff c) {
-  return upper_bound(d, b) > c.x || (upper_bound(d, b) == c.x && id_at(d, b, 0) <= c.id);
+FS_INLINE bool may_keep(const Domain& d, int b, const Kept<float>& kept) {
+  return !ranks_before(kept.low, Place<float>{upper_bound(d, b), id_at(d, b, 0)});
 }
 
 // The values x of a domain with low < x < high.
@@ -221,10 +239,11 @@ int32_t nth_equal(const Domain& d, float x, uint64_t m, int from = 0) {
   return INT32_MAX;
 }
 
-// The cutoff that keeps m of the `equal` tokens at x.
+// The place of the last of the first m tokens at x, of `equal` ones; all that equal x where m of
+// them are all.
 template <class Domain>
-Cutoff cut_at(const Domain& d, float x, uint64_t m, int equal) {
-  return Cutoff{x, m == (uint64_t)equal ? INT32_MAX : nth_equal(d, x, m)};
+Place<float> place_of(const Domain& d, float x, uint64_t m, int equal) {
+  return Place<float>{x, m == (uint64_t)equal ? INT32_MAX : nth_equal(d, x, m)};
 }
 
 // The first n tokens of a pair of buffers as a domain.
@@ -234,21 +253,33 @@ FS_INLINE List list_of(float* x, int32_t* id, int n) {
   return List{x, id, n};
 }
 
-// The tokens a cutoff keeps, in id order.
+// Which of block b's values rank within the interval. What ranks above it is taken out afterwards,
+// so that the usual case costs nothing more.
+template <class Domain, class T>
+FS_INLINE BlockBits bits_within(const Domain& d, int b, const T* x, const Kept<float>& kept) {
+  const auto until = [&](Place<float> place) __attribute__((always_inline)) {
+    return block_bits(x, [&](vf v, int i) { return ranks_until(place, v, ids(d, b, i)); });
+  };
+  BlockBits set = kept.low.id == INT32_MAX ? bits_at_least(x, kept.low.x) : until(kept.low);
+  if (__builtin_expect(kept.high.x < INFINITY, false)) {
+    const BlockBits above = until(kept.high);
+    for (int k = 0; k < kBlock / 64; ++k) set.word[k] &= ~above.word[k];
+  }
+  return set;
+}
+
+// The tokens that rank within the interval, in id order. x and id may be the domain's own.
 template <class Domain>
-List gather(const Domain& d, Cutoff cut, float* x, int32_t* id) {
+List gather(const Domain& d, const Kept<float>& kept, float* x, int32_t* id) {
+  const Kept<float> within = kept;  // of its own: to the compiler, a store might change it
   int n = 0;
   for (int b = 0; b < blocks(d); ++b) {
-    if (!may_keep(d, b, cut)) continue;
+    if (!may_keep(d, b, within)) continue;
     with_values(d, b, [&](const auto* v, auto) __attribute__((always_inline)) {
-      const BlockBits set =
-          cut.id == INT32_MAX
-              ? bits_at_least(v, cut.x)
-              : block_bits(v, [&](vf value, int i) { return keeps(cut, value, ids(d, b, i)); });
+      const BlockBits set = bits_within(d, b, v, within);
       each_set(
           set, &n,
-          [&](int to,
-              const int (&at)[kGuess]) {  // x and id may be the domain's own: read, then write
+          [&](int to, const int (&at)[kGuess]) {  // reads, then writes
             const Four value = values_at(v, at);
             int32_t token[kGuess];
             FS_EACH(kGuess) token[u] = id_at(d, b, at[u]);
@@ -272,30 +303,32 @@ FS_INLINE void add_whole(const Weighing& weight, const T* x, bool near, MassSum&
   add_kept(weight, x, kBlock, every, sum, near);
 }
 
-// Adds the mass that a cutoff keeps of block b.
+// Adds the mass of what is kept of block b.
 template <class Domain>
-FS_INLINE void add_block(const Domain& d, int b, Cutoff cut, const Weighing& weight, float lowest,
-                         MassSum& sum) {
-  if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) return;
-  if (cut.x == -FLT_MAX && cut.id == INT32_MAX) {
+FS_INLINE void add_block(const Domain& d, int b, const Kept<float>& kept, const Weighing& weight,
+                         float lowest, MassSum& sum) {
+  if (!may_keep(d, b, kept) || upper_bound(d, b) < lowest) return;
+  const Bounds bounds = bounds_of(kept);
+  if (bounds == kUnbounded) {
     with_values(d, b, [&](const auto* x, auto near) { add_whole(weight, x, near, sum); });
-  } else if (cut.id == INT32_MAX) {
-    const auto above = [&](vf v, int) { return ge(v, splat(cut.x)); };
+  } else if (bounds == kByValue) {
+    const auto above = [&](vf v, int) { return ge(v, splat(kept.low.x)); };
     with_values(d, b,
                 [&](const auto* x, auto near) { add_kept(weight, x, kBlock, above, sum, near); });
   } else {
     float buffer[kBlock];
-    const auto kept = [&](vf v, int i) { return keeps(cut, v, ids(d, b, i)); };
-    add_kept(weight, values(d, b, buffer), kBlock, kept, sum);
+    const auto within = [&](vf v, int i) { return ranks_within(kept, v, ids(d, b, i)); };
+    add_kept(weight, values(d, b, buffer), kBlock, within, sum);
   }
 }
 
-// Mass that a cutoff keeps, in all and in each group.
+// The mass of what is kept, in all and in each group.
 template <class Domain>
-uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const Workspace& ws) {
-  const Weighing weight = {weigher, 1.0f};
+uint64_t weigh_groups(const Domain& d, const Kept<float>& kept, const Weigher& weigher,
+                      const Workspace& ws) {
+  const Weighing weight(weigher, kept.floor);
   const float lowest = weight.lowest();
-  const bool all = cut.x == -FLT_MAX && cut.id == INT32_MAX;
+  const bool all = bounds_of(kept) == kUnbounded;
   uint64_t total = 0;
   for (int g = 0; g < groups(d); ++g) {
     MassSum sum;
@@ -310,7 +343,7 @@ uint64_t weigh_groups(const Domain& d, Cutoff cut, const Weigher& weigher, const
     } else {
       for (int b = g * kGroup; b < group_end(d, g); ++b) {
         fetch_ahead(d, b, ws);
-        add_block(d, b, cut, weight, lowest, sum);
+        add_block(d, b, kept, weight, lowest, sum);
       }
     }
     ws.group_mass[g] = weight.total(sum);

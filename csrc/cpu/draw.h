@@ -25,12 +25,13 @@ FS_INLINE Stream stream_of(const Batch& batch, int64_t r) {
 
 // Inside a block: the first kept token whose running mass exceeds r.
 template <class Domain>
-Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, uint64_t r) {
+Drawn draw_in_block(const Domain& d, const Kept<float>& kept, const Weighing& weight, int b,
+                    uint64_t r) {
   float buffer[kBlock];
   const float* x = values(d, b, buffer);
   for (int i = 0; i < kBlock; i += kLanes) {
     const vi id = ids(d, b, i);
-    const auto [hi, lo] = weigh(weigher, load(x + i), keeps(cut, load(x + i), id));
+    const auto [hi, lo] = weight.of(load(x + i), ranks_within(kept, load(x + i), id));
     const uint64_t here = (reduce_add(hi) << kHalfBits) + reduce_add(lo);
     if (here <= r) {
       r -= here;
@@ -47,8 +48,8 @@ Drawn draw_in_block(const Domain& d, Cutoff cut, const Weigher& weigher, int b, 
 
 // `running` holds running sums, group by group.
 template <class Domain>
-Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* running,
-           uint64_t r) {
+Drawn draw(const Domain& d, const Kept<float>& kept, const Weigher& weigher,
+           const uint64_t* running, uint64_t r) {
   int low = 0, high = groups(d) - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -59,13 +60,13 @@ Drawn draw(const Domain& d, Cutoff cut, const Weigher& weigher, const uint64_t* 
     }
   }
   if (low) r -= running[low - 1];
-  const Weighing weight = {weigher, 1.0f};
+  const Weighing weight(weigher, kept.floor);
   const float lowest = weight.lowest();
   for (int b = low * kGroup;; ++b) {
     MassSum sum;
-    add_block(d, b, cut, weight, lowest, sum);
+    add_block(d, b, kept, weight, lowest, sum);
     const uint64_t here = total(sum);
-    if (r < here) return draw_in_block(d, cut, weigher, b, r);
+    if (r < here) return draw_in_block(d, kept, weight, b, r);
     r -= here;
   }
 }
@@ -77,17 +78,10 @@ FS_INLINE float logit_of(const Dense<T>& d, int32_t id) {
   return values(d, id / kBlock, buffer)[id % kBlock];
 }
 
-// Whether a table of a domain's tokens costs less than the draws do without.
-FS_INLINE bool pays_table(const Outputs& out, const Workspace& ws, int32_t tokens) {
-  constexpr int64_t kTokensPerDraw = 200, kManyRanks = 128;
-  if (!ws.ends) return false;
-  if (out.ranks && out.num_samples >= kManyRanks) return true;
-  return out.num_samples * kTokensPerDraw >= tokens;
-}
-
-// The kept tokens that have mass, in id order, and where to begin to look among them: of 2^bits
-// equal parts of the uniform numbers, guide[k] is a token not above that of the least number in
-// part k. So one or two steps are enough on average, whatever the masses are (Chen and Asau 1974).
+// The kept tokens that have mass, in id order, and where to begin to look among them: the uniform
+// numbers are cut into 2^bits equal parts, and guide[k] is a token not behind the one that the
+// least number of part k draws. So one or two steps are enough on average, whatever the masses are
+// (Chen and Asau 1974).
 struct Table {
   const uint64_t* ends;  // [n] running masses, each token's included
   const int32_t* ids;    // [n]
@@ -105,15 +99,15 @@ struct Table {
   }
 };
 
-// Makes a table, token by token and without a branch: it would be guessed wrongly.
+// Makes a table, token by token and without a branch, which would be mispredicted.
 struct TableWriter {
   const Workspace& ws;
   double parts_per_mass;
   uint64_t running = 0;
   int32_t n = 0;
 
-  // A token of any mass. It cannot be drawn in parts below the end of those before it: their first
-  // one of which is not is at most one too high.
+  // A token of any mass. The tokens before it have the numbers below `running`, so the first part
+  // that begins at one of its own is the next after the part that `running` lies in, or that part.
   FS_MEMBER void add(int32_t id, uint64_t mass) {
     constexpr double kRounding = 0x1p-20;  // of a product of up to 2^21
     ws.guide[(int32_t)((double)(int64_t)running * parts_per_mass + kRounding) + 1] = n;
@@ -124,9 +118,9 @@ struct TableWriter {
   }
 };
 
-// Adds what a cutoff keeps of block b.
+// Adds what is kept of block b.
 template <class Domain>
-FS_INLINE void add_tokens(const Domain& d, int b, Cutoff cut, const Weigher& weigher,
+FS_INLINE void add_tokens(const Domain& d, int b, const Kept<float>& kept, const Weighing& weight,
                           TableWriter& table) {
   float buffer[kBlock];
   uint32_t hi[kBlock], lo[kBlock];
@@ -134,38 +128,39 @@ FS_INLINE void add_tokens(const Domain& d, int b, Cutoff cut, const Weigher& wei
   const float* x = values(d, b, buffer);
   for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
     const auto p = load_pack<kAbreast>(x + i);
-    Where<kAbreast> kept;
+    Where<kAbreast> where;
     FS_EACH(kAbreast) {
       const vi here = ids(d, b, i + u * kLanes);
       store(id + i + u * kLanes, here);
-      kept.m[u] = keeps(cut, p.v[u], here);
+      where.m[u] = ranks_within(kept, p.v[u], here);
     }
-    const auto q = weigh(weigher, p, kept);
+    const auto q = weight.of(p, where);
     FS_EACH(kAbreast) {
-      const Halves w = to_integers(q.v[u]);
+      const Halves w = to_fixed(q.v[u]);
       store(hi + i + u * kLanes, w.hi);
       store(lo + i + u * kLanes, w.lo);
     }
   }
-  TableWriter own = table;  // in registers: to the compiler a store might change it
+  TableWriter own = table;  // in registers: to the compiler, a store might change it
   for (int i = 0; i < kBlock; ++i) own.add(id[i], ((uint64_t)hi[i] << kHalfBits) + lo[i]);
   table.running = own.running;
   table.n = own.n;
 }
 
-// The table of what a cutoff keeps, `total` in all, for so many draws.
+// The table of what is kept, `total` in all, for so many draws.
 template <class Domain>
-Table make_table(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t total, int32_t draws,
-                 const Workspace& ws) {
+Table make_table(const Domain& d, const Kept<float>& kept, const Weigher& weigher, uint64_t total,
+                 int32_t draws, const Workspace& ws) {
   const int32_t tokens = blocks(d) * kBlock;
   const int bits = guide_bits(draws < tokens ? draws : tokens);
   const int32_t parts = 1 << bits;
   memset(ws.guide, 0, (size_t)(parts + 2) * sizeof *ws.guide);
   TableWriter writer = {ws, (double)parts / (double)total};
-  const float lowest = lowest_x(weigher, weigher.floor ? weigher.floor : 1);
+  const Weighing weight(weigher, kept.floor);
+  const float lowest = weight.lowest();
   for (int b = 0; b < blocks(d); ++b) {
-    if (!may_keep(d, b, cut) || upper_bound(d, b) < lowest) continue;
-    add_tokens(d, b, cut, weigher, writer);
+    if (!may_keep(d, b, kept) || upper_bound(d, b) < lowest) continue;
+    add_tokens(d, b, kept, weight, writer);
   }
   for (int32_t k = 0, last = 0; k < parts; ++k) {
     last = ws.guide[k] > last ? ws.guide[k] : last;
@@ -174,8 +169,8 @@ Table make_table(const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t t
   return Table{ws.ends, ws.end_id, writer.n, ws.guide, bits, total};
 }
 
-// The 60 uniform bits of N vectors of draws, side by side, as a vector's rounds wait for each
-// other. A word is the lower half of a lane; what stands in the upper half no product sees.
+// The 60 uniform bits of N vectors of draws, side by side, as each round of a vector waits for the
+// one before. A word is the lower half of a lane; no product sees the upper half.
 template <int N>
 FS_INLINE void uniform60(Stream stream, uint32_t first, vq (&bits)[N]) {
   constexpr uint64_t kLow = UINT32_MAX;

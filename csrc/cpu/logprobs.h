@@ -1,6 +1,7 @@
 // Log-probabilities and top-n of the sampled tokens, from integer masses in float64.
 #pragma once
 
+#include "cpu/draw.h"
 #include "cpu/ranks.h"
 #include "cpu/top_k.h"
 
@@ -9,13 +10,6 @@ namespace {
 
 FS_INLINE float log_ratio(uint64_t mass, uint64_t total) {
   return (float)log((double)mass / (double)total);
-}
-
-template <class T>
-void write_processed(const Outputs& out, int64_t slot, const Dense<T>& d, const Drawn& token,
-                     uint64_t total) {
-  if (out.logprobs) out.logprobs[slot] = log_ratio(token.mass, total);
-  if (out.ranks) out.ranks[slot] = rank_of(d, token.x);
 }
 
 FS_INLINE void write_no_top(const Outputs& out, int64_t r) {
@@ -67,35 +61,38 @@ void write_top(const Outputs& out, int64_t r, const Workspace& ws, int32_t n, Lo
   }
 }
 
-// Drops the tokens that min-p's floor leaves without mass.
-FS_INLINE List drop_light(const List& list, const Weigher& weigher, const Workspace& ws) {
+// Drops the tokens that are below the floor.
+FS_INLINE List drop_light(const List& list, const Weighing& weight, const Workspace& ws) {
   int n = 0;
   for (int i = 0; i < list.n; ++i) {
-    if (!weigh(weigher, list.x[i])) continue;
+    if (!weight.one(list.x[i])) continue;
     ws.list_x[n] = list.x[i];
     ws.list_id[n++] = list.id[i];
   }
   return list_of(ws.list_x, ws.list_id, n);
 }
 
+// The top tokens of what is kept of a domain.
 template <class T, class Domain>
 void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& dense,
-                         const Domain& d, Cutoff cut, const Weigher& weigher, uint64_t total) {
+                         const Domain& d, const Kept<float>& kept, const Weigher& weigher,
+                         uint64_t total) {
   const int32_t n = batch.out.num_top;
+  const Weighing weight(weigher, kept.floor);
   List top;
-  if (weigher.floor) {
-    // Mass is not quite monotone in x, so min-p's floor may leave gaps in the rank order: count
-    // without them.
-    const Cutoff reach = stricter(cut, Cutoff{lowest_x(weigher, weigher.floor), INT32_MAX});
-    const List kept = drop_light(gather(d, reach, ws.list_x, ws.list_id), weigher, ws);
-    top = top_k(kept, n, kTiesFirst, ws).list;
+  if (kept.floor || kept.high.x < INFINITY) {
+    // The first n of the row need not be kept, and mass is not quite monotone in x, so that the
+    // floor may leave gaps in the rank order: count without those.
+    List all = gather(d, within_reach(kept, weigher), ws.list_x, ws.list_id);
+    if (kept.floor) all = drop_light(all, weight, ws);
+    top = take_head(all, n, kTiesFirst, ws).list;
   } else {
-    top = gather(top_k(dense, n, kTiesFirst, ws).list, cut, ws.list_x, ws.list_id);
+    top = gather(take_head(dense, n, kTiesFirst, ws).list, kept, ws.list_x, ws.list_id);
   }
-  write_top(batch.out, r, ws, top.n, [&](float x) { return log_ratio(weigh(weigher, x), total); });
+  write_top(batch.out, r, ws, top.n, [&](float x) { return log_ratio(weight.one(x), total); });
 }
 
-// log-softmax of the row as given; `processed` lends its block maxima where nothing was changed.
+// log-softmax of the row as given. Where nothing was changed, the block maxima are `processed`'s.
 template <class T>
 void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
                const Dense<T>& processed, Peak peak) {
@@ -109,17 +106,17 @@ void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
     // Block maxima say nothing beside a NaN: look everywhere.
     for (int b = 0; !sound && b < row.blocks; ++b) ws.block_max[b] = INFINITY;
   }
-  const Weigher weigher = {peak.max, scale, 0};
+  const Weigher weigher = {peak.max, scale};
   const Dense<T> raw = {row, ws.block_max, is_near(weigher, peak.low)};
   const double normaliser =
-      sound ? log((double)weigh_groups(raw, kKeepAlive, weigher, ws) / (double)kMassUnit)
+      sound ? log((double)weigh_groups(raw, keep_alive(), weigher, ws) / (double)kMassUnit)
             : (double)NAN;
   const auto logprob = [&](float x) {
     return (float)(((double)x - (double)peak.max) - normaliser);
   };
   const int32_t wanted = out.ranks ? draws.end - draws.begin : 0;
   const Ranking<T> ranking = rank_tokens(raw, wanted < row.vocab ? wanted : row.vocab, ws);
-  // The lists are free by now: one holds the ranks that are known.
+  // The lists are no longer needed: one holds the ranks that are known.
   if (ranking.sorted) memset(ws.list_id, 0, (size_t)row.vocab * sizeof *ws.list_id);
   for (int32_t j = draws.begin; j < draws.end; ++j) {
     const int64_t slot = r * out.num_samples + j;
@@ -134,7 +131,7 @@ void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
   }
   if (!out.num_top || draws.begin) return;
   if (!sound) return write_no_top(out, r);
-  const List top = top_k(raw, out.num_top, kTiesFirst, ws).list;
+  const List top = take_head(raw, out.num_top, kTiesFirst, ws).list;
   write_top(out, r, ws, top.n, logprob);
 }
 

@@ -1,10 +1,6 @@
 #include "cpu/pool.h"
 
 #include <pthread.h>
-#if defined(__linux__)
-#include <sched.h>
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -16,49 +12,26 @@
 #include <thread>
 #include <utility>
 
+#include "cpu/platform.h"
+
 namespace fastsample {
 namespace {
 
-// A waiting thread looks this often before it sleeps, some tens of microseconds in all: a sleeping
-// one takes as long to wake as eight rows of a large vocabulary take to sample.
+// How often a waiting thread looks before it sleeps, some tens of microseconds in all: to wake it
+// again takes as long as to sample eight rows of a large vocabulary.
 constexpr int kSpins = 4000;
 
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Linux likes to wake a thread on the core of the one that wakes it, in a virtual machine even
-// where another idles: both would then share that core's time.
-#if defined(__linux__)
-int this_core() { return sched_getcpu(); }
-
-// Confines the calling thread to the other cores that the process may run on, if there are any.
-void move_off(int core) {
-  cpu_set_t cores;
-  if (sched_getaffinity(getpid(), sizeof cores, &cores) != 0) return;
-  CPU_CLR((size_t)core, &cores);
-  sched_setaffinity(0, sizeof cores, &cores);
-}
-#else
-int this_core() { return -1; }
-void move_off(int) {}
-#endif
-
-// A round is a piece of work and a number of places for helpers. Who takes a place before the round
-// is closed takes part; the caller closes it when it finds nothing left to do itself, and waits for
-// those who took part, not for a thread that was too slow to wake.
+// A round is a piece of work and a number of places for helpers. A thread that takes a place before
+// the round is closed takes part. The caller closes the round when it has nothing left to do
+// itself, and waits for the threads that took part, not for one that was too slow to wake.
 class Pool {
  public:
-  // Runs work(0) here and work(1 to helpers) on threads of the pool that come in time, until every
-  // call has returned.
+  // Runs work(0) here and work(1), work(2), ... on those threads of the pool that wake in time;
+  // returns when every call has.
   void run(int helpers, const std::function<void(int)>& work) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      core_ = this_core();
+      core_ = platform::this_core();
       for (; size_ < helpers; ++size_) {
         std::thread([this, seen = round(gate_)] { serve(seen); }).detach();
       }
@@ -96,10 +69,11 @@ class Pool {
   }
 
   void serve(uint64_t seen) {
-    // Woken too late, a helper sleeps again at once: it may share its core with the caller.
+    // A helper that wakes too late sleeps again at once: it may share its core with the caller.
     for (int spins = kSpins;;) {
       wait(start_, spins, [&] { return round(gate_) != seen; });
-      if (const int core = core_; core >= 0 && core == this_core()) move_off(core);
+      if (const int core = core_; core >= 0 && core == platform::this_core())
+        platform::move_off(core);
       seen = round(gate_);
       const int place = join();
       spins = place ? kSpins : 0;
@@ -115,7 +89,7 @@ class Pool {
   void wait(std::condition_variable& event, int spins, Condition condition) {
     for (int i = 0; i < spins; ++i) {
       if (condition()) return;
-      relax();
+      platform::relax();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
@@ -136,15 +110,14 @@ class Pool {
   std::condition_variable start_, done_;
   const std::function<void(int)>* work_ = nullptr;
   std::exception_ptr error_;
-  std::atomic<uint64_t> gate_{0};  // number of the round, and in the lowest bits its places left
+  std::atomic<uint64_t> gate_{0};  // the round's number; in the lowest bits, the places left in it
   std::atomic<int> finished_{0};
   std::atomic<int> core_{-1};  // the caller's
   int size_ = 0, sleeping_ = 0;
 };
 
 // Never destroyed: its threads may still wait when the process exits. A forked child has none of
-// them, so it starts with a pool of its own and forgets the parent's, whose locks may have been
-// held.
+// the threads, and the parent's locks may have been held, so it starts with a pool of its own.
 Pool* pool = nullptr;
 std::once_flag once;
 

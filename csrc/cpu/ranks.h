@@ -1,5 +1,4 @@
-// Ranks of sampled tokens: by a scan of the row for each of few, by a search in the sorted row for
-// each of many.
+// Ranks of sampled tokens: a few are counted in the row, many are looked up in the sorted row.
 #pragma once
 
 #include "cpu/domain.h"
@@ -23,8 +22,8 @@ int32_t rank_of(const Dense<T>& d, float x) {
 // Rises with x, the same for both zeros; least for a NaN, which is above nothing.
 FS_INLINE uint32_t rank_key(float x) { return x != x ? 0 : (uint32_t)key_of(x) ^ 0x80000000u; }
 
-// Sorts n keys by the digits of a radix sort, each of which is a pass from one buffer to the other;
-// returns the buffer that holds them in the end.
+// Radix sort of n keys, one pass from buffer to buffer for each digit; returns the buffer that
+// holds them in the end.
 inline uint32_t* sort_keys(uint32_t* from, uint32_t* to, int n) {
   constexpr int kDigit = 11, kDigits = 3, kValues = 1 << kDigit;
   static_assert(kDigit * kDigits >= 32, "all bits are sorted by");
@@ -50,7 +49,7 @@ inline uint32_t* sort_keys(uint32_t* from, uint32_t* to, int n) {
 template <class T>
 struct Ranking {
   const Dense<T>* row;
-  const uint32_t* sorted;  // the row's keys, ascending; null: the row itself is looked at
+  const uint32_t* sorted;  // the row's keys, ascending; null: the row itself is searched
   int32_t n;
 
   FS_MEMBER int32_t of(float x) const {
@@ -69,12 +68,10 @@ struct Ranking {
   }
 };
 
-// What the ranks of `tokens` tokens are found with.
+// The means to find the ranks of so many tokens.
 template <class T>
 Ranking<T> rank_tokens(const Dense<T>& d, int32_t tokens, const Workspace& ws) {
-  constexpr int32_t kFew = 256;  // so many scans take as long as to sort
-  static_assert(kFew >= kManyDraws, "there is no memory for keys");
-  if (tokens <= kFew) return Ranking<T>{&d, nullptr, 0};
+  if (!ranks_by_sorting(tokens)) return Ranking<T>{&d, nullptr, 0};
   float buffer[kBlock];
   for (int b = 0; b < blocks(d); ++b) {
     const float* x = values(d, b, buffer);

@@ -39,24 +39,36 @@ struct Counting {
   }
 };
 
+// Masses below the floor count as 0.
 struct Weighing {
   Weigher weigher;
+  uint64_t floor;
+  float rough;  // the floor in kRoughUnit
   float top_p;
+
+  FS_MEMBER Weighing(const Weigher& w, uint64_t least, float p = 1.0f)
+      : weigher(w), floor(least), rough(rough_floor(least)), top_p(p) {}
 
   typedef MassSum Sum;
   static constexpr bool kHeavyHeads = true;
   static constexpr int kSampleRun = 32;  // fewer cache lines; the block maxima tell of the highest
 
   template <int N>
-  FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where, bool near) const {
-    return weigh(weigher, x, where, near);
+  FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where, bool near = false) const {
+    return weigh(weigher, rough, x, where, near);
+  }
+  FS_MEMBER Halves of(vf x, Mask where) const {
+    return to_fixed(of(Pack<1>{{x}}, Where<1>{{where}}).v[0]);
   }
   template <int N>
   FS_MEMBER void add(Sum& s, const Pack<N>& mass) const {
     fastsample::add(s, mass);
   }
   FS_MEMBER uint64_t total(const Sum& s) const { return fastsample::total(s); }
-  FS_MEMBER uint64_t one(float x) const { return weigh(weigher, x); }
+  FS_MEMBER uint64_t one(float x) const {
+    const uint64_t mass = mass_of(x, weigher.max, weigher.scale);
+    return mass >= floor ? mass : 0;
+  }
   FS_MEMBER uint64_t target(uint64_t total) const { return top_p_target(top_p, total); }
   FS_MEMBER double estimate_target(double total) const { return (double)top_p * total; }
   FS_MEMBER double share() const { return top_p; }
@@ -66,7 +78,8 @@ struct Weighing {
     const double mass = (1 - (double)top_p) * part / tokens;
     return mass > 1 ? nextafterf(lowest_x(weigher, (uint64_t)mass), -INFINITY) : lowest();
   }
-  FS_MEMBER float lowest() const { return lowest_x(weigher, weigher.floor ? weigher.floor : 1); }
+  // A value that every token with a mass exceeds.
+  FS_MEMBER float lowest() const { return lowest_x(weigher, floor ? floor : 1); }
   // Not quite the masses of n values; for estimates.
   void roughly(const float* x, int n, float* to) const {
     for (int i = 0; i < n; i += kAbreast * kLanes) {

@@ -6,21 +6,21 @@
 namespace fastsample {
 namespace {
 
-// What top-k leaves, and where it cut the rank order.
-struct TopK {
+// The first tokens of a rank order, and the place of the last of them.
+struct Head {
   List list;
-  Cutoff cut;
+  Place<float> low;
 };
 
-// Where the k-th token's value lies. Of the k highest block maxima, the lowest: at least k tokens
-// are not below it, and few are above. Where there are fewer blocks, an estimate.
+// Where the k-th token's value lies. At least k tokens are not below the k-th highest block
+// maximum, and few are above it. Where there are fewer blocks than k, an estimate.
 template <class T>
 Bracket top_k_bracket(const Dense<T>& d, int32_t k, const Workspace& ws) {
   const Span peaks = copy(d.block_max, d.row.blocks, ws.values);
   if (k == 1) return Bracket{peaks.high, INFINITY};
   if (k <= peaks.n) return Bracket{narrow(Counting{}, peaks, 0, (uint64_t)k, peaks.x).x, INFINITY};
   Bracket found = find_bracket(Counting{(uint64_t)k}, d, ws);
-  // Of a bracket with one value in it that value is the better bound: its ties may be many.
+  // Where a bracket holds one value, that value is the better bound: many tokens may equal it.
   const float lowest = nextafterf(found.low, INFINITY);
   if (nextafterf(lowest, INFINITY) == found.high) found.low = lowest;
   return found;
@@ -33,24 +33,22 @@ FS_INLINE Bracket top_k_bracket(const List&, int32_t, const Workspace&) {
 // The first k tokens of a domain's rank order, in list_x and list_id; with kTiesAll all that equal
 // the last of them too.
 template <class Domain>
-TopK top_k(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
-  const auto until = [&](float x, int32_t id) {
-    return Cutoff{x, ties == kTiesAll ? INT32_MAX : id};
+Head take_head(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
+  const auto gather_until = [&](const auto& from, Place<float> low) {
+    if (ties == kTiesAll) low.id = INT32_MAX;
+    return Head{gather(from, narrow_above(keep_alive(), low), ws.list_x, ws.list_id), low};
   };
   const auto above = [&](float x) {
-    return gather(d, Cutoff{nextafterf(x, INFINITY), INT32_MAX}, ws.list_x, ws.list_id);
+    return gather(d, keep_from(nextafterf(x, INFINITY)), ws.list_x, ws.list_id);
   };
   Bracket bracket = top_k_bracket(d, k, ws);
   List list = above(bracket.low);
   for (bool again = false; list.n < k; again = true) {
-    if (bracket.low < -FLT_MAX) return TopK{list, kKeepAlive};  // there are no more
-    // Tokens at the bound complete them, or what lies below a wrong estimate: below one for many
-    // more tokens, or all there are.
+    if (bracket.low < -FLT_MAX) return Head{list, keep_alive().low};  // there are no more
+    // What is missing are tokens at the bound; or the estimate was wrong, and they lie below it:
+    // then a lower bound is estimated, and after that all tokens are taken.
     const int32_t last = nth_equal(d, bracket.low, (uint64_t)(k - list.n));
-    if (last != INT32_MAX) {
-      const Cutoff cut = until(bracket.low, last);
-      return TopK{gather(d, cut, ws.list_x, ws.list_id), cut};
-    }
+    if (last != INT32_MAX) return gather_until(d, Place<float>{bracket.low, last});
     const float lower = again ? -INFINITY : find_bracket(Counting{8 * (uint64_t)k}, d, ws).low;
     bracket = Bracket{lower, INFINITY};
     list = above(lower);
@@ -60,8 +58,7 @@ TopK top_k(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
   const Boundary edge = narrow(Counting{}, middle, (uint64_t)(list.n - middle.n), (uint64_t)k,
                                ws.values, bracket.high < INFINITY);
   const uint64_t needed = (uint64_t)k - edge.above;
-  const Cutoff cut = until(edge.x, cut_at(list, edge.x, needed, edge.equal).id);
-  return TopK{gather(list, cut, ws.list_x, ws.list_id), cut};
+  return gather_until(list, place_of(list, edge.x, needed, edge.equal));
 }
 
 }  // namespace

@@ -20,12 +20,12 @@ template <class T>
 FS_INLINE float* split_block(const Weighing& weight, const T* x, bool near, Bracket bracket,
                              float* values, MassSum& all, MassSum& rest) {
   constexpr int N = kAbreast;
-  static_assert(N <= PackSum::kMost, "a sum holds no more");
+  static_assert(N <= FixedSum::kMost, "a sum holds no more");
   BlockBits inside = {};
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     const auto w = weight.of(p, everywhere<N>(), near);
-    PackSum sum, some;
+    FixedSum sum, some;
     FS_EACH(N) {
       const Mask below = gt(splat(bracket.high), p.v[u]);
       sum.add(w.v[u], some, below);
@@ -83,9 +83,9 @@ Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Work
 // Adds to each group's mass what the boundary keeps of the group's values in the bracket, m ties
 // first; returns the cutoff.
 template <class Domain>
-Cutoff add_segments(const Domain& d, const Weighing& weight, const Boundary& edge, uint64_t m,
-                    const Workspace& ws) {
-  Cutoff cut = {edge.x, INT32_MAX};
+Place<float> add_segments(const Domain& d, const Weighing& weight, const Boundary& edge, uint64_t m,
+                          const Workspace& ws) {
+  Place<float> low = {edge.x, INT32_MAX};
   const bool all_ties = m == (uint64_t)edge.equal, only_ties = edge.equal == ws.segment[groups(d)];
   const uint64_t each = weight.one(edge.x);
   for (int g = 0; g < groups(d); ++g) {
@@ -97,20 +97,20 @@ Cutoff add_segments(const Domain& d, const Weighing& weight, const Boundary& edg
     }
     const uint64_t equal = only_ties ? (uint64_t)n : count_equal(x, n, edge.x);
     const uint64_t ties = equal < m ? equal : m;
-    if (!all_ties && m && ties == m) cut.id = nth_equal(d, edge.x, m, g * kGroup);
+    if (!all_ties && m && ties == m) low.id = nth_equal(d, edge.x, m, g * kGroup);
     m -= ties;
     ws.group_mass[g] += ties * each;
     if (only_ties) continue;
     ws.group_mass[g] += weigh_some(weight, x, n, [&](vf v) { return gt(v, splat(edge.x)); });
   }
-  return cut;
+  return low;
 }
 
 // Where the bracket was missed: the values next to it, then eight times as many. `before` is the
 // weight of what lies above bracket.low.
 template <class Domain>
-Cutoff search_below(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t before,
-                    uint64_t target, const Workspace& ws) {
+Place<float> search_below(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t before,
+                          uint64_t target, const Workspace& ws) {
   const float lowest = weight.lowest();
   float top = nextafterf(bracket.low, INFINITY);
   for (double width = (double)bracket.high - (double)bracket.low;; width *= 8) {
@@ -121,7 +121,7 @@ Cutoff search_below(const Domain& d, const Weighing& weight, Bracket bracket, ui
     const Boundary edge = narrow(weight, near, before, target, near.x);
     before = reached(weight, edge);
     if (before >= target || low == lowest) {
-      return cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal);
+      return place_of(d, edge.x, ties_needed(weight, edge, target), edge.equal);
     }
     top = nextafterf(low, INFINITY);
   }
@@ -129,8 +129,8 @@ Cutoff search_below(const Domain& d, const Weighing& weight, Bracket bracket, ui
 
 // The same above it; `upper` is the weight from bracket.high up.
 template <class Domain>
-Cutoff search_above(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t upper,
-                    uint64_t target, const Workspace& ws) {
+Place<float> search_above(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t upper,
+                          uint64_t target, const Workspace& ws) {
   for (double width = (double)bracket.high - (double)bracket.low;; width *= 8) {
     const double end = (double)bracket.high + width;
     const float top = end < FLT_MAX ? (float)end : INFINITY;
@@ -138,20 +138,18 @@ Cutoff search_above(const Domain& d, const Weighing& weight, Bracket bracket, ui
     const uint64_t above = upper - weight_above(weight, near, -INFINITY);
     if (above >= target) continue;
     const Boundary edge = narrow(weight, near, above, target, near.x);
-    return cut_at(d, edge.x, ties_needed(weight, edge, target), edge.equal);
+    return place_of(d, edge.x, ties_needed(weight, edge, target), edge.equal);
   }
 }
 
 struct Found {
-  Cutoff cut;
-  uint64_t
-      total;  // what the cutoff keeps, when workspace.group_mass holds it group by group; else 0
+  Place<float> low;  // the last token that is kept
+  uint64_t total;    // of what it keeps, if ws.group_mass holds that group by group; else 0
 };
 
-// The cutoff of top-p over a domain; `weigher.floor` leaves out what min-p dropped before.
+// Top-p of a domain, all of whose tokens are its base set.
 template <class Domain>
-Found top_p_cutoff(const Domain& d, const Weigher& weigher, float top_p, const Workspace& ws) {
-  const Weighing weight = {weigher, top_p};
+Found find_top_p(const Domain& d, const Weighing& weight, const Workspace& ws) {
   const Bracket bracket = find_bracket(weight, d, ws);
   const Split s = split(weight, d, bracket, ws);
   const uint64_t target = weight.target(s.total);

@@ -1,7 +1,6 @@
-// min-p alone: the few candidates are copied, and only they are weighed. Of float32 rows in the
-// streaming pass: what lies too far below the maximum so far lies too far below the row's. Of
-// 16-bit rows once the maximum is known: most blocks need no second look, and the first costs half
-// as much.
+// A floor of the mass alone: the few candidates are copied, and only they are weighed. Those of
+// float32 rows are copied in the streaming pass: what lies too far below the maximum so far lies
+// too far below the row's. Those of 16-bit rows are copied once the maximum is known.
 #pragma once
 
 #include <type_traits>
@@ -11,12 +10,7 @@
 namespace fastsample {
 namespace {
 
-// Whether min-p is the only filter.
-FS_INLINE bool min_p_alone(const RowParams& p, int32_t vocab) {
-  return min_p_threshold(p.min_p) && !is_greedy(p) && !uses_top_k(p, vocab) && !uses_top_p(p);
-}
-
-// What is copied of a row: 16-bit values in pairs of which either is a candidate.
+// What is copied of a row: values, or pairs of 16-bit values one of which is a candidate.
 template <class T>
 struct Candidates {
   typedef std::conditional_t<kCompresses, T, float> Value;
@@ -38,7 +32,7 @@ FS_INLINE float* copy_candidates(float* to, const vf (&v)[kStreams], AtLeast<T> 
   return to;
 }
 
-// Those of a block; returns their end.
+// Copies the candidates of a block; returns their end.
 template <class T, class Edge>
 FS_INLINE float* copy_block(float* to, const T* x, Edge edge) {
   if constexpr (sizeof(T) < sizeof(float) && kCompresses) {
@@ -53,8 +47,8 @@ FS_INLINE float* copy_block(float* to, const T* x, Edge edge) {
   return to;
 }
 
-// Watches the streaming pass over float32 values and copies what is a candidate so far, in no order
-// within a group.
+// Watches the streaming pass over float32 values and copies what is a candidate so far; a group's
+// values are in no order.
 struct Watcher {
   Reach reach;
   float* values;
@@ -73,7 +67,7 @@ struct Watcher {
   }
 };
 
-// Whether a group has a token that is not below x; behind the row's last block stands -inf.
+// Whether a group has a token that is not below x. The maxima past the row's last block are -inf.
 template <class T>
 FS_INLINE bool reaches(const Dense<T>& d, int g, float x) {
   Mask blocks = from_bits(0);
@@ -103,18 +97,20 @@ FS_INLINE Candidates<T> pick(const Dense<T>& d, int g, typename Candidates<T>::E
   return {(const Value*)to, (int)((next - to) * (sizeof(float) / sizeof(Value)))};
 }
 
-// Mass of every group's kept tokens.
+// The mass of a row's tokens that are not below a floor, in all and in each group. Float32 rows
+// have been watched.
 template <class T>
-Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspace& ws) {
-  const Weighing weight = {weigher, 1.0f};
+uint64_t weigh_candidates(const Dense<T>& d, const Weigher& weigher, uint64_t floor,
+                          const Workspace& ws) {
+  const Weighing weight(weigher, floor);
   const float lowest = weight.lowest();
-  Found kept = {kKeepAlive, 0};
+  uint64_t total = 0;
   const auto weigh = [&](int g, Candidates<T> c) {
-    // Rows of equal values, of which min-p keeps all, would stand out by their time.
+    // Rows of equal values, all of which are kept, would take many times as long otherwise.
     ws.group_mass[g] = c.n && all_equal(c.x, c.n)
                            ? (uint64_t)c.n * weight.one(upcast(*c.x))
                            : weigh_some(weight, c.x, c.n, [](vf) { return from_bits(kAllLanes); });
-    kept.total += ws.group_mass[g];
+    total += ws.group_mass[g];
   };
   if constexpr (sizeof(T) == sizeof(float)) {
     ws.segment[0] = 0;
@@ -123,7 +119,7 @@ Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspac
       weigh(g, {ws.values + begin, reaches(d, g, lowest) ? n : 0});
     }
   } else {
-    // One group behind the next: values just stored have to wait until they can be loaded.
+    // A group is weighed after the next is picked: values just stored cannot be loaded at once.
     const auto edge = typename Candidates<T>::Edge(lowest);
     Candidates<T> last = {nullptr, 0};
     for (int g = 0; g < groups(d); ++g) {
@@ -135,7 +131,7 @@ Found weigh_candidates(const Dense<T>& d, const Weigher& weigher, const Workspac
     }
     weigh(groups(d) - 1, last);
   }
-  return kept;
+  return total;
 }
 
 }  // namespace

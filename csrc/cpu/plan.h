@@ -1,0 +1,69 @@
+// Which way a row goes through the engine. Every choice between two ways to the same tokens that
+// depends on parameters is made here, so that a new filter meets all of them.
+#pragma once
+
+#include <float.h>
+#include <math.h>
+
+#include "core/filters.h"
+#include "cpu/kernel.h"
+
+namespace fastsample {
+
+enum Path : int32_t {
+  kArgmax,      // greedy: the lowest maximum is all there is
+  kCandidates,  // only a floor of the mass: copies the few tokens that may reach it, and weighs
+                // them
+  kFilters,     // any filters
+};
+
+struct Plan {
+  Path path;
+  bool watch;  // whether candidates are copied in the streaming pass already
+};
+
+// A row's vocabulary, whether its values have 16 bits, and whether bias or penalties change it.
+struct RowKind {
+  int32_t vocab;
+  bool narrow;
+  bool edited;
+};
+
+// Changes would lower a maximum that candidates were chosen by. In 16 bits, the streaming pass
+// costs half as much, and most blocks need no second look once the maximum is known.
+FS_HD Plan plan_of(const RowParams& p, RowKind row) {
+  if (is_greedy(p)) return Plan{kArgmax, false};
+  if (filters_of(p, row.vocab) != kUsesMassFloor || row.edited) return Plan{kFilters, false};
+  return Plan{kCandidates, !row.narrow};
+}
+
+// What it takes to tell whether a token ranks within the interval of a kept set.
+enum Bounds : int32_t {
+  kUnbounded,  // nothing: all tokens above -inf do
+  kByValue,    // one comparison of its logit
+  kByPlace,    // comparisons of logits and ids
+};
+
+FS_HD Bounds bounds_of(const Kept<float>& kept) {
+  const bool open = kept.high.x == INFINITY;
+  if (!open || kept.low.id != INT32_MAX) return kByPlace;
+  return kept.low.x == -FLT_MAX ? kUnbounded : kByValue;
+}
+
+// Whether a table of a row's kept tokens costs less than to search for every draw. `ends` tells
+// whether there is memory for one.
+FS_HD bool draws_by_table(const Outputs& out, const Workspace& ws, int32_t tokens) {
+  constexpr int64_t kTokensPerDraw = 200, kManyRanks = 128;
+  if (!ws.ends) return false;
+  if (out.ranks && out.num_samples >= kManyRanks) return true;
+  return out.num_samples * kTokensPerDraw >= tokens;
+}
+
+// Whether to sort a row costs less than to count, for so many tokens, those that rank above.
+FS_HD bool ranks_by_sorting(int32_t tokens) {
+  constexpr int32_t kFew = 256;
+  static_assert(kFew >= kManyDraws, "ws.keys has memory only where there are many draws");
+  return tokens > kFew;
+}
+
+}  // namespace fastsample

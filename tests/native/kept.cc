@@ -1,0 +1,291 @@
+// Stages 7 and 8 of one instruction set on kept sets of every form, those with an upper end too,
+// which no filter makes yet; and the plan, for every set of filters. It includes the engine's
+// source, whose functions are local to it.
+#include "cpu/sample.cc"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+using namespace fastsample;
+
+#define CHECK(condition)                                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      abort();                                                        \
+    }                                                                 \
+  } while (false)
+
+struct Random {
+  uint64_t counter = 0;
+  uint32_t below(uint32_t n) { return (uint32_t)(uniform60(7, ++counter, 0) % n); }
+};
+
+template <class T>
+T logit_from(Random& random, bool ties) {
+  float x = ((float)random.below(1 << 16) + (float)random.below(1 << 16)) * 0x1p-13f - 8.0f;
+  if (ties) x = floorf(x);
+  if (random.below(50) == 0) x = -INFINITY;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return x;
+  } else {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (std::is_same<T, BFloat>::value) return T{(uint16_t)(bits >> 16)};
+    // Normal numbers, truncated; the rest become 0 or infinite.
+    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    const int exponent = (int)(bits >> 23 & 255) - 112;
+    if (exponent < 1) return T{sign};
+    if (exponent > 30) return T{(uint16_t)(sign | 0x7c00)};
+    return T{(uint16_t)(sign | exponent << 10 | (bits >> 13 & 1023))};
+  }
+}
+
+// A thread's scratch, as the dispatcher would make it.
+struct Memory {
+  std::vector<float> floats[5];
+  std::vector<int32_t> ints[5];
+  std::vector<uint64_t> wide[2];
+  std::vector<uint32_t> keys[2];
+  Workspace ws = {};
+
+  Memory(int32_t vocab, bool many_draws) {
+    const size_t n = (size_t)vocab + 2 * kPad;
+    for (auto& v : floats) v.resize(n);
+    for (auto& v : ints) v.resize(guide_size((int64_t)n));
+    for (auto& v : wide) v.resize(n);
+    for (auto& v : keys) v.resize(n);
+    ws.block_max = floats[0].data();
+    ws.values = floats[1].data();
+    ws.spare = floats[2].data();
+    ws.list_x = floats[3].data();
+    ws.end_logprob = floats[4].data();
+    ws.segment = ints[0].data();
+    ws.list_id = ints[1].data();
+    ws.end_id = ints[2].data();
+    ws.guide = ints[3].data();
+    ws.end_rank = ints[4].data();
+    ws.group_mass = wide[0].data();
+    if (many_draws) ws.ends = wide[1].data();
+    for (int i = 0; i < 2; ++i) ws.keys[i] = keys[i].data();
+  }
+};
+
+// A row, its tokens in rank order, and what any filter leaves of it, token by token.
+template <class T>
+struct Oracle {
+  std::vector<T> logits;
+  std::vector<float> x;
+  std::vector<Place<float>> ranked;
+  std::vector<uint64_t> mass;
+  float max = -INFINITY;
+
+  Oracle(Random& random, int32_t vocab, bool ties, float scale) {
+    for (int32_t i = 0; i < vocab; ++i) {
+      logits.push_back(i ? logit_from<T>(random, ties) : T{});  // one at least is above -inf
+      x.push_back(upcast(logits[i]));
+      max = std::max(max, x[i]);
+      ranked.push_back(Place<float>{x[i], i});
+    }
+    std::sort(ranked.begin(), ranked.end(), ranks_before<float>);
+    for (float v : x) mass.push_back(mass_of(v, max, scale));
+  }
+
+  bool keeps(const Kept<float>& kept, int32_t id) const {
+    return x[id] > -INFINITY && fastsample::ranks_within(kept, Place<float>{x[id], id}) &&
+           mass[id] >= kept.floor;
+  }
+  uint64_t total(const Kept<float>& kept) const {
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < (int32_t)x.size(); ++i) sum += keeps(kept, i) ? mass[i] : 0;
+    return sum;
+  }
+};
+
+template <class T>
+Kept<float> any_kept(Random& random, const Oracle<T>& row) {
+  const uint32_t n = (uint32_t)row.x.size();
+  Kept<float> kept = keep_alive();
+  const auto place = [&](int32_t every_tie) {
+    Place<float> p = row.ranked[random.below(2) ? random.below(n) : random.below(std::min(n, 40u))];
+    if (random.below(2)) p.id = every_tie;
+    return p;
+  };
+  if (random.below(4)) kept = narrow_below(kept, place(random.below(2) ? -1 : INT32_MAX));
+  if (random.below(4)) {
+    const Place<float> low = place(INT32_MAX);
+    if (low.x > -INFINITY) kept = narrow_above(kept, low);
+  }
+  if (random.below(2)) kept.floor = kMassUnit >> random.below(30);
+  if (random.below(4) == 0) kept.floor += random.below(1 << 20);  // more bits than a float has
+  return kept;
+}
+
+// What is written for one row.
+struct Buffers {
+  std::vector<int64_t> tokens, ranks, top_ids;
+  std::vector<float> filtered, probabilities, logprobs, top_logprobs;
+
+  Buffers(int32_t vocab, int32_t draws, int32_t top)
+      : tokens(draws),
+        ranks(draws),
+        top_ids(top),
+        filtered(vocab),
+        probabilities(vocab),
+        logprobs(draws),
+        top_logprobs(top) {}
+};
+
+template <class T>
+void check_outputs(const Oracle<T>& row, const Kept<float>& kept, const Buffers& out,
+                   uint64_t seed) {
+  const uint64_t total = row.total(kept);
+  const int32_t vocab = (int32_t)row.x.size();
+  for (int32_t i = 0; i < vocab; ++i) {
+    const bool in = row.keeps(kept, i);
+    CHECK(out.filtered[i] == (in && (row.mass[i] || !kept.floor) ? row.x[i] : -INFINITY));
+    CHECK(out.probabilities[i] == (in ? (float)((double)row.mass[i] / (double)total) : 0.0f));
+  }
+  for (size_t j = 0; j < out.tokens.size(); ++j) {
+    const uint64_t threshold = draw_threshold(seed, 0, (uint32_t)j, total);
+    int32_t token = -1;
+    for (uint64_t running = 0; running <= threshold;) {
+      ++token;
+      running += row.keeps(kept, token) ? row.mass[token] : 0;
+    }
+    CHECK(out.tokens[j] == token);
+    int64_t rank = 1;
+    for (float v : row.x) rank += v > row.x[token];
+    CHECK(out.ranks[j] == rank);
+  }
+  size_t n = 0;
+  for (Place<float> token : row.ranked) {
+    if (n < out.top_ids.size() && row.keeps(kept, token.id)) CHECK(out.top_ids[n++] == token.id);
+  }
+  for (; n < out.top_ids.size(); ++n) CHECK(out.top_ids[n] == -1);
+}
+
+// The first of a kept set's rank order whose mass reaches top-p's target.
+template <class T>
+Kept<float> kept_by_top_p(const Oracle<T>& row, Kept<float> kept, float p) {
+  const uint64_t target = top_p_target(p, row.total(kept));
+  uint64_t running = 0;
+  for (Place<float> token : row.ranked) {
+    if (!row.keeps(kept, token.id)) continue;
+    running += row.mass[token.id];
+    if (running >= target) return narrow_above(kept, token);
+  }
+  abort();
+}
+
+template <class T>
+Kept<float> kept_by_top_k(const Oracle<T>& row, Kept<float> kept, int32_t k) {
+  for (Place<float> token : row.ranked) {
+    if (row.keeps(kept, token.id) && --k == 0) return narrow_above(kept, token);
+  }
+  return kept;
+}
+
+template <class T>
+void check_row(Random& random, DType dtype, int32_t vocab) {
+  const float scale = mass_scale(1.0f);
+  const Oracle<T> row(random, vocab, random.below(2), scale);
+  const int32_t draws = random.below(4) ? 2 : 300;
+  Memory memory(vocab, draws > kManyDraws);
+  const int64_t seed = (int64_t)random.counter, offset = 0;
+  const RowParams params = {1, 1 + (int32_t)random.below(60), 0.7f, 0, 1, 0, 0, 0, 0};
+  Buffers out(vocab, draws, 3);
+  Batch batch = {};
+  batch.logits = Logits{row.logits.data(), vocab, 1, vocab, dtype};
+  batch.rows.params = {&params, 0};
+  batch.rows.seeds = {&seed, 0};
+  batch.rows.offsets = {&offset, 0};
+  batch.out = Outputs{nullptr,
+                      out.tokens.data(),
+                      out.filtered.data(),
+                      out.probabilities.data(),
+                      out.logprobs.data(),
+                      out.ranks.data(),
+                      out.top_ids.data(),
+                      out.top_logprobs.data(),
+                      draws,
+                      3,
+                      kProcessedLogprobs};
+  const Row<T> logits = raw_row<T>(batch, 0);
+  const Peak peak = scan(logits, memory.ws.block_max, near_bound(scale), Nothing());
+  const Weigher weigher = {peak.max, scale};
+  const Task<T> task = {batch,
+                        0,
+                        Draws{0, draws},
+                        memory.ws,
+                        Dense<T>{logits, memory.ws.block_max, is_near(weigher, peak.low)},
+                        weigher,
+                        1.0f};
+  for (int i = 0; i < 8; ++i) {
+    const Kept<float> kept = any_kept(random, row);
+    if (!row.total(kept)) continue;
+    finish(task, task.dense, kept, 0);
+    check_outputs(row, kept, out, (uint64_t)seed);
+    Base<T> base = {task};
+    narrow(base, kept);
+    base.on([&](const auto& d) { finish(task, d, kept, 0); });
+    check_outputs(row, kept, out, (uint64_t)seed);
+
+    // Filters judged on what an earlier one has left.
+    Base<T> top = {task};
+    const Kept<float> by_top_p = top_p(top, kept, params);
+    const Kept<float> want = kept_by_top_p(row, kept, params.top_p);
+    CHECK(row.total(by_top_p) == row.total(want));
+    top.on([&](const auto& d) { finish(task, d, by_top_p, top.total); });
+    check_outputs(row, want, out, (uint64_t)seed);
+    if (kept.floor || params.top_k >= vocab) continue;  // a list may hold tokens below the floor
+    Base<T> head = {task};
+    narrow(head, kept);
+    const Kept<float> by_top_k = top_k(head, kept, params);
+    head.on([&](const auto& d) { finish(task, d, by_top_k, 0); });
+    check_outputs(row, kept_by_top_k(row, kept, params.top_k), out, (uint64_t)seed);
+  }
+}
+
+// No filter but a floor of the mass, alone, may take the path that looks at candidates only.
+void check_plan() {
+  for (uint32_t set = 0; set < 16; ++set) {
+    const bool greedy = set & 8;
+    const RowParams p = {greedy ? 0.0f : 1.0f,
+                         set & kUsesTopK ? 5 : 0,
+                         set & kUsesTopP ? 0.5f : 1.0f,
+                         set & kUsesMassFloor ? 0.1f : 0.0f,
+                         1,
+                         0,
+                         0,
+                         0,
+                         0};
+    CHECK(filters_of(p, 100) == (set & 7));
+    for (int kind = 0; kind < 4; ++kind) {
+      const RowKind row = {100, (kind & 1) != 0, (kind & 2) != 0};
+      const Plan plan = plan_of(p, row);
+      const bool alone = (set & 7) == kUsesMassFloor && !row.edited && !greedy;
+      CHECK(plan.path == (greedy ? kArgmax : alone ? kCandidates : kFilters));
+      CHECK(plan.watch == (alone && !row.narrow));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_plan();
+  Random random;
+  for (int32_t vocab : {1, 40, 256, 700, 5000}) {
+    for (int i = 0; i < (vocab > 1000 ? 15 : 60); ++i) {
+      check_row<float>(random, kFloat32, vocab);
+      check_row<Half>(random, kFloat16, vocab);
+      check_row<BFloat>(random, kBFloat16, vocab);
+    }
+  }
+}
