@@ -13,8 +13,8 @@ import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
+from fastsample.inputs import Bias, Rows
 from fastsample.params import specs
-from fastsample.rows import Bias, Rows
 
 Tensor = torch.Tensor
 

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastsample as fs
-from fastsample.api import _pack_plain
 from fastsample.backends.cpu import native
-from fastsample.rows import Rows, _shared_offset, pack_offsets
+from fastsample.inputs import Rows, pack_offsets
+from fastsample.inputs.records import _pack_plain
+from fastsample.inputs.seeds import _shared_offset
 
 B, V = 3, 50
 BACKENDS = ("reference", "cpu")

@@ -5,13 +5,24 @@ from __future__ import annotations
 import marshal
 import numbers
 from array import array
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from fastsample.params import CPU, INTEGERS, from_numpy, is_list
-from fastsample.rows import TokenIds, integer, last_contiguous, require_tensor
+from fastsample.checks import (
+    CPU,
+    INTEGERS,
+    Array,
+    from_numpy,
+    integer,
+    is_list,
+    last_contiguous,
+    require_tensor,
+)
+
+TokenIds: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
 
 MAX_IDS = 2**29
 """Token ids per row: prompt, output and bias together are counted in 32 bits."""
