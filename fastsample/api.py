@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastsample import call
-from fastsample.inputs import Allowed, BiasLike, Inputs, Seed, TokenIds
+from fastsample.inputs import Allowed, BiasLike, Seed, TokenIds, gather
 from fastsample.outputs import LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.traced import is_traced
@@ -78,7 +78,7 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
-    inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
     options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend)
     if is_traced():
         from fastsample import ops, untraced
@@ -110,7 +110,7 @@ def filter_logits(
     Returns:
         float32 [B, V] ([V] for 1-D logits), or `out`.
     """
-    inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
     options = Options(on_invalid=on_invalid, backend=backend)
     if is_traced():
         from fastsample import ops, untraced
@@ -140,7 +140,7 @@ def probabilities(
     Returns:
         float32 [B, V] ([V] for 1-D logits), or `out`.
     """
-    inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
     options = Options(on_invalid=on_invalid, backend=backend)
     if is_traced():
         from fastsample import ops, untraced

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from fastsample import repeats
 from fastsample.backends import Engine, Outputs, select
 from fastsample.checks import CPU, check_logits, has_memory
-from fastsample.inputs import Inputs, Rows, Seed, pack_offsets, pack_seeds
+from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
 from fastsample.inputs.penalties import warn_without_ids
 from fastsample.inputs.records import pack
@@ -51,18 +52,28 @@ def sample(
 
     `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning.
     """
-    call = SampleCall(options)
+    name = repeats.key("tokens", params, fields, options)
+    known = repeats.take(name)
+    call = SampleCall(options) if known is None else known.call
     table = call.table(logits)
     if len(call.batch) > 1:
         fields, inputs = flat_fields(call.batch, fields), inputs.flat(call.batch)
         seed, offset = flat("seed", seed, call.batch), flat("offset", offset, call.batch)
     count = table.shape[0]
-    packed = pack(params, fields, count, OTHERS)
-    rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count))
-    inputs.attach(rows, table)
+    packed = pack(params, fields, count, OTHERS) if known is None else known.packed
+    rows = known.rows(seed, offset, count) if known is not None and call.small else None
+    if rows is None:
+        rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count))
+    if inputs is not NO_INPUTS:
+        rows = rows.with_inputs() if known is not None else rows
+        inputs.attach(rows, table)
     if packed.penalties and stacklevel is not None:
         warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel)
-    return call.run(table, rows.to(table.device), out)
+    result = call.run(table, rows if call.small else rows.to(table.device), out)
+    if name is not None and call.small:
+        call.let_go()
+        repeats.put_back(name, repeats.Repeat(call, packed) if known is None else known)
+    return result
 
 
 def full(
@@ -76,18 +87,27 @@ def full(
     stacklevel: int | None = 3,
 ) -> torch.Tensor:
     """`fastsample.filter_logits` and `fastsample.probabilities`: one float32 per logit."""
-    call = FullCall(kind, options)
+    name = repeats.key(kind, params, fields, options)
+    known = repeats.take(name)
+    call = FullCall(kind, options) if known is None else known.call
     table = call.table(logits)
     if len(call.batch) > 1:
         fields, inputs = flat_fields(call.batch, fields), inputs.flat(call.batch)
     count = table.shape[0]
-    packed = pack(params, fields, count, OTHERS)
-    unused = pack_offsets(0, 1) if count == 1 else torch.zeros(count, dtype=torch.int64, device=CPU)
-    rows = Rows(packed.records, unused, unused)
-    inputs.attach(rows, table)
+    packed = pack(params, fields, count, OTHERS) if known is None else known.packed
+    rows = known.rows(0, 0, count) if known is not None and call.small else None
+    if rows is None:  # seeds and offsets are not used
+        rows = Rows(packed.records, torch.zeros(count, dtype=torch.int64, device=CPU), pack_offsets(0, 1))
+    if inputs is not NO_INPUTS:
+        rows = rows.with_inputs() if known is not None else rows
+        inputs.attach(rows, table)
     if packed.penalties and stacklevel is not None:
         warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel)
-    return call.run(logits, table, rows.to(table.device), out)
+    result = call.run(logits, table, rows if call.small else rows.to(table.device), out)
+    if name is not None and call.small:
+        call.let_go()
+        repeats.put_back(name, repeats.Repeat(call, packed) if known is None else known)
+    return result
 
 
 class Call:
@@ -104,15 +124,17 @@ class Call:
         self.batch: tuple[int, ...] = ()  # [B], [] for 1-D logits, [B, T] for 3-D ones
         self.device: torch.device | None = None  # of the logits seen last
         self._engine: Engine
+        self.lasts = slots is not None  # whether it serves many steps
+        self.small = False  # whether Python's share of a call is worth saving
         self._copied: torch.Tensor | None = None  # the logits, where the table is no view of them
         self._checked: tuple[Any, ...] | None = None
 
     def table(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
-        known = self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided
-        known = known and not logits.is_nested and not logits.is_neg() and has_memory(logits)
-        if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
-            return logits if logits.ndim == 2 else logits.unsqueeze(0)
+        if self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided:
+            known = not logits.is_nested and not logits.is_neg() and has_memory(logits)
+            if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
+                return logits if len(self.batch) == 1 else logits.unsqueeze(0)
         table = check_logits(logits)
         if self.slots is not None and logits.ndim > 2:
             raise ValueError(f"logits: expected [{self.slots}, V], a row per slot, got shape {tuple(logits.shape)}")
@@ -125,8 +147,14 @@ class Call:
         self._copied = None if table.data_ptr() == logits.data_ptr() else logits
         self._forget_buffers()
         self.device = logits.device
+        size = table.shape[0] * max(self.options.num_samples, self.options.top_logprobs)
+        self.small = self.device == CPU and logits.ndim <= 2 and size <= repeats.SMALL  # a GPU needs copies anyway
         self._checked = (logits.shape, logits.stride(), logits.dtype, self.device)
         return table
+
+    def let_go(self) -> None:
+        """Drop every tensor of the caller's, for a long wait until the next step."""
+        self.lasts = True
 
     def _forget_buffers(self) -> None:
         """Buffers for logits of another shape are no use."""
@@ -143,26 +171,36 @@ class FullCall(Call):
     def __init__(self, kind: Whole, options: Options, slots: int | None = None) -> None:
         super().__init__(options, slots)
         self._field = FIELD[kind]
+        self._own: Outputs | None = None  # with a status that nobody else sees
 
     def run(self, logits: torch.Tensor, table: torch.Tensor, rows: Rows, out: torch.Tensor | None) -> torch.Tensor:
         """Fill a fresh tensor, or `out`, from `logits`, of which `table` was made."""
-        shape, device = tuple(logits.shape), table.device
-        status = empty((table.shape[0],), torch.int32, device)
+        device = table.device
+        if self._own is None:
+            with torch.inference_mode(False):
+                self._own = Outputs(empty((table.shape[0],), torch.int32, device))
+        outputs, status = self._own, self._own.status
         if out is None:
-            result = empty(shape, self._field.dtype, device)
+            result = empty(logits.shape, self._field.dtype, device)
         else:
-            check_buffer("out", out, self._field, shape, device)
+            check_buffer("out", out, self._field, logits.shape, device)
             self._require_apart(Written({"out": out}), table, rows)
             if self.raises:  # a first run that only looks, so that nothing is written on an error
                 self._engine.run(table, rows, Outputs(status))
                 raise_if_invalid(status, self.batch)
             result = out
-        outputs = Outputs(status)
         setattr(outputs, self._field.name, result if len(self.batch) < 2 else result.view(table.shape))
         invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
             raise_if_invalid(status, self.batch)
         return result
+
+    def let_go(self) -> None:
+        super().let_go()
+        setattr(self._own, self._field.name, None)
+
+    def _forget_buffers(self) -> None:
+        self._own = None
 
 
 class SampleCall(Call):
@@ -203,14 +241,25 @@ class SampleCall(Call):
                 getattr(out, name).copy_(getattr(result, name))
         return out
 
+    def let_go(self) -> None:
+        super().let_go()
+        self._last = None
+        if self._own is not None and (ours := self._template) is not None:
+            self._own.tokens, self._own.status = ours.tokens, ours.status
+            for name in self._more:
+                setattr(self._own, name, getattr(ours, name))
+        else:
+            self._own = None
+
     def _forget_buffers(self) -> None:
         self._template = self._last = None
 
     def _fresh(self, device: torch.device) -> SampleOutput:
         """New buffers for each call. Making them like a template takes half the time, which pays from the second on."""
         if self._template is None:
-            self._template = allocate(self.batch, self.options, device)
-            return self._template if self.slots is None else allocate(self.batch, self.options, device)
+            if self.lasts:
+                self._template = allocate(self.batch, self.options, device)
+            return allocate(self.batch, self.options, device)
         like = self._template
         fresh = SampleOutput(torch.empty_like(like.tokens), torch.empty_like(like.status))
         for name in self._more:

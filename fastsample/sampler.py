@@ -11,7 +11,19 @@ import torch
 
 from fastsample.call import SampleCall
 from fastsample.checks import CPU, whole
-from fastsample.inputs import Allowed, BiasLike, Inputs, Rows, Seed, TokenIds, pack_offsets, pack_params, pack_seeds
+from fastsample.inputs import (
+    NO_INPUTS,
+    Allowed,
+    BiasLike,
+    Inputs,
+    Rows,
+    Seed,
+    TokenIds,
+    gather,
+    pack_offsets,
+    pack_params,
+    pack_seeds,
+)
 from fastsample.inputs.penalties import penalised_rows, warn_without_ids
 from fastsample.inputs.step import Stamps, used_in_place
 from fastsample.outputs import LogprobsMode, OnInvalid, Options, SampleOutput
@@ -162,20 +174,20 @@ class Sampler:
             from fastsample import ops
             from fastsample import untraced as elsewhere
 
-            inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+            inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
             step = elsewhere.served(ops.step, inputs, out)
             return step(self, logits, rows, inputs, self._call.options, out)
         if self._penalised and output_ids is None:
             self._warn(rows, prompt_ids)
         with self._lock:
             if rows is not None:
-                inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+                inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
                 return self._step_of(rows, logits, inputs, out)
             call, own = self._call, self._rows
             table = call.table(logits)
             if self._device is not call.device:
                 own = self._move_to(call.device)
-            if (
+            if (  # a call of `gather` would be noticed in a step of 6 us
                 bitmask is not None
                 or allowed_ids is not None
                 or bias is not None
@@ -191,7 +203,7 @@ class Sampler:
         pick, call = self._picked(rows, logits)
         table = call.table(logits)
         own = pick.take(self._move_to(call.device))
-        if inputs.are_given():
+        if inputs is not NO_INPUTS:
             own = own.with_inputs()
             inputs.attach(own, table)
         result = call.run(table, own, out, advance=True)

@@ -6,9 +6,10 @@ from fastsample.inputs.masks import Allowed, pack_bitmask
 from fastsample.inputs.records import pack_params
 from fastsample.inputs.rows import Rows
 from fastsample.inputs.seeds import Seed, pack_offsets, pack_seeds, row_seeds, splitmix64
-from fastsample.inputs.step import Inputs
+from fastsample.inputs.step import NO_INPUTS, Inputs, gather
 
 __all__ = [
+    "NO_INPUTS",
     "Allowed",
     "Bias",
     "BiasLike",
@@ -16,6 +17,7 @@ __all__ = [
     "Rows",
     "Seed",
     "TokenIds",
+    "gather",
     "pack_bias",
     "pack_bitmask",
     "pack_offsets",

@@ -42,6 +42,21 @@ def _mix(z: Any) -> Any:
     return z ^ (z >> 31)
 
 
+def fill_seeds(words: np.ndarray[Any, Any], seed: int) -> None:
+    """Write `row_seeds` of a 64-bit seed to int64 words."""
+    seed = _SEED.word(seed)
+    if len(words) != 1:
+        words[:] = row_seeds(seed, len(words)).numpy()
+    else:
+        first = _mix((seed + _GOLDEN) & _MASK)
+        words[0] = _signed(_mix((first + _GOLDEN) & _MASK))
+
+
+def fill_offset(words: np.ndarray[Any, Any], offset: int) -> None:
+    """Write an offset to a single int64 word."""
+    words[0] = _signed(_OFFSET.word(offset))
+
+
 def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     """Per-row seeds, int64 bits [B]: a scalar goes through splitmix64, a tensor or sequence is used as it is."""
     if seed is None:

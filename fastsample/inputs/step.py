@@ -23,10 +23,6 @@ class Inputs(NamedTuple):
     prompt_ids: TokenIds | None = None
     output_ids: TokenIds | None = None
 
-    def are_given(self) -> bool:
-        """Whether there is any."""
-        return any(value is not None for value in self)
-
     def attach(self, rows: Rows, table: torch.Tensor) -> None:
         """Check the inputs and add them to the rows of logits [B, V]."""
         if self.bitmask is not None:
@@ -54,6 +50,23 @@ class Inputs(NamedTuple):
             and self.prompt_ids is other.prompt_ids
             and self.output_ids is other.output_ids
         )
+
+
+NO_INPUTS = Inputs()
+"""The usual case; most calls are given none."""
+
+
+def gather(
+    bitmask: torch.Tensor | None,
+    allowed_ids: Allowed | None,
+    bias: BiasLike | None,
+    prompt_ids: TokenIds | None,
+    output_ids: TokenIds | None,
+) -> Inputs:
+    """The inputs of a call: `NO_INPUTS` itself where there are none, which is quick to tell."""
+    if bitmask is None and allowed_ids is None and bias is None and prompt_ids is None and output_ids is None:
+        return NO_INPUTS
+    return Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
 
 
 class Detail(NamedTuple):
