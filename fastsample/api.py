@@ -85,7 +85,8 @@ def sample(
 
         traced = untraced.served(ops.sample, inputs, out)
         return traced(logits, params, fields, seed, offset, inputs, options, out)
-    return call.sample(logits, params, fields, seed, offset, inputs, options, out)
+    result: SampleOutput = call.make("tokens", logits, params, fields, seed, offset, inputs, options, out)
+    return result
 
 
 def filter_logits(
@@ -116,7 +117,8 @@ def filter_logits(
         from fastsample import ops, untraced
 
         return untraced.served(ops.full, inputs, out)("filtered", logits, params, fields, inputs, options, out)
-    return call.full("filtered", logits, params, fields, inputs, options, out)
+    result: torch.Tensor = call.make("filtered", logits, params, fields, 0, 0, inputs, options, out)
+    return result
 
 
 def probabilities(
@@ -146,4 +148,5 @@ def probabilities(
         from fastsample import ops, untraced
 
         return untraced.served(ops.full, inputs, out)("probabilities", logits, params, fields, inputs, options, out)
-    return call.full("probabilities", logits, params, fields, inputs, options, out)
+    result: torch.Tensor = call.make("probabilities", logits, params, fields, 0, 0, inputs, options, out)
+    return result

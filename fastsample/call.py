@@ -31,13 +31,14 @@ from fastsample.outputs import (
 )
 from fastsample.params import SamplingParams
 
-Whole = Literal["filtered", "probabilities"]
+Kind = Literal["tokens", "filtered", "probabilities"]
 
 OTHERS = ("seed", "offset", *Options._fields, *Inputs._fields, "out")
 """Arguments of the public calls that a misspelt name may have meant, besides a parameter."""
 
 
-def sample(
+def make(
+    kind: Kind,
     logits: torch.Tensor,
     params: SamplingParams | None,
     fields: dict[str, Any],
@@ -45,16 +46,16 @@ def sample(
     offset: Seed,
     inputs: Inputs,
     options: Options,
-    out: SampleOutput | None,
+    out: Any,
     stacklevel: int | None = 3,
-) -> SampleOutput:
-    """`fastsample.sample`, arguments and errors included.
+) -> Any:
+    """`fastsample.sample` (of tokens), `filter_logits` or `probabilities`: checks, errors and all.
 
     `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning.
     """
-    name = repeats.key("tokens", params, fields, options)
+    name = repeats.key(kind, params, fields, options)
     known = repeats.take(name)
-    call = SampleCall(options) if known is None else known.call
+    call = new(kind, options) if known is None else known.call
     table = call.table(logits)
     if len(call.batch) > 1:
         fields, inputs = flat_fields(call.batch, fields), inputs.flat(call.batch)
@@ -63,51 +64,21 @@ def sample(
     packed = pack(params, fields, count, OTHERS) if known is None else known.packed
     rows = known.rows(seed, offset, count) if known is not None and call.small else None
     if rows is None:
-        rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count))
+        rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count)).to(table.device)
     if inputs is not NO_INPUTS:
-        rows = rows.with_inputs() if known is not None else rows
+        rows = rows if known is None else rows.with_inputs()
         inputs.attach(rows, table)
     if packed.penalties and stacklevel is not None:
         warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel)
-    result = call.run(table, rows if call.small else rows.to(table.device), out)
+    result = call.run(table, rows, out)
     if name is not None and call.small:
         call.let_go()
         repeats.put_back(name, repeats.Repeat(call, packed) if known is None else known)
     return result
 
 
-def full(
-    kind: Whole,
-    logits: torch.Tensor,
-    params: SamplingParams | None,
-    fields: dict[str, Any],
-    inputs: Inputs,
-    options: Options,
-    out: torch.Tensor | None,
-    stacklevel: int | None = 3,
-) -> torch.Tensor:
-    """`fastsample.filter_logits` and `fastsample.probabilities`: one float32 per logit."""
-    name = repeats.key(kind, params, fields, options)
-    known = repeats.take(name)
-    call = FullCall(kind, options) if known is None else known.call
-    table = call.table(logits)
-    if len(call.batch) > 1:
-        fields, inputs = flat_fields(call.batch, fields), inputs.flat(call.batch)
-    count = table.shape[0]
-    packed = pack(params, fields, count, OTHERS) if known is None else known.packed
-    rows = known.rows(0, 0, count) if known is not None and call.small else None
-    if rows is None:  # seeds and offsets are not used
-        rows = Rows(packed.records, torch.zeros(count, dtype=torch.int64, device=CPU), pack_offsets(0, 1))
-    if inputs is not NO_INPUTS:
-        rows = rows.with_inputs() if known is not None else rows
-        inputs.attach(rows, table)
-    if packed.penalties and stacklevel is not None:
-        warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel)
-    result = call.run(logits, table, rows if call.small else rows.to(table.device), out)
-    if name is not None and call.small:
-        call.let_go()
-        repeats.put_back(name, repeats.Repeat(call, packed) if known is None else known)
-    return result
+def new(kind: Kind, options: Options) -> SampleCall | FullCall:
+    return SampleCall(options) if kind == "tokens" else FullCall(options, kind)
 
 
 class Call:
@@ -153,8 +124,8 @@ class Call:
         return table
 
     def let_go(self) -> None:
-        """Drop every tensor of the caller's, for a long wait until the next step."""
-        self.lasts = True
+        """Drop every tensor of the caller's, since the next step may be far off."""
+        self.lasts, self._copied = True, None
 
     def _forget_buffers(self) -> None:
         """Buffers for logits of another shape are no use."""
@@ -168,22 +139,22 @@ class Call:
 class FullCall(Call):
     """A call that gives one number per logit."""
 
-    def __init__(self, kind: Whole, options: Options, slots: int | None = None) -> None:
-        super().__init__(options, slots)
+    def __init__(self, options: Options, kind: Kind) -> None:
+        super().__init__(options)
         self._field = FIELD[kind]
         self._own: Outputs | None = None  # with a status that nobody else sees
 
-    def run(self, logits: torch.Tensor, table: torch.Tensor, rows: Rows, out: torch.Tensor | None) -> torch.Tensor:
-        """Fill a fresh tensor, or `out`, from `logits`, of which `table` was made."""
-        device = table.device
+    def run(self, table: torch.Tensor, rows: Rows, out: torch.Tensor | None) -> torch.Tensor:
+        """Fill a fresh tensor, or `out`, from what `table` returned last."""
+        device, shape = table.device, (*self.batch, table.shape[1])
         if self._own is None:
             with torch.inference_mode(False):
                 self._own = Outputs(empty((table.shape[0],), torch.int32, device))
         outputs, status = self._own, self._own.status
         if out is None:
-            result = empty(logits.shape, self._field.dtype, device)
+            result = empty(shape, self._field.dtype, device)
         else:
-            check_buffer("out", out, self._field, logits.shape, device)
+            check_buffer("out", out, self._field, shape, device)
             self._require_apart(Written({"out": out}), table, rows)
             if self.raises:  # a first run that only looks, so that nothing is written on an error
                 self._engine.run(table, rows, Outputs(status))

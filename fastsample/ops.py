@@ -41,7 +41,7 @@ class Slots(Protocol):
     @property
     def batch_size(self) -> int: ...
 
-    def rows_on(self, device: torch.device) -> Rows: ...
+    def _rows_on(self, device: torch.device) -> Rows: ...
 
 
 # What is traced ------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def step(
     sampler: Slots, logits: Tensor, rows: Any, inputs: Inputs, options: Options, out: SampleOutput | None
 ) -> SampleOutput:
     """A call of a Sampler in a trace; the operator advances the offsets in place."""
-    own = sampler.rows_on(logits.device)
+    own = sampler._rows_on(logits.device)
     slots = (_own(logits), own.records, own.seeds, own.offsets)
     if rows is None:
         return _named(torch.ops.fastsample.sample_step(*slots, *_taken(inputs), *options), options)
@@ -313,7 +313,9 @@ def _rows(
 def _full(kind: Any, logits: Tensor, values: Sequence[float], columns: Sequence[Tensor | None], *given: Any) -> Tensor:
     *_, on_invalid, backend = given
     options = Options(on_invalid=on_invalid, backend=backend)
-    return call.full(kind, logits, None, _fields(values, columns), _inputs(given), options, None, stacklevel=None)
+    fields, inputs = _fields(values, columns), _inputs(given)
+    result: Tensor = call.make(kind, logits, None, fields, 0, 0, inputs, options, None, stacklevel=None)
+    return result
 
 
 # Shapes for the compiler ---------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ class Sampler:
                 self._rows = self._rows.to(device)
         return self._rows
 
-    def rows_on(self, device: torch.device) -> Rows:
+    def _rows_on(self, device: torch.device) -> Rows:
         """The slots on a device, for a step in a trace."""
         own = self._rows
         if own.records.device != device:

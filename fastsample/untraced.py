@@ -76,7 +76,8 @@ def _can_be(operator: str, value: Any) -> bool:
 def _eager_sample(
     logits: Any, params: Any, fields: Any, seed: Any, offset: Any, inputs: Inputs, options: Options, out: Any
 ) -> SampleOutput:
-    return call.sample(logits, params, fields, seed, offset, inputs, options, out)
+    result: SampleOutput = call.make("tokens", logits, params, fields, seed, offset, inputs, options, out)
+    return result
 
 
 def _eager_step(sampler: Step, logits: Any, rows: Any, inputs: Inputs, options: Options, out: Any) -> SampleOutput:
@@ -84,7 +85,8 @@ def _eager_step(sampler: Step, logits: Any, rows: Any, inputs: Inputs, options: 
 
 
 def _eager_full(kind: Any, logits: Any, params: Any, fields: Any, inputs: Inputs, options: Options, out: Any) -> Tensor:
-    return call.full(kind, logits, params, fields, inputs, options, out)
+    result: Tensor = call.make(kind, logits, params, fields, 0, 0, inputs, options, out)
+    return result
 
 
 def _without_graph(function: Any, name: str) -> Any:

@@ -26,7 +26,7 @@ Allowed: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[
 
 
 def pack_bitmask(allowed: Allowed, vocab_size: int, *, device: torch.device | str | None = None) -> torch.Tensor:
-    """The `bitmask` that allows these tokens: packed once, it costs its steps nothing more.
+    """The `bitmask` that allows these tokens: packed once, it costs later steps nothing.
 
     Args:
         allowed: bool [V] or [B, V] (a tensor or an array), True where a token is allowed; or ids: [n] or a list or set

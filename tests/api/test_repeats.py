@@ -169,7 +169,9 @@ def test_nothing_of_a_callers_is_kept() -> None:
         full = [torch.empty(2, 50), fs.filter_logits(x, **PLAIN)]
         fs.filter_logits(x, **PLAIN, out=full[0], bitmask=mask)
         outputs = [getattr(o, name) for o in (out, *found) for name in ("tokens", "status", "logprobs", "ranks")]
-        kept.extend(map(weakref.ref, (x, mask, seeds, *full, *outputs)))
+        negative = torch._neg_view(x)
+        fs.sample(negative, **PLAIN), fs.filter_logits(negative, **PLAIN)
+        kept.extend(map(weakref.ref, (x, negative, mask, seeds, *full, *outputs)))
 
     for _ in range(3):
         call()
