@@ -4,10 +4,10 @@ from importlib.metadata import version as _version
 
 from fastsample.api import filter_logits, probabilities, sample
 from fastsample.backends import engines
+from fastsample.inputs import pack_bitmask
 from fastsample.integrations.best_of_n import best_of_n
-from fastsample.masks import pack_bitmask
+from fastsample.outputs import SampleOutput
 from fastsample.params import SamplingParams
-from fastsample.request import SampleOutput
 from fastsample.sampler import Sampler
 from fastsample.threads import get_num_threads, set_num_threads
 

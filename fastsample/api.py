@@ -1,29 +1,15 @@
-"""The public calls: sample, filter_logits and probabilities. Arguments are checked here, once."""
+"""The public calls: sample, filter_logits and probabilities."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
-from fastsample.backends import LogprobsMode, Outputs, select
-from fastsample.ids import pack_token_ids
-from fastsample.leading import flat_fields, flat_inputs, flat_words
-from fastsample.masks import check_bitmask, restrict
-from fastsample.params import CPU, SamplingParams, check_names, has_memory, require_memory
-from fastsample.penalties import active_penalties, warn_without_ids
-from fastsample.request import (
-    OnInvalid,
-    Request,
-    SampleOutput,
-    Written,
-    check_buffer,
-    check_logits,
-    check_on_invalid,
-    raise_if_invalid,
-)
-from fastsample.rows import Allowed, BiasLike, Rows, Seed, TokenIds, pack_bias, pack_offsets, pack_seeds
+from fastsample import call
+from fastsample.inputs import Allowed, BiasLike, Seed, TokenIds, gather
+from fastsample.outputs import LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.params import SamplingParams
 from fastsample.traced import is_traced
 
 
@@ -73,7 +59,7 @@ def sample(
             once for many steps; here ids are packed by the host, which waits for a GPU that holds them.
         bias: {id: value} for all rows, a list with a dict or None per row, or tensors (row_ptr [B + 1], ids [N],
             values [N]); added to the logits. Finite or -inf. Tensors on a GPU are checked there, which waits for it;
-            what `fastsample.rows.pack_bias(bias, logits)` returns was checked, and a step with it does not wait.
+            what `fastsample.inputs.pack_bias(bias, logits)` returns was checked, and a step with it does not wait.
         prompt_ids, output_ids: what the penalties count: integers [B, L] padded with -1 (a tensor or an array), or a
             list with a row's ids each: a list, tensor or array [L], or None for none. A penalty that is on has no
             effect without them: a UserWarning says so. Where there are no ids yet, pass empty lists.
@@ -92,34 +78,15 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+    options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend)
     if is_traced():
         from fastsample import ops, untraced
 
-        inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
-        wishes = (num_samples, logprobs, top_logprobs, on_invalid, backend)
-        call = untraced.served(ops.sample, inputs, out)
-        return call(logits, params, fields, seed, offset, inputs, wishes, out)
-    request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend)
-    table = request.table(logits)
-    if len(request.batch) > 1:
-        fields, (seed, offset) = flat_fields(request.batch, fields), flat_words(request.batch, seed, offset)
-        bitmask, bias, prompt_ids, output_ids, allowed_ids = flat_inputs(
-            request.batch, bitmask, bias, prompt_ids, output_ids, allowed_ids
-        )
-    count = table.shape[0]
-    packed = pack(params, fields, count, OTHERS)
-    rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count))
-    add_row_inputs(rows, table, bitmask, bias, prompt_ids, output_ids, allowed_ids)
-    if packed.penalties and output_ids is None:
-        warn_without_ids(packed.penalties, prompt_ids, output_ids, stacklevel=2)
-    return request.run(table, rows.to(table.device), out)
-
-
-OTHERS: tuple[str, ...] = (
-    *("seed", "offset", "num_samples", "bitmask", "allowed_ids", "bias", "prompt_ids", "output_ids"),
-    *("logprobs", "top_logprobs", "on_invalid", "backend", "out"),
-)
-"""What a misspelt name may have meant besides a parameter."""
+        traced = untraced.served(ops.sample, inputs, out)
+        return traced(logits, params, fields, seed, offset, inputs, options, out)
+    result: SampleOutput = call.make("tokens", logits, params, fields, seed, offset, inputs, options, out)
+    return result
 
 
 def filter_logits(
@@ -144,8 +111,14 @@ def filter_logits(
     Returns:
         float32 [B, V] ([V] for 1-D logits), or `out`.
     """
-    inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
-    return _full("filtered", logits, params, inputs, on_invalid, backend, out, fields)
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+    options = Options(on_invalid=on_invalid, backend=backend)
+    if is_traced():
+        from fastsample import ops, untraced
+
+        return untraced.served(ops.full, inputs, out)("filtered", logits, params, fields, inputs, options, out)
+    result: torch.Tensor = call.make("filtered", logits, params, fields, 0, 0, inputs, options, out)
+    return result
 
 
 def probabilities(
@@ -169,146 +142,11 @@ def probabilities(
     Returns:
         float32 [B, V] ([V] for 1-D logits), or `out`.
     """
-    inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
-    return _full("probabilities", logits, params, inputs, on_invalid, backend, out, fields)
-
-
-class Packed(NamedTuple):
-    """Parameters as a call needs them; not to be written to."""
-
-    records: torch.Tensor  # int32 [B or 1, fields]
-    penalties: tuple[str, ...]  # those that are on
-
-
-def pack_params(
-    params: SamplingParams | None, fields: dict[str, Any], rows: int, others: tuple[str, ...] = ()
-) -> torch.Tensor:
-    """The records of `pack`."""
-    return pack(params, fields, rows, others).records
-
-
-def pack(params: SamplingParams | None, fields: dict[str, Any], rows: int, others: tuple[str, ...] = ()) -> Packed:
-    """`params` with `fields` on top; `others` names what the call takes besides, which a misspelt field may mean."""
-    check_names(fields, others)
-    if params is None and _PLAIN.issuperset(types := tuple(map(type, fields.values()))):
-        return _pack_plain(tuple(fields.items()), types)
-    if params is None:
-        params = SamplingParams(**fields)
-    elif not isinstance(params, SamplingParams):
-        raise TypeError(f"params: expected SamplingParams, got {type(params).__name__}")
-    elif fields:
-        params = params.replace(**fields)
-    packed = _pack(params)
-    if len(packed.records) not in (1, rows):
-        names = ", ".join(params.per_row())
-        wanted = "one value" if rows == 1 else f"one value for all rows or {rows} values (one per row of logits)"
-        raise ValueError(f"{names}: expected {wanted}, got {len(packed.records)} values")
-    return packed
-
-
-_PLAIN = frozenset((float, int, str))
-
-
-@lru_cache(maxsize=256)
-def _pack_plain(fields: tuple[tuple[str, Any], ...], types: tuple[type, ...]) -> Packed:
-    """Scalar fields are the same call after call. Their types are part of the key: 1 == 1.0 == True."""
-    packed = _pack(SamplingParams(**dict(fields)))
-    require_memory("params", packed.records)  # a mode of torch's that makes fake tensors must not leave one here
-    return packed
-
-
-def _pack(params: SamplingParams) -> Packed:
-    """Kept with scalar params, which are the same step after step; a tensor's values may have changed."""
-    kept: Packed | None = params.__dict__.get("_packed")
-    if kept is not None:
-        return kept
-    packed = Packed(params.pack(), active_penalties(params))
-    if len(packed.records) == 1 and not params.per_row() and has_memory(packed.records):
-        object.__setattr__(params, "_packed", packed)
-    return packed
-
-
-def add_row_inputs(
-    rows: Rows,
-    table: torch.Tensor,
-    bitmask: torch.Tensor | None,
-    bias: BiasLike | None,
-    prompt_ids: TokenIds | None,
-    output_ids: TokenIds | None,
-    allowed_ids: Allowed | None = None,
-) -> None:
-    """Check and attach what changes with every step."""
-    if bitmask is not None:
-        rows.bitmask = check_bitmask(bitmask, table)
-    if allowed_ids is not None:
-        rows.bitmask = restrict(rows.bitmask, allowed_ids, table)
-    if bias is not None:
-        rows.bias = pack_bias(bias, table)
-    if prompt_ids is not None:
-        rows.prompt_ids = pack_token_ids("prompt_ids", prompt_ids, table)
-    if output_ids is not None:
-        rows.output_ids = pack_token_ids("output_ids", output_ids, table)
-
-
-def _full(
-    kind: Literal["filtered", "probabilities"],
-    logits: torch.Tensor,
-    params: SamplingParams | None,
-    inputs: tuple[Any, ...],
-    on_invalid: OnInvalid,
-    backend: str,
-    out: torch.Tensor | None,
-    fields: dict[str, Any],
-) -> torch.Tensor:
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+    options = Options(on_invalid=on_invalid, backend=backend)
     if is_traced():
         from fastsample import ops, untraced
 
-        return untraced.served(ops.full, inputs, out)(kind, logits, params, inputs, on_invalid, backend, out, fields)
-    return full(kind, logits, params, inputs, on_invalid, backend, out, fields, stacklevel=4)
-
-
-def full(
-    kind: Literal["filtered", "probabilities"],
-    logits: torch.Tensor,
-    params: SamplingParams | None,
-    inputs: tuple[Any, ...],
-    on_invalid: OnInvalid,
-    backend: str,
-    out: torch.Tensor | None,
-    fields: dict[str, Any],
-    stacklevel: int | None = None,
-) -> torch.Tensor:
-    """filter_logits and probabilities: one float32 per logit.
-
-    `stacklevel` of a warning of penalties without ids, as for `warnings.warn`; None for no warning.
-    """
-    check_on_invalid(on_invalid)
-    table = check_logits(logits)
-    batch = logits.shape[:-1]
-    if len(batch) > 1:
-        fields, inputs = flat_fields(batch, fields), flat_inputs(batch, *inputs)
-    count = table.shape[0]
-    packed = pack(params, fields, count, OTHERS)
-    unused = pack_offsets(0, 1) if count == 1 else torch.zeros(count, dtype=torch.int64, device=CPU)
-    rows = Rows(packed.records, unused, unused)
-    add_row_inputs(rows, table, *inputs)
-    if packed.penalties and stacklevel is not None:
-        warn_without_ids(packed.penalties, inputs[2], inputs[3], stacklevel)
-    engine = select(backend, table)
-    rows = rows.to(table.device)
-    status = torch.empty(table.shape[0], dtype=torch.int32, device=table.device)
-    result = torch.empty(logits.shape, dtype=torch.float32, device=table.device)
-    if out is not None:
-        check_buffer("out", out, result)
-        for read in (table, logits):
-            Written({"out": out}).require_apart_from(read, rows)
-        if on_invalid == "raise":  # a first run that only looks, so that nothing is written on an error
-            engine.run(table, rows, Outputs(status))
-            raise_if_invalid(status, batch)
-        result = out
-    outputs = Outputs(status)
-    setattr(outputs, kind, result if len(batch) < 2 else result.view(table.shape))
-    invalid = engine.run(table, rows, outputs)
-    if on_invalid == "raise" and invalid != 0:
-        raise_if_invalid(status, batch)
+        return untraced.served(ops.full, inputs, out)("probabilities", logits, params, fields, inputs, options, out)
+    result: torch.Tensor = call.make("probabilities", logits, params, fields, 0, 0, inputs, options, out)
     return result

@@ -7,31 +7,41 @@ checks and errors included. What changes from step to step may be a tensor, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.compiler import is_compiling
 
-from fastsample import api
-from fastsample.leading import flat_fields, flat_inputs, flat_words
+from fastsample import call
+from fastsample.checks import check_logits
+from fastsample.inputs import Inputs, Rows, pack_offsets, pack_params, pack_seeds
+from fastsample.inputs.batch import flat, flat_fields
+from fastsample.inputs.bias import as_tensors
+from fastsample.inputs.step import DETAILS
+from fastsample.outputs import SAMPLED, Options, SampleOutput
 from fastsample.params import SamplingParams, specs, unknown_name
-from fastsample.request import FIELDS, Request, SampleOutput, check_logits
-from fastsample.rows import Rows, pack_offsets, pack_seeds
 from fastsample.slots import Pick, slot_numbers
 from fastsample.traced import belongs_here
 
-if TYPE_CHECKING:
-    from fastsample.sampler import Sampler
-
 Tensor = torch.Tensor
 
-_PARAMS = "float[] values, Tensor?[] columns"
-_INPUTS = "Tensor? bitmask, Tensor[] bias, Tensor? prompt_ids, Tensor? output_ids"
-_WISHES = "int num_samples, str? logprobs, int top_logprobs, str on_invalid, str backend"
-_OUTPUTS = "(Tensor tokens, Tensor status, Tensor logprobs, Tensor ranks, Tensor top_ids, Tensor top_logprobs)"
 _NAMES = tuple(name for name, _ in specs())
-_DTYPES = (torch.int64, torch.int32, torch.float32, torch.int64, torch.int64, torch.float32)  # of the outputs
+_TAKEN = {name: detail.operator for name, detail in DETAILS.items() if detail.operator}  # inputs of the operators
+_PARAMS = "float[] values, Tensor?[] columns"
+_INPUTS = ", ".join(f"{operator} {name}" for name, operator in _TAKEN.items())
+_TYPES = {int: "int", str: "str", type(None): "str?"}
+_OPTIONS = ", ".join(f"{_TYPES[type(default)]} {name}" for name, default in Options._field_defaults.items())
+_OUTPUTS = f"({', '.join(f'Tensor {field.name}' for field in SAMPLED)})"
+
+
+class Slots(Protocol):
+    """A Sampler, as far as a step in a trace needs it."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def _rows_on(self, device: torch.device) -> Rows: ...
 
 
 # What is traced ------------------------------------------------------------------------------------------------------
@@ -43,54 +53,44 @@ def sample(
     fields: dict[str, Any],
     seed: Any,
     offset: Any,
-    inputs: tuple[Any, ...],
-    wishes: tuple[Any, ...],
+    inputs: Inputs,
+    options: Options,
     out: SampleOutput | None,
 ) -> SampleOutput:
     """`fastsample.sample` in a trace."""
     seeds = _fresh() if seed is None else _words("seed", seed)
     result = torch.ops.fastsample.sample(
-        _own(logits), *_params(params, fields), seeds, _words("offset", offset), *_inputs(inputs), *wishes
+        _own(logits), *_params(params, fields), seeds, _words("offset", offset), *_taken(inputs), *options
     )
-    return _named(result, wishes)
+    return _named(result, options)
 
 
 def step(
-    sampler: Sampler,
-    logits: Tensor,
-    rows: Any,
-    inputs: tuple[Any, ...],
-    wishes: tuple[Any, ...],
-    out: SampleOutput | None,
+    sampler: Slots, logits: Tensor, rows: Any, inputs: Inputs, options: Options, out: SampleOutput | None
 ) -> SampleOutput:
     """A call of a Sampler in a trace; the operator advances the offsets in place."""
-    own = sampler._rows
-    if own.records.device != logits.device:
-        records, seeds, offsets = (t.to(logits.device) for t in (own.records, own.seeds, own.offsets))
-        sampler._rows = own = Rows(records, seeds, offsets, workspace=own.workspace)
-        sampler._device = None
+    own = sampler._rows_on(logits.device)
     slots = (_own(logits), own.records, own.seeds, own.offsets)
     if rows is None:
-        return _named(torch.ops.fastsample.sample_step(*slots, *_inputs(inputs), *wishes), wishes)
+        return _named(torch.ops.fastsample.sample_step(*slots, *_taken(inputs), *options), options)
     picked = _as_tensor(rows)
     if not isinstance(picked, torch.Tensor):
         picked = torch.tensor(slot_numbers(picked, sampler.batch_size), dtype=torch.int64, device="cpu")
-    return _named(torch.ops.fastsample.sample_rows(*slots, picked, *_inputs(inputs), *wishes), wishes)
+    return _named(torch.ops.fastsample.sample_rows(*slots, picked, *_taken(inputs), *options), options)
 
 
 def full(
     kind: str,
     logits: Tensor,
     params: SamplingParams | None,
-    inputs: tuple[Any, ...],
-    on_invalid: str,
-    backend: str,
-    out: Tensor | None,
     fields: dict[str, Any],
+    inputs: Inputs,
+    options: Options,
+    out: Tensor | None,
 ) -> Tensor:
     """`fastsample.filter_logits` and `fastsample.probabilities` in a trace."""
-    given = (*_params(params, fields), *_inputs(inputs))
-    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, on_invalid, backend)
+    given = (*_params(params, fields), *_taken(inputs))
+    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, options.on_invalid, options.backend)
     return result
 
 
@@ -145,7 +145,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
 
 
 _constant: Any = torch.compiler.assume_constant_result
-_unknown = _constant(lambda name: unknown_name(name, api.OTHERS))  # runs as it is: no trace goes through difflib
+_unknown = _constant(lambda name: unknown_name(name, call.OTHERS))  # runs as it is: no trace goes through difflib
 
 
 def _position(name: str, choices: tuple[str, ...], value: str) -> int:
@@ -181,23 +181,16 @@ def _word(name: str, value: Any) -> Any:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    bitmask, bias, prompt_ids, output_ids = inputs[:4]
-    return bitmask, [] if bias is None else list(bias[:3]), prompt_ids, output_ids
+def _taken(inputs: Inputs) -> list[Any]:
+    """The inputs that the operators take. (The others are None, see untraced.py.)"""
+    taken = [(operator, getattr(inputs, name)) for name, operator in _TAKEN.items()]
+    return [list(as_tensors(value) or ()) if operator == "Tensor[]" else value for operator, value in taken]
 
 
-def _named(result: Sequence[Tensor], wishes: tuple[Any, ...]) -> SampleOutput:
-    _, logprobs, top_logprobs, _, _ = wishes
-    tokens, status, own, ranks, top_ids, top = result
-    wanted, listed = logprobs is not None, top_logprobs > 0
-    return SampleOutput(
-        tokens,
-        status,
-        own if wanted else None,
-        ranks if wanted else None,
-        top_ids if listed else None,
-        top if listed else None,
-    )
+def _named(result: Sequence[Tensor], options: Options) -> SampleOutput:
+    """The operator's outputs, which are empty where they are not wanted."""
+    outputs = zip(SAMPLED, result, strict=True)
+    return SampleOutput(*[value if field.wanted(options) else None for field, value in outputs])  # type: ignore[arg-type]
 
 
 # The operators -------------------------------------------------------------------------------------------------------
@@ -217,12 +210,28 @@ def _fresh_seed(drawn: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
 
-def _run(table: Tensor, request: Request, rows: Rows, inputs: tuple[Any, ...], advance: bool) -> tuple[Tensor, ...]:
-    bitmask, bias, prompt_ids, output_ids = inputs
-    api.add_row_inputs(rows, table, bitmask, tuple(bias) or None, prompt_ids, output_ids)
-    out = request.run(table, rows.to(table.device), None, advance)
-    parts = ((getattr(out, name), dtype) for name, dtype in zip(FIELDS, _DTYPES, strict=True))
-    return tuple(table.new_empty(0, dtype=dtype) if value is None else value for value, dtype in parts)
+def _inputs(given: Sequence[Any]) -> Inputs:
+    """The inputs again, from an operator's arguments that begin with them."""
+    inputs: dict[str, Any] = dict(zip(_TAKEN, given, strict=False))
+    for name, operator in _TAKEN.items():
+        if operator == "Tensor[]":
+            inputs[name] = tuple(inputs[name]) or None
+    return Inputs(**inputs)
+
+
+def _options(given: Sequence[Any]) -> Options:
+    """The options again, from an operator's arguments that end with them."""
+    return Options(*given[-len(Options._fields) :])
+
+
+def _run(table: Tensor, made: call.SampleCall, rows: Rows, inputs: Inputs, advance: bool) -> tuple[Tensor, ...]:
+    inputs.attach(rows, table)
+    out = made.run(table, rows.to(table.device), None, advance)
+    values = (getattr(out, field.name) for field in SAMPLED)
+    return tuple(
+        table.new_empty(0, dtype=field.dtype) if value is None else value
+        for field, value in zip(SAMPLED, values, strict=True)
+    )
 
 
 def _fields(values: Sequence[float], columns: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -241,7 +250,7 @@ def _fields(values: Sequence[float], columns: Sequence[Tensor | None]) -> dict[s
 @torch.library.custom_op(
     "fastsample::sample",
     mutates_args=(),
-    schema=f"(Tensor logits, {_PARAMS}, Tensor seed, Tensor offset, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    schema=f"(Tensor logits, {_PARAMS}, Tensor seed, Tensor offset, {_INPUTS}, {_OPTIONS}) -> {_OUTPUTS}",
     **_TAGS,
 )
 def _sample(
@@ -250,71 +259,47 @@ def _sample(
     columns: Sequence[Tensor | None],
     seed: Tensor,
     offset: Tensor,
-    bitmask: Tensor | None,
-    bias: Sequence[Tensor],
-    prompt_ids: Tensor | None,
-    output_ids: Tensor | None,
-    *wishes: Any,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    request = Request(*wishes)
-    table = request.table(logits)
-    count, fields, inputs = table.shape[0], _fields(values, columns), (bitmask, bias, prompt_ids, output_ids)
-    if len(request.batch) > 1:
-        fields, (seed, offset) = flat_fields(request.batch, fields), flat_words(request.batch, seed, offset)
-        inputs = flat_inputs(request.batch, *inputs)[:4]
-    rows = Rows(api.pack_params(None, fields, count), pack_seeds(seed, count), pack_offsets(offset, count))
-    return _run(table, request, rows, inputs, False)
+    made, inputs = call.SampleCall(_options(given)), _inputs(given)
+    table = made.table(logits)
+    count, fields = table.shape[0], _fields(values, columns)
+    if len(made.batch) > 1:
+        fields, inputs = flat_fields(made.batch, fields), inputs.flat(made.batch)
+        seed, offset = flat("seed", seed, made.batch), flat("offset", offset, made.batch)
+    rows = Rows(pack_params(None, fields, count), pack_seeds(seed, count), pack_offsets(offset, count))
+    return _run(table, made, rows, inputs, False)
 
 
 _SLOTS = "Tensor logits, Tensor records, Tensor seeds, Tensor(a!) offsets"
 
 
 @torch.library.custom_op(
-    "fastsample::sample_step", mutates_args=("offsets",), schema=f"({_SLOTS}, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}"
+    "fastsample::sample_step", mutates_args=("offsets",), schema=f"({_SLOTS}, {_INPUTS}, {_OPTIONS}) -> {_OUTPUTS}"
 )
-def _step(
-    logits: Tensor,
-    records: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    bitmask: Tensor | None,
-    bias: Sequence[Tensor],
-    prompt_ids: Tensor | None,
-    output_ids: Tensor | None,
-    *wishes: Any,
-) -> tuple[Tensor, ...]:
-    request = Request(*wishes)
-    request.slots = len(offsets)
-    table = request.table(logits)
-    rows = Rows(records, seeds, offsets)
-    return _run(table, request, rows, (bitmask, bias, prompt_ids, output_ids), True)
+def _step(logits: Tensor, records: Tensor, seeds: Tensor, offsets: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    made, inputs = call.SampleCall(_options(given)), _inputs(given)
+    made.slots = len(offsets)
+    table = made.table(logits)
+    return _run(table, made, Rows(records, seeds, offsets), inputs, True)
 
 
 @torch.library.custom_op(
     "fastsample::sample_rows",
     mutates_args=("offsets",),
-    schema=f"({_SLOTS}, Tensor rows, {_INPUTS}, {_WISHES}) -> {_OUTPUTS}",
+    schema=f"({_SLOTS}, Tensor rows, {_INPUTS}, {_OPTIONS}) -> {_OUTPUTS}",
     **_TAGS,
 )
 def _rows(
-    logits: Tensor,
-    records: Tensor,
-    seeds: Tensor,
-    offsets: Tensor,
-    rows: Tensor,
-    bitmask: Tensor | None,
-    bias: Sequence[Tensor],
-    prompt_ids: Tensor | None,
-    output_ids: Tensor | None,
-    *wishes: Any,
+    logits: Tensor, records: Tensor, seeds: Tensor, offsets: Tensor, rows: Tensor, *given: Any
 ) -> tuple[Tensor, ...]:
     pick = Pick(slot_numbers(rows, len(offsets)))
     pick.require_rows(logits)
-    request = Request(*wishes)
-    request.slots = len(pick.numbers)
-    table = request.table(logits)
+    made, inputs = call.SampleCall(_options(given)), _inputs(given)
+    made.slots = len(pick.numbers)
+    table = made.table(logits)
     own = Rows(records, seeds, offsets)
-    result = _run(table, request, pick.take(own), (bitmask, bias, prompt_ids, output_ids), True)
+    result = _run(table, made, pick.take(own), inputs, True)
     pick.put_back(own)
     return result
 
@@ -325,20 +310,15 @@ def _rows(
     schema=f"(str kind, Tensor logits, {_PARAMS}, {_INPUTS}, str on_invalid, str backend) -> Tensor",
     **_TAGS,
 )
-def _full(
-    kind: Any,
-    logits: Tensor,
-    values: Sequence[float],
-    columns: Sequence[Tensor | None],
-    bitmask: Tensor | None,
-    bias: Sequence[Tensor],
-    prompt_ids: Tensor | None,
-    output_ids: Tensor | None,
-    on_invalid: Any,
-    backend: str,
-) -> Tensor:
-    inputs = (bitmask, tuple(bias) or None, prompt_ids, output_ids)
-    return api.full(kind, logits, None, inputs, on_invalid, backend, None, _fields(values, columns))
+def _full(kind: Any, logits: Tensor, values: Sequence[float], columns: Sequence[Tensor | None], *given: Any) -> Tensor:
+    *_, on_invalid, backend = given
+    options = Options(on_invalid=on_invalid, backend=backend)
+    fields, inputs = _fields(values, columns), _inputs(given)
+    result: Tensor = call.make(kind, logits, None, fields, 0, 0, inputs, options, None, stacklevel=None)
+    return result
+
+
+# Shapes for the compiler ---------------------------------------------------------------------------------------------
 
 
 @_fresh_seed.register_fake
@@ -346,31 +326,20 @@ def _(drawn: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@_sample.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _shapes(logits, *arguments[-5:-2])
-
-
-@_step.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _shapes(logits, *arguments[-5:-2])
-
-
-@_rows.register_fake
-def _(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _shapes(logits, *arguments[-5:-2])
-
-
 @_full.register_fake
-def _(kind: str, logits: Tensor, *arguments: Any) -> Tensor:
+def _(kind: str, logits: Tensor, *rest: Any) -> Tensor:
     check_logits(logits, traced=True)
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 
-def _shapes(logits: Tensor, num_samples: int, logprobs: str | None, top_logprobs: int) -> tuple[Tensor, ...]:
-    batch = tuple(logits.shape[:-1])
-    draws = batch if num_samples == 1 else (*batch, num_samples)
-    own = draws if logprobs is not None else (0,)
-    top = (*batch, top_logprobs) if top_logprobs else (0,)
-    shapes = (draws, batch, own, own, top, top)
-    return tuple(logits.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, _DTYPES, strict=True))
+def _shapes(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options = _options(rest)
+    batch, vocab = tuple(logits.shape[:-1]), logits.shape[-1]
+    return tuple(
+        logits.new_empty(field.shape(batch, options, vocab) if field.wanted(options) else (0,), dtype=field.dtype)
+        for field in SAMPLED
+    )
+
+
+for operator in (_sample, _step, _rows):
+    operator.register_fake(_shapes)

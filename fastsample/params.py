@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +18,14 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from fastsample.checks import CPU, INTEGERS, from_numpy, is_list, require_dense, to_float32
+
 Values: TypeAlias = "float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor"
 Ties: TypeAlias = Literal["first", "all"]
 Order: TypeAlias = Literal["top_k_first", "min_p_first", "joint"]
 
 GREEDY_BELOW = 1e-5
 """A temperature below this (as float32) means greedy."""
-
-CPU = torch.device("cpu")
-"""Where parameters are made, whatever torch's default device is."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = 2**31 - 1
@@ -255,69 +253,6 @@ def _scalar(name: str, spec: Spec, value: Any, where: str) -> Any:
     return value if spec.kind == "choice" else number
 
 
-def is_list(value: Any) -> bool:
-    """Whether an argument is a sequence of values. Text and bytes are sequences too, and never meant as one."""
-    if type(value) is list:
-        return True
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
-
-
-def to_float32(value: Any) -> float:
-    """The nearest float32 to a real number, as a Python float; infinite where it overflows."""
-    try:
-        return float(struct.unpack("f", struct.pack("f", float(value)))[0])
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """An array of numbers as a tensor: torch takes no negative strides, no other byte order, and warns of read-only."""
-    array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def require_dense(name: str, tensor: torch.Tensor) -> None:
-    """ValueError unless a tensor has its values in one strided piece of memory."""
-    require_strided(name, tensor)
-    require_memory(name, tensor)
-
-
-def require_memory(name: str, tensor: torch.Tensor) -> None:
-    """The part of that which no tensor of a trace would meet."""
-    if not has_memory(tensor):
-        raise ValueError(
-            f"{name}: expected a dense tensor with values, got a {type(tensor).__name__} without memory of its own "
-            "(a wrapper, one inside vmap or grad, a fake one, or one whose storage was freed)"
-        )
-
-
-def require_strided(name: str, tensor: torch.Tensor) -> None:
-    """The other part."""
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-        kind = "a nested tensor" if tensor.is_nested else tensor.layout
-        raise ValueError(f"{name}: expected a dense tensor with values, got {kind} on {tensor.device}")
-
-
-def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a strided tensor's values lie where its address says."""
-    kind = type(tensor)
-    if kind is not torch.Tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return False  # what it is made of is its own affair, as DTensor's and FakeTensor's
-    try:
-        return tensor.data_ptr() != 0 or tensor.numel() == 0
-    except (RuntimeError, ValueError):  # of torch.func's wrappers, and of lazy parameters
-        return False
-
-
-def whole(name: str, value: Any) -> int:
-    """An integer of any kind but bool, or TypeError."""
-    if type(value) is int:
-        return value
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} = {value!r}: expected an integer")
-    return int(value)
-
-
 def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:
     if value.ndim != 1:
         raise ValueError(f"{name}: expected a scalar or a 1-D tensor [B], got shape {tuple(value.shape)}")
@@ -339,10 +274,6 @@ def _dtype(spec: Spec) -> torch.dtype:
     return torch.float32 if spec.kind == "float" else torch.int32
 
 
-INTEGERS = frozenset(
-    (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
-)
-"""Dtypes of whole numbers."""
 _SPECS: tuple[tuple[str, Spec], ...] = tuple((f.name, f.metadata["spec"]) for f in dataclasses.fields(SamplingParams))
 _NAMES = frozenset(name for name, _ in _SPECS)
 _RECORD = "=" + "".join("f" if spec.kind == "float" else "i" for _, spec in _SPECS)

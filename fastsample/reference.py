@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastsample.inputs import Bias, Rows
 from fastsample.params import GREEDY_BELOW, specs
-from fastsample.rows import Bias, Rows
 
 Tensor = torch.Tensor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import weakref
@@ -10,12 +9,25 @@ from typing import Any
 
 import torch
 
-from fastsample.api import add_row_inputs, pack_params
-from fastsample.backends import LogprobsMode
-from fastsample.params import CPU, SamplingParams, specs, whole
-from fastsample.penalties import penalised_rows, warn_without_ids
-from fastsample.request import WISHES, OnInvalid, Request, SampleOutput
-from fastsample.rows import Allowed, BiasLike, Rows, Seed, TokenIds, pack_offsets, pack_seeds, shares_values, stamp
+from fastsample.call import SampleCall
+from fastsample.checks import CPU, whole
+from fastsample.inputs import (
+    NO_INPUTS,
+    Allowed,
+    BiasLike,
+    Inputs,
+    Rows,
+    Seed,
+    TokenIds,
+    gather,
+    pack_offsets,
+    pack_params,
+    pack_seeds,
+)
+from fastsample.inputs.penalties import penalised_rows, warn_without_ids
+from fastsample.inputs.step import Stamps, used_in_place
+from fastsample.outputs import LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
 
@@ -57,7 +69,8 @@ class Sampler:
         if not 1 <= batch_size < 2**31:
             raise ValueError(f"batch_size = {batch_size}: expected 1 <= batch_size < 2^31")
         self._batch_size = batch_size
-        self._request = Request(num_samples, logprobs, top_logprobs, on_invalid, backend, batch_size)
+        options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend)
+        self._call = SampleCall(options, batch_size)
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
             records = pack_params(params, fields, batch_size, _OTHERS)
@@ -74,8 +87,8 @@ class Sampler:
         """Nothing is known yet of any step."""
         self._penalised = penalised_rows(self._rows.records.cpu())
         self._device: torch.device | None = None  # of the logits seen last
-        self._last_pick: tuple[Pick, Request] | None = None
-        self._last: tuple[Rows, tuple[Any, ...], list[Any]] | None = None
+        self._last_pick: tuple[Pick, SampleCall] | None = None
+        self._last: tuple[Rows, Stamps] | None = None
         self._lock = _new_lock(self)
 
     @untraced
@@ -84,12 +97,12 @@ class Sampler:
         with self._lock:
             own = self._rows
             columns = [t.tolist() for t in (self._initial_records, own.records, own.seeds, own.offsets)]
-        return {"batch_size": self._batch_size, "request": self._request.anew(), "columns": columns}
+        return {"batch_size": self._batch_size, "options": tuple(self._call.options), "columns": columns}
 
     @untraced
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._batch_size = state["batch_size"]
-        self._request = state["request"]
+        self._call = SampleCall(Options(*state["options"]), self._batch_size)
         initial, records, seeds, offsets = state["columns"]
         with torch.inference_mode(False):
             self._initial_records, own = (torch.tensor(t, dtype=torch.int32, device=CPU) for t in (initial, records))
@@ -101,9 +114,9 @@ class Sampler:
     def __repr__(self) -> str:
         with self._lock:
             records, offsets = self._rows.records.cpu(), self._rows.offsets.tolist()
-        wishes = zip(WISHES, self._request.wishes, strict=True)
+        options = self._call.options._asdict()
         parts = {"batch_size": repr(self._batch_size), **described(records)}
-        parts |= {name: repr(value) for name, value in wishes if value != _DEFAULTS[name]}
+        parts |= {name: repr(value) for name, value in options.items() if value != Options._field_defaults[name]}
         parts["offsets"] = shortened([offset % 2**64 for offset in offsets])
         return f"Sampler({', '.join(f'{name}={value}' for name, value in parts.items())})"
 
@@ -159,38 +172,41 @@ class Sampler:
         """
         if is_traced():
             from fastsample import ops
-            from fastsample.untraced import served
+            from fastsample import untraced as elsewhere
 
-            inputs = (bitmask, bias, prompt_ids, output_ids, allowed_ids)
-            step = served(ops.step, inputs, out)
-            return step(self, logits, rows, inputs, self._request.wishes, out)
+            inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+            step = elsewhere.served(ops.step, inputs, out)
+            return step(self, logits, rows, inputs, self._call.options, out)
         if self._penalised and output_ids is None:
             self._warn(rows, prompt_ids)
         with self._lock:
             if rows is not None:
-                return self._step_of(rows, logits, (bitmask, bias, prompt_ids, output_ids, allowed_ids), out)
-            request, own = self._request, self._rows
-            table = request.table(logits)
-            if self._device is not request.device:
-                own = self._move_to(request)
-            if bias is not None or allowed_ids is not None:
-                own = own.with_inputs()
-                add_row_inputs(own, table, bitmask, bias, prompt_ids, output_ids, allowed_ids)
-            elif bitmask is not None or prompt_ids is not None or output_ids is not None:
-                own = self._with_tensors(own, table, bitmask, prompt_ids, output_ids)
-            return request.run(table, own, out, advance=True)
+                inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+                return self._step_of(rows, logits, inputs, out)
+            call, own = self._call, self._rows
+            table = call.table(logits)
+            if self._device is not call.device:
+                own = self._move_to(call.device)
+            if (  # a call of `gather` would be noticed in a step of 6 us
+                bitmask is not None
+                or allowed_ids is not None
+                or bias is not None
+                or prompt_ids is not None
+                or output_ids is not None
+            ):
+                inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+                own = self._with_inputs(own, table, inputs)
+            return call.run(table, own, out, advance=True)
 
-    def _step_of(
-        self, rows: SlotIndex, logits: torch.Tensor, inputs: tuple[Any, ...], out: SampleOutput | None
-    ) -> SampleOutput:
-        """A step of some slots. (A step of all, which takes but a few us, asks for nothing of this.)"""
-        pick, request = self._picked(rows, logits)
-        table = request.table(logits)
-        own = pick.take(self._move_to(request))
-        if any(value is not None for value in inputs):
+    def _step_of(self, rows: SlotIndex, logits: torch.Tensor, inputs: Inputs, out: SampleOutput | None) -> SampleOutput:
+        """A step of some slots. (A step of all slots, which takes but a few microseconds, needs none of this.)"""
+        pick, call = self._picked(rows, logits)
+        table = call.table(logits)
+        own = pick.take(self._move_to(call.device))
+        if inputs is not NO_INPUTS:
             own = own.with_inputs()
-            add_row_inputs(own, table, *inputs)
-        result = request.run(table, own, out, advance=True)
+            inputs.attach(own, table)
+        result = call.run(table, own, out, advance=True)
         pick.put_back(self._rows)
         return result
 
@@ -201,44 +217,42 @@ class Sampler:
             active = {name for row in numbers for name in self._penalised.get(row, ())}
         warn_without_ids(active, prompt_ids, None, stacklevel=3)
 
-    def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, Request]:
+    def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, SampleCall]:
         """What is kept of the last step with these slots, or a new beginning."""
         numbers = listed(rows, self._batch_size)
         if self._last_pick is None or self._last_pick[0].numbers != numbers:
             pick = Pick(checked(numbers, self._batch_size))
-            self._last_pick = pick, Request(*self._request.wishes, len(numbers))
+            self._last_pick = pick, SampleCall(self._call.options, len(numbers))
         if isinstance(logits, torch.Tensor):
             self._last_pick[0].require_rows(logits)
         return self._last_pick
 
-    def _move_to(self, request: Request) -> Rows:
-        """The slots, where the request's logits are."""
-        self._device = request.device
-        if request.device is not None and self._rows.records.device != request.device:
+    def _move_to(self, device: torch.device | None) -> Rows:
+        """The slots, on the device of the logits."""
+        self._device = device
+        if device is not None and self._rows.records.device != device:
             with torch.inference_mode(False):
-                self._rows = self._rows.to(request.device)
+                self._rows = self._rows.to(device)
         return self._rows
 
-    def _with_tensors(
-        self,
-        own: Rows,
-        table: torch.Tensor,
-        bitmask: torch.Tensor | None,
-        prompt_ids: TokenIds | None,
-        output_ids: TokenIds | None,
-    ) -> Rows:
+    def _rows_on(self, device: torch.device) -> Rows:
+        """The slots on a device, for a step in a trace."""
+        own = self._rows
+        if own.records.device != device:
+            records, seeds, offsets = (t.to(device) for t in (own.records, own.seeds, own.offsets))
+            self._rows = own = Rows(records, seeds, offsets, workspace=own.workspace)
+            self._device = None
+        return own
+
+    def _with_inputs(self, own: Rows, table: torch.Tensor, given: Inputs) -> Rows:
         """Slots with a step's inputs: the last step's where nothing but their values can have changed since."""
-        given = (bitmask, prompt_ids, output_ids)
         if self._last is not None:
-            rows, known, stamps = self._last
-            same = rows.slots is own and all(a is b for a, b in zip(known, given, strict=True))
-            if same and stamps == [stamp(value) for value in given]:
+            rows, stamps = self._last
+            if rows.slots is own and stamps.match(given):
                 return rows
         rows = own.with_inputs()
-        add_row_inputs(rows, table, bitmask, None, prompt_ids, output_ids)
-        used = (rows.bitmask, rows.prompt_ids, rows.output_ids)
-        in_place = all(a is None or shares_values(a, b) for a, b in zip(given, used, strict=True))
-        self._last = (rows, given, [stamp(value) for value in given]) if in_place else None
+        given.attach(rows, table)
+        self._last = (rows, Stamps(given)) if used_in_place(given, rows) else None
         return rows
 
     @untraced
@@ -302,8 +316,7 @@ class Sampler:
         return row
 
 
-_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Sampler).parameters.items()}
-_OTHERS = ("seed", "offset", "num_samples", "logprobs", "top_logprobs", "on_invalid", "backend")
+_OTHERS = ("seed", "offset", *Options._fields)
 """What a misspelt name may have meant besides a parameter."""
 
 _alive: weakref.WeakSet[Sampler] = weakref.WeakSet()

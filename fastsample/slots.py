@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from fastsample.params import CPU, SamplingParams, Spec, from_numpy, require_dense, specs
-from fastsample.rows import Rows
+from fastsample.checks import CPU, from_numpy, require_dense
+from fastsample.inputs import Rows
+from fastsample.params import SamplingParams, Spec, specs
 
 SlotIndex: TypeAlias = "int | slice | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
 

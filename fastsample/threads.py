@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsample.params import whole
+from fastsample.checks import whole
 
 MAX_THREADS = 4096
 _chosen: int | None = None

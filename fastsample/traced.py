@@ -1,4 +1,4 @@
-"""Whether torch records what is called: native code leaves no trace, so a call must become an operator (ops.py)."""
+"""Whether torch records what is called. Native code leaves no trace, so such a call becomes an operator (ops.py)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ _PRE_DISPATCH = DispatchKey.PreDispatch
 def is_traced() -> bool:
     """Whether a call must go by ops.py: recorded, or made by a frame that torch.compile left alone; 0.2 us where not.
 
-    The first question alone is the one that torch.compile answers while it compiles; the others are in the order of
-    their price.
+    While torch.compile compiles, it evaluates the first condition only. The others are in the order of their cost.
     """
     return (
         is_dynamo_compiling()
@@ -45,7 +44,7 @@ def is_recorded() -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether one of torch's own modes is on; those of others, such as a counter of operations, change nothing."""
+    """Whether one of torch's own recording modes is on. Other modes, such as a counter of operations, do not matter."""
     keys = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
 
@@ -56,7 +55,7 @@ def untraced(method: Callable[P, R]) -> Callable[P, R]:
     @wraps(method)
     def call(*arguments: P.args, **named: P.kwargs) -> R:
         if is_dynamo_compiling() or _callback():
-            from fastsample.untraced import eagerly
+            from fastsample.disabled import eagerly
 
             result: R = eagerly(method, *arguments, **named)
             return result

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.compiler import is_compiling
 
-from fastsample import api
-from fastsample.request import WISHES, SampleOutput
+from fastsample import call
+from fastsample.disabled import disabled
+from fastsample.inputs import Inputs
+from fastsample.inputs.bias import as_tensors
+from fastsample.inputs.step import DETAILS
+from fastsample.outputs import Options, SampleOutput
 from fastsample.traced import is_recorded
 
-if TYPE_CHECKING:
-    from fastsample.sampler import Sampler
-
 Tensor = torch.Tensor
-Call = TypeVar("Call", bound=Callable[..., Any])
+Traced = TypeVar("Traced", bound=Callable[..., Any])
 
-_INPUTS = ("bitmask", "bias", "prompt_ids", "output_ids", "allowed_ids")
+_WANTED = {
+    "out": "None under torch.compile and whatever else makes a graph, which plans the buffers itself",
+    **{name: detail.wanted for name, detail in DETAILS.items()},
+}
 
 
-def served(traced: Call, inputs: tuple[Any, ...], out: Any) -> Call:
+class Step(Protocol):
+    """A Sampler, as it is called here."""
+
+    def __call__(self, logits: Tensor, *, rows: Any, out: Any, **inputs: Any) -> SampleOutput: ...
+
+
+def served(traced: Traced, inputs: Inputs, out: Any) -> Traced:
     """`traced`, or where an argument cannot be an operator's, what breaks the graph and makes the call eagerly.
 
     It only returns a function, so that the graph breaks in the public call, before anything of ours is compiled. What
@@ -34,7 +43,7 @@ def served(traced: Call, inputs: tuple[Any, ...], out: Any) -> Call:
     name = _refused(inputs, out)
     if not compiled and not is_compiling():
         if not _is_recorded():  # called by a frame that torch.compile left alone
-            return cast(Call, _EAGER[traced.__name__, name or "out"])
+            return cast(Traced, _EAGER[traced.__name__, name or "out"])
         if traced.__name__ == "step":
             raise RuntimeError(
                 "make_fx and FakeTensorMode cannot record a Sampler, whose offsets change; "
@@ -43,59 +52,41 @@ def served(traced: Call, inputs: tuple[Any, ...], out: Any) -> Call:
     if name is None:
         return traced
     if compiled:
-        return cast(Call, _EAGER[traced.__name__, name])
+        return cast(Traced, _EAGER[traced.__name__, name])
     raise TypeError(f"{name}: expected {_WANTED[name]}")
 
 
-def _refused(inputs: tuple[Any, ...], out: Any) -> str | None:
-    """The argument that cannot be an operator's: what is no tensor would be a constant of the code."""
+def _refused(inputs: Inputs, out: Any) -> str | None:
+    """The argument that cannot be an operator's: anything but a tensor would be a constant of the code."""
     if out is not None:
         return "out"
-    bitmask, bias, prompt_ids, output_ids, *more = inputs
-    for name, value in (("bitmask", bitmask), ("prompt_ids", prompt_ids), ("output_ids", output_ids)):
-        if value is not None and not isinstance(value, torch.Tensor):
+    for name, value in zip(inputs._fields, inputs, strict=True):
+        if value is not None and not _can_be(DETAILS[name].operator, value):
             return name
-    if bias is not None and not (isinstance(bias, tuple) and all(isinstance(part, torch.Tensor) for part in bias[:3])):
-        return "bias"
-    return "allowed_ids" if any(value is not None for value in more) else None
+    return None
 
 
-_TRACES = "under torch.compile and whatever else makes a graph"
-_WANTED = {
-    "out": f"None {_TRACES}, which plans the buffers itself",
-    "bitmask": f"a tensor {_TRACES}",
-    "bias": f"tensors (row_ptr, ids, values) {_TRACES}; a dict would be a constant",
-    "prompt_ids": f"a tensor {_TRACES}; a list would be a constant",
-    "output_ids": f"a tensor {_TRACES}; a list would be a constant",
-    "allowed_ids": f"None {_TRACES}; pass a bitmask (fastsample.pack_bitmask)",
-}
+def _can_be(operator: str, value: Any) -> bool:
+    """Whether a value can be an operator's argument of that type."""
+    if operator == "Tensor[]":
+        return as_tensors(value) is not None
+    return operator == "Tensor?" and isinstance(value, torch.Tensor)
 
 
 def _eager_sample(
-    logits: Any, params: Any, fields: Any, seed: Any, offset: Any, inputs: Any, wishes: Any, out: Any
+    logits: Any, params: Any, fields: Any, seed: Any, offset: Any, inputs: Inputs, options: Options, out: Any
 ) -> SampleOutput:
-    given = dict(zip((*_INPUTS, *WISHES), (*inputs, *wishes), strict=True))
-    return api.sample(logits, params, seed=seed, offset=offset, out=out, **given, **fields)
-
-
-def _eager_step(sampler: Sampler, logits: Any, rows: Any, inputs: Any, wishes: Any, out: Any) -> SampleOutput:
-    return sampler(logits, rows=rows, out=out, **dict(zip(_INPUTS, inputs, strict=True)))
-
-
-def _eager_full(*arguments: Any) -> Tensor:
-    result: Tensor = cast(Any, api.full)(*arguments, stacklevel=4)
+    result: SampleOutput = call.make("tokens", logits, params, fields, seed, offset, inputs, options, out)
     return result
 
 
-def _outside_of_a_graph(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    return function(*arguments, **named)
+def _eager_step(sampler: Step, logits: Any, rows: Any, inputs: Inputs, options: Options, out: Any) -> SampleOutput:
+    return sampler(logits, rows=rows, out=out, **inputs._asdict())
 
 
-def disabled(function: Any, reason: str) -> Any:
-    """`function`, which no trace enters; the reason is what fullgraph=True says, where this torch takes one."""
-    disable: Any = torch.compiler.disable
-    takes_reason = "reason" in inspect.signature(disable).parameters  # torch 2.7 and later
-    return disable(function, reason=reason) if takes_reason else disable(function)
+def _eager_full(kind: Any, logits: Any, params: Any, fields: Any, inputs: Inputs, options: Options, out: Any) -> Tensor:
+    result: Tensor = call.make(kind, logits, params, fields, 0, 0, inputs, options, out)
+    return result
 
 
 def _without_graph(function: Any, name: str) -> Any:
@@ -108,7 +99,6 @@ def _without_graph(function: Any, name: str) -> Any:
 
 # A frame of ours that torch.compile would try to compile.
 _is_recorded: Any = cast(Any, torch.compiler.disable)(is_recorded)
-eagerly: Any = cast(Any, torch.compiler.disable)(_outside_of_a_graph)
 _EAGER = {
     (traced, name): _without_graph(function, name)
     for traced, function in (("sample", _eager_sample), ("step", _eager_step), ("full", _eager_full))

@@ -6,13 +6,12 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
-from fastsample.rows import Rows
-
-LogprobsMode = Literal["raw", "processed"]
+from fastsample.inputs import Rows
+from fastsample.outputs import LogprobsMode
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of logits, each with its number in csrc/core/rows.h."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fastsample.backends import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
+from fastsample.inputs import Rows
 from fastsample.params import specs
-from fastsample.rows import Rows
 from fastsample.threads import get_num_threads
 
 

@@ -12,8 +12,8 @@ import torch
 from fastsample._built import CUDA_LEFT_OUT
 from fastsample.backends import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
 from fastsample.backends.workspaces import Workspaces
+from fastsample.inputs import Rows
 from fastsample.params import specs
-from fastsample.rows import Rows
 
 Tensor = torch.Tensor
 

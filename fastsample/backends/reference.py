@@ -6,7 +6,7 @@ import torch
 
 from fastsample import reference as spec
 from fastsample.backends import Engine, Outputs
-from fastsample.rows import Rows
+from fastsample.inputs import Rows
 
 
 class ReferenceEngine(Engine):

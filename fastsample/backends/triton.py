@@ -14,7 +14,7 @@ import torch
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
 from fastsample.backends.workspaces import Workspaces
-from fastsample.rows import Bias, Rows
+from fastsample.inputs import Bias, Rows
 
 Tensor = torch.Tensor
 

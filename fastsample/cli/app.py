@@ -26,8 +26,8 @@ from fastsample.cli.generate import encode, find_model, load, load_grammar, quie
 from fastsample.cli.output import INSTALL, RefusedError, discard, note, print_table, take_any_text, told
 from fastsample.cli.session import Session
 from fastsample.cli.stats import print_stats
+from fastsample.inputs import pack_seeds, splitmix64
 from fastsample.params import specs
-from fastsample.rows import pack_seeds, splitmix64
 
 __all__ = ["app", "main", "shipped_model"]
 

@@ -19,10 +19,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
-from fastsample.backends import LogprobsMode
-from fastsample.params import specs, whole
-from fastsample.request import OnInvalid, is_one_of
-from fastsample.rows import Seed
+from fastsample.checks import is_one_of, whole
+from fastsample.inputs import Seed
+from fastsample.outputs import LogprobsMode, OnInvalid
+from fastsample.params import specs
 
 __all__ = ["BestOfN", "Candidate", "best_of_n"]
 

@@ -11,9 +11,10 @@ import os
 import torch
 
 from fastsample.backends import Outputs, select
+from fastsample.checks import MAX_VOCAB
+from fastsample.inputs import Rows
+from fastsample.outputs import STATUS
 from fastsample.params import SamplingParams, specs
-from fastsample.request import STATUS
-from fastsample.rows import MAX_VOCAB, Rows
 
 _COLUMNS = {name: (column, spec.kind) for column, (name, spec) in enumerate(specs())}
 

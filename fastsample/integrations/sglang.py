@@ -33,8 +33,8 @@ from sglang.srt.layers import sampler as theirs
 from sglang.srt.runtime_context import get_exec, get_server_args
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from fastsample.inputs import pack_seeds
 from fastsample.integrations.serving import Step
-from fastsample.rows import pack_seeds
 
 __all__ = ["FastSampler", "register"]
 

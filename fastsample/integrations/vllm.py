@@ -37,9 +37,9 @@ from weakref import WeakKeyDictionary
 import torch
 from vllm.logger import init_logger
 
+from fastsample.checks import CPU
+from fastsample.inputs import pack_seeds
 from fastsample.integrations.serving import Step
-from fastsample.params import CPU
-from fastsample.rows import pack_seeds
 
 __all__ = ["register"]
 

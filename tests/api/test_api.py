@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastsample as fs
-from fastsample.rows import pack_bias, splitmix64
+from fastsample.inputs import pack_bias, splitmix64
 
 BACKENDS = ("reference", "cpu")
 FIELDS = fs.SampleOutput.__slots__

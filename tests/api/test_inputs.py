@@ -14,7 +14,7 @@ import torch
 from cases import pack_bits
 
 import fastsample as fs
-from fastsample.masks import _by_sums
+from fastsample.inputs.masks import _by_sums
 
 B, V = 4, 70
 X = torch.randn(B, V, generator=torch.Generator().manual_seed(1))
@@ -92,7 +92,7 @@ def test_no_id_is_looked_at_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: Any) -> int:
         raise AssertionError("an id was looked at by itself")
 
-    monkeypatch.setattr("fastsample.ids.integer", slow)
+    monkeypatch.setattr("fastsample.inputs.ids.integer", slow)
     for row in (LISTS[0], [2**31 - 1, -(2**31)], [2**31, 5], [-(2**63), 2**63 - 1], [np.int64(3), 4], range(9), []):
         fs.filter_logits(X, output_ids=[row] * B, **PENALTIES)
 

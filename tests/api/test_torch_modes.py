@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastsample as fs
-from fastsample.api import _pack_plain
+from fastsample import repeats
 from fastsample.backends.cpu import native
-from fastsample.rows import Rows, _shared_offset, pack_offsets
+from fastsample.inputs import Rows, pack_offsets
+from fastsample.inputs.records import _pack_plain
+from fastsample.inputs.seeds import _shared_offset
 
 B, V = 3, 50
 BACKENDS = ("reference", "cpu")
@@ -54,10 +56,16 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def everything(backend: str) -> list[torch.Tensor]:
-    """What every call gives, with arguments of every kind; scalars are packed anew."""
+def forget() -> None:
+    """As if nothing had been called yet."""
     _pack_plain.cache_clear()
     _shared_offset.cache_clear()
+    repeats.forget()
+
+
+def everything(backend: str) -> list[torch.Tensor]:
+    """What every call gives, with arguments of every kind; scalars are packed anew."""
+    forget()
     found = []
     for fields in (
         {"top_k": 9, "temperature": 0.7},
@@ -227,8 +235,7 @@ def test_native_code_follows_no_null_pointer() -> None:
 
 
 def test_a_fake_tensor_mode_leaves_nothing_behind() -> None:
-    _pack_plain.cache_clear()
-    _shared_offset.cache_clear()
+    forget()
     with FakeTensorMode():
         with pytest.raises(ValueError, match=r"params: .* without memory"):
             fs.Sampler(batch_size=B, top_k=11, seed=1)

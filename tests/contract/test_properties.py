@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 import fastsample as fs
-from fastsample.params import specs, to_float32
+from fastsample.checks import to_float32
+from fastsample.params import specs
 
 # Penalties without ids are among the cases on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")

@@ -22,7 +22,7 @@ from transformers import (
 
 import fastsample as fs
 from fastsample import reference
-from fastsample.rows import row_seeds, splitmix64
+from fastsample.inputs import row_seeds, splitmix64
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the cases on purpose
 

@@ -21,7 +21,7 @@ import torch
 import fastsample as fs
 from fastsample._built import CUDA_LEFT_OUT
 from fastsample.backends import Outputs, cuda, engine, select
-from fastsample.rows import Rows
+from fastsample.inputs import Rows
 
 HERE = Path(__file__).parent
 BUILT = cuda.native()[0] is not None

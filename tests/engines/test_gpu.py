@@ -16,7 +16,7 @@ from triton_interpreter import results
 
 import fastsample as fs
 from fastsample.backends import engine
-from fastsample.rows import pack_bias
+from fastsample.inputs import pack_bias
 
 AVAILABLE = torch.cuda.is_available()
 WHY = "there is no GPU that torch can use"

@@ -29,8 +29,8 @@ import fastsample as fs
 from fastsample import reference
 from fastsample.backends import Outputs, engine, select
 from fastsample.backends import triton as adapter
+from fastsample.inputs import Bias, Rows
 from fastsample.params import specs
-from fastsample.rows import Bias, Rows
 
 # Penalties without ids are among the cases on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
@@ -166,7 +166,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     fresh = adapter.TritonEngine()
     monkeypatch.setattr(fresh, "why_not", lambda logits: None)
-    monkeypatch.setattr("fastsample.request.select", lambda backend, logits: fresh)
+    monkeypatch.setattr("fastsample.call.select", lambda backend, logits: fresh)
     monkeypatch.setattr(adapter, "kernels", lambda stem: recorder)
     monkeypatch.setattr(adapter, "device_shape", lambda device: (132, 32))
     return recorder
@@ -223,7 +223,8 @@ def test_a_sampler_given_out_allocates_nothing(
     words = torch.full((2, 157), -1, dtype=torch.int32)
     inputs = {"bitmask": words, "bias": bias, "prompt_ids": ids, "output_ids": ids}
     inputs = {name: inputs[name] for name in extras}
-    monkeypatch.setattr("fastsample.api.pack_bias", lambda bias, logits: bias)  # on a GPU, it was checked when packed
+    # On a GPU, a bias that was packed once is not checked again.
+    monkeypatch.setattr("fastsample.inputs.step.pack_bias", lambda bias, _: bias)
     out = sampler(logits, **inputs)
     recorded.pointers.clear()
     with NoAllocation():

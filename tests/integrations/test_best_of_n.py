@@ -27,10 +27,10 @@ from transformers.cache_utils import DynamicLayer
 
 import fastsample as fs
 from fastsample.cli.generate import shipped_model
+from fastsample.inputs import pack_seeds, row_seeds
 from fastsample.integrations.best_of_n import BestOfN, Drawn, _rank
 from fastsample.integrations.grammar import GrammarCompiler
 from fastsample.integrations.transformers import fs_generate
-from fastsample.rows import pack_seeds, row_seeds
 
 V, EOS = 64, 2
 PROMPT = torch.tensor([[5, 9, 7]])
@@ -121,7 +121,7 @@ def test_the_prompt_runs_once(model: Any, tokenizer: Any, monkeypatch: pytest.Mo
         drawn.append(self.num_samples)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr("fastsample.request.Request.run", run)
+    monkeypatch.setattr("fastsample.call.SampleCall.run", run)
     ids = tokenizer("The future of AI is", return_tensors="pt")
     try:
         fs.best_of_n(model, ids, 5, seed=1, max_new_tokens=4, eos_token_id=None)

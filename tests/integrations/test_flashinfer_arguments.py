@@ -9,9 +9,9 @@ import torch
 from flashinfer_calls import CALLS, call, each_call, probs, rows
 
 from fastsample import reference as spec
+from fastsample.inputs import row_seeds
 from fastsample.integrations import flashinfer as fi
 from fastsample.integrations.flashinfer import arguments, pipeline
-from fastsample.rows import row_seeds
 
 # Seeds ----------------------------------------------------------------------------------------------------------------
 

@@ -24,9 +24,9 @@ from transformers import (
 
 import fastsample as fs
 from fastsample.cli.generate import shipped_model
+from fastsample.inputs import row_seeds
 from fastsample.integrations.grammar import GrammarBatch, GrammarCompiler, GrammarError
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_generate
-from fastsample.rows import row_seeds
 
 V, PAD, EOS = 120, 1, 2
 

@@ -9,9 +9,9 @@ import torch
 from scipy.stats import chisquare
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from fastsample.inputs import row_seeds
 from fastsample.integrations.transformers import fs_generate
 from fastsample.integrations.transformers.batching import _pack, continuous_batching, generate_batch
-from fastsample.rows import row_seeds
 
 V = 120
 SMALL = {"num_blocks": 8, "max_batch_tokens": 64}

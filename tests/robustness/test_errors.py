@@ -13,8 +13,8 @@ import torch
 
 import fastsample as fs
 from fastsample.backends import engine
+from fastsample.inputs import pack_bias
 from fastsample.params import Spec, specs
-from fastsample.rows import pack_bias
 
 B, V = 3, 50
 BACKENDS = ("reference", "cpu")

@@ -26,8 +26,8 @@ from fastsample.cli import generate as cli_generate
 from fastsample.cli import output as cli_output
 from fastsample.cli import session as cli_session
 from fastsample.cli import stats as cli_stats
+from fastsample.inputs import row_seeds
 from fastsample.params import specs
-from fastsample.rows import row_seeds
 
 PROMPT = "The future of AI is"
 

@@ -19,7 +19,7 @@ import fastsample.integrations.transformers as drop_in
 from fastsample.cli import app as cli
 from fastsample.cli import generate as cli_generate
 from fastsample.cli import session as cli_session
-from fastsample.rows import row_seeds
+from fastsample.inputs import row_seeds
 
 PROMPT = "The future of AI is"
 

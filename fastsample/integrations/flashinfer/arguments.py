@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from fastsample.api import pack_params
+from fastsample.checks import check_logits
+from fastsample.inputs import pack_offsets, pack_params, pack_seeds
 from fastsample.integrations.flashinfer.masses import bits_of, exactly, is_negative, rounded
 from fastsample.params import specs
-from fastsample.request import check_logits
-from fastsample.rows import pack_offsets, pack_seeds
 
 Tensor = torch.Tensor
 
@@ -152,7 +151,7 @@ def _bits(name: str, value: Tensor, rows: int, device: torch.device) -> Tensor:
 
 
 def row_seeds(seed: Tensor, rows: int) -> Tensor:
-    """`fastsample.rows.row_seeds` of a seed [1] on the device."""
+    """`fastsample.inputs.row_seeds` of a seed [1] on the device."""
     return _splitmix64(_splitmix64(seed) + torch.arange(rows, device=seed.device))
 
 

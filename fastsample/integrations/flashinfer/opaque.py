@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from fastsample.disabled import disabled
 from fastsample.integrations.flashinfer.eager import functions
-from fastsample.untraced import disabled
 
 
 def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:

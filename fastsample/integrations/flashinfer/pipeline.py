@@ -13,6 +13,7 @@ import torch
 
 from fastsample import reference as spec
 from fastsample.backends import Outputs, select
+from fastsample.inputs import Rows
 from fastsample.integrations.flashinfer.arguments import (
     Limit,
     check_no_nan,
@@ -25,7 +26,6 @@ from fastsample.integrations.flashinfer.arguments import (
     table,
 )
 from fastsample.integrations.flashinfer.masses import scale
-from fastsample.rows import Rows
 
 Tensor = torch.Tensor
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fastsample.checks import CPU
 from fastsample.integrations.grammar.vocabulary import Vocabulary
-from fastsample.params import CPU
 
 if TYPE_CHECKING:
     from fastsample.integrations.grammar import Grammar

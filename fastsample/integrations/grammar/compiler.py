@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastsample.checks import CPU
 from fastsample.integrations.grammar.check import INSTALL, Check, Matches, OneOf, Validates
 from fastsample.integrations.grammar.engines import ENGINES, Matcher, Start, gist
 from fastsample.integrations.grammar.names import UniqueNames, may_repeat
@@ -18,7 +19,6 @@ from fastsample.integrations.grammar.regex import parse
 from fastsample.integrations.grammar.schema import ANNOTATIONS, Rewriter
 from fastsample.integrations.grammar.types import schema_of
 from fastsample.integrations.grammar.vocabulary import Vocabulary
-from fastsample.params import CPU
 
 
 class GrammarCompiler:

@@ -18,14 +18,13 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor
 
 from fastsample.api import filter_logits
-from fastsample.backends import LogprobsMode
+from fastsample.inputs import Seed
 from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError
 from fastsample.integrations.grammar.batch import per_row
 from fastsample.integrations.transformers.loop import Loop, Streamer
 from fastsample.integrations.transformers.rows import check_backend
+from fastsample.outputs import LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
-from fastsample.request import OnInvalid
-from fastsample.rows import Seed
 
 __all__ = ["FastSampleLogitsProcessor", "GrammarLogitsProcessor", "Streamer", "fs_generate"]
 

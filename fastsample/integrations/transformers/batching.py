@@ -22,10 +22,11 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.logits_process import LogitsProcessorList
 
 from fastsample.api import sample
+from fastsample.checks import CPU, whole
+from fastsample.inputs import pack_seeds, splitmix64
 from fastsample.integrations.transformers.plan import make_plan
 from fastsample.integrations.transformers.rows import check_backend
-from fastsample.params import CPU, SamplingParams, whole
-from fastsample.rows import pack_seeds, splitmix64
+from fastsample.params import SamplingParams
 
 _FIELDS = ("temperature", "top_k", "top_p", "min_p")
 

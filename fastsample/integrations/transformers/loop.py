@@ -16,7 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from fastsample.backends import LogprobsMode
+from fastsample.inputs import Seed
 from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
 from fastsample.integrations.grammar.batch import check_grammar
 from fastsample.integrations.transformers.generate import (
@@ -39,9 +39,8 @@ from fastsample.integrations.transformers.rows import (
     sequence_seeds,
 )
 from fastsample.integrations.transformers.step import Clean, Criteria, Draw, Followed, Inputs, Progress
+from fastsample.outputs import LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
-from fastsample.request import OnInvalid
-from fastsample.rows import Seed
 
 
 class Streamer(Protocol):

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from fastsample.backends import engine
+from fastsample.checks import CPU, is_one_of
+from fastsample.inputs import pack_offsets, pack_seeds, row_seeds
 from fastsample.integrations.grammar import Grammar
-from fastsample.params import CPU, SamplingParams
-from fastsample.request import check_on_invalid, is_one_of
-from fastsample.rows import pack_offsets, pack_seeds, row_seeds
+from fastsample.outputs import check_on_invalid
+from fastsample.params import SamplingParams
 
 
 def check_backend(backend: Any) -> None:

@@ -11,14 +11,13 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from fastsample.api import filter_logits
-from fastsample.backends import LogprobsMode
+from fastsample.inputs import Bias, pack_bias
 from fastsample.integrations.grammar import GrammarBatch, GrammarError
 from fastsample.integrations.transformers.conflicts import culprits, told
 from fastsample.integrations.transformers.plan import Plan
 from fastsample.integrations.transformers.rows import repeated, siblings
+from fastsample.outputs import STATUS, LogprobsMode, SampleOutput
 from fastsample.params import SamplingParams
-from fastsample.request import STATUS, SampleOutput
-from fastsample.rows import Bias, pack_bias
 from fastsample.sampler import Sampler
 
 _NOTHING_LEFT = 3  # of STATUS

@@ -1,4 +1,4 @@
-"""Penalties count token ids; without any they change nothing, which their user is told."""
+"""Penalties count token ids. Without any they change nothing, and the caller is warned."""
 
 from __future__ import annotations
 

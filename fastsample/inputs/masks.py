@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from fastsample.ids import row_of_ids
-from fastsample.params import CPU, INTEGERS, from_numpy, is_list, require_dense, whole
-from fastsample.rows import MAX_VOCAB, Allowed, last_contiguous, require_tensor
+from fastsample.checks import (
+    CPU,
+    INTEGERS,
+    MAX_VOCAB,
+    Array,
+    from_numpy,
+    is_list,
+    last_contiguous,
+    require_dense,
+    require_tensor,
+    whole,
+)
+from fastsample.inputs.ids import row_of_ids
+
+Allowed: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
 
 
 def pack_bitmask(allowed: Allowed, vocab_size: int, *, device: torch.device | str | None = None) -> torch.Tensor:
-    """The `bitmask` that allows these tokens: packed once, it costs its steps nothing more.
+    """The `bitmask` that allows these tokens: packed once, it costs later steps nothing.
 
     Args:
         allowed: bool [V] or [B, V] (a tensor or an array), True where a token is allowed; or ids: [n] or a list or set

@@ -5,13 +5,24 @@ from __future__ import annotations
 import marshal
 import numbers
 from array import array
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from fastsample.params import CPU, INTEGERS, from_numpy, is_list
-from fastsample.rows import TokenIds, integer, last_contiguous, require_tensor
+from fastsample.checks import (
+    CPU,
+    INTEGERS,
+    Array,
+    from_numpy,
+    integer,
+    is_list,
+    last_contiguous,
+    require_tensor,
+)
+
+TokenIds: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
 
 MAX_IDS = 2**29
 """Token ids per row: prompt, output and bias together are counted in 32 bits."""
@@ -36,7 +47,7 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
 
 
 def rows_of_ids(name: str, ids: Any, rows: int, device: torch.device) -> list[torch.Tensor | None]:
-    """A list with a row's ids or None each, or with the ids of the only row, as int64 [L] each."""
+    """A list that holds ids or None for each row, or the ids of the only row, as one int64 [L] each."""
     if not is_list(ids):
         raise TypeError(f"{name}: expected a tensor [B, L] or a list of lists of token ids, got {type(ids).__name__}")
     flat = rows == 1 and (not len(ids) or isinstance(ids[0], (numbers.Number, str)))
@@ -82,7 +93,7 @@ _SMALL = np.dtype([("type", "u1"), ("value", "<i4")])
 
 
 def _numbers(name: str, line: Any, row: int | None) -> np.ndarray[Any, Any]:
-    """A sequence of integers as int64 [L], or an error that names the one that is none.
+    """A sequence of integers as int64 [L], or an error that names the element that is none.
 
     Numpy and torch take bools for integers, and to ask each number for its type costs more than all the rest of a
     step. In marshal's version 2 an int of 32 bits is the letter i and 4 bytes, and nothing else is: one pass in C
@@ -91,7 +102,7 @@ def _numbers(name: str, line: Any, row: int | None) -> np.ndarray[Any, Any]:
     line = line if type(line) is list else list(line)
     try:
         data = marshal.dumps(line, 2)
-    except ValueError:  # a number that is no Python int, or no number
+    except ValueError:  # something that is not a Python number
         data = b""
     if len(data) == 5 + 5 * len(line):
         found = np.frombuffer(data, _SMALL, offset=5)
@@ -101,7 +112,7 @@ def _numbers(name: str, line: Any, row: int | None) -> np.ndarray[Any, Any]:
         try:
             return np.array(array("q", line), dtype=np.int64)
         except OverflowError:
-            pass  # and is found below
+            pass  # found below
     return np.array([integer(f"{name} id", value, row) for value in line], dtype=np.int64)
 
 

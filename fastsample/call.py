@@ -1,0 +1,280 @@
+"""A call as it is made eagerly: logits and options checked, parameters and inputs packed, an engine run.
+
+The public functions (api.py), the operators for torch.compile (ops.py) and Sampler all end here.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+
+from fastsample import repeats
+from fastsample.backends import Engine, Outputs, select
+from fastsample.checks import CPU, check_logits, has_memory
+from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
+from fastsample.inputs.batch import flat, flat_fields
+from fastsample.inputs.penalties import warn_without_ids
+from fastsample.inputs.records import pack
+from fastsample.outputs import (
+    FIELD,
+    Options,
+    SampleOutput,
+    Written,
+    allocate,
+    check_buffer,
+    empty,
+    raise_if_invalid,
+    span,
+    wanted,
+)
+from fastsample.params import SamplingParams
+
+Kind = Literal["tokens", "filtered", "probabilities"]
+
+OTHERS = ("seed", "offset", *Options._fields, *Inputs._fields, "out")
+"""Arguments of the public calls that a misspelt name may have meant, besides a parameter."""
+
+
+def make(
+    kind: Kind,
+    logits: torch.Tensor,
+    params: SamplingParams | None,
+    fields: dict[str, Any],
+    seed: Seed | None,
+    offset: Seed,
+    inputs: Inputs,
+    options: Options,
+    out: Any,
+    stacklevel: int | None = 3,
+) -> Any:
+    """`fastsample.sample` (of tokens), `filter_logits` or `probabilities`: checks, errors and all.
+
+    `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning.
+    """
+    name = repeats.key(kind, params, fields, options)
+    known = repeats.take(name)
+    call = new(kind, options) if known is None else known.call
+    table = call.table(logits)
+    if len(call.batch) > 1:
+        fields, inputs = flat_fields(call.batch, fields), inputs.flat(call.batch)
+        seed, offset = flat("seed", seed, call.batch), flat("offset", offset, call.batch)
+    count = table.shape[0]
+    packed = pack(params, fields, count, OTHERS) if known is None else known.packed
+    rows = known.rows(seed, offset, count) if known is not None and call.small else None
+    if rows is None:
+        rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count)).to(table.device)
+    if inputs is not NO_INPUTS:
+        rows = rows if known is None else rows.with_inputs()
+        inputs.attach(rows, table)
+    if packed.penalties and stacklevel is not None:
+        warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel)
+    result = call.run(table, rows, out)
+    if name is not None and call.small:
+        call.let_go()
+        repeats.put_back(name, repeats.Repeat(call, packed) if known is None else known)
+    return result
+
+
+def new(kind: Kind, options: Options) -> SampleCall | FullCall:
+    return SampleCall(options) if kind == "tokens" else FullCall(options, kind)
+
+
+class Call:
+    """The options of a call and what is known of the logits that it saw last.
+
+    A step with logits of the same shape then costs little Python: a Sampler, which has some number of `slots`, keeps
+    its call.
+    """
+
+    def __init__(self, options: Options, slots: int | None = None) -> None:
+        self.options = options.checked()
+        self.raises = self.options.on_invalid == "raise"
+        self.slots = slots
+        self.batch: tuple[int, ...] = ()  # [B], [] for 1-D logits, [B, T] for 3-D ones
+        self.device: torch.device | None = None  # of the logits seen last
+        self._engine: Engine
+        self.lasts = slots is not None  # whether it serves many steps
+        self.small = False  # whether Python's share of a call is worth saving
+        self._copied: torch.Tensor | None = None  # the logits, where the table is no view of them
+        self._checked: tuple[Any, ...] | None = None
+
+    def table(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
+        if self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided:
+            known = not logits.is_nested and not logits.is_neg() and has_memory(logits)
+            if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
+                return logits if len(self.batch) == 1 else logits.unsqueeze(0)
+        table = check_logits(logits)
+        if self.slots is not None and logits.ndim > 2:
+            raise ValueError(f"logits: expected [{self.slots}, V], a row per slot, got shape {tuple(logits.shape)}")
+        if self.slots is not None and table.shape[0] != self.slots:
+            raise ValueError(f"logits: expected {self.slots} rows (batch_size), got {table.shape[0]}")
+        if self.options.top_logprobs > table.shape[1]:
+            raise ValueError(f"top_logprobs = {self.options.top_logprobs}: expected at most V = {table.shape[1]}")
+        self._engine = select(self.options.backend, table)
+        self.batch = tuple(logits.shape[:-1])
+        self._copied = None if table.data_ptr() == logits.data_ptr() else logits
+        self._forget_buffers()
+        self.device = logits.device
+        size = table.shape[0] * max(self.options.num_samples, self.options.top_logprobs)
+        self.small = self.device == CPU and logits.ndim <= 2 and size <= repeats.SMALL  # a GPU needs copies anyway
+        self._checked = (logits.shape, logits.stride(), logits.dtype, self.device)
+        return table
+
+    def let_go(self) -> None:
+        """Drop every tensor of the caller's, since the next step may be far off."""
+        self.lasts, self._copied = True, None
+
+    def _forget_buffers(self) -> None:
+        """Buffers for logits of another shape are no use."""
+
+    def _require_apart(self, written: Written, table: torch.Tensor, rows: Rows) -> None:
+        written.require_apart_from(table, rows)
+        if self._copied is not None:
+            written.require_apart_from(self._copied, rows)
+
+
+class FullCall(Call):
+    """A call that gives one number per logit."""
+
+    def __init__(self, options: Options, kind: Kind) -> None:
+        super().__init__(options)
+        self._field = FIELD[kind]
+        self._own: Outputs | None = None  # with a status that nobody else sees
+
+    def run(self, table: torch.Tensor, rows: Rows, out: torch.Tensor | None) -> torch.Tensor:
+        """Fill a fresh tensor, or `out`, from what `table` returned last."""
+        device, shape = table.device, (*self.batch, table.shape[1])
+        if self._own is None:
+            with torch.inference_mode(False):
+                self._own = Outputs(empty((table.shape[0],), torch.int32, device))
+        outputs, status = self._own, self._own.status
+        if out is None:
+            result = empty(shape, self._field.dtype, device)
+        else:
+            check_buffer("out", out, self._field, shape, device)
+            self._require_apart(Written({"out": out}), table, rows)
+            if self.raises:  # a first run that only looks, so that nothing is written on an error
+                self._engine.run(table, rows, Outputs(status))
+                raise_if_invalid(status, self.batch)
+            result = out
+        setattr(outputs, self._field.name, result if len(self.batch) < 2 else result.view(table.shape))
+        invalid = self._engine.run(table, rows, outputs)
+        if self.raises and invalid != 0:
+            raise_if_invalid(status, self.batch)
+        return result
+
+    def let_go(self) -> None:
+        super().let_go()
+        setattr(self._own, self._field.name, None)
+
+    def _forget_buffers(self) -> None:
+        self._own = None
+
+
+class SampleCall(Call):
+    """A call that draws tokens."""
+
+    def __init__(self, options: Options, slots: int | None = None) -> None:
+        super().__init__(options, slots)
+        self._wanted = wanted(self.options)  # names of the buffers to fill
+        self._more = [name for name in self._wanted if name not in ("tokens", "status")]
+        self._template: SampleOutput | None = None
+        self._own: Outputs | None = None  # of fresh buffers; a Sampler's calls take turns
+        self._last: tuple[SampleOutput, Outputs] | None = None
+        self._written: Written  # and what is known of its memory
+        self._bytes = 0  # from the first logit to the last
+        self._made_for_inference = False
+
+    def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
+        """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
+        outputs = None if out is None else self._checked_outputs(out, table, rows)
+        # A caller's buffers keep what they hold where a row is invalid and that is an error.
+        if out is None or outputs is None or (self.raises and not outputs.restore):
+            result = self._fresh(table.device)
+            outputs = self._own = self._outputs(result, self._own)
+        else:
+            result = out
+        invalid = self._engine.run(table, rows, outputs)
+        if self.raises and invalid != 0:
+            if outputs.restore:
+                result = self._fresh(table.device)
+                self._engine.run(table, rows, self._outputs(result))
+            raise_if_invalid(result.status, self.batch)
+        if advance:
+            self._engine.advance(rows)
+        if out is None or out is result:
+            return result
+        with torch.inference_mode() if self._made_for_inference else nullcontext():
+            for name in self._wanted:
+                getattr(out, name).copy_(getattr(result, name))
+        return out
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._last = None
+        if self._own is not None and (ours := self._template) is not None:
+            self._own.tokens, self._own.status = ours.tokens, ours.status
+            for name in self._more:
+                setattr(self._own, name, getattr(ours, name))
+        else:
+            self._own = None
+
+    def _forget_buffers(self) -> None:
+        self._template = self._last = None
+
+    def _fresh(self, device: torch.device) -> SampleOutput:
+        """New buffers for each call. Making them like a template takes half the time, which pays from the second on."""
+        if self._template is None:
+            if self.lasts:
+                self._template = allocate(self.batch, self.options, device)
+            return allocate(self.batch, self.options, device)
+        like = self._template
+        fresh = SampleOutput(torch.empty_like(like.tokens), torch.empty_like(like.status))
+        for name in self._more:
+            setattr(fresh, name, torch.empty_like(getattr(like, name)))
+        return fresh
+
+    def _outputs(self, result: SampleOutput, outputs: Outputs | None = None, restore: bool = False) -> Outputs:
+        """The engine's view of buffers: `outputs`, if given, is an earlier one."""
+        if outputs is None:
+            options = self.options
+            outputs = Outputs(result.status, num_samples=options.num_samples, mode=options.logprobs, restore=restore)
+            outputs.num_top = options.top_logprobs
+        if len(self.batch) > 1:  # an engine fills [B * T, ...]
+            for name in self._wanted:
+                setattr(outputs, name, getattr(result, name).flatten(0, len(self.batch) - 1))
+            return outputs
+        outputs.status, outputs.tokens = result.status, result.tokens
+        for name in self._more:
+            setattr(outputs, name, getattr(result, name))
+        return outputs
+
+    def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
+        """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
+        if self._last is not None and self._last[0] is out and self._same_buffers(out, self._last[1]):
+            self._written.require_apart_from(table, rows, self._bytes)
+            return self._last[1]
+        if not isinstance(out, SampleOutput):
+            raise TypeError(f"out: expected a SampleOutput, got {type(out).__name__}")
+        buffers = {f"out.{name}": getattr(out, name) for name in self._wanted}
+        for name, buffer in zip(self._wanted, buffers.values(), strict=True):
+            field = FIELD[name]
+            shape = field.shape(self.batch, self.options, table.shape[1])
+            check_buffer(f"out.{name}", buffer, field, shape, table.device)
+        self._written = Written(buffers)
+        self._made_for_inference = any(buffer.is_inference() for buffer in buffers.values())
+        start, end = span(table)
+        self._bytes = end - start
+        self._require_apart(self._written, table, rows)
+        outputs = self._outputs(out, restore=self.raises and self._engine.restores)
+        self._last = (out, outputs)
+        return outputs
+
+    def _same_buffers(self, out: SampleOutput, outputs: Outputs) -> bool:
+        """Whether a SampleOutput still holds the tensors that were checked."""
+        if out.tokens is not outputs.tokens or out.status is not outputs.status:
+            return False
+        return not self._more or all(getattr(out, name) is getattr(outputs, name) for name in self._more)

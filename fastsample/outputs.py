@@ -1,0 +1,253 @@
+"""Outputs: what can be asked of a call, the buffers that hold the answer, and the memory they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from fastsample.checks import MAX_VOCAB, count, is_one_of, require_dense
+from fastsample.inputs import Rows
+from fastsample.params import SamplingParams
+
+OnInvalid = Literal["raise", "flag"]
+LogprobsMode = Literal["raw", "processed"]
+
+STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everything is masked)"}
+"""What a non-zero status means, after bitmask, bias and penalties."""
+
+
+class Options(NamedTuple):
+    """What is asked of a sampling call, besides how its rows are sampled."""
+
+    num_samples: int = 1
+    logprobs: LogprobsMode | None = None
+    top_logprobs: int = 0
+    on_invalid: OnInvalid = "raise"
+    backend: str = "auto"
+
+    def checked(self) -> Options:
+        """The same with plain integers, or an error that says what an option should be. `select` checks the backend."""
+        num_samples = count("num_samples", self.num_samples, 1, 2**31 - 1)
+        top_logprobs = count("top_logprobs", self.top_logprobs, 0, MAX_VOCAB)
+        if self.logprobs is not None and not is_one_of(self.logprobs, "raw", "processed"):
+            raise ValueError(f"logprobs = {self.logprobs!r}: expected None, 'raw' or 'processed'")
+        if top_logprobs and self.logprobs is None:
+            raise ValueError(f"top_logprobs = {top_logprobs}: needs logprobs='raw' or 'processed'")
+        check_on_invalid(self.on_invalid)
+        return self._replace(num_samples=num_samples, top_logprobs=top_logprobs)
+
+
+def check_on_invalid(on_invalid: str) -> None:
+    if not is_one_of(on_invalid, "raise", "flag"):
+        raise ValueError(f"on_invalid = {on_invalid!r}: expected 'raise' or 'flag'")
+
+
+# The fields ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """One output: its buffer and when there is one."""
+
+    name: str
+    dtype: torch.dtype
+    per: Literal["row", "draw", "top", "token"]  # what each row has one value for
+    invalid: float | None  # what an invalid row holds; None where it differs from row to row
+    wanted_by: str | None = None  # the option that asks for it; None where every call of its kind fills it
+
+    def wanted(self, options: Options) -> bool:
+        return self.wanted_by is None or bool(getattr(options, self.wanted_by))
+
+    def shape(self, batch: Sequence[int], options: Options, vocab: int) -> tuple[int, ...]:
+        """The buffer's shape; `batch` is all of the logits' shape but the vocabulary."""
+        if self.per == "row":
+            return tuple(batch)
+        if self.per == "draw":
+            return tuple(batch) if options.num_samples == 1 else (*batch, options.num_samples)
+        return (*batch, options.top_logprobs if self.per == "top" else vocab)
+
+
+FIELDS = (
+    Field("status", torch.int32, "row", None),
+    Field("tokens", torch.int64, "draw", -1),
+    Field("filtered", torch.float32, "token", -torch.inf),
+    Field("probabilities", torch.float32, "token", 0),
+    Field("logprobs", torch.float32, "draw", torch.nan, "logprobs"),
+    Field("ranks", torch.int64, "draw", 0, "logprobs"),
+    Field("top_ids", torch.int64, "top", -1, "top_logprobs"),
+    Field("top_logprobs", torch.float32, "top", torch.nan, "top_logprobs"),
+)
+"""Every output, in the order in which the native engines take their addresses."""
+
+
+@dataclass(slots=True, eq=False)
+class SampleOutput:
+    """What `sample` returns. B rows, n = num_samples, N = top_logprobs; [B, n] is [B] when num_samples is 1.
+
+    B stands for all of the logits' dimensions but the last: none for [V], [B, T] for [B, T, V].
+
+    Two are equal where every field is, by value: shape, dtype and numbers (NaN equals NaN), wherever they lie.
+    Comparing tensors on a GPU waits for it. Outputs have no hash, since calls with `out` change them. They can be
+    copied, pickled, and loaded with `torch.load(weights_only=True)` once fastsample is imported.
+
+    Attributes:
+        tokens: int64 [B] or [B, n]; -1 in invalid rows.
+        status: int32 [B]; 0 valid, 1 NaN, 2 +inf, 3 nothing above -inf.
+        logprobs: float32 like tokens; natural log-probability of each sampled token. NaN in invalid rows.
+        ranks: int64 like tokens; 1 + number of tokens strictly above the sampled one. 0 in invalid rows.
+        top_ids: int64 [B, N] in rank order; -1 past the last token that is kept ("processed") or above -inf ("raw").
+        top_logprobs: float32 [B, N]; -inf where top_ids is -1.
+    """
+
+    tokens: torch.Tensor
+    status: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    ranks: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SampleOutput):
+            return NotImplemented
+        return all(_same_values(getattr(self, name), getattr(other, name)) for name in self.__slots__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__slots__)
+
+
+def _same_values(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    try:
+        require_dense("a", a)
+        require_dense("b", b)
+    except ValueError:  # nothing to compare
+        return False
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    b = b.to(a.device)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+torch.serialization.add_safe_globals([SampleOutput, SamplingParams])  # plain data, checked by its constructor
+
+FIELD = {field.name: field for field in FIELDS}
+SAMPLED = tuple(FIELD[name] for name in SampleOutput.__slots__)
+"""Those of a SampleOutput, in its order."""
+
+
+def wanted(options: Options) -> tuple[str, ...]:
+    """Names of the fields of a SampleOutput that are not None."""
+    return _wanted(options.logprobs is not None, options.top_logprobs > 0)
+
+
+@lru_cache
+def _wanted(logprobs: bool, top: bool) -> tuple[str, ...]:
+    options = Options(logprobs="raw" if logprobs else None, top_logprobs=int(top))
+    return tuple(field.name for field in SAMPLED if field.wanted(options))
+
+
+# Buffers -------------------------------------------------------------------------------------------------------------
+
+
+def allocate(batch: Sequence[int], options: Options, device: torch.device) -> SampleOutput:
+    """Fresh buffers for what is wanted."""
+    buffers = [
+        empty(field.shape(batch, options, 0), field.dtype, device) if field.wanted(options) else None
+        for field in SAMPLED
+    ]
+    return SampleOutput(*buffers)  # type: ignore[arg-type]
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor. Torch reads a tuple half as slowly again as its numbers."""
+    return torch.empty(*shape or ((),), dtype=dtype, device=device)
+
+
+def check_buffer(name: str, buffer: Any, field: Field, shape: tuple[int, ...], device: torch.device) -> None:
+    """A buffer to write to must be exactly what a fresh one would be."""
+    if not isinstance(buffer, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
+    require_dense(name, buffer)
+    if buffer.shape != shape or buffer.dtype != field.dtype or buffer.device != device:
+        got = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
+        raise ValueError(f"{name}: expected {field.dtype} {list(shape)} on {device}, got {got}")
+    if not buffer.is_contiguous() or buffer.is_neg():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
+    if buffer.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no gradient: it is overwritten; call .detach()")
+
+
+class Written:
+    """Buffers that a call writes to: each in memory of its own."""
+
+    def __init__(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._spans = {name: span(buffer) for name, buffer in buffers.items() if buffer.numel()}
+        self._low = min((start for start, _ in self._spans.values()), default=0)
+        self._high = max((end for _, end in self._spans.values()), default=0)
+        in_order = sorted(self._spans.items(), key=lambda item: item[1])
+        for (name, (_, end)), (other, (start, _)) in pairwise(in_order):
+            if start < end:
+                raise ValueError(f"{other}: shares memory with {name}; pass another tensor")
+
+    def require_apart_from(self, table: torch.Tensor, rows: Rows, size: int | None = None) -> None:
+        """ValueError where something that is read lies there too, or may lie there, between rows that are far apart.
+
+        `size`: the table's bytes, where a step knows that nothing but the table and the inputs can have moved.
+        """
+        if (start := table.data_ptr()) < self._high:
+            self._require_apart("the logits", start, start + size if size is not None else span(table)[1])
+        if size is None:
+            self._look_at("seed", rows.seeds)
+            self._look_at("offset", rows.offsets)
+        rows.visit_inputs(self._look_at)
+
+    def _look_at(self, other: str, tensor: torch.Tensor) -> None:
+        if tensor.data_ptr() < self._high:
+            self._require_apart(other, *span(tensor))
+
+    def _require_apart(self, other: str, start: int, end: int) -> None:
+        if end <= self._low or self._high <= start:
+            return
+        for name, (first, last) in self._spans.items():
+            if start < last and first < end:
+                raise ValueError(f"{name}: shares memory with {other}; pass another tensor")
+
+
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address of a tensor's first byte and of the one past its last."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    if not tensor.numel():
+        return start, start
+    last = 0
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (size - 1) * stride
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def raise_if_invalid(status: torch.Tensor, batch: Sequence[int] = ()) -> None:
+    """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device.
+
+    `batch`: the leading dimensions. Where there are several, a row's place among them is named too.
+    """
+    if status.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("on_invalid='raise' waits for the device, which no CUDA graph can; use on_invalid='flag'")
+    bad = status.reshape(-1).nonzero()[:, 0].tolist()
+    if bad:
+        places = [f" {tuple(map(int, np.unravel_index(row, batch)))}" if len(batch) > 1 else "" for row in bad[:4]]
+        shown = ", ".join(
+            f"row {row}{place} has {STATUS[int(status.reshape(-1)[row])]}"
+            for row, place in zip(bad, places, strict=False)
+        )
+        more = f" and {len(bad) - 4} more rows are invalid" if len(bad) > 4 else ""
+        raise ValueError(f"logits: {shown}{more}; on_invalid='flag' returns token -1 and a status instead")
