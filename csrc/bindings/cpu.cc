@@ -1,5 +1,4 @@
-// fastsample._cpu: addresses and strides in, exceptions out, the GIL released. Python has validated
-// everything.
+// fastsample._cpu: records in, exceptions out, the GIL released. Python has validated everything.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,9 +14,9 @@
 #include <exception>
 #include <optional>
 #include <stdexcept>
-#include <tuple>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
@@ -25,71 +24,8 @@ namespace py = pybind11;
 namespace fastsample {
 namespace {
 
-using Address = uintptr_t;
-using Strided = std::tuple<Address, int64_t>;         // address, row stride in elements
-using Table = std::tuple<Address, int64_t, int64_t>;  // address, row stride, row length
-using Triple = std::tuple<Address, Address, Address>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-Column<T> column(const Strided& c, int64_t elements_per_row = 1) {
-  return Column<T>{pointer<const T>(std::get<0>(c)), std::get<1>(c) / elements_per_row};
-}
-
-Bitmask bitmask(const std::optional<Table>& mask) {
-  if (!mask) return Bitmask{nullptr, 0, 0};
-  // A mask of no words allows nothing; its address may be null, which would mean no mask at all.
-  static const int32_t kNothing = 0;
-  const auto [address, stride, words] = *mask;
-  return words ? Bitmask{pointer<const int32_t>(address), stride, words} : Bitmask{&kNothing, 0, 0};
-}
-
-BiasEntries bias_entries(const std::optional<Triple>& bias) {
-  if (!bias) return BiasEntries{nullptr, nullptr, nullptr};
-  const auto [row_ptr, ids, values] = *bias;
-  return BiasEntries{pointer<const int64_t>(row_ptr), pointer<const int64_t>(ids),
-                     pointer<const float>(values)};
-}
-
-TokenIds token_ids(const std::optional<Table>& ids) {
-  if (!ids || std::get<2>(*ids) == 0) return TokenIds{nullptr, 0, 0};
-  const auto [address, stride, length] = *ids;
-  return TokenIds{pointer<const int64_t>(address), stride, length};
-}
-
-constexpr int64_t kFields = sizeof(RowParams) / sizeof(int32_t);
-
-// A batch's Rows and how many offsets they have, made once and used for many steps; Python keeps
-// the tensors alive.
-struct SizedRows : Rows {
-  int64_t num_offsets;
-};
-
-SizedRows make_rows(Strided params, Strided seeds, Strided offsets, int64_t num_offsets) {
-  SizedRows rows = {};
-  rows.num_offsets = num_offsets;
-  rows.params = column<RowParams>(params, kFields);
-  rows.seeds = column<int64_t>(seeds);
-  rows.offsets = column<int64_t>(offsets);
-  return rows;
-}
-
-// The same parameters with what changes from step to step.
-SizedRows with_inputs(SizedRows rows, std::optional<Table> mask, std::optional<Triple> bias,
-                      std::optional<Table> prompt, std::optional<Table> output) {
-  rows.bitmask = bitmask(mask);
-  rows.bias = bias_entries(bias);
-  rows.prompt = token_ids(prompt);
-  rows.output = token_ids(output);
-  return rows;
-}
-
-// What a step's buffers hold, to be put back. (Calls that fill [B, V] have none of their callers'
-// to keep.)
+// A copy of what a step's buffers hold, to restore them after an error. Buffers of [B, V] are left
+// out: a call that fills those never restores.
 class Saved {
  public:
   explicit Saved(const Outputs& out, int64_t rows) : out_(out), rows_(rows) {
@@ -109,7 +45,7 @@ class Saved {
   }
 
  private:
-  // Keeps its memory from call to call.
+  // One allocation per thread that serves every call.
   static std::vector<char>& spare() {
     thread_local std::vector<char> bytes;
     return bytes;
@@ -144,16 +80,17 @@ bool is_main_thread() {
 #endif
 }
 
-// A call without the GIL. Not gil_scoped_release: where the interpreter is being finalised, taking
-// the lock back ends this thread by unwinding its stack, and to unwind a destructor would abort the
-// process.
+// A call without the GIL. pybind11's gil_scoped_release will not do: while the interpreter is being
+// finalised, taking the GIL back ends this thread by unwinding its stack, and unwinding through a
+// destructor would abort the process.
 class Unlocked {
  public:
   void begin() { state_ = PyEval_SaveThread(); }
   void end() { PyEval_RestoreThread(state_); }
 
-  // Lets Python's handlers of signals run where that is due; whether one of them has raised, which
-  // this thread's state then holds. The main thread alone asks: it is the one that finalises.
+  // Runs Python's signal handlers when that is due. True once a handler has raised; the exception
+  // is then set in this thread's state. Only the main thread asks, and that is the one that
+  // finalises.
   bool interrupted() {
     constexpr std::chrono::milliseconds kBetween(100);
     const auto now = std::chrono::steady_clock::now();
@@ -174,27 +111,17 @@ class Unlocked {
   bool raised_ = false;
 };
 
-int64_t run(const SizedRows& rows, Address logits, int64_t stride, int64_t batch_size,
-            int32_t vocab, int32_t dtype, Address status, Address tokens, int32_t num_samples,
-            bool restore, int threads, Address filtered, Address probabilities, Address logprobs,
-            Address ranks, Address top_ids, Address top_logprobs, int32_t num_top, int32_t mode) {
-  // Such as the address of a fake tensor, one that was made while torch pretends.
-  if (batch_size &&
-      (!logits || !status || !rows.params.data || !rows.seeds.data || !rows.offsets.data)) {
+int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bool restore) {
+  // A tensor made while torch pretends (a fake one) has no address.
+  if (call.logits.rows &&
+      (!call.logits.logits || !call.out.status || !rows.params || !rows.seeds || !rows.offsets)) {
     throw std::invalid_argument("logits, params or outputs: a tensor without memory");
   }
-  const Batch batch = {
-      Logits{pointer<const void>(logits), stride, batch_size, vocab, (DType)dtype},
-      rows,
-      Outputs{pointer<int32_t>(status), pointer<int64_t>(tokens), pointer<float>(filtered),
-              pointer<float>(probabilities), pointer<float>(logprobs), pointer<int64_t>(ranks),
-              pointer<int64_t>(top_ids), pointer<float>(top_logprobs), num_samples, num_top,
-              (LogprobsMode)mode},
-  };
+  const Batch batch = batch_of(rows, call);
   int64_t invalid = 0;
   std::exception_ptr error;
   std::optional<Saved> saved;
-  if (restore) saved.emplace(batch.out, batch_size);
+  if (restore) saved.emplace(batch.out, batch.logits.rows);
   Unlocked unlocked;
   unlocked.begin();
   try {
@@ -209,42 +136,21 @@ int64_t run(const SizedRows& rows, Address logits, int64_t stride, int64_t batch
   return invalid;
 }
 
-// The usual call, apart because each argument takes Python some time.
-int64_t run_tokens(const SizedRows& rows, Address logits, int64_t stride, int64_t batch_size,
-                   int32_t vocab, int32_t dtype, Address status, Address tokens,
-                   int32_t num_samples, bool restore, int threads) {
-  return run(rows, logits, stride, batch_size, vocab, dtype, status, tokens, num_samples, restore,
-             threads, 0, 0, 0, 0, 0, 0, 0, kNoLogprobs);
-}
-
-// The next step of every sequence. Python hands over offsets that it owns.
-void advance(const SizedRows& rows) {
-  int64_t* offsets = const_cast<int64_t*>(rows.offsets.data);
+// The next step of every sequence, in offsets that Python owns.
+void advance(const RowArguments& rows) {
+  int64_t* offsets = (int64_t*)rows.offsets;
   for (int64_t r = 0; r < rows.num_offsets; ++r) offsets[r] = (int64_t)((uint64_t)offsets[r] + 1);
-}
-
-py::tuple param_fields() {
-#define FASTSAMPLE_NAME(type, name) #name,
-  constexpr const char* kNames[] = {FASTSAMPLE_PARAM_FIELDS(FASTSAMPLE_NAME)};
-#undef FASTSAMPLE_NAME
-  py::tuple names(kFields);
-  for (int64_t i = 0; i < kFields; ++i) names[(size_t)i] = kNames[i];
-  return names;
 }
 
 }  // namespace
 }  // namespace fastsample
 
-// No state here that the GIL would guard: what threads share in csrc/cpu is atomic or locked.
+// No state here needs the GIL: what threads share in csrc/cpu is atomic or locked.
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   namespace fs = fastsample;
   m.doc() = "The CPU engine: see fastsample.backends.cpu, its only caller.";
-  m.attr("PARAM_FIELDS") = fs::param_fields();
-  py::class_<fs::SizedRows>(m, "Rows", py::module_local())
-      .def(py::init(&fs::make_rows))
-      .def("with_inputs", &fs::with_inputs, "A copy with bitmask, bias, prompt and output ids.");
+  fs::add_fields(m);
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
-  m.def("run_tokens", &fs::run_tokens, "The same where nothing but tokens is wanted.");
   m.def("advance", &fs::advance, "Add 1 to every offset.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def(

@@ -1,16 +1,15 @@
-// fastsample._cuda: addresses, strides and a stream in, exceptions out, the GIL released. Python
-// has validated everything. Importing it asks for no driver.
+// fastsample._cuda: records and a stream in, exceptions out, the GIL released. Python has validated
+// everything. Importing it needs no driver.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cuda/arguments.h"
+#include "bindings/arguments.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -38,13 +37,13 @@ Device query(int index) {
   d.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   d.shared_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   d.shared_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-  // sm_90 and sm_10x allow more than what is portable, later ones are not known to.
+  // sm_90 and sm_10x allow more than the portable size; later ones are not known to.
   const bool large = d.arch >= 90 && d.arch < 110;
   d.largest_cluster = d.arch < 90 ? 1 : large ? kLargestCluster : kPortableCluster;
   return d;
 }
 
-// Makes a device current and puts the caller's back.
+// Makes a device current, and the caller's again at the end.
 class OnDevice {
  public:
   explicit OnDevice(int index) {
@@ -63,7 +62,7 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// What is known of a device, asked once. It must be current.
+// A device's properties, asked for once. It must be current.
 const Device& device_at(int index) {
   static std::mutex mutex;
   static std::vector<std::unique_ptr<Device>> known;
@@ -86,31 +85,17 @@ const Launches& launches_for(DType dtype) {
                              : launches_bfloat16;
 }
 
-// A batch's Rows, made once and used for many steps; Python keeps the tensors alive.
-struct NativeRows {
-  Rows rows;
-  int64_t bias_entries;
-};
-
-NativeRows make_rows(const std::array<int64_t, kRowArguments>& arguments) {
-  RowArguments a;
-  memcpy(&a, arguments.data(), sizeof a);
-  return NativeRows{rows_of(a), a.bias_entries};
-}
-
 using Lent = std::pair<uintptr_t, int64_t>;  // address, bytes
 
-// Launches and returns None, or the bytes of workspace and boards that it takes and did not get.
-std::optional<std::pair<int64_t, int64_t>> run(const NativeRows& rows, int device_index,
-                                               uintptr_t stream,
-                                               const std::array<int64_t, kCallArguments>& arguments,
-                                               Lent workspace, Lent boards) {
-  CallArguments a;
-  memcpy(&a, arguments.data(), sizeof a);
+// Launches and returns None; or launches nothing and returns how many bytes of workspace and boards
+// it needs.
+std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const CallArguments& call,
+                                               int device_index, uintptr_t stream, Lent workspace,
+                                               Lent boards) {
   const py::gil_scoped_release unlocked;
   const OnDevice current(device_index);
   const Device& device = device_at(device_index);
-  const Batch batch = batch_of(rows.rows, a);
+  const Batch batch = batch_of(rows, call);
   const Layout layout = layout_for(device, batch, rows.bias_entries, plan(device, shape_of(batch)));
   if (layout.workspace > workspace.second || layout.boards > boards.second) {
     return std::make_pair(layout.workspace, layout.boards);
@@ -145,25 +130,15 @@ std::optional<std::string> why_not_device(int index) {
          std::to_string(kOldestArch % 10) + " is the oldest it is built for";
 }
 
-py::tuple param_fields() {
-#define FASTSAMPLE_NAME(type, name) #name,
-  constexpr const char* kNames[] = {FASTSAMPLE_PARAM_FIELDS(FASTSAMPLE_NAME)};
-#undef FASTSAMPLE_NAME
-  py::tuple names(sizeof kNames / sizeof *kNames);
-  for (size_t i = 0; i < names.size(); ++i) names[i] = kNames[i];
-  return names;
-}
-
 }  // namespace
 }  // namespace fastsample
 
 PYBIND11_MODULE(_cuda, m) {
   namespace fs = fastsample;
   m.doc() = "The CUDA engine: see fastsample.backends.cuda, its only caller.";
-  m.attr("PARAM_FIELDS") = fs::param_fields();
+  fs::add_fields(m);
   m.attr("CUDA_VERSION") = CUDART_VERSION;
-  py::class_<fs::NativeRows>(m, "Rows").def(py::init(&fs::make_rows));
-  m.def("run", &fs::run, "Launch; or the bytes of memory that are missing.");
+  m.def("run", &fs::run, "Launch and return None, or the bytes of memory that it needs first.");
   m.def("why_not", &fs::why_not, "Why no GPU can be used, or None.");
   m.def("why_not_device", &fs::why_not_device, "Why this GPU cannot be used, or None.");
 }

@@ -37,28 +37,6 @@ class Outputs:
     restore: bool = False  # put back what they held where a row is invalid; only for engines that can
 
 
-def column(tensor: torch.Tensor) -> tuple[int, int]:
-    """Address and row stride; a stride of 0 shares the first row."""
-    return tensor.data_ptr(), tensor.stride(0) if tensor.shape[0] > 1 else 0
-
-
-def token_ids(ids: torch.Tensor) -> tuple[int, int, int]:
-    """Address, row stride and length of each row's list."""
-    return ids.data_ptr(), ids.stride(0), ids.shape[1]
-
-
-def beyond_tokens(out: Outputs) -> tuple[int, ...]:
-    """Addresses of filtered, probabilities, logprobs, ranks, top_ids and top_logprobs; 0 for what is not wanted."""
-    return (
-        0 if out.filtered is None else out.filtered.data_ptr(),
-        0 if out.probabilities is None else out.probabilities.data_ptr(),
-        0 if out.logprobs is None else out.logprobs.data_ptr(),
-        0 if out.ranks is None else out.ranks.data_ptr(),
-        0 if out.top_ids is None else out.top_ids.data_ptr(),
-        0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
-    )
-
-
 class Engine(Protocol):
     """One implementation of the contract."""
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fastsample._built import CUDA_LEFT_OUT
-from fastsample.backends import DTYPES, MODES, Engine, Outputs, beyond_tokens, column, token_ids
+from fastsample.backends import Engine, Outputs
+from fastsample.backends.native import call_arguments, mismatch, row_arguments
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Rows
-from fastsample.params import specs
 
 Tensor = torch.Tensor
 
@@ -27,9 +27,8 @@ def native() -> tuple[Any, str | None]:
         return None, f"fastsample was built without it: {CUDA_LEFT_OUT}"
     except ImportError as error:
         return None, f"fastsample._cuda cannot be imported: {error}"
-    names = tuple(name for name, _ in specs())
-    if names != found.PARAM_FIELDS:
-        return None, f"fastsample._cuda was built for other parameters: {found.PARAM_FIELDS}, not {names}"
+    if (reason := mismatch(found)) is not None:
+        return None, f"fastsample._cuda {reason}"
     return found, found.why_not()
 
 
@@ -71,19 +70,17 @@ class CudaEngine(Engine):
         if logits.shape[0] == 0:
             return 0
         module = self._module or native()[0]
-        if rows.native is None:
-            rows.native = module.Rows(row_arguments(rows))
+        packed, call = row_arguments(rows), call_arguments(logits, out)
         on_gpu = logits.device.type == "cuda"
         stream = torch.cuda.current_stream(logits.device).cuda_stream if on_gpu else 0
         buffers = self._buffers.of(logits.device, stream, rows)
-        call = call_arguments(logits, out)
         with buffers.lock:
             while True:
                 needed = module.run(
-                    rows.native,
+                    packed,
+                    call,
                     logits.device.index or 0,
                     stream,
-                    call,
                     (buffers.workspace.data_ptr(), buffers.workspace.numel()),
                     (buffers.boards.data_ptr(), buffers.boards.numel()),
                 )
@@ -91,36 +88,6 @@ class CudaEngine(Engine):
                     break
                 buffers.grow(*needed)  # nothing was launched
         return None if on_gpu else int((out.status != 0).sum())
-
-
-def row_arguments(rows: Rows) -> tuple[int, ...]:
-    """What csrc/cuda/arguments.h calls RowArguments."""
-    mask, bias = rows.bitmask, rows.bias
-    return (
-        *column(rows.records),
-        *column(rows.seeds),
-        *column(rows.offsets),
-        *((0, 0, -1) if mask is None else (*column(mask), mask.shape[1])),
-        *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias[:3]), bias.ids.numel())),
-        *((0, 0, 0) if rows.prompt_ids is None else token_ids(rows.prompt_ids)),
-        *((0, 0, 0) if rows.output_ids is None else token_ids(rows.output_ids)),
-    )
-
-
-def call_arguments(logits: Tensor, out: Outputs) -> tuple[int, ...]:
-    """What csrc/cuda/arguments.h calls CallArguments."""
-    return (
-        logits.data_ptr(),
-        logits.stride(0),
-        *logits.shape,
-        DTYPES[logits.dtype],
-        out.status.data_ptr(),
-        0 if out.tokens is None else out.tokens.data_ptr(),
-        *beyond_tokens(out),
-        out.num_samples,
-        out.num_top,
-        MODES[out.mode],
-    )
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from fastsample.rows import Rows
+from fastsample.inputs import Rows
 
 Memory = TypeVar("Memory")
 

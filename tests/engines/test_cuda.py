@@ -117,10 +117,7 @@ class Recorder:
         self.needs = (workspace, boards)
         self.launches: list[tuple[Any, ...]] = []
 
-    def Rows(self, arguments: tuple[int, ...]) -> tuple[int, ...]:  # noqa: N802
-        return arguments
-
-    def run(self, rows: Any, device: int, stream: int, call: Any, workspace: Any, boards: Any) -> Any:
+    def run(self, rows: bytes, call: bytes, device: int, stream: int, workspace: Any, boards: Any) -> Any:
         if workspace[1] < self.needs[0] or boards[1] < self.needs[1]:
             return self.needs
         self.launches.append((rows, call, workspace[0], boards[0]))

@@ -1,5 +1,5 @@
-// Fuzzer of the native entry point: every instruction set against the twin, all outputs, to the
-// bit. With libFuzzer (clang++ -fsanitize=fuzzer), or as a part of stress.cc with any compiler.
+// Fuzzes the native call: all outputs of every instruction set against the twin's, bit for bit.
+// Runs under libFuzzer (clang++ -fsanitize=fuzzer), or within stress.cc with any compiler.
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -18,7 +18,7 @@ struct Written {
   std::vector<int32_t> status;
   std::vector<int64_t> tokens, ranks, top_ids;
   std::vector<float> filtered, probabilities, logprobs, top_logprobs;
-  Outputs out;
+  OutputArguments out = {};
 
   explicit Written(const fuzz::Input& in) {
     const size_t rows = (size_t)in.rows, draws = in.wants_tokens ? rows * in.num_samples : 0;
@@ -32,10 +32,17 @@ struct Written {
     ranks.assign(logs && in.wants_ranks ? draws : 0, -9);
     top_ids.assign(top, -9);
     top_logprobs.assign(top, -9);
-    const auto data = [](auto& v) { return v.empty() ? nullptr : v.data(); };
-    out = Outputs{status.data(),  data(tokens), data(filtered), data(probabilities),
-                  data(logprobs), data(ranks),  data(top_ids),  data(top_logprobs),
-                  in.num_samples, in.num_top,   in.mode};
+    out.status = fuzz::address(status);
+    out.tokens = fuzz::address(tokens);
+    out.num_samples = in.num_samples;
+    out.filtered = fuzz::address(filtered);
+    out.probabilities = fuzz::address(probabilities);
+    out.mode = in.mode;
+    out.logprobs = fuzz::address(logprobs);
+    out.ranks = fuzz::address(ranks);
+    out.top_ids = fuzz::address(top_ids);
+    out.top_logprobs = fuzz::address(top_logprobs);
+    out.num_top = in.num_top;
   }
 };
 
@@ -80,18 +87,19 @@ void check(bool good, const std::string& isa, const char* what) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::vector<std::string> names = isas();
   const fuzz::Input in(fuzz::Bytes{data, size});
-  Batch batch = in.batch();
+  const RowArguments rows = in.row_arguments();
+  const LogitsArguments logits = in.logits_arguments();
   Written want(in);
-  batch.out = want.out;
+  const Batch expected = batch_of(rows, {logits, want.out});
   int64_t invalid = 0;
   for (int64_t r = 0; r < in.rows; ++r)
-    invalid += 0 != (want.status[r] = twin::sample_row(batch, r));
+    invalid += 0 != (want.status[r] = twin::sample_row(expected, r));
   const std::vector<uint8_t> before = in.logits;
   for (const std::string& isa : names) {
     force_isa(isa);
     Written got(in);
-    batch.out = got.out;
-    check(sample_batch(batch, 1) == invalid, isa, "number of invalid rows");
+    check(sample_batch(batch_of(rows, {logits, got.out}), 1) == invalid, isa,
+          "number of invalid rows");
     const char* wrong = difference(want, got);
     check(!wrong, isa, wrong);
     check(before == in.logits, isa, "the logits were written to");

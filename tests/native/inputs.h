@@ -1,5 +1,5 @@
-// Bytes of a fuzzer -> everything that the native entry point takes, in buffers without a spare
-// byte, so that AddressSanitizer sees every access beyond them.
+// The bytes of a fuzzer as the arguments of a call, in buffers without a spare byte, so that
+// AddressSanitizer sees every access beyond them.
 #pragma once
 
 #include <float.h>
@@ -11,7 +11,7 @@
 #include <set>
 #include <vector>
 
-#include "core/rows.h"
+#include "core/arguments.h"
 
 namespace fuzz {
 
@@ -152,6 +152,12 @@ inline std::vector<float> make_row(Bytes& in, int32_t vocab) {
   return x;
 }
 
+// As an argument: 0 where there is nothing.
+template <class T>
+int64_t address(const std::vector<T>& values) {
+  return values.empty() ? 0 : (int64_t)values.data();
+}
+
 // A table of `rows` rows, `stride` elements apart, that ends with its last element.
 template <class T>
 size_t table_size(int64_t rows, int64_t stride, int64_t length) {
@@ -178,7 +184,8 @@ struct Input {
   int64_t prompt_stride = 0, output_stride = 0, prompt_length = 0, output_length = 0;
 
   explicit Input(Bytes in);
-  Batch batch() const;
+  RowArguments row_arguments() const;
+  LogitsArguments logits_arguments() const;
   void take_params(Bytes& in);
   void take_logits(Bytes& in);
   void take_mask(Bytes& in);
@@ -313,20 +320,34 @@ inline std::vector<int64_t> Input::take_ids(Bytes& in, int64_t* stride, int64_t*
   return ids;
 }
 
-inline Batch Input::batch() const {
-  static const int32_t kNothing = 0;  // a mask of no words still is one
-  const int32_t* words = mask_words ? mask.data() : &kNothing;
-  const auto column = [](const auto& v) { return v.size() > 1 ? 1 : 0; };
-  return Batch{
-      Logits{logits.data() + shift, stride, rows, vocab, dtype},
-      Rows{{params.data(), column(params)},
-           {seeds.data(), column(seeds)},
-           {offsets.data(), column(offsets)},
-           {has_mask ? words : nullptr, mask_stride, mask_words},
-           {row_ptr.empty() ? nullptr : row_ptr.data(), bias_ids.data(), bias_values.data()},
-           {prompt.empty() ? nullptr : prompt.data(), prompt_stride, prompt_length},
-           {output.empty() ? nullptr : output.data(), output_stride, output_length}},
-      Outputs{}};
+inline RowArguments Input::row_arguments() const {
+  const auto stride = [](const auto& v, int64_t words = 1) { return v.size() > 1 ? words : 0; };
+  RowArguments a = {};
+  a.params = address(params);
+  a.params_stride = stride(params, sizeof(RowParams) / sizeof(int32_t));
+  a.seeds = address(seeds);
+  a.seeds_stride = stride(seeds);
+  a.offsets = address(offsets);
+  a.offsets_stride = stride(offsets);
+  a.num_offsets = (int64_t)offsets.size();
+  a.mask = address(mask);
+  a.mask_stride = mask_stride;
+  a.mask_words = has_mask ? mask_words : -1;
+  a.bias_row_ptr = address(row_ptr);
+  a.bias_ids = address(bias_ids);
+  a.bias_values = address(bias_values);
+  a.bias_entries = (int64_t)bias_ids.size();
+  a.prompt = address(prompt);
+  a.prompt_stride = prompt_stride;
+  a.prompt_length = prompt_length;
+  a.output = address(output);
+  a.output_stride = output_stride;
+  a.output_length = output_length;
+  return a;
+}
+
+inline LogitsArguments Input::logits_arguments() const {
+  return LogitsArguments{address(logits) + (int64_t)shift, stride, rows, vocab, dtype};
 }
 
 }  // namespace fuzz

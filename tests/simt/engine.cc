@@ -1,8 +1,9 @@
 // csrc/cuda as a library for ctypes: the same plans, layouts and launches, on fibers.
+#include <iterator>
 #include <tuple>
 #include <vector>
 
-#include "cuda/arguments.h"
+#include "core/arguments.h"
 #include "cuda/launch.cuh"
 
 namespace {
@@ -58,15 +59,20 @@ Plan plan_of(const Device& device, const Batch& batch, const PlanArguments& a) {
 
 extern "C" {
 
+// Name and fields of a record that simt_run takes, or null after the last.
+const char* const* simt_record(int index) {
+  return index < (int)std::size(kRecords) ? kRecords[index] : nullptr;
+}
+
 // Returns null or what went wrong. `chosen` gets policy, parts, threads, teams and shared memory.
-const char* simt_run(const RowArguments* row_arguments, const CallArguments* call_arguments,
+const char* simt_run(const RowArguments* rows, const CallArguments* call,
                      const PlanArguments* plan_arguments, int64_t* chosen) {
-  const Batch batch = batch_of(rows_of(*row_arguments), *call_arguments);
+  const Batch batch = batch_of(*rows, *call);
   const PlanArguments& a = *plan_arguments;
   const Device device = {(int32_t)a.arch, (int32_t)a.multiprocessors, (int32_t)a.shared_block,
                          (int32_t)a.shared_sm, (int32_t)a.largest_cluster};
   const Plan plan = plan_of(device, batch, a);
-  Layout layout = layout_for(device, batch, row_arguments->bias_entries, plan);
+  Layout layout = layout_for(device, batch, rows->bias_entries, plan);
   if (layout.outputs.teams && a.policy >= 0) {
     layout.outputs.threads = plan.threads;
     const Plan own = make_plan(device, shape_of(batch), kBlockPolicy, 1, plan.threads);

@@ -23,6 +23,7 @@ from cases import Case
 import fastsample as fs
 from fastsample.backends import engine
 from fastsample.backends.cuda import CudaEngine
+from fastsample.backends.native import mismatch
 
 HERE = Path(__file__).parents[1]
 CSRC = HERE.parent / "csrc"
@@ -107,20 +108,23 @@ class Simt:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.simt_run.restype = ctypes.c_char_p
+        self._library.simt_record.restype = ctypes.POINTER(ctypes.c_char_p)
+        index = 0
+        while found := self._library.simt_record(index):
+            setattr(self, found[0].decode(), tuple(found[1].decode().replace(",", "").split()))
+            index += 1
+        assert mismatch(self) is None, mismatch(self)
         self.how = How()
         self.seed = 1
         self.chosen: Chosen | None = None
 
-    def Rows(self, arguments: tuple[int, ...]) -> tuple[int, ...]:  # noqa: N802
-        return arguments
-
-    def run(self, rows: tuple[int, ...], device: int, stream: int, call: tuple[int, ...], *memory: Any) -> None:
+    def run(self, rows: bytes, call: bytes, device: int, stream: int, *memory: Any) -> None:
         how = self.how
         skip = (None, 0) if how.skip is None else (how.skip[0].encode(), how.skip[1])
         self._library.simt_settings(ORDERS.index(how.order), ctypes.c_uint64(self.seed), *skip)
         plan = (*how.device, POLICIES[how.policy], how.parts, how.threads, how.teams)
         chosen = (ctypes.c_int64 * 9)()
-        failure = self._library.simt_run(_array(rows), _array(call), _array(plan), chosen)
+        failure = self._library.simt_run(rows, call, _array(plan), chosen)
         self.chosen = Chosen(*chosen)
         if failure is not None:
             raise RuntimeError(failure.decode())

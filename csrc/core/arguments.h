@@ -1,0 +1,89 @@
+// The native ABI: a call as flat records of 64-bit integers. Python writes them
+// (fastsample/backends/native.py) and refuses an extension that lists other fields.
+//
+// B rows of V logits. Addresses are of borrowed memory; 0 means not given or not wanted. Strides
+// count elements; a row stride of 0 shares the first row. Outputs are contiguous.
+#pragma once
+
+#include "core/rows.h"
+
+namespace fastsample {
+
+// Declares struct `name`, all int64_t, and k`name`, its fields as a string: "params, ...".
+#define FASTSAMPLE_RECORD(name, ...) \
+  struct name {                      \
+    int64_t __VA_ARGS__;             \
+  };                                 \
+  constexpr char k##name[] = #__VA_ARGS__
+
+// What the rows of a batch ask for; may serve many calls.
+FASTSAMPLE_RECORD(RowArguments,                           //
+                  params, params_stride,                  // RowParams [B or 1]; 32-bit words
+                  seeds, seeds_stride,                    // int64 [B or 1]
+                  offsets, offsets_stride, num_offsets,   // int64 [num_offsets], B or 1
+                  mask, mask_stride, mask_words,          // int32 [B or 1, words], or words = -1
+                  bias_row_ptr,                           // int64 [B + 1]
+                  bias_ids, bias_values, bias_entries,    // int64, float32 [entries]
+                  prompt, prompt_stride, prompt_length,   // int64 [B, length]
+                  output, output_stride, output_length);  // int64 [B, length]
+
+FASTSAMPLE_RECORD(LogitsArguments,        //
+                  logits, logits_stride,  // dtype [B, V]
+                  rows, vocab,            // B, V
+                  dtype);                 // DType
+
+FASTSAMPLE_RECORD(OutputArguments,          //
+                  status,                   // int32 [B]
+                  tokens, num_samples,      // int64 [B, num_samples]
+                  filtered, probabilities,  // float32 [B, V]
+                  mode,                     // LogprobsMode, of all that follow
+                  logprobs,                 // float32 [B, num_samples]
+                  ranks,                    // int64 [B, num_samples]
+                  top_ids,                  // int64 [B, num_top]
+                  top_logprobs, num_top);   // float32 [B, num_top]
+
+#undef FASTSAMPLE_RECORD
+
+// All records, each with its fields: what Python compares with its own.
+#define FASTSAMPLE_NAME(type, name) #name " "
+constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(FASTSAMPLE_NAME)},
+                                       {"ROW_FIELDS", kRowArguments},
+                                       {"LOGITS_FIELDS", kLogitsArguments},
+                                       {"OUTPUT_FIELDS", kOutputArguments}};
+#undef FASTSAMPLE_NAME
+
+// What every call passes anew.
+struct CallArguments {
+  LogitsArguments logits;
+  OutputArguments out;
+};
+
+static inline Rows rows_of(const RowArguments& a) {
+  constexpr int64_t kRecord = sizeof(RowParams) / sizeof(int32_t);
+  Rows rows = {};
+  rows.params = {(const RowParams*)a.params, a.params_stride / kRecord};
+  rows.seeds = {(const int64_t*)a.seeds, a.seeds_stride};
+  rows.offsets = {(const int64_t*)a.offsets, a.offsets_stride};
+  // The address of a mask of no words may be null, which would mean no mask at all.
+  const int64_t mask = a.mask_words > 0 ? a.mask : a.params;
+  if (a.mask_words >= 0) rows.bitmask = {(const int32_t*)mask, a.mask_stride, a.mask_words};
+  rows.bias = {(const int64_t*)a.bias_row_ptr, (const int64_t*)a.bias_ids,
+               (const float*)a.bias_values};
+  if (a.prompt_length) rows.prompt = {(const int64_t*)a.prompt, a.prompt_stride, a.prompt_length};
+  if (a.output_length) rows.output = {(const int64_t*)a.output, a.output_stride, a.output_length};
+  return rows;
+}
+
+static inline Batch batch_of(const RowArguments& rows, const CallArguments& call) {
+  const LogitsArguments& l = call.logits;
+  const OutputArguments& o = call.out;
+  return Batch{
+      Logits{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab, (DType)l.dtype},
+      rows_of(rows),
+      Outputs{(int32_t*)o.status, (int64_t*)o.tokens, (float*)o.filtered, (float*)o.probabilities,
+              (float*)o.logprobs, (int64_t*)o.ranks, (int64_t*)o.top_ids, (float*)o.top_logprobs,
+              (int32_t)o.num_samples, (int32_t)o.num_top, (LogprobsMode)o.mode},
+  };
+}
+
+}  // namespace fastsample

@@ -1,0 +1,113 @@
+"""The native ABI: packs calls of both extensions into the records that csrc/core/arguments.h declares.
+
+The records hold addresses and keep no tensor alive.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any
+
+import torch
+
+from fastsample.backends import DTYPES, MODES, Outputs
+from fastsample.params import specs
+from fastsample.inputs import Rows
+
+ROW_FIELDS = (
+    *("params", "params_stride", "seeds", "seeds_stride", "offsets", "offsets_stride", "num_offsets"),
+    *("mask", "mask_stride", "mask_words"),
+    *("bias_row_ptr", "bias_ids", "bias_values", "bias_entries"),
+    *("prompt", "prompt_stride", "prompt_length"),
+    *("output", "output_stride", "output_length"),
+)
+LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype")
+OUTPUT_FIELDS = (
+    *("status", "tokens", "num_samples", "filtered", "probabilities"),
+    *("mode", "logprobs", "ranks", "top_ids", "top_logprobs", "num_top"),
+)
+
+# Each record is packed in two parts, since most calls have no inputs and want nothing but tokens.
+_COLUMNS, _INPUTS = Struct("7q"), Struct("13q")
+_NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0))
+_TOKENS, _MORE = Struct("8q"), Struct("8q")
+_NO_MORE = bytes(_MORE.size)
+
+
+def mismatch(module: Any) -> str | None:
+    """Why an extension cannot read these records, or None when it can."""
+    for kind, record, ours in (
+        ("parameters", "PARAM_FIELDS", tuple(name for name, _ in specs())),
+        ("arguments", "ROW_FIELDS", ROW_FIELDS),
+        ("arguments", "LOGITS_FIELDS", LOGITS_FIELDS),
+        ("arguments", "OUTPUT_FIELDS", OUTPUT_FIELDS),
+    ):
+        if (theirs := getattr(module, record, None)) != ours:
+            return f"was built for other {kind}: {theirs}, not {ours}"
+    return None
+
+
+def row_arguments(rows: Rows) -> bytes:
+    """RowArguments, kept in `rows.native` for the next step."""
+    if rows.native is None:
+        # A Sampler's steps with inputs share the columns of its slots.
+        columns = _columns(rows) if rows.slots is None else row_arguments(rows.slots)[: _COLUMNS.size]
+        rows.native = columns + _inputs(rows)
+    packed: bytes = rows.native
+    return packed
+
+
+def _columns(rows: Rows) -> bytes:
+    return _COLUMNS.pack(
+        rows.records.data_ptr(),
+        _row_stride(rows.records),
+        rows.seeds.data_ptr(),
+        _row_stride(rows.seeds),
+        rows.offsets.data_ptr(),
+        _row_stride(rows.offsets),
+        rows.offsets.shape[0],
+    )
+
+
+def _inputs(rows: Rows) -> bytes:
+    mask, bias, prompt, output = rows.bitmask, rows.bias, rows.prompt_ids, rows.output_ids
+    if mask is None and bias is None and prompt is None and output is None:
+        return _NO_INPUTS
+    return _INPUTS.pack(
+        *((0, 0, -1) if mask is None else (mask.data_ptr(), _row_stride(mask), mask.shape[1])),
+        *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias[:3]), bias.ids.numel())),
+        *((0, 0, 0) if prompt is None else (prompt.data_ptr(), prompt.stride()[0], prompt.shape[1])),
+        *((0, 0, 0) if output is None else (output.data_ptr(), output.stride()[0], output.shape[1])),
+    )
+
+
+def _row_stride(tensor: torch.Tensor) -> int:
+    """0 where all rows share the first."""
+    return tensor.stride()[0] if tensor.shape[0] > 1 else 0
+
+
+def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
+    """CallArguments: logits and outputs. Addresses are read anew, since a tensor's memory may move."""
+    shape = logits.shape
+    call = _TOKENS.pack(
+        logits.data_ptr(),
+        logits.stride()[0],  # takes less time than stride(0)
+        shape[0],
+        shape[1],
+        DTYPES[logits.dtype],
+        out.status.data_ptr(),
+        0 if out.tokens is None else out.tokens.data_ptr(),
+        out.num_samples,
+    )
+    if out.mode is None and out.filtered is None and out.probabilities is None:
+        return call + _NO_MORE
+    return call + _MORE.pack(
+        0 if out.filtered is None else out.filtered.data_ptr(),
+        0 if out.probabilities is None else out.probabilities.data_ptr(),
+        MODES[out.mode],
+        0 if out.logprobs is None else out.logprobs.data_ptr(),
+        0 if out.ranks is None else out.ranks.data_ptr(),
+        0 if out.top_ids is None else out.top_ids.data_ptr(),
+        0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
+        out.num_top,
+    )
