@@ -236,6 +236,12 @@ def top_p(kept: Kept, row: Ranked, params: Params) -> Kept:
     return narrow_above(kept, torch.where(params["top_p"] == 1, kept.low, last))
 
 
+def mass_floors(kept: Kept, row: Ranked, params: Params) -> Kept:
+    """The filters that keep every token of at least some mass, which is known from the parameters alone."""
+    kept = min_p(kept, row, params)
+    return kept
+
+
 def min_p(kept: Kept, row: Ranked, params: Params) -> Kept:
     """Tokens at least this fraction as probable as the most probable one, whose mass is 2^40."""
     return narrow_to_mass(kept, (params["min_p"] * 2.0**UNIT).to(torch.int64))
@@ -256,9 +262,9 @@ def narrow_to_mass(kept: Kept, floor: Tensor) -> Kept:
 
 
 SEQUENCES = {
-    "top_k_first": (top_k, top_p, min_p),
-    "min_p_first": (min_p, top_k, top_p),
-    "joint": (top_p, top_k, min_p),  # top-p first measures the whole row; the other two always judge the whole row
+    "top_k_first": (top_k, top_p, mass_floors),
+    "min_p_first": (mass_floors, top_k, top_p),
+    "joint": (top_p, top_k, mass_floors),  # first, top-p measures the whole row, which the others look at anywhere
 }
 """The filters of each order, first to last."""
 

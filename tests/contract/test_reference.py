@@ -22,6 +22,7 @@ from transformers import (
 
 import fastsample as fs
 from fastsample import reference
+from fastsample.params import specs
 from fastsample.rows import row_seeds, splitmix64
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the cases on purpose
@@ -262,24 +263,14 @@ def bias_of(row: int, bias: Any) -> dict[int, float]:
     return dict(zip(ids[where], values[where], strict=True))
 
 
-DEFAULTS = {
-    "temperature": 1,
-    "top_k": 0,
-    "top_p": 1,
-    "min_p": 0,
-    "repetition_penalty": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "ties": "first",
-    "order": "top_k_first",
-}
+DEFAULTS = {name: getattr(fs.SamplingParams, name) for name, _ in specs()}
 
 
 def params_of(row: int, fields: dict[str, Any]) -> SimpleNamespace:
     """One row's parameters as the contract's types."""
     values = {n: v if isinstance(v, (int, float, str)) else v[row] for n, v in {**DEFAULTS, **fields}.items()}
-    exact = ("top_k", "ties", "order")
-    return SimpleNamespace(**{n: v if n in exact else np.float32(v) for n, v in values.items()})
+    floats = {name for name, spec in specs() if spec.kind == "float"}
+    return SimpleNamespace(**{n: np.float32(v) if n in floats else v for n, v in values.items()})
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
