@@ -49,7 +49,7 @@ def values_of(spec: Spec) -> st.SearchStrategy[Any]:
 
 
 def column(name: str, rows: int) -> st.SearchStrategy[Any]:
-    one = NUMBERS.get(name) or values_of(dict(specs())[name])
+    one = NUMBERS[name] if name in NUMBERS else values_of(dict(specs())[name])
     return st.one_of(one, st.lists(one, min_size=rows, max_size=rows))
 
 

@@ -215,10 +215,11 @@ def kept(x: list[np.float32], w: list[int], p: SimpleNamespace) -> set[int]:
     if 0 < p.top_k < len(x):
         at_least = {i for i in alive if x[i] >= x[ranked[p.top_k - 1]]}
         by_k = at_least if p.ties == "all" else alive & set(ranked[: p.top_k])
-    by_min_p = {i for i in alive if w[i] >= int(Fraction(float(p.min_p)) * 2**40)}
-    base = {"top_k_first": by_k, "min_p_first": by_k & by_min_p, "joint": alive}[p.order]
+    floors = [int(Fraction(float(p.min_p)) * 2**40)]
+    by_mass = {i for i in alive if w[i] >= max(floors)}
+    base = {"top_k_first": by_k, "min_p_first": by_k & by_mass, "joint": alive}[p.order]
     by_p = base if p.top_p == 1 else top_p_prefix(base, ranked, w, p.top_p)
-    return by_k & by_min_p & by_p
+    return by_k & by_mass & by_p
 
 
 def drawn(w: list[int], keep: set[int], seed: int, offset: int, j: int) -> int:
