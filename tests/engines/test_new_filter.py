@@ -97,7 +97,7 @@ def environment(tree: Path) -> Path:
     folder = tree / "env"
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # Paths in a .pth file are taken as they are: the .pth of an editable install, which finds another tree, is not read.
+    # Paths in a .pth file are taken as they are: the .pth of an editable install, for another tree, is not read.
     (packages / "tree.pth").write_text("\n".join([str(tree), *(path for path in sys.path if os.path.isdir(path))]))
     return folder / "bin" / "python"
 
