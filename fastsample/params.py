@@ -1,8 +1,8 @@
 """SamplingParams: every sampling parameter with its default, range and meaning, in one table.
 
-The dataclass below *is* the table. Validation, the packed record that the engines read, the README's parameter table
-and the tests all iterate over it, so a new parameter is one more field here (and one more member of `RowParams` in
-csrc/core/rows.h, in the same order).
+The dataclass below *is* the table. Validation, the packed record that engines read, the command line's options, the
+documentation, the integrations and the tests iterate over it. A new parameter is one more field here, at the end, where
+no caller's positional argument changes its meaning, and one more member of `RowParams` in csrc/core/rows.h.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import numbers
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -42,6 +42,9 @@ class Spec:
     open_low: bool = False
     choices: tuple[str, ...] = ()
     off: str = ""  # the neutral value, where other libraries have another one
+    counts: str = ""  # for a penalty: the ids without which it has no effect
+    examples: tuple[Any, ...] = ()  # for tests: values that each change what is kept, or its logits,
+    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # with these fields beside them
 
     @property
     def range(self) -> str:
@@ -72,12 +75,13 @@ def _real(default: float, meaning: str, **bounds: Any) -> Any:
     return dataclasses.field(default=default, metadata={"spec": Spec("float", meaning, **bounds)})
 
 
-def _integer(default: int, meaning: str, low: int, **more: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"spec": Spec("int", meaning, low, _INT32_MAX, **more)})
+def _integer(default: int, meaning: str, low: int, high: int = _INT32_MAX, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"spec": Spec("int", meaning, low, high, **more)})
 
 
-def _choice(meaning: str, *choices: str) -> Any:
-    return dataclasses.field(default=choices[0], metadata={"spec": Spec("choice", meaning, choices=choices)})
+def _choice(meaning: str, *choices: str, **more: Any) -> Any:
+    spec = Spec("choice", meaning, choices=choices, examples=choices[1:], **more)
+    return dataclasses.field(default=choices[0], metadata={"spec": spec})
 
 
 _Class = TypeVar("_Class")
@@ -127,20 +131,42 @@ class SamplingParams:
         ValueError: a value out of range; the message names the parameter, the row and the value.
     """
 
-    temperature: Values = _real(1.0, "divides the logits; below 1e-5 the row is greedy", low=0.0, high=2.0**20)
-    top_k: int | Values = _integer(0, "keep the k highest logits; 0 keeps all", low=0, off="0")
+    temperature: Values = _real(
+        1.0, "divides the logits; below 1e-5 the row is greedy", low=0.0, high=2.0**20, examples=(0.5, 2.0, 0.0)
+    )
+    top_k: int | Values = _integer(0, "keep the k highest logits; 0 keeps all", low=0, off="0", examples=(2, 1))
     top_p: Values = _real(
-        1.0, "keep the shortest ranked prefix with this probability", low=0.0, high=1.0, open_low=True, off="1"
+        1.0,
+        "keep the shortest ranked prefix with this probability",
+        low=0.0,
+        high=1.0,
+        open_low=True,
+        off="1",
+        examples=(0.6, 0.9),
     )
-    min_p: Values = _real(0.0, "keep tokens this probable relative to the best", low=0.0, high=1.0)
+    min_p: Values = _real(0.0, "keep tokens this probable relative to the best", low=0.0, high=1.0, examples=(0.4, 1.0))
     repetition_penalty: Values = _real(
-        1.0, "shrinks logits of tokens in prompt or output", low=0.0, open_low=True, off="1"
+        1.0,
+        "shrinks logits of tokens in prompt or output",
+        low=0.0,
+        open_low=True,
+        off="1",
+        counts="prompt_ids or output_ids",
+        examples=(1.5, 0.4),
     )
-    frequency_penalty: Values = _real(0.0, "subtracted per occurrence in the output")
-    presence_penalty: Values = _real(0.0, "subtracted from tokens in the output")
-    ties: Ties | Sequence[Ties] = _choice("what top-k does with equal logits", "first", "all")
+    frequency_penalty: Values = _real(
+        0.0, "subtracted per occurrence in the output", counts="output_ids", examples=(0.3, -0.3)
+    )
+    presence_penalty: Values = _real(
+        0.0, "subtracted from tokens in the output", counts="output_ids", examples=(0.3, -0.7)
+    )
+    ties: Ties | Sequence[Ties] = _choice("what top-k does with equal logits", "first", "all", beside={"top_k": 1})
     order: Order | Sequence[Order] = _choice(
-        "what top-p and min-p are measured over", "top_k_first", "min_p_first", "joint"
+        "what top-p and min-p are measured over",
+        "top_k_first",
+        "min_p_first",
+        "joint",
+        beside={"top_k": 6, "top_p": 0.75, "min_p": 0.3},
     )
 
     def __post_init__(self) -> None:
@@ -177,10 +203,8 @@ class SamplingParams:
         if rows is None:
             return record
         records = record.repeat(rows, 1)
-        for at, ((_, spec), column) in enumerate(zip(_SPECS, columns, strict=True)):
-            if isinstance(column, (torch.Tensor, list)):
-                target = records[:, at].view(torch.float32) if spec.kind == "float" else records[:, at]
-                target.copy_(torch.as_tensor(column, device=CPU))
+        per_row = [i for i, column in enumerate(columns) if isinstance(column, (torch.Tensor, list))]
+        write_columns(records, {_SPECS[i][0]: torch.as_tensor(columns[i], device=CPU) for i in per_row})
         return records
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -194,6 +218,20 @@ class SamplingParams:
 def specs() -> tuple[tuple[str, Spec], ...]:
     """(name, Spec) of every parameter, in the order of the packed record."""
     return _SPECS
+
+
+def write_columns(records: torch.Tensor, columns: Mapping[str, torch.Tensor | float | None]) -> None:
+    """Put values that are known to be valid into packed records, int32 [B, number of fields] on any device.
+
+    Args:
+        columns: fields of SamplingParams, one value per row [B] or for all; None leaves a field as it is. Integers are
+            at most 2^31 - 1; a choice is its position among the choices.
+    """
+    floats = records.view(torch.float32)
+    for name, values in columns.items():
+        if values is not None:
+            at, kind = _COLUMNS[name]
+            (floats if kind == "float" else records)[:, at] = values
 
 
 def check_names(fields: Iterable[str], others: Iterable[str] = ()) -> None:
@@ -276,5 +314,6 @@ def _dtype(spec: Spec) -> torch.dtype:
 
 _SPECS: tuple[tuple[str, Spec], ...] = tuple((f.name, f.metadata["spec"]) for f in dataclasses.fields(SamplingParams))
 _NAMES = frozenset(name for name, _ in _SPECS)
+_COLUMNS = {name: (at, spec.kind) for at, (name, spec) in enumerate(_SPECS)}
 _RECORD = "=" + "".join("f" if spec.kind == "float" else "i" for _, spec in _SPECS)
 _INTS = "=" + "i" * len(_SPECS)

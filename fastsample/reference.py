@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -16,6 +17,7 @@ from fastsample.inputs import Bias, Rows
 from fastsample.params import GREEDY_BELOW, specs
 
 Tensor = torch.Tensor
+Params: TypeAlias = "dict[str, Tensor]"  # each parameter as a column [B or 1, 1]
 
 LOG2E = float.fromhex("0x1.715476p+0")
 ROUND_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds a small float32 to an integer
@@ -46,9 +48,11 @@ def distribution(logits: Tensor, rows: Rows) -> Distribution:
     valid = (status == 0)[:, None]
     greedy = params["temperature"] < GREEDY_BELOW
     sound = torch.where(valid, x, torch.zeros_like(x))
-    ranked = rank_order(sound)
     w = mass(sound, torch.where(greedy, torch.ones_like(params["temperature"]), params["temperature"]))
-    kept = torch.where(greedy, one_hot(ranked[:, :1], x), filters(sound, w, ranked, params)) & valid
+    row = rank(sound, w)
+    ranked = is_kept(filters(row, params), row)
+    by_id = torch.zeros_like(ranked).scatter(1, row.ids, ranked)
+    kept = torch.where(greedy, one_hot(row.ids[:, :1], x), by_id) & valid
     return Distribution(x, status, torch.where(kept, w, 0), kept, greedy[:, 0])
 
 
@@ -74,7 +78,7 @@ def probabilities(dist: Distribution) -> Tensor:
 # Parameters ----------------------------------------------------------------------------------------------------------
 
 
-def columns(rows: Rows) -> dict[str, Tensor]:
+def columns(rows: Rows) -> Params:
     """Each parameter as a column [B or 1, 1]."""
     columns = {}
     for i, (name, spec) in enumerate(specs()):
@@ -83,7 +87,7 @@ def columns(rows: Rows) -> dict[str, Tensor]:
     return columns
 
 
-def choice(params: dict[str, Tensor], name: str, value: str) -> Tensor:
+def choice(params: Params, name: str, value: str) -> Tensor:
     """Whether each row's choice is `value`, bool [B or 1, 1]."""
     return params[name] == dict(specs())[name].choices.index(value)
 
@@ -91,7 +95,7 @@ def choice(params: dict[str, Tensor], name: str, value: str) -> Tensor:
 # Stages 0 to 3: logits -> x ------------------------------------------------------------------------------------------
 
 
-def process(logits: Tensor, rows: Rows, params: dict[str, Tensor]) -> Tensor:
+def process(logits: Tensor, rows: Rows, params: Params) -> Tensor:
     x = logits.detach().to(torch.float32, copy=True)
     if rows.bitmask is not None:
         x = apply_bitmask(x, rows.bitmask)
@@ -118,7 +122,7 @@ def apply_bias(x: Tensor, bias: Bias) -> Tensor:
     return x
 
 
-def apply_penalties(x: Tensor, rows: Rows, params: dict[str, Tensor]) -> Tensor:
+def apply_penalties(x: Tensor, rows: Rows, params: Params) -> Tensor:
     """Stage 3: repetition, then frequency, then presence."""
     count = occurrences(rows.output_ids, x)
     seen = (count > 0) | (occurrences(rows.prompt_ids, x) > 0)
@@ -173,14 +177,28 @@ def power_of_two(exponent: Tensor) -> Tensor:
 # Stage 7 -------------------------------------------------------------------------------------------------------------
 
 
-def filters(x: Tensor, w: Tensor, ranked: Tensor, params: dict[str, Tensor]) -> Tensor:
-    """The kept set, bool [B, V]: the intersection of what top-k, top-p and min-p keep."""
-    alive = x > NEG_INF
-    top_k = top_k_keeps(x, ranked, params) & alive
-    min_p = w >= min_p_threshold(params["min_p"])
-    base = torch.where(choice(params, "order", "min_p_first"), top_k & min_p, top_k)
-    base = torch.where(choice(params, "order", "joint"), alive, base)
-    return top_k & min_p & top_p_keeps(w, base, ranked, params["top_p"])
+class Ranked(NamedTuple):
+    """The tokens of each row in rank order: x descending, then id ascending. All are [B, V]."""
+
+    ids: Tensor  # int64
+    x: Tensor  # float32
+    mass: Tensor  # int64
+
+
+class Kept(NamedTuple):
+    """What is left of each row: mass >= floor, and high < position in the rank order <= low.
+
+    A filter takes one and returns one that keeps no more. All are int64 [B, 1].
+    """
+
+    high: Tensor
+    low: Tensor
+    floor: Tensor
+
+
+def rank(x: Tensor, w: Tensor) -> Ranked:
+    ids = rank_order(x)
+    return Ranked(ids, x.gather(1, ids), w.gather(1, ids))
 
 
 def rank_order(x: Tensor) -> Tensor:
@@ -188,35 +206,79 @@ def rank_order(x: Tensor) -> Tensor:
     return (x + 0.0).sort(dim=-1, descending=True, stable=True).indices
 
 
-def top_k_keeps(x: Tensor, ranked: Tensor, params: dict[str, Tensor]) -> Tensor:
+def everything(row: Ranked) -> Kept:
+    """All tokens above -inf."""
+    alive = (row.x > NEG_INF).sum(-1, keepdim=True)
+    return Kept(torch.full_like(alive, -1), alive - 1, torch.zeros_like(alive))
+
+
+def is_kept(kept: Kept, row: Ranked) -> Tensor:
+    """Whether a token is kept, bool [B, V] in rank order."""
+    position = torch.arange(row.x.shape[1], device=row.x.device)
+    return (kept.high < position) & (position <= kept.low) & (row.mass >= kept.floor)
+
+
+def top_k(kept: Kept, row: Ranked, params: Params) -> Kept:
     """The first k of the rank order, or with ties="all" everything at least as large as the k-th."""
-    vocab = x.shape[1]
-    top_k = params["top_k"].to(torch.int64)
-    k = torch.where((top_k == 0) | (top_k > vocab), vocab, top_k).expand(x.shape[0], 1)
-    position = torch.arange(vocab, device=x.device).expand(x.shape)
-    first = torch.zeros_like(x, dtype=torch.bool).scatter(1, ranked, position < k)
-    kth = x.gather(1, ranked.gather(1, k - 1))
-    return torch.where(choice(params, "ties", "all"), x >= kth, first)
+    vocab = row.x.shape[1]
+    k = params["top_k"].to(torch.int64)
+    k = torch.where((k == 0) | (k > vocab), vocab, k).expand(len(row.x), 1)
+    at_least = (row.x >= row.x.gather(1, k - 1)).sum(-1, keepdim=True)
+    return narrow_above(kept, torch.where(choice(params, "ties", "all"), at_least, k) - 1)
 
 
-def min_p_threshold(min_p: Tensor) -> Tensor:
-    return (min_p * 2.0**UNIT).to(torch.int64)
+def top_p(kept: Kept, row: Ranked, params: Params) -> Kept:
+    """The shortest prefix whose mass reaches the target; everything where p = 1."""
+    w = torch.where(is_kept(kept, row), row.mass, 0)
+    target = top_p_target(params["top_p"], w.sum(-1, keepdim=True))
+    before = w.cumsum(-1) - w
+    last = (before < target).sum(-1, keepdim=True) - 1
+    return narrow_above(kept, torch.where(params["top_p"] == 1, kept.low, last))
 
 
-def top_p_keeps(w: Tensor, base: Tensor, ranked: Tensor, top_p: Tensor) -> Tensor:
-    """The shortest prefix of `base` in rank order whose mass reaches the target; all of it when p = 1."""
-    ranked_mass = torch.where(base, w, 0).gather(1, ranked)
-    total = ranked_mass.sum(-1, keepdim=True)
-    target = top_p_target(top_p, total)
-    before = ranked_mass.cumsum(-1) - ranked_mass
-    prefix = torch.zeros_like(base).scatter(1, ranked, before < target)
-    return torch.where(top_p == 1, torch.ones_like(base), prefix)
+def mass_floors(kept: Kept, row: Ranked, params: Params) -> Kept:
+    """The filters that keep every token of at least some mass, which is known from the parameters alone."""
+    kept = min_p(kept, row, params)
+    return kept
 
 
-def top_p_target(top_p: Tensor, total: Tensor) -> Tensor:
+def min_p(kept: Kept, row: Ranked, params: Params) -> Kept:
+    """Tokens at least this fraction as probable as the most probable one, whose mass is 2^40."""
+    return narrow_to_mass(kept, (params["min_p"] * 2.0**UNIT).to(torch.int64))
+
+
+def top_p_target(p: Tensor, total: Tensor) -> Tensor:
     """max(1, floor(P30 * Z / 2^30)), exactly."""
-    p30 = (top_p * 2.0**30).to(torch.int64)
+    p30 = (p * 2.0**30).to(torch.int64)
     return (p30 * (total >> 30) + (p30 * (total & (2**30 - 1)) >> 30)).clamp(min=1)
+
+
+def narrow_above(kept: Kept, low: Tensor) -> Kept:
+    return kept._replace(low=torch.minimum(kept.low, low))
+
+
+def narrow_to_mass(kept: Kept, floor: Tensor) -> Kept:
+    return kept._replace(floor=torch.maximum(kept.floor, floor))
+
+
+SEQUENCES = {
+    "top_k_first": (top_k, top_p, mass_floors),
+    "min_p_first": (mass_floors, top_k, top_p),
+    "joint": (top_p, top_k, mass_floors),  # first, top-p measures the whole row, which the others look at anywhere
+}
+"""The filters of each order, first to last."""
+
+
+def filters(row: Ranked, params: Params) -> Kept:
+    """Each row's kept set, by its own order."""
+    found = everything(row)
+    for order, sequence in SEQUENCES.items():
+        kept = everything(row)
+        for narrow in sequence:
+            kept = narrow(kept, row, params)
+        chosen = choice(params, "order", order)
+        found = Kept(*(torch.where(chosen, ours, before) for ours, before in zip(kept, found, strict=True)))
+    return found
 
 
 # Stage 8 -------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fastsample.backends import DTYPES, MODES, Outputs
-from fastsample.params import specs
 from fastsample.inputs import Rows
+from fastsample.params import specs
 
 ROW_FIELDS = (
     *("params", "params_stride", "seeds", "seeds_stride", "offsets", "offsets_stride", "num_offsets"),

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
-import platform
 import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,9 +18,9 @@ import torch
 import fastsample as fs
 from _fastsample_cli import main
 from fastsample.backends import ORDER, select
-from fastsample.backends.cpu import native
 from fastsample.cli.generate import encode, find_model, load, load_grammar, quiet, read_prompt, shipped_model, utf8
-from fastsample.cli.output import INSTALL, RefusedError, discard, note, print_table, take_any_text, told
+from fastsample.cli.info import info
+from fastsample.cli.output import INSTALL, RefusedError, discard, note, take_any_text, told
 from fastsample.cli.session import Session
 from fastsample.cli.stats import print_stats
 from fastsample.inputs import pack_seeds, splitmix64
@@ -255,57 +252,4 @@ def _check_together(
         raise RefusedError("--stop: expected a string that is not empty")
 
 
-# fastsample info -----------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def info() -> None:
-    """Print what can run here: engines, instruction set, threads, versions and the model that ships."""
-    rows = [("fastsample", fs.__version__)]
-    rows += [(f"engine {name}", why_not or "ready") for name, why_not in fs.engines().items()]
-    rows.append(("backend auto", _auto()))
-    rows.append(("instruction set", _isa()))
-    rows.append(("threads", str(fs.get_num_threads())))
-    rows.append(("python", platform.python_version()))
-    rows += [(name, _version(name)) for name in ("torch", "numpy", "transformers", "triton")]
-    rows.append(("model", _describe(shipped_model())))
-    print_table(rows)
-
-
-def _auto() -> str:
-    """The engine that `auto` takes for CPU tensors, and what decides that."""
-    asked = os.environ.get("FASTSAMPLE_BACKEND")
-    try:
-        name = select("auto", torch.zeros(1, 2)).name
-    except (ValueError, RuntimeError) as error:
-        return f"refused: FASTSAMPLE_BACKEND: {error}"
-    return f"{name} (FASTSAMPLE_BACKEND = {asked!r})" if asked else f"{name} (FASTSAMPLE_BACKEND is not set)"
-
-
-def _isa() -> str:
-    """What the C++ engine runs, and what else this CPU could."""
-    try:
-        module = native()
-        chosen = str(module.isa())
-    except (RuntimeError, ValueError) as error:  # ValueError: FASTSAMPLE_ISA asks for one that this CPU cannot run
-        return str(error)
-    others = [name for name in module.isas() if name != chosen]
-    return f"{chosen} (also here: {', '.join(others)})" if others else chosen
-
-
-def _version(package: str) -> str:
-    """Installed version, read without importing the package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _describe(folder: Path) -> str:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        size = sum(file.stat().st_size for file in folder.iterdir())
-    except OSError:
-        return "not installed"
-    shape = f"vocabulary {config['vocab_size']}, context {config['n_positions']}"
-    return f"{folder.name}: {config['n_layer']} layers of {config['n_embd']}, {shape}, {size / 2**20:.1f} MiB"
+app.command()(info)

@@ -68,9 +68,9 @@ def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, backend: str,
 
 def options_of_transformers(fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options of `generate` that ask its own sampler for the same, and the names it has no option for."""
-    lacks = ("frequency_penalty", "presence_penalty", "ties", "order")
-    missing = [name for name in lacks if fields[name] != getattr(fs.SamplingParams, name)]
-    options = {name: value for name, value in fields.items() if name not in lacks}
+    has = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    missing = [n for n, value in fields.items() if n not in has and value != getattr(fs.SamplingParams, n)]
+    options = {name: fields[name] for name in has}
     if not options["min_p"]:
         del options["min_p"]  # it would run for nothing
     greedy = options["temperature"] == 0

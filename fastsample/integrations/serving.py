@@ -14,9 +14,7 @@ from fastsample.backends import Outputs, select
 from fastsample.checks import MAX_VOCAB
 from fastsample.inputs import Rows
 from fastsample.outputs import STATUS
-from fastsample.params import SamplingParams, specs
-
-_COLUMNS = {name: (column, spec.kind) for column, (name, spec) in enumerate(specs())}
+from fastsample.params import SamplingParams, write_columns
 
 
 class Step:
@@ -93,9 +91,6 @@ class Step:
         if logits.device not in self._records:
             self._records[logits.device] = self._records[torch.device("cpu")].to(logits.device)
         records = self._records[logits.device].expand(len(table), -1).clone()
-        for name, values in columns.items():
-            if values is not None:
-                column, kind = _COLUMNS[name]
-                (records if kind == "int" else records.view(torch.float32))[:, column] = values
+        write_columns(records, columns)
         rows = Rows(records, seeds.to(logits.device, non_blocking=True), offsets.to(logits.device, non_blocking=True))
         return select("auto", table).run(table, rows, out)

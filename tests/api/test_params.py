@@ -14,7 +14,7 @@ import torch
 
 import fastsample as fs
 from fastsample.backends.cpu import native
-from fastsample.params import Spec, specs
+from fastsample.params import Spec, specs, write_columns
 
 BACKENDS = ("reference", "cpu")
 NAMES = [name for name, _ in specs()]
@@ -22,22 +22,11 @@ NUMBERS = [(name, spec) for name, spec in specs() if spec.kind != "choice"]
 
 IDS = {"prompt_ids": [[0, 1], [1, 0], [0, 3]], "output_ids": [[2, 2, 3], [3, 2, 2], [2, 3, 2]]}
 
-# A value that changes what is kept or its logits, and the fields it needs beside it.
-EFFECTIVE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "temperature": (0.5, {}),
-    "top_k": (2, {}),
-    "top_p": (0.6, {}),
-    "min_p": (0.4, {}),
-    "repetition_penalty": (1.5, {}),
-    "frequency_penalty": (0.3, {}),
-    "presence_penalty": (0.3, {}),
-    "ties": ("all", {"top_k": 1}),
-    "order": ("joint", {"top_k": 3, "top_p": 0.75}),
-}
+EXAMPLES = [pytest.param(name, value, id=f"{name}={value}") for name, spec in specs() for value in spec.examples]
 
 
 def logits() -> torch.Tensor:
-    return torch.tensor([[1.0, 2.0, 2.0, 0.5, 0.0, -1.0]]).repeat(3, 1)
+    return torch.tensor([[1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.5, 0.0, 0.0, 0.0]]).repeat(3, 1)
 
 
 def defaults() -> fs.SamplingParams:
@@ -47,7 +36,7 @@ def defaults() -> fs.SamplingParams:
 def test_the_table_is_the_signature() -> None:
     assert [f.name for f in dataclasses.fields(fs.SamplingParams)] == NAMES
     assert tuple(NAMES) == native().PARAM_FIELDS
-    assert set(EFFECTIVE) == set(NAMES), "a new parameter needs a value that has an effect"
+    assert all(spec.examples for _, spec in specs()), "a new parameter needs a value that has an effect"
 
 
 @pytest.mark.parametrize(("name", "spec"), specs())
@@ -66,9 +55,9 @@ def test_defaults_are_neutral(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_has_an_effect(name: str, backend: str) -> None:
-    value, beside = EFFECTIVE[name]
+@pytest.mark.parametrize(("name", "value"), EXAMPLES)
+def test_every_parameter_has_an_effect(name: str, value: Any, backend: str) -> None:
+    beside = dict(specs())[name].beside
     plain = fs.filter_logits(logits(), **beside, **IDS, backend=backend)
     changed = fs.filter_logits(logits(), **{name: value}, **beside, **IDS, backend=backend)
     assert not torch.equal(plain, changed)
@@ -182,8 +171,16 @@ def test_values_are_rounded_to_float32() -> None:
         assert int(bits) == struct.unpack("i", struct.pack("f", 0.1))[0]
 
 
+POSITIONAL = (0.5, 7, 0.25, 0.125, 2.0, -1.0, 3.0, "all", "joint")
+
+
+def test_positional_arguments_keep_their_meaning() -> None:
+    first = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    assert tuple(NAMES[: len(POSITIONAL)]) == (*first, "ties", "order")
+
+
 def test_the_record_is_one_word_per_field() -> None:
-    params = fs.SamplingParams(0.5, 7, 0.25, 0.125, 2.0, -1.0, 3.0, "all", "joint")
+    params = fs.SamplingParams(*POSITIONAL)
     words = params.pack()
     assert words.shape == (1, len(NAMES))
     assert words.dtype == torch.int32
@@ -194,6 +191,19 @@ def test_the_record_is_one_word_per_field() -> None:
     assert mixed.per_row() == {"ties": 2, "order": 2, "top_k": 2}
     assert mixed.pack()[:, [1, 7, 8]].tolist() == [[1, 0, 1], [2, 1, 0]]
     assert mixed.pack().view(torch.float32)[1, [0, 2, 3, 4, 5, 6]].tolist() == [0.5, 0.25, 0.125, 2.0, -1.0, 3.0]
+
+
+@pytest.mark.parametrize(("name", "spec"), specs())
+def test_a_written_column_is_a_packed_one(name: str, spec: Spec) -> None:
+    """`write_columns` is how the integrations fill records on a device."""
+    values = [*spec.examples, getattr(defaults(), name)]
+    codes = [spec.choices.index(v) for v in values] if spec.kind == "choice" else values
+    records = defaults().pack().repeat(len(values), 1)
+    untouched = "min_p" if name != "min_p" else "top_p"
+    write_columns(records, {name: torch.tensor(codes), untouched: None})
+    assert torch.equal(records, fs.SamplingParams(**{name: values}).pack())
+    write_columns(records, {name: codes[0]})
+    assert torch.equal(records, fs.SamplingParams(**{name: values[0]}).pack().expand_as(records))
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", ">u4", ">i8"])
@@ -265,7 +275,7 @@ def test_a_used_copy_is_equal() -> None:
     [("temprature", "temperature"), ("topk", "top_k"), ("Top_P", "top_p"), ("temp", "temperature"), ("minp", "min_p")],
 )
 def test_an_unknown_name_is_told_the_nearest(name: str, meant: str) -> None:
-    words = rf"^{name} \(did you mean {meant}\?\): expected a field of SamplingParams: temperature, .*, order$"
+    words = rf"^{name} \(did you mean {meant}\?\): expected a field of SamplingParams: temperature, .*, {NAMES[-1]}$"
     for call in (
         lambda: fs.SamplingParams(**{name: 1}),
         lambda: fs.SamplingParams().replace(**{name: 1}),

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import fastsample as fs
 from fastsample.checks import to_float32
-from fastsample.params import specs
+from fastsample.params import Spec, specs
 
 # Penalties without ids are among the cases on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
@@ -29,7 +29,7 @@ VALUES = st.one_of(
 )
 ROWS = arrays("float32", array_shapes(min_dims=2, max_dims=2, max_side=70), elements=VALUES)
 
-NUMBERS = {
+NUMBERS = {  # with the values that reach other code; any other parameter's follow from the table
     "temperature": st.one_of(st.sampled_from([0.0, 1e-5, 1.0001e-5, 1.0, 2.0**20]), st.floats(2**-7, 10, width=32)),
     "top_k": st.one_of(st.integers(0, 80), st.just(2**31)),
     "top_p": st.one_of(st.sampled_from([1e-30, 0.5, 1 - 2.0**-24, 1.0]), st.floats(0, 1, width=32, exclude_min=True)),
@@ -40,8 +40,17 @@ NUMBERS = {
 }
 
 
+def values_of(spec: Spec) -> st.SearchStrategy[Any]:
+    if spec.kind == "choice":
+        return st.sampled_from(spec.choices)
+    low, high = max(spec.low, -80), min(spec.high, 80)
+    if spec.kind == "int":
+        return st.one_of(st.sampled_from(spec.examples), st.integers(int(low), int(high)))
+    return st.one_of(st.sampled_from(spec.examples), st.floats(low, high, width=32, exclude_min=spec.open_low))
+
+
 def column(name: str, rows: int) -> st.SearchStrategy[Any]:
-    one = NUMBERS[name] if name in NUMBERS else st.sampled_from(dict(specs())[name].choices)
+    one = NUMBERS[name] if name in NUMBERS else values_of(dict(specs())[name])
     return st.one_of(one, st.lists(one, min_size=rows, max_size=rows))
 
 
@@ -101,7 +110,7 @@ def test_laws_of_the_kept_set(call: tuple[torch.Tensor, dict[str, Any]], seed: i
     assert bool((p[valid].gather(1, drawn) > 0).all())
     assert bool((out.tokens[~valid] == -1).all())
     # Without the filters: what is kept is a prefix of the ranking, and the best is always in it.
-    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
+    off = {name: getattr(fs.SamplingParams, name) for name, spec in specs() if not spec.counts}
     everything = fs.filter_logits(x, **{**common, **off})
     lowest = torch.where(kept, everything, math.inf).amin(1, keepdim=True)
     assert not bool((everything > lowest)[valid][~kept[valid]].any())

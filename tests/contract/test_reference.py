@@ -23,6 +23,7 @@ from transformers import (
 import fastsample as fs
 from fastsample import reference
 from fastsample.inputs import row_seeds, splitmix64
+from fastsample.params import specs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the cases on purpose
 
@@ -214,10 +215,11 @@ def kept(x: list[np.float32], w: list[int], p: SimpleNamespace) -> set[int]:
     if 0 < p.top_k < len(x):
         at_least = {i for i in alive if x[i] >= x[ranked[p.top_k - 1]]}
         by_k = at_least if p.ties == "all" else alive & set(ranked[: p.top_k])
-    by_min_p = {i for i in alive if w[i] >= int(Fraction(float(p.min_p)) * 2**40)}
-    base = {"top_k_first": by_k, "min_p_first": by_k & by_min_p, "joint": alive}[p.order]
+    floors = [int(Fraction(float(p.min_p)) * 2**40)]
+    by_mass = {i for i in alive if w[i] >= max(floors)}
+    base = {"top_k_first": by_k, "min_p_first": by_k & by_mass, "joint": alive}[p.order]
     by_p = base if p.top_p == 1 else top_p_prefix(base, ranked, w, p.top_p)
-    return by_k & by_min_p & by_p
+    return by_k & by_mass & by_p
 
 
 def drawn(w: list[int], keep: set[int], seed: int, offset: int, j: int) -> int:
@@ -262,24 +264,14 @@ def bias_of(row: int, bias: Any) -> dict[int, float]:
     return dict(zip(ids[where], values[where], strict=True))
 
 
-DEFAULTS = {
-    "temperature": 1,
-    "top_k": 0,
-    "top_p": 1,
-    "min_p": 0,
-    "repetition_penalty": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "ties": "first",
-    "order": "top_k_first",
-}
+DEFAULTS = {name: getattr(fs.SamplingParams, name) for name, _ in specs()}
 
 
 def params_of(row: int, fields: dict[str, Any]) -> SimpleNamespace:
     """One row's parameters as the contract's types."""
     values = {n: v if isinstance(v, (int, float, str)) else v[row] for n, v in {**DEFAULTS, **fields}.items()}
-    exact = ("top_k", "ties", "order")
-    return SimpleNamespace(**{n: v if n in exact else np.float32(v) for n, v in values.items()})
+    floats = {name for name, spec in specs() if spec.kind == "float"}
+    return SimpleNamespace(**{n: np.float32(v) if n in floats else v for n, v in values.items()})
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)

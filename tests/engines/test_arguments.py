@@ -10,7 +10,7 @@ import torch
 
 import fastsample as fs
 from fastsample.backends import Outputs, cpu, native
-from fastsample.rows import Bias, Rows
+from fastsample.inputs import Bias, Rows
 
 RECORDS = ("PARAM_FIELDS", "ROW_FIELDS", "LOGITS_FIELDS", "OUTPUT_FIELDS")
 

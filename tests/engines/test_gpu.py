@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, LARGE, Case
-from conformance import LOGPROB_ULP, bits, invalid_rows, ulps
-from triton_interpreter import results
+from conformance import ask, assert_agree, invalid_rows, named
 
 import fastsample as fs
 from fastsample.backends import engine
@@ -67,22 +66,12 @@ class OnGpu:
         return type(inputs)(to_gpu(inputs.logits), inputs.params, moved, inputs.draw)
 
 
-expected = lru_cache(maxsize=2)(lambda case: results(case, "reference"))
-
-
-def check(want: dict[str, Any], got: dict[str, Any]) -> None:
-    for name, value in want.items():
-        mine = got[name].cpu()
-        if name.endswith("logprobs"):
-            assert ulps(mine, value) <= LOGPROB_ULP, name
-        else:
-            differs = (bits(mine) != bits(value)).nonzero()
-            assert not len(differs), f"{name} at {differs[:4].tolist()}"
+expected = lru_cache(maxsize=2)(lambda case: ask(case, "reference", brief=True))
 
 
 @pytest.mark.parametrize("case", SLICE, ids=lambda case: case.name)
 def test_engine_equals_reference(case: Case, backend: str) -> None:
-    check(expected(case), results(OnGpu(case), backend))  # type: ignore[arg-type]
+    assert_agree(ask(OnGpu(case), backend, brief=True), expected(case))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 100])
@@ -95,7 +84,7 @@ def test_triton_however_rows_are_split(parts: int, one_launch: bool, monkeypatch
     for params in ("all-hf-ties", "all-joint", "p.9"):
         for dtype in ("f32", "bf16"):
             case = Case("ties", params, 128256, dtype, None, 2)
-            check(results(case, "reference"), results(OnGpu(case), "triton"))  # type: ignore[arg-type]
+            assert_agree(ask(OnGpu(case), "triton", brief=True), expected(case))
 
 
 @pytest.mark.parametrize("mode", [None, "raw", "processed"])
@@ -104,8 +93,7 @@ def test_invalid_rows(mode: str | None, backend: str) -> None:
     kwargs = {"top_p": 0.9, "seed": 3, "on_invalid": "flag", "logprobs": mode, "top_logprobs": 4 if mode else 0}
     want = fs.sample(logits, backend="reference", **kwargs)
     got = fs.sample(logits.cuda(), backend=backend, **kwargs)
-    names = [name for name in fs.SampleOutput.__slots__ if getattr(want, name) is not None]
-    check({n: getattr(want, n) for n in names}, {n: getattr(got, n) for n in names})
+    assert_agree(named(got), named(want))
     with pytest.raises(ValueError, match="row 0 has a NaN logit"):
         fs.sample(logits.cuda(), seed=3, backend=backend)
 
@@ -179,7 +167,7 @@ def test_cuda_however_rows_are_split() -> None:
     for vocab, rows, dtype in ((128256, 1, "f32"), (128256, 3, "bf16"), (2**20, 1, "f32"), (1000, 300, "f16")):
         for params in ("all-hf-ties", "all-joint", "p.9"):
             case = Case("ties", params, vocab, dtype, None, rows)
-            check(results(case, "reference"), results(OnGpu(case), "cuda"))  # type: ignore[arg-type]
+            assert_agree(ask(OnGpu(case), "cuda", brief=True), expected(case))
 
 
 SANITIZED = """

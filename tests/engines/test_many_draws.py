@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import assert_agree, named
 
 import fastsample as fs
 from fastsample.backends import cpu
@@ -40,13 +41,7 @@ def rows(batch: int, vocab: int, dtype: torch.dtype = torch.float32, spread: flo
 
 
 def same(got: fs.SampleOutput, want: fs.SampleOutput) -> None:
-    for name in ("tokens", "status", "ranks", "top_ids"):
-        a, b = getattr(got, name), getattr(want, name)
-        assert (a is None) == (b is None), name
-        assert a is None or torch.equal(a, b), name
-    for name in ("logprobs", "top_logprobs"):
-        a, b = getattr(got, name), getattr(want, name)
-        assert a is None or torch.allclose(a, b, rtol=3e-7, atol=1e-37, equal_nan=True), name
+    assert_agree(named(got), named(want))
 
 
 FIELDS: dict[str, dict[str, Any]] = {

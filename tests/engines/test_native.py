@@ -16,10 +16,9 @@ from typing import Any
 
 import pybind11
 import pytest
-import torch
-from cases import MEDIUM_CASES, SMALL_CASES, Case
+from cases import MEDIUM_CASES, SMALL_CASES
+from conformance import ask, assert_agree
 
-import fastsample as fs
 from fastsample import _cpu
 from fastsample.backends import cpu
 
@@ -52,36 +51,13 @@ def twin(once: Callable[[str, Callable[[Path], None]], Path]) -> Any:
     return module
 
 
-def outputs(case: Case, backend: str) -> dict[str, torch.Tensor]:
-    inputs = case.build()
-    common = {"backend": backend, "on_invalid": "flag"}
-    vocab = inputs.logits.shape[1]
-    found = {
-        "filtered": fs.filter_logits(inputs.logits, **inputs.kwargs, **common),
-        "probabilities": fs.probabilities(inputs.logits, **inputs.kwargs, **common),
-    }
-    for mode in ("raw", "processed"):
-        more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(vocab, 20)}
-        out = fs.sample(inputs.logits, **inputs.kwargs, **inputs.draw, **common, **more)
-        found |= {f"{mode} {name}": getattr(out, name) for name in fs.SampleOutput.__slots__}
-    return found
-
-
-def equal(name: str, got: torch.Tensor, want: torch.Tensor) -> bool:
-    if "logprobs" not in name:
-        return torch.equal(got.view(torch.int32), want.view(torch.int32))
-    return torch.allclose(got, want, rtol=3e-7, atol=1e-37, equal_nan=True)  # 2 ulp
-
-
 @pytest.mark.parametrize("vocab", sorted({case.vocab for case in (*SMALL_CASES, *MEDIUM_CASES)}))
 def test_the_twin_is_the_reference(vocab: int, twin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_native", twin)
     for case in (*SMALL_CASES, *MEDIUM_CASES):
         if case.vocab != vocab:
             continue
-        want, got = outputs(case, "reference"), outputs(case, "cpu")
-        for name in want:
-            assert equal(name, got[name], want[name]), (case.name, name)
+        assert_agree(*(ask(case, backend, top=20) for backend in ("cpu", "reference")))
 
 
 AVX2 = ["-mavx2", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]

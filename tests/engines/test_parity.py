@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, LOG2E, Case, finish
-from conformance import LOGPROB_ULP, bits, invalid_rows, ulps
+from conformance import ask, assert_agree, bits, invalid_rows, named, ulps
 
 import fastsample as fs
 from fastsample import reference
@@ -26,40 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 ISAS = ("baseline", "avx2", "avx512", "neon")
 
 
-def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
-    """Everything an engine can be asked about a case."""
-    inputs = case.build()
-    before = inputs.logits.clone()
-    common = {"backend": backend, "on_invalid": "flag"}
-    found = {
-        "filter_logits": fs.filter_logits(inputs.logits, **inputs.kwargs, **common),
-        "probabilities": fs.probabilities(inputs.logits, **inputs.kwargs, **common),
-    }
-    for mode in ("raw", "processed"):
-        more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
-        out = fs.sample(inputs.logits, **inputs.kwargs, **inputs.draw, **common, **more)
-        found |= {f"{mode}.{name}": getattr(out, name) for name in fs.SampleOutput.__slots__}
-    plain = fs.sample(inputs.logits, **inputs.kwargs, **inputs.draw, **common)  # no logprobs: a shorter path
-    found |= {"tokens": plain.tokens, "status": plain.status}
-    assert torch.equal(bits(inputs.logits), bits(before)), "the logits were written to"
-    return found
-
-
-expected = lru_cache(maxsize=2)(lambda case: results(case, "reference"))
+expected = lru_cache(maxsize=2)(lambda case: ask(case, "reference"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_engine_equals_reference(case: Case, variant: str) -> None:
-    want, got = expected(case), results(case, variant)
-    assert want.keys() == got.keys()
-    for name in want:
-        assert got[name].shape == want[name].shape, name
-        assert got[name].dtype == want[name].dtype, name
-        if name.endswith("logprobs"):
-            assert ulps(got[name], want[name]) <= LOGPROB_ULP, name
-        else:
-            differs = (bits(got[name]) != bits(want[name])).nonzero()
-            assert not len(differs), f"{name} at {differs[:4].tolist()}"
+    assert_agree(ask(case, variant), expected(case))
 
 
 def test_ulps() -> None:
@@ -78,10 +50,7 @@ def test_all_logprobs_and_many_draws(vocab: int, mode: str, variant: str) -> Non
     kwargs = {"seed": 5, "num_samples": 2000, "logprobs": mode, "top_logprobs": vocab, "top_p": 0.97}
     want = fs.sample(logits, backend="reference", **kwargs)
     got = fs.sample(logits, backend=variant, **kwargs)
-    for name in ("tokens", "status", "ranks", "top_ids"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
-    assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+    assert_agree(named(got), named(want))
 
 
 # The draw on the edge between two tokens ------------------------------------------------------------------------------
@@ -132,12 +101,7 @@ def test_invalid_rows(mode: str | None, fields: dict[str, float], dtype: torch.d
     kwargs = {**fields, "seed": 3, "on_invalid": "flag", "logprobs": mode, "top_logprobs": 4 if mode else 0}
     want, got = (fs.sample(logits, backend=backend, **kwargs) for backend in ("reference", variant))
     assert got.status.tolist() == [1, 0, 1, 0, 1, 0, 2, 0, 2, 0, 2, 0, 3, 1, 1, 0]
-    for name in ("tokens", "status", "ranks", "top_ids"):
-        a, b = getattr(want, name), getattr(got, name)
-        assert (a is b is None) or torch.equal(a, b), name
-    if mode:
-        assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
-        assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+    assert_agree(named(got), named(want))
 
 
 @pytest.mark.parametrize("mode", ["raw", "processed"])
@@ -149,10 +113,7 @@ def test_raw_logits_that_only_processing_makes_valid(mode: str, variant: str) ->
     kwargs = {"bitmask": mask, "seed": 1, "logprobs": mode, "top_logprobs": 5}
     want, got = (fs.sample(logits, backend=backend, **kwargs) for backend in ("reference", variant))
     assert got.status.tolist() == [0, 0, 0]
-    for name in ("tokens", "ranks", "top_ids"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
-    assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+    assert_agree(named(got), named(want))
     assert got.logprobs.isnan().tolist() == ([True, True, False] if mode == "raw" else [False] * 3)
 
 
@@ -326,8 +287,7 @@ def test_min_p_alone_of_16_bits(dtype: torch.dtype, temperature: float, masked: 
         fs.sample(x.to(dtype), backend=name, num_samples=100, logprobs="processed", **fields)
         for name in (variant, "reference")
     )
-    assert torch.equal(got.tokens, want.tokens)
-    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
+    assert_agree(named(got), named(want))
 
 
 @HALVES
@@ -363,5 +323,4 @@ def test_16_bits_far_below_the_maximum(
     fields = {**fields, "temperature": temperature, "seed": torch.arange(len(x)), "num_samples": 20}
     for mode in ("raw", "processed"):
         got, want = (fs.sample(x, backend=name, logprobs=mode, **fields) for name in (variant, "reference"))
-        assert torch.equal(got.tokens, want.tokens)
-        assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
+        assert_agree(named(got), named(want))

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, EXTRAS, MAKERS, PARAMS, Case
-from conformance import LOGPROB_ULP, bits, invalid_rows, ulps
-from simt_engine import A100, CSRC, H100, ORDERS, How, Job, Simt, as_backend, build, compiler, results
+from conformance import ask, assert_agree, bits, disagreements, invalid_rows, named
+from simt_engine import A100, CSRC, H100, ORDERS, How, Job, Simt, as_backend, build, compiler
 
 import fastsample as fs
 
@@ -64,31 +64,18 @@ def simt(library: Path) -> Simt:
     return Simt(library)
 
 
-expected = cache(lambda case: results(case, "reference"))
-
-
-def differences(want: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> list[str]:
-    assert want.keys() == got.keys()
-    found = []
-    for name, value in want.items():
-        assert (got[name].shape, got[name].dtype) == (value.shape, value.dtype), name
-        if name.endswith("logprobs"):
-            same = ulps(got[name], value) <= LOGPROB_ULP
-        else:
-            same = torch.equal(bits(got[name]), bits(value))
-        found += [name] * (not same)
-    return found
+expected = cache(lambda case: ask(case, "reference", brief=True))
 
 
 def simulate(simt: Simt, job: Job) -> dict[str, torch.Tensor]:
     simt.how = job.how
     with as_backend(simt):
-        return results(job.case, "cuda")
+        return ask(job.case, "cuda", brief=True)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_equals_reference(job: Job, simt: Simt) -> None:
-    assert differences(expected(job.case), simulate(simt, job)) == []
+    assert_agree(simulate(simt, job), expected(job.case))
 
 
 def test_the_jobs_reach_every_parameter_set_maker_extra_and_policy() -> None:
@@ -106,7 +93,7 @@ def test_the_jobs_reach_every_parameter_set_maker_extra_and_policy() -> None:
 @pytest.mark.parametrize("how", HOWS, ids=lambda how: how.policy + str(how.parts))
 def test_the_order_of_threads_changes_nothing(how: How, order: str, simt: Simt) -> None:
     for case in (Case("ties", "rows", 1025, "bf16"), Case("ties", "penalties", 513, "f32", "everything")):
-        assert differences(expected(case), simulate(simt, Job(case, replace(how, order=order)))) == []
+        assert_agree(simulate(simt, Job(case, replace(how, order=order))), expected(case))
 
 
 @pytest.mark.parametrize("how", HOWS[:4], ids=lambda how: how.policy)
@@ -118,8 +105,7 @@ def test_invalid_rows(how: How, simt: Simt) -> None:
         want = fs.sample(logits, backend="reference", **kwargs)
         with as_backend(simt):
             got = fs.sample(logits, backend="cuda", **kwargs)
-        names = [name for name in fs.SampleOutput.__slots__ if getattr(want, name) is not None]
-        assert differences({n: getattr(want, n) for n in names}, {n: getattr(got, n) for n in names}) == []
+        assert_agree(named(got), named(want))
 
 
 @pytest.mark.parametrize("mode", ["raw", "processed"])
@@ -130,10 +116,7 @@ def test_all_logprobs_and_many_draws(mode: str, simt: Simt) -> None:
     simt.how = How("cluster", 2)
     with as_backend(simt):
         got = fs.sample(logits, backend="cuda", **kwargs)
-    for name in ("tokens", "status", "ranks", "top_ids"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert ulps(got.logprobs, want.logprobs) <= LOGPROB_ULP
-    assert ulps(got.top_logprobs, want.top_logprobs) <= LOGPROB_ULP
+    assert_agree(named(got), named(want))
 
 
 @pytest.mark.parametrize("how", [How("cluster", 2), How("grid", 3), How("block")], ids=lambda how: how.policy)
@@ -320,7 +303,7 @@ def wrong(simt: Simt, how: How) -> bool:
     simt.how = how
     try:
         with as_backend(simt):
-            if any(differences(expected(case), results(case, "cuda")) for case in PROBES):
+            if any(disagreements(ask(case, "cuda", brief=True), expected(case)) for case in PROBES):
                 return True
             return not torch.equal(long_list.__wrapped__("cuda").top_ids, long_list("reference").top_ids)
     except RuntimeError:
@@ -375,4 +358,4 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     assert not re.search("runtime error|ERROR: AddressSanitizer", done.stderr), done.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt")
     for job in jobs:
-        assert differences(expected(job.case), found[job.name]) == [], job.name
+        assert_agree(found[job.name], expected(job.case))

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 from cases import EXTRAS, MAKERS, PARAMS, Case
-from conformance import LOGPROB_ULP, bits, ulps
+from conformance import ask, assert_agree
 from tiers import quick_where_new
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import Job, results
+from triton_interpreter import Job
 
 import fastsample as fs
 from fastsample import reference
@@ -113,15 +113,7 @@ def _aspects(job: Job) -> tuple[Hashable, ...]:
 
 @pytest.mark.parametrize("job", quick_where_new(JOBS, _aspects), ids=lambda job: job.name)
 def test_equals_reference(job: Job, interpreted: dict[str, dict[str, torch.Tensor]]) -> None:
-    want, got = results(job.case, "reference"), interpreted[job.name]
-    assert want.keys() == got.keys()
-    for name in want:
-        assert (got[name].shape, got[name].dtype) == (want[name].shape, want[name].dtype), name
-        if name.endswith("logprobs"):
-            assert ulps(got[name], want[name]) <= LOGPROB_ULP, name
-        else:
-            differs = (bits(got[name]) != bits(want[name])).nonzero()
-            assert not len(differs), f"{name} at {differs[:4].tolist()}"
+    assert_agree(interpreted[job.name], ask(job.case, "reference", brief=True))
 
 
 def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:

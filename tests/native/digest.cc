@@ -47,7 +47,7 @@ RowParams params_of(uint64_t bits) {
     bits /= choices.size();
     return v;
   };
-  RowParams p;
+  RowParams p = {};
   p.temperature = pick({0.0f, 0.7f, 1.0f, 3.0f, 1e-4f});
   p.top_k = (int32_t)pick({0, 0, 1, 7, 50, 3000});
   p.top_p = pick({1.0f, 1.0f, 0.9f, 0.3f, 0.999f});

@@ -47,10 +47,13 @@ struct Load {
   int rows, draws;
   std::vector<float> logits;
   std::vector<int64_t> seeds;
-  RowParams params = {0.9f, 0, 0.95f, 0, 1, 0, 0, 0, 0};
+  RowParams params = {};
 
   Load(uint32_t seed, int rows, int draws)
       : rows(rows), draws(draws), logits(rows * kVocab), seeds(rows) {
+    params.temperature = 0.9f;
+    params.top_p = 0.95f;
+    params.repetition_penalty = 1;
     fuzz::Noise noise{seed};
     for (float& x : logits) x = 4 * noise.normal();
     for (int64_t& s : seeds) s = (int64_t)noise.next();

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastsample.params import SamplingParams, specs
+
 Tensor = torch.Tensor
 INF = float("inf")
 LOG2E = float.fromhex("0x1.715476p+0")
@@ -227,7 +229,32 @@ PARAMS: dict[str, Callable[[int, int], Fields]] = {
     },
 }
 
-PENALTY_SETS = tuple(name for name in PARAMS if "penalties" in name or name.startswith(("rep", "freq", "pres")))
+
+def _of_the_table() -> dict[str, Callable[[int, int], Fields]]:
+    """Sets for the parameters of the table that no set above has: the table's examples, alone and among the others."""
+    covered = {name for make in PARAMS.values() for name in make(8, 5)}
+    found: dict[str, Callable[[int, int], Fields]] = {}
+    for name, spec in specs():
+        if name in covered:
+            continue
+        beside, examples = dict(spec.beside), spec.examples
+        for value in examples:
+            found[f"{name}={value}"] = lambda v, b, own={**beside, name: value}: own
+        for base in ("all-hf", "all-vllm", "all-joint"):
+            found[f"{name}-{base}"] = lambda v, b, base=base, own={name: examples[0]}: {**PARAMS[base](v, b), **own}
+        values = (getattr(SamplingParams, name), *examples)
+        found[f"{name}-rows"] = lambda v, b, name=name, values=values: {
+            **PARAMS["rows"](v, b),
+            name: cycle(b, *values),
+        }
+    return found
+
+
+PARAMS |= _of_the_table()
+
+PENALTY_SETS = tuple(
+    name for name, make in PARAMS.items() if any(spec.counts for field, spec in specs() if field in make(8, 5))
+)
 
 
 # Extras: what goes with the logits; each returns (logits, more arguments) -------------------------------------------

@@ -1,10 +1,75 @@
-"""What it means that two engines agree: equal to the bit, log-probabilities to 2 ulp."""
+"""What it means that two engines agree: equal to the bit, log-probabilities to 2 units in the last place."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
+import fastsample as fs
+
 LOGPROB_ULP = 2
+MODES = ("raw", "processed")
+
+
+def ask(case: Any, backend: str, brief: bool = False, top: int = 6) -> dict[str, torch.Tensor]:
+    """Everything that an engine can be asked about a case (tests/support/cases.py), by name.
+
+    Args:
+        brief: one mode of log-probabilities will do, in which cases take turns: where calls are slow.
+        top: how many of the most probable tokens to ask for.
+    """
+    inputs = case.build()
+    before = inputs.logits.clone()
+    common = {**inputs.kwargs, "backend": backend, "on_invalid": "flag"}
+    found = {
+        "filter_logits": fs.filter_logits(inputs.logits, **common),
+        "probabilities": fs.probabilities(inputs.logits, **common),
+    }
+    for mode in (MODES[case.vocab % 2 == 0],) if brief else MODES:
+        more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(top, case.vocab)}
+        found |= named(fs.sample(inputs.logits, **common, **inputs.draw, **more), f"{mode}.")
+    found |= named(fs.sample(inputs.logits, **common, **inputs.draw), "plain.")  # no log-probabilities: a shorter path
+    assert torch.equal(bits(inputs.logits), bits(before)), "the logits were written to"
+    return found
+
+
+def named(out: fs.SampleOutput, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The outputs that were asked for."""
+    values = {name: getattr(out, name) for name in fs.SampleOutput.__slots__}
+    return {f"{prefix}{name}": value for name, value in values.items() if value is not None}
+
+
+def assert_agree(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """AssertionError that tells which outputs differ, where, and by which bits."""
+    wrong = disagreements(found, expected)
+    assert not wrong, "\n".join(wrong)
+
+
+def disagreements(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """A line for each output that differs. The outputs may be on any device."""
+    assert found.keys() == expected.keys()
+    lines = (_difference(name, found[name].cpu(), expected[name].cpu()) for name in expected)
+    return [line for line in lines if line is not None]
+
+
+def _difference(name: str, found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        shapes = (f"{value.dtype} {list(value.shape)}" for value in (found, expected))
+        return f"{name} is {' and not '.join(shapes)}"
+    near = name.endswith("logprobs")
+    differs = ulps_apart(found, expected) > LOGPROB_ULP if near else bits(found) != bits(expected)
+    if not bool(differs.any()):
+        return None
+    at = tuple(differs.nonzero()[0].tolist())
+    pair = " and not ".join(f"{value[at].item()!r} ({_hex(value[at])})" for value in (found, expected))
+    where = ", ".join(f"{label} {i}" for label, i in zip(("row", "position"), at, strict=False))
+    return f"{name} differs in {int(differs.sum())} of {differs.numel()}, first in {where}: {pair}"
+
+
+def _hex(value: torch.Tensor) -> str:
+    return hex(int(bits(value)) % 2 ** (8 * value.dtype.itemsize))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -12,11 +77,16 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(sizes.get(x.dtype, x.dtype))
 
 
-def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Largest distance in units in the last place; a NaN is only near a NaN."""
+def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Distances in units in the last place; a NaN is only near a NaN."""
     a, b = (torch.where(x.isnan(), torch.nan, x + 0.0) for x in (a, b))
     i, j = (torch.where(x < 0, -(2**31) - x, x) for x in (bits(a).long(), bits(b).long()))
-    return int((i - j).abs().max()) if a.numel() else 0
+    return (i - j).abs()
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The largest distance in units in the last place."""
+    return int(ulps_apart(a, b).max()) if a.numel() else 0
 
 
 def invalid_rows() -> torch.Tensor:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from cases import Case
+from conformance import ask
 
-import fastsample as fs
 from fastsample.backends import engine
 from fastsample.backends.cuda import CudaEngine
 from fastsample.backends.native import mismatch
@@ -172,21 +172,6 @@ class Job:
         return f"{self.case.name}-{how.policy}{how.parts}x{how.threads}-{how.order.replace(' ', '-')}"
 
 
-def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
-    """Everything that an engine can be asked about a case, in few calls."""
-    inputs = case.build()
-    common = {**inputs.kwargs, "backend": backend, "on_invalid": "flag"}
-    found = {
-        "filter_logits": fs.filter_logits(inputs.logits, **common),
-        "probabilities": fs.probabilities(inputs.logits, **common),
-    }
-    mode = "raw" if case.vocab % 2 else "processed"
-    wanted = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
-    out = fs.sample(inputs.logits, **common, **inputs.draw, **wanted)
-    plain = fs.sample(inputs.logits, **common, **inputs.draw)
-    return found | {name: getattr(out, name) for name in fs.SampleOutput.__slots__} | {"plain": plain.tokens}
-
-
 def main() -> None:
     torch.set_num_threads(1)
     module = Simt(Path(sys.argv[1]))
@@ -196,7 +181,7 @@ def main() -> None:
     with as_backend(module):
         for job in jobs:
             module.how = job.how
-            found[job.name] = results(job.case, "cuda")
+            found[job.name] = ask(job.case, "cuda", brief=True)
     torch.save(found, sys.argv[3])
 
 

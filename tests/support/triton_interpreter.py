@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from cases import Case
-
-import fastsample as fs
+from conformance import ask
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,6 @@ class Job:
     def name(self) -> str:
         how = "threads" if self.threads else "launches"
         return self.case.name if self.parts == 1 else f"{self.case.name}-{self.parts} {how}"
-
-
-def results(case: Case, backend: str) -> dict[str, torch.Tensor]:
-    """All outputs of an engine for a case, in fewer calls than test_parity.py makes."""
-    inputs = case.build()
-    common = {**inputs.kwargs, "backend": backend, "on_invalid": "flag"}
-    found = {
-        "filter_logits": fs.filter_logits(inputs.logits, **common),
-        "probabilities": fs.probabilities(inputs.logits, **common),
-    }
-    mode = "raw" if case.vocab % 2 else "processed"
-    wanted = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
-    out = fs.sample(inputs.logits, **common, **inputs.draw, **wanted)
-    return found | {name: getattr(out, name) for name in fs.SampleOutput.__slots__}
 
 
 def patch_once() -> None:
@@ -117,7 +102,7 @@ def main() -> None:
             engine.ENGINE.one_launch = True
             run_programs_in_threads()
         engine.ENGINE.block, engine.ENGINE.parts = job.block, job.parts
-        found[job.name] = results(job.case, "triton")
+        found[job.name] = ask(job.case, "triton", brief=True)
     torch.save(found, sys.argv[2])
 
 

@@ -23,6 +23,7 @@ import fastsample as fs
 import fastsample.integrations.transformers as drop_in
 from fastsample.cli import app as cli
 from fastsample.cli import generate as cli_generate
+from fastsample.cli import info as cli_info
 from fastsample.cli import output as cli_output
 from fastsample.cli import session as cli_session
 from fastsample.cli import stats as cli_stats
@@ -327,12 +328,12 @@ def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None
     def missing() -> None:
         raise RuntimeError("not built")
 
-    monkeypatch.setattr(cli, "native", Native)
+    monkeypatch.setattr(cli_info, "native", Native)
     assert re.search(r"instruction set +avx2 \(also here: avx512\)\n", run("info").stdout)
-    monkeypatch.setattr(cli, "native", missing)
+    monkeypatch.setattr(cli_info, "native", missing)
     assert re.search(r"instruction set +not built\n", run("info").stdout)
     monkeypatch.setattr(Native, "isa", staticmethod(missing))
-    monkeypatch.setattr(cli, "native", Native)
+    monkeypatch.setattr(cli_info, "native", Native)
     assert re.search(r"instruction set +not built\n", run("info").stdout)
 
 

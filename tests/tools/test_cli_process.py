@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastsample import cli
+from fastsample.cli import app as cli
 
 PROMPT = "The future of AI is"
 # A shell's background job ignores SIGINT, and so would its children; a terminal's command does not.
@@ -158,7 +158,7 @@ def test_an_instruction_set_that_is_none_is_said() -> None:
 
 
 def test_a_bug_is_one_line_unless_asked_for_more() -> None:
-    code = "from fastsample import cli; cli.find_model = None; cli.main()"
+    code = "from fastsample.cli import app as cli; cli.find_model = None; cli.main()"
     for variables in ({}, {"FASTSAMPLE_TRACEBACK": "1"}):
         command = [sys.executable, "-c", code, "generate", "x"]
         done = subprocess.run(

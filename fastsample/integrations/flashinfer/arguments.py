@@ -12,11 +12,10 @@ import torch
 from fastsample.checks import check_logits
 from fastsample.inputs import pack_offsets, pack_params, pack_seeds
 from fastsample.integrations.flashinfer.masses import bits_of, exactly, is_negative, rounded
-from fastsample.params import specs
+from fastsample.params import write_columns
 
 Tensor = torch.Tensor
 
-_FIELDS = tuple(name for name, _ in specs())
 _SMALLEST_P = 2.0**-126  # what the engines get instead of 0: their target is then 1, the most probable token
 _RANGES = {"top_k": "1 <= value", "top_p": "0 <= value <= 1", "min_p": "0 <= value <= 1"}
 
@@ -86,14 +85,18 @@ def pack(given: tuple[Limit, ...], order: str, like: Tensor) -> Tensor:
     """The packed records for a table like this: int32 [B or 1, fields] on its device."""
     fixed = {one.name: _number(one.value) for one in given if not isinstance(one.value, Tensor)}
     packed = _packed(tuple(fixed.items()), order, like.device)
-    columns = {one.name: one.value.to(like.device) for one in given if isinstance(one.value, Tensor)}
+    columns = {one.name: _column(one).to(like.device) for one in given if isinstance(one.value, Tensor)}
     if columns:
         packed = packed.repeat(len(like), 1)
-    for name, value in columns.items():
-        is_k = name == "top_k"
-        bits = value.clamp(max=2**31 - 1).int() if is_k else value.float().clamp(min=_SMALLEST_P).view(torch.int32)
-        packed[:, _FIELDS.index(name)] = bits
+        write_columns(packed, columns)
     return packed
+
+
+def _column(limit: Limit) -> Tensor:
+    values: Tensor = limit.value
+    if limit.name == "top_k":
+        return values.clamp(max=2**31 - 1).int()
+    return values.float().clamp(min=_SMALLEST_P)
 
 
 def _number(value: float) -> float:

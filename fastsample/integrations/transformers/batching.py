@@ -26,9 +26,9 @@ from fastsample.checks import CPU, whole
 from fastsample.inputs import pack_seeds, splitmix64
 from fastsample.integrations.transformers.plan import make_plan
 from fastsample.integrations.transformers.rows import check_backend
-from fastsample.params import SamplingParams
+from fastsample.params import SamplingParams, specs
 
-_FIELDS = ("temperature", "top_k", "top_p", "min_p")
+_FIELDS = {name: spec.kind for name, spec in specs() if spec.kind != "choice" and not spec.counts}
 
 
 @contextmanager
@@ -185,18 +185,21 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
         self, input_ids: torch.LongTensor, scores: torch.Tensor, logits_processor_args: torch.Tensor
     ) -> torch.Tensor:
         words = logits_processor_args[:, : len(scores)].cpu()
-        temperature, top_p, min_p = (words[i].view(torch.float32) for i in (0, 2, 3))
-        seeds, offsets = (words[i : i + 2].T.contiguous().view(torch.int64)[:, 0] for i in (4, 6))
-        params = SamplingParams(temperature, words[1], top_p, min_p, ties="all")
+        wide = words[len(_FIELDS) :]
+        seeds, offsets = (wide[i : i + 2].T.contiguous().view(torch.int64)[:, 0] for i in (0, 2))
+        fields: dict[str, Any] = {
+            name: column.view(torch.float32) if kind == "float" else column
+            for (name, kind), column in zip(_FIELDS.items(), words, strict=False)
+        }
+        params = SamplingParams(**fields, ties="all")
         tokens = sample(scores, params, seed=seeds, offset=offsets, backend=self.backend).tokens
         return torch.zeros_like(scores).scatter_(1, tokens[:, None], 1.0)
 
 
 def _pack(fields: list[dict[str, Any]], seeds: list[int], offsets: list[int]) -> torch.Tensor:
-    """int32 [8, requests]: temperature, top_k, top_p, min_p, and two words each of the seed and the offset."""
+    """int32 [fields + 4, requests]: a word for each of the fields, and two each for the seed and the offset."""
     params = SamplingParams(**{name: [f[name] for f in fields] for name in _FIELDS})
-    floats = [torch.as_tensor(getattr(params, name), device=CPU) for name in _FIELDS]
-    columns = [column.view(torch.int32) for column in floats]
+    columns = [torch.as_tensor(getattr(params, name), device=CPU).view(torch.int32) for name in _FIELDS]
     wide = [pack_seeds(seeds, len(fields)), torch.tensor(offsets, dtype=torch.int64, device=CPU)]
     columns += [word for values in wide for word in values.view(torch.int32).reshape(-1, 2).T]
     return torch.stack(columns)
