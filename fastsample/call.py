@@ -279,9 +279,7 @@ class SampleCall(Call):
 
     def _same_buffers(self, out: SampleOutput, outputs: Outputs) -> bool:
         """Whether a SampleOutput still holds the tensors that were checked."""
-        if out.tokens is not outputs.tokens or out.status is not outputs.status:
-            return False
-        for name in self._more:  # `all` of a generator would take as long as the rest of the check
-            if getattr(out, name) is not getattr(outputs, name):
-                return False
-        return True
+        same = out.tokens is outputs.tokens and out.status is outputs.status
+        for name in self._more:
+            same = same and getattr(out, name) is getattr(outputs, name)
+        return same
