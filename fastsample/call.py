@@ -58,7 +58,8 @@ def make(
     call = new(kind, options) if known is None else known.call
     table = call.table(logits)
     if len(call.batch) > 1:
-        fields, inputs = flat_fields(call.batch, fields), inputs.flat(call.batch)
+        fields = flat_fields(call.batch, fields) if known is None else fields
+        inputs = inputs if inputs is NO_INPUTS else inputs.flat(call.batch)
         seed, offset = flat("seed", seed, call.batch), flat("offset", offset, call.batch)
     count = table.shape[0]
     packed = pack(params, fields, count, OTHERS) if known is None else known.packed
@@ -105,7 +106,9 @@ class Call:
         if self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided:
             known = not logits.is_nested and not logits.is_neg() and has_memory(logits)
             if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):
-                return logits if len(self.batch) == 1 else logits.unsqueeze(0)
+                if len(self.batch) == 1:
+                    return logits
+                return logits.flatten(0, -2) if self.batch else logits.unsqueeze(0)
         table = check_logits(logits)
         if self.slots is not None and logits.ndim > 2:
             raise ValueError(f"logits: expected [{self.slots}, V], a row per slot, got shape {tuple(logits.shape)}")
@@ -119,13 +122,14 @@ class Call:
         self._forget_buffers()
         self.device = logits.device
         size = table.shape[0] * max(self.options.num_samples, self.options.top_logprobs)
-        self.small = self.device == CPU and logits.ndim <= 2 and size <= repeats.SMALL  # a GPU needs copies anyway
+        # A GPU needs copies of the parameters for every call anyway.
+        self.small = size <= repeats.SMALL and self.device == CPU and self._copied is None
         self._checked = (logits.shape, logits.stride(), logits.dtype, self.device)
         return table
 
     def let_go(self) -> None:
         """Drop every tensor of the caller's, since the next step may be far off."""
-        self.lasts, self._copied = True, None
+        self.lasts = True
 
     def _forget_buffers(self) -> None:
         """Buffers for logits of another shape are no use."""
@@ -275,6 +279,7 @@ class SampleCall(Call):
 
     def _same_buffers(self, out: SampleOutput, outputs: Outputs) -> bool:
         """Whether a SampleOutput still holds the tensors that were checked."""
-        if out.tokens is not outputs.tokens or out.status is not outputs.status:
-            return False
-        return not self._more or all(getattr(out, name) is getattr(outputs, name) for name in self._more)
+        same = out.tokens is outputs.tokens and out.status is outputs.status
+        for name in self._more:
+            same = same and getattr(out, name) is getattr(outputs, name)
+        return same

@@ -40,6 +40,8 @@ class Options(NamedTuple):
         if top_logprobs and self.logprobs is None:
             raise ValueError(f"top_logprobs = {top_logprobs}: needs logprobs='raw' or 'processed'")
         check_on_invalid(self.on_invalid)
+        if num_samples is self.num_samples and top_logprobs is self.top_logprobs:
+            return self
         return self._replace(num_samples=num_samples, top_logprobs=top_logprobs)
 
 
@@ -160,11 +162,9 @@ def _wanted(logprobs: bool, top: bool) -> tuple[str, ...]:
 
 def allocate(batch: Sequence[int], options: Options, device: torch.device) -> SampleOutput:
     """Fresh buffers for what is wanted."""
-    buffers = [
-        empty(field.shape(batch, options, 0), field.dtype, device) if field.wanted(options) else None
-        for field in SAMPLED
-    ]
-    return SampleOutput(*buffers)  # type: ignore[arg-type]
+    names = wanted(options)
+    made = [empty(FIELD[name].shape(batch, options, 0), FIELD[name].dtype, device) for name in names]
+    return SampleOutput(**dict(zip(names, made, strict=True)))
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -91,7 +91,7 @@ def take(name: Hashable | None) -> Repeat[Any] | None:
     """What the last call of that key has put back."""
     try:
         return None if name is None else _store.repeats.pop(name, None)
-    except TypeError:  # an option that has no hash, which the checks are going to refuse
+    except Exception:  # an option without a hash, whatever it raises; the checks are about to refuse it by name
         return None
 
 
