@@ -52,7 +52,7 @@ def test_every_tensor_has_its_words() -> None:
     mask = torch.zeros(1, 2, dtype=torch.int32)
     bias = Bias(torch.tensor([0, 1, 1, 2]), torch.tensor([3, 4]), torch.tensor([1.0, 2.0]), 40)
     rows = Rows(fs.SamplingParams(top_k=[1, 2, 3]).pack(), torch.zeros(3).long(), torch.zeros(1).long())
-    rows.bitmask, rows.bias, rows.prompt_ids, rows.output_ids = mask, bias, ids, ids[:, :0]
+    rows.bitmask, rows.bias, rows.prompt_ids, rows.output_ids = mask, bias, ids, ids[:, 1:]
     found = words(native.row_arguments(rows), native.ROW_FIELDS)
     assert found == {
         "params": rows.records.data_ptr(),
@@ -72,9 +72,9 @@ def test_every_tensor_has_its_words() -> None:
         "prompt": ids.data_ptr(),
         "prompt_stride": 4,
         "prompt_length": 3,
-        "output": ids[:, :0].data_ptr(),
+        "output": ids.data_ptr() + 8,
         "output_stride": 4,
-        "output_length": 0,
+        "output_length": 2,
     }
     without = words(native.row_arguments(Rows(rows.records, rows.seeds, rows.offsets)), native.ROW_FIELDS)
     assert {name for name in found if without[name] != found[name]} >= {"mask", "bias_row_ptr", "prompt", "output"}
@@ -107,10 +107,11 @@ def test_every_output_has_its_words(more: bool) -> None:
 
 def test_a_buffer_whose_memory_moves_is_followed() -> None:
     logits = torch.randn(1, 50)
-    sampler = fs.Sampler(batch_size=1, seed=1)
     want = [int(fs.Sampler(batch_size=1, seed=1, offset=i)(logits).tokens) for i in range(4)]
+    sampler = fs.Sampler(batch_size=1, seed=1)
     out = sampler(logits)
-    for i, move in enumerate([lambda: out.tokens.resize_(100000), lambda: out.tokens.set_(torch.zeros(1).long())], 1):
-        move()
+    moves = (lambda: None, lambda: out.tokens.resize_(100000), lambda: out.tokens.set_(torch.zeros(1).long()))
+    for move, token in zip(moves, want[1:], strict=True):
+        move()  # the tensor stays the same object
         sampler(logits, out=out)
-        assert int(out.tokens.flatten()[0]) == want[i]
+        assert int(out.tokens[0]) == token
