@@ -1,6 +1,6 @@
-"""What the adapters to serving stacks share: one sampling step whose parameters lie on the device of the logits.
+"""What the adapters to serving stacks share: one sampling step whose parameters are on the device of the logits.
 
-A stack validates its requests when they arrive. So nothing is validated again here, and nothing waits for a device.
+A stack validates its requests when they arrive, so nothing is validated again here and nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Step:
     """Filters and the draw of a batch, with one parameter set per row.
 
     Args:
-        logger: where what is worth a line is said, once.
-        work, stays: what this step does, and what it leaves to the stack; said with the name of the engine.
+        logger: gets each message once.
+        work, stays: what this step does and what it leaves to the stack, for the message that names the engine.
         **fields: SamplingParams fields of every row, unless a call has a column for them.
     """
 
@@ -46,8 +46,8 @@ class Step:
     ) -> torch.Tensor:
         """One token per row, int64 [B].
 
-        A row with a NaN, with +inf or with nothing above -inf gets token 0: a server goes on, as the stacks' own
-        samplers do, and a warning says so where the engine knows without waiting.
+        A row with a NaN, with +inf or with nothing above -inf gets token 0: a server must go on, as it does with the
+        stacks' own samplers. A warning says so where the engine knows it without waiting for the device.
 
         Args:
             logits: float32, float16 or bfloat16 [B, V]; only read.

@@ -45,7 +45,7 @@ __all__ = ["register"]
 
 logger = init_logger("vllm.plugins.fastsample")
 
-# vLLM's PyTorch sampler keeps what equals the k-th value. Temperature and min-p lie behind us when we are called.
+# vLLM's PyTorch sampler keeps what equals the k-th value. It has applied temperature and min-p when it calls us.
 _STEP = Step(
     logger,
     "top-k, top-p and the draw",
@@ -104,7 +104,7 @@ def _left(logits: torch.Tensor) -> bool:
 
 
 def _init_v1(theirs: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """TopKTopPSampler.__init__: it has picked the forward for this platform, which we put ours before."""
+    """TopKTopPSampler.__init__: it picks the forward for this platform, and ours then goes before that one."""
     theirs(self, *args, **kwargs)
     self.forward = functools.partial(_forward_v1, self, self.forward)
 
@@ -154,8 +154,8 @@ _draws: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
 def _next_draw(generator: torch.Generator) -> tuple[int, int]:
     """A request's seed and the number of its draws so far, which goes up by 1.
 
-    The generator is the request's for as long as it lives, whatever its row. A generator on a GPU counts by itself, in
-    steps of 4, and vLLM turns it back by as much when it discards a draw. One on the CPU has no count to ask for.
+    A request keeps its generator for as long as it lives, whatever its row. A generator on a GPU counts by itself, in
+    steps of 4, and vLLM sets it back by as much when it discards a draw. One on the CPU does not count.
     """
     if generator.device.type == "cpu":
         count = _draws.get(generator, 0)
@@ -196,7 +196,7 @@ def _sample_random_v2(
         )
         return answer
     states = self.sampling_states
-    # A temperature of 0 has divided nothing and asks for the maximum; any other one has done its work.
+    # A temperature of 0 asks for the maximum and has divided nothing. Any other one is already applied.
     temperature = (states.temperature.gpu[expanded_idx_mapping] != 0).float()
     seeds = states.seeds.gpu[expanded_idx_mapping]
     tokens = _STEP.draw(processed_logits, seeds, pos.long(), temperature=temperature, top_k=top_k, top_p=top_p)
