@@ -115,10 +115,10 @@ def test_the_prompt_runs_once(model: Any, tokenizer: Any, monkeypatch: pytest.Mo
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    real = fs.sampler.Request.run
+    real = fs.sampler.SampleCall.run
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        drawn.append(self.num_samples)
+        drawn.append(self.options.num_samples)
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr("fastsample.call.SampleCall.run", run)
