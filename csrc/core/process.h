@@ -28,9 +28,10 @@ FS_HD float zero_unless(bool condition, float x) {
   return x;
 }
 
-// `count` occurrences in the output; `seen` in the prompt or the output. A branch on a token's sign
-// or count would often be guessed wrongly: of the quotient and the product, the contract's is the
-// lower one where the penalty exceeds 1, whatever the sign, and to subtract +0 changes no bit.
+// `count` occurrences in the output; `seen` in the prompt or the output. There is no branch on a
+// token's sign or count, which would often be mispredicted: the contract asks for the lower of
+// quotient and product where the penalty exceeds 1, else for the higher one, whatever the sign; and
+// to subtract +0 changes no bit.
 FS_HD float penalise(float x, const RowParams& p, int32_t count, bool seen) {
   if (p.repetition_penalty != 1.0f && seen) {
     const float quotient = x / p.repetition_penalty, product = x * p.repetition_penalty;

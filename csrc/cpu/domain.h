@@ -52,8 +52,7 @@ FS_INLINE int32_t id_at(const Dense<T>&, int b, int i) {
 typedef std::true_type Near;
 typedef std::false_type Anywhere;
 
-// f(values of block b, how near they are), in the caller's own type where nothing changes them: for
-// those who do not ask which value is whose.
+// f(values of block b, how near they are), in the logits' own type where nothing changes them.
 template <class T, class F>
 FS_INLINE void with_values(const Dense<T>& d, int b, F f) {
   if constexpr (sizeof(T) < sizeof(float) && kCompresses) {
@@ -68,8 +67,8 @@ FS_INLINE void with_values(const List& l, int b, F f) {
   f(l.x + b * kBlock, Anywhere());
 }
 
-// The kRun values of block b from place i on, without making the others, nor edits; writes whole
-// vectors.
+// Copies the kRun values of block b from place i on, without its edits, and without making the rest
+// of the block; writes whole vectors.
 template <int kRun, class T>
 FS_INLINE void copy_run(const Dense<T>& d, int b, int i, float* to) {
   const int32_t id = b * kBlock + i;
@@ -118,7 +117,7 @@ FS_INLINE void fetch_ahead(const List&, int, const Workspace&) {}
 // Values as floats, for the arithmetic of masses.
 template <class T>
 FS_INLINE const float* unpack(const T* x, int n, float* buffer) {
-  // By blocks, which are unrolled: to leave a loop of 128 turns is mispredicted.
+  // By blocks, which are unrolled: the end of a loop of 128 turns is mispredicted.
   for (int i = 0; i < n; i += kBlock) {
     _Pragma("GCC unroll 16") for (int j = 0; j < kBlock; j += kLanes) {
       store(buffer + i + j, load(x + i + j));
@@ -127,7 +126,7 @@ FS_INLINE const float* unpack(const T* x, int n, float* buffer) {
   return buffer;
 }
 
-// Whether that is done before the arithmetic, not amid it.
+// Whether values are unpacked before the arithmetic rather than amid it.
 template <class T>
 constexpr bool kUnpacksBefore = sizeof(T) < sizeof(float) && !kCompresses;
 

@@ -1,5 +1,5 @@
-// Where the boundary of a weighted selection probably lies, from a sample: a wrong estimate costs
-// time, never a token.
+// Where the boundary of a weighted selection probably lies, from a sample. A wrong estimate costs
+// time, but changes no token.
 #pragma once
 
 #include "cpu/domain.h"
@@ -21,17 +21,17 @@ struct Sample {
   double each;  // how many tokens a value stands for
 };
 
-// Some values of a domain, evenly spread: from as many blocks as there can be, kRun of each at a
-// time, an eighth at most.
+// Some values of a domain, evenly spread: from as many blocks as possible, in runs of kRun, at most
+// an eighth of a block.
 template <int kRun, class Domain>
 void take_sample(const Domain& domain, Sample* to) {
   constexpr int kRuns = kSample / kRun, kPlaces = kBlock / kRun, kMost = kPlaces / 8;
-  const Domain d = domain;  // of its own: to the compiler a store might change whatever is not
+  const Domain d = domain;  // a copy: to the compiler, a store might change the original
   const int sampled = blocks(d) < kRuns ? blocks(d) : kRuns;
   const int runs = kRuns / sampled < kMost ? kRuns / sampled : kMost;
   const double step = (double)blocks(d) / sampled;
-  // Each place of a block is that of one run, and of a place 39 tells the run: 39 * 23 = 1 modulo
-  // kPlaces.
+  // Each run has a place of its own in the block; 39 finds the run of a place, as 39 * 23 = 1
+  // modulo kPlaces.
   const auto place = [](int s, int run) { return (unsigned)(29 * s + 23 * run) % kPlaces; };
   const auto run_at = [](int s, int place) { return (unsigned)(39 * (place - 29 * s)) % kPlaces; };
   float* next = to->x;
@@ -85,7 +85,7 @@ struct Histogram {
   }
 
   void accumulate() {
-    // In parts side by side: each addition waits for the one before it.
+    // Several parts side by side, since each addition waits for the one before it.
     for (int i = 1; i < kPart; ++i) {
       for (int part = 0; part < kParts; ++part) {
         weight[part * kPart + i] += weight[part * kPart + i - 1];
@@ -122,9 +122,9 @@ struct Histogram {
   }
 };
 
-// How far the weight above `edge` may be off, as the target counts: two and a half standard
-// deviations, were the sample Poisson. What lies above the edge counts against what lies below it
-// as far as both move the target.
+// How far off the weight above `edge` may be, relative to the target: two and a half standard
+// deviations of a Poisson sample. Weight above the edge raises the target by its share, as weight
+// below it does.
 template <class Weight>
 double uncertainty(const Weight& weight, const Sample& s, float edge) {
   vf all = splat(0.0f), upper = splat(0.0f);
@@ -153,7 +153,7 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   const float certain = weight.certain_low((double)weight_above(weight, heads, -INFINITY),
                                            (double)blocks(d) * kBlock);
   if (count_above(body.x, body.n, certain) < body.n / 32) return Bracket{certain, INFINITY};
-  // Sorted rows hide their highest tokens behind few block maxima; the sample tells.
+  // In a sorted row, the highest tokens share few blocks, and the sample shows more of them.
   const int shared = count_above(body.x, body.n, nextafterf(heads.low, -INFINITY));
   if (shared > 8 + 2 * heads.n / body.each) heads = none;
   const Span rest = filter(body.x, body.n, body.x, [&](vf v) {
@@ -164,7 +164,7 @@ Bracket find_bracket(const Weight& weight, const Domain& d, const Workspace& ws)
   float* head_weight = ws.spare + heads.n + kPad;
   weight.roughly(heads.x, heads.n, head_weight);
   float low = rest.n ? rest.low : heads.low, high = heads.n ? heads.high : rest.high;
-  if (!(low <= high)) return found;  // what has mass, the sample missed
+  if (!(low <= high)) return found;  // the sample missed all that has mass
   if (low == high) return Bracket{nextafterf(low, -INFINITY), nextafterf(high, INFINITY)};
   // Once is enough, unless outliers make the bins so wide that many tokens share a few.
   for (int before = body.n;;) {

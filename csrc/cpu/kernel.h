@@ -20,16 +20,17 @@ struct Edit {
   float x;  // until then the bias
 };
 
-// Some of a row's draws, as other threads may have the others. Who has the first has all the rest
-// of the row's outputs too.
+// Some of a row's draws: other threads may make the rest of them. The part that has draw 0 also
+// writes the outputs that are not of a draw.
 struct Draws {
   int32_t begin, end;
 };
 
-// From so many on, draws may be looked up in a table of the kept tokens.
+// From this many draws on, they may be looked up in a table of the kept tokens.
 constexpr int32_t kManyDraws = 8;
 
-// Parts of the uniform numbers, at least as many as tokens, and two more.
+// The guide of a table has a power of two of parts, at least as many as there are tokens, and two
+// entries more.
 inline constexpr int guide_bits(int64_t tokens) {
   int bits = 0;
   while ((int64_t)1 << bits < tokens) ++bits;
@@ -55,7 +56,7 @@ struct Workspace {
   int32_t* end_rank;   // [V + kPad]
   float* end_logprob;  // [V + kPad]
   uint32_t* keys[2];   // [V + kPad] each
-  const void* ahead;   // the row that this thread probably takes next, or null
+  const void* ahead;   // the row that this thread will probably take next, or null
 };
 
 // One per ISA: the only global symbol of its translation unit.

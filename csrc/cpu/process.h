@@ -55,15 +55,15 @@ int sort_changes(const Batch& batch, int64_t r, const RowParams& params, const R
   return total;
 }
 
-// A token of the block at hand while its changes are counted.
+// A token of the current block while its changes are counted.
 struct Change {
   int32_t block;
   int32_t count;      // occurrences in the output so far
   float base, value;  // with its bias; with what it has been changed to so far
 };
 
-// Stages 2 and 3: makes every change an edit, of which a token's last one counts, and keeps the
-// block maxima up to date. A token's branches would be guessed wrongly, so there are none.
+// Stages 2 and 3: makes every change an edit (a token's last edit counts), and keeps the block
+// maxima up to date. Branches on a token would be mispredicted, so there are none.
 template <class T>
 void apply_changes(const RowParams& params, int n, const Workspace& ws, Row<T>* row, Peak* peak) {
   Change changes[kBlock];
@@ -81,7 +81,7 @@ void apply_changes(const RowParams& params, int n, const Workspace& ws, Row<T>* 
     c = Change{b, count, biased, x};
     e->x = x;
     broken |= x != x;
-    // Where the block's maximum was lowered the block is looked at again; NaN stands for that.
+    // NaN marks a block whose maximum was lowered: it is scanned again below.
     float& max = ws.block_max[b];
     max = x > max ? x : old == max && x != old ? NAN : max;
   }

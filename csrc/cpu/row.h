@@ -10,8 +10,8 @@
 namespace fastsample {
 namespace {
 
-// A row after stages 0 to 3. Blocks are made when asked for: an untouched float32 block is the
-// caller's memory itself.
+// A row after stages 0 to 3. A block is made when it is needed; a float32 block that nothing
+// changes is the caller's memory itself.
 template <class T>
 struct Row {
   const T* logits;
@@ -46,7 +46,7 @@ FS_INLINE bool has_edits(const Row<T>& row, int b) {
   return row.edits && row.edit_start[b] != row.edit_start[b + 1];
 }
 
-// f(edit) for those of a block, of which a token's last one counts.
+// f(edit) for the edits of a block; where a token has several, the last one counts.
 template <class T, class F>
 FS_INLINE void each_edit(const Row<T>& row, int b, F f) {
   if (!row.edits) return;
@@ -78,13 +78,13 @@ FS_INLINE bool is_ruled_out(const Row<T>& row, int b) {
   return !summarise_mask(row, b).some;
 }
 
-// Whether a block is a whole one of which every token is allowed.
+// Whether a block is a whole one, with every token allowed.
 template <class T>
 FS_INLINE bool is_allowed(const Row<T>& row, int b) {
   return (b + 1) * kBlock <= row.vocab && summarise_mask(row, b).every == ~0u;
 }
 
-// Whether nothing changes such a block.
+// Whether a block is a whole one that nothing changes.
 template <class T>
 FS_INLINE bool is_clean(const Row<T>& row, int b) {
   return !has_edits(row, b) && is_allowed(row, b);

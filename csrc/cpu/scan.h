@@ -9,7 +9,7 @@ namespace {
 struct Peak {
   float max;
   bool nan;
-  float low;  // no 16-bit value of a block that nothing changes is below it
+  float low;  // lower bound of the 16-bit values in blocks that nothing changes
 };
 
 constexpr int kStreams = 4;  // vectors that the streaming pass looks at side by side
@@ -20,7 +20,8 @@ struct Nothing {
   FS_MEMBER void end(int, float) {}
 };
 
-// Lanes in which every test so far has held; several masks, as one test would wait for another.
+// Lanes in which every test so far has held. With several masks, a test need not wait for the one
+// before it.
 struct Held {
   Mask m[kMaskChains];
 
@@ -35,7 +36,7 @@ struct Held {
   }
 };
 
-// What the streaming pass has met besides maxima.
+// What the streaming pass notes besides maxima.
 struct Sound {
   Held floats;              // lanes that had no NaN
   bool nan = false;         // among 16-bit values
@@ -90,9 +91,9 @@ FS_INLINE bool highest_within(const T* x, int16_t edge, int16_t* highest) {
   return within.all() && best <= edge;
 }
 
-// The bits of the highest of a block's 16-bit floats. The lowest numbers are looked for from the
-// row's first block without a zero or more on: a branch for each block would be guessed wrongly
-// where the sign changes from block to block.
+// The bits of the highest of a block's 16-bit floats. From the row's first block on in which all
+// are negative, the lowest numbers are looked for too: a branch for each block would be
+// mispredicted where the sign changes from block to block.
 template <class T>
 FS_INLINE int16_t highest(const T* x, Sound& sound) {
   int16_t bits;
@@ -112,7 +113,7 @@ FS_INLINE int16_t highest(const T* x, Sound& sound) {
   return bits;
 }
 
-// The same of 16-bit values, twice as many at a time, which nobody watches.
+// The same for 16-bit values, twice as many at a time, and not watched.
 template <class T, class Watch>
 FS_INLINE float block_peak(const T* x, Sound& sound, Watch&) {
   return upcast(T{(uint16_t)highest(x, sound)});
@@ -139,8 +140,8 @@ FS_INLINE float row_max(float* block_max, int blocks) {
 }
 
 // The streaming pass over a row without edits: the maximum of every block and of the row. `watch`
-// sees every four vectors of a block, then the block's maximum. Whether 16-bit values exceed
-// `bound` in magnitude costs nothing to know.
+// sees every four vectors of a block, then the block's maximum. To learn whether 16-bit values
+// exceed `bound` in magnitude costs nothing more.
 template <class T, class Watch>
 FS_INLINE Peak scan(const Row<T>& row, float* block_max, float bound, Watch watch) {
   float buffer[kBlock];

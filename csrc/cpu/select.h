@@ -16,8 +16,8 @@ struct Counting {
     vu lanes = {};
   };
   static constexpr bool kHeavyHeads = false;  // whether a few tokens can be most of the weight
-  // Values that stand side by side in a sample: few, so that every block has some, as a sorted row
-  // has its highest tokens in few blocks.
+  // How many neighbours a sample takes at a time: few, so that many blocks are sampled, since a
+  // sorted row has its highest tokens in few of them.
   static constexpr int kSampleRun = 4;
 
   template <int N>
@@ -51,7 +51,7 @@ struct Weighing {
 
   typedef MassSum Sum;
   static constexpr bool kHeavyHeads = true;
-  static constexpr int kSampleRun = 32;  // fewer cache lines; the block maxima tell of the highest
+  static constexpr int kSampleRun = 32;  // fewer cache lines; block maxima show the highest tokens
 
   template <int N>
   FS_MEMBER Pack<N> of(const Pack<N>& x, const Where<N>& where, bool near = false) const {
@@ -138,12 +138,12 @@ FS_INLINE void each_set(const BlockBits& set, int* n, Few few, Many many) {
       }
       continue;
     }
-    // Wanted or not: a branch for each bit would be guessed wrongly.
+    // kGuess at a time, wanted or not: a branch for each bit would be mispredicted.
     for (int done = 0; done < here; done += kGuess) {
       int at[kGuess];
       FS_EACH(kGuess) {
         at[u] = k + __builtin_ctzll(word | 1ull << 63);
-        asm("" : "+r"(at[u]));  // else GCC keeps positions in vectors, from which each is taken out
+        asm("" : "+r"(at[u]));  // else GCC keeps the positions in a vector, to take each out again
         word &= word - 1;
       }
       few(*n + done, at);
@@ -165,9 +165,9 @@ FS_INLINE int append(const float* x, const BlockBits& set, float* to) {
   return n;
 }
 
-// Adds the weight of the values before n, to the end of a pack of N vectors, for which keep(x,
-// position) holds. A pack is summed up behind the weights of the next: one's chain of operations
-// alone would leave the processor idle.
+// Adds the weight of those of n values for which keep(x, position) holds; n is rounded up to whole
+// packs of N vectors. A pack is added up after the next one is weighed: the chain of operations of
+// a single pack would leave the processor idle.
 template <int N = kAbreast, class Weight, class T, class Keep>
 FS_INLINE void add_kept(const Weight& weight, const T* x, int n, Keep keep,
                         typename Weight::Sum& sum, bool near = false) {
@@ -230,9 +230,9 @@ FS_INLINE void add_rest(const Weight& weight, const T* x, int n, Keep keep,
   add_kept<N>(weight, (const T*)rest, N * kLanes, keep, sum);
 }
 
-// Weight of those of n values, as many as a group has at most, for which keep(x) holds; n is even
-// where they have 16 bits. In packs of half the size: groups have few values, and the next group's
-// chain fills the gaps.
+// Weight of those of n values, a group's at most, for which keep(x) holds; n is even where they
+// have 16 bits. Packs have half the size: groups have few values, and the next group's operations
+// fill the gaps.
 template <class Weight, class T, class Keep>
 FS_INLINE uint64_t weigh_some(const Weight& weight, const T* x, int n, Keep keep) {
   constexpr int N = kAbreast * 2 / (int)sizeof(T), kFew = 2;
@@ -355,12 +355,12 @@ FS_INLINE float value_below(float low, float high, double share) {
   return low <= x && x < high ? x : share < 0.5 ? nextafterf(high, low) : low;
 }
 
-// The value at which `above` plus the weight of s, from its highest value down, reaches `target`;
-// the lowest value where all of it does not. Halving the range of values leaves few of them soon.
-// Where the weight is spread evenly over it, as in an estimated bracket, pivots just below and just
-// above where the target would be leave fewer. Halving the range of keys every third time bounds
-// the rounds by 96 whatever the values are. Leaves s as it is
-// where `to` is another buffer.
+// The value at which `above` plus the weight of s, from its highest value down, reaches `target`,
+// or the lowest value where it never does. To halve the range of values leaves few of them soon.
+// Where the weight is spread evenly over the range (`even`), as in an estimated bracket, pivots
+// just below and just above the expected place leave fewer. Every third time the range of keys is
+// halved, which bounds the rounds by 96 whatever the values are. s stays as it is where `to` is
+// another buffer.
 template <class Weight>
 Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target, float* to,
                 bool even = false) {
@@ -369,7 +369,7 @@ Boundary narrow(const Weight& weight, Span s, uint64_t above, uint64_t target, f
   for (int round = 0; key_of(s.low) < key_of(s.high); ++round) {
     double share = 0.5;
     if (inside > 0) {
-      // To the side on which less is left if it is the right one.
+      // Beyond the expected place, on the side that leaves less if it is the right one.
       share = (double)(target - above) / inside;
       share += (share > 0.5 ? -1.5 : 1.5) / sqrt((double)s.n);
     }

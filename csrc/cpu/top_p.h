@@ -13,9 +13,9 @@ struct Split {
   Span middle;  // in id order; group g's part begins at segment[g]
 };
 
-// A block's part of that: what it weighs, what lies below the bracket's upper end, and the
-// bracket's values; returns their end. To compress each vector costs the same however many of its
-// lanes count.
+// A block's share of it: adds up what it weighs and what of that lies below the bracket's upper
+// end, and copies the bracket's values; returns their end. To compress each vector costs the same
+// however many of its lanes count.
 template <class T>
 FS_INLINE float* split_block(const Weighing& weight, const T* x, bool near, Bracket bracket,
                              float* values, MassSum& all, MassSum& rest) {
@@ -52,7 +52,7 @@ Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Work
     ws.segment[g] = s.middle.n;
     MassSum all, rest, low;
     each_run(d, g, has_mass, [&](auto run, auto near) {
-      // Of its own: to the compiler a store of values might change whatever is not.
+      // Copies: to the compiler, a store of values might change the originals.
       const Weighing own_weight = weight;
       const Bracket own = bracket;
       MassSum run_all, run_rest, run_low;
