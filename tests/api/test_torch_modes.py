@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastsample as fs
 from fastsample import repeats
 from fastsample.backends.cpu import native
+from fastsample.backends.native import LOGITS_FIELDS, OUTPUT_FIELDS, ROW_FIELDS
 from fastsample.inputs import Rows, pack_offsets
 from fastsample.inputs.records import _pack_plain
 from fastsample.inputs.seeds import _shared_offset
@@ -228,10 +230,19 @@ def test_a_mere_subclass_is_served(variant: str) -> None:
 def test_native_code_follows_no_null_pointer() -> None:
     """The last resort, where a mode of torch's makes buffers without memory."""
     address = LOGITS.data_ptr()
-    rows, nowhere = (native().Rows(*[(at, 0)] * 3, 1) for at in (address, 0))
+    columns = ("params", "seeds", "offsets")
+    rows, nowhere = (record(ROW_FIELDS, mask_words=-1, **dict.fromkeys(columns, at)) for at in (address, 0))
     for own, logits, status in ((rows, 0, address), (rows, address, 0), (nowhere, address, address)):
+        shape = {"rows": 1, "vocab": V, "num_samples": 1}
+        call = record(LOGITS_FIELDS + OUTPUT_FIELDS, logits=logits, status=status, **shape)
         with pytest.raises(ValueError, match="a tensor without memory"):
-            native().run_tokens(own, logits, V, 1, V, 0, status, 0, 1, False, 1)
+            native().run(own, call, 1, False)
+
+
+def record(fields: tuple[str, ...], **values: int) -> bytes:
+    """A record of the native ABI; what is not given is 0."""
+    assert values.keys() <= set(fields)
+    return struct.pack(f"{len(fields)}q", *(values.get(name, 0) for name in fields))
 
 
 def test_a_fake_tensor_mode_leaves_nothing_behind() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,11 @@ BYTES = (bytes, bytearray, memoryview)
 """Sequences of small integers, which are never meant as such."""
 
 
+def identity(shown: str) -> str:
+    """A test's id: short, on one line, and the same in every process (an address is not)."""
+    return re.sub(r" at 0x[0-9a-f]+", "", shown).replace("\n", "")[:60]
+
+
 def bad_parameters() -> list[Any]:
     cases = []
     for name, spec in specs():
@@ -223,7 +229,7 @@ def bad_parameters() -> list[Any]:
                 cases.append((name, torch.tensor(good, dtype=kind), ValueError, ("row 2",)))
         if spec.kind == "int":
             cases.append((name, torch.tensor([1.0] * B), TypeError, ("torch.float32",)))
-    return [pytest.param(*case, id=f"{case[0]}={case[1]!r}"[:60].replace("\n", "")) for case in cases]
+    return [pytest.param(*case, id=identity(f"{case[0]}={case[1]!r}")) for case in cases]
 
 
 def names_the_parameter(says: tuple[str, ...]) -> bool:
@@ -442,7 +448,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
 
 @pytest.mark.parametrize(
     ("kwargs", "exception", "says"),
-    [pytest.param(*case, id=str(case[0])[:60].replace("\n", "")) for case in ARGUMENTS],
+    [pytest.param(*case, id=identity(str(case[0]))) for case in ARGUMENTS],
 )
 def test_arguments(kwargs: dict[str, Any], exception: type[Exception], says: tuple[str, ...]) -> None:
     check_all_calls(exception, says, logits(), kwargs)
