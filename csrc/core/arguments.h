@@ -34,13 +34,14 @@ FASTSAMPLE_RECORD(LogitsArguments,        //
 
 FASTSAMPLE_RECORD(OutputArguments,          //
                   status,                   // int32 [B]
-                  tokens, num_samples,      // int64 [B, num_samples]
+                  tokens,                   // int64 [B, num_samples]
                   filtered, probabilities,  // float32 [B, V]
-                  mode,                     // LogprobsMode, of all that follow
                   logprobs,                 // float32 [B, num_samples]
                   ranks,                    // int64 [B, num_samples]
                   top_ids,                  // int64 [B, num_top]
-                  top_logprobs, num_top);   // float32 [B, num_top]
+                  top_logprobs,             // float32 [B, num_top]
+                  num_samples, num_top,     // counts
+                  mode);                    // LogprobsMode
 
 #undef FASTSAMPLE_RECORD
 

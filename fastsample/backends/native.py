@@ -5,6 +5,7 @@ The records hold addresses and keep no tensor alive.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from struct import Struct
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from fastsample.backends import DTYPES, MODES, Outputs
 from fastsample.inputs import Rows
+from fastsample.outputs import FIELDS
 from fastsample.params import specs
 
 ROW_FIELDS = (
@@ -22,16 +24,16 @@ ROW_FIELDS = (
     *("output", "output_stride", "output_length"),
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype")
-OUTPUT_FIELDS = (
-    *("status", "tokens", "num_samples", "filtered", "probabilities"),
-    *("mode", "logprobs", "ranks", "top_ids", "top_logprobs", "num_top"),
-)
+OUTPUT_FIELDS = (*(field.name for field in FIELDS), "num_samples", "num_top", "mode")
 
-# Each record is packed in two parts, since most calls have no inputs and want nothing but tokens.
+# Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("13q")
 _NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0))
-_TOKENS, _MORE = Struct("8q"), Struct("8q")
-_NO_MORE = bytes(_MORE.size)
+_CALL = Struct(f"{len(LOGITS_FIELDS + OUTPUT_FIELDS)}q")
+_TOKENS = ("status", "tokens")  # come first, and most calls want nothing else
+_UNWANTED = (0,) * (len(FIELDS) - len(_TOKENS))
+_buffers = attrgetter(*(field.name for field in FIELDS))
+assert OUTPUT_FIELDS[: len(_TOKENS)] == _TOKENS
 
 
 def mismatch(module: Any) -> str | None:
@@ -75,7 +77,7 @@ def _inputs(rows: Rows) -> bytes:
         return _NO_INPUTS
     return _INPUTS.pack(
         *((0, 0, -1) if mask is None else (mask.data_ptr(), _row_stride(mask), mask.shape[1])),
-        *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias[:3]), bias.ids.numel())),
+        *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias.tensors), bias.ids.numel())),
         *((0, 0, 0) if prompt is None else (prompt.data_ptr(), prompt.stride()[0], prompt.shape[1])),
         *((0, 0, 0) if output is None else (output.data_ptr(), output.stride()[0], output.shape[1])),
     )
@@ -88,26 +90,19 @@ def _row_stride(tensor: torch.Tensor) -> int:
 
 def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
     """CallArguments: logits and outputs. Addresses are read anew, since a tensor's memory may move."""
-    shape = logits.shape
-    call = _TOKENS.pack(
+    if out.mode is None and out.filtered is None and out.probabilities is None:
+        buffers = (out.status.data_ptr(), 0 if out.tokens is None else out.tokens.data_ptr(), *_UNWANTED)
+    else:
+        buffers = tuple([0 if buffer is None else buffer.data_ptr() for buffer in _buffers(out)])
+    rows, vocab = logits.shape
+    return _CALL.pack(
         logits.data_ptr(),
         logits.stride()[0],  # takes less time than stride(0)
-        shape[0],
-        shape[1],
+        rows,
+        vocab,
         DTYPES[logits.dtype],
-        out.status.data_ptr(),
-        0 if out.tokens is None else out.tokens.data_ptr(),
+        *buffers,
         out.num_samples,
-    )
-    if out.mode is None and out.filtered is None and out.probabilities is None:
-        return call + _NO_MORE
-    return call + _MORE.pack(
-        0 if out.filtered is None else out.filtered.data_ptr(),
-        0 if out.probabilities is None else out.probabilities.data_ptr(),
-        MODES[out.mode],
-        0 if out.logprobs is None else out.logprobs.data_ptr(),
-        0 if out.ranks is None else out.ranks.data_ptr(),
-        0 if out.top_ids is None else out.top_ids.data_ptr(),
-        0 if out.top_logprobs is None else out.top_logprobs.data_ptr(),
         out.num_top,
+        MODES[out.mode],
     )

@@ -178,7 +178,7 @@ class Call:
         return table
 
     def edit(self, x: Tensor, counts: Tensor, bias: Bias | None, prompt: Tensor | None, output: Tensor | None) -> None:
-        row_ptr, bias_ids, bias_values = (x, x, x) if bias is None else bias[:3]
+        row_ptr, bias_ids, bias_values = (x, x, x) if bias is None else bias.tensors
         kernels("process").edit[(self.batch, EDIT_PARTS)](
             x,
             counts,

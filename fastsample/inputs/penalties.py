@@ -10,11 +10,7 @@ import torch
 
 from fastsample.params import SamplingParams, specs
 
-_COUNTED = {  # penalty: what it is counted over
-    "repetition_penalty": "prompt_ids or output_ids",
-    "frequency_penalty": "output_ids",
-    "presence_penalty": "output_ids",
-}
+_COUNTED = {name: spec.counts for name, spec in specs() if spec.counts}  # penalty: what it is counted over
 _NEUTRAL = {name: float(getattr(SamplingParams, name)) for name in _COUNTED}
 _COLUMN = {name: column for column, (name, _) in enumerate(specs()) if name in _COUNTED}
 
@@ -46,7 +42,7 @@ def warn_without_ids(active: Collection[str], prompt_ids: Any, output_ids: Any, 
     """
     if output_ids is not None:
         return
-    idle = [name for name in _COUNTED if name in active and (prompt_ids is None or name != "repetition_penalty")]
+    idle = [name for name in active if prompt_ids is None or "prompt_ids" not in _COUNTED[name]]
     if idle:
         what = "; ".join(f"{name} has no effect without {_COUNTED[name]}" for name in idle)
         how = "pass the ids so far, int64 [B, L] padded with -1 or a list per row, empty while there are none"

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/rows.h"
+#include "core/filters.h"
 
 namespace twin {
 
@@ -123,17 +123,17 @@ inline std::vector<int32_t> rank_order(const std::vector<float>& x) {
 inline std::vector<char> kept(const std::vector<float>& x, const std::vector<uint64_t>& w,
                               const std::vector<int32_t>& ranked, const RowParams& p) {
   const size_t vocab = x.size();
-  std::vector<char> keep(vocab), top_k(vocab), min_p(vocab), top_p(vocab);
+  std::vector<char> keep(vocab), top_k(vocab), heavy(vocab), top_p(vocab);
   const size_t k = p.top_k == 0 || (size_t)p.top_k > vocab ? vocab : (size_t)p.top_k;
   for (size_t rank = 0; rank < vocab; ++rank) {
     const int32_t i = ranked[rank];
     const bool alive = x[i] > -INFINITY;
     top_k[i] = alive && (rank < k || (p.ties == kTiesAll && x[i] >= x[ranked[k - 1]]));
-    min_p[i] = alive && w[i] >= (uint64_t)(p.min_p * 0x1p40f);
+    heavy[i] = alive && w[i] >= mass_floor(p);
   }
   const auto in_base = [&](int32_t i) {
     if (p.order == kJoint) return x[i] > -INFINITY;
-    return p.order == kMinPFirst ? top_k[i] && min_p[i] : (bool)top_k[i];
+    return p.order == kMinPFirst ? top_k[i] && heavy[i] : (bool)top_k[i];
   };
   uint64_t total = 0, reached = 0;
   for (size_t i = 0; i < vocab; ++i) total += in_base((int32_t)i) ? w[i] : 0;
@@ -144,7 +144,7 @@ inline std::vector<char> kept(const std::vector<float>& x, const std::vector<uin
     top_p[i] = p.top_p == 1 || reached < target;
     reached += w[i];
   }
-  for (size_t i = 0; i < vocab; ++i) keep[i] = top_k[i] && min_p[i] && top_p[i];
+  for (size_t i = 0; i < vocab; ++i) keep[i] = top_k[i] && heavy[i] && top_p[i];
   return keep;
 }
 
