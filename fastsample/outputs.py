@@ -208,7 +208,8 @@ class Written:
         if size is None:
             self._look_at("seed", rows.seeds)
             self._look_at("offset", rows.offsets)
-        rows.visit_inputs(self._look_at)
+        if size is None or rows.slots is not None:  # a step without inputs has the rows of its slots
+            rows.visit_inputs(self._look_at)
 
     def _look_at(self, other: str, tensor: torch.Tensor) -> None:
         if tensor.data_ptr() < self._high:

@@ -5,6 +5,7 @@ The records hold addresses and keep no tensor alive.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from operator import attrgetter
 from struct import Struct
 from typing import Any
@@ -29,11 +30,11 @@ OUTPUT_FIELDS = (*(field.name for field in FIELDS), "num_samples", "num_top", "m
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("13q")
 _NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0))
-_CALL = Struct(f"{len(LOGITS_FIELDS + OUTPUT_FIELDS)}q")
-_TOKENS = ("status", "tokens")  # come first, and most calls want nothing else
-_UNWANTED = (0,) * (len(FIELDS) - len(_TOKENS))
-_buffers = attrgetter(*(field.name for field in FIELDS))
-assert OUTPUT_FIELDS[: len(_TOKENS)] == _TOKENS
+# So are outputs: status and tokens come first, and most calls want nothing else.
+_FIRST = ("status", "tokens")
+_HEAD, _TAIL = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q"), Struct(f"{len(OUTPUT_FIELDS) - len(_FIRST)}q")
+_buffers = attrgetter(*(field.name for field in FIELDS[len(_FIRST) :]))
+assert OUTPUT_FIELDS[: len(_FIRST)] == _FIRST
 
 
 def mismatch(module: Any) -> str | None:
@@ -90,19 +91,22 @@ def _row_stride(tensor: torch.Tensor) -> int:
 
 def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
     """CallArguments: logits and outputs. Addresses are read anew, since a tensor's memory may move."""
-    if out.mode is None and out.filtered is None and out.probabilities is None:
-        buffers = (out.status.data_ptr(), 0 if out.tokens is None else out.tokens.data_ptr(), *_UNWANTED)
-    else:
-        buffers = tuple([0 if buffer is None else buffer.data_ptr() for buffer in _buffers(out)])
-    rows, vocab = logits.shape
-    return _CALL.pack(
+    shape = logits.shape
+    head = _HEAD.pack(
         logits.data_ptr(),
         logits.stride()[0],  # takes less time than stride(0)
-        rows,
-        vocab,
+        shape[0],
+        shape[1],
         DTYPES[logits.dtype],
-        *buffers,
-        out.num_samples,
-        out.num_top,
-        MODES[out.mode],
+        out.status.data_ptr(),
+        0 if out.tokens is None else out.tokens.data_ptr(),
     )
+    if out.mode is None and out.filtered is None and out.probabilities is None:
+        return head + _nothing_more(out.num_samples)
+    buffers = [0 if buffer is None else buffer.data_ptr() for buffer in _buffers(out)]
+    return head + _TAIL.pack(*buffers, out.num_samples, out.num_top, MODES[out.mode])
+
+
+@lru_cache(maxsize=16)
+def _nothing_more(num_samples: int) -> bytes:
+    return _TAIL.pack(*[0] * (len(FIELDS) - len(_FIRST)), num_samples, 0, MODES[None])

@@ -38,7 +38,7 @@ class Rows:
         return Rows(self.records, self.seeds, self.offsets, slots=self, workspace=self.workspace)
 
     def visit_inputs(self, visit: Callable[[str, torch.Tensor], None]) -> None:
-        """Call `visit` with the name and the memory of each input. (A step without any has no time for a loop.)"""
+        """Call `visit` with the name and the memory of each input."""
         if self.bitmask is not None:
             visit("bitmask", self.bitmask)
         if self.bias is not None:
