@@ -1,5 +1,6 @@
 // The twin as a kernel of its own: linked with csrc/cpu/dispatch.cc and csrc/bindings/cpu.cc it is
-// an extension like the engine's, which tests/engines/test_native.py compares with the Python reference.
+// an extension like the engine's, which tests/engines/test_native.py compares with the Python
+// reference.
 #include "twin.h"
 
 #include "cpu/kernel.h"
