@@ -22,12 +22,10 @@ FS_HD uint64_t top_p_target(float top_p, uint64_t total) {
   return target > 0 ? target : 1;
 }
 
-// Tokens of at least this mass survive min-p; 0 keeps all.
-FS_HD uint64_t min_p_threshold(float min_p) { return (uint64_t)(min_p * 0x1p40f); }
-
+// Tokens of at least this fraction of the maximum's mass; 0 keeps all.
 template <class X>
 FS_HD Kept<X> min_p(Kept<X> kept, const RowParams& p) {
-  return narrow_to_mass(kept, min_p_threshold(p.min_p));
+  return narrow_to_mass(kept, (uint64_t)(p.min_p * 0x1p40f));
 }
 
 // The filters that keep the tokens from some mass up, whatever the rest of the row holds. They
@@ -53,19 +51,6 @@ FS_HD uint32_t filters_of(const RowParams& p, int32_t vocab) {
   if (uses_top_p(p)) filters |= kUsesTopP;
   if (mass_floor(p)) filters |= kUsesMassFloor;
   return filters;
-}
-
-// Where a filter cuts the rank order (x descending, then id ascending): the last token it keeps.
-struct Cutoff {
-  float x;
-  int32_t id;  // of the last kept token among those equal to x; INT32_MAX keeps them all
-};
-
-FS_HD bool keeps(Cutoff c, float x, int32_t id) { return x > c.x || (x == c.x && id <= c.id); }
-
-FS_HD Cutoff stricter(Cutoff a, Cutoff b) {
-  if (a.x != b.x) return a.x > b.x ? a : b;
-  return a.id < b.id ? a : b;
 }
 
 }  // namespace fastsample

@@ -31,7 +31,7 @@ struct Kept {
 // Every token above -inf. `infinity` and `lowest` are X's values of +inf and of the lowest finite
 // float.
 template <class X>
-FS_HD Kept<X> keep_all(X infinity, X lowest) {
+FS_HD Kept<X> all_between(X infinity, X lowest) {
   return Kept<X>{{infinity, -1}, {lowest, INT32_MAX}, 0};
 }
 

@@ -13,6 +13,11 @@ FS_HD bool allowed(const int32_t* words, int64_t num_words, int32_t token) {
   return word < num_words && ((uint32_t)words[word] >> (token & 31) & 1u);
 }
 
+// Whether any row of a batch may have a bias or a penalty.
+FS_HD bool has_edits(const Rows& rows) {
+  return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
+}
+
 // Whether any penalty of this row looks at token ids at all.
 FS_HD bool penalises_output(const RowParams& p) {
   return p.repetition_penalty != 1.0f || p.frequency_penalty != 0.0f || p.presence_penalty != 0.0f;

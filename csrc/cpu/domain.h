@@ -171,11 +171,11 @@ FS_INLINE void each_run(const List& l, int g, Want, F f) {
   f(Run{g * kGroup, group_end(l, g), l.x + g * kGroup * kBlock}, Anywhere());
 }
 
-FS_INLINE Kept<float> keep_alive() { return keep_all(INFINITY, -FLT_MAX); }
+FS_INLINE Kept<float> everything() { return all_between(INFINITY, -FLT_MAX); }
 
 // All tokens of this logit or a higher one.
 FS_INLINE Kept<float> keep_from(float x) {
-  return narrow_above(keep_alive(), Place<float>{x, INT32_MAX});
+  return narrow_above(everything(), Place<float>{x, INT32_MAX});
 }
 
 // A kept set's interval, less the tokens that are certainly too light for its floor.

@@ -19,11 +19,11 @@ struct Base {
   const Task<T>& task;
   bool listed = false;
   List list = {};
-  Kept<float> within = keep_alive();  // what the list holds, at least
+  Kept<float> within = everything();  // what the list holds, at least
 
   // What of the base set is kept, if ws.group_mass holds its mass; a total of 0 says that it does
   // not.
-  Kept<float> weighed = keep_alive();
+  Kept<float> weighed = everything();
   uint64_t total = 0;
 
   // f(the tokens).
@@ -76,7 +76,7 @@ Kept<float> top_p(Base<T>& base, Kept<float> kept, const RowParams& p) {
 // What the filters leave of the row; in the end, `base` holds all of it.
 template <class T>
 Kept<float> apply_filters(Base<T>& base, const RowParams& p) {
-  Kept<float> kept = keep_alive();
+  Kept<float> kept = everything();
   switch (p.order) {
     case kMinPFirst:
       kept = mass_floors(kept, p);

@@ -11,12 +11,12 @@ constexpr int kMaxVocab = 1 << 20;
 constexpr int kMaxBlocks = kMaxVocab / kBlock;
 constexpr int kPad = kBlock;  // slack after every vector buffer: whole blocks are read and written
 
-enum ChangeKind : int32_t { kBias, kOutput, kPrompt };
+enum EditKind : int32_t { kBias, kOutput, kPrompt };
 
 // A token's change, and the logit that it leads to.
 struct Edit {
   int32_t id;
-  ChangeKind kind;
+  EditKind kind;
   float x;  // until then the bias
 };
 

@@ -109,7 +109,7 @@ void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
   const Weigher weigher = {peak.max, scale};
   const Dense<T> raw = {row, ws.block_max, is_near(weigher, peak.low)};
   const double normaliser =
-      sound ? log((double)weigh_groups(raw, keep_alive(), weigher, ws) / (double)kMassUnit)
+      sound ? log((double)weigh_groups(raw, everything(), weigher, ws) / (double)kMassUnit)
             : (double)NAN;
   const auto logprob = [&](float x) {
     return (float)(((double)x - (double)peak.max) - normaliser);

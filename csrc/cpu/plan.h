@@ -29,7 +29,7 @@ struct RowKind {
   bool edited;
 };
 
-// Changes would lower a maximum that candidates were chosen by. In 16 bits, the streaming pass
+// Edits would lower a maximum that candidates were chosen by. In 16 bits, the streaming pass
 // costs half as much, and most blocks need no second look once the maximum is known.
 FS_HD Plan plan_of(const RowParams& p, RowKind row) {
   if (is_greedy(p)) return Plan{kArgmax, false};

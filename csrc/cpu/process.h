@@ -6,10 +6,10 @@
 namespace fastsample {
 namespace {
 
-// Calls f(id, kind, bias) for every change of a row to a token within the vocabulary: bias, output,
-// prompt, which is the order in which a token needs them.
+// Calls f(id, kind, bias) for every edit that a row asks for, of a token within the vocabulary:
+// bias, output, prompt, which is the order in which a token needs them.
 template <class F>
-FS_INLINE void each_change(const Batch& batch, int64_t r, const RowParams& params, F f) {
+FS_INLINE void each_edit(const Batch& batch, int64_t r, const RowParams& params, F f) {
   const Rows& rows = batch.rows;
   const auto inside = [&](int64_t id) { return id >= 0 && id < batch.logits.vocab; };
   if (rows.bias.row_ptr) {
@@ -18,7 +18,7 @@ FS_INLINE void each_change(const Batch& batch, int64_t r, const RowParams& param
       if (inside(id)) f((int32_t)id, kBias, rows.bias.values[i]);
     }
   }
-  const auto each_id = [&](const TokenIds& ids, ChangeKind kind) {
+  const auto each_id = [&](const TokenIds& ids, EditKind kind) {
     const int64_t* id = ids.data + r * ids.stride;
     for (int64_t i = 0; i < ids.length; ++i) {
       if (inside(id[i])) f((int32_t)id[i], kind, 0.0f);
@@ -28,25 +28,21 @@ FS_INLINE void each_change(const Batch& batch, int64_t r, const RowParams& param
   if (rows.prompt.data && penalises_prompt(params)) each_id(rows.prompt, kPrompt);
 }
 
-FS_INLINE bool has_changes(const Rows& rows) {
-  return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
-}
-
-// Sorts a row's changes by block (a stable counting sort), each with its kind and bias; returns how
+// Sorts a row's edits by block (a stable counting sort), each with its kind and bias; returns how
 // many there are.
 template <class T>
-int sort_changes(const Batch& batch, int64_t r, const RowParams& params, const Row<T>& row,
-                 const Workspace& ws) {
+int sort_edits(const Batch& batch, int64_t r, const RowParams& params, const Row<T>& row,
+               const Workspace& ws) {
   int32_t* start = ws.edit_start;
   memset(start, 0, (size_t)(row.blocks + 1) * sizeof *start);
-  each_change(batch, r, params, [&](int32_t id, ChangeKind, float) { ++start[id / kBlock]; });
+  each_edit(batch, r, params, [&](int32_t id, EditKind, float) { ++start[id / kBlock]; });
   int32_t total = 0;
   for (int b = 0; b <= row.blocks; ++b) {
     total += start[b];
     start[b] = total - start[b];
   }
   if (!total) return 0;
-  each_change(batch, r, params, [&](int32_t id, ChangeKind kind, float bias) {
+  each_edit(batch, r, params, [&](int32_t id, EditKind kind, float bias) {
     ws.edits[start[id / kBlock]++] = Edit{id, kind, bias};
   });
   // Each start has moved to the next block's: shift them back.
@@ -55,30 +51,30 @@ int sort_changes(const Batch& batch, int64_t r, const RowParams& params, const R
   return total;
 }
 
-// A token of the current block while its changes are counted.
-struct Change {
+// A token of the current block while its edits are counted.
+struct Edited {
   int32_t block;
   int32_t count;      // occurrences in the output so far
-  float base, value;  // with its bias; with what it has been changed to so far
+  float base, value;  // with its bias; after its edits so far
 };
 
-// Stages 2 and 3: makes every change an edit (a token's last edit counts), and keeps the block
-// maxima up to date. Branches on a token would be mispredicted, so there are none.
+// Stages 2 and 3: gives every edit the logit that it leads to (a token's last edit counts), and
+// keeps the block maxima up to date. Branches on a token would be mispredicted, so there are none.
 template <class T>
-void apply_changes(const RowParams& params, int n, const Workspace& ws, Row<T>* row, Peak* peak) {
-  Change changes[kBlock];
-  for (Change& c : changes) c.block = -1;
+void apply_edits(const RowParams& params, int n, const Workspace& ws, Row<T>* row, Peak* peak) {
+  Edited edited[kBlock];
+  for (Edited& c : edited) c.block = -1;
   bool broken = peak->nan;
   for (Edit* e = ws.edits; e < ws.edits + n; ++e) {
     const int32_t b = e->id / kBlock;
-    Change& c = changes[e->id % kBlock];
+    Edited& c = edited[e->id % kBlock];
     const float raw = allowed_logit(*row, e->id);
     const bool known = c.block == b, bias = e->kind == kBias;
     const float old = known ? c.value : raw, base = known ? c.base : raw;
     const int32_t count = (known ? c.count : 0) + (e->kind == kOutput);
     const float biased = bias ? base + e->x : base, penalised = penalise(base, params, count, true);
     const float x = bias ? biased : penalised;
-    c = Change{b, count, biased, x};
+    c = Edited{b, count, biased, x};
     e->x = x;
     broken |= x != x;
     // NaN marks a block whose maximum was lowered: it is scanned again below.

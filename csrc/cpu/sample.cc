@@ -20,29 +20,29 @@ void sample_greedy(const Task<T>& t) {
   const Place<float> argmax = {t.weigher.max, nth_equal(t.dense, t.weigher.max, 1)};
   t.ws.list_x[0] = argmax.x;
   t.ws.list_id[0] = argmax.id;
-  finish(t, list_of(t.ws.list_x, t.ws.list_id, 1), narrow_above(keep_alive(), argmax), 0);
+  finish(t, list_of(t.ws.list_x, t.ws.list_id, 1), narrow_above(everything(), argmax), 0);
 }
 
 // Stages 7 and 8 where a floor of the mass is the only filter.
 template <class T>
 void sample_candidates(const Task<T>& t, uint64_t floor) {
   const uint64_t total = weigh_candidates(t.dense, t.weigher, floor, t.ws);
-  finish(t, t.dense, narrow_to_mass(keep_alive(), floor), total);
+  finish(t, t.dense, narrow_to_mass(everything(), floor), total);
 }
 
 template <class T>
 Status sample_row_of(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
   const RowParams& p = at(batch.rows.params, r);
   Row<T> row = masked_row<T>(batch, r);
-  const int changes = has_changes(batch.rows) ? sort_changes(batch, r, p, row, ws) : 0;
+  const int edits = has_edits(batch.rows) ? sort_edits(batch, r, p, row, ws) : 0;
   const float temperature = is_greedy(p) ? 1.0f : p.temperature;
   const float scale = mass_scale(temperature), bound = near_bound(scale);
   const uint64_t floor = mass_floor(p);
-  const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), changes > 0});
+  const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0});
   Peak peak = plan.watch ? scan(row, ws.block_max, bound,
                                 Watcher{Reach(scale, floor), ws.values, ws.segment})
                          : scan(row, ws.block_max, bound, Nothing());
-  if (changes) apply_changes(p, changes, ws, &row, &peak);
+  if (edits) apply_edits(p, edits, ws, &row, &peak);
   const Status status = status_of(peak);
   if (status != kValid) {
     write_invalid(batch.out, r, draws, row.vocab);

@@ -36,7 +36,7 @@ template <class Domain>
 Head take_head(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
   const auto gather_until = [&](const auto& from, Place<float> low) {
     if (ties == kTiesAll) low.id = INT32_MAX;
-    return Head{gather(from, narrow_above(keep_alive(), low), ws.list_x, ws.list_id), low};
+    return Head{gather(from, narrow_above(everything(), low), ws.list_x, ws.list_id), low};
   };
   const auto above = [&](float x) {
     return gather(d, keep_from(nextafterf(x, INFINITY)), ws.list_x, ws.list_id);
@@ -44,7 +44,7 @@ Head take_head(const Domain& d, int32_t k, int32_t ties, const Workspace& ws) {
   Bracket bracket = top_k_bracket(d, k, ws);
   List list = above(bracket.low);
   for (bool again = false; list.n < k; again = true) {
-    if (bracket.low < -FLT_MAX) return Head{list, keep_alive().low};  // there are no more
+    if (bracket.low < -FLT_MAX) return Head{list, everything().low};  // there are no more
     // What is missing are tokens at the bound; or the estimate was wrong, and they lie below it:
     // then a lower bound is estimated, and after that all tokens are taken.
     const int32_t last = nth_equal(d, bracket.low, (uint64_t)(k - list.n));

@@ -40,7 +40,7 @@ FS_DEVICE KeptKeys top_k(const Team<kPolicy>& team, const S& slice, const RowTas
   const RowParams& p = *t.params;
   if (!uses_top_k(p, slice.vocab)) return kept;
   const auto one = [](float, int32_t, int32_t) -> u64 { return 1; };
-  return narrow_above(kept, nth_place(team, slice, keep_all_keys().high, t.k_bound, t.peak_key,
+  return narrow_above(kept, nth_place(team, slice, everything().high, t.k_bound, t.peak_key,
                                       (u64)p.top_k, p.ties == kTiesAll, one));
 }
 
@@ -70,13 +70,13 @@ FS_DEVICE KeptKeys top_p(const Team<kPolicy>& team, const S& slice, const RowTas
 // The orders differ in the set that top-p is judged on alone: what top-k keeps, what the mass
 // floors and top-k keep, or (joint) the whole row.
 FS_DEVICE KeptKeys top_p_base(const KeptKeys& kept, int32_t order) {
-  return order == kJoint ? keep_all_keys() : kept;
+  return order == kJoint ? everything() : kept;
 }
 
 template <Policy kPolicy, class S>
 FS_DEVICE KeptKeys apply_filters(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
   const RowParams& p = *t.params;
-  KeptKeys kept = keep_all_keys();
+  KeptKeys kept = everything();
   if (p.order == kMinPFirst) kept = mass_floors(kept, p);
   kept = top_k(team, slice, t, kept);
   kept = top_p(team, slice, t, top_p_base(kept, p.order), kept);

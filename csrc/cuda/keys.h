@@ -17,7 +17,7 @@ constexpr int32_t kKeyInfinity = 0x7f800000;
 constexpr int32_t kKeyMinusInfinity = -0x7f800000;
 constexpr int32_t kKeyLowest = -0x7f7fffff;  // of the lowest finite float
 
-FS_HD KeptKeys keep_all_keys() { return keep_all(kKeyInfinity, kKeyLowest); }
+FS_HD KeptKeys everything() { return all_between(kKeyInfinity, kKeyLowest); }
 
 // Whether a token ranks within the interval; its mass is for the caller to compare. As long as no
 // filter moves `high`, nvcc sees that it is open and leaves the comparison with it out.

@@ -27,7 +27,7 @@ template <class S>
 FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice) {
   LogRow row = {};
   row.task.scale = mass_scale(1.0f);
-  row.kept = keep_all_keys();
+  row.kept = everything();
   row.raw = true;
   scan(team, slice, 0, row.task);
   row.sound = row.task.status == kValid;

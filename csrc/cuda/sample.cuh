@@ -57,7 +57,7 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   RowTask t = make_task(at(batch.rows.params, r));
   process_row(batch, ws, r, *t.params, team, slice);
   scan(team, slice, t.params->top_k, t);
-  KeptKeys kept = narrow_above(keep_all_keys(), {t.peak_key, t.argmax});
+  KeptKeys kept = narrow_above(everything(), {t.peak_key, t.argmax});
   u64 total = kMassUnit;
   if (t.status == kValid && !t.greedy) {
     kept = apply_filters(team, slice, t);

@@ -188,7 +188,7 @@ template <Policy kPolicy, class S, class Counts>
 FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, KeyPlace high, int32_t low,
                              int32_t peak, u64 n, bool all_ties, Counts counts) {
   const Bracket b = select<false>(team, slice, low, peak, counts, [n](u64) { return n; });
-  if (b.low <= kKeyMinusInfinity) return keep_all_keys().low;
+  if (b.low <= kKeyMinusInfinity) return everything().low;
   if (all_ties || b.reached == n) return KeyPlace{b.low, INT32_MAX};
   return KeyPlace{b.low, nth_equal(team, slice, high, b.low, n - b.above)};
 }

@@ -2,7 +2,7 @@
 // too.
 #pragma once
 
-#include "core/rows.h"
+#include "core/process.h"
 #include "cuda/keys.h"
 #include "cuda/tuning.h"
 
@@ -69,10 +69,6 @@ struct Layout {
   int64_t boards;     // zero before the first launch
   int64_t table_slots;
 };
-
-FS_HD bool has_edits(const Rows& rows) {
-  return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
-}
 
 // Whether anything is wanted that only the second kernel writes.
 inline bool wants_more(const Outputs& out) {

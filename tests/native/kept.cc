@@ -110,7 +110,7 @@ struct Oracle {
 template <class T>
 Kept<float> any_kept(Random& random, const Oracle<T>& row) {
   const uint32_t n = (uint32_t)row.x.size();
-  Kept<float> kept = keep_alive();
+  Kept<float> kept = everything();
   const auto place = [&](int32_t every_tie) {
     Place<float> p = row.ranked[random.below(2) ? random.below(n) : random.below(std::min(n, 40u))];
     if (random.below(2)) p.id = every_tie;
