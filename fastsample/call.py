@@ -27,6 +27,7 @@ from fastsample.outputs import (
     empty,
     raise_if_invalid,
     span,
+    unrolled,
     wanted,
 )
 from fastsample.params import SamplingParams
@@ -184,6 +185,7 @@ class SampleCall(Call):
     def __init__(self, options: Options, slots: int | None = None) -> None:
         super().__init__(options, slots)
         self._wanted = wanted(self.options)  # names of the buffers to fill
+        self._same = unrolled("a.{0} is b.{0}", self._wanted, " and ")
         self._more = [name for name in self._wanted if name not in ("tokens", "status")]
         self._template: SampleOutput | None = None
         self._own: Outputs | None = None  # of fresh buffers; a Sampler's calls take turns
@@ -258,7 +260,7 @@ class SampleCall(Call):
 
     def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
-        if self._last is not None and self._last[0] is out and self._same_buffers(out, self._last[1]):
+        if self._last is not None and self._last[0] is out and self._same(out, self._last[1]):
             self._written.require_apart_from(table, rows, self._bytes)
             return self._last[1]
         if not isinstance(out, SampleOutput):
@@ -276,10 +278,3 @@ class SampleCall(Call):
         outputs = self._outputs(out, restore=self.raises and self._engine.restores)
         self._last = (out, outputs)
         return outputs
-
-    def _same_buffers(self, out: SampleOutput, outputs: Outputs) -> bool:
-        """Whether a SampleOutput still holds the tensors that were checked."""
-        same = out.tokens is outputs.tokens and out.status is outputs.status
-        for name in self._more:
-            same = same and getattr(out, name) is getattr(outputs, name)
-        return same

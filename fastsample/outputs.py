@@ -146,6 +146,13 @@ SAMPLED = tuple(FIELD[name] for name in SampleOutput.__slots__)
 """Those of a SampleOutput, in its order."""
 
 
+@lru_cache
+def unrolled(each: str, names: tuple[str, ...], join: str) -> Any:
+    """A function of a (and b) that does the same with each field, written out as dataclasses do it: a loop takes twice
+    as long, which counts in a step of a few microseconds. `each` says what, as a format of the field's name."""
+    return eval(f"lambda a, b=None: ({join.join(each.format(name) for name in names)})")
+
+
 def wanted(options: Options) -> tuple[str, ...]:
     """Names of the fields of a SampleOutput that are not None."""
     return _wanted(options.logprobs is not None, options.top_logprobs > 0)

@@ -6,7 +6,6 @@ The records hold addresses and keep no tensor alive.
 from __future__ import annotations
 
 from functools import lru_cache
-from operator import attrgetter
 from struct import Struct
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from fastsample.backends import DTYPES, MODES, Outputs
 from fastsample.inputs import Rows
-from fastsample.outputs import FIELDS
+from fastsample.outputs import FIELDS, unrolled
 from fastsample.params import specs
 
 ROW_FIELDS = (
@@ -33,7 +32,7 @@ _NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0))
 # So are outputs: status and tokens come first, and most calls want nothing else.
 _FIRST = ("status", "tokens")
 _HEAD, _TAIL = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q"), Struct(f"{len(OUTPUT_FIELDS) - len(_FIRST)}q")
-_buffers = attrgetter(*(field.name for field in FIELDS[len(_FIRST) :]))
+_addresses = unrolled("0 if a.{0} is None else a.{0}.data_ptr()", OUTPUT_FIELDS[len(_FIRST) : len(FIELDS)], ", ")
 assert OUTPUT_FIELDS[: len(_FIRST)] == _FIRST
 
 
@@ -103,8 +102,7 @@ def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
     )
     if out.mode is None and out.filtered is None and out.probabilities is None:
         return head + _nothing_more(out.num_samples)
-    buffers = [0 if buffer is None else buffer.data_ptr() for buffer in _buffers(out)]
-    return head + _TAIL.pack(*buffers, out.num_samples, out.num_top, MODES[out.mode])
+    return head + _TAIL.pack(*_addresses(out), out.num_samples, out.num_top, MODES[out.mode])
 
 
 @lru_cache(maxsize=16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,15 +92,15 @@ class Stamps:
 
     def __init__(self, given: Inputs) -> None:
         self._given = given
-        self._stamps = [_stamp(value) for value in given]
+        self._stamps = _stamps(given)
 
     def match(self, given: Inputs) -> bool:
-        return given.same_as(self._given) and self._stamps == [_stamp(value) for value in given]
+        return given.same_as(self._given) and self._stamps == _stamps(given)
 
 
-def _stamp(value: Any) -> tuple[Any, ...] | None:
-    """All of a tensor but its values that may change while it stays the same object."""
-    return None if value is None else (value.data_ptr(), value.dtype, value.shape, value.stride(), value.is_neg())
+def _stamps(given: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """All of each tensor but its values that may change while it stays the same object."""
+    return [(v.data_ptr(), v.dtype, v.shape, v.stride(), v.is_neg()) for v in given if v is not None]
 
 
 def used_in_place(given: Inputs, rows: Rows) -> bool:
