@@ -42,7 +42,8 @@ def warn_without_ids(active: Collection[str], prompt_ids: Any, output_ids: Any, 
     """
     if output_ids is not None:
         return
-    idle = [name for name in active if prompt_ids is None or "prompt_ids" not in _COUNTED[name]]
+    told = [name for name, ids in _COUNTED.items() if prompt_ids is None or "prompt_ids" not in ids]
+    idle = [name for name in told if name in active]
     if idle:
         what = "; ".join(f"{name} has no effect without {_COUNTED[name]}" for name in idle)
         how = "pass the ids so far, int64 [B, L] padded with -1 or a list per row, empty while there are none"

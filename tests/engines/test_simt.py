@@ -173,11 +173,11 @@ int main() {
   for (int i = 0; i < n; ++i) {
     const KeyPlace a = places[i], back = place_of(ranked(a));
     if (back.x != a.x || back.id != a.id) return 3;
-    if (within(keep_all_keys(), a) != (from_key(a.x) > -INFINITY)) return 4;
+    if (within(everything(), a) != (from_key(a.x) > -INFINITY)) return 4;
     for (int j = 0; j < n; ++j) {
       const KeyPlace b = places[j];
       if (ranks_before(a, b) != (ranked(a) > ranked(b))) return 5;
-      const KeptKeys above = narrow_above(keep_all_keys(), b), below = narrow_below(keep_all_keys(), b);
+      const KeptKeys above = narrow_above(everything(), b), below = narrow_below(everything(), b);
       if (within(above, a) != ranks_within(above, a) || within(below, a) != ranks_within(below, a)) return 6;
     }
   }
