@@ -39,34 +39,34 @@ def sample(
 
     Args:
         logits: float32, float16 or bfloat16 [B, V], or [V] for a single row (outputs then lose their first dimension).
-            Any row stride, last dimension contiguous, 1 <= V <= 2^20. Never written to. More leading dimensions, as
-            [B, T, V], are those of the outputs too; the rows are those of `logits.flatten(0, -2)` (a view, or a copy
-            where strides allow none), also in what an int seed gives them and in errors. What has one entry per row is
-            then given per row of that table, or as a tensor or array [B, T, ...], where a dimension of 1 is one for
-            all: `offset=start[:, None] + torch.arange(T)`.
+            Any row stride, last dimension contiguous, 1 <= V <= 2^20. Never written to. Logits may have more leading
+            dimensions, for example [B, T, V]; outputs then have them too. Rows are numbered as in
+            `logits.flatten(0, -2)` (a view, or a copy where strides allow none), both for an int seed and in errors.
+            Arguments with one entry per row then take one per row of that table, or a tensor or array [B, T, ...], in
+            which a dimension of 1 is broadcast: `offset=start[:, None] + torch.arange(T)`.
         params: how to sample; `fields` are SamplingParams fields and override it.
-        seed: an int s, which gives row i the seed splitmix64(splitmix64(s) + i), or one 64-bit seed per row, used as it
-            is. None takes a fresh seed from torch's default CPU generator (`torch.manual_seed` repeats it).
+        seed: an int s, which gives row i the seed splitmix64(splitmix64(s) + i); or one 64-bit seed per row, used as it
+            is. None takes a fresh seed from torch's default CPU generator (repeatable by `torch.manual_seed`).
         offset: position in the sequence, 0 <= offset < 2^64; an int or one per row. Advance it by 1 per step. In a
-            tensor, int64 holds the bits of the 64-bit word, as in `Sampler.offsets`; numbers below 0 are refused
-            everywhere else.
+            tensor, int64 holds the bits of the 64-bit word, as in `Sampler.offsets`; elsewhere negative numbers are
+            refused.
         num_samples: independent draws per row, n >= 1.
         bitmask: int32 [B, words] or [words]; token j is allowed when bit j % 32 of word j // 32 is 1. Tokens past the
             last word are not allowed (xgrammar's and llguidance's format).
-        allowed_ids: what may be drawn, beside the bitmask (a token must pass both): bool [V] or [B, V], True where
-            allowed; or ids: [n] or a list for all rows, [B, n] padded with -1, or a list with a row's ids each, None
-            where everything is allowed. 0 <= id < V. A row without ids is invalid. `fastsample.pack_bitmask` packs them
-            once for many steps; here ids are packed by the host, which waits for a GPU that holds them.
+        allowed_ids: tokens that may be drawn (a token must pass the bitmask too): bool [V] or [B, V], True where
+            allowed; or ids: [n] or a list for all rows, [B, n] padded with -1, or a list with the ids of each row, None
+            for a row that allows everything. 0 <= id < V. A row without ids is invalid. The host packs the ids, which
+            waits for a GPU that holds them; `fastsample.pack_bitmask` packs them once for many steps.
         bias: {id: value} for all rows, a list with a dict or None per row, or tensors (row_ptr [B + 1], ids [N],
-            values [N]); added to the logits. Finite or -inf. Tensors on a GPU are checked there, which waits for it;
-            what `fastsample.inputs.pack_bias(bias, logits)` returns was checked, and a step with it does not wait.
-        prompt_ids, output_ids: what the penalties count: integers [B, L] padded with -1 (a tensor or an array), or a
-            list with a row's ids each: a list, tensor or array [L], or None for none. A penalty that is on has no
-            effect without them: a UserWarning says so. Where there are no ids yet, pass empty lists.
-        logprobs: "raw" reports log-softmax of the logits as given, "processed" that of the distribution drawn from.
+            values [N]); added to the logits. Finite or -inf. Tensors on a GPU are checked there, which waits for it; a
+            step with the result of `fastsample.inputs.pack_bias(bias, logits)`, which is checked once, does not wait.
+        prompt_ids, output_ids: the ids that penalties count: integers [B, L] padded with -1 (a tensor or an array), or
+            a list with an entry per row: a list, tensor or array [L], or None. A penalty without ids has no effect, and
+            a UserWarning says so; pass empty lists while there are no ids.
+        logprobs: "raw" reports the log-softmax of the logits as given, "processed" that of the distribution drawn from.
         top_logprobs: also report the N most probable tokens, 0 <= N <= V. Needs `logprobs`.
         on_invalid: a row with a NaN, with +inf or with nothing above -inf raises ValueError ("raise"; on a GPU this
-            waits for the device) or yields token -1 and a status ("flag").
+            waits for the device) or gets token -1 and a status ("flag").
         backend: "auto", "reference", "cpu", "triton" or "cuda". A named engine serves or raises; it is never replaced.
         out: a SampleOutput of an earlier call of the same shape, to be filled and returned.
         **fields: SamplingParams fields, e.g. temperature=0.8, top_k=50.

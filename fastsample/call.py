@@ -50,7 +50,7 @@ def make(
     out: Any,
     stacklevel: int | None = 3,
 ) -> Any:
-    """`fastsample.sample` (of tokens), `filter_logits` or `probabilities`: checks, errors and all.
+    """Make a call of `fastsample.sample` (of tokens), `filter_logits` or `probabilities`, with its checks and errors.
 
     `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning.
     """
@@ -86,8 +86,8 @@ def new(kind: Kind, options: Options) -> SampleCall | FullCall:
 class Call:
     """The options of a call and what is known of the logits that it saw last.
 
-    A step with logits of the same shape then costs little Python: a Sampler, which has some number of `slots`, keeps
-    its call.
+    The next step with logits of the same shape then costs little Python. A Sampler keeps its call; `slots` is its
+    number of slots.
     """
 
     def __init__(self, options: Options, slots: int | None = None) -> None:
@@ -129,11 +129,11 @@ class Call:
         return table
 
     def let_go(self) -> None:
-        """Drop every tensor of the caller's, since the next step may be far off."""
+        """Drop all of the caller's tensors, since the next step may be far off."""
         self.lasts = True
 
     def _forget_buffers(self) -> None:
-        """Buffers for logits of another shape are no use."""
+        """Forget buffers, which fit logits of one shape only."""
 
     def _require_apart(self, written: Written, table: torch.Tensor, rows: Rows) -> None:
         written.require_apart_from(table, rows)
@@ -147,7 +147,7 @@ class FullCall(Call):
     def __init__(self, options: Options, kind: Kind) -> None:
         super().__init__(options)
         self._field = FIELD[kind]
-        self._own: Outputs | None = None  # with a status that nobody else sees
+        self._own: Outputs | None = None  # its status is for internal use
 
     def run(self, table: torch.Tensor, rows: Rows, out: torch.Tensor | None) -> torch.Tensor:
         """Fill a fresh tensor, or `out`, from what `table` returned last."""
@@ -161,7 +161,7 @@ class FullCall(Call):
         else:
             check_buffer("out", out, self._field, shape, device)
             self._require_apart(Written({"out": out}), table, rows)
-            if self.raises:  # a first run that only looks, so that nothing is written on an error
+            if self.raises:  # a first run only checks, so that nothing is written on an error
                 self._engine.run(table, rows, Outputs(status))
                 raise_if_invalid(status, self.batch)
             result = out
@@ -188,16 +188,16 @@ class SampleCall(Call):
         self._same = unrolled("a.{0} is b.{0}", self._wanted, " and ")
         self._more = [name for name in self._wanted if name not in ("tokens", "status")]
         self._template: SampleOutput | None = None
-        self._own: Outputs | None = None  # of fresh buffers; a Sampler's calls take turns
+        self._own: Outputs | None = None  # for fresh buffers; a Sampler's calls take turns
         self._last: tuple[SampleOutput, Outputs] | None = None
-        self._written: Written  # and what is known of its memory
-        self._bytes = 0  # from the first logit to the last
+        self._written: Written  # the memory of the last call's buffers
+        self._bytes = 0  # bytes from the first logit to the last
         self._made_for_inference = False
 
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
         """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
         outputs = None if out is None else self._checked_outputs(out, table, rows)
-        # A caller's buffers keep what they hold where a row is invalid and that is an error.
+        # If an invalid row is an error, a caller's buffers keep their contents.
         if out is None or outputs is None or (self.raises and not outputs.restore):
             result = self._fresh(table.device)
             outputs = self._own = self._outputs(result, self._own)
@@ -232,7 +232,7 @@ class SampleCall(Call):
         self._template = self._last = None
 
     def _fresh(self, device: torch.device) -> SampleOutput:
-        """New buffers for each call. Making them like a template takes half the time, which pays from the second on."""
+        """New buffers for each call. Making them like a template takes half the time."""
         if self._template is None:
             if self.lasts:
                 self._template = allocate(self.batch, self.options, device)

@@ -134,7 +134,7 @@ def require_tensor(name: str, value: Any, device: torch.device) -> None:
 
 
 def last_contiguous(table: torch.Tensor) -> torch.Tensor:
-    """A table whose rows an engine can walk. Every query to torch takes 0.1 us of a step's 10, so it makes few."""
+    """A table whose rows an engine can walk. Each query to torch takes 0.1 us of a step's 10, so there are few."""
     if table.is_neg():
         table = table.resolve_neg()
     return table if table.is_contiguous() or table.stride(1) == 1 else table.contiguous()

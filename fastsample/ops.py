@@ -1,7 +1,7 @@
-"""torch.library operators for torch.compile and torch.export; a trace that samples imports this, eager calls do not.
+"""torch.library operators for torch.compile and torch.export. Only a trace that samples imports this module.
 
-The traced half below only sorts arguments; the operators are opaque to the compiler and run what an eager call runs,
-checks and errors included. What changes from step to step may be a tensor, so that no step compiles anew.
+The traced functions below only sort arguments. The operators are opaque to the compiler and run what an eager call
+runs, checks and errors included. Everything that changes from step to step may be a tensor, so no step compiles anew.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OUTPUTS = f"({', '.join(f'Tensor {field.name}' for field in SAMPLED)})"
 
 
 class Slots(Protocol):
-    """A Sampler, as far as a step in a trace needs it."""
+    """The part of a Sampler that a step in a trace needs."""
 
     @property
     def batch_size(self) -> int: ...
@@ -108,7 +108,7 @@ def _is_exporting() -> bool:
 
 
 def _fresh() -> Tensor:
-    """A seed of torch's default CPU generator, by an operator where a graph of torch.compile may merge equal ones."""
+    """A seed from torch's default CPU generator. Under torch.compile an operator draws it."""
     if torch.compiler.is_dynamo_compiling():
         if _is_exporting():  # which takes neither that operator nor random_
             return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
@@ -118,7 +118,7 @@ def _fresh() -> Tensor:
 
 
 def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list[float], list[Tensor | None]]:
-    """One number per field (a choice as its position) or one tensor with a value per row."""
+    """Each field as one number (a choice as its position), or as a tensor with a value per row."""
     for name in fields:
         if name not in _NAMES:
             raise TypeError(_unknown(name))
@@ -145,7 +145,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
 
 
 _constant: Any = torch.compiler.assume_constant_result
-_unknown = _constant(lambda name: unknown_name(name, call.OTHERS))  # runs as it is: no trace goes through difflib
+_unknown = _constant(lambda name: unknown_name(name, call.OTHERS))  # runs untraced: difflib cannot be traced
 
 
 def _position(name: str, choices: tuple[str, ...], value: str) -> int:
@@ -162,7 +162,7 @@ def _as_tensor(value: Any) -> Any:
 
 
 def _words(name: str, value: Any) -> Tensor:
-    """Seeds or offsets as 64-bit words: 0-D of a number, which means what the number means, or one per row."""
+    """Seeds or offsets as 64-bit words: 0-D for a number, or one per row."""
     value = _as_tensor(value)
     if isinstance(value, torch.Tensor):
         return value
@@ -205,13 +205,13 @@ if hasattr(torch.Tag, "cudagraph_unsafe"):  # parameters are checked on the host
     "fastsample::fresh_seed", mutates_args=("drawn",), schema="(Tensor(a!) drawn) -> Tensor", **_TAGS
 )
 def _fresh_seed(drawn: Tensor) -> Tensor:
-    """A seed from torch's default CPU generator. It counts in `drawn`, without which two calls would become one."""
+    """A seed from torch's default CPU generator. It counts in `drawn`; otherwise a graph would merge two calls."""
     drawn += 1
     return torch.empty((), dtype=torch.int64, device="cpu").random_()
 
 
 def _inputs(given: Sequence[Any]) -> Inputs:
-    """The inputs again, from an operator's arguments that begin with them."""
+    """The inputs, read back from an operator's leading arguments."""
     inputs: dict[str, Any] = dict(zip(_TAKEN, given, strict=False))
     for name, operator in _TAKEN.items():
         if operator == "Tensor[]":
@@ -220,7 +220,7 @@ def _inputs(given: Sequence[Any]) -> Inputs:
 
 
 def _options(given: Sequence[Any]) -> Options:
-    """The options again, from an operator's arguments that end with them."""
+    """The options, read back from an operator's trailing arguments."""
     return Options(*given[-len(Options._fields) :])
 
 
@@ -235,7 +235,7 @@ def _run(table: Tensor, made: call.SampleCall, rows: Rows, inputs: Inputs, advan
 
 
 def _fields(values: Sequence[float], columns: Sequence[Tensor | None]) -> dict[str, Any]:
-    """The fields of SamplingParams again."""
+    """The fields of SamplingParams, read back from an operator's arguments."""
     fields: dict[str, Any] = {}
     for (name, spec), value, column in zip(specs(), values, columns, strict=True):
         if column is not None:

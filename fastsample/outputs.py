@@ -32,7 +32,7 @@ class Options(NamedTuple):
     backend: str = "auto"
 
     def checked(self) -> Options:
-        """The same with plain integers, or an error that says what an option should be. `select` checks the backend."""
+        """The options with plain integers, or an error that says what one should be. (`select` checks the backend.)"""
         num_samples = count("num_samples", self.num_samples, 1, 2**31 - 1)
         top_logprobs = count("top_logprobs", self.top_logprobs, 0, MAX_VOCAB)
         if self.logprobs is not None and not is_one_of(self.logprobs, "raw", "processed"):
@@ -148,8 +148,8 @@ SAMPLED = tuple(FIELD[name] for name in SampleOutput.__slots__)
 
 @lru_cache
 def unrolled(each: str, names: tuple[str, ...], join: str) -> Any:
-    """A function of a (and b) that does the same with each field, written out as dataclasses do it: a loop takes twice
-    as long, which counts in a step of a few microseconds. `each` says what, as a format of the field's name."""
+    """A function of a (and b) with an expression for each field, written out as dataclasses do: a loop takes twice as
+    long, which matters in a step of a few microseconds. `each` is the expression, a format of the field's name."""
     return eval(f"lambda a, b=None: ({join.join(each.format(name) for name in names)})")
 
 
@@ -175,7 +175,7 @@ def allocate(batch: Sequence[int], options: Options, device: torch.device) -> Sa
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor. Torch reads a tuple half as slowly again as its numbers."""
+    """An uninitialised tensor. Torch reads numbers faster than a tuple of them."""
     return torch.empty(*shape or ((),), dtype=dtype, device=device)
 
 
@@ -194,7 +194,7 @@ def check_buffer(name: str, buffer: Any, field: Field, shape: tuple[int, ...], d
 
 
 class Written:
-    """Buffers that a call writes to: each in memory of its own."""
+    """Buffers that a call writes to, none of which may share memory."""
 
     def __init__(self, buffers: dict[str, torch.Tensor]) -> None:
         self._spans = {name: span(buffer) for name, buffer in buffers.items() if buffer.numel()}
@@ -206,16 +206,16 @@ class Written:
                 raise ValueError(f"{other}: shares memory with {name}; pass another tensor")
 
     def require_apart_from(self, table: torch.Tensor, rows: Rows, size: int | None = None) -> None:
-        """ValueError where something that is read lies there too, or may lie there, between rows that are far apart.
+        """ValueError if something that is read lies in that memory, or may lie there between rows that are far apart.
 
-        `size`: the table's bytes, where a step knows that nothing but the table and the inputs can have moved.
+        `size`: the table's bytes, given by a step that knows that only the table and the inputs can have moved.
         """
         if (start := table.data_ptr()) < self._high:
             self._require_apart("the logits", start, start + size if size is not None else span(table)[1])
         if size is None:
             self._look_at("seed", rows.seeds)
             self._look_at("offset", rows.offsets)
-        if size is None or rows.slots is not None:  # a step without inputs has the rows of its slots
+        if size is None or rows.slots is not None:  # without inputs, a step has the rows of its slots
             rows.visit_inputs(self._look_at)
 
     def _look_at(self, other: str, tensor: torch.Tensor) -> None:

@@ -88,7 +88,7 @@ _Class = TypeVar("_Class")
 
 
 def _names_near_misses(cls: type[_Class]) -> type[_Class]:
-    """A class whose constructor answers an unknown name with the known ones."""
+    """Make a class's constructor name the known fields when it gets an unknown one."""
     target: Any = cls
     known = target.__init__
 
@@ -127,7 +127,7 @@ class SamplingParams:
             what top-k and min-p kept) or "joint" (FlashInfer: each filter judges the whole row).
 
     Raises:
-        TypeError: a value that is no number, a choice that is no string, or an unknown name.
+        TypeError: a value that is not a number, a choice that is not a string, or an unknown name.
         ValueError: a value out of range; the message names the parameter, the row and the value.
     """
 
@@ -211,7 +211,7 @@ class SamplingParams:
         return ((name, getattr(self, name)) for name, _ in _SPECS)
 
     def _key(self) -> tuple[Any, ...]:
-        """The values as what compares and hashes: a column is a tuple, a scalar is not."""
+        """The values in a form that compares and hashes: a column becomes a tuple, a scalar does not."""
         return tuple(tuple(v.tolist()) if isinstance(v, torch.Tensor) else v for _, v in self._values())
 
 
@@ -235,14 +235,14 @@ def write_columns(records: torch.Tensor, columns: Mapping[str, torch.Tensor | fl
 
 
 def check_names(fields: Iterable[str], others: Iterable[str] = ()) -> None:
-    """TypeError where a name is no field of SamplingParams; `others` is what the call takes besides."""
+    """TypeError if a name is not a field of SamplingParams; `others` are the call's other arguments."""
     if not _NAMES.issuperset(fields):
         name = next(name for name in fields if name not in _NAMES)
         raise TypeError(unknown_name(name, others))
 
 
 def unknown_name(name: str, others: Iterable[str] = ()) -> str:
-    """What to say of a name that is no field."""
+    """The error message for a name that is not a field."""
     from difflib import get_close_matches
 
     known = [*(own for own, _ in _SPECS), *others]
@@ -260,7 +260,7 @@ def _code(spec: Spec, value: Any) -> Any:
 
 def _normalise(name: str, spec: Spec, value: Any) -> Any:
     """The validated value: a number or a name, or per row a 1-D tensor or a tuple of names."""
-    if type(value) in (float, int, str):  # the usual types first: to ask for abstract ones takes longer
+    if type(value) in (float, int, str):  # the usual types first: abstract ones take longer to check
         return _scalar(name, spec, value, "")
     if isinstance(value, np.ndarray):
         value = from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
@@ -297,7 +297,7 @@ def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:
     numeric = value.dtype in INTEGERS or (spec.kind == "float" and value.is_floating_point())
     if spec.kind == "choice" or not numeric:
         raise TypeError(f"{name}: expected {spec.range} per row, got a tensor of {value.dtype}")
-    # One copy: what was validated must not change with the caller's tensor.
+    # A copy: validated values must not change with the caller's tensor.
     wide = torch.float64 if spec.kind == "float" or value.dtype == torch.uint64 else torch.int64
     column = value.detach().to("cpu", wide, copy=True)
     column = column.float() if spec.kind == "float" else column.clamp(max=_INT32_MAX).to(torch.int64)

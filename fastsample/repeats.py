@@ -1,9 +1,9 @@
 """Repeats: what a call with plain arguments leaves behind, so that the next one like it costs little Python.
 
-A generation loop makes the same call over and over, but for the logits, the seed and the offset. All that depends on
-the rest is kept here: the checks, the packed parameters, the engine and memory for seeds and offsets. A call takes what
-it finds out of the store and puts it back at its end, so no two calls, and no two threads, ever share it, and nothing
-is put back after an error. No tensor of a caller's is kept.
+A generation loop repeats the same call with other logits, seeds and offsets. Everything that depends only on the rest
+is kept here: the checks, the packed parameters, the engine, and memory for seeds and offsets. A call takes its entry
+out of the store and puts it back at its end, so calls and threads never share one, and nothing is put back after an
+error. No tensor of the caller is kept.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fastsample.outputs import Options
 from fastsample.params import SamplingParams
 
 LIMIT = 64  # calls that a thread keeps
-SMALL = 4096  # rows of logits, and outputs of a call; where there are more, Python's share does not count
+SMALL = 4096  # rows and outputs of a call; with more of them, Python's share does not matter
 
 C = TypeVar("C")
 
 
 def key(kind: str, params: SamplingParams | None, fields: dict[str, Any], options: Options) -> Hashable | None:
-    """What two calls must have in common, or None for one that does not repeat. Types count: 1 == 1.0 == True."""
+    """What equal calls have in common, or None for a call that cannot be repeated. Types count: 1 == 1.0 == True."""
     if type(options.num_samples) is not int or type(options.top_logprobs) is not int:
         return None
     if params is None:
@@ -42,7 +42,7 @@ def key(kind: str, params: SamplingParams | None, fields: dict[str, Any], option
 
 
 class Repeat(Generic[C]):
-    """One call's remains."""
+    """What is kept of one call."""
 
     def __init__(self, call: C, packed: Packed) -> None:
         self.call, self.packed = call, packed
@@ -51,7 +51,7 @@ class Repeat(Generic[C]):
         self._offset: int | None = None
 
     def rows(self, seed: Any, offset: Any, count: int) -> Rows | None:
-        """Rows of the CPU that share a number as seed (None: a fresh one) and a number as offset."""
+        """Rows on the CPU for one number as seed (None: a fresh one) and one number as offset."""
         if type(offset) is not int or (type(seed) is not int and seed is not None):
             return None
         if (self._rows is None or len(self._rows.seeds) != count) and not self._make(count):
@@ -68,7 +68,7 @@ class Repeat(Generic[C]):
         return self._rows
 
     def _make(self, count: int) -> bool:
-        """Memory for the words of so many rows, which numpy writes to in a tenth of torch's time."""
+        """Memory for the words of this many rows; numpy writes to it in a tenth of torch's time."""
         with torch.inference_mode(False):
             seeds, offsets, self._drawn = (torch.zeros(n, dtype=torch.int64, device=CPU) for n in (count, 1, 1))
         if not has_memory(seeds):  # in a mode of torch's that makes fake tensors

@@ -35,9 +35,9 @@ from fastsample.traced import is_traced, untraced
 class Sampler:
     """Samples step after step with the same slots; each call draws at the slots' offsets and advances them by 1.
 
-    Threads may share one: their calls take turns, so that each gets the tokens of some serial order, and the CPU engine
-    gives each call all its threads. A copy or a pickle goes on from the same offsets. (Under torch.compile calls do not
-    take turns, and on CUDA streams of their own the threads order their streams.)
+    Threads may share one: their calls take turns, so the tokens are those of some serial order, and each call gets all
+    threads of the CPU engine. A copy or a pickle continues from the same offsets. (Under torch.compile calls do not
+    take turns. Threads with CUDA streams of their own must order the streams themselves.)
 
     Args:
         params: how each slot samples; `fields` override it. One value per slot or one for all.
@@ -164,11 +164,11 @@ class Sampler:
         Arguments, results and errors as for `fastsample.sample`. After an error no offset has moved.
 
         Args:
-            rows: the slots that this step samples, where not all do: n distinct numbers 0 <= slot < B in any order (a
-                list, an integer tensor or array [n], a slice, or one number), or a mask of bool [B]. Row i of the
-                logits [n, V], of the other arguments and of the result then belongs to slot rows[i], as does a row that
-                an error names; the offsets of these slots alone advance. A slice or neighbours cost nothing. A tensor
-                on a GPU is read, which waits for it; a CUDA graph captures a step whose list has been used before.
+            rows: the slots that this step samples, if not all: n distinct numbers 0 <= slot < B in any order (a list,
+                an integer tensor or array [n], a slice, or one number), or a mask, bool [B]. Row i of the logits
+                [n, V], of the other arguments, of the result and in errors then belongs to slot rows[i], and only the
+                offsets of these slots advance. A slice, or consecutive slots, costs nothing. Reading a tensor on a GPU
+                waits for it; a CUDA graph can capture a step whose list of slots has been used before.
         """
         if is_traced():
             from fastsample import ops
@@ -211,14 +211,14 @@ class Sampler:
         return result
 
     def _warn(self, rows: SlotIndex | None, prompt_ids: TokenIds | None) -> None:
-        """Of penalties that are on in the slots of a step, where there are no output ids."""
+        """Warn of penalties that are on in the slots of a step without output ids."""
         with self._lock:
             numbers = range(self._batch_size) if rows is None else slot_numbers(rows, self._batch_size)
             active = {name for row in numbers for name in self._penalised.get(row, ())}
         warn_without_ids(active, prompt_ids, None, stacklevel=3)
 
     def _picked(self, rows: SlotIndex, logits: torch.Tensor) -> tuple[Pick, SampleCall]:
-        """What is kept of the last step with these slots, or a new beginning."""
+        """What the last step with these slots has left to reuse, or a new start."""
         numbers = listed(rows, self._batch_size)
         if self._last_pick is None or self._last_pick[0].numbers != numbers:
             pick = Pick(checked(numbers, self._batch_size))
@@ -267,14 +267,14 @@ class Sampler:
     ) -> None:
         """Give a slot to a new sequence: its parameters, its own seed and its position.
 
-        What is not given is what the slot has of the Sampler: a field its value when the Sampler was made, whatever
-        `set_row` gave it since; the seed as it is.
+        A field that is not given returns to its value when the Sampler was made, whatever `set_row` gave the slot
+        since; a seed that is not given stays as it is.
 
         Args:
             row: slot, 0 <= row < B.
-            params: scalar parameters, which give every field; `fields` override it.
-            seed: this sequence's 64-bit seed, used as it is, so that the slot does not matter; None keeps the slot's,
-                so that at the same offset it draws by the same random numbers as the sequence before.
+            params: scalar parameters for all fields; `fields` override it.
+            seed: this sequence's 64-bit seed, used as it is, so that the slot does not matter. None keeps the slot's
+                seed, so at equal offsets the sequence draws with the same random numbers as the one before.
             offset: position of its next token.
         """
         row = self._checked_row(row)

@@ -37,7 +37,7 @@ except ImportError:
     note(f"the command line needs typer: {INSTALL}")
     raise SystemExit(2) from None
 
-# typer's base of all usage errors, wherever this version of it keeps its copy of click.
+# The base class of all usage errors, wherever this version of typer keeps its copy of click.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
@@ -71,7 +71,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # typer would make an exit status of 1 of it
+        except BrokenPipeError:  # typer would turn it into exit status 1
             discard(sys.stdout)
             return 0
 
@@ -95,7 +95,7 @@ def root(
 
 
 def _with_sampling_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command that takes **fields one option for each sampling parameter of the table."""
+    """Give a command with **fields one option per sampling parameter of the table."""
     signature = inspect.signature(command, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     kinds: dict[str, tuple[type, str]] = {"float": (float, "X"), "int": (int, "N"), "choice": (str, "NAME")}
@@ -176,8 +176,8 @@ def generate(
 ) -> int:
     """Continue a prompt with a causal language model, token by token.
 
-    Exit status: 0, done; 1, --max-new-tokens cut a text off before it was what --json-schema, --regex or --choices ask
-    for; 2, refused, with the reason on stderr; 130, interrupted.
+    Exit status: 0, done; 1, --max-new-tokens ended a text before it matched --json-schema, --regex or --choices;
+    2, refused, with the reason on stderr; 130, interrupted.
     """
     text = read_prompt(prompt, prompt_file)
     stops = [utf8("--stop", s) for s in stop or []]

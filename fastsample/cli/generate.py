@@ -1,4 +1,4 @@
-"""What `fastsample generate` needs before it can go on from a prompt: the texts asked for, a model, ids, a grammar."""
+"""What `fastsample generate` needs before it can continue a prompt: texts, a model, ids, a grammar."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _library(name: str) -> Any:
 
 
 def utf8(what: str, text: str) -> str:
-    """Text of the command line; what the locale could not decode is taken as UTF-8."""
+    """Text from the command line; bytes that the locale could not decode are read as UTF-8."""
     try:
         text.encode()
         return text
@@ -81,10 +81,10 @@ def shipped_model() -> Path:
 
 
 def find_model(model: str | None) -> tuple[str, bool]:
-    """What to load a model from, a folder or a hub's name, and whether to do so without the network.
+    """Where to load a model from (a folder or a name on the hub), and whether to do so without the network.
 
-    A folder comes first, then the name of the model that ships, then the hub. huggingface_hub retries for half a minute
-    where there is no network; so it is asked once whether there is.
+    A folder comes first, then the name of the shipped model, then the hub. Without a network huggingface_hub would
+    retry for half a minute, so one request first finds out.
     """
     if model is None or (model == shipped_model().name and not os.path.isdir(model)):
         return str(shipped_model()), True
@@ -109,7 +109,7 @@ def find_model(model: str | None) -> tuple[str, bool]:
 def _why_no_hub(hub: Any) -> str | None:
     try:
         hub.get_session().head(hub.constants.ENDPOINT, timeout=_HUB_SECONDS)
-    except Exception as error:  # of whichever HTTP library it uses, or that the environment says offline
+    except Exception as error:  # from any HTTP library, or because the environment says offline
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"{hub.constants.ENDPOINT} cannot be reached: {lines[0]}"
     return None
@@ -118,11 +118,11 @@ def _why_no_hub(hub: Any) -> str | None:
 def load(name: str, local: bool) -> tuple[Any, Any]:
     """The language model and its tokenizer, from what `find_model` found."""
     transformers = _library("transformers")
-    # Nothing that comes with a model is executed: no code of its own (asked outright, transformers does not ask at the
+    # Nothing that comes with a model is executed: no code of its own (told so, transformers does not ask at the
     # terminal), no pickles.
     safe = {"local_files_only": local, "trust_remote_code": False}
     what = f"--model {name}: "
-    # Files that others wrote make transformers and its libraries raise anything.
+    # With broken files transformers and its libraries may raise anything.
     with told((Exception,), what):
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
@@ -144,7 +144,7 @@ def load(name: str, local: bool) -> tuple[Any, Any]:
 
 
 def _check_weights(what: str, found: dict[str, Any]) -> None:
-    """transformers makes up random weights for those that it does not find."""
+    """Refuse missing weights, which transformers would replace by random ones."""
     if missing := sorted(found["missing_keys"]):
         raise RefusedError(f"{what}the file of weights lacks {len(missing)} that its config asks for: {missing[0]}")
     if mismatched := sorted(found["mismatched_keys"]):
@@ -153,16 +153,16 @@ def _check_weights(what: str, found: dict[str, Any]) -> None:
 
 
 def _check_tokenizer(what: str, lm: Any, tokenizer: Any) -> None:
-    """For a folder without a tokenizer's files transformers makes up an empty one."""
+    """Refuse an empty tokenizer, which transformers makes for a folder without a tokenizer's files."""
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
         raise RefusedError(f"{what}no tokenizer there (tokenizer.json and tokenizer_config.json, as a rule)")
     rows = lm.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:  # added tokens apart, which some models keep without a row
+    if tokenizer.vocab_size > rows:  # without added tokens, for which some models have no row
         raise RefusedError(f"{what}the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: not its own")
 
 
 def encode(prompt: str, lm: Any, tokenizer: Any, max_new_tokens: int) -> tuple[torch.Tensor, int]:
-    """The prompt's ids [1, L] and the number of tokens there is room for after them."""
+    """The prompt's ids [1, L], and how many tokens fit after them."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     if not ids.shape[1]:
         if prompt:

@@ -1,4 +1,4 @@
-"""What the commands share: notes and refusals in one line, tables, and an output that takes any text."""
+"""Shared by the commands: one-line notes and refusals, tables, and an output that takes any text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONGEST = 500
 
 
 class RefusedError(Exception):
-    """What cannot be done, in one line."""
+    """A refusal, in one line."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def told(kinds: tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
 
 
 def note(message: str) -> None:
-    """One line on stderr, of a length to read; control characters of the user's own text are shown, not obeyed."""
+    """One line on stderr, shortened; control characters in the user's text are shown, not obeyed."""
     line = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in " ".join(message.split()))
     line = line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
     with stderr_may_fail():
@@ -44,7 +44,7 @@ def note(message: str) -> None:
 
 @contextmanager
 def stderr_may_fail() -> Iterator[None]:
-    """Where nobody can be told, what is printed on stdout still counts."""
+    """Ignore a closed stderr: the output on stdout still counts."""
     try:
         yield
     except OSError:
@@ -52,13 +52,13 @@ def stderr_may_fail() -> Iterator[None]:
 
 
 def discard(stream: TextIO) -> None:
-    """Send what is left of a stream that takes no more to nowhere, or the interpreter's exit fails on it."""
+    """Send the rest of a broken stream to the null device; otherwise the interpreter's exit would fail on it."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def take_any_text(stream: TextIO) -> None:
-    r"""Print characters that the stream's encoding lacks as JSON does, \u00e9: JSON stays what it says."""
+    r"""Print characters that the stream's encoding lacks as JSON escapes, so that JSON stays valid."""
     if isinstance(stream, io.TextIOWrapper):
         codecs.register_error("fastsample.escape", _escape)
         stream.reconfigure(errors="fastsample.escape")
@@ -77,7 +77,7 @@ def _note_escapes(encoding: str) -> None:
 
 
 def print_table(rows: Sequence[tuple[str, ...]], *, header: bool = False, stream: Any = None) -> None:
-    """Aligned columns; with colours and a frame where a person looks."""
+    """Aligned columns; with colours and a frame on a terminal."""
     stream = stream or sys.stdout
     if stream.isatty():
         _print_rich(rows, header, stream)
@@ -98,5 +98,5 @@ def _print_rich(rows: Iterable[tuple[str, ...]], header: bool, stream: Any) -> N
     for column in first or ("", ""):
         table.add_column(column)
     for row in rows:
-        table.add_row(*map(Text, row))  # as it is: a reason may hold [brackets]
+        table.add_row(*map(Text, row))  # without markup: a reason may contain [brackets]
     Console(file=stream).print(table)

@@ -1,4 +1,4 @@
-"""How `fastsample generate` goes on from a prompt, and what it prints of that."""
+"""How `fastsample generate` continues a prompt, and what it prints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REFUSALS = (ValueError, TypeError, RuntimeError)
 
 @dataclass
 class Session:
-    """A loaded model, an encoded prompt, and how to go on from it."""
+    """A loaded model, an encoded prompt, and how to continue it."""
 
     prompt: str
     lm: Any
@@ -36,9 +36,9 @@ class Session:
     sampling: dict[str, Any]  # backend and SamplingParams fields
 
     def one(self, seed: int) -> list[int]:
-        """Print a continuation as it comes; with a grammar, the new text alone, once it is whole.
+        """Print a continuation as it is generated; with a grammar, only the new text, once it is complete.
 
-        Returns the numbers of those that were truncated, from 1; so do the two below.
+        Returns the numbers, from 1, of truncated continuations, as do the two methods below.
         """
         if self.grammar is not None:
             return self.several(iter([seed]), labels=False)
@@ -50,10 +50,10 @@ class Session:
         return []
 
     def several(self, seeds: Iterator[int], *, labels: bool) -> list[int]:
-        """Print a continuation for each seed, in their order, as batches of them are done."""
+        """Print a continuation for each seed, in order, batch by batch."""
         cut: list[int] = []
         number = 0
-        # Sequences of a batch that have ended are padded. Where only the grammar knows their ends, there is none.
+        # Sequences that have ended are padded. If only the grammar knows their ends, there is no padding.
         size = 1 if self.grammar is not None and not self._ends() else BATCH
         while batch := list(islice(seeds, size)):
             for text, truncated in self._draw(batch, number + 1):
@@ -97,7 +97,7 @@ class Session:
         return [1] if best.truncated else []
 
     def _draw(self, seeds: list[int], first: int, streamer: Any = None) -> list[tuple[str, bool]]:
-        """The new text for each seed, and whether its grammar was cut off; `first` is the number of the first one."""
+        """The new text for each seed, and whether it was truncated; `first` is the number of the first one."""
         from fastsample.integrations.transformers import fs_generate
 
         sample = fs_generate(seeds, streamer=streamer, grammar=self.grammar, **self.sampling)
@@ -122,7 +122,7 @@ class Session:
         return list(zip(texts, truncated, strict=True))
 
     def _note_oddities(self, number: int, tokens: list[int], text: str) -> None:
-        """Say where the text does not show that something was drawn."""
+        """Note when the text does not show what was drawn."""
         if foreign := [token for token in tokens if token not in self._known]:
             note(f"continuation {number}: {len(foreign)} of its tokens are not in the tokenizer, like {foreign[0]}")
         elif not text:
@@ -142,7 +142,7 @@ class Session:
         return [] if given is None else [given] if isinstance(given, int) else list(given)
 
     def _ballot(self, vote: re.Pattern[str]) -> Callable[[str], str | None]:
-        """What a text answers: its last match of the pattern (the first group, where there is one)."""
+        """A text's answer: the last match of the pattern (its first group, if there is one)."""
 
         def answer(text: str) -> str | None:
             matches = list(vote.finditer(before(text, self.stops)))
@@ -152,7 +152,7 @@ class Session:
 
 
 def _up_to(tokens: list[int], ends: list[int]) -> list[int]:
-    """Without the padding that follows an end of sequence."""
+    """The ids without the padding after an end of sequence."""
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 
 
@@ -160,7 +160,7 @@ def _up_to(tokens: list[int], ends: list[int]) -> list[int]:
 
 
 class Decoder:
-    """The text of new tokens as it stands after the prompt's: some tokenizers drop a leading space."""
+    """Decodes new tokens in the context of the prompt: some tokenizers drop a leading space otherwise."""
 
     def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self._tokenizer, self.prompt = tokenizer, prompt
@@ -180,7 +180,7 @@ def before(text: str, stops: Sequence[str]) -> str:
 
 
 class StopAt:
-    """A stopping criterion: the new text holds a stop string, of however many tokens."""
+    """A stopping criterion: the new text contains a stop string, however many tokens it spans."""
 
     def __init__(self, stops: Sequence[str], decode: Decoder) -> None:
         self._stops, self._decode = stops, decode
@@ -193,7 +193,7 @@ class StopAt:
 
 
 class Writer:
-    """A streamer for `generate` that prints text as soon as it is sure: whole characters, and no stop string."""
+    """A streamer for `generate` that prints text once it is final: whole characters, and no part of a stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
@@ -202,7 +202,7 @@ class Writer:
         self._printed = 0
 
     def put(self, ids: torch.Tensor) -> None:
-        """The prompt, which is on the screen already, then one token at a time."""
+        """Receive the prompt, which is already printed, then one token at a time."""
         if self._decode is None:
             self._decode = Decoder(self._tokenizer, ids.flatten().tolist())
             return
@@ -222,5 +222,5 @@ class Writer:
         print(sure, end="", flush=True)
 
     def _may_be_a_stop(self, text: str) -> int:
-        """Characters at the end that a stop string may begin with."""
+        """How many characters at the end may be the beginning of a stop string."""
         return max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

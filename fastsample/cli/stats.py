@@ -16,8 +16,8 @@ from fastsample.cli.output import RefusedError, print_table, told
 class _Clock:
     """A stopping criterion that never stops, but times each step.
 
-    `generate` asks it as soon as a token is chosen. So from the end of the model's forward pass to the question is
-    sampling (with the copy of the logits to float32), and from question to question is a step.
+    `generate` calls it as soon as a token is chosen. The time from the end of the model's forward pass to that call is
+    sampling (with the copy of the logits to float32), and the time between two calls is a step.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, backend: str,
         raise RefusedError("--stats needs at least 3 new tokens")
     steps = min(steps, 32)
     options, missing = options_of_transformers(fields)
-    lm.generation_config.eos_token_id = None  # every round is equally long
+    lm.generation_config.eos_token_id = None  # all rounds have the same length
     sample = {"do_sample": True, "custom_generate": fs_generate(seed=[seed], backend=backend, **fields)}
     ways: dict[str, dict[str, Any]] = {"fastsample": sample, "transformers": options}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
@@ -67,12 +67,12 @@ def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, backend: str,
 
 
 def options_of_transformers(fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The options of `generate` that ask its own sampler for the same, and the names it has no option for."""
+    """The equivalent options for `generate`'s own sampler, and the names it has no option for."""
     has = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     missing = [n for n, value in fields.items() if n not in has and value != getattr(fs.SamplingParams, n)]
     options = {name: fields[name] for name in has}
     if not options["min_p"]:
-        del options["min_p"]  # it would run for nothing
+        del options["min_p"]  # would run without effect
     greedy = options["temperature"] == 0
     if greedy:
         options = {"repetition_penalty": options["repetition_penalty"]}

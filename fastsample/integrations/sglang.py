@@ -2,8 +2,8 @@
 
 The entry point `sglang.srt.plugins` calls `register` in every process of SGLang. Nothing changes until the backend is
 chosen by name; `FASTSAMPLE_SGLANG=0` (or a `SGLANG_PLUGINS` without `fastsample`) keeps even the name away. With
-`--device cpu` and with `--enable-deterministic-inference` SGLang replaces any backend by "pytorch"; where the command
-line says "fastsample", it gets it there too.
+`--device cpu` and with `--enable-deterministic-inference` SGLang replaces any backend by "pytorch"; if the command line
+says "fastsample", fastsample is used there too.
 
 | stage | done by |
 |---|---|
@@ -16,8 +16,8 @@ line says "fastsample", it gets it there too.
 | log-probabilities, top log-probabilities, sampling masks | SGLang |
 | speculative decoding, `rl_on_policy_target`, watermarks | SGLang; with drafts, seeds as SGLang has them |
 
-What a row gets depends on that row: SGLang's own backends filter in another order when a neighbour has min-p, and look
-at `sampling_seed` only in deterministic mode. Tokens are not those that SGLang would draw for that seed.
+A row's token depends on that row alone. (SGLang's own backends filter in another order when a neighbour has min-p, and
+use `sampling_seed` only in deterministic mode.) Tokens are not those that SGLang itself would draw for that seed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def register() -> None:
 
 
 def _is_chosen() -> bool:
-    """Whether fastsample was asked for, whatever SGLang has made of it since: it keeps the arguments as they came."""
+    """Whether fastsample was asked for on the command line, even if SGLang has replaced it since."""
     return "fastsample" in (get_exec().kernel.sampling_backend, get_server_args().sampling_backend)
 
 
