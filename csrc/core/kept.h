@@ -35,6 +35,12 @@ FS_HD Kept<X> all_between(X infinity, X lowest) {
   return Kept<X>{{infinity, -1}, {lowest, INT32_MAX}, 0};
 }
 
+template <class X>
+FS_HD bool equal(const Kept<X>& a, const Kept<X>& b) {
+  return a.high.x == b.high.x && a.high.id == b.high.id && a.low.x == b.low.x &&
+         a.low.id == b.low.id && a.floor == b.floor;
+}
+
 // Whether a token ranks within the interval. Its mass is for the caller to compare with the floor.
 template <class X>
 FS_HD bool ranks_within(const Kept<X>& kept, Place<X> token) {

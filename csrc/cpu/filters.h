@@ -8,11 +8,6 @@
 namespace fastsample {
 namespace {
 
-FS_INLINE bool equal(const Kept<float>& a, const Kept<float>& b) {
-  return a.high.x == b.high.x && a.high.id == b.high.id && a.low.x == b.low.x &&
-         a.low.id == b.low.id && a.floor == b.floor;
-}
-
 // The base set that a filter is judged on: the row, or once something narrows it, a list of tokens.
 template <class T>
 struct Base {
@@ -46,7 +41,7 @@ void narrow(Base<T>& base, const Kept<float>& kept) {
   const Task<T>& t = base.task;
   Kept<float> reach = within_reach(kept, t.weigher);
   reach.floor = 0;  // gathering does not weigh
-  if (equal(reach, base.within)) return;
+  if (!gathers(reach, base.within)) return;
   const List list =
       base.on([&](const auto& d) { return gather(d, reach, t.ws.list_x, t.ws.list_id); });
   base.set_list(list, reach);

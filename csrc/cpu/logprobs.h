@@ -107,7 +107,7 @@ void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
     for (int b = 0; !sound && b < row.blocks; ++b) ws.block_max[b] = INFINITY;
   }
   const Weigher weigher = {peak.max, scale};
-  const Dense<T> raw = {row, ws.block_max, is_near(weigher, peak.low)};
+  const Dense<T> raw = {row, ws.block_max, is_near(peak.low, peak.max, scale)};
   const double normaliser =
       sound ? log((double)weigh_groups(raw, everything(), weigher, ws) / (double)kMassUnit)
             : (double)NAN;

@@ -8,6 +8,7 @@
 #include "core/mass.h"
 #include "cpu/half.h"
 #include "cpu/kernel.h"
+#include "cpu/plan.h"
 
 namespace fastsample {
 namespace {
@@ -20,14 +21,6 @@ struct Weigher {
   float max;
   float scale;
 };
-
-// From here up, no step from y to the mass leaves the normal floats.
-constexpr float kLowestY = -140.0f;
-
-// All values of up to this magnitude are near each other.
-FS_INLINE float near_bound(float scale) { return -kLowestY / 2 / scale; }
-
-FS_INLINE bool is_near(const Weigher& w, float x) { return (x - w.max) * w.scale >= kLowestY; }
 
 // Vectors that are weighed side by side. The chain of operations for one is some 70 cycles long,
 // and an out-of-order core looks only two or three such chains ahead.

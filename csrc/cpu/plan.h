@@ -37,6 +37,22 @@ FS_HD Plan plan_of(const RowParams& p, RowKind row) {
   return Plan{kCandidates, !row.narrow};
 }
 
+// From here up, no step from y to the mass leaves the normal floats.
+constexpr float kLowestY = -140.0f;
+
+// All values of up to this magnitude are near each other: the streaming pass need not look for the
+// lowest one.
+FS_HD float near_bound(float scale) { return -kLowestY / 2 / scale; }
+
+// Whether a row's lowest value is near enough to its maximum for the arithmetic without a clamp.
+FS_HD bool is_near(float low, float max, float scale) { return (low - max) * scale >= kLowestY; }
+
+// Whether a filter judges a list of tokens gathered from its base set, rather than that set: where
+// less is within reach than the set holds.
+FS_HD bool gathers(const Kept<float>& reach, const Kept<float>& base) {
+  return !equal(reach, base);
+}
+
 // What it takes to tell whether a token ranks within the interval of a kept set.
 enum Bounds : int32_t {
   kUnbounded,  // nothing: all tokens above -inf do

@@ -49,7 +49,7 @@ Status sample_row_of(const Batch& batch, int64_t r, Draws draws, const Workspace
     return status;
   }
   const Weigher weigher = {peak.max, scale};
-  const Dense<T> dense = {row, ws.block_max, is_near(weigher, peak.low)};
+  const Dense<T> dense = {row, ws.block_max, is_near(peak.low, peak.max, scale)};
   const Task<T> task = {batch, r, draws, ws, dense, weigher, temperature};
   switch (plan.path) {
     case kArgmax:
