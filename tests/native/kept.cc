@@ -219,13 +219,14 @@ void check_row(Random& random, DType dtype, int32_t vocab) {
   const Row<T> logits = raw_row<T>(batch, 0);
   const Peak peak = scan(logits, memory.ws.block_max, near_bound(scale), Nothing());
   const Weigher weigher = {peak.max, scale};
-  const Task<T> task = {batch,
-                        0,
-                        Draws{0, draws},
-                        memory.ws,
-                        Dense<T>{logits, memory.ws.block_max, is_near(weigher, peak.low)},
-                        weigher,
-                        1.0f};
+  const Task<T> task = {
+      batch,
+      0,
+      Draws{0, draws},
+      memory.ws,
+      Dense<T>{logits, memory.ws.block_max, is_near(peak.low, weigher.max, weigher.scale)},
+      weigher,
+      1.0f};
   for (int i = 0; i < 8; ++i) {
     const Kept<float> kept = any_kept(random, row);
     if (!row.total(kept)) continue;
