@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -526,7 +527,7 @@ assert "fastsample.ops" not in sys.modules
 assert not hasattr(torch.ops.fastsample, "sample")
 assert "torch._dynamo" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent)
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------

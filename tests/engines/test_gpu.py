@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,7 +199,9 @@ def test_compute_sanitizer(tool: str) -> None:
         "--kernel-name",
         "regex:sample_kernel|outputs_kernel",
     ]
-    done = subprocess.run([*command, sys.executable, "-c", SANITIZED], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", SANITIZED], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
