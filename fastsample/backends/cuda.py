@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from fastsample._built import CUDA_LEFT_OUT
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.native import call_arguments, mismatch, row_arguments
 from fastsample.backends.workspaces import Workspaces
@@ -24,12 +23,21 @@ def native() -> tuple[Any, str | None]:
     try:
         found = import_module("fastsample._cuda")
     except ModuleNotFoundError:
-        return None, f"fastsample was built without it: {CUDA_LEFT_OUT}"
+        return None, f"fastsample was built without it: {_why_left_out()}"
     except ImportError as error:
         return None, f"fastsample._cuda cannot be imported: {error}"
     if (reason := mismatch(found)) is not None:
         return None, f"fastsample._cuda {reason}"
     return found, found.why_not()
+
+
+def _why_left_out() -> str:
+    """What the build noted down, which a source tree has not been through."""
+    try:
+        from fastsample._built import CUDA_LEFT_OUT
+    except ModuleNotFoundError:
+        return "this is a source tree; pip install builds it"
+    return str(CUDA_LEFT_OUT)
 
 
 class Buffers:
