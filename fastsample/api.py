@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fastsample import call
-from fastsample.inputs import Allowed, BiasLike, Seed, TokenIds, gather
-from fastsample.outputs import LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.inputs import Allowed, BiasLike, BreakerIds, Seed, TokenIds, gather
+from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.traced import is_traced
 
@@ -25,10 +25,12 @@ def sample(
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
     output_ids: TokenIds | None = None,
+    dry_breakers: BreakerIds | None = None,
     logprobs: LogprobsMode | None = None,
     top_logprobs: int = 0,
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
+    input: InputKind = "logits",
     out: SampleOutput | None = None,
     **fields: Any,
 ) -> SampleOutput:
@@ -63,11 +65,17 @@ def sample(
         prompt_ids, output_ids: the ids that penalties count: integers [B, L] padded with -1 (a tensor or an array), or
             a list with an entry per row: a list, tensor or array [L], or None. A penalty without ids has no effect, and
             a UserWarning says so; pass empty lists while there are no ids.
+        dry_breakers: the ids that end a repetition, for DRY: [n] or a list for all rows, or [B, n] padded with -1 or a
+            list per row. Ids outside [0, V) are ignored.
         logprobs: "raw" reports the log-softmax of the logits as given, "processed" that of the distribution drawn from.
         top_logprobs: also report the N most probable tokens, 0 <= N <= V. Needs `logprobs`.
         on_invalid: a row with a NaN, with +inf or with nothing above -inf raises ValueError ("raise"; on a GPU this
             waits for the device) or gets token -1 and a status ("flag").
         backend: "auto", "reference", "cpu", "triton" or "cuda". A named engine serves or raises; it is never replaced.
+        input: "logits", or "probs": the rows are probabilities in (0, inf), relative to their sum, which are drawn from
+            as they are. Then temperature (but 0), penalties, bias and the filters that are measured on logits
+            (`top_n_sigma`, `typical_p`, `eta_cutoff`) are refused. A NaN gives status 1, a negative or infinite
+            probability 2, a row of zeros 3.
         out: a SampleOutput of an earlier call of the same shape, to be filled and returned.
         **fields: SamplingParams fields, e.g. temperature=0.8, top_k=50.
 
@@ -78,8 +86,8 @@ def sample(
         TypeError, ValueError: bad argument; the message names it, the row and the value. Nothing is written.
         RuntimeError: the named backend cannot serve these logits.
     """
-    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
-    options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend)
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
+    options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend, input)
     if is_traced():
         from fastsample import ops, untraced
 
@@ -98,6 +106,7 @@ def filter_logits(
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
     output_ids: TokenIds | None = None,
+    dry_breakers: BreakerIds | None = None,
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
     out: torch.Tensor | None = None,
@@ -106,12 +115,12 @@ def filter_logits(
     """The processed logits divided by the temperature where a token is kept, -inf elsewhere.
 
     Arguments as for `sample`. A greedy row keeps only its maximum, undivided. Invalid rows (with on_invalid="flag")
-    are all -inf.
+    are all -inf. What XTC excludes is -inf only where `xtc_probability` is 1.
 
     Returns:
         float32 [B, V] ([V] for 1-D logits), or `out`.
     """
-    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
     options = Options(on_invalid=on_invalid, backend=backend)
     if is_traced():
         from fastsample import ops, untraced
@@ -130,20 +139,23 @@ def probabilities(
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
     output_ids: TokenIds | None = None,
+    dry_breakers: BreakerIds | None = None,
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
+    input: InputKind = "logits",
     out: torch.Tensor | None = None,
     **fields: Any,
 ) -> torch.Tensor:
     """The distribution that `sample` draws from: kept tokens renormalised, 0 elsewhere.
 
-    Arguments as for `sample`. Invalid rows (with on_invalid="flag") are all 0.
+    Arguments as for `sample`. Where XTC is on, the distribution is the mixture of what its coin may decide. Invalid
+    rows (with on_invalid="flag") are all 0.
 
     Returns:
         float32 [B, V] ([V] for 1-D logits), or `out`.
     """
-    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
-    options = Options(on_invalid=on_invalid, backend=backend)
+    inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
+    options = Options(on_invalid=on_invalid, backend=backend, input=input)
     if is_traced():
         from fastsample import ops, untraced
 

@@ -16,6 +16,7 @@ from fastsample.checks import CPU, check_logits, has_memory
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
 from fastsample.inputs.penalties import warn_without_ids
+from fastsample.inputs.probs import require_probs
 from fastsample.inputs.records import pack
 from fastsample.outputs import (
     FIELD,
@@ -64,6 +65,8 @@ def make(
         seed, offset = flat("seed", seed, call.batch), flat("offset", offset, call.batch)
     count = table.shape[0]
     packed = pack(params, fields, count, OTHERS) if known is None else known.packed
+    if options.input == "probs":
+        require_probs(packed.records, inputs)
     rows = known.rows(seed, offset, count) if known is not None and call.small else None
     if rows is None:
         rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count)).to(table.device)
@@ -154,7 +157,8 @@ class FullCall(Call):
         device, shape = table.device, (*self.batch, table.shape[1])
         if self._own is None:
             with torch.inference_mode(False):
-                self._own = Outputs(empty((table.shape[0],), torch.int32, device))
+                status = empty((table.shape[0],), torch.int32, device)
+                self._own = Outputs(status, input=self.options.input)
         outputs, status = self._own, self._own.status
         if out is None:
             result = empty(shape, self._field.dtype, device)
@@ -162,13 +166,13 @@ class FullCall(Call):
             check_buffer("out", out, self._field, shape, device)
             self._require_apart(Written({"out": out}), table, rows)
             if self.raises:  # a first run only checks, so that nothing is written on an error
-                self._engine.run(table, rows, Outputs(status))
-                raise_if_invalid(status, self.batch)
+                self._engine.run(table, rows, Outputs(status, input=self.options.input))
+                raise_if_invalid(status, self.batch, self.options.input)
             result = out
         setattr(outputs, self._field.name, result if len(self.batch) < 2 else result.view(table.shape))
         invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
-            raise_if_invalid(status, self.batch)
+            raise_if_invalid(status, self.batch, self.options.input)
         return result
 
     def let_go(self) -> None:
@@ -208,7 +212,7 @@ class SampleCall(Call):
             if outputs.restore:
                 result = self._fresh(table.device)
                 self._engine.run(table, rows, self._outputs(result))
-            raise_if_invalid(result.status, self.batch)
+            raise_if_invalid(result.status, self.batch, self.options.input)
         if advance:
             self._engine.advance(rows)
         if out is None or out is result:
@@ -248,7 +252,7 @@ class SampleCall(Call):
         if outputs is None:
             options = self.options
             outputs = Outputs(result.status, num_samples=options.num_samples, mode=options.logprobs, restore=restore)
-            outputs.num_top = options.top_logprobs
+            outputs.num_top, outputs.input = options.top_logprobs, options.input
         if len(self.batch) > 1:  # an engine fills [B * T, ...]
             for name in self._wanted:
                 setattr(outputs, name, getattr(result, name).flatten(0, len(self.batch) - 1))

@@ -18,6 +18,7 @@ from fastsample.checks import check_logits
 from fastsample.inputs import Inputs, Rows, pack_offsets, pack_params, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
 from fastsample.inputs.bias import as_tensors
+from fastsample.inputs.probs import require_probs
 from fastsample.inputs.step import DETAILS
 from fastsample.outputs import SAMPLED, Options, SampleOutput
 from fastsample.params import SamplingParams, specs, unknown_name
@@ -90,7 +91,7 @@ def full(
 ) -> Tensor:
     """`fastsample.filter_logits` and `fastsample.probabilities` in a trace."""
     given = (*_params(params, fields), *_taken(inputs))
-    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, options.on_invalid, options.backend)
+    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, *options[-3:])
     return result
 
 
@@ -130,7 +131,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
         value = fields[name] if name in fields else getattr(SamplingParams if params is None else params, name)
         value = _as_tensor(value)
         column = None
-        if isinstance(value, bool):
+        if isinstance(value, bool) and spec.kind != "bool":
             raise TypeError(f"{name} = {value!r}: expected {spec.wanted}")
         if isinstance(value, torch.Tensor):
             column = value
@@ -243,7 +244,7 @@ def _fields(values: Sequence[float], columns: Sequence[Tensor | None]) -> dict[s
         elif spec.kind == "choice":
             fields[name] = spec.choices[int(value)]
         else:
-            fields[name] = int(value) if spec.kind == "int" and value == int(value) else value
+            fields[name] = int(value) if spec.kind in ("int", "bool") and value == int(value) else value
     return fields
 
 
@@ -267,7 +268,10 @@ def _sample(
     if len(made.batch) > 1:
         fields, inputs = flat_fields(made.batch, fields), inputs.flat(made.batch)
         seed, offset = flat("seed", seed, made.batch), flat("offset", offset, made.batch)
-    rows = Rows(pack_params(None, fields, count), pack_seeds(seed, count), pack_offsets(offset, count))
+    records = pack_params(None, fields, count)
+    if made.options.input == "probs":
+        require_probs(records, inputs)
+    rows = Rows(records, pack_seeds(seed, count), pack_offsets(offset, count))
     return _run(table, made, rows, inputs, False)
 
 
@@ -307,12 +311,12 @@ def _rows(
 @torch.library.custom_op(
     "fastsample::full",
     mutates_args=(),
-    schema=f"(str kind, Tensor logits, {_PARAMS}, {_INPUTS}, str on_invalid, str backend) -> Tensor",
+    schema=f"(str kind, Tensor logits, {_PARAMS}, {_INPUTS}, str on_invalid, str backend, str input) -> Tensor",
     **_TAGS,
 )
 def _full(kind: Any, logits: Tensor, values: Sequence[float], columns: Sequence[Tensor | None], *given: Any) -> Tensor:
-    *_, on_invalid, backend = given
-    options = Options(on_invalid=on_invalid, backend=backend)
+    *_, on_invalid, backend, kind_of_input = given
+    options = Options(on_invalid=on_invalid, backend=backend, input=kind_of_input)
     fields, inputs = _fields(values, columns), _inputs(given)
     result: Tensor = call.make(kind, logits, None, fields, 0, 0, inputs, options, None, stacklevel=None)
     return result

@@ -17,9 +17,18 @@ from fastsample.params import SamplingParams
 
 OnInvalid = Literal["raise", "flag"]
 LogprobsMode = Literal["raw", "processed"]
+InputKind = Literal["logits", "probs"]
 
 STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everything is masked)"}
 """What a non-zero status means, after bitmask, bias and penalties."""
+WRONG: dict[InputKind, dict[int, str]] = {
+    "logits": STATUS,
+    "probs": {
+        1: "a NaN probability",
+        2: "a negative or infinite probability",
+        3: "no probability above 0 (everything is masked)",
+    },
+}
 
 
 class Options(NamedTuple):
@@ -30,6 +39,7 @@ class Options(NamedTuple):
     top_logprobs: int = 0
     on_invalid: OnInvalid = "raise"
     backend: str = "auto"
+    input: InputKind = "logits"
 
     def checked(self) -> Options:
         """The options with plain integers, or an error that says what one should be. (`select` checks the backend.)"""
@@ -40,6 +50,8 @@ class Options(NamedTuple):
         if top_logprobs and self.logprobs is None:
             raise ValueError(f"top_logprobs = {top_logprobs}: needs logprobs='raw' or 'processed'")
         check_on_invalid(self.on_invalid)
+        if not is_one_of(self.input, "logits", "probs"):
+            raise ValueError(f"input = {self.input!r}: expected 'logits' or 'probs'")
         if num_samples is self.num_samples and top_logprobs is self.top_logprobs:
             return self
         return self._replace(num_samples=num_samples, top_logprobs=top_logprobs)
@@ -243,7 +255,7 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def raise_if_invalid(status: torch.Tensor, batch: Sequence[int] = ()) -> None:
+def raise_if_invalid(status: torch.Tensor, batch: Sequence[int] = (), kind: InputKind = "logits") -> None:
     """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device.
 
     `batch`: the leading dimensions. Where there are several, a row's place among them is named too.
@@ -254,8 +266,8 @@ def raise_if_invalid(status: torch.Tensor, batch: Sequence[int] = ()) -> None:
     if bad:
         places = [f" {tuple(map(int, np.unravel_index(row, batch)))}" if len(batch) > 1 else "" for row in bad[:4]]
         shown = ", ".join(
-            f"row {row}{place} has {STATUS[int(status.reshape(-1)[row])]}"
+            f"row {row}{place} has {WRONG[kind][int(status.reshape(-1)[row])]}"
             for row, place in zip(bad, places, strict=False)
         )
         more = f" and {len(bad) - 4} more rows are invalid" if len(bad) > 4 else ""
-        raise ValueError(f"logits: {shown}{more}; on_invalid='flag' returns token -1 and a status instead")
+        raise ValueError(f"{kind}: {shown}{more}; on_invalid='flag' returns token -1 and a status instead")

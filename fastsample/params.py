@@ -22,7 +22,7 @@ from fastsample.checks import CPU, INTEGERS, from_numpy, is_list, require_dense,
 
 Values: TypeAlias = "float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor"
 Ties: TypeAlias = Literal["first", "all"]
-Order: TypeAlias = Literal["top_k_first", "min_p_first", "joint"]
+Order: TypeAlias = Literal["top_k_first", "min_p_first", "joint", "temperature_last"]
 
 GREEDY_BELOW = 1e-5
 """A temperature below this (as float32) means greedy."""
@@ -35,7 +35,7 @@ _INT32_MAX = 2**31 - 1
 class Spec:
     """What one parameter may be. Numbers are compared as the float32 (or int) that the engines will see."""
 
-    kind: Literal["float", "int", "choice"]
+    kind: Literal["float", "int", "bool", "choice"]
     meaning: str
     low: float = -_FLOAT32_MAX
     high: float = _FLOAT32_MAX
@@ -43,6 +43,8 @@ class Spec:
     choices: tuple[str, ...] = ()
     off: str = ""  # the neutral value, where other libraries have another one
     counts: str = ""  # for a penalty: the ids without which it has no effect
+    open_high: bool = False
+    of_logits: bool = False  # measured on logits, so that it has no meaning for probabilities
     examples: tuple[Any, ...] = ()  # for tests: values that each change what is kept, or its logits,
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # with these fields beside them
 
@@ -51,8 +53,10 @@ class Spec:
         """The range in words, for error messages and documentation."""
         if self.kind == "choice":
             return "one of " + ", ".join(repr(c) for c in self.choices)
+        if self.kind == "bool":
+            return "True or False"
         low = "" if self.low == -_FLOAT32_MAX else f"{_number(self.low)} {'<' if self.open_low else '<='} "
-        high = "" if self.high in (_FLOAT32_MAX, _INT32_MAX) else f" <= {_number(self.high)}"
+        high = "" if self.high in (_FLOAT32_MAX, _INT32_MAX) else f" {'<' if self.open_high else '<='} {_number(self.high)}"
         noun = "an integer" if self.kind == "int" else "a finite number"
         return noun if not low and not high else f"{noun}, {low}value{high}"
 
@@ -64,7 +68,8 @@ class Spec:
     def accepts(self, value: Any) -> Any:
         """Whether a number, or each element of a tensor, lies in the range (NaN does not)."""
         above = value > self.low if self.open_low else value >= self.low
-        return above & (value <= self.high)
+        below = value < self.high if self.open_high else value <= self.high
+        return above & below
 
 
 def _number(value: float) -> str:
@@ -79,10 +84,17 @@ def _integer(default: int, meaning: str, low: int, high: int = _INT32_MAX, **mor
     return dataclasses.field(default=default, metadata={"spec": Spec("int", meaning, low, high, **more)})
 
 
+def _flag(meaning: str, **more: Any) -> Any:
+    spec = Spec("bool", meaning, 0, 1, examples=(True,), **more)
+    return dataclasses.field(default=False, metadata={"spec": spec})
+
+
 def _choice(meaning: str, *choices: str, **more: Any) -> Any:
     spec = Spec("choice", meaning, choices=choices, examples=choices[1:], **more)
     return dataclasses.field(default=choices[0], metadata={"spec": spec})
 
+
+_DRY = {"dry_multiplier": 0.8, "dry_allowed_length": 1}
 
 _Class = TypeVar("_Class")
 
@@ -124,7 +136,28 @@ class SamplingParams:
         ties: what top-k does with logits equal to the k-th: "first" keeps exactly k, lower ids first; "all" keeps
             every one (Hugging Face).
         order: "top_k_first" (Hugging Face: top-k, top-p over what it kept, then min-p), "min_p_first" (vLLM: top-p over
-            what top-k and min-p kept) or "joint" (FlashInfer: each filter judges the whole row).
+            what top-k and min-p kept), "joint" (FlashInfer: each filter judges the whole row) or "temperature_last"
+            (llama.cpp: filters at T = 1, typical before top-p; then the temperature).
+        top_n_sigma: keep logits at most this many standard deviations below the highest (Tang et al. 2024). >= 0; 0
+            keeps all.
+        typical_p: locally typical sampling (Meister et al. 2022): keep the tokens whose information is closest to the
+            entropy, until their probability reaches t. May leave out the most probable token. 0 < t <= 1; 1 keeps all.
+        epsilon_cutoff: keep tokens of at least this probability (Hewitt et al. 2022). 0 <= e < 1; 0 keeps all.
+        eta_cutoff: keep tokens of at least the probability min(e, sqrt(e) * exp(-entropy)) (Hewitt et al. 2022).
+            0 <= e < 1; 0 keeps all.
+        top_a: keep tokens of at least a times the square of the highest probability (KoboldAI). 0 <= a <= 1; 0 keeps
+            all.
+        p_less: keep tokens of at least the probability that two draws agree, the sum of all squares (Tan et al. 2025).
+        xtc_probability: how likely a draw excludes the top choices (XTC, p-e-w 2024): where two or more tokens have the
+            probability `xtc_threshold`, all of them but the least probable. 0 <= r <= 1; 0 is off.
+        xtc_threshold: the probability of a top choice. 0 < t <= 1.
+        dry_multiplier: DRY (p-e-w 2024) subtracts this times `dry_base` to the power of (length -
+            `dry_allowed_length`) from a token that would extend a repetition of that length. >= 0; 0 is off.
+        dry_base: >= 1.
+        dry_allowed_length: repetitions that are shorter than this are free. >= 1.
+        dry_range: how many of the last ids of prompt and output DRY looks at. >= 0; 0 means all.
+        no_repeat_ngram_size: no n-gram of prompt and output occurs again (Hugging Face; Paulus et al. 2017). >= 0; 0 is
+            off.
 
     Raises:
         TypeError: a value that is not a number, a choice that is not a string, or an unknown name.
@@ -166,7 +199,82 @@ class SamplingParams:
         "top_k_first",
         "min_p_first",
         "joint",
-        beside={"top_k": 6, "top_p": 0.75, "min_p": 0.3},
+        "temperature_last",
+        beside={"temperature": 1.5, "top_k": 6, "top_p": 0.75, "min_p": 0.3},
+    )
+    top_n_sigma: Values = _real(
+        0.0,
+        "keep logits this many standard deviations from the highest; 0 keeps all",
+        low=0.0,
+        off="0",
+        of_logits=True,
+        examples=(0.5, 1.0),
+    )
+    typical_p: Values = _real(
+        1.0,
+        "keep the tokens closest to the entropy, with this probability",
+        low=0.0,
+        high=1.0,
+        open_low=True,
+        off="1",
+        of_logits=True,
+        examples=(0.2, 0.7),
+    )
+    epsilon_cutoff: Values = _real(
+        0.0, "keep tokens of at least this probability", low=0.0, high=1.0, open_high=True, off="0", examples=(0.1, 0.04)
+    )
+    eta_cutoff: Values = _real(
+        0.0,
+        "keep tokens of at least this probability, less where the entropy is high",
+        low=0.0,
+        high=1.0,
+        open_high=True,
+        off="0",
+        of_logits=True,
+        examples=(0.9, 0.3),
+    )
+    top_a: Values = _real(
+        0.0, "keep tokens of this times the square of the highest probability", low=0.0, high=1.0, examples=(1.0, 0.6)
+    )
+    p_less: bool | Values = _flag("keep tokens at least as probable as that two draws agree")
+    xtc_probability: Values = _real(
+        0.0,
+        "how likely a draw excludes the top choices",
+        low=0.0,
+        high=1.0,
+        off="0",
+        examples=(1.0, 0.5),
+        beside={"xtc_threshold": 0.1},
+    )
+    xtc_threshold: Values = _real(
+        0.1,
+        "the probability of a top choice, for XTC",
+        low=0.0,
+        high=1.0,
+        open_low=True,
+        examples=(0.2, 0.05),
+        beside={"xtc_probability": 1.0},
+    )
+    dry_multiplier: Values = _real(
+        0.0,
+        "times a power of dry_base: subtracted from what extends a repetition",
+        low=0.0,
+        off="0",
+        counts="prompt_ids or output_ids",
+        examples=(0.8, 3.0),
+        beside={"dry_allowed_length": 1},
+    )
+    dry_base: Values = _real(
+        1.75, "how fast DRY grows with the length", low=1.0, examples=(1.0, 3.0), beside=_DRY
+    )
+    dry_allowed_length: int | Values = _integer(
+        2, "shorter repetitions are free of DRY", low=1, examples=(3, 4), beside=_DRY
+    )
+    dry_range: int | Values = _integer(
+        0, "how many of the last ids DRY looks at; 0 means all", low=0, off="0", examples=(3, 5), beside=_DRY
+    )
+    no_repeat_ngram_size: int | Values = _integer(
+        0, "no n-gram occurs twice; 0 is off", low=0, off="0", counts="prompt_ids or output_ids", examples=(2, 1)
     )
 
     def __post_init__(self) -> None:
@@ -275,19 +383,26 @@ def _normalise(name: str, spec: Spec, value: Any) -> Any:
     return tuple(items) if spec.kind == "choice" else torch.tensor(items, dtype=_dtype(spec), device=CPU)
 
 
-_KINDS: dict[str, Any] = {"choice": str, "int": numbers.Integral, "float": numbers.Real}
+_KINDS: dict[str, Any] = {
+    "choice": str,
+    "int": numbers.Integral,
+    "float": numbers.Real,
+    "bool": (bool, np.bool_, numbers.Integral),
+}
 
 
 def _scalar(name: str, spec: Spec, value: Any, where: str) -> Any:
-    if not isinstance(value, _KINDS[spec.kind]) or isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, _KINDS[spec.kind]) or (isinstance(value, (bool, np.bool_)) and spec.kind != "bool"):
         raise TypeError(f"{name} = {value!r}{where}: expected {spec.wanted}")
     if spec.kind == "choice":
         good = value in spec.choices
     else:
-        number = min(int(value), _INT32_MAX) if spec.kind == "int" else to_float32(value)
+        number = to_float32(value) if spec.kind == "float" else min(int(value), _INT32_MAX)
         good = spec.accepts(number)
     if not good:
         raise ValueError(f"{name} = {value!r}{where}: expected {spec.wanted}")
+    if spec.kind == "bool":
+        return bool(value)
     return value if spec.kind == "choice" else number
 
 
@@ -295,6 +410,7 @@ def _tensor(name: str, spec: Spec, value: torch.Tensor) -> torch.Tensor:
     if value.ndim != 1:
         raise ValueError(f"{name}: expected a scalar or a 1-D tensor [B], got shape {tuple(value.shape)}")
     numeric = value.dtype in INTEGERS or (spec.kind == "float" and value.is_floating_point())
+    numeric |= spec.kind == "bool" and value.dtype == torch.bool
     if spec.kind == "choice" or not numeric:
         raise TypeError(f"{name}: expected {spec.range} per row, got a tensor of {value.dtype}")
     # A copy: validated values must not change with the caller's tensor.

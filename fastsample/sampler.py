@@ -15,6 +15,7 @@ from fastsample.inputs import (
     NO_INPUTS,
     Allowed,
     BiasLike,
+    BreakerIds,
     Inputs,
     Rows,
     Seed,
@@ -25,8 +26,9 @@ from fastsample.inputs import (
     pack_seeds,
 )
 from fastsample.inputs.penalties import penalised_rows, warn_without_ids
+from fastsample.inputs.probs import require_probs
 from fastsample.inputs.step import Stamps, used_in_place
-from fastsample.outputs import LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
@@ -44,7 +46,7 @@ class Sampler:
         batch_size: number of slots B >= 1.
         seed: as for `fastsample.sample`; None takes one fresh seed from torch's default CPU generator.
         offset: position of the first step, an int or one per slot.
-        num_samples, logprobs, top_logprobs, on_invalid, backend: as for `fastsample.sample`.
+        num_samples, logprobs, top_logprobs, on_invalid, backend, input: as for `fastsample.sample`.
 
     Raises:
         TypeError, ValueError: bad argument; the message names it, the row and the value.
@@ -63,17 +65,19 @@ class Sampler:
         top_logprobs: int = 0,
         on_invalid: OnInvalid = "raise",
         backend: str = "auto",
+        input: InputKind = "logits",
         **fields: Any,
     ) -> None:
         batch_size = whole("batch_size", batch_size)
         if not 1 <= batch_size < 2**31:
             raise ValueError(f"batch_size = {batch_size}: expected 1 <= batch_size < 2^31")
         self._batch_size = batch_size
-        options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend)
+        options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend, input)
         self._call = SampleCall(options, batch_size)
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
             records = pack_params(params, fields, batch_size, _OTHERS)
+            self._check(records)
             self._rows = Rows(
                 records.repeat(batch_size // records.shape[0], 1),
                 pack_seeds(seed, batch_size).to(CPU, copy=True),
@@ -157,6 +161,7 @@ class Sampler:
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
         output_ids: TokenIds | None = None,
+        dry_breakers: BreakerIds | None = None,
         out: SampleOutput | None = None,
     ) -> SampleOutput:
         """One step: sample logits [B, V] ([V] when B is 1) and advance every slot's offset by 1.
@@ -174,14 +179,14 @@ class Sampler:
             from fastsample import ops
             from fastsample import untraced as elsewhere
 
-            inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+            inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
             step = elsewhere.served(ops.step, inputs, out)
             return step(self, logits, rows, inputs, self._call.options, out)
         if self._penalised and output_ids is None:
             self._warn(rows, prompt_ids)
         with self._lock:
             if rows is not None:
-                inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+                inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
                 return self._step_of(rows, logits, inputs, out)
             call, own = self._call, self._rows
             table = call.table(logits)
@@ -193,8 +198,9 @@ class Sampler:
                 or bias is not None
                 or prompt_ids is not None
                 or output_ids is not None
+                or dry_breakers is not None
             ):
-                inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+                inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
                 own = self._with_inputs(own, table, inputs)
             return call.run(table, own, out, advance=True)
 
@@ -204,6 +210,7 @@ class Sampler:
         table = call.table(logits)
         own = pick.take(self._move_to(call.device))
         if inputs is not NO_INPUTS:
+            self._check(own.records[:0], inputs)
             own = own.with_inputs()
             inputs.attach(own, table)
         result = call.run(table, own, out, advance=True)
@@ -250,6 +257,7 @@ class Sampler:
             rows, stamps = self._last
             if rows.slots is own and stamps.match(given):
                 return rows
+        self._check(own.records[:0], given)
         rows = own.with_inputs()
         given.attach(rows, table)
         self._last = (rows, Stamps(given)) if used_in_place(given, rows) else None
@@ -282,6 +290,7 @@ class Sampler:
         if params is None:
             given = torch.tensor([name in fields for name, _ in specs()], device=CPU)
             record = torch.where(given, record, self._initial_records[row])
+        self._check(record[None])
         start = pack_offsets(offset, 1)
         own = None if seed is None else pack_seeds([seed], 1)
         with self._lock:
@@ -308,6 +317,10 @@ class Sampler:
         self._penalised.pop(row, None)
         if 0 in (own := penalised_rows(record[None])):
             self._penalised[row] = own[0]
+
+    def _check(self, records: torch.Tensor, inputs: Inputs = NO_INPUTS) -> None:
+        if self._call.options.input == "probs":
+            require_probs(records, inputs)
 
     def _checked_row(self, row: int) -> int:
         row = whole("row", row)

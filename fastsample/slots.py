@@ -90,7 +90,8 @@ def described(records: torch.Tensor) -> dict[str, str]:
     for (name, spec), part in zip(specs(), records.T, strict=True):
         values = _column(spec, part)
         if spec.kind != "choice":
-            values = [float(str(v)) if spec.kind == "float" else int(v) for v in values.numpy()]  # 0.8, not 0.80000001
+            number = {"float": lambda v: float(str(v)), "int": int, "bool": bool}[spec.kind]  # 0.8, not 0.80000001
+            values = [number(v) for v in values.numpy()]
         if any(value != getattr(SamplingParams, name) for value in values):
             found[name] = shortened(values)
     return found

@@ -25,12 +25,14 @@ FASTSAMPLE_RECORD(RowArguments,                           //
                   bias_row_ptr,                           // int64 [B + 1]
                   bias_ids, bias_values, bias_entries,    // int64, float32 [entries]
                   prompt, prompt_stride, prompt_length,   // int64 [B, length]
-                  output, output_stride, output_length);  // int64 [B, length]
+                  output, output_stride, output_length,   // int64 [B, length]
+                  breakers, breakers_stride, breakers_length);  // int64 [B or 1, length]
 
 FASTSAMPLE_RECORD(LogitsArguments,        //
                   logits, logits_stride,  // dtype [B, V]
                   rows, vocab,            // B, V
-                  dtype);                 // DType
+                  dtype,                  // DType
+                  input);                 // InputKind
 
 FASTSAMPLE_RECORD(OutputArguments,          //
                   status,                   // int32 [B]
@@ -72,6 +74,9 @@ static inline Rows rows_of(const RowArguments& a) {
                (const float*)a.bias_values};
   if (a.prompt_length) rows.prompt = {(const int64_t*)a.prompt, a.prompt_stride, a.prompt_length};
   if (a.output_length) rows.output = {(const int64_t*)a.output, a.output_stride, a.output_length};
+  if (a.breakers_length) {
+    rows.breakers = {(const int64_t*)a.breakers, a.breakers_stride, a.breakers_length};
+  }
   return rows;
 }
 
@@ -79,7 +84,8 @@ static inline Batch batch_of(const RowArguments& rows, const CallArguments& call
   const LogitsArguments& l = call.logits;
   const OutputArguments& o = call.out;
   return Batch{
-      Logits{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab, (DType)l.dtype},
+      Logits{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab, (DType)l.dtype,
+             (InputKind)l.input},
       rows_of(rows),
       Outputs{(int32_t*)o.status, (int64_t*)o.tokens, (float*)o.filtered, (float*)o.probabilities,
               (float*)o.logprobs, (int64_t*)o.ranks, (int64_t*)o.top_ids, (float*)o.top_logprobs,

@@ -25,7 +25,20 @@ namespace fastsample {
   X(float, frequency_penalty)      \
   X(float, presence_penalty)       \
   X(int32_t, ties)                 \
-  X(int32_t, order)
+  X(int32_t, order)                \
+  X(float, top_n_sigma)            \
+  X(float, typical_p)              \
+  X(float, epsilon_cutoff)         \
+  X(float, eta_cutoff)             \
+  X(float, top_a)                  \
+  X(int32_t, p_less)               \
+  X(float, xtc_probability)        \
+  X(float, xtc_threshold)          \
+  X(float, dry_multiplier)         \
+  X(float, dry_base)               \
+  X(int32_t, dry_allowed_length)   \
+  X(int32_t, dry_range)            \
+  X(int32_t, no_repeat_ngram_size)
 
 struct RowParams {
 #define FASTSAMPLE_MEMBER(type, name) type name;
@@ -34,8 +47,9 @@ struct RowParams {
 };
 
 enum Ties : int32_t { kTiesFirst = 0, kTiesAll = 1 };
-enum Order : int32_t { kTopKFirst = 0, kMinPFirst = 1, kJoint = 2 };
+enum Order : int32_t { kTopKFirst = 0, kMinPFirst = 1, kJoint = 2, kTemperatureLast = 3 };
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum InputKind : int32_t { kLogits = 0, kProbabilities = 1 };
 enum Status : int32_t { kValid = 0, kNaN = 1, kPositiveInfinity = 2, kNothingLeft = 3 };
 enum LogprobsMode : int32_t { kNoLogprobs = 0, kRawLogprobs = 1, kProcessedLogprobs = 2 };
 
@@ -51,6 +65,7 @@ struct Logits {
   int64_t rows;
   int32_t vocab;  // 1 .. 2^20
   DType dtype;
+  InputKind input;
 };
 
 struct Bitmask {
@@ -79,6 +94,7 @@ struct Rows {
   BiasEntries bias;
   TokenIds prompt;
   TokenIds output;
+  TokenIds breakers;  // [B or 1, length]: DRY's
 };
 
 // Buffers to fill; null means not wanted. All contiguous.

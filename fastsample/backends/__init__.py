@@ -11,12 +11,14 @@ from typing import Protocol
 import torch
 
 from fastsample.inputs import Rows
-from fastsample.outputs import LogprobsMode
+from fastsample.outputs import InputKind, LogprobsMode
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of logits, each with its number in csrc/core/rows.h."""
 MODES: dict[LogprobsMode | None, int] = {None: 0, "raw": 1, "processed": 2}
 """What log-probabilities are of, likewise."""
+INPUTS: dict[InputKind, int] = {"logits": 0, "probs": 1}
+"""What the rows hold, likewise."""
 
 
 @dataclass(slots=True)
@@ -34,6 +36,7 @@ class Outputs:
     top_logprobs: torch.Tensor | None = None  # float32 [B, num_top]
     num_samples: int = 1
     num_top: int = 0
+    input: InputKind = "logits"  # what the rows hold
     restore: bool = False  # put back what they held where a row is invalid; only for engines that can
 
 

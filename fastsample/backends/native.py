@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import DTYPES, MODES, Outputs
+from fastsample.backends import DTYPES, INPUTS, MODES, Outputs
 from fastsample.inputs import Rows
 from fastsample.outputs import FIELDS, unrolled
 from fastsample.params import specs
@@ -22,13 +22,14 @@ ROW_FIELDS = (
     *("bias_row_ptr", "bias_ids", "bias_values", "bias_entries"),
     *("prompt", "prompt_stride", "prompt_length"),
     *("output", "output_stride", "output_length"),
+    *("breakers", "breakers_stride", "breakers_length"),
 )
-LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype")
+LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
 OUTPUT_FIELDS = (*(field.name for field in FIELDS), "num_samples", "num_top", "mode")
 
 # Packed in two parts, since most calls have no inputs.
-_COLUMNS, _INPUTS = Struct("7q"), Struct("13q")
-_NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0))
+_COLUMNS, _INPUTS = Struct("7q"), Struct("16q")
+_NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0))
 # So are outputs: status and tokens come first, and most calls want nothing else.
 _FIRST = ("status", "tokens")
 _HEAD, _TAIL = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q"), Struct(f"{len(OUTPUT_FIELDS) - len(_FIRST)}q")
@@ -73,13 +74,15 @@ def _columns(rows: Rows) -> bytes:
 
 def _inputs(rows: Rows) -> bytes:
     mask, bias, prompt, output = rows.bitmask, rows.bias, rows.prompt_ids, rows.output_ids
-    if mask is None and bias is None and prompt is None and output is None:
+    breakers = rows.breakers
+    if mask is None and bias is None and prompt is None and output is None and breakers is None:
         return _NO_INPUTS
     return _INPUTS.pack(
         *((0, 0, -1) if mask is None else (mask.data_ptr(), _row_stride(mask), mask.shape[1])),
         *((0, 0, 0, 0) if bias is None else (*(part.data_ptr() for part in bias.tensors), bias.ids.numel())),
         *((0, 0, 0) if prompt is None else (prompt.data_ptr(), prompt.stride()[0], prompt.shape[1])),
         *((0, 0, 0) if output is None else (output.data_ptr(), output.stride()[0], output.shape[1])),
+        *((0, 0, 0) if breakers is None else (breakers.data_ptr(), _row_stride(breakers), breakers.shape[1])),
     )
 
 
@@ -97,6 +100,7 @@ def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
         shape[0],
         shape[1],
         DTYPES[logits.dtype],
+        INPUTS[out.input],
         out.status.data_ptr(),
         0 if out.tokens is None else out.tokens.data_ptr(),
     )

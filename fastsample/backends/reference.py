@@ -17,7 +17,7 @@ class ReferenceEngine(Engine):
 
     @torch.inference_mode()  # in which buffers of any kind may be written to
     def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
-        dist = spec.distribution(logits, rows)
+        dist = spec.distribution(logits, rows, out.input)
         _fill(out.status, dist.status)
         if out.filtered is not None:
             _fill(out.filtered, spec.filter_logits(dist, rows))
@@ -32,8 +32,14 @@ class ReferenceEngine(Engine):
 
     def _logprobs(self, logits: torch.Tensor, dist: spec.Distribution, tokens: torch.Tensor, out: Outputs) -> None:
         raw = out.mode == "raw"
-        x = logits.float() if raw else dist.x
-        logprobs = spec.raw_logprobs(x) if raw else spec.processed_logprobs(dist)
+        x, sound, logprobs = dist.x, (dist.status == 0)[:, None], spec.processed_logprobs(dist)
+        if raw and out.input == "logits":
+            x = logits.float()
+            sound, logprobs = sound & (spec.check(x) == 0)[:, None], spec.raw_logprobs(x)
+        elif raw:
+            given = logits.float()
+            x = spec.order_of_probs(given)
+            sound, logprobs = sound & (spec.check_probs(given) == 0)[:, None], spec.raw_logprobs_of_probs(given)
         valid = (dist.status == 0)[:, None]
         if out.logprobs is not None:
             own = logprobs.gather(1, tokens.clamp(min=0))
@@ -41,7 +47,6 @@ class ReferenceEngine(Engine):
         if out.ranks is not None:
             _fill(out.ranks, torch.where(valid, spec.ranks(x, tokens), 0))
         if out.top_ids is not None and out.top_logprobs is not None:
-            sound = valid & spec.raw_is_sound(x)[:, None] if raw else valid
             listed = (x > spec.NEG_INF if raw else dist.kept) & sound
             order = spec.rank_order(torch.where(listed, x, spec.NEG_INF))[:, : out.num_top]
             there = listed.gather(1, order)

@@ -1,7 +1,7 @@
 """What a call samples with, per row: parameters, seeds, offsets, masks, biases and token ids, checked and packed."""
 
 from fastsample.inputs.bias import Bias, BiasLike, pack_bias
-from fastsample.inputs.ids import TokenIds
+from fastsample.inputs.ids import BreakerIds, TokenIds
 from fastsample.inputs.masks import Allowed, pack_bitmask
 from fastsample.inputs.records import pack_params
 from fastsample.inputs.rows import Rows
@@ -13,6 +13,7 @@ __all__ = [
     "Allowed",
     "Bias",
     "BiasLike",
+    "BreakerIds",
     "Inputs",
     "Rows",
     "Seed",

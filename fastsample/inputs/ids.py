@@ -24,6 +24,8 @@ from fastsample.checks import (
 
 TokenIds: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
 
+BreakerIds: TypeAlias = "TokenIds"
+
 MAX_IDS = 2**29
 """Token ids per row: prompt, output and bias together are counted in 32 bits."""
 
@@ -44,6 +46,20 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
     if shape[1] > MAX_IDS:
         raise ValueError(f"{name}: expected at most 2^29 ids per row, got {shape[1]}")
     return last_contiguous(table if table.dtype is torch.int64 else table.to(torch.int64))
+
+
+def pack_breakers(ids: BreakerIds, logits: torch.Tensor) -> torch.Tensor:
+    """DRY's breakers as int64 [1, L], which all rows share, or [B, L] padded with -1. Ids outside the vocabulary stay."""
+    name, rows = "dry_breakers", logits.shape[0]
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "O":
+        ids = ids.tolist()
+    if isinstance(ids, (torch.Tensor, np.ndarray)) and ids.ndim == 1:
+        return last_contiguous(row_of_ids(name, ids, None, logits.device).to(logits.device).unsqueeze(0))
+    if is_list(ids) and all(isinstance(one, (numbers.Number, str)) for one in ids):
+        return row_of_ids(name, ids, None, logits.device).to(logits.device).unsqueeze(0)
+    if isinstance(ids, (torch.Tensor, np.ndarray)) and ids.ndim == 2 and len(ids) == 1 != rows:
+        raise ValueError(f"{name}: expected ids [L] for all rows or [{rows}, L], got {tuple(ids.shape)}")
+    return pack_token_ids(name, ids, logits)
 
 
 def rows_of_ids(name: str, ids: Any, rows: int, device: torch.device) -> list[torch.Tensor | None]:

@@ -12,7 +12,7 @@ from fastsample.params import SamplingParams, specs
 
 _COUNTED = {name: spec.counts for name, spec in specs() if spec.counts}  # penalty: what it is counted over
 _NEUTRAL = {name: float(getattr(SamplingParams, name)) for name in _COUNTED}
-_COLUMN = {name: column for column, (name, _) in enumerate(specs()) if name in _COUNTED}
+_COLUMN = {name: (column, spec.kind) for column, (name, spec) in enumerate(specs()) if name in _COUNTED}
 
 
 def active_penalties(params: SamplingParams) -> tuple[str, ...]:
@@ -26,8 +26,8 @@ def _is_on(value: Any, neutral: float) -> bool:
 
 def penalised_rows(records: torch.Tensor) -> dict[int, tuple[str, ...]]:
     """Row -> names of the penalties that are on in it, of packed records (int32 [B, fields] on the CPU)."""
-    values = records.view(torch.float32)
-    on = {name: values[:, _COLUMN[name]] != neutral for name, neutral in _NEUTRAL.items()}
+    values = {"float": records.view(torch.float32), "int": records}
+    on = {name: values[kind][:, at] != _NEUTRAL[name] for name, (at, kind) in _COLUMN.items()}
     rows = torch.stack(list(on.values())).any(0).nonzero()[:, 0].tolist()
     return {row: tuple(name for name in on if bool(on[name][row])) for row in rows}
 

@@ -48,7 +48,7 @@ def pack(params: SamplingParams | None, fields: dict[str, Any], rows: int, other
     return packed
 
 
-PLAIN = frozenset((float, int, str))
+PLAIN = frozenset((float, int, bool, str))
 """Types of the values that all rows share and that never change."""
 
 

@@ -22,6 +22,7 @@ class Rows:
     bias: Bias | None = None
     prompt_ids: torch.Tensor | None = None  # int64 [B, L], ids outside the vocabulary are padding
     output_ids: torch.Tensor | None = None  # int64 [B, L]
+    breakers: torch.Tensor | None = None  # int64 [B or 1, L], likewise; those of DRY
     native: Any = None  # an engine's own form of these rows, kept for the next step
     slots: Rows | None = None  # the same parameters without the inputs, which last for many steps
     workspace: dict[Any, Any] | None = None  # buffers that engines keep for a Sampler's steps
@@ -48,3 +49,5 @@ class Rows:
             visit("prompt_ids", self.prompt_ids)
         if self.output_ids is not None:
             visit("output_ids", self.output_ids)
+        if self.breakers is not None:
+            visit("dry_breakers", self.breakers)

@@ -9,7 +9,7 @@ import torch
 
 from fastsample.inputs.batch import flat
 from fastsample.inputs.bias import BiasLike, pack_bias
-from fastsample.inputs.ids import TokenIds, pack_token_ids
+from fastsample.inputs.ids import BreakerIds, TokenIds, pack_breakers, pack_token_ids
 from fastsample.inputs.masks import Allowed, check_bitmask, restrict
 from fastsample.inputs.rows import Rows
 
@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
     bias: BiasLike | None = None
     prompt_ids: TokenIds | None = None
     output_ids: TokenIds | None = None
+    dry_breakers: BreakerIds | None = None
 
     def attach(self, rows: Rows, table: torch.Tensor) -> None:
         """Check the inputs and add them to the rows of logits [B, V]."""
@@ -35,6 +36,8 @@ class Inputs(NamedTuple):
             rows.prompt_ids = pack_token_ids("prompt_ids", self.prompt_ids, table)
         if self.output_ids is not None:
             rows.output_ids = pack_token_ids("output_ids", self.output_ids, table)
+        if self.dry_breakers is not None:
+            rows.breakers = pack_breakers(self.dry_breakers, table)
 
     def flat(self, batch: Sequence[int]) -> Inputs:
         """Inputs of logits [*batch, V] as those of the flattened table."""
@@ -49,6 +52,7 @@ class Inputs(NamedTuple):
             and self.bias is other.bias
             and self.prompt_ids is other.prompt_ids
             and self.output_ids is other.output_ids
+            and self.dry_breakers is other.dry_breakers
         )
 
 
@@ -62,11 +66,12 @@ def gather(
     bias: BiasLike | None,
     prompt_ids: TokenIds | None,
     output_ids: TokenIds | None,
+    dry_breakers: BreakerIds | None,
 ) -> Inputs:
     """The inputs of a call: `NO_INPUTS` itself where there are none, which is quick to tell."""
     if bitmask is None and allowed_ids is None and bias is None and prompt_ids is None and output_ids is None:
-        return NO_INPUTS
-    return Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids)
+        return NO_INPUTS if dry_breakers is None else Inputs(dry_breakers=dry_breakers)
+    return Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
 
 
 class Detail(NamedTuple):
@@ -84,6 +89,7 @@ DETAILS = {
     "bias": Detail(False, "Tensor[]", f"tensors (row_ptr, ids, values) {_TRACES}; a dict would be a constant"),
     "prompt_ids": Detail(True, "Tensor?", f"a tensor {_TRACES}; a list would be a constant"),
     "output_ids": Detail(True, "Tensor?", f"a tensor {_TRACES}; a list would be a constant"),
+    "dry_breakers": Detail(True, "Tensor?", f"a tensor {_TRACES}; a list would be a constant"),
 }
 
 
@@ -111,6 +117,7 @@ def used_in_place(given: Inputs, rows: Rows) -> bool:
         _shares(given.bitmask, rows.bitmask)
         and _shares(given.prompt_ids, rows.prompt_ids)
         and _shares(given.output_ids, rows.output_ids)
+        and _shares(given.dry_breakers, rows.breakers)
     )
 
 

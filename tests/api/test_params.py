@@ -20,7 +20,7 @@ BACKENDS = ("reference", "cpu")
 NAMES = [name for name, _ in specs()]
 NUMBERS = [(name, spec) for name, spec in specs() if spec.kind != "choice"]
 
-IDS = {"prompt_ids": [[0, 1], [1, 0], [0, 3]], "output_ids": [[2, 2, 3], [3, 2, 2], [2, 3, 2]]}
+IDS = {"prompt_ids": [[0, 1, 2, 3, 0]] * 3, "output_ids": [[1, 2, 3, 0, 1, 2]] * 3}
 
 EXAMPLES = [pytest.param(name, value, id=f"{name}={value}") for name, spec in specs() for value in spec.examples]
 
@@ -58,12 +58,18 @@ def test_defaults_are_neutral(backend: str) -> None:
 @pytest.mark.parametrize(("name", "value"), EXAMPLES)
 def test_every_parameter_has_an_effect(name: str, value: Any, backend: str) -> None:
     beside = dict(specs())[name].beside
-    plain = fs.filter_logits(logits(), **beside, **IDS, backend=backend)
-    changed = fs.filter_logits(logits(), **{name: value}, **beside, **IDS, backend=backend)
+    beside = {other: held for other, held in beside.items() if other != name}
+
+    def seen(**fields: Any) -> torch.Tensor:
+        """What is kept, and what is drawn from, row by row."""
+        calls = (fs.filter_logits, fs.probabilities)
+        return torch.cat([call(logits(), **fields, **beside, **IDS, backend=backend) for call in calls], 1)
+
+    plain, changed = seen(), seen(**{name: value})
     assert not torch.equal(plain, changed)
     # One value per row: each row as if it were alone, the others as if the parameter were not there.
     default = getattr(defaults(), name)
-    mixed = fs.filter_logits(logits(), **{name: [default, value, default]}, **beside, **IDS, backend=backend)
+    mixed = seen(**{name: [default, value, default]})
     assert torch.equal(mixed, torch.stack([plain[0], changed[1], plain[2]]))
 
 
@@ -90,7 +96,9 @@ def test_the_ends_of_the_range_belong_to_it(name: str, spec: Spec) -> None:
     for value in (spec.low, spec.high):
         if value == spec.low and spec.open_low:
             value = 1e-45  # the smallest float32 above 0
-        value = int(value) if spec.kind == "int" else value
+        if value == spec.high and spec.open_high:
+            value = 1 - 2.0**-24
+        value = value if spec.kind == "float" else int(value)
         params = fs.SamplingParams(**{name: value})
         assert getattr(params, name) == pytest.approx(value, rel=1e-6)
         assert fs.SamplingParams(**{name: [value, value]}).per_row() == {name: 2}

@@ -43,10 +43,12 @@ NUMBERS = {  # with the values that reach other code; any other parameter's foll
 def values_of(spec: Spec) -> st.SearchStrategy[Any]:
     if spec.kind == "choice":
         return st.sampled_from(spec.choices)
+    if spec.kind == "bool":
+        return st.booleans()
     low, high = max(spec.low, -80), min(spec.high, 80)
     if spec.kind == "int":
         return st.one_of(st.sampled_from(spec.examples), st.integers(int(low), int(high)))
-    return st.one_of(st.sampled_from(spec.examples), st.floats(low, high, width=32, exclude_min=spec.open_low))
+    return st.one_of(st.sampled_from(spec.examples), st.floats(low, high, width=32, exclude_min=spec.open_low, exclude_max=spec.open_high))
 
 
 def column(name: str, rows: int) -> st.SearchStrategy[Any]:
@@ -109,8 +111,10 @@ def test_laws_of_the_kept_set(call: tuple[torch.Tensor, dict[str, Any]], seed: i
     drawn = out.tokens[valid]
     assert bool((p[valid].gather(1, drawn) > 0).all())
     assert bool((out.tokens[~valid] == -1).all())
+    if {"typical_p", "xtc_probability"} & kwargs.keys():
+        return  # they may leave out the best
     # Without the filters: what is kept is a prefix of the ranking, and the best is always in it.
-    off = {name: getattr(fs.SamplingParams, name) for name, spec in specs() if not spec.counts}
+    off = {name: getattr(fs.SamplingParams, name) for name, spec in specs() if not spec.counts and "dry" not in name}
     everything = fs.filter_logits(x, **{**common, **off})
     lowest = torch.where(kept, everything, math.inf).amin(1, keepdim=True)
     assert not bool((everything > lowest)[valid][~kept[valid]].any())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
@@ -177,20 +178,24 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 def masses(x: list[np.float32], temperature: np.float32) -> list[int]:
     """Stage 6 in scalar numpy."""
+    return [mass_at(y) for y in depths(x, temperature)]
+
+
+def depths(x: list[np.float32], temperature: np.float32) -> list[np.float32]:
+    """y of stage 6."""
+    c, top = np.float32(LOG2E) / temperature, max(x)
+    return [(value - top) * c for value in x]
+
+
+def mass_at(y: np.float32) -> int:
     one = np.float32
-    c = one(LOG2E) / temperature
-    found = []
-    for value in x:
-        y = (value - max(x)) * c
-        if not y >= one(-60):
-            found.append(0)
-            continue
-        n = (y + one(12582912)) - one(12582912)
-        p = one(float(COEFFICIENTS[0]))
-        for coefficient in COEFFICIENTS[1:]:
-            p = p * (y - n) + one(float(coefficient))
-        found.append(int(Fraction(float(p)) * Fraction(2) ** int(n) * 2**40))
-    return found
+    if not y >= one(-60):
+        return 0
+    n = (y + one(12582912)) - one(12582912)
+    p = one(float(COEFFICIENTS[0]))
+    for coefficient in COEFFICIENTS[1:]:
+        p = p * (y - n) + one(float(coefficient))
+    return int(Fraction(float(p)) * Fraction(2) ** int(n) * 2**40)
 
 
 def ordered(x: list[np.float32]) -> list[int]:
@@ -207,26 +212,101 @@ def top_p_prefix(base: set[int], ranked: list[int], w: list[int], top_p: np.floa
     return prefix
 
 
-def kept(x: list[np.float32], w: list[int], p: SimpleNamespace) -> set[int]:
-    """Stage 7."""
-    ranked = ordered(x)
-    alive = {i for i in ranked if x[i] > -np.inf}
-    by_k = alive
-    if 0 < p.top_k < len(x):
-        at_least = {i for i in alive if x[i] >= x[ranked[p.top_k - 1]]}
-        by_k = at_least if p.ties == "all" else alive & set(ranked[: p.top_k])
-    floors = [int(Fraction(float(p.min_p)) * 2**40)]
+def top_k_set(x: list[np.float32], ranked: list[int], p: SimpleNamespace) -> set[int]:
+    if not 0 < p.top_k < len(ranked):
+        return set(ranked)
+    at_least = {i for i in ranked if x[i] >= x[ranked[p.top_k - 1]]}
+    return at_least if p.ties == "all" else set(ranked[: p.top_k])
+
+
+def n_sigma_set(x: list[np.float32], alive: set[int], s: np.float32) -> set[int]:
+    """Sums are exact integers, and what is made of them single float64 operations: Python's floats are such."""
+    if s == 0:
+        return alive
+    top = max(x)
+    d = [min(int(min(float((top - x[i]) * np.float32(2**11)), 2.0**20)), 2**20 - 1) for i in alive]
+    a = float(sum(d)) / float(len(d))
+    v = float(sum(k * k for k in d)) / float(len(d)) - a * a
+    sigma = math.sqrt(max(v, 0.0)) * 2.0**-11
+    return {i for i in alive if x[i] >= top - np.float32(float(s) * sigma)}
+
+
+def mean_depth(base: set[int], w: list[int], y: list[np.float32]) -> float:
+    """E: in halves of the masses, as the contract adds them up."""
+    e = {i: int(Fraction(float(y[i])) * -(2**14)) if w[i] else 0 for i in base}
+    high, low = (sum(divmod(w[i], 2**20)[half] * e[i] for i in base) for half in (0, 1))
+    return (float(high) * 2.0**20 + float(low)) / float(sum(w[i] for i in base))
+
+
+def typical_set(base: set[int], x: list[np.float32], w: list[int], p: SimpleNamespace, t: np.float32) -> set[int]:
+    if p.typical_p == 1:
+        return base
+    c = np.float32(LOG2E) / t
+    mu = np.float32(float(max(x)) - (mean_depth(base, w, depths(x, t)) * 2.0**-14) / float(c))
+    delta = {i: abs(x[i] - mu) for i in base}
+    target = max(1, int(Fraction(float(p.typical_p)) * 2**30) * sum(w[i] for i in base) // 2**30)
+    edge = min(d for d in delta.values() if sum(w[i] for i in base if delta[i] <= d) >= target)
+    return {i for i in base if delta[i] <= edge}
+
+
+def by_floor(base: set[int], w: list[int], value: float) -> set[int]:
+    return {i for i in base if w[i] >= min(int(value), max(w[i] for i in base))}
+
+
+def kept(x: list[np.float32], w: list[int], p: SimpleNamespace, t: np.float32) -> set[int]:
+    """Stage 7; masses are those at the temperature t."""
+    y = depths(x, t)
+    alive = {i for i in range(len(x)) if x[i] > -np.inf}
+    ranked = [i for i in ordered(x) if i in alive]
+    floors = [int(Fraction(float(p.min_p)) * max(w))]
     by_mass = {i for i in alive if w[i] >= max(floors)}
-    base = {"top_k_first": by_k, "min_p_first": by_k & by_mass, "joint": alive}[p.order]
-    by_p = base if p.top_p == 1 else top_p_prefix(base, ranked, w, p.top_p)
-    return by_k & by_mass & by_p
+
+    def by_p(base: set[int]) -> set[int]:
+        return base if p.top_p == 1 else top_p_prefix(base, ranked, w, p.top_p)
+
+    head = n_sigma_set(x, alive, p.top_n_sigma) & top_k_set(x, ranked, p)
+    if p.order == "joint":
+        keep = head & by_mass & by_p(alive)
+    elif p.order == "min_p_first":
+        keep = by_p(head & by_mass)
+    elif p.order == "top_k_first":
+        keep = by_p(head) & by_mass
+    else:
+        keep = by_p(typical_set(head, x, w, p, t)) & by_mass
+    if p.order != "temperature_last":
+        keep = typical_set(keep, x, w, p, t)
+    keep = by_floor(keep, w, float(p.epsilon_cutoff) * float(sum(w[i] for i in keep)))
+    eta, total = float(p.eta_cutoff), float(sum(w[i] for i in keep))
+    typical_mass = mass_at(-np.float32(mean_depth(keep, w, y) * 2.0**-14))
+    keep = by_floor(keep, w, min(eta * total, math.sqrt(eta) * float(typical_mass)))
+    unit, total = float(max(w)), float(sum(w[i] for i in keep))
+    keep = by_floor(keep, w, (float(p.top_a) * unit) * (unit / total))
+    if p.p_less:
+        h, low = {i: w[i] >> 20 for i in keep}, {i: w[i] % 2**20 for i in keep}
+        square = float(sum(h[i] ** 2 for i in keep)) * 2.0**20 + float(2 * sum(h[i] * low[i] for i in keep))
+        square = square * 2.0**20 + float(sum(low[i] ** 2 for i in keep))
+        keep = by_floor(keep, w, square / float(sum(w[i] for i in keep)))
+    return keep
 
 
-def drawn(w: list[int], keep: set[int], seed: int, offset: int, j: int) -> int:
+def excluded(keep: set[int], x: list[np.float32], w: list[int], p: SimpleNamespace) -> set[int]:
+    """What XTC leaves out where its coin says so."""
+    floor = int(float(p.xtc_threshold) * float(sum(w[i] for i in keep)))
+    ranked = [i for i in ordered(x) if i in keep]
+    top = [i for i in ranked if w[i] >= floor]
+    return set(ranked[: ranked.index(top[-1])]) if p.xtc_probability > 0 and len(top) >= 2 else set()
+
+
+def uniform(seed: int, offset: int, j: int, purpose: int) -> int:
+    o = philox([offset % 2**32, offset >> 32, j, purpose], [seed % 2**32, seed >> 32])
+    return (o[0] * 2**32 + o[1]) >> 4
+
+
+def drawn(w: list[int], keep: set[int], out: set[int], coin: np.float32, seed: int, offset: int, j: int) -> int:
     """Stage 8."""
-    o = philox([offset % 2**32, offset >> 32, j, 0], [seed % 2**32, seed >> 32])
-    u = (o[0] * 2**32 + o[1]) >> 4
-    r = u * sum(w[i] for i in keep) // 2**60
+    if uniform(seed, offset, j, 1) < int(Fraction(float(coin)) * 2**60):
+        keep = keep - out
+    r = uniform(seed, offset, j, 0) * sum(w[i] for i in keep) // 2**60
     running = 0
     for i in sorted(keep):
         running += w[i]
@@ -251,6 +331,38 @@ def processed(row: int, logits: torch.Tensor, p: SimpleNamespace, more: dict[str
             x[i] = x[i] / p.repetition_penalty if x[i] > 0 else x[i] * p.repetition_penalty
         x[i] = x[i] - p.frequency_penalty * one(output.get(i, 0))
         x[i] = x[i] - (p.presence_penalty if i in output else one(0))
+    lists = [more[name][row] for name in ("prompt_ids", "output_ids") if name in more]
+    history = [int(t) for ids in lists for t in ids if 0 <= int(t) < len(x)]
+    return edited_by_history(x, history, breakers_of(row, more.get("dry_breakers")), p)
+
+
+def breakers_of(row: int, breakers: Any) -> set[int]:
+    if breakers is None:
+        return set()
+    per_row = breakers.ndim == 2 if isinstance(breakers, torch.Tensor) else isinstance(breakers[0], list)
+    return {int(t) for t in (breakers[row] if per_row else breakers)}
+
+
+def edited_by_history(
+    x: list[np.float32], history: list[int], breakers: set[int], p: SimpleNamespace
+) -> list[np.float32]:
+    """Stage 3's history edits, from the definitions: every suffix of every length is compared."""
+    h = history[len(history) - p.dry_range :] if 0 < p.dry_range < len(history) else history
+    best: dict[int, int] = {}
+    for i in range(len(h) - 1) if p.dry_multiplier > 0 else ():
+        lengths = [n for n in range(1, i + 2) if h[i + 1 - n : i + 1] == h[-n:] and not breakers & set(h[-n:])]
+        best[h[i + 1]] = max(best.get(h[i + 1], 0), *lengths, 0)
+    for token, length in best.items():
+        if length >= p.dry_allowed_length and token not in breakers:
+            q = np.float32(1)
+            for _ in range(length - p.dry_allowed_length):
+                q = q if np.isinf(q * p.dry_base) else q * p.dry_base
+            x[token] = x[token] - p.dry_multiplier * q
+    n = p.no_repeat_ngram_size
+    tail = history[len(history) - n + 1 :] if n > 1 else []
+    for i in range(len(history) - n + 1) if 0 < n <= len(history) else ():
+        if history[i : i + n - 1] == tail:
+            x[history[i + n - 1]] = np.float32(-np.inf)
     return x
 
 
@@ -292,20 +404,30 @@ def test_brute_force(case: Case) -> None:
                 assert (filtered[row] == -np.inf).all()
                 assert (probabilities[row] == 0).all()
                 continue
+            out_of: set[int] = set()
             if p.temperature < np.float32(1e-5):
                 keep, p.temperature = {ordered(x)[0]}, np.float32(1)
-                w = masses(x, p.temperature)
             else:
-                w = masses(x, p.temperature)
-                keep = kept(x, w, p)
+                judged_at = np.float32(1) if p.order == "temperature_last" else p.temperature
+                w = masses(x, judged_at)
+                keep = kept(x, w, p, judged_at)
+                out_of = excluded(keep, x, w, p)
+            w = masses(x, p.temperature)
+            if p.xtc_probability == 1:
+                keep, out_of = keep - out_of, set()
             want = [x[i] / p.temperature if i in keep else np.float32(-np.inf) for i in range(case.vocab)]
-        total = sum(w[i] for i in keep)
+        total, rest = (float(sum(w[i] for i in some)) for some in (keep, keep - out_of))
+        coin = float(p.xtc_probability) if out_of else 0.0
         seed, offset = (int(inputs.draw[name][row]) % 2**64 for name in ("seed", "offset"))
         assert filtered[row].tolist() == want
         assert probabilities[row].tolist() == [
-            np.float32(float(w[i]) / float(total)) if i in keep else 0 for i in range(case.vocab)
+            np.float32((1 - coin) * float(w[i]) / total + (0.0 if i in out_of else coin * float(w[i]) / rest))
+            if i in keep
+            else 0
+            for i in range(case.vocab)
         ]
-        assert out.tokens[row].tolist() == [drawn(w, keep, seed, offset, j) for j in range(4)]
+        draws = [drawn(w, keep, out_of, p.xtc_probability, seed, offset, j) for j in range(4)]
+        assert out.tokens[row].tolist() == draws
 
 
 def test_brute_force_sees_every_parameter_set() -> None:

@@ -6,6 +6,7 @@ Shared by every engine's parity test, the distribution tests and the benchmarks.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -250,7 +251,63 @@ def _of_the_table() -> dict[str, Callable[[int, int], Fields]]:
     return found
 
 
+OLD_SETS = tuple(PARAMS)
+"""The sets above, which meet every maker of logits; those below meet a few each."""
+
+FILTERS = tuple(
+    name for name, spec in specs() if spec.kind != "choice" and not spec.counts and name not in ("temperature", "xtc_threshold")
+    and not name.startswith("dry_")
+)
+
+
+def _pairs() -> dict[str, Callable[[int, int], Fields]]:
+    """Every two filters together, in every order from row to row, at a temperature that is not 1."""
+    found: dict[str, Callable[[int, int], Fields]] = {}
+    for a, b in itertools.combinations(FILTERS, 2):
+        both = {name: dict(specs())[name].examples[-1] for name in (a, b)}
+        found[f"{a}+{b}"] = lambda v, rows, own=both: {
+            "temperature": 1.4,
+            "order": cycle(rows, *dict(specs())["order"].choices),
+            **own,
+        }
+    return found
+
+
 PARAMS |= _of_the_table()
+PARAMS |= _pairs()
+PARAMS |= {
+    "min_p-xtc-dry": lambda v, b: {
+        "min_p": 0.02,
+        "xtc_probability": cycle(b, 0.5, 0.0, 1.0, 0.9),
+        "xtc_threshold": 0.1,
+        "dry_multiplier": 0.8,
+        "dry_allowed_length": 1,
+    },
+    "llama.cpp": lambda v, b: {
+        "temperature": cycle(b, 0.8, 1.0, 0.0, 2.5),
+        "top_n_sigma": cycle(b, 0.0, 2.0, 1.0),
+        "top_k": 40,
+        "typical_p": cycle(b, 1.0, 0.9, 0.5),
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "xtc_probability": cycle(b, 0.0, 0.5),
+        "order": "temperature_last",
+    },
+    "typical~1": lambda v, b: {"typical_p": BELOW_ONE},
+    "typical1e-9": lambda v, b: {"typical_p": 1e-9},
+    "sigma-tiny": lambda v, b: {"top_n_sigma": 1e-6},
+    "sigma-huge": lambda v, b: {"top_n_sigma": 1e30},
+    "xtc-any": lambda v, b: {"xtc_probability": 0.7, "xtc_threshold": 1e-12},
+    "floors": lambda v, b: {
+        "temperature": cycle(b, 1.0, 0.6, 2.0),
+        "epsilon_cutoff": 0.001,
+        "eta_cutoff": 0.002,
+        "top_a": 0.01,
+        "p_less": cycle(b, False, True),
+        "order": cycle(b, *dict(specs())["order"].choices),
+    },
+    "ngrams": lambda v, b: {"no_repeat_ngram_size": cycle(b, 2, 3, 0, 1, 4), "temperature": cycle(b, 1.0, 0.0)},
+}
 
 PENALTY_SETS = tuple(
     name for name, make in PARAMS.items() if any(spec.counts for field, spec in specs() if field in make(8, 5))
@@ -363,10 +420,28 @@ def ids_lists(x: Tensor, g: torch.Generator) -> Extra:
     return x, {"prompt_ids": table[::-1], "output_ids": [line[: 7 * i] for i, line in enumerate(table)]}
 
 
+def repeats(x: Tensor, g: torch.Generator) -> Extra:
+    """A history of phrases that return, with padding in it and breakers of each row."""
+    rows, vocab = x.shape
+    words = x.float().topk(min(vocab, 5)).indices
+    table = words[:, torch.tensor([0, 1, 2, 0, 1, 3, 4, 0, 1, 2, 0, 1, 3, 1, 1, 1, 0, 1, 2, 0, 1]) % words.shape[1]]
+    table[:, [4, 9]] = torch.tensor([-1, vocab])
+    breakers = torch.cat([words[:, -1:], torch.full((rows, 1), -1)], 1)
+    breakers[1::2, 0] = vocab + 7
+    return x, {"prompt_ids": table[:, :8], "output_ids": table[:, 8:], "dry_breakers": breakers}
+
+
+def repeats_output(x: Tensor, g: torch.Generator) -> Extra:
+    """One token again and again, and then two in turns; breakers that all rows share."""
+    best = x.float().topk(min(x.shape[1], 2)).indices
+    table = best[:, torch.tensor([0] * 9 + [1, 0] * 6) % best.shape[1]]
+    return x, {"output_ids": table, "dry_breakers": [x.shape[1] - 1, -5]}
+
+
 def everything(x: Tensor, g: torch.Generator) -> Extra:
     """Mask, bias and ids at once, over the same tokens."""
     more: dict[str, Any] = {}
-    for extra in (mask, bias, ids):
+    for extra in (mask, bias, ids, repeats):
         more |= extra(x, g)[1]
     return x, more
 
@@ -412,6 +487,8 @@ EXTRAS: dict[str, Callable[[Tensor, torch.Generator], Extra]] = {
         ids,
         ids_output,
         ids_lists,
+        repeats,
+        repeats_output,
         everything,
         strided,
         unaligned,
@@ -470,20 +547,28 @@ def _grid() -> list[Case]:
     cases: list[Case] = []
     kinds = list(DTYPES)
 
-    # Every maker with every parameter set; sizes and dtypes take turns. Penalties come with ids.
+    # Every maker with every older parameter set; sizes and dtypes take turns. Penalties come with ids.
     for m, maker in enumerate(MAKERS):
-        for p, params in enumerate(PARAMS):
-            n = m * len(PARAMS) + p
+        for p, params in enumerate(OLD_SETS):
+            n = m * len(OLD_SETS) + p
             extra = ("ids", "ids_lists", "ids_output")[n % 3] if params in PENALTY_SETS else None
             cases.append(Case(maker, params, SMALL[(7 * n + m) % len(SMALL)], kinds[n % 3], extra))
+    # Every other set on a model's logits, of a small and of a larger vocabulary, and on two of the other makers.
+    others = [maker for maker in MAKERS if maker != "lm"]
+    for p, params in enumerate(set_ for set_ in PARAMS if set_ not in OLD_SETS):
+        extra = ("repeats", "repeats_output")[p % 2] if params in PENALTY_SETS else None
+        cases.append(Case("lm", params, SMALL[(3 * p + 9) % 14 + 4], kinds[p % 3], extra))
+        cases.append(Case("lm", params, (*SMALL[19:], *MEDIUM[:2])[p % 8], kinds[(p // 3) % 3], extra))
+        for m, vocab in ((p, SMALL[p % 14]), (p + 7, SMALL[10 + p % 15])):
+            cases.append(Case(others[m % len(others)], params, vocab, kinds[(p + m) % 3], extra))
     # Every size in every dtype, for the sets that reach different code.
-    sets = ("plain", "greedy", "k50", "k7-all", "p.9", "m.05", "all-hf", "rows")
+    sets = ("plain", "greedy", "k50", "k7-all", "p.9", "m.05", "all-hf", "rows", "llama.cpp", "floors", "xtc-any")
     for i, vocab in enumerate((*SMALL, *MEDIUM)):
         for j, params in enumerate(sets):
             maker = ("lm", "ties", "flat", "half_masked", "steps")[(i + j) % 5]
             cases.append(Case(maker, params, vocab, kinds[(i + 2 * j) % 3]))
     # Every extra in every dtype.
-    sets = ("plain", "greedy", "all-hf", "all-joint-ties", "rows", "penalties", "rows-penalties")
+    sets = ("plain", "greedy", "all-hf", "all-joint-ties", "rows", "penalties", "rows-penalties", "min_p-xtc-dry", "ngrams")
     for e, extra in enumerate(EXTRAS):
         for j, params in enumerate(sets):
             vocab = (33, 64, 257, 1000, 1025, 2049)[(e + j) % 6]
@@ -496,7 +581,8 @@ def _grid() -> list[Case]:
     for params in ("plain", "all-hf", "rows"):
         cases += [Case("flat", params, 100, "f32", None, rows) for rows in (0, 1, 67)]
     # Large vocabularies, fewer of them.
-    sets = ("plain", "greedy", "k50", "kV/2", "p.9", "p~1", "m.05", "all-hf", "all-joint", "rows")
+    sets = ("plain", "greedy", "k50", "kV/2", "p.9", "p~1", "m.05", "all-hf", "all-joint", "rows", "llama.cpp", "floors")
+    sets += ("typical_p=0.7", "top_n_sigma=1.0", "xtc_probability=0.5", "p_less=True")
     for i, vocab in enumerate(LARGE):
         for j, params in enumerate(sets):
             maker = ("lm", "ties", "flat", "peaked", "half_masked", "equal")[(i + j) % 6]
