@@ -200,7 +200,7 @@ class SamplingParams:
         "min_p_first",
         "joint",
         "temperature_last",
-        beside={"temperature": 1.5, "top_k": 6, "top_p": 0.75, "min_p": 0.3},
+        beside={"temperature": 1.5, "top_k": 6, "top_p": 0.7, "min_p": 0.4},
     )
     top_n_sigma: Values = _real(
         0.0,

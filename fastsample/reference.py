@@ -475,7 +475,8 @@ def p_less(kept: Kept, row: Ranked, params: Params) -> Kept:
 
 def threshold(kept: Kept, row: Ranked, floor: Tensor) -> Kept:
     """Tokens of at least this mass; the heaviest one in any case."""
-    return narrow_to_mass(kept, torch.minimum(floor.to(torch.int64), kept_mass(kept, row).amax(-1, keepdim=True)))
+    heaviest = kept_mass(kept, row).amax(-1, keepdim=True).double()
+    return narrow_to_mass(kept, torch.minimum(floor, heaviest).to(torch.int64))
 
 
 def xtc(kept: Kept, row: Ranked, params: Params) -> Tensor:

@@ -1,9 +1,10 @@
 // Stage 7: the parts of the filters that every engine shares.
 #pragma once
 
+#include <float.h>
+
 #include "core/kept.h"
-#include "core/mass.h"
-#include "core/rows.h"
+#include "core/stats.h"
 
 namespace fastsample {
 
@@ -22,34 +23,128 @@ FS_HD uint64_t top_p_target(float top_p, uint64_t total) {
   return target > 0 ? target : 1;
 }
 
-// Tokens of at least this fraction of the maximum's mass; 0 keeps all.
+FS_HD bool uses_top_n_sigma(const RowParams& p) { return p.top_n_sigma > 0.0f; }
+
+FS_HD bool uses_typical(const RowParams& p) { return p.typical_p < 1.0f; }
+
+FS_HD bool uses_measured_floors(const RowParams& p) {
+  return p.epsilon_cutoff > 0.0f || p.eta_cutoff > 0.0f || p.top_a > 0.0f || p.p_less;
+}
+
+FS_HD bool uses_xtc(const RowParams& p) { return p.xtc_probability > 0.0f; }
+
+// The temperature of the masses that filters judge by, of a row that is not greedy.
+FS_HD float judging_temperature(const RowParams& p) {
+  return p.order == kTemperatureLast ? 1.0f : p.temperature;
+}
+
+// Top-n-sigma keeps the logits from here up.
+FS_HD float lowest_within_sigma(const RowParams& p, float max, const SpreadSums& s) {
+  return max - (float)((double)p.top_n_sigma * deviation(s));
+}
+
+// Typical keeps an interval around the mean logit: this is the highest float in it. `limit` is a
+// distance from the mean that some token has, so the interval is not empty. That of the lowest one
+// is -highest_near(-mean, limit).
+FS_HD float highest_near(float mean, float limit) {
+  // Floats in the order of integers.
+  const auto key_of = [](float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits < 0 ? -(int64_t)(bits & INT32_MAX) : (int64_t)bits;
+  };
+  const auto from_key = [](int64_t key) {
+    const uint32_t bits = key < 0 ? 0x80000000u | (uint32_t)-key : (uint32_t)key;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  };
+  int64_t near = key_of(mean), far = key_of(FLT_MAX) + 1;
+  while (far - near > 1) {
+    const int64_t middle = (near + far) >> 1;
+    const float distance = from_key(middle) - mean;
+    if (distance <= limit) {
+      near = middle;
+    } else {
+      far = middle;
+    }
+  }
+  return from_key(near);
+}
+
+// A floor that keeps at least the heaviest token of the set that it was measured on.
+FS_HD uint64_t floor_at(double mass, uint64_t heaviest) {
+  return mass < (double)heaviest ? (uint64_t)mass : heaviest;
+}
+
+FS_HD uint64_t epsilon_floor(const RowParams& p, uint64_t total, uint64_t heaviest) {
+  return floor_at((double)p.epsilon_cutoff * (double)total, heaviest);
+}
+
+FS_HD uint64_t eta_floor(const RowParams& p, const DepthSums& s, uint64_t heaviest) {
+  const double e = (double)p.eta_cutoff;
+  const double linear = e * (double)s.mass;
+  const float y = -(float)(mean_depth(s) * 0x1p-14);
+  const double root = sqrt(e) * (double)mass_at(y);
+  return floor_at(linear < root ? linear : root, heaviest);
+}
+
+// `unit` is the mass of the row's heaviest token: kMassUnit, or that of a probability.
+FS_HD uint64_t top_a_floor(const RowParams& p, uint64_t total, uint64_t unit, uint64_t heaviest) {
+  return floor_at(((double)p.top_a * (double)unit) * ((double)unit / (double)total), heaviest);
+}
+
+FS_HD uint64_t p_less_floor(const SquareSums& s, uint64_t heaviest) {
+  return floor_at(sum_of_squares(s) / (double)s.mass, heaviest);
+}
+
+// The mass of a top choice, for XTC.
+FS_HD uint64_t xtc_floor(const RowParams& p, uint64_t total) {
+  return (uint64_t)((double)p.xtc_threshold * (double)total);
+}
+
+// Tokens of at least this fraction of the heaviest one's mass, `unit`; 0 keeps all.
 template <class X>
-FS_HD Kept<X> min_p(Kept<X> kept, const RowParams& p) {
-  return narrow_to_mass(kept, (uint64_t)(p.min_p * 0x1p40f));
+FS_HD Kept<X> min_p(Kept<X> kept, const RowParams& p, uint64_t unit) {
+  return narrow_to_mass(kept, (uint64_t)((double)p.min_p * (double)unit));
 }
 
 // The filters that keep the tokens from some mass up, whatever the rest of the row holds. They
 // stand where the orders have min-p. A new one is a function like min_p and a line here; the
-// engines call this function only. A floor is at most kMassUnit, so that the maximum is always
-// kept.
+// engines call this function only. A floor is at most `unit`, the mass of the row's heaviest token
+// (2^40 for logits), so that one is always kept.
 template <class X>
-FS_HD Kept<X> mass_floors(Kept<X> kept, const RowParams& p) {
-  kept = min_p(kept, p);
+FS_HD Kept<X> mass_floors(Kept<X> kept, const RowParams& p, uint64_t unit) {
+  kept = min_p(kept, p, unit);
   return kept;
 }
 
-FS_HD uint64_t mass_floor(const RowParams& p) { return mass_floors(Kept<int32_t>{}, p).floor; }
+FS_HD uint64_t mass_floor(const RowParams& p, uint64_t unit) {
+  return mass_floors(Kept<int32_t>{}, p, unit).floor;
+}
 
 // The kinds of filters, as bits. A shorter path through an engine is for sets of them that it names
 // in full, so that a kind which it does not know cannot be left out.
-enum Filter : uint32_t { kUsesTopK = 1, kUsesTopP = 2, kUsesMassFloor = 4 };
+enum Filter : uint32_t {
+  kUsesTopK = 1,
+  kUsesTopP = 2,
+  kUsesMassFloor = 4,
+  kUsesTopNSigma = 8,
+  kUsesTypical = 16,
+  kUsesMeasuredFloors = 32,
+  kUsesXtc = 64,
+};
 
 // The filters that are on in a row that is not greedy.
 FS_HD uint32_t filters_of(const RowParams& p, int32_t vocab) {
   uint32_t filters = 0;
   if (uses_top_k(p, vocab)) filters |= kUsesTopK;
   if (uses_top_p(p)) filters |= kUsesTopP;
-  if (mass_floor(p)) filters |= kUsesMassFloor;
+  if (mass_floor(p, kMassUnit)) filters |= kUsesMassFloor;
+  if (uses_top_n_sigma(p)) filters |= kUsesTopNSigma;
+  if (uses_typical(p)) filters |= kUsesTypical;
+  if (uses_measured_floors(p)) filters |= kUsesMeasuredFloors;
+  if (uses_xtc(p)) filters |= kUsesXtc;
   return filters;
 }
 

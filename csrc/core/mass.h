@@ -28,9 +28,8 @@ FS_HD F exp2_polynomial(F f, float unit = 1.0f) {
   return p * f + unit;
 }
 
-// w = trunc(2^40 * exp2(y)) for y = (x - max) * scale <= 0; y may be -inf.
-FS_HD uint64_t mass_of(float x, float max, float scale) {
-  const float y = (x - max) * scale;
+// w = trunc(2^40 * exp2(y)) for y <= 0, which may be -inf.
+FS_HD uint64_t mass_at(float y) {
   if (!(y >= kMassFloor)) return 0;
   const float n = (y + kRoundMagic) - kRoundMagic;
   const float p = exp2_polynomial(y - n);
@@ -41,6 +40,37 @@ FS_HD uint64_t mass_of(float x, float max, float scale) {
   float scaled;
   memcpy(&scaled, &bits, sizeof scaled);
   return (uint64_t)scaled;
+}
+
+FS_HD uint64_t mass_of(float x, float max, float scale) { return mass_at((x - max) * scale); }
+
+// Probabilities as input: p = significand * 2^(exponent - 150), for p >= 0.
+struct Binary {
+  uint32_t significand;
+  int32_t exponent;
+};
+
+FS_HD Binary binary_of(float p) {
+  uint32_t bits;
+  memcpy(&bits, &p, sizeof bits);
+  const uint32_t exponent = bits >> 23 & 0xff, fraction = bits & 0x7fffff;
+  return exponent ? Binary{fraction | 0x800000, (int32_t)exponent} : Binary{fraction, 1};
+}
+
+// What brings the mass of the largest probability of a row to [2^39, 2^40).
+FS_HD int32_t probability_shift(float largest) {
+  const Binary b = binary_of(largest);
+  int32_t width = 0;
+  while (b.significand >> width) ++width;
+  return kMassBits - width - b.exponent;
+}
+
+// w = trunc(p * 2^s). In integers, so that subnormal numbers are like others.
+FS_HD uint64_t mass_of_probability(float p, int32_t shift) {
+  const Binary b = binary_of(p);
+  const int32_t by = b.exponent + shift;
+  if (by >= 0) return (uint64_t)b.significand << by;
+  return by > -32 ? b.significand >> -by : 0;
 }
 
 // floor(a * b / 2^60) for a < 2^60, b <= 2^60, in halves of 30 bits.

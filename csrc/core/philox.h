@@ -22,9 +22,13 @@ FS_HD Philox4 philox4x32_10(Philox4 c, uint32_t k0, uint32_t k1) {
   return c;
 }
 
+// What random bits are for. No two purposes share any.
+enum Purpose : uint32_t { kPlainDraw = 0, kXtcCoin = 1 };
+
 // 60 uniform bits for draw `index` of the sequence `seed` at position `offset`.
-FS_HD uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t index) {
-  const Philox4 counter = {{(uint32_t)offset, (uint32_t)(offset >> 32), index, 0}};
+FS_HD uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t index,
+                         Purpose purpose = kPlainDraw) {
+  const Philox4 counter = {{(uint32_t)offset, (uint32_t)(offset >> 32), index, purpose}};
   const Philox4 out = philox4x32_10(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
   return (((uint64_t)out.word[0] << 32) | out.word[1]) >> 4;
 }
@@ -32,6 +36,11 @@ FS_HD uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t index) {
 // The drawn token is the first, in id order, whose running mass exceeds this.
 FS_HD uint64_t draw_threshold(uint64_t seed, uint64_t offset, uint32_t index, uint64_t total) {
   return multiply_high60(uniform60(seed, offset, index), total);
+}
+
+// Whether a draw leaves out what XTC excludes.
+FS_HD bool xtc_excludes(uint64_t seed, uint64_t offset, uint32_t index, float probability) {
+  return uniform60(seed, offset, index, kXtcCoin) < (uint64_t)(probability * 0x1p60f);
 }
 
 }  // namespace fastsample

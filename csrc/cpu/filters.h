@@ -74,19 +74,19 @@ Kept<float> apply_filters(Base<T>& base, const RowParams& p) {
   Kept<float> kept = everything();
   switch (p.order) {
     case kMinPFirst:
-      kept = mass_floors(kept, p);
+      kept = mass_floors(kept, p, kMassUnit);
       kept = top_k(base, kept, p);
       kept = top_p(base, kept, p);
       break;
     case kJoint:  // each on the whole row: top-p leaves the base set as it is
       kept = top_p(base, kept, p);
       kept = top_k(base, kept, p);
-      kept = mass_floors(kept, p);
+      kept = mass_floors(kept, p, kMassUnit);
       break;
     default:
       kept = top_k(base, kept, p);
       kept = top_p(base, kept, p);
-      kept = mass_floors(kept, p);
+      kept = mass_floors(kept, p, kMassUnit);
   }
   return kept;
 }

@@ -37,7 +37,7 @@ Status sample_row_of(const Batch& batch, int64_t r, Draws draws, const Workspace
   const int edits = has_edits(batch.rows) ? sort_edits(batch, r, p, row, ws) : 0;
   const float temperature = is_greedy(p) ? 1.0f : p.temperature;
   const float scale = mass_scale(temperature), bound = near_bound(scale);
-  const uint64_t floor = mass_floor(p);
+  const uint64_t floor = mass_floor(p, kMassUnit);
   const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0});
   Peak peak = plan.watch ? scan(row, ws.block_max, bound,
                                 Watcher{Reach(scale, floor), ws.values, ws.segment})

@@ -77,10 +77,10 @@ template <Policy kPolicy, class S>
 FS_DEVICE KeptKeys apply_filters(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
   const RowParams& p = *t.params;
   KeptKeys kept = everything();
-  if (p.order == kMinPFirst) kept = mass_floors(kept, p);
+  if (p.order == kMinPFirst) kept = mass_floors(kept, p, kMassUnit);
   kept = top_k(team, slice, t, kept);
   kept = top_p(team, slice, t, top_p_base(kept, p.order), kept);
-  kept = mass_floors(kept, p);
+  kept = mass_floors(kept, p, kMassUnit);
   return kept;
 }
 

@@ -250,7 +250,7 @@ def typical_set(base: set[int], x: list[np.float32], w: list[int], p: SimpleName
 
 
 def by_floor(base: set[int], w: list[int], value: float) -> set[int]:
-    return {i for i in base if w[i] >= min(int(value), max(w[i] for i in base))}
+    return {i for i in base if w[i] >= int(min(value, float(max(w[i] for i in base))))}
 
 
 def kept(x: list[np.float32], w: list[int], p: SimpleNamespace, t: np.float32) -> set[int]:

@@ -129,7 +129,7 @@ inline std::vector<char> kept(const std::vector<float>& x, const std::vector<uin
     const int32_t i = ranked[rank];
     const bool alive = x[i] > -INFINITY;
     top_k[i] = alive && (rank < k || (p.ties == kTiesAll && x[i] >= x[ranked[k - 1]]));
-    heavy[i] = alive && w[i] >= mass_floor(p);
+    heavy[i] = alive && w[i] >= mass_floor(p, kMassUnit);
   }
   const auto in_base = [&](int32_t i) {
     if (p.order == kJoint) return x[i] > -INFINITY;
