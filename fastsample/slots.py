@@ -11,7 +11,8 @@ import torch
 
 from fastsample.checks import CPU, from_numpy, require_dense
 from fastsample.inputs import Rows
-from fastsample.params import SamplingParams, Spec, specs
+from fastsample.params import SamplingParams, specs
+from fastsample.spec import Spec
 
 SlotIndex: TypeAlias = "int | slice | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
 
@@ -90,11 +91,17 @@ def described(records: torch.Tensor) -> dict[str, str]:
     for (name, spec), part in zip(specs(), records.T, strict=True):
         values = _column(spec, part)
         if spec.kind != "choice":
-            number = {"float": lambda v: float(str(v)), "int": int, "bool": bool}[spec.kind]  # 0.8, not 0.80000001
-            values = [number(v) for v in values.numpy()]
+            values = [_number(spec, v) for v in values.numpy()]
         if any(value != getattr(SamplingParams, name) for value in values):
             found[name] = shortened(values)
     return found
+
+
+def _number(spec: Spec, value: Any) -> Any:
+    """A number of numpy's as Python prints it: 0.8, not 0.80000001."""
+    if spec.kind == "float":
+        return float(str(value))
+    return bool(value) if spec.kind == "bool" else int(value)
 
 
 def shortened(values: list[Any]) -> str:

@@ -49,7 +49,7 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
 
 
 def pack_breakers(ids: BreakerIds, logits: torch.Tensor) -> torch.Tensor:
-    """DRY's breakers as int64 [1, L], which all rows share, or [B, L] padded with -1. Ids outside the vocabulary stay."""
+    """DRY's breakers as int64 [1, L], which all rows share, or [B, L] padded with -1; others' ids are ignored."""
     name, rows = "dry_breakers", logits.shape[0]
     if isinstance(ids, np.ndarray) and ids.dtype.kind == "O":
         ids = ids.tolist()

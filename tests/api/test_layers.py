@@ -12,7 +12,7 @@ import pytest
 import fastsample
 
 ROOT = Path(fastsample.__file__).parent
-PARTS = ("", "inputs", "backends")
+PARTS = ("", "inputs", "backends", "reference")
 
 
 def modules() -> dict[str, Path]:

@@ -14,7 +14,8 @@ import torch
 
 import fastsample as fs
 from fastsample.backends.cpu import native
-from fastsample.params import Spec, specs, write_columns
+from fastsample.params import specs, write_columns
+from fastsample.spec import Spec
 
 BACKENDS = ("reference", "cpu")
 NAMES = [name for name, _ in specs()]

@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import fastsample as fs
 from fastsample.checks import to_float32
-from fastsample.params import Spec, specs
+from fastsample.params import specs
+from fastsample.spec import Spec
 
 # Penalties without ids are among the cases on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
@@ -48,7 +49,10 @@ def values_of(spec: Spec) -> st.SearchStrategy[Any]:
     low, high = max(spec.low, -80), min(spec.high, 80)
     if spec.kind == "int":
         return st.one_of(st.sampled_from(spec.examples), st.integers(int(low), int(high)))
-    return st.one_of(st.sampled_from(spec.examples), st.floats(low, high, width=32, exclude_min=spec.open_low, exclude_max=spec.open_high))
+    return st.one_of(
+        st.sampled_from(spec.examples),
+        st.floats(low, high, width=32, exclude_min=spec.open_low, exclude_max=spec.open_high),
+    )
 
 
 def column(name: str, rows: int) -> st.SearchStrategy[Any]:

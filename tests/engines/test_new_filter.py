@@ -25,7 +25,7 @@ NEEDS = {  # the only files that a filter may need an edit of
     "csrc/core/filters.h",
     "csrc/core/rows.h",
     "fastsample/params.py",
-    "fastsample/reference.py",
+    "fastsample/reference/filters.py",
     "kernels/filters.py",
     "tests/contract/test_reference.py",
 }

@@ -15,7 +15,8 @@ import torch
 import fastsample as fs
 from fastsample.backends import engine
 from fastsample.inputs import pack_bias
-from fastsample.params import Spec, specs
+from fastsample.params import specs
+from fastsample.spec import Spec
 
 B, V = 3, 50
 BACKENDS = ("reference", "cpu")

@@ -1,0 +1,183 @@
+"""The sampling contract in plain PyTorch: the specification that every other engine must match to the bit.
+
+One module per group of stages, one short function per step, in the contract's order; slow on purpose. Nothing here is
+shared with the kernels.
+Float operations are single binary32 operations on tensors (a 0-dim CPU operand may be turned into a multiplication by
+its reciprocal on GPUs, so parameters are always [B, 1] columns on the logits' device); probability mass is int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastsample.inputs import Rows
+from fastsample.outputs import InputKind
+from fastsample.params import GREEDY_BELOW
+from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN, draw_from, low32, multiply_high60, philox4x32, uniform60
+from fastsample.reference.filters import filters, is_kept, rank, rank_order, xtc
+from fastsample.reference.mass import LOG2E, POLYNOMIAL, UNIT, depth, mass, mass_of_probs
+from fastsample.reference.process import (
+    NEG_INF,
+    check,
+    check_probs,
+    choice,
+    columns,
+    order_of_probs,
+    process,
+    process_probs,
+)
+
+Tensor = torch.Tensor
+
+__all__ = [
+    "LOG2E",
+    "NEG_INF",
+    "POLYNOMIAL",
+    "Distribution",
+    "check",
+    "check_probs",
+    "distribution",
+    "filter_logits",
+    "low32",
+    "mass",
+    "mass_of_probs",
+    "mixture",
+    "multiply_high60",
+    "one_hot",
+    "order_of_probs",
+    "philox4x32",
+    "probabilities",
+    "processed_logprobs",
+    "rank_order",
+    "ranks",
+    "raw_logprobs",
+    "raw_logprobs_of_probs",
+    "sample",
+    "uniform60",
+]
+
+
+@dataclass
+class Distribution:
+    """What is left of a batch after stage 7."""
+
+    x: Tensor  # float32 [B, V], processed logits; of probabilities what ranks as they do
+    status: Tensor  # int32 [B]
+    mass: Tensor  # int64 [B, V], 0 where not kept
+    kept: Tensor  # bool [B, V]
+    greedy: Tensor  # bool [B]
+    rest: Tensor  # int64 [B, V], the mass without what XTC excludes
+    coin: Tensor  # float32 [B or 1, 1], how likely a draw is from the rest
+
+
+def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Distribution:
+    """Stages 0 to 7 for logits, or probabilities, [B, V]."""
+    params = columns(rows)
+    x = process(logits, rows, params) if kind == "logits" else process_probs(logits, rows)
+    status = check(x) if kind == "logits" else check_probs(x)
+    valid = (status == 0)[:, None]
+    temperature = params["temperature"]
+    greedy = temperature < GREEDY_BELOW
+    drawn_at = torch.where(greedy, torch.ones_like(temperature), temperature)
+    judged_at = torch.where(choice(params, "order", "temperature_last"), torch.ones_like(temperature), drawn_at)
+    sound = torch.where(valid, x, torch.ones_like(x))
+    if kind == "logits":
+        w, row = mass(sound, drawn_at), rank(sound, mass(sound, judged_at), depth(sound, judged_at), judged_at)
+    else:
+        w, x = mass_of_probs(sound), order_of_probs(sound)
+        row = rank(x, w, torch.zeros_like(w), judged_at)
+    narrowed = filters(row, params)
+    excluded = narrowed._replace(low=xtc(narrowed, row, params))
+    by_id = [
+        torch.zeros_like(valid & (x == x)).scatter(1, row.ids, is_kept(kept, row)) for kept in (narrowed, excluded)
+    ]
+    kept = torch.where(greedy, one_hot(row.ids[:, :1], x), by_id[0]) & valid
+    out = by_id[1] & ~greedy & valid
+    coin = params["xtc_probability"]
+    kept = kept & ~(out & (coin == 1))
+    w = torch.where(kept, w, 0)
+    return Distribution(x, status, w, kept, greedy[:, 0], torch.where(out, 0, w), coin)
+
+
+def sample(dist: Distribution, rows: Rows, num_samples: int) -> Tensor:
+    """Stages 5 and 8: token ids, int64 [B, num_samples]; -1 in invalid rows."""
+    drawn = draw(dist, rows, num_samples)
+    return torch.where((dist.status == 0)[:, None], drawn, -1)
+
+
+def filter_logits(dist: Distribution, rows: Rows) -> Tensor:
+    """x / T where kept, -inf elsewhere, float32 [B, V]. A greedy row keeps its maximum as it is (T counts as 1)."""
+    temperature = columns(rows)["temperature"]
+    divisor = torch.where(dist.greedy[:, None], torch.ones_like(temperature), temperature)
+    return torch.where(dist.kept, dist.x / divisor, NEG_INF)
+
+
+def probabilities(dist: Distribution) -> Tensor:
+    """The kept, renormalised distribution, float32 [B, V]; zeros in invalid rows."""
+    return mixture(dist).float()
+
+
+def mixture(dist: Distribution) -> Tensor:
+    """Stage 8's mixture of draws with and without what XTC excludes, float64 [B, V]."""
+    coin = dist.coin.double()
+    whole = share(dist.mass)
+    mixed = share(dist.mass, 1 - coin) + share(dist.rest, coin)
+    return torch.where((dist.mass != dist.rest).any(-1, keepdim=True), mixed, whole)
+
+
+def share(w: Tensor, times: Tensor | float = 1.0) -> Tensor:
+    """times * w / total, in this order."""
+    return times * w.double() / w.sum(-1, keepdim=True).clamp(min=1).double()
+
+
+def one_hot(ids: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.bool).scatter(1, ids, True)
+
+
+# Stage 8 -------------------------------------------------------------------------------------------------------------
+
+
+def draw(dist: Distribution, rows: Rows, num_samples: int) -> Tensor:
+    """Each draw from all that is kept, or where its coin says so from what XTC leaves; int64 [B, num_samples]."""
+    index = torch.arange(num_samples, device=dist.mass.device)
+    u, coin = (uniform60(rows.seeds[:, None], rows.offsets[:, None], index[None, :], p) for p in (PLAIN_DRAW, XTC_COIN))
+    whole, rest = draw_from(dist.mass, u), draw_from(dist.rest, u)
+    return torch.where(coin < (dist.coin * 2.0**60).to(torch.int64), rest, whole)
+
+
+# Log-probabilities ---------------------------------------------------------------------------------------------------
+
+
+def processed_logprobs(dist: Distribution) -> Tensor:
+    """log of the kept, renormalised distribution, float64 [B, V]; -inf where not kept."""
+    return mixture(dist).log()
+
+
+def raw_logprobs_of_probs(p: Tensor) -> Tensor:
+    """log of probabilities over their sum, before any processing, float64 [B, V]."""
+    sound = (check_probs(p) == 0)[:, None]
+    return torch.where(sound, share(mass_of_probs(torch.where(sound, p, torch.ones_like(p)))).log(), torch.nan)
+
+
+def raw_logprobs(raw: Tensor) -> Tensor:
+    """log-softmax of x [B, V] at T = 1, before any processing, float64 [B, V]; the normaliser is a sum of masses."""
+    sound = raw_is_sound(raw)[:, None]
+    x = torch.where(sound, raw, torch.zeros_like(raw))
+    total = mass(x, torch.ones_like(x[:, :1])).sum(-1, keepdim=True)
+    logprobs = (x.double() - x.amax(-1, keepdim=True).double()) - (total.double() / 2.0**UNIT).log()
+    return torch.where(sound, logprobs, torch.nan)
+
+
+def raw_is_sound(raw: Tensor) -> Tensor:
+    """Whether a row has a log-softmax at all, bool [B]: no NaN, no +inf (a mask may have hidden them later)."""
+    return check(raw) == 0
+
+
+def ranks(x: Tensor, tokens: Tensor) -> Tensor:
+    """1 + number of tokens strictly above the sampled one, int64 [B, num_samples]."""
+    own = x.gather(1, tokens.clamp(min=0))
+    # A NaN is above nothing; searchsorted wants it out of the way.
+    ascending = torch.where(x.isnan(), NEG_INF, x).sort(dim=-1).values
+    return x.shape[1] - torch.searchsorted(ascending, own, right=True) + 1
