@@ -67,7 +67,7 @@ struct Logits {
   int64_t rows;
   int32_t vocab;  // 1 .. 2^20
   DType dtype;
-  InputKind input;
+  InputKind input = kLogits;
 };
 
 struct Bitmask {

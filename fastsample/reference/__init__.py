@@ -65,10 +65,10 @@ class Distribution:
 
     x: Tensor  # float32 [B, V], processed logits; of probabilities what ranks as they do
     status: Tensor  # int32 [B]
-    mass: Tensor  # int64 [B, V], 0 where not kept
     kept: Tensor  # bool [B, V]
     greedy: Tensor  # bool [B]
-    rest: Tensor  # int64 [B, V], the mass without what XTC excludes
+    mass: Tensor  # int64 [B, V], what a plain draw is from
+    rest: Tensor  # int64 [B, V], what a draw is from that leaves out what XTC excludes
     coin: Tensor  # float32 [B or 1, 1], how likely a draw is from the rest
 
 
@@ -89,16 +89,27 @@ def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Dist
         w, x = mass_of_probs(sound), order_of_probs(sound)
         row = rank(x, w, torch.zeros_like(w), judged_at)
     narrowed = filters(row, params)
-    excluded = narrowed._replace(low=xtc(narrowed, row, params))
-    by_id = [
-        torch.zeros_like(valid & (x == x)).scatter(1, row.ids, is_kept(kept, row)) for kept in (narrowed, excluded)
-    ]
-    kept = torch.where(greedy, one_hot(row.ids[:, :1], x), by_id[0]) & valid
-    out = by_id[1] & ~greedy & valid
+    kept = is_kept(narrowed, row)
+    out = is_kept(narrowed._replace(low=xtc(narrowed, row, params)), row) & ~greedy
     coin = params["xtc_probability"]
-    kept = kept & ~(out & (coin == 1))
-    w = torch.where(kept, w, 0)
-    return Distribution(x, status, w, kept, greedy[:, 0], torch.where(out, 0, w), coin)
+    first = torch.arange(x.shape[1], device=x.device) == 0
+    kept = torch.where(greedy, first, kept & ~(out & (coin == 1))) & valid
+    whole, rest = (drawn_masses(w, set_, row.ids) for set_ in (kept, kept & ~out))
+    by_id = torch.zeros_like(kept).scatter(1, row.ids, kept)
+    return Distribution(x, status, by_id, greedy[:, 0], whole, rest, coin)
+
+
+def drawn_masses(w: Tensor, ranked: Tensor, ids: Tensor) -> Tensor:
+    """The masses of a set, 0 elsewhere, int64 [B, V]. Where they are all 0, its first token in rank order counts as 1.
+
+    Args:
+        w: int64 [B, V].
+        ranked: bool [B, V], whether a token is in the set, in rank order.
+        ids: int64 [B, V], the rank order.
+    """
+    masses = torch.zeros_like(w).scatter(1, ids, torch.where(ranked, w.gather(1, ids), 0))
+    first = torch.zeros_like(w).scatter(1, ids, (ranked & (ranked.cumsum(-1) == 1)).to(torch.int64))
+    return torch.where(masses.any(-1, keepdim=True), masses, first)
 
 
 def sample(dist: Distribution, rows: Rows, num_samples: int) -> Tensor:

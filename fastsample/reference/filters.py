@@ -62,6 +62,11 @@ def kept_mass(kept: Kept, row: Ranked) -> Tensor:
     return torch.where(is_kept(kept, row), row.mass, 0)
 
 
+def heaviest(kept: Kept, row: Ranked) -> Tensor:
+    """The largest mass, int64 [B, 1]: 2^40 for logits, as long as typical has not left out the maximum."""
+    return kept_mass(kept, row).amax(-1, keepdim=True)
+
+
 def top_n_sigma(kept: Kept, row: Ranked, params: Params) -> Kept:
     """Logits at most this many standard deviations below the highest."""
     peak, s = row.x[:, :1], params["top_n_sigma"]
@@ -89,14 +94,14 @@ def top_p(kept: Kept, row: Ranked, params: Params) -> Kept:
 
 
 def mass_floors(kept: Kept, row: Ranked, params: Params) -> Kept:
-    """The filters that keep every token of at least some mass, which is known from the parameters alone."""
+    """The filters that keep every token of at least some mass, relative to the heaviest that is kept so far."""
     kept = min_p(kept, row, params)
     return kept
 
 
 def min_p(kept: Kept, row: Ranked, params: Params) -> Kept:
-    """Tokens at least this fraction as probable as the most probable one, whose mass is 2^40 for logits."""
-    return narrow_to_mass(kept, (params["min_p"].double() * row.unit.double()).to(torch.int64))
+    """Tokens at least this fraction as probable as the most probable one."""
+    return narrow_to_mass(kept, (params["min_p"].double() * heaviest(kept, row).double()).to(torch.int64))
 
 
 def typical(kept: Kept, row: Ranked, params: Params) -> Kept:
@@ -150,8 +155,7 @@ def p_less(kept: Kept, row: Ranked, params: Params) -> Kept:
 
 def threshold(kept: Kept, row: Ranked, floor: Tensor) -> Kept:
     """Tokens of at least this mass; the heaviest one in any case."""
-    heaviest = kept_mass(kept, row).amax(-1, keepdim=True).double()
-    return narrow_to_mass(kept, torch.minimum(floor, heaviest).to(torch.int64))
+    return narrow_to_mass(kept, torch.minimum(floor, heaviest(kept, row).double()).to(torch.int64))
 
 
 def xtc(kept: Kept, row: Ranked, params: Params) -> Tensor:

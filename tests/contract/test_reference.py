@@ -258,21 +258,24 @@ def kept(x: list[np.float32], w: list[int], p: SimpleNamespace, t: np.float32) -
     y = depths(x, t)
     alive = {i for i in range(len(x)) if x[i] > -np.inf}
     ranked = [i for i in ordered(x) if i in alive]
-    floors = [int(Fraction(float(p.min_p)) * max(w))]
-    by_mass = {i for i in alive if w[i] >= max(floors)}
+
+    def by_mass(base: set[int]) -> set[int]:
+        heaviest = max(w[i] for i in base)
+        floors = [int(Fraction(float(p.min_p)) * heaviest)]
+        return {i for i in base if w[i] >= max(floors)}
 
     def by_p(base: set[int]) -> set[int]:
         return base if p.top_p == 1 else top_p_prefix(base, ranked, w, p.top_p)
 
     head = n_sigma_set(x, alive, p.top_n_sigma) & top_k_set(x, ranked, p)
     if p.order == "joint":
-        keep = head & by_mass & by_p(alive)
+        keep = head & by_mass(alive) & by_p(alive)
     elif p.order == "min_p_first":
-        keep = by_p(head & by_mass)
+        keep = by_p(by_mass(head))
     elif p.order == "top_k_first":
-        keep = by_p(head) & by_mass
+        keep = by_mass(by_p(head))
     else:
-        keep = by_p(typical_set(head, x, w, p, t)) & by_mass
+        keep = by_mass(by_p(typical_set(head, x, w, p, t)))
     if p.order != "temperature_last":
         keep = typical_set(keep, x, w, p, t)
     keep = by_floor(keep, w, float(p.epsilon_cutoff) * float(sum(w[i] for i in keep)))
@@ -302,14 +305,20 @@ def uniform(seed: int, offset: int, j: int, purpose: int) -> int:
     return (o[0] * 2**32 + o[1]) >> 4
 
 
-def drawn(w: list[int], keep: set[int], out: set[int], coin: np.float32, seed: int, offset: int, j: int) -> int:
+def drawn_masses(w: list[int], keep: set[int], x: list[np.float32]) -> dict[int, int]:
+    """What a draw from a set goes by: of tokens that all weigh nothing, the first."""
+    if any(w[i] for i in keep):
+        return {i: w[i] for i in sorted(keep)}
+    return {min(keep, key=ordered(x).index): 1}
+
+
+def drawn(whole: dict[int, int], rest: dict[int, int], coin: np.float32, seed: int, offset: int, j: int) -> int:
     """Stage 8."""
-    if uniform(seed, offset, j, 1) < int(Fraction(float(coin)) * 2**60):
-        keep = keep - out
-    r = uniform(seed, offset, j, 0) * sum(w[i] for i in keep) // 2**60
+    masses = rest if uniform(seed, offset, j, 1) < int(Fraction(float(coin)) * 2**60) else whole
+    r = uniform(seed, offset, j, 0) * sum(masses.values()) // 2**60
     running = 0
-    for i in sorted(keep):
-        running += w[i]
+    for i, mass in masses.items():
+        running += mass
         if running > r:
             return i
     raise AssertionError("the draw fell off the end")
@@ -416,18 +425,19 @@ def test_brute_force(case: Case) -> None:
             if p.xtc_probability == 1:
                 keep, out_of = keep - out_of, set()
             want = [x[i] / p.temperature if i in keep else np.float32(-np.inf) for i in range(case.vocab)]
-        total, rest = (float(sum(w[i] for i in some)) for some in (keep, keep - out_of))
-        coin = float(p.xtc_probability) if out_of else 0.0
+        whole, rest = drawn_masses(w, keep, x), drawn_masses(w, keep - out_of, x)
+        coin = float(p.xtc_probability) if whole != rest else 0.0
         seed, offset = (int(inputs.draw[name][row]) % 2**64 for name in ("seed", "offset"))
         assert filtered[row].tolist() == want
         assert probabilities[row].tolist() == [
-            np.float32((1 - coin) * float(w[i]) / total + (0.0 if i in out_of else coin * float(w[i]) / rest))
-            if i in keep
-            else 0
-            for i in range(case.vocab)
+            np.float32(share(whole, i, 1 - coin) + share(rest, i, coin)) for i in range(case.vocab)
         ]
-        draws = [drawn(w, keep, out_of, p.xtc_probability, seed, offset, j) for j in range(4)]
+        draws = [drawn(whole, rest, p.xtc_probability, seed, offset, j) for j in range(4)]
         assert out.tokens[row].tolist() == draws
+
+
+def share(masses: dict[int, int], token: int, times: float) -> float:
+    return times * float(masses.get(token, 0)) / float(sum(masses.values()))
 
 
 def test_brute_force_sees_every_parameter_set() -> None:

@@ -180,13 +180,16 @@ struct Input {
   bool has_mask;
   std::vector<int64_t> row_ptr, bias_ids;
   std::vector<float> bias_values;
-  std::vector<int64_t> prompt, output;
+  std::vector<int64_t> prompt, output, breakers;
   int64_t prompt_stride = 0, output_stride = 0, prompt_length = 0, output_length = 0;
+  int64_t breakers_stride = 0, breakers_length = 0;
+  InputKind kind = kLogits;
 
   explicit Input(Bytes in);
   RowArguments row_arguments() const;
   LogitsArguments logits_arguments() const;
   void take_params(Bytes& in);
+  void take_further_params(Bytes& in);
   void take_logits(Bytes& in);
   void take_mask(Bytes& in);
   void take_bias(Bytes& in);
@@ -224,7 +227,53 @@ inline Input::Input(Bytes in) {
   take_bias(in);
   prompt = take_ids(in, &prompt_stride, &prompt_length);
   output = take_ids(in, &output_stride, &output_length);
+  // From the last byte on, so that what comes before keeps its meaning.
+  std::vector<uint8_t> reversed(in.data, in.data + in.size);
+  std::reverse(reversed.begin(), reversed.end());
+  Bytes back = {reversed.data(), std::min<size_t>(reversed.size(), 64)};
+  take_further_params(back);
   take_logits(in);
+}
+
+// History, filters beyond top-k, top-p and min-p, the fourth order, and probabilities as input.
+inline void Input::take_further_params(Bytes& in) {
+  const uint8_t kinds = in.byte();
+  const bool on = kinds % 4 == 3;
+  kind = on && kinds & 64 ? kProbabilities : kLogits;
+  if (on && kinds & 128) breakers = take_ids(in, &breakers_stride, &breakers_length);
+  for (RowParams& p : params) {
+    const uint16_t chosen = on ? in.take<uint16_t>() : 0;  // bits: not left at its default
+    const auto pick = [&](int bit, float low, float high, float otherwise, bool open = false) {
+      return chosen >> bit & 1 ? in_range(in, low, high, otherwise, open) : otherwise;
+    };
+    p.top_n_sigma = pick(0, 0, FLT_MAX, 0);
+    p.typical_p = pick(1, 0, 1, 1, true);
+    p.epsilon_cutoff = pick(2, 0, 0x1.fffffep-1f, 0);
+    p.eta_cutoff = pick(3, 0, 0x1.fffffep-1f, 0);
+    p.top_a = pick(4, 0, 1, 0);
+    p.p_less = chosen >> 5 & 1;
+    p.xtc_probability = pick(6, 0, 1, 0);
+    p.xtc_threshold = pick(7, 0, 1, 0.1f, true);
+    p.dry_multiplier = pick(8, 0, FLT_MAX, 0);
+    p.dry_base = pick(9, 1, FLT_MAX, 1.75f);
+    p.dry_allowed_length = chosen >> 10 & 1 ? 1 + in.byte() % 8 : 2;
+    p.dry_range = chosen >> 11 & 1 ? in.byte() : 0;
+    p.no_repeat_ngram_size = chosen >> 12 & 1 ? in.byte() % 9 : 0;
+    if (chosen >> 13 & 1) p.order = kTemperatureLast;
+    if (kind == kProbabilities) {  // what needs logits is refused before it comes here
+      p.temperature = p.temperature < 1e-5f ? 0 : 1;
+      p.repetition_penalty = 1;
+      p.frequency_penalty = p.presence_penalty = p.top_n_sigma = p.eta_cutoff = 0;
+      p.typical_p = 1;
+      p.dry_multiplier = 0;
+      p.no_repeat_ngram_size = 0;
+    }
+  }
+  if (kind == kProbabilities) {
+    row_ptr.clear();
+    bias_ids.clear();
+    bias_values.clear();
+  }
 }
 
 inline void Input::take_params(Bytes& in) {
@@ -261,7 +310,9 @@ inline void Input::take_logits(Bytes& in) {
   shift = in.below(8) * width;
   logits.resize(shift + table_size<uint8_t>(rows, stride * (int64_t)width, vocab * (int64_t)width));
   for (int64_t r = 0; r < rows; ++r) {
-    const std::vector<float> x = make_row(in, vocab);
+    std::vector<float> x = make_row(in, vocab);
+    const bool negative = kind == kProbabilities && in.byte() == 1;  // an invalid row
+    for (float& value : x) value = kind == kLogits || negative ? value : fabsf(value);
     uint8_t* to = logits.data() + shift + r * stride * (int64_t)width;
     for (int32_t i = 0; i < vocab; ++i) {
       const uint16_t bits = dtype == kFloat32 ? 0 : narrow(x[i], dtype);
@@ -343,11 +394,14 @@ inline RowArguments Input::row_arguments() const {
   a.output = address(output);
   a.output_stride = output_stride;
   a.output_length = output_length;
+  a.breakers = address(breakers);
+  a.breakers_stride = breakers_stride;
+  a.breakers_length = breakers_length;
   return a;
 }
 
 inline LogitsArguments Input::logits_arguments() const {
-  return LogitsArguments{address(logits) + (int64_t)shift, stride, rows, vocab, dtype};
+  return LogitsArguments{address(logits) + (int64_t)shift, stride, rows, vocab, dtype, kind};
 }
 
 }  // namespace fuzz

@@ -8,12 +8,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/filters.h"
+#include "twin_filters.h"
 
 namespace twin {
-
-using namespace fastsample;
-typedef unsigned __int128 uint128_t;
 
 inline float half_value(uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
@@ -37,34 +34,44 @@ inline float logit(const Logits& l, int64_t r, int32_t i) {
   return l.dtype == kFloat16 ? half_value(bits) : bfloat_value(bits);
 }
 
-inline Status status_of(const std::vector<float>& x) {
+// A negative probability is like an infinite one.
+inline Status status_of(const std::vector<float>& x, bool probabilities) {
   bool nan = false, infinite = false, something = false;
   for (float v : x) {
     nan |= v != v;
-    infinite |= v == INFINITY;
-    something |= v != -INFINITY;
+    infinite |= v == INFINITY || (probabilities && v < 0);
+    something |= probabilities ? v > 0 : v != -INFINITY;
   }
   return nan ? kNaN : infinite ? kPositiveInfinity : something ? kValid : kNothingLeft;
 }
 
-inline uint64_t mass(float x, float max, float temperature) {
-  const float c = 0x1.715476p+0f / temperature;
-  const float difference = x - max;
-  const float y = difference * c;
-  if (!(y >= -60.0f)) return 0;
-  const float t = y + 12582912.0f;
-  const float n = t - 12582912.0f;
-  const float f = y - n;
-  float p = 0x1.5bba14p-10f;
-  for (float next : {0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f}) {
-    p = p * f;
-    p = p + next;
+inline std::vector<float> depths(const std::vector<float>& x, float temperature) {
+  const float c = 0x1.715476p+0f / temperature, max = *std::max_element(x.begin(), x.end());
+  std::vector<float> y(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const float difference = x[i] - max;
+    y[i] = difference * c;
   }
-  return (uint64_t)ldexp((double)p, (int)n + 40);
+  return y;
 }
 
-inline uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t draw) {
-  uint32_t c[4] = {(uint32_t)offset, (uint32_t)(offset >> 32), draw, 0};
+inline std::vector<uint64_t> masses(const std::vector<float>& x, float temperature) {
+  std::vector<uint64_t> w;
+  for (float y : depths(x, temperature)) w.push_back(mass_at(y));
+  return w;
+}
+
+// Of probabilities: the largest lies in [2^39, 2^40).
+inline std::vector<uint64_t> masses_of_probabilities(const std::vector<float>& p) {
+  int exponent;
+  frexp((double)*std::max_element(p.begin(), p.end()), &exponent);
+  std::vector<uint64_t> w;
+  for (float v : p) w.push_back((uint64_t)ldexp((double)v, 40 - exponent));
+  return w;
+}
+
+inline uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t draw, uint32_t purpose) {
+  uint32_t c[4] = {(uint32_t)offset, (uint32_t)(offset >> 32), draw, purpose};
   uint32_t k[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
@@ -77,13 +84,60 @@ inline uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t draw) {
   return ((uint64_t)c[0] << 32 | c[1]) >> 4;
 }
 
+// The ids of a row within the vocabulary.
+inline void append_ids(const TokenIds& ids, int64_t r, int32_t vocab, std::vector<int32_t>& to) {
+  for (int64_t i = 0; ids.data && i < ids.length; ++i) {
+    const int64_t id = ids.data[r * ids.stride + i];
+    if (id >= 0 && id < vocab) to.push_back((int32_t)id);
+  }
+}
+
+// The end of stage 3: DRY, then the ban of repeated n-grams.
+inline void edit_by_history(const Batch& batch, int64_t r, const RowParams& p,
+                            std::vector<float>& x) {
+  const int32_t vocab = (int32_t)x.size();
+  std::vector<int32_t> history, breakers, longest(vocab);
+  append_ids(batch.rows.prompt, r, vocab, history);
+  append_ids(batch.rows.output, r, vocab, history);
+  append_ids(batch.rows.breakers, r, vocab, breakers);
+  const auto breaks = [&](int32_t id) {
+    return std::find(breakers.begin(), breakers.end(), id) != breakers.end();
+  };
+  const size_t range = p.dry_range ? (size_t)p.dry_range : history.size();
+  const size_t skipped = history.size() - std::min(range, history.size());
+  const std::vector<int32_t> h(history.begin() + (int64_t)skipped, history.end());
+  for (size_t i = 0; p.dry_multiplier > 0 && i + 1 < h.size(); ++i) {
+    int32_t length = 0;
+    for (size_t j = 0; j <= i && h[i - j] == h[h.size() - 1 - j] && !breaks(h[i - j]); ++j)
+      ++length;
+    longest[h[i + 1]] = std::max(longest[h[i + 1]], length);
+  }
+  for (int32_t t = 0; t < vocab; ++t) {
+    if (longest[t] < p.dry_allowed_length || breaks(t)) continue;
+    float q = 1;
+    for (int32_t i = p.dry_allowed_length; i < longest[t] && q * p.dry_base < INFINITY; ++i) {
+      q = q * p.dry_base;
+    }
+    const float subtract = p.dry_multiplier * q;
+    x[t] = x[t] - subtract;
+  }
+  const size_t n = (size_t)p.no_repeat_ngram_size, size = history.size();
+  for (size_t i = 0; n > 0 && i + n <= size; ++i) {
+    const auto at = history.begin() + (int64_t)i;
+    if (std::equal(at, at + (int64_t)n - 1, history.end() - (int64_t)(n - 1))) {
+      x[*(at + (int64_t)n - 1)] = -INFINITY;
+    }
+  }
+}
+
 // Stages 1 to 3.
 inline void process(const Batch& batch, int64_t r, const RowParams& p, std::vector<float>& x) {
   const int32_t vocab = (int32_t)x.size();
   const Bitmask& mask = batch.rows.bitmask;
   for (int32_t i = 0; mask.data && i < vocab; ++i) {
     const bool inside = i / 32 < mask.words;
-    if (!inside || !((uint32_t)mask.data[r * mask.stride + i / 32] >> i % 32 & 1)) x[i] = -INFINITY;
+    const bool allowed = inside && (uint32_t)mask.data[r * mask.stride + i / 32] >> i % 32 & 1;
+    if (!allowed) x[i] = batch.logits.input == kProbabilities ? 0.0f : -INFINITY;
   }
   const BiasEntries& bias = batch.rows.bias;
   for (int64_t e = bias.row_ptr ? bias.row_ptr[r] : 0; bias.row_ptr && e < bias.row_ptr[r + 1]; ++e)
@@ -108,6 +162,7 @@ inline void process(const Batch& batch, int64_t r, const RowParams& p, std::vect
     }
     if (p.presence_penalty != 0 && count[i]) x[i] = x[i] - p.presence_penalty;
   }
+  edit_by_history(batch, r, p, x);
 }
 
 // By value descending, then id ascending.
@@ -119,37 +174,25 @@ inline std::vector<int32_t> rank_order(const std::vector<float>& x) {
   return ranked;
 }
 
-// Stage 7.
-inline std::vector<char> kept(const std::vector<float>& x, const std::vector<uint64_t>& w,
-                              const std::vector<int32_t>& ranked, const RowParams& p) {
-  const size_t vocab = x.size();
-  std::vector<char> keep(vocab), top_k(vocab), heavy(vocab), top_p(vocab);
-  const size_t k = p.top_k == 0 || (size_t)p.top_k > vocab ? vocab : (size_t)p.top_k;
-  for (size_t rank = 0; rank < vocab; ++rank) {
-    const int32_t i = ranked[rank];
-    const bool alive = x[i] > -INFINITY;
-    top_k[i] = alive && (rank < k || (p.ties == kTiesAll && x[i] >= x[ranked[k - 1]]));
-    heavy[i] = alive && w[i] >= mass_floor(p, kMassUnit);
-  }
-  const auto in_base = [&](int32_t i) {
-    if (p.order == kJoint) return x[i] > -INFINITY;
-    return p.order == kMinPFirst ? top_k[i] && heavy[i] : (bool)top_k[i];
-  };
-  uint64_t total = 0, reached = 0;
-  for (size_t i = 0; i < vocab; ++i) total += in_base((int32_t)i) ? w[i] : 0;
-  const uint64_t p30 = (uint64_t)(p.top_p * 0x1p30f);
-  const uint64_t target = std::max<uint64_t>(1, (uint64_t)((uint128_t)p30 * total >> 30));
-  for (int32_t i : ranked) {
-    if (!in_base(i)) continue;
-    top_p[i] = p.top_p == 1 || reached < target;
-    reached += w[i];
-  }
-  for (size_t i = 0; i < vocab; ++i) keep[i] = top_k[i] && heavy[i] && top_p[i];
-  return keep;
-}
-
 inline int64_t rank_of(const std::vector<float>& x, float own) {
   return 1 + std::count_if(x.begin(), x.end(), [&](float v) { return v > own; });
+}
+
+// What a draw from a set goes by: of tokens that all weigh nothing, the first counts as 1.
+inline std::vector<uint64_t> drawn_masses(const std::vector<uint64_t>& w, const Set& s,
+                                          const std::vector<int32_t>& ranked) {
+  std::vector<uint64_t> masses(w.size());
+  bool nothing = true;
+  for (size_t i = 0; i < w.size(); ++i) {
+    masses[i] = s[i] ? w[i] : 0;
+    nothing = nothing && !masses[i];
+  }
+  for (int32_t i : ranked) {
+    if (!nothing || !s[i]) continue;
+    masses[i] = 1;
+    break;
+  }
+  return masses;
 }
 
 // Every output of one row; returns its status.
@@ -161,58 +204,88 @@ inline Status sample_row(const Batch& batch, int64_t r) {
   for (int32_t i = 0; i < vocab; ++i) raw[i] = logit(batch.logits, r, i);
   std::vector<float> x = raw;
   process(batch, r, p, x);
-  const Status status = status_of(x);
+  const bool of_probabilities = batch.logits.input == kProbabilities;
+  const Status status = status_of(x, of_probabilities);
   const bool valid = status == kValid, greedy = p.temperature < 1e-5f;
   const float temperature = greedy ? 1.0f : p.temperature;
+  const auto weigh = [&](const std::vector<float>& row, float t) {
+    return of_probabilities ? masses_of_probabilities(row) : masses(row, t);
+  };
 
-  std::vector<uint64_t> w(vocab);
+  std::vector<uint64_t> w(vocab), whole, rest;
   std::vector<int32_t> ranked;
-  std::vector<char> keep(vocab);
-  uint64_t total = 0;
+  Set keep(vocab), out_of(vocab);
+  uint64_t total = 0, rest_total = 0;
   if (valid) {
     const auto best = std::max_element(x.begin(), x.end());  // the first of them
-    if (!greedy || out.top_ids) ranked = rank_order(x);
-    for (int32_t i = 0; i < vocab; ++i) w[i] = mass(x[i], *best, temperature);
+    w = weigh(x, temperature);
+    ranked = rank_order(x);
     if (greedy) {
       keep[best - x.begin()] = 1;
     } else {
-      keep = kept(x, w, ranked, p);
+      const float judging = p.order == kTemperatureLast ? 1.0f : temperature;
+      Judged row = {x, ranked, weigh(x, judging), depths(x, judging), Set(vocab), *best, 0, 0};
+      row.scale = 0x1.715476p+0f / judging;
+      row.unit = *std::max_element(row.w.begin(), row.w.end());
+      for (int32_t i = 0; i < vocab; ++i) row.alive[i] = x[i] > (of_probabilities ? 0 : -INFINITY);
+      keep = kept(row, p);
+      out_of = excluded(row, p, keep);
     }
-    for (int32_t i = 0; i < vocab; ++i) total += keep[i] ? w[i] : 0;
+    if (p.xtc_probability == 1) {
+      for (int32_t i = 0; i < vocab; ++i) keep[i] = keep[i] && !out_of[i];
+      out_of.assign(vocab, 0);
+    }
+    whole = drawn_masses(w, keep, ranked);
+    for (int32_t i = 0; i < vocab; ++i) out_of[i] = keep[i] && !out_of[i];
+    rest = drawn_masses(w, out_of, ranked);
+    for (int32_t i = 0; i < vocab; ++i) total += whole[i], rest_total += rest[i];
   }
+  const bool mixed = whole != rest;
+  // The probability of a kept token.
+  const auto share = [&](int32_t i) {
+    const double coin = (double)p.xtc_probability;
+    if (!mixed) return (double)whole[i] / (double)total;
+    const double plain = (1 - coin) * (double)whole[i] / (double)total;
+    return plain + coin * (double)rest[i] / (double)rest_total;
+  };
   for (int32_t i = 0; i < vocab; ++i) {
     const int64_t slot = r * vocab + i;
     if (out.filtered) out.filtered[slot] = keep[i] ? x[i] / temperature : -INFINITY;
-    if (out.probabilities)
-      out.probabilities[slot] = keep[i] ? (float)((double)w[i] / (double)total) : 0.0f;
+    if (out.probabilities) out.probabilities[slot] = keep[i] ? (float)share(i) : 0.0f;
   }
 
   // Log-probabilities are of `of`, log-softmax of the row as given or of what is kept.
   const bool of_raw = out.mode == kRawLogprobs;
   const std::vector<float>& of = of_raw ? raw : x;
-  const bool sound = valid && (!of_raw || status_of(raw) == kValid);
+  const bool sound = valid && (!of_raw || status_of(raw, of_probabilities) == kValid);
   const float highest = sound ? *std::max_element(of.begin(), of.end()) : 0;
   double normaliser = 0;
+  std::vector<uint64_t> raw_w;
   if (sound && of_raw) {
     uint64_t sum = 0;
-    for (float v : raw) sum += mass(v, highest, 1.0f);
-    normaliser = log((double)sum / 0x1p40);
+    raw_w = weigh(raw, 1.0f);
+    for (uint64_t mass : raw_w) sum += mass;
+    normaliser = of_probabilities ? (double)sum : log((double)sum / 0x1p40);
   }
   const auto logprob = [&](int32_t i) {
     if (!sound) return NAN;
-    return (float)(of_raw ? ((double)of[i] - (double)highest) - normaliser
-                          : log((double)w[i] / (double)total));
+    if (of_raw && of_probabilities) return (float)log((double)raw_w[i] / normaliser);
+    return (float)(of_raw ? ((double)of[i] - (double)highest) - normaliser : log(share(i)));
   };
   for (int32_t j = 0; out.tokens && j < out.num_samples; ++j) {
     const int64_t slot = r * out.num_samples + j;
     int32_t token = -1;
     if (valid) {
-      const uint64_t u =
-          uniform60((uint64_t)at(batch.rows.seeds, r), (uint64_t)at(batch.rows.offsets, r), j);
-      const uint64_t threshold = (uint64_t)((uint128_t)u * total >> 60);
+      const auto bits = [&](uint32_t purpose) {
+        const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
+        return uniform60((uint64_t)at(batch.rows.seeds, r), offset, (uint32_t)j, purpose);
+      };
+      const bool leaves_out = bits(1) < (uint64_t)ldexp((double)p.xtc_probability, 60);
+      const uint64_t of_these = leaves_out ? rest_total : total;
+      const uint64_t threshold = (uint64_t)((uint128_t)bits(0) * of_these >> 60);
       for (uint64_t running = 0; running <= threshold;) {
         ++token;
-        running += keep[token] ? w[token] : 0;
+        running += leaves_out ? rest[token] : whole[token];
       }
     }
     out.tokens[slot] = token;
@@ -223,7 +296,7 @@ inline Status sample_row(const Batch& batch, int64_t r) {
   int32_t n = 0;
   for (int32_t i : out.top_ids&& sound ? ranked : std::vector<int32_t>()) {
     if (n == out.num_top) break;
-    if (of_raw ? !(raw[i] > -INFINITY) : !keep[i]) continue;
+    if (of_raw ? !(raw[i] > (of_probabilities ? 0 : -INFINITY)) : !keep[i]) continue;
     out.top_ids[r * out.num_top + n] = i;
     out.top_logprobs[r * out.num_top + n++] = logprob(i);
   }
