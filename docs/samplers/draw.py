@@ -44,7 +44,7 @@ def main(folder: Path = HERE) -> None:
     ids = {word: int(token) for word, token in zip(words, shown, strict=True)}
     # Words that are not among those shown stand for any other token.
     history = [ids.get(word, len(logits) - 1 - at) for at, word in enumerate(HISTORY)]
-    before = logits.softmax(-1)[shown]
+    before = fs.probabilities(logits[None], backend="reference")[0][shown]
     for name, fields in PICTURES.items():
         inputs = {"output_ids": [history]} if name in ("dry", "no_repeat_ngram_size") else {}
         after = fs.probabilities(logits[None], **fields, **inputs, backend="reference")[0]
