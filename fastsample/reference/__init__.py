@@ -92,24 +92,30 @@ def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Dist
     kept = is_kept(narrowed, row)
     out = is_kept(narrowed._replace(low=xtc(narrowed, row, params)), row) & ~greedy
     coin = params["xtc_probability"]
-    first = torch.arange(x.shape[1], device=x.device) == 0
-    kept = torch.where(greedy, first, kept & ~(out & (coin == 1))) & valid
+    argmax = torch.arange(x.shape[1], device=x.device) == 0
+    kept = torch.where(greedy, argmax, kept & ~(out & (coin == 1))) & valid
+    weighs = (kept & (w.gather(1, row.ids) > 0)).any(-1, keepdim=True)
+    kept, out = torch.where(weighs, kept, first(kept)), out & weighs
     whole, rest = (drawn_masses(w, set_, row.ids) for set_ in (kept, kept & ~out))
     by_id = torch.zeros_like(kept).scatter(1, row.ids, kept)
     return Distribution(x, status, by_id, greedy[:, 0], whole, rest, coin)
 
 
+def first(ranked: Tensor) -> Tensor:
+    """The first token of a set, which is given in rank order, bool [B, V]."""
+    return ranked & (ranked.cumsum(-1) == 1)
+
+
 def drawn_masses(w: Tensor, ranked: Tensor, ids: Tensor) -> Tensor:
-    """The masses of a set, 0 elsewhere, int64 [B, V]. Where they are all 0, its first token in rank order counts as 1.
+    """The masses of a set, 0 elsewhere, int64 [B, V]. Where they are all 0, its first token counts as 1.
 
     Args:
         w: int64 [B, V].
         ranked: bool [B, V], whether a token is in the set, in rank order.
         ids: int64 [B, V], the rank order.
     """
-    masses = torch.zeros_like(w).scatter(1, ids, torch.where(ranked, w.gather(1, ids), 0))
-    first = torch.zeros_like(w).scatter(1, ids, (ranked & (ranked.cumsum(-1) == 1)).to(torch.int64))
-    return torch.where(masses.any(-1, keepdim=True), masses, first)
+    masses, one = (torch.zeros_like(w).scatter(1, ids, m) for m in (ranked * w.gather(1, ids), first(ranked).long()))
+    return torch.where(masses.any(-1, keepdim=True), masses, one)
 
 
 def sample(dist: Distribution, rows: Rows, num_samples: int) -> Tensor:

@@ -424,6 +424,8 @@ def test_brute_force(case: Case) -> None:
             w = masses(x, p.temperature)
             if p.xtc_probability == 1:
                 keep, out_of = keep - out_of, set()
+            if not any(w[i] for i in keep):
+                keep, out_of = {min(keep, key=ordered(x).index)}, set()
             want = [x[i] / p.temperature if i in keep else np.float32(-np.inf) for i in range(case.vocab)]
         whole, rest = drawn_masses(w, keep, x), drawn_masses(w, keep - out_of, x)
         coin = float(p.xtc_probability) if whole != rest else 0.0

@@ -236,6 +236,12 @@ inline Status sample_row(const Batch& batch, int64_t r) {
       out_of.assign(vocab, 0);
     }
     whole = drawn_masses(w, keep, ranked);
+    bool weighs = false;
+    for (int32_t i = 0; i < vocab; ++i) weighs |= keep[i] && w[i];
+    for (int32_t i = 0; i < vocab && !weighs; ++i) {  // the first of them is all that stays
+      keep[i] = whole[i] != 0;
+      out_of[i] = 0;
+    }
     for (int32_t i = 0; i < vocab; ++i) out_of[i] = keep[i] && !out_of[i];
     rest = drawn_masses(w, out_of, ranked);
     for (int32_t i = 0; i < vocab; ++i) total += whole[i], rest_total += rest[i];
