@@ -45,13 +45,13 @@ def said(plug: Any) -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    plug._STEP._said.clear()
-    level = plug.logger.level
-    plug.logger.setLevel(logging.INFO)
-    plug.logger.addHandler(handler)
+    plug.common.STEP._said.clear()
+    level = plug.common.logger.level
+    plug.common.logger.setLevel(logging.INFO)
+    plug.common.logger.addHandler(handler)
     yield lines
-    plug.logger.removeHandler(handler)
-    plug.logger.setLevel(level)
+    plug.common.logger.removeHandler(handler)
+    plug.common.logger.setLevel(level)
 
 
 def rows(maker: str, count: int, seed: int = 0) -> torch.Tensor:
@@ -104,7 +104,7 @@ def tokens_v1(logits: torch.Tensor, sampler: Any = None, **given: Any) -> list[i
 
 def test_registering_twice_swaps_once(plug: Any) -> None:
     forward = sampler_v1().topk_topp_sampler.forward
-    assert forward.func is plug._forward_v1
+    assert forward.func is plug.v1.forward
     assert inspect.ismethod(forward.args[1])  # vLLM's own
 
 
@@ -230,7 +230,7 @@ def test_v1_keeps_ties_at_the_kth_value_as_vllm_does(plug: Any) -> None:
 
 
 def test_v1_leaves_to_vllm_what_no_engine_serves(plug: Any, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plug._STEP, "why_not", lambda logits: "of a reason")
+    monkeypatch.setattr(plug.common.STEP, "why_not", lambda logits: "of a reason")
     logits, one = rows("lm", 2), torch.ones(2, dtype=torch.int32)
     for _ in range(2):
         assert tokens_v1(logits, top_k=one) == logits.argmax(-1).tolist()
@@ -272,25 +272,25 @@ def test_a_generator_on_a_gpu_counts_by_itself(plug: Any) -> None:
             self.at = offset
 
     generator = OnGpu()
-    assert [plug._next_draw(generator), plug._next_draw(generator)] == [(77, 2), (77, 3)]
+    assert [plug.v1._next_draw(generator), plug.v1._next_draw(generator)] == [(77, 2), (77, 3)]
     generator.set_offset(generator.get_offset() - 4)
-    assert plug._next_draw(generator) == (77, 3)
+    assert plug.v1._next_draw(generator) == (77, 3)
     assert generator.at == 16
 
 
 def test_a_discarded_generator_is_forgotten(plug: Any) -> None:
-    before = len(plug._draws)
+    before = len(plug.v1._draws)
     own = generators([1, 2])
-    plug._seeds_v1(2, own)
-    assert len(plug._draws) == before + 2
+    plug.v1._seeds(2, own)
+    assert len(plug.v1._draws) == before + 2
     own.clear()
-    assert len(plug._draws) == before
+    assert len(plug.v1._draws) == before
 
 
 def test_seeds_are_made_on_the_cpu(plug: Any) -> None:
     """Whatever torch's default device is."""
     with torch.device("meta"):
-        made = [plug._seeds_v1(2, {}), plug._seeds_v1(2, {1: torch.Generator("cpu")})]
+        made = [plug.v1._seeds(2, {}), plug.v1._seeds(2, {1: torch.Generator("cpu")})]
     assert {column.device.type for pair in made for column in pair} == {"cpu"}
 
 
