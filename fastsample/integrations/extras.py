@@ -78,21 +78,21 @@ def read(given: Any, tokenizer: Any = None, vocab: int | None = None) -> Extras 
         return None
     found = {name: given[name] for name in NAMES if given.get(name) is not None}
     breakers = found.pop(BREAKERS, None)
-    for name, value in found.items():
-        _require(name, value)
+    fields = {name: _checked(name, value) for name, value in found.items()}
     ids = None if breakers is None else _breaker_ids(breakers, tokenizer, vocab)
-    changed = {name: value for name, value in found.items() if _matters(name, value)}
+    changed = {name: value for name, value in fields.items() if _matters(name, value)}
     return Extras(changed, ids) if changed else None
 
 
-def _require(name: str, value: Any) -> None:
-    """Refuse what is no single value in the range."""
+def _checked(name: str, value: Any) -> Any:
+    """One value in the range, of a type of Python's own, which every transport can carry."""
     try:
-        rows = SamplingParams(**{name: value}).per_row()
+        params = SamplingParams(**{name: value})
     except (TypeError, ValueError, OverflowError) as error:
         raise RefusedError(name, value, FIELDS[name].wanted) from error
-    if rows:  # one value for each of several rows, as fastsample's own calls may have
+    if params.per_row():  # one value for each of several rows, as fastsample's own calls may have
         raise RefusedError(name, value, FIELDS[name].wanted)
+    return value if type(value) is float else getattr(params, name)
 
 
 def _matters(name: str, value: Any) -> bool:

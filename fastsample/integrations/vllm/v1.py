@@ -111,17 +111,19 @@ def add_request(theirs: Callable[..., int], self: Any, request: Any) -> int:
         request.sampling_params = params
 
 
-def sample(theirs: Callable[..., Any], self: Any, logits: torch.Tensor, sampling_metadata: Any, *more: Any) -> Any:
+def sample(
+    theirs: Callable[..., Any], self: Any, logits: torch.Tensor, sampling_metadata: Any, *more: Any, **named: Any
+) -> Any:
     """Sampler.sample: TopKTopPSampler gets no metadata, so it is told here what the rows ask for."""
     self.topk_topp_sampler._fastsample = _asked(sampling_metadata)
-    return theirs(self, logits, sampling_metadata, *more)
+    return theirs(self, logits, sampling_metadata, *more, **named)
 
 
 def apply_penalties(
-    theirs: Callable[..., torch.Tensor], logits: torch.Tensor, sampling_metadata: Any, *more: Any
+    theirs: Callable[..., torch.Tensor], logits: torch.Tensor, sampling_metadata: Any, *more: Any, **named: Any
 ) -> torch.Tensor:
     """Sampler.apply_penalties, which vLLM calls for every batch, greedy ones too."""
-    logits = theirs(logits, sampling_metadata, *more)
+    logits = theirs(logits, sampling_metadata, *more, **named)
     asked = _asked(sampling_metadata)
     if asked is not None and asked.edited:
         rows = [asked.rows[at] for at in asked.edited]
