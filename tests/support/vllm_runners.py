@@ -18,6 +18,9 @@ def registered() -> Any:
     current_platform.register_triton_kernel_overrides()  # of the rejection sampler; a worker does both, too
     if not current_platform.is_cpu():  # a CUDA build where there is no GPU
         torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
+        from vllm.v1.worker import gpu_input_batch
+
+        gpu_input_batch.PIN_MEMORY = False
     from fastsample.integrations import vllm as adapter
 
     adapter.register()
