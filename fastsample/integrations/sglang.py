@@ -1,4 +1,4 @@
-"""SGLang (0.5.23): a sampling backend, `--sampling-backend fastsample`.
+"""SGLang (0.5.23): a sampling backend, `--sampling-backend fastsample`; and filters that SGLang lacks.
 
 The entry point `sglang.srt.plugins` calls `register` in every process of SGLang. Nothing changes until the backend is
 chosen by name; `FASTSAMPLE_SGLANG=0` (or a `SGLANG_PLUGINS` without `fastsample`) keeps even the name away. With
@@ -8,8 +8,10 @@ says "fastsample", fastsample is used there too.
 | stage | done by |
 |---|---|
 | grammar mask, bias, penalties, custom logit processors, NaN handling | SGLang, before we are called |
+| DRY, n-grams that must not be repeated | fastsample, after all of these |
 | greedy | SGLang where the whole batch is greedy; else fastsample (the lowest id among the maxima, as SGLang) |
 | temperature, top-k, top-p, min-p | fastsample; each filter judges the whole row, exactly k tokens pass top-k |
+| the other filters | fastsample, after these; or where the request's `order` has them |
 | draw | fastsample |
 | seed | `sampling_seed` of a request, in every mode; offset: position of the last token |
 | seed of other requests | 42 in deterministic mode, as in SGLang; else fresh from torch's default CPU generator |
@@ -18,6 +20,9 @@ says "fastsample", fastsample is used there too.
 
 A row's token depends on that row alone. (SGLang's own backends filter in another order when a neighbour has min-p, and
 use `sampling_seed` only in deterministic mode.) Tokens are not those that SGLang itself would draw for that seed.
+
+What SGLang has no parameter for comes as `custom_params` of a request (see extras.py). It is validated when the request
+arrives; the batch's SamplingBatchInfo carries it from there to the sampler.
 """
 
 from __future__ import annotations
@@ -26,14 +31,19 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import torch
 from sglang.srt.layers import sampler as theirs
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_exec, get_server_args
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from fastsample.inputs import pack_seeds
+from fastsample.integrations.asked import Asked, History, padded
+from fastsample.integrations.extras import RefusedError, read
 from fastsample.integrations.serving import Step
 
 __all__ = ["FastSampler", "register"]
@@ -54,8 +64,15 @@ def register() -> None:
     of_pytorch = theirs._CUSTOM_SAMPLER_FACTORIES.pop("pytorch", theirs.Sampler)
     theirs.register_sampler_backend("fastsample", FastSampler)
     theirs.register_sampler_backend("pytorch", lambda: FastSampler() if _is_chosen() else of_pytorch())
-    adjusted = SamplingBatchInfo.adjusted_from_schedule_batch
-    SamplingBatchInfo.adjusted_from_schedule_batch = functools.partialmethod(_seed, adjusted)
+    for owner, name, ours in (
+        (SamplingParams, "normalize", _normalize),
+        (SamplingParams, "verify", _verify),
+        (SamplingBatchInfo, "adjusted_from_schedule_batch", _adjusted),
+        (SamplingBatchInfo, "adjusted_filter_batch", _filtered),
+        (SamplingBatchInfo, "adjusted_merge_batch", _merged),
+        (SamplingBatchInfo, "copy_for_forward", _copied),
+    ):
+        setattr(owner, name, functools.partialmethod(ours, getattr(owner, name)))
 
 
 def _is_chosen() -> bool:
@@ -63,17 +80,116 @@ def _is_chosen() -> bool:
     return "fastsample" in (get_exec().kernel.sampling_backend, get_server_args().sampling_backend)
 
 
-def _seed(self: Any, adjusted: Callable[..., None], batch: Any, vocab_size: int) -> None:
-    """SamplingBatchInfo.adjusted_from_schedule_batch: the requests' own seeds outside of deterministic mode too."""
-    adjusted(self, batch, vocab_size)
+# Requests ------------------------------------------------------------------------------------------------------------
+
+
+def _normalize(self: Any, theirs: Callable[..., None], tokenizer: Any) -> None:
+    """SamplingParams.normalize: a request has arrived. It is refused here, before it reaches any batch.
+
+    Raises:
+        RefusedError: an extra parameter that cannot be served; a server answers with status 400.
+    """
+    theirs(self, tokenizer)
+    if not self.custom_params or not _is_chosen():
+        return
+    _STEP.say_near_misses(self.custom_params, "custom_params")
+    extras = read(self.custom_params, tokenizer)
+    if extras is None:
+        return
+    reason = _why_not(self)
+    if reason is not None:
+        raise ValueError(f"{', '.join(extras.names())}: {reason}")
+    self.custom_params = {**self.custom_params, **extras.written()}
+
+
+def _verify(self: Any, theirs: Callable[..., None], vocab_size: int) -> None:
+    """SamplingParams.verify, which comes next and knows the size of the vocabulary."""
+    theirs(self, vocab_size)
+    if self.custom_params and _is_chosen():
+        read(self.custom_params, vocab=vocab_size)
+
+
+def _why_not(params: Any) -> str | None:
+    """Why this server cannot serve a request's extra parameters, or None."""
+    if get_server_args().speculative_algorithm is not None:
+        return "not with speculative decoding, which is SGLang's own"
+    if get_exec().deterministic.rl_on_policy_target is not None:
+        return "not with rl_on_policy_target, where SGLang samples"
+    return "not with watermarks, which are SGLang's own" if params.watermark is not None else None
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def _adjusted(self: Any, theirs: Callable[..., None], batch: Any, vocab_size: int) -> None:
+    """SamplingBatchInfo.adjusted_from_schedule_batch: what the requests ask for, and their own seeds in every mode."""
+    theirs(self, batch, vocab_size)
     drafts = getattr(batch, "spec_algorithm", None)
-    if self.sampling_seed is not None or not _is_chosen() or not (drafts is None or drafts.is_none()):
+    if not _is_chosen() or not (drafts is None or drafts.is_none()):
+        return
+    self._fastsample = _asked(batch.reqs)
+    if self.sampling_seed is not None:
         return
     seeds = pack_seeds(None, len(batch.reqs))
     for row, request in enumerate(batch.reqs):
         if request.sampling_params.sampling_seed is not None:
             seeds[row] = pack_seeds([request.sampling_params.sampling_seed], 1)[0]
     self.sampling_seed = seeds.to(self.device, non_blocking=True)
+
+
+def _asked(requests: list[Any]) -> Asked | None:
+    """What the requests of a batch ask for. One that came by another way than `_normalize` may still be wrong."""
+    rows = {}
+    for at, request in enumerate(requests):
+        try:
+            extras = read(request.sampling_params.custom_params)
+        except RefusedError as error:
+            request.to_finish = FINISH_ABORT(str(error), HTTPStatus.BAD_REQUEST, "BadRequestError")
+            continue
+        if extras is not None:
+            rows[at] = row = _STEP.row(extras)
+            row.history, row.source = History(request.origin_input_ids), request
+    return Asked(rows) if rows else None
+
+
+def _filtered(self: Any, theirs: Callable[..., None], keep: list[int], *more: Any) -> None:
+    """SamplingBatchInfo.adjusted_filter_batch."""
+    theirs(self, keep, *more)
+    asked = getattr(self, "_fastsample", None)
+    if asked is not None:
+        rows = {new: asked.rows[old] for new, old in enumerate(keep) if old in asked.rows}
+        self._fastsample = Asked(rows) if rows else None
+
+
+def _merged(self: Any, theirs: Callable[..., None], other: Any) -> None:
+    """SamplingBatchInfo.adjusted_merge_batch: the rows of `other` are behind those of `self` by now."""
+    theirs(self, other)
+    ours, others = (getattr(info, "_fastsample", None) for info in (self, other))
+    if others is not None:
+        before = len(self) - len(other)
+        rows = {} if ours is None else ours.rows
+        self._fastsample = Asked(rows | {before + at: row for at, row in others.rows.items()})
+
+
+def _copied(self: Any, theirs: Callable[..., Any]) -> Any:
+    """SamplingBatchInfo.copy_for_forward, which knows the fields of its dataclass only."""
+    copy = theirs(self)
+    copy._fastsample = getattr(self, "_fastsample", None)
+    return copy
+
+
+def _sample(self: Any, theirs: Callable[..., Any], logits_output: Any, forward_batch: Any) -> Any:
+    """ModelRunner.sample: a sampler gets no ForwardBatch, which knows the tokens that were just fed to the model."""
+    if not isinstance(self.sampler, FastSampler):
+        return theirs(self, logits_output, forward_batch)
+    self.sampler._batch = forward_batch
+    try:
+        return theirs(self, logits_output, forward_batch)
+    finally:
+        self.sampler._batch = None
+
+
+# The sampler ---------------------------------------------------------------------------------------------------------
 
 
 class FastSampler(theirs.Sampler):  # type: ignore[misc]
@@ -86,7 +202,13 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._positions: torch.Tensor | None = None  # int64 [B], from `forward` to the draw
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        if not isinstance(vars(ModelRunner)["sample"], functools.partialmethod):
+            ModelRunner.sample = functools.partialmethod(_sample, ModelRunner.sample)
+        self._batch: Any = None  # the ForwardBatch of the logits, where it is known
+        self._at: torch.Tensor | None = None  # int64 [B], positions of the last tokens
+        self._positions: torch.Tensor | None = None  # the same, from `forward` to the draw
         self._drawn: tuple[torch.Tensor, torch.Tensor | None] | None = None  # tokens int32 [B], weights of the masks
 
     def forward(
@@ -104,6 +226,7 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
         Raises:
             RuntimeError: no engine of fastsample serves these logits.
         """
+        self._at = positions
         arguments = (logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions)
         if sampling_info.is_all_greedy or self.use_log_softmax_logprob:
             tokens: torch.Tensor = super().forward(*arguments, **kwargs)
@@ -121,10 +244,30 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
 
     def _preprocess_logits(self, logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:
         logits = super()._preprocess_logits(logits, sampling_info)
+        asked = getattr(sampling_info, "_fastsample", None)
+        if asked is not None and asked.edited:
+            _STEP.edit(logits, asked, self._ids(asked, logits.device))
         if self._positions is not None:
             positions, self._positions = self._positions, None
             self._drawn = self._draw(logits, sampling_info, positions)
         return logits
+
+    def _ids(self, asked: Asked, device: torch.device) -> torch.Tensor:
+        """Prompt and output of the rows to edit, int64 [R, L].
+
+        A scheduler that runs ahead of the device has not seen the last token yet. It is what the model was fed with.
+        """
+        rows = [asked.rows[at] for at in asked.edited]
+        known = [row.history.ids(row.source.output_ids) for row in rows if row.history is not None]
+        ids, batch = padded(known, more=1).to(device, non_blocking=True), self._batch
+        if batch is None or self._at is None:
+            return ids
+        where = asked.edits(device).where
+        last = where
+        if not batch.forward_mode.is_decode():
+            last = (batch.extend_start_loc + batch.extend_seq_lens - 1)[where]
+        places = self._at[where].long().clamp(max=ids.shape[1] - 1)
+        return ids.scatter_(1, places[:, None], batch.input_ids[last].long()[:, None])
 
     def _draw(
         self, logits: torch.Tensor, info: Any, positions: torch.Tensor
@@ -139,11 +282,14 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
             "min_p": info.min_ps,
         }
         seeds = pack_seeds(None, len(logits)) if info.sampling_seed is None else info.sampling_seed
-        tokens = _STEP.draw(logits, seeds, positions.long(), **columns)
+        records = _STEP.records(getattr(info, "_fastsample", None), logits)
+        tokens = _STEP.draw(logits, seeds, positions.long(), records, **columns)
         rows = info.sampling_mask_batch_indices
         weights = None
         if rows is not None:
-            weights = _STEP.keep(logits[rows], **{name: values[rows] for name, values in columns.items()}).softmax(-1)
+            own = None if records is None else records[rows]
+            columns = {name: values[rows] for name, values in columns.items()}
+            weights = _STEP.keep(logits[rows], own, **columns).softmax(-1)
         return tokens.int(), weights
 
     def _take(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from goodness import LEAST_P, chi_square
+from sglang_engine import VOCAB, Batch, ask, make_model, serve
 from stacks import Script, missing
 
 import fastsample as fs
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
-VOCAB = 512
 PROMPTS = [[1, 5, 9], [1, 7], [3, 3, 3, 3, 3], [40, 41], [1, 5, 9, 2]]
 GREEDY = {"temperature": 0.0}
 SEEDED: list[dict[str, Any]] = [
@@ -38,68 +38,10 @@ CHECKED: dict[str, dict[str, Any]] = {
     "all": {"temperature": 1.5, "top_k": 60, "top_p": 0.8, "min_p": 0.05},
 }
 
-# SGLang's CPU build imports this module, of which a Llama needs nothing.
-STUB = {"vllm/__init__.py": "", "vllm/_custom_ops.py": "rotary_embedding = rms_norm = fused_add_rms_norm = None\n"}
-
-# A batch is [prompts, params, number of top log-probabilities].
-SCRIPT = """
-import json, sys
-import sglang
-
-def main():
-    ask = json.load(open(sys.argv[1]))
-    engine = sglang.Engine(
-        device="cpu", attention_backend="torch_native", dtype="float32", random_seed=3, skip_tokenizer_init=True,
-        max_total_tokens=8192, mem_fraction_static=0.05, disable_radix_cache=True, **ask["engine"],
-    )
-    found = []
-    for prompts, params, logprobs in ask["batches"]:
-        asked = dict(return_logprob=True, top_logprobs_num=logprobs) if logprobs else {}
-        outputs = engine.generate(input_ids=prompts, sampling_params=params, **asked)
-        for out in outputs:
-            found.append({"tokens": out["output_ids"]})
-            if logprobs:
-                meta = out["meta_info"]
-                found[-1]["own"] = meta["output_token_logprobs"][0][:2]
-                found[-1]["top"] = [entry[:2] for entry in meta["output_top_logprobs"][0]]
-    engine.shutdown()
-    json.dump(found, open(sys.argv[2], "w"))
-
-if __name__ == "__main__":
-    main()
-"""
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose distributions are neither flat nor peaked."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=0.15,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name, text in STUB.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
-
-
-Batch = tuple[list[list[int]], list[dict[str, Any]], int]
-
-
-def ask(prompts: list[list[int]], params: list[dict[str, Any]], length: int, logprobs: int = 0) -> Batch:
-    return prompts, [{"max_new_tokens": length, "ignore_eos": True, **fields} for fields in params], logprobs
+    return make_model(tmp_path_factory.mktemp("llama"))
 
 
 OTHERS = [{"min_p": 0.1}, GREEDY, {"top_k": 2}]
@@ -123,8 +65,7 @@ PLAIN = ["greedy", *(name for name in BATCHES if name.startswith("p "))]
 
 
 def run(model: Path, names: list[str], **engine: Any) -> Script:
-    request = {"engine": {"model_path": str(model), **engine}, "batches": [BATCHES[name] for name in names]}
-    return Script(SCRIPT, request, PYTHONPATH=str(model))
+    return serve(model, [BATCHES[name] for name in names], engine)
 
 
 def by_batch(script: Script, names: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -231,7 +172,7 @@ def sampler(adapter: Any) -> Any:
     """A FastSampler without what SGLang's own part of it takes from a running server."""
     sampler = adapter.FastSampler.__new__(adapter.FastSampler)
     torch.nn.Module.__init__(sampler)
-    sampler._positions = sampler._drawn = None
+    sampler._batch = sampler._at = sampler._positions = sampler._drawn = None
     return sampler
 
 
@@ -275,14 +216,18 @@ def test_what_was_not_drawn_is_left_to_sglang(adapter: Any, sampler: Any, monkey
     assert sampler._sample_from_probs(torch.ones(1, 2), info([{}]), torch.zeros(1), True) == "theirs"
 
 
+def request(seed: int | None) -> SimpleNamespace:
+    return SimpleNamespace(sampling_params=SimpleNamespace(sampling_seed=seed, custom_params=None))
+
+
 def test_requests_keep_their_seeds_out_of_deterministic_mode(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_is_chosen", lambda: True)
-    requests = [SimpleNamespace(sampling_params=SimpleNamespace(sampling_seed=seed)) for seed in (7, None, -1, 2**63)]
+    requests = [request(seed) for seed in (7, None, -1, 2**63)]
 
     def seeds(chosen: Any = None, drafts: bool = False) -> torch.Tensor | None:
         batch = SimpleNamespace(reqs=requests, spec_algorithm=SimpleNamespace(is_none=lambda: not drafts))
         found = SimpleNamespace(sampling_seed=chosen, device="cpu")
-        adapter._seed(found, lambda self, batch, vocab_size: None, batch, VOCAB)
+        adapter._adjusted(found, lambda self, batch, vocab_size: None, batch, VOCAB)
         return found.sampling_seed
 
     torch.manual_seed(1)
@@ -312,4 +257,4 @@ def test_registering_twice_registers_once_and_0_not_at_all(adapter: Any, monkeyp
     adapter.register()
     assert set(adapter.theirs._CUSTOM_SAMPLER_FACTORIES) == {"fastsample", "pytorch"}
     assert vars(adapter.SamplingBatchInfo)["adjusted_from_schedule_batch"] is swapped
-    assert swapped.func is adapter._seed
+    assert swapped.func is adapter._adjusted

