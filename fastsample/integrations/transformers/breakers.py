@@ -1,0 +1,118 @@
+"""DRY's breakers as people write them: token ids, or strings that stand for every token whose text contains them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from fastsample.checks import CPU
+from fastsample.inputs.ids import pad, row_of_ids
+from fastsample.integrations.grammar.vocabulary import Vocabulary
+from fastsample.integrations.transformers.rows import Batch
+
+Breakers: TypeAlias = "Sequence[str | int] | Sequence[Sequence[str | int] | None] | np.ndarray[Any, Any] | torch.Tensor"
+
+
+def check_breakers(breakers: Any, tokenizer: Any) -> None:
+    """Raise unless these are breakers. Strings are looked up where there is a tokenizer already."""
+    for line in _lines(breakers):
+        if tokenizer is not None or not any(isinstance(one, str) for one in line):
+            breaker_ids(line, tokenizer)
+
+
+def sequence_breakers(breakers: Any, batch: Batch, tokenizer: Any) -> torch.Tensor:
+    """int64 [L], which all sequences share, or [B, L] padded with -1."""
+    lines = [breaker_ids(line, tokenizer) for line in _lines(breakers)]
+    if not _is_per_sequence(breakers):
+        return lines[0]
+    batch.require("dry_breakers", len(lines))
+    return pad([line for line in lines for _ in range(batch.sequences // len(lines))], CPU)
+
+
+def breaker_ids(line: Any, tokenizer: Any) -> torch.Tensor:
+    """The ids that strings and ids stand for, int64 [L] on the CPU."""
+    if isinstance(line, (torch.Tensor, np.ndarray)):
+        return row_of_ids("dry_breakers", line, None, CPU)
+    texts = [one for one in line if isinstance(one, str)]
+    ids = row_of_ids("dry_breakers", [one for one in line if not isinstance(one, str)], None, CPU)
+    if not texts:
+        return ids
+    if tokenizer is None:
+        raise ValueError(
+            f"dry_breakers: {texts[0]!r} is a string, and strings need a tokenizer: "
+            "give fs_generate or generate tokenizer=..., or pass token ids"
+        )
+    found = {token for text in texts for token in _texts_of(tokenizer).containing(text)}
+    return torch.tensor(sorted(found.union(ids.tolist())), dtype=torch.int64, device=CPU)
+
+
+def _lines(breakers: Any) -> list[Any]:
+    """The breakers of each sequence, or those of all as the only line."""
+    if isinstance(breakers, torch.Tensor):
+        breakers = breakers.to(CPU)
+    if _is_per_sequence(breakers):
+        return [() if line is None else line for line in breakers]
+    if isinstance(breakers, (torch.Tensor, np.ndarray)):
+        return [breakers]
+    if isinstance(breakers, (str, bytes)) or not isinstance(breakers, (Sequence, set, frozenset)):
+        raise TypeError(f"dry_breakers: expected a list of strings and token ids, got {breakers!r}")
+    return [list(breakers)]
+
+
+def _is_per_sequence(breakers: Any) -> bool:
+    if isinstance(breakers, (torch.Tensor, np.ndarray)):
+        return breakers.ndim == 2
+    listed = isinstance(breakers, (list, tuple))
+    return listed and any(one is None or not isinstance(one, (str, Integral)) for one in breakers)
+
+
+# What tokens contain -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Texts:
+    """The text of every token of a tokenizer, as bytes by id, and what was looked up in it."""
+
+    size: int
+    tokens: list[bytes]
+    found: dict[str, list[int]] = field(default_factory=dict)
+
+    def containing(self, text: str) -> list[int]:
+        """The ids of the tokens that contain a text; ValueError where there are none."""
+        if text not in self.found:
+            part = text.encode()
+            ids = [i for i, token in enumerate(self.tokens) if part in token] if part else []
+            if not ids:
+                why = "is more than any one token holds" if part else "is in every token"
+                raise ValueError(
+                    f"dry_breakers: {text!r} {why}; a breaker is a token, and a string stands for those that contain it"
+                )
+            self.found[text] = ids
+        return self.found[text]
+
+
+_KNOWN: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()
+
+
+def _texts_of(tokenizer: Any) -> _Texts:
+    """What is known of a tokenizer, read again when tokens have been added to it."""
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    try:
+        known = _KNOWN.get(tokenizer)
+    except TypeError:  # a kind of object that cannot be remembered
+        known = None
+    if known is None or known.size != size:
+        tokens = list(Vocabulary(tokenizer).tokens)
+        for name, i in tokenizer.get_vocab().items():
+            tokens[i] = tokens[i] or name.encode()  # special tokens are written as they are named
+        known = _Texts(size, tokens)
+        with suppress(TypeError):
+            _KNOWN[tokenizer] = known
+    return known
