@@ -36,20 +36,20 @@ def sequence_breakers(breakers: Any, batch: Batch, tokenizer: Any) -> torch.Tens
     return pad([line for line in lines for _ in range(batch.sequences // len(lines))], CPU)
 
 
-def breaker_ids(line: Any, tokenizer: Any) -> torch.Tensor:
-    """The ids that strings and ids stand for, int64 [L] on the CPU."""
+def breaker_ids(line: Any, tokenizer: Any, name: str = "dry_breakers") -> torch.Tensor:
+    """The ids that strings and ids stand for, int64 [L] on the CPU; `name` is the caller's word for them in errors."""
     if isinstance(line, (torch.Tensor, np.ndarray)):
-        return row_of_ids("dry_breakers", line, None, CPU)
+        return row_of_ids(name, line, None, CPU)
     texts = [one for one in line if isinstance(one, str)]
-    ids = row_of_ids("dry_breakers", [one for one in line if not isinstance(one, str)], None, CPU)
+    ids = row_of_ids(name, [one for one in line if not isinstance(one, str)], None, CPU)
     if not texts:
         return ids
     if tokenizer is None:
         raise ValueError(
-            f"dry_breakers: {texts[0]!r} is a string, and strings need a tokenizer: "
+            f"{name}: {texts[0]!r} is a string, and strings need a tokenizer: "
             "give fs_generate or generate tokenizer=..., or pass token ids"
         )
-    found = {token for text in texts for token in _texts_of(tokenizer).containing(text)}
+    found = {token for text in texts for token in _texts_of(tokenizer).containing(text, name)}
     return torch.tensor(sorted(found.union(ids.tolist())), dtype=torch.int64, device=CPU)
 
 
@@ -84,7 +84,7 @@ class _Texts:
     tokens: list[bytes]
     found: dict[str, list[int]] = field(default_factory=dict)
 
-    def containing(self, text: str) -> list[int]:
+    def containing(self, text: str, name: str) -> list[int]:
         """The ids of the tokens that contain a text; ValueError where there are none."""
         if text not in self.found:
             part = text.encode()
@@ -92,7 +92,7 @@ class _Texts:
             if not ids:
                 why = "is more than any one token holds" if part else "is in every token"
                 raise ValueError(
-                    f"dry_breakers: {text!r} {why}; a breaker is a token, and a string stands for those that contain it"
+                    f"{name}: {text!r} {why}; a breaker is a token, and a string stands for those that contain it"
                 )
             self.found[text] = ids
         return self.found[text]

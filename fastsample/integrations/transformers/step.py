@@ -155,8 +155,10 @@ class Inputs:
         if size == 0:
             return torch.ones_like(scores[row], dtype=torch.bool)
         ids = torch.cat([self._prompt[row], input_ids[row, self._length :]])
-        ban = NoRepeatNGramLogitsProcessor(size)
-        return ban(ids[ids >= 0][None], torch.zeros_like(scores[row])[None])[0] > -torch.inf
+        left: torch.Tensor = NoRepeatNGramLogitsProcessor(size)(
+            ids[ids >= 0][None], torch.zeros_like(scores[row, None])
+        )
+        return left[0] > -torch.inf
 
     def _masks(self, input_ids: torch.Tensor, scores: torch.Tensor) -> dict[str, torch.Tensor]:
         """Bitmasks of allowed tokens, int32 [B, words], by the name of the option."""
