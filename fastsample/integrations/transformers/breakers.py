@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -58,19 +57,23 @@ def _lines(breakers: Any) -> list[Any]:
     if isinstance(breakers, torch.Tensor):
         breakers = breakers.to(CPU)
     if _is_per_sequence(breakers):
-        return [() if line is None else line for line in breakers]
-    if isinstance(breakers, (torch.Tensor, np.ndarray)):
-        return [breakers]
-    if isinstance(breakers, (str, bytes)) or not isinstance(breakers, (Sequence, set, frozenset)):
-        raise TypeError(f"dry_breakers: expected a list of strings and token ids, got {breakers!r}")
-    return [list(breakers)]
+        return [() if line is None else _line(line, f" (row {row})") for row, line in enumerate(breakers)]
+    return [_line(breakers, "")]
+
+
+def _line(line: Any, where: str) -> Any:
+    if not isinstance(line, _LISTS):
+        raise TypeError(f"dry_breakers{where}: expected a list of strings and token ids, got {line!r}")
+    return line
+
+
+_LISTS = (list, tuple, set, frozenset, np.ndarray, torch.Tensor)
 
 
 def _is_per_sequence(breakers: Any) -> bool:
     if isinstance(breakers, (torch.Tensor, np.ndarray)):
         return breakers.ndim == 2
-    listed = isinstance(breakers, (list, tuple))
-    return listed and any(one is None or not isinstance(one, (str, Integral)) for one in breakers)
+    return isinstance(breakers, (list, tuple)) and any(one is None or isinstance(one, _LISTS) for one in breakers)
 
 
 # What tokens contain -------------------------------------------------------------------------------------------------
