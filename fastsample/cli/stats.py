@@ -39,16 +39,19 @@ class _Clock:
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, sampling: dict[str, Any]) -> None:
-    """Time both samplers in turn on the same model and prompt: one warm-up and five rounds, medians over all steps."""
+def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, given: dict[str, Any]) -> None:
+    """Time both samplers in turn on the same model and prompt: one warm-up and five rounds, medians over all steps.
+
+    `given` are the arguments of `fs_generate`.
+    """
     from fastsample.integrations.transformers import fs_generate
 
     if steps < 3:
         raise RefusedError("--stats needs at least 3 new tokens")
     steps = min(steps, 32)
-    options, missing = options_of_transformers(sampling)
+    options, missing = options_of_transformers(given)
     lm.generation_config.eos_token_id = None  # all rounds have the same length
-    sample = {"do_sample": True, "custom_generate": fs_generate(seed=[seed], **sampling)}
+    sample = {"do_sample": True, "custom_generate": fs_generate(seed=[seed], **given)}
     ways: dict[str, dict[str, Any]] = {"fastsample": sample, "transformers": options}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
     for turn in range(6):

@@ -24,7 +24,7 @@ from transformers.generation import logits_process
 
 import fastsample as fs
 from fastsample.cli.generate import shipped_model
-from fastsample.integrations.transformers import breakers, fs_generate
+from fastsample.integrations.transformers import FastSampleLogitsProcessor, breakers, fs_generate
 from fastsample.params import specs
 
 V, PAD, EOS = 120, 1, 2
@@ -192,6 +192,23 @@ def test_greedy_search_obeys_a_given_ban_of_ngrams(loops: TableModel) -> None:
     assert not torch.equal(loops.generate(**options), expected)
 
 
+@pytest.mark.parametrize("options", [o for o in FILTERS if "no_repeat_ngram_size" not in o], ids=lambda o: "-".join(o))
+def test_the_processor_gives_the_values_of_the_warpers(table: TableModel, options: dict[str, Any]) -> None:
+    inputs, scores = {"input_ids": torch.tensor([[3]])}, 3 * torch.randn(64, 1000)
+    warpers = prepared(table, inputs, {"top_k": 0, "do_sample": True, "max_new_tokens": 1} | options)
+    got = FastSampleLogitsProcessor(**options, backend=BACKEND)(inputs["input_ids"], scores)
+    assert torch.equal(got, warpers(inputs["input_ids"], scores.clone()))
+
+
+def test_the_processor_takes_filters_that_generate_lacks() -> None:
+    scores, fields = 3 * torch.randn(8, 100), {"top_n_sigma": 1.5, "p_less": True, "order": "temperature_last"}
+    got = FastSampleLogitsProcessor(0.7, **fields, backend=BACKEND)(torch.tensor([[3]]), scores)
+    assert torch.equal(got, fs.filter_logits(scores, temperature=0.7, ties="all", backend=BACKEND, **fields))
+    for name in ("dry_multiplier", "no_repeat_ngram_size", "frequency_penalty", "xtc_probability"):
+        with pytest.raises(ValueError, match=f"^{name}: more than a filter; fs_generate has it"):
+            FastSampleLogitsProcessor(**{name: 1})
+
+
 # Padding --------------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +224,14 @@ def test_padding_is_no_part_of_the_text(table: TableModel) -> None:
         assert drawn(loud, batch, max_new_tokens=1, pad_token_id=PAD, **options).item() == PAD
     text = {"input_ids": torch.tensor([[PAD, PAD, 5, PAD]])}
     assert drawn(loud, text, max_new_tokens=1, pad_token_id=PAD, eos_token_id=PAD, **ngrams).item() != PAD
+
+
+def test_a_penalty_of_generate_and_ngrams_see_the_same_text(gpt2: GPT2LMHeadModel) -> None:
+    options: dict[str, Any] = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "num_return_sequences": 2}
+    got = drawn(gpt2, PADDED, list(range(6)), **options)
+    for row, mask in enumerate(PADDED["attention_mask"]):
+        alone = {"input_ids": IDS[row, mask.bool()][None]}
+        assert torch.equal(drawn(gpt2, alone, [2 * row, 2 * row + 1], **options), got[2 * row : 2 * row + 2])
 
 
 GIVEN: dict[str, dict[str, Any]] = {
@@ -415,7 +440,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "bool": ([True], "dry_breakers id: expected an integer, got True"),
     "float tensor": (torch.tensor([1.5]), "dry_breakers: expected integer token ids"),
     "empty": ([""], "dry_breakers: '' is in every token"),
-    "long": (["\n", "of several tokens"], "dry_breakers: 'of several tokens' is more than any one token holds"),
+    "long": (["\n", "of several tokens"], "dry_breakers: no token contains 'of several tokens'; a breaker is"),
     "mixed": ([["\n"], 5], r"dry_breakers \(row 1\): expected a list of strings and token ids, got 5"),
     "per sequence": ([["\n"], [""]], "dry_breakers: '' is in every token"),
 }

@@ -23,6 +23,7 @@ from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError
 from fastsample.integrations.grammar.batch import per_row
 from fastsample.integrations.transformers.breakers import Breakers
 from fastsample.integrations.transformers.loop import Loop, Streamer
+from fastsample.integrations.transformers.plan import HISTORY
 from fastsample.integrations.transformers.rows import check_backend
 from fastsample.outputs import LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
@@ -34,28 +35,40 @@ R = TypeVar("R")
 
 
 class FastSampleLogitsProcessor(LogitsProcessor):
-    """Temperature, top-k, top-p and min-p in one pass, with transformers' rules; the draw stays with `generate`.
+    """Temperature and filters in one pass, with transformers' rules; the draw stays with `generate`.
 
     For code that takes logits processors only; `fs_generate` is faster and seeds each sequence. `generate` applies its
-    own warpers after this one, and its default is top_k=50: pass it `top_k=0` and leave temperature, top_p and min_p
-    unset, or they act twice.
+    own warpers after this one, and its default is top_k=50: pass it `top_k=0` and leave its other filters and
+    temperature unset, or they act twice.
 
         model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[FastSampleLogitsProcessor(top_p=0.9)])
 
     Args:
         temperature, top_k, top_p, min_p: as in SamplingParams, one value or one per sequence.
         backend: as for `fastsample.sample`.
+        **fields: other filters, likewise, for example typical_p, top_n_sigma or order; `ties` is "all" unless given.
 
     Raises:
-        TypeError, ValueError: bad parameter, or when called a row with a NaN, with +inf or with nothing above -inf.
+        TypeError, ValueError: bad parameter, or one that is no filter (penalties, DRY, n-grams, XTC); when called a row
+            with a NaN, with +inf or with nothing above -inf.
     """
 
     supports_continuous_batching = False
 
     def __init__(
-        self, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0, *, backend: str = "auto"
+        self,
+        temperature: Any = 1.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
+        min_p: Any = 0.0,
+        *,
+        backend: str = "auto",
+        **fields: Any,
     ) -> None:
-        self.params = SamplingParams(temperature, top_k, top_p, min_p, ties="all")
+        for name in fields:
+            if name in HISTORY or name.startswith("xtc_"):
+                raise ValueError(f"{name}: more than a filter; fs_generate has it")
+        self.params = SamplingParams(temperature, top_k, top_p, min_p, **{"ties": "all"} | fields)
         check_backend(backend)
         self.backend = backend
 

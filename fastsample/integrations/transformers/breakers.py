@@ -93,9 +93,9 @@ class _Texts:
             part = text.encode()
             ids = [i for i, token in enumerate(self.tokens) if part in token] if part else []
             if not ids:
-                why = "is more than any one token holds" if part else "is in every token"
+                why = f"no token contains {text!r}" if part else "'' is in every token"
                 raise ValueError(
-                    f"{name}: {text!r} {why}; a breaker is a token, and a string stands for those that contain it"
+                    f"{name}: {why}; a breaker is a single token, and a string stands for every token that contains it"
                 )
             self.found[text] = ids
         return self.found[text]
@@ -106,7 +106,7 @@ _KNOWN: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()
 
 def _texts_of(tokenizer: Any) -> _Texts:
     """What is known of a tokenizer, read again when tokens have been added to it."""
-    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    size = tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else len(tokenizer)
     try:
         known = _KNOWN.get(tokenizer)
     except TypeError:  # a kind of object that cannot be remembered
