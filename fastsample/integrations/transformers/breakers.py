@@ -106,7 +106,7 @@ _KNOWN: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()
 
 def _texts_of(tokenizer: Any) -> _Texts:
     """What is known of a tokenizer, read again when tokens have been added to it."""
-    size = tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else len(tokenizer)
+    size = next((count() for name in ("get_vocab_size", "__len__") if (count := getattr(tokenizer, name, None))), 0)
     try:
         known = _KNOWN.get(tokenizer)
     except TypeError:  # a kind of object that cannot be remembered
