@@ -34,7 +34,7 @@ from fastsample.cli.output import INSTALL, RefusedError, discard, note, take_any
 from fastsample.cli.session import Session
 from fastsample.cli.stats import print_stats
 from fastsample.inputs import pack_seeds, splitmix64
-from fastsample.params import Spec, specs
+from fastsample.params import specs
 
 __all__ = ["app", "main", "shipped_model"]
 
@@ -132,7 +132,7 @@ def _with_sampling_options(command: Callable[..., int]) -> Callable[..., int]:
     return wrapped
 
 
-def _option(name: str, spec: Spec) -> Any:
+def _option(name: str, spec: Any) -> Any:
     """The annotation of a sampling parameter's option."""
     if spec.kind == "bool":
         flag = name.replace("_", "-")
