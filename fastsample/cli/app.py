@@ -18,7 +18,17 @@ import torch
 import fastsample as fs
 from _fastsample_cli import main
 from fastsample.backends import ORDER, select
-from fastsample.cli.generate import encode, find_model, load, load_grammar, quiet, read_prompt, shipped_model, utf8
+from fastsample.cli.generate import (
+    dry_breakers,
+    encode,
+    find_model,
+    load,
+    load_grammar,
+    quiet,
+    read_prompt,
+    shipped_model,
+    utf8,
+)
 from fastsample.cli.info import info
 from fastsample.cli.output import INSTALL, RefusedError, discard, note, take_any_text, told
 from fastsample.cli.session import Session
@@ -95,26 +105,46 @@ def root(
 
 
 def _with_sampling_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command with **fields one option per sampling parameter of the table."""
+    """Give a command with **fields one option per sampling parameter of the table.
+
+    The fields that it gets are those of --preset, or else the defaults, replaced by the options that were given.
+    """
     signature = inspect.signature(command, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    kinds: dict[str, tuple[type, str]] = {"float": (float, "X"), "int": (int, "N"), "choice": (str, "NAME")}
     for name, spec in specs():
-        kind, metavar = kinds[spec.kind]
-        option = typer.Option(metavar=metavar, help=f"{spec.meaning} ({spec.range})")
         default = DEFAULTS.get(name, getattr(fs.SamplingParams, name))
-        annotation: Any = Annotated[kind, option]
         parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_option(name, spec))
         )
 
     @functools.wraps(command)
-    def wrapped(**kwargs: Any) -> int:
+    def wrapped(ctx: typer.Context, **kwargs: Any) -> int:
+        if (preset := kwargs["preset"]) is not None:
+            with told((TypeError, ValueError)):
+                params = fs.SamplingParams.preset(utf8("--preset", preset))
+            kwargs |= {name: getattr(params, name) for name, _ in specs() if not _is_given(ctx, name)}
         return command(**kwargs)
 
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    parameters.insert(0, context)
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     vars(wrapped)["__signature__"] = signature.replace(parameters=parameters)
     return wrapped
+
+
+def _option(name: str, spec: Any) -> Any:
+    """The annotation of a sampling parameter's option."""
+    if spec.kind == "bool":
+        flag = name.replace("_", "-")
+        return Annotated[bool, typer.Option(f"--{flag}/--no-{flag}", help=spec.meaning)]
+    kind, metavar = {"float": (float, "X"), "int": (int, "N"), "choice": (str, "NAME")}[spec.kind]
+    return Annotated[kind, typer.Option(metavar=metavar, help=f"{spec.meaning} ({spec.range})")]
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the command line has this option."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 @app.command()
@@ -172,6 +202,20 @@ def generate(
     ] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="auto, " + ", ".join(ORDER))] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Measure against transformers' own sampler (stderr).")] = False,
+    dry_breaker: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="With --dry-multiplier: a token that contains this ends a repetition; may be given several times.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Parameters known by a name, such as neutral or llama.cpp; the options below override them.",
+        ),
+    ] = None,
     **fields: Any,
 ) -> int:
     """Continue a prompt with a causal language model, token by token.
@@ -186,6 +230,9 @@ def generate(
     regex = None if regex is None else utf8("--regex", regex)
     asked = [json_schema is not None, regex is not None, bool(picks)]
     _check_together(num, best_of, vote, stats, stops, grammar_backend, sum(asked))
+    breakers = [utf8("--dry-breaker", b) for b in dry_breaker or []]
+    if breakers and not fields["dry_multiplier"]:
+        raise RefusedError("--dry-breaker: expected --dry-multiplier with it")
     with told((re.error, OverflowError), f"--vote {vote}: "):
         ballot = None if vote is None else re.compile(utf8("--vote", vote))
     with told((TypeError, ValueError, RuntimeError)):
@@ -197,7 +244,8 @@ def generate(
         lm, tokenizer = load(name, local)
         grammar = load_grammar(tokenizer, grammar_backend or "auto", json_schema, regex, picks)
         ids, steps = encode(text, lm, tokenizer, max_new_tokens)
-        session = Session(text, lm, tokenizer, ids, steps, grammar, stops, {"backend": backend, **fields})
+        sampling = {"backend": backend, **fields, **dry_breakers(tokenizer, breakers)}
+        session = Session(text, lm, tokenizer, ids, steps, grammar, stops, sampling)
         first = next(seeds)
         if best_of > 1:
             cut = session.best_of(best_of, first, ballot)
@@ -206,7 +254,7 @@ def generate(
         else:
             cut = session.several(islice(chain([first], seeds), num), labels=grammar is None)
         if stats:
-            print_stats(lm, ids, steps, first, backend, fields)
+            print_stats(lm, ids, steps, first, sampling)
     if cut:
         note(f"truncated at {steps} tokens: continuation {', '.join(map(str, cut))}; try --max-new-tokens")
     return int(bool(cut))

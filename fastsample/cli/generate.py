@@ -186,6 +186,16 @@ def encode(prompt: str, lm: Any, tokenizer: Any, max_new_tokens: int) -> tuple[t
     return ids, min(room, max_new_tokens)
 
 
+def dry_breakers(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """The argument of `fs_generate` that these texts stand for; none where there are none."""
+    if not texts:
+        return {}
+    from fastsample.integrations.transformers.breakers import breaker_ids
+
+    with told((TypeError, ValueError)):
+        return {"dry_breakers": breaker_ids(texts, tokenizer, "--dry-breaker")}
+
+
 # The grammar ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch
 
 import fastsample as fs
 from fastsample.cli.output import RefusedError, print_table, told
+from fastsample.params import specs
 
 
 class _Clock:
@@ -38,16 +39,19 @@ class _Clock:
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, backend: str, fields: dict[str, Any]) -> None:
-    """Time both samplers in turn on the same model and prompt: one warm-up and five rounds, medians over all steps."""
+def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, given: dict[str, Any]) -> None:
+    """Time both samplers in turn on the same model and prompt: one warm-up and five rounds, medians over all steps.
+
+    `given` are the arguments of `fs_generate`.
+    """
     from fastsample.integrations.transformers import fs_generate
 
     if steps < 3:
         raise RefusedError("--stats needs at least 3 new tokens")
     steps = min(steps, 32)
-    options, missing = options_of_transformers(fields)
+    options, missing = options_of_transformers(given)
     lm.generation_config.eos_token_id = None  # all rounds have the same length
-    sample = {"do_sample": True, "custom_generate": fs_generate(seed=[seed], backend=backend, **fields)}
+    sample = {"do_sample": True, "custom_generate": fs_generate(seed=[seed], **given)}
     ways: dict[str, dict[str, Any]] = {"fastsample": sample, "transformers": options}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
     for turn in range(6):
@@ -66,16 +70,22 @@ def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, backend: str,
         print(f"transformers has no {', '.join(missing)}: measured without", file=sys.stderr)
 
 
+_HAS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_HAS_TOO = ("typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size")  # as a rule off, and then left out
+_EDITS = ("repetition_penalty", "no_repeat_ngram_size")  # what greedy search obeys
+
+
 def options_of_transformers(fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The equivalent options for `generate`'s own sampler, and the names it has no option for."""
-    has = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    missing = [n for n, value in fields.items() if n not in has and value != getattr(fs.SamplingParams, n)]
-    options = {name: fields[name] for name in has}
+    given, neutral = fs.SamplingParams(**{name: fields[name] for name, _ in specs()}), fs.SamplingParams()
+    on = [name for name, _ in specs() if getattr(given, name) != getattr(neutral, name)]
+    missing = [name for name in on if name not in _HAS + _HAS_TOO]
+    options = {name: fields[name] for name in _HAS + _HAS_TOO if name in _HAS or name in on}
     if not options["min_p"]:
         del options["min_p"]  # would run without effect
     greedy = options["temperature"] == 0
     if greedy:
-        options = {"repetition_penalty": options["repetition_penalty"]}
+        options = {name: options[name] for name in _EDITS if name in options}
     return {"do_sample": not greedy} | options, missing
 
 

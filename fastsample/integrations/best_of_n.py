@@ -94,6 +94,7 @@ def best_of_n(
     on_error: OnError = "warn",
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
+    dry_breakers: Any = None,
     **options: Any,
 ) -> BestOfN | list[BestOfN]:
     """Draw n continuations of a prompt, and rank them by score or by vote.
@@ -117,7 +118,8 @@ def best_of_n(
         vote: a callable on the text that returns a candidate's answer, or None to abstain. Candidates are then ordered
             by answer: most votes first; among equals, the answer whose best candidate scores higher. Within an answer
             they are ordered by score. Candidates that abstain come last.
-        tokenizer: decodes ids to text, and serves `stop_strings`. Without one, `score` and `vote` get "".
+        tokenizer: decodes ids to text, and serves `stop_strings` and `dry_breakers`. Without one, `score` and `vote`
+            get "".
         seed: an int s gives prompt i the seed splitmix64(splitmix64(s) + i); a sequence holds one seed per prompt.
             Candidate 0 keeps its prompt's seed p, candidate j gets splitmix64(splitmix64(p) + j). None takes a fresh
             seed from torch's default CPU generator.
@@ -132,6 +134,7 @@ def best_of_n(
         on_invalid: what to do with a candidate that can have no next token. "raise" raises; "flag" ends it with its
             `error`, behind all others.
         backend: as for `fastsample.sample`.
+        dry_breakers: as for `fs_generate`, one list for all or one per prompt; the tokenizer reads its strings.
         **options: SamplingParams fields go to `fs_generate`, all others to `model.generate` (max_new_tokens,
             stop_strings, stopping_criteria, eos_token_id, ...).
 
@@ -151,7 +154,7 @@ def best_of_n(
     _check(n, score, vote, logprobs, on_error, options)
     fields = {name: options.pop(name) for name, _ in specs() if name in options}
     record = Record()
-    loop = Loop(seed, None, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid, n, record)
+    loop = Loop(seed, None, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid, n, record, dry_breakers)
     encoded, several = encode(inputs, tokenizer, model)
     sequences = model.generate(**encoded, **options, do_sample=True, custom_generate=loop)
     steps = None if record.logprobs is None else record.logprobs.tolist()

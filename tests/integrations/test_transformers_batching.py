@@ -71,6 +71,21 @@ def test_requests_are_what_fs_generate_gives_alone(llama: LlamaForCausalLM) -> N
         assert got == alone(llama, ids, seed, settings, **fields)
 
 
+def test_requests_take_every_filter(llama: LlamaForCausalLM) -> None:
+    settings = config(top_k=0, typical_p=0.9, eta_cutoff=0.001)
+    requests: list[dict[str, Any]] = [
+        {"seed": 5, "top_n_sigma": 1.5, "typical_p": 1.0},
+        {"seed": 6, "xtc_probability": 0.5, "xtc_threshold": 0.05, "top_a": 0.1},
+        {"seed": 7, "p_less": True, "epsilon_cutoff": 0.001},
+    ]
+    options: dict[str, Any] = {"continuous_batching_config": batching(), "backend": "reference"}
+    together = generate_batch(llama, PROMPTS, settings, requests=requests, **options)
+    for ids, request, got in zip(PROMPTS, requests, together, strict=True):
+        fields = {name: value for name, value in request.items() if name != "seed"}
+        assert got == alone(llama, ids, [request["seed"]], settings, backend="reference", **fields)
+        assert got != alone(llama, ids, [request["seed"]], config(top_k=0), backend="reference")
+
+
 def test_seeds_of_requests_without_one_are_numbered(llama: LlamaForCausalLM) -> None:
     settings = config()
     got = generate_batch(llama, [[6], [6], [1, 5, 3]], settings, seed=7, continuous_batching_config=batching())
@@ -100,7 +115,8 @@ def test_the_manager_takes_requests_and_draws_from_the_distribution(llama: Llama
     [
         ({"do_sample": False}, {}, "do_sample=False"),
         ({"repetition_penalty": 1.5}, {}, "repetition_penalty: not served in continuous batches"),
-        ({"typical_p": 0.5}, {}, "TypicalLogitsWarper: not served"),
+        ({"top_h": 0.5}, {}, "TopHLogitsWarper: not served"),
+        ({"no_repeat_ngram_size": 2}, {}, "no_repeat_ngram_size: not served in continuous batches, which have no ids"),
         ({"sequence_bias": [[[5], 2.0]]}, {}, "sequence_bias: not served"),
         ({"num_return_sequences": 2}, {}, "num_return_sequences: not served"),
         ({}, {"return_logprobs": True}, "return_logprobs: not served"),
@@ -120,6 +136,11 @@ def test_what_is_not_served_is_named(
         ([{}], r"requests: expected 3 \(one per prompt\), got 1"),
         ([{}, {"top_p": 1.5}, {}], r"top_p = 1\.5"),
         ([{"seed": 2**64}, {}, {}], "seed = 18446744073709551616"),
+        ([{}, {"xtc_threshold": 0}, {}], "xtc_threshold = 0: expected"),
+        ([{}, {"dry_multiplier": 0.8}, {}], "dry_multiplier: not served in continuous batches, which have no ids"),
+        ([{"dry_range": 5}, {}, {}], "dry_range: not served in continuous batches"),
+        ([{}, {}, {"no_repeat_ngram_size": 2}], "no_repeat_ngram_size: not served in continuous batches"),
+        ([{"presence_penalty": 1.0}, {}, {}], "presence_penalty: not served in continuous batches"),
     ],
 )
 def test_bad_requests_fail_at_once(llama: LlamaForCausalLM, requests: list[dict[str, Any]], message: str) -> None:

@@ -103,8 +103,12 @@ def test_without_a_seed_each_run_differs() -> None:
 
 def test_every_sampling_parameter_reaches_the_drop_in(sampled_with: list[dict[str, Any]]) -> None:
     values: dict[str, Any] = {"ties": "all", "order": "joint"}
-    values |= {name: 3 if spec.kind == "int" else 0.5 for name, spec in specs() if spec.kind != "choice"}
+    values |= {name: 3 if spec.kind == "int" else 0.5 for name, spec in specs() if spec.kind in ("int", "float")}
+    values |= {"dry_base": 2.0}
     arguments = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = {name: True for name, spec in specs() if spec.kind == "bool"}
+    arguments += [f"--{name.replace('_', '-')}" for name in flags]
+    values |= flags
     text("--seed", "1", "--backend", "reference", *arguments)
     (call,) = sampled_with
     assert {name: call[name] for name, _ in specs()} == values
@@ -117,7 +121,59 @@ def test_defaults_and_help_are_the_tables_but_for_readable_text(sampled_with: li
     for name, spec in specs():
         default = {"temperature": 0.8, "top_p": 0.95}.get(name, getattr(fs.SamplingParams, name))
         assert sampled_with[0][name] == default
-        assert f"{spec.meaning} ({spec.range}) [default: {default}]" in shown
+        told = (
+            f"({spec.range}) [default: {default}]" if spec.kind != "bool" else f"[default: no-{name.replace('_', '-')}]"
+        )
+        assert f"{spec.meaning} {told}" in shown
+
+
+def test_breakers_reach_the_drop_in_as_the_ids_of_tokens_that_contain_them(
+    shipped: tuple[Any, Any], sampled_with: list[dict[str, Any]]
+) -> None:
+    _, tokenizer = shipped
+    text("--seed", "1", "--dry-multiplier", "0.8", "--dry-breaker", "\n", "--dry-breaker", ":")
+    (call,) = sampled_with
+    want = [i for i in range(len(tokenizer)) if {"\n", ":"} & set(tokenizer.decode([i]))]
+    assert call["dry_breakers"].tolist() == want
+    assert len(want) > 2
+
+
+def test_a_seed_repeats_a_text_with_xtc_and_dry_on() -> None:
+    options = ("--seed", "5", "--xtc-probability", "0.5", "--dry-multiplier", "0.8", "--backend", "reference")
+    texts = [text(*options, "--num", "3"), text(*options, "--num", "3")]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(f"[1] {text(*options)}")
+    assert texts[0] != text("--seed", "5", "--num", "3")
+    best = [run("generate", PROMPT, "--best-of", "2", "--dry-breaker", "e", *options) for _ in range(2)]
+    assert best[0].exit_code == 0
+    assert best[0].output == best[1].output
+
+
+def test_a_preset_fills_what_no_option_gives(
+    sampled_with: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def preset(name: str) -> fs.SamplingParams:
+        if name != "house style":
+            raise ValueError(f"preset = {name!r}: expected 'house style'")
+        return fs.SamplingParams(temperature=0.6, top_k=40, min_p=0.1, order="temperature_last")
+
+    monkeypatch.setattr(fs.SamplingParams, "preset", preset, raising=False)
+    text("--seed", "1", "--preset", "house style", "--min-p", "0.0", "--top-p", "0.95")
+    params = fs.SamplingParams(temperature=0.6, top_k=40, order="temperature_last")
+    fields = {name: getattr(params, name) for name, _ in specs()}
+    assert {name: sampled_with[0][name] for name in fields} == fields | {"top_p": 0.95}
+    text("--seed", "1", "--preset", "house style")
+    assert sampled_with[1]["top_p"] == 1.0
+    assert sampled_with[1]["min_p"] == fs.SamplingParams(min_p=0.1).min_p
+    assert refusal("generate", "x", "--preset", "y").endswith("preset = 'y': expected 'house style'")
+
+
+@pytest.mark.skipif(not hasattr(fs.SamplingParams, "preset"), reason="SamplingParams has no presets yet")
+@pytest.mark.parametrize("name", ["neutral", "llama.cpp", "vllm", "huggingface", "min-p + xtc + dry"])
+def test_presets_of_the_table(name: str, sampled_with: list[dict[str, Any]]) -> None:
+    text("--seed", "1", "--preset", name)
+    params: Any = getattr(fs.SamplingParams, "preset")(name)  # noqa: B009
+    assert {field: sampled_with[0][field] for field, _ in specs()} == {f: getattr(params, f) for f, _ in specs()}
 
 
 def test_greedy(shipped: tuple[Any, Any]) -> None:
@@ -230,6 +286,11 @@ def test_stats_ask_transformers_for_the_same() -> None:
     assert (options, missing) == ({"do_sample": True} | same, [])
     options, missing = cli_stats.options_of_transformers(fields | {"temperature": 0.0, "frequency_penalty": 0.1})
     assert (options["do_sample"], missing) == (False, ["frequency_penalty"])
+    more = {"typical_p": 0.9, "epsilon_cutoff": 0.01, "eta_cutoff": 0.02, "no_repeat_ngram_size": 3}
+    options, missing = cli_stats.options_of_transformers(fields | same | more | {"p_less": True, "top_a": 0.1})
+    assert (options, missing) == ({"do_sample": True} | same | more, ["top_a", "p_less"])
+    options, missing = cli_stats.options_of_transformers(fields | {"temperature": 0.0, "no_repeat_ngram_size": 3})
+    assert options == {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 3}
 
 
 # Grammars and Best-of-N -----------------------------------------------------------------------------------------------
@@ -360,6 +421,14 @@ def test_version_and_help() -> None:
         (["generate", "x", "--top-p", "1.5"], "top_p = 1.5"),
         (["generate", "x", "--ties", "some"], "ties = 'some'"),
         (["generate", "x", "--top-k", "many"], "'--top-k'"),
+        (["generate", "x", "--typical-p", "0"], "typical_p = 0.0"),
+        (["generate", "x", "--order", "cold"], "'temperature_last'"),
+        (["generate", "x", "--dry-breaker", "a"], "--dry-breaker: expected --dry-multiplier with it"),
+        (
+            ["generate", "x", "--dry-multiplier", "1", "--dry-breaker", "§§§"],
+            "--dry-breaker: no token contains '§§§'; ",
+        ),
+        (["generate", "x", "--dry-multiplier", "1", "--dry-breaker", ""], "--dry-breaker: '' is in every token"),
         (["generate", "x", "--num", "0"], "'--num'"),
         (["generate", "x", "--seed", str(2**64)], "seed = 18446744073709551616"),
         (["generate", "x", "--backend", "abacus"], "backend = 'abacus'"),

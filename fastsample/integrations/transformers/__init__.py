@@ -21,7 +21,9 @@ from fastsample.api import filter_logits
 from fastsample.inputs import Seed
 from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError
 from fastsample.integrations.grammar.batch import per_row
+from fastsample.integrations.transformers.breakers import Breakers
 from fastsample.integrations.transformers.loop import Loop, Streamer
+from fastsample.integrations.transformers.plan import HISTORY
 from fastsample.integrations.transformers.rows import check_backend
 from fastsample.outputs import LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
@@ -33,28 +35,40 @@ R = TypeVar("R")
 
 
 class FastSampleLogitsProcessor(LogitsProcessor):
-    """Temperature, top-k, top-p and min-p in one pass, with transformers' rules; the draw stays with `generate`.
+    """Temperature and filters in one pass, with transformers' rules; the draw stays with `generate`.
 
     For code that takes logits processors only; `fs_generate` is faster and seeds each sequence. `generate` applies its
-    own warpers after this one, and its default is top_k=50: pass it `top_k=0` and leave temperature, top_p and min_p
-    unset, or they act twice.
+    own warpers after this one, and its default is top_k=50: pass it `top_k=0` and leave its other filters and
+    temperature unset, or they act twice.
 
         model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[FastSampleLogitsProcessor(top_p=0.9)])
 
     Args:
         temperature, top_k, top_p, min_p: as in SamplingParams, one value or one per sequence.
         backend: as for `fastsample.sample`.
+        **fields: other filters, likewise, for example typical_p, top_n_sigma or order; `ties` is "all" unless given.
 
     Raises:
-        TypeError, ValueError: bad parameter, or when called a row with a NaN, with +inf or with nothing above -inf.
+        TypeError, ValueError: bad parameter, or one that is no filter (penalties, DRY, n-grams, XTC); when called a row
+            with a NaN, with +inf or with nothing above -inf.
     """
 
     supports_continuous_batching = False
 
     def __init__(
-        self, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0, *, backend: str = "auto"
+        self,
+        temperature: Any = 1.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
+        min_p: Any = 0.0,
+        *,
+        backend: str = "auto",
+        **fields: Any,
     ) -> None:
-        self.params = SamplingParams(temperature, top_k, top_p, min_p, ties="all")
+        for name in fields:
+            if name in HISTORY or name.startswith("xtc_"):
+                raise ValueError(f"{name}: more than a filter; fs_generate has it")
+        self.params = SamplingParams(temperature, top_k, top_p, min_p, **{"ties": "all"} | fields)
         check_backend(backend)
         self.backend = backend
 
@@ -174,20 +188,22 @@ def fs_generate(
     logprobs: LogprobsMode | None = None,
     on_invalid: OnInvalid = "raise",
     tokenizer: Any = None,
+    dry_breakers: Breakers | None = None,
     **fields: Any,
 ) -> Callable[..., Any]:
     """The argument `custom_generate` that gives the sampling step of `model.generate` to fastsample.
 
-    Temperature, top-k, top-p, min-p, a repetition penalty, single-token `sequence_bias`, `prefix_allowed_tokens_fn`, a
-    grammar and the draw become one call per step. Other options keep running as transformers' own processors, as do the
-    options before them in the list, except those that only forbid tokens; docs/integrations/generate.md has the
-    table. With do_sample=False, `generate` is plain greedy search.
+    Temperature, top-k, top-p, min-p, typical_p, epsilon_cutoff, eta_cutoff, a repetition penalty, no_repeat_ngram_size,
+    single-token `sequence_bias`, `prefix_allowed_tokens_fn`, a grammar and the draw become one call per step. What
+    transformers lacks (top-n-sigma, top-a, p-less, XTC, DRY, ...) is given here. Other options keep running as
+    transformers' own processors, as do the options before them in the list, except those that only forbid tokens;
+    docs/integrations/generate.md has the table. With do_sample=False, `generate` is plain greedy search.
 
     A sequence's tokens depend on its logits, its seed and their position, and not on the batch, its slot, padding or
     earlier calls. (A model's logits may themselves differ in their last bits between batch shapes.)
 
-    Whatever takes one value per sequence (seed, offset, grammar, fields) also takes one value per prompt, when
-    num_return_sequences asks for several sequences of each.
+    Whatever takes one value per sequence (seed, offset, grammar, dry_breakers, fields) also takes one value per prompt,
+    when num_return_sequences asks for several sequences of each.
 
     Args:
         seed: an int s gives sequence i of the batch (after num_return_sequences) the seed
@@ -214,20 +230,26 @@ def fs_generate(
             grammar and min_new_tokens contradict each other). "raise" raises; "flag" ends that sequence, pads it, and
             lets the others go on. With "flag" and return_dict_in_generate=True the result has `status` (int32 [B], as
             in SampleOutput) and `errors` (a sentence or None per sequence); otherwise a warning names the sequence.
-        tokenizer: for `stop_strings`, when `generate` itself was given none.
+        tokenizer: for `stop_strings` and `dry_breakers`, when `generate` itself was given none.
+        dry_breakers: what ends a repetition, for DRY: a list of token ids and strings, or one such list (or None) per
+            sequence. A string stands for every token whose text contains it, and needs a tokenizer, byte-level BPE or
+            SentencePiece; llama.cpp's are ["\\n", ":", "\\"", "*"].
         **fields: SamplingParams fields, one value or one per sequence; they replace `generate`'s. For example
-            frequency_penalty=0.2, or temperature=[0.2, 1.0]. `ties` is "all" unless given.
+            frequency_penalty=0.2, temperature=[0.2, 1.0], or xtc_probability=0.5. `ties` is "all" unless given.
 
     Returns:
         A callable for `custom_generate`, for any number of `generate` calls.
 
     Raises:
-        TypeError, ValueError: bad argument. From `generate`: a number of seeds, offsets, grammars or fields that is
-            neither that of the sequences nor that of the prompts; fields or logprobs that would have no effect; an
+        TypeError, ValueError: bad argument, such as a breaker that no single token contains. From `generate`: a number
+            of seeds, offsets, grammars, breakers or fields that is neither that of the sequences nor that of the
+            prompts; strings for breakers, and no tokenizer; fields or logprobs that would have no effect; an
             option that fastsample does not serve (beams, assisted, contrastive, paged, ...); or a sequence that can
             have no token. The message names the option, or the options that contradict each other.
 
     Warns:
         UserWarning: a seed or an offset has no effect, since do_sample=False draws nothing.
     """
-    return Loop(seed, streamer, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid)
+    return Loop(
+        seed, streamer, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid, dry_breakers=dry_breakers
+    )

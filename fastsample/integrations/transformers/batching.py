@@ -24,11 +24,13 @@ from transformers.generation.logits_process import LogitsProcessorList
 from fastsample.api import sample
 from fastsample.checks import CPU, whole
 from fastsample.inputs import pack_seeds, splitmix64
-from fastsample.integrations.transformers.plan import make_plan
+from fastsample.integrations.transformers.plan import HISTORY, make_plan
 from fastsample.integrations.transformers.rows import check_backend
 from fastsample.params import SamplingParams, specs
 
-_FIELDS = {name: spec.kind for name, spec in specs() if spec.kind != "choice" and not spec.counts}
+_FIELDS = {name: spec.kind for name, spec in specs() if spec.kind != "choice" and name not in HISTORY}
+
+_NOT_SERVED = "not served in continuous batches, which have no ids of the text to look at"
 
 
 @contextmanager
@@ -42,8 +44,9 @@ def continuous_batching(
 ) -> Iterator[Any]:
     """A started ContinuousBatchingManager of transformers whose tokens fastsample draws; stopped on exit.
 
-    `manager.add_request` and `add_requests` take temperature, top_k, top_p, min_p (by default the generation config's)
-    and seed for each request. A request's tokens depend on its logits, its parameters, its seed and their position, and
+    `manager.add_request` and `add_requests` take a seed and fields of SamplingParams for each request: temperature,
+    filters and XTC, by default the generation config's; but not order, ties, and what looks at the text so far
+    (penalties, DRY, n-grams). A request's tokens depend on its logits, its parameters, its seed and their position, and
     not on what it is batched with. (A model's logits may themselves differ in their last bits between batch shapes.)
 
     Args:
@@ -56,8 +59,8 @@ def continuous_batching(
         continuous_batching_config: transformers' own; asynchronous batching, CUDA graphs and logprobs are not served.
 
     Raises:
-        TypeError, ValueError: bad seed or backend, do_sample=False, an option that is not one of the four fields (the
-            message names it), or a model that has kept a manager.
+        TypeError, ValueError: bad seed or backend, do_sample=False, an option that is none of these fields (the message
+            names it), or a model that has kept a manager.
     """
     check_backend(backend)
     own = int((pack_seeds(None, 1) if seed is None else pack_seeds([whole("seed", seed)], 1))[0]) % 2**64
@@ -102,7 +105,8 @@ def generate_batch(
     with continuous_batching(model, generation_config, seed=seed, **options) as manager:
         # Checked here: in the manager's thread an error would only fail the request.
         for keywords in each:
-            manager.logit_processor.check_kwargs({k: v for k, v in keywords.items() if k in (*_FIELDS, "seed")})
+            known = {"seed", *_FIELDS, *HISTORY}
+            manager.logit_processor.check_kwargs({k: v for k, v in keywords.items() if k in known})
         common = {"max_new_tokens": manager.generation_config.max_new_tokens}
         names = [
             manager.add_request(list(ids), **common | keywords) for ids, keywords in zip(inputs, each, strict=True)
@@ -133,9 +137,7 @@ def _defaults(model: Any, config: Any, batching: Any) -> dict[str, Any]:
     fields = {name: value for name, value in plan.fields.items() if name != "ties"}
     asked += [name for name in fields if name not in _FIELDS]
     if asked:
-        raise ValueError(
-            f"{', '.join(asked)}: not served in continuous batches, which have no ids of the text to look at"
-        )
+        raise ValueError(f"{', '.join(asked)}: {_NOT_SERVED}")
     return {name: fields.get(name, getattr(SamplingParams, name)) for name in _FIELDS}
 
 
@@ -153,6 +155,8 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         fields = {name: value for name, value in kwargs.items() if name != "seed"}
+        if looks_back := sorted(HISTORY & set(fields)):
+            raise ValueError(f"{looks_back[0]}: {_NOT_SERVED}")
         if unknown := sorted(set(fields) - set(_FIELDS)):
             raise ValueError(f"{unknown[0]}: expected one of {', '.join(_FIELDS)} and seed")
         SamplingParams(**fields)
@@ -198,7 +202,8 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
 
 def _pack(fields: list[dict[str, Any]], seeds: list[int], offsets: list[int]) -> torch.Tensor:
     """int32 [fields + 4, requests]: a word for each of the fields, and two each for the seed and the offset."""
-    params = SamplingParams(**{name: [f[name] for f in fields] for name in _FIELDS})
+    neutral = {name: getattr(SamplingParams, name) for name in _FIELDS}
+    params = SamplingParams(**{name: [(neutral | f)[name] for f in fields] for name in _FIELDS})
     columns = [torch.as_tensor(getattr(params, name), device=CPU).view(torch.int32) for name in _FIELDS]
     wide = [pack_seeds(seeds, len(fields)), torch.tensor(offsets, dtype=torch.int64, device=CPU)]
     columns += [word for values in wide for word in values.view(torch.int32).reshape(-1, 2).T]

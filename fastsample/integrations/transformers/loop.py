@@ -19,6 +19,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from fastsample.inputs import Seed
 from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
 from fastsample.integrations.grammar.batch import check_grammar
+from fastsample.integrations.transformers.breakers import Breakers, check_breakers, sequence_breakers
 from fastsample.integrations.transformers.generate import (
     hand_back_tokenizer,
     refuse_other_loops,
@@ -74,7 +75,7 @@ class Record:
 
 @dataclass(eq=False)
 class Loop:
-    """What `generate` calls as its custom_generate; `fs_generate` documents the first nine fields."""
+    """What `generate` calls as its custom_generate; `fs_generate` documents its arguments."""
 
     seed: Seed | None = None
     streamer: Streamer | None = None
@@ -87,6 +88,7 @@ class Loop:
     on_invalid: OnInvalid = "raise"
     copies: int = 1  # sequences that each prompt branches into at its first step
     record: Record | None = None
+    dry_breakers: Breakers | None = None
 
     def __post_init__(self) -> None:
         """Errors in the arguments alone are raised here, before the model runs."""
@@ -96,6 +98,10 @@ class Loop:
         if self.seed is not None:
             check_seed(self.seed)
         check_offset(self.offset)
+        if self.dry_breakers is not None:
+            check_breakers(self.dry_breakers, self.tokenizer)
+            if "dry_multiplier" not in self.fields:
+                raise ValueError("dry_breakers: without effect unless dry_multiplier is given too")
         if self.grammar is not None:
             check_grammar(self.grammar)
         if self.streamer is not None:
@@ -127,16 +133,16 @@ class Loop:
         refuse_other_loops(model, config)
         self._look_for_idle(config)
         sampled = bool(config.do_sample)
-        plan = make_plan(logits_processor, input_ids.shape[1], self.fields, sampled)
-        if "repetition_penalty" in self.fields:
-            plan.ignored = _left_padding(model, model_kwargs)
+        padding = _left_padding(model, model_kwargs)
+        plan = make_plan(logits_processor, input_ids.shape[1], self.fields, sampled, padding)
         progress = Progress(torch.zeros(len(input_ids) * self.copies, dtype=torch.int32, device=input_ids.device))
         batch = self._batch(len(input_ids), config)
         grammars = self._grammars(batch, config)
         pads = self._prepare_padding(grammars, len(progress.status), config)
         grammar = None if grammars is None else Followed(grammars, progress, self.on_invalid == "flag")
         lengths = _lengths(model, input_ids, config, model_kwargs)
-        draw = self._draw(plan, grammar, input_ids, config, batch, lengths, progress)
+        breakers = self._breakers(batch, input_ids, self.tokenizer if tokenizer is None else tokenizer)
+        draw = self._draw(plan, grammar, input_ids, config, batch, lengths, progress, breakers)
         criteria = Criteria(stopping_criteria, grammar, progress, pads)
         processors = plan.own
         if draw is not None:
@@ -196,6 +202,13 @@ class Loop:
         stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
         return GrammarBatch(given, stops)
 
+    def _breakers(self, batch: Batch, input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor | None:
+        """DRY's breakers, int64 [L] for all sequences or [B, L] for each."""
+        if self.dry_breakers is None:
+            return None
+        ids = sequence_breakers(self.dry_breakers, batch, tokenizer).to(input_ids.device)
+        return ids if ids.ndim == 1 else ids.repeat_interleave(self.copies, 0)
+
     def _prepare_padding(self, grammar: GrammarBatch | None, rows: int, config: Any) -> bool:
         """Whether a sequence may end where `generate` would not end it, and so must be padded while others go on."""
         if grammar is None and self.on_invalid == "raise":
@@ -217,11 +230,12 @@ class Loop:
         batch: Batch,
         lengths: torch.Tensor,
         progress: Progress,
+        breakers: torch.Tensor | None,
     ) -> Draw | None:
         """The last processor, which draws; None when plain greedy search needs none."""
         sampled = bool(config.do_sample)
         params = sequence_params(SamplingParams(**plan.fields), batch)
-        inputs = Inputs(plan, params, grammar, input_ids, self.copies)
+        inputs = Inputs(plan, params, grammar, input_ids, self.copies, breakers)
         if not (sampled or inputs.needed or self.logprobs or self.on_invalid == "flag"):
             return None
         return Draw(

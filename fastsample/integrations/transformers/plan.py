@@ -33,6 +33,7 @@ from transformers.generation.logits_process import (
     WatermarkLogitsProcessor,
 )
 
+from fastsample.checks import to_float32
 from fastsample.params import GREEDY_BELOW, specs
 
 
@@ -42,7 +43,7 @@ class Plan:
 
     own: list[LogitsProcessor]  # run unchanged, in their order
     fields: dict[str, Any]  # the SamplingParams that replace the rest
-    ignored: int | torch.Tensor | None = None  # leading ids, for all or per sequence, that do not count as seen
+    ignored: int | torch.Tensor | None = None  # leading ids, for all or per sequence, that are not part of the text
     bias: dict[int, float] | None = None
     allowed: Callable[[int, torch.Tensor], list[int]] | None = None  # prefix_allowed_tokens_fn
 
@@ -52,11 +53,15 @@ class Plan:
 _FUSED: tuple[tuple[type[LogitsProcessor], str, str], ...] = (
     (SequenceBiasLogitsProcessor, "bias", "sequence_bias"),
     (RepetitionPenaltyLogitsProcessor, "repetition_penalty", "penalty"),
+    (NoRepeatNGramLogitsProcessor, "no_repeat_ngram_size", "ngram_size"),
     (PrefixConstrainedLogitsProcessor, "allowed", "_prefix_allowed_tokens_fn"),
     (TemperatureLogitsWarper, "temperature", "temperature"),
     (TopKLogitsWarper, "top_k", "top_k"),
     (TopPLogitsWarper, "top_p", "top_p"),
     (MinPLogitsWarper, "min_p", "min_p"),
+    (TypicalLogitsWarper, "typical_p", "mass"),
+    (EpsilonLogitsWarper, "epsilon_cutoff", "epsilon"),
+    (EtaLogitsWarper, "eta_cutoff", "epsilon"),
 )
 
 # They set some scores to -inf and depend on the ids alone, so, for the same reason, fused processors may pass them.
@@ -71,28 +76,39 @@ _MASKS = (
 
 _AFTER_WARPERS = (
     TopHLogitsWarper,
-    TypicalLogitsWarper,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
     WatermarkLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     LogitNormalization,
 )
 
-_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+HISTORY = frozenset(name for name, spec in specs() if spec.counts or name.startswith("dry_"))
+"""Fields that edit logits by the ids of the text so far. Greedy search obeys them too."""
+
+_LOOK_BACK = {"no_repeat_ngram_size", "dry_multiplier"}  # they read the text in order, all of it but the padding
 
 # In transformers top_p = 0 keeps one token. The contract has 0 < p, and a tiny p keeps one token too.
 _SMALLEST_TOP_P = 2.0**-40
 
 
-def make_plan(processors: LogitsProcessorList, prompt_length: int, given: dict[str, Any], sampled: bool) -> Plan:
-    """Take from the end of the list what one fused call can do, and let the given fields override it."""
+def make_plan(
+    processors: LogitsProcessorList,
+    prompt_length: int,
+    given: dict[str, Any],
+    sampled: bool,
+    padding: torch.Tensor | None = None,
+) -> Plan:
+    """Take from the end of the list what one fused call can do, and let the given fields override it.
+
+    Args:
+        padding: the number of padding ids that each sequence starts with, int64 [B]; None where there is no padding.
+    """
     plan = Plan([], {"ties": "all"} if sampled else {})
-    # Greedy search stays transformers' own, except for a penalty that a given field replaces.
-    stage = len(_FUSED) if sampled else 2 * ("repetition_penalty" in given)
+    stage = len(_FUSED) if sampled else _replaced_in_greedy_search(given)
     rest = list(processors)
     while rest:
         found = _stage(rest, stage, prompt_length)
+        if found is not None and _reads_other_ids(rest[-1], {*plan.fields, *given}, padding):
+            found = None
         if found is not None:
             _fuse(plan, rest.pop(), stage := found)
         elif type(rest[-1]) in _MASKS:
@@ -104,7 +120,23 @@ def make_plan(processors: LogitsProcessorList, prompt_length: int, given: dict[s
         plan.fields["top_p"] = _SMALLEST_TOP_P
     _check_given(given, plan.own, sampled)
     plan.fields |= given
+    if _LOOK_BACK & plan.fields.keys() or "repetition_penalty" in given:
+        plan.ignored = padding
     return plan
+
+
+def _replaced_in_greedy_search(given: dict[str, Any]) -> int:
+    """How many of _FUSED may be fused: greedy search stays transformers' own, but for what a given field replaces."""
+    return max((at for at, (_, name, _) in enumerate(_FUSED, 1) if name in given and name in HISTORY), default=0)
+
+
+def _reads_other_ids(processor: LogitsProcessor, fields: set[str], padding: torch.Tensor | None) -> bool:
+    """Whether a repetition penalty leaves out other ids than the padding while a field reads the same text."""
+    if not isinstance(processor, RepetitionPenaltyLogitsProcessor) or not _LOOK_BACK & fields:
+        return False
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    first, other = (torch.as_tensor(0 if ids is None else ids).cpu() for ids in (ignored, padding))
+    return bool((first != other).any())
 
 
 def _fuse(plan: Plan, processor: LogitsProcessor, stage: int) -> None:
@@ -115,7 +147,7 @@ def _fuse(plan: Plan, processor: LogitsProcessor, stage: int) -> None:
     elif name == "allowed":
         plan.allowed = value
     else:
-        plan.fields[name] = value
+        plan.fields[name] = value.item() if isinstance(value, torch.Tensor) else value
         plan.ignored = getattr(processor, "prompt_ignore_length", plan.ignored)
 
 
@@ -144,8 +176,12 @@ def _is_plain(processor: LogitsProcessor, prompt_length: int) -> bool:
     if isinstance(processor, SequenceBiasLogitsProcessor):
         biases = processor.sequence_bias.items()
         return all(len(ids) == 1 and math.isfinite(bias) for ids, bias in biases)
-    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+    if isinstance(processor, (PrefixConstrainedLogitsProcessor, NoRepeatNGramLogitsProcessor)):
         return True
+    if isinstance(processor, (TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper)):
+        value = processor.mass if isinstance(processor, TypicalLogitsWarper) else processor.epsilon
+        if not 0 < to_float32(float(value)) < 1:  # float32 may round it out of the range
+            return False
     return getattr(processor, "filter_value", None) == -math.inf and getattr(processor, "min_tokens_to_keep", 1) == 1
 
 
@@ -159,6 +195,6 @@ def _check_given(given: dict[str, Any], own: list[LogitsProcessor], sampled: boo
                 f"fs_generate({names}=...): {type(processor).__name__} is not fused here, and would act before it; "
                 f"leave one of them out, or set {names} on generate where it has that option"
             )
-    idle = [name for name in given if name not in _PENALTIES]
+    idle = [name for name in given if name not in HISTORY]
     if idle and not sampled:
         raise ValueError(f"fs_generate({idle[0]}=...): without effect unless generate gets do_sample=True")

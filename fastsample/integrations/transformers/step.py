@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.logits_process import LogitsProcessor, NoRepeatNGramLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from fastsample.api import filter_logits
 from fastsample.inputs import Bias, pack_bias
+from fastsample.inputs.penalties import active_penalties
 from fastsample.integrations.grammar import GrammarBatch, GrammarError
 from fastsample.integrations.transformers.conflicts import culprits, told
 from fastsample.integrations.transformers.plan import Plan
@@ -93,14 +94,20 @@ class Followed:
 
 
 class Inputs:
-    """A step's inputs besides the logits: the ids that penalties count, masks and bias."""
+    """A step's inputs besides the logits: the text so far where a parameter looks at it, masks and bias."""
 
     def __init__(
-        self, plan: Plan, params: SamplingParams, grammar: Followed | None, prompt: torch.Tensor, copies: int
+        self,
+        plan: Plan,
+        params: SamplingParams,
+        grammar: Followed | None,
+        prompt: torch.Tensor,
+        copies: int,
+        breakers: torch.Tensor | None = None,
     ) -> None:
-        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        values = [(getattr(params, name), getattr(SamplingParams, name)) for name in names]
-        self._counts = any(isinstance(value, torch.Tensor) or value != neutral for value, neutral in values)
+        self._active = active_penalties(params)
+        self._breakers = breakers if "dry_multiplier" in self._active else None  # int64 [L], or [B, L]
+        self._ngrams = repeated(params, copies).no_repeat_ngram_size if copies > 1 else params.no_repeat_ngram_size
         self._plan, self._grammar = plan, grammar
         self._bias: Bias | None = None
         self._length = prompt.shape[1]
@@ -114,14 +121,16 @@ class Inputs:
     @property
     def needed(self) -> bool:
         """Whether greedy search needs any of them."""
-        return self._counts or self._grammar is not None or self._plan.bias is not None
+        return bool(self._active) or self._grammar is not None or self._plan.bias is not None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, every: int = 1) -> dict[str, Any]:
         """The keyword arguments of a call, for every `every`-th row; empty if nothing is needed."""
         inputs: dict[str, Any] = {}
-        if self._counts:
+        if self._active:
             inputs["prompt_ids"] = self._prompt[::every]
             inputs["output_ids"] = input_ids[::every, self._length :]
+        if self._breakers is not None:
+            inputs["dry_breakers"] = self._breakers if self._breakers.ndim == 1 else self._breakers[::every]
         masks = list(self._masks(input_ids, scores).values())
         if masks:
             inputs["bitmask"] = (masks[0] if len(masks) == 1 else masks[0] & masks[1])[::every]
@@ -136,7 +145,20 @@ class Inputs:
         """Which options forbid a row every token, in words."""
         masks = self._masks(input_ids, scores)
         allowed = {name: _unpacked(mask[row], scores.shape[1]) for name, mask in masks.items()}
+        if "no_repeat_ngram_size" in self._active:
+            allowed["no_repeat_ngram_size"] = self._no_repeated_ngram(row, input_ids, scores)
         return told(row, culprits(row, input_ids[row, None], scores[row], self._plan.own, allowed))
+
+    def _no_repeated_ngram(self, row: int, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """What the ban of repeated n-grams leaves a row, bool [V]."""
+        size = int(torch.as_tensor(self._ngrams).expand(len(input_ids))[row])
+        if size == 0:
+            return torch.ones_like(scores[row], dtype=torch.bool)
+        ids = torch.cat([self._prompt[row], input_ids[row, self._length :]])
+        left: torch.Tensor = NoRepeatNGramLogitsProcessor(size)(
+            ids[ids >= 0][None], torch.zeros_like(scores[row, None])
+        )
+        return left[0] > -torch.inf
 
     def _masks(self, input_ids: torch.Tensor, scores: torch.Tensor) -> dict[str, torch.Tensor]:
         """Bitmasks of allowed tokens, int32 [B, words], by the name of the option."""
