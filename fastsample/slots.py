@@ -90,11 +90,16 @@ def described(records: torch.Tensor) -> dict[str, str]:
     for (name, spec), part in zip(specs(), records.T, strict=True):
         values = _column(spec, part)
         if spec.kind != "choice":
-            number = {"float": lambda v: float(str(v)), "int": int, "bool": bool}[spec.kind]  # 0.8, not 0.80000001
-            values = [number(v) for v in values.numpy()]
+            values = [_plain(spec, value) for value in values.numpy()]
         if any(value != getattr(SamplingParams, name) for value in values):
             found[name] = shortened(values)
     return found
+
+
+def _plain(spec: Spec, value: Any) -> float | bool:
+    if spec.kind == "float":
+        return float(str(value))  # 0.8, not 0.80000001
+    return bool(value) if spec.kind == "bool" else int(value)
 
 
 def shortened(values: list[Any]) -> str:
