@@ -353,7 +353,7 @@ def unknown_name(name: str, others: Iterable[str] = ()) -> str:
     """The error message for a name that is not a field."""
     from difflib import get_close_matches
 
-    known = [*(own for own, _ in _SPECS), *others]
+    known = [*(own for own, _ in _SPECS), *(other for other in others if other != name)]
     near = get_close_matches(name.lower(), known, 1) or [other for other in known if other.startswith(name.lower())]
     guess = f" (did you mean {near[0]}?)" if near else ""
     return f"{name}{guess}: expected a field of SamplingParams: {', '.join(own for own, _ in _SPECS)}"

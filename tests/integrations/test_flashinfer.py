@@ -66,7 +66,7 @@ def test_frequencies_of_rows(name: str) -> None:
 @each_call
 @pytest.mark.parametrize("vocab", [1, 2, 111, 5000])
 def test_indices_change_nothing(name: str, vocab: int) -> None:
-    """A pass over the table, one over rows copied for their outputs, rows filtered once: the same tokens, to the bit."""
+    """A pass over the table, one over copies of rows for their outputs, rows filtered once: the same tokens."""
     p = probs(64, vocab, 4)
     everything = torch.arange(64, dtype=torch.int32)
     direct = call(name, p, seed=5, offset=9)
