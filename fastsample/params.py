@@ -353,9 +353,9 @@ def unknown_name(name: str, others: Iterable[str] = ()) -> str:
     """The error message for a name that is not a field."""
     from difflib import get_close_matches
 
-    known = [*(own for own, _ in _SPECS), *(other for other in others if other != name)]
+    known = [*(own for own, _ in _SPECS), *others]
     near = get_close_matches(name.lower(), known, 1) or [other for other in known if other.startswith(name.lower())]
-    guess = f" (did you mean {near[0]}?)" if near else ""
+    guess = f" (did you mean {near[0]}?)" if near and name not in known else ""  # else it is another call's argument
     return f"{name}{guess}: expected a field of SamplingParams: {', '.join(own for own, _ in _SPECS)}"
 
 

@@ -503,7 +503,7 @@ def test_opcheck_sample(arguments: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("wishes", [(1, None, 0, "raise", "auto", "logits"), (3, "raw", 2, "flag", "auto", "probs")])
 def test_opcheck_step(wishes: tuple[Any, ...]) -> None:
     records = fs.SamplingParams(top_k=9).pack()
-    arguments = (logits(3), records, torch.arange(3), torch.arange(3), *NOTHING, *wishes)
+    arguments = (logits(3).exp(), records, torch.arange(3), torch.arange(3), *NOTHING, *wishes)
     torch.library.opcheck(torch.ops.fastsample.sample_step.default, arguments)
 
 

@@ -61,7 +61,9 @@ def test_nothing_but_ratios_counts(variant: str) -> None:
 
 def test_the_distribution_is_what_was_given(variant: str) -> None:
     got = fs.probabilities(PROBS, input="probs", backend=variant)
-    torch.testing.assert_close(got.double(), PROBS.double() / PROBS.double().sum(-1, keepdim=True), rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        got.double(), PROBS.double() / PROBS.double().sum(-1, keepdim=True), rtol=2e-7, atol=2**-40
+    )
     raw = fs.sample(PROBS, input="probs", seed=1, logprobs="raw", top_logprobs=V, backend=variant)
     wanted = PROBS.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(raw.top_ids, wanted.indices)
@@ -92,7 +94,7 @@ def test_a_repeat_gives_what_a_first_call_gives(variant: str) -> None:
             assert torch.equal(fs.sample(x, **more, input="probs", seed=seed).tokens, want[seed])
             fs.sample(x, **more, seed=seed)
     bias = {"bias": {3: 1.0}}
-    with pytest.raises(ValueError, match="^bias: expected None with input='probs'"):
+    with pytest.raises(ValueError, match=r"^bias: expected None with input='probs'"):
         fs.sample(x, **more, input="probs", seed=1, **bias)
     fs.sample(x, **more, seed=1, **bias)
 
