@@ -16,7 +16,7 @@ from fastsample.checks import CPU, check_logits, has_memory
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
 from fastsample.inputs.penalties import warn_without_ids
-from fastsample.inputs.probs import require_probs
+from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.records import pack
 from fastsample.outputs import (
     FIELD,
@@ -66,7 +66,9 @@ def make(
     count = table.shape[0]
     packed = pack(params, fields, count, OTHERS) if known is None else known.packed
     if options.input == "probs":
-        require_probs(packed.records, inputs)
+        require_no_bias(inputs)
+        if known is None:
+            require_for_probs(packed.records)
     rows = known.rows(seed, offset, count) if known is not None and call.small else None
     if rows is None:
         rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count)).to(table.device)

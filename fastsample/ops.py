@@ -18,7 +18,7 @@ from fastsample.checks import check_logits
 from fastsample.inputs import Inputs, Rows, pack_offsets, pack_params, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
 from fastsample.inputs.bias import as_tensors
-from fastsample.inputs.probs import require_probs
+from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.step import DETAILS
 from fastsample.outputs import SAMPLED, Options, SampleOutput
 from fastsample.params import SamplingParams, specs, unknown_name
@@ -131,7 +131,7 @@ def _params(params: SamplingParams | None, fields: dict[str, Any]) -> tuple[list
         value = fields[name] if name in fields else getattr(SamplingParams if params is None else params, name)
         value = _as_tensor(value)
         column = None
-        if isinstance(value, bool) and spec.kind != "bool":
+        if (isinstance(value, bool) and spec.kind != "bool") or (isinstance(value, str) and spec.kind != "choice"):
             raise TypeError(f"{name} = {value!r}: expected {spec.wanted}")
         if isinstance(value, torch.Tensor):
             column = value
@@ -226,6 +226,8 @@ def _options(given: Sequence[Any]) -> Options:
 
 
 def _run(table: Tensor, made: call.SampleCall, rows: Rows, inputs: Inputs, advance: bool) -> tuple[Tensor, ...]:
+    if made.options.input == "probs":
+        require_no_bias(inputs)
     inputs.attach(rows, table)
     out = made.run(table, rows.to(table.device), None, advance)
     values = (getattr(out, field.name) for field in SAMPLED)
@@ -270,7 +272,7 @@ def _sample(
         seed, offset = flat("seed", seed, made.batch), flat("offset", offset, made.batch)
     records = pack_params(None, fields, count)
     if made.options.input == "probs":
-        require_probs(records, inputs)
+        require_for_probs(records)
     rows = Rows(records, pack_seeds(seed, count), pack_offsets(offset, count))
     return _run(table, made, rows, inputs, False)
 

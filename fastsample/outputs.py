@@ -112,10 +112,12 @@ class SampleOutput:
 
     Attributes:
         tokens: int64 [B] or [B, n]; -1 in invalid rows.
-        status: int32 [B]; 0 valid, 1 NaN, 2 +inf, 3 nothing above -inf.
+        status: int32 [B]; 0 valid, 1 NaN, 2 +inf, 3 nothing above -inf. Of probabilities: 1 NaN, 2 negative or
+            infinite, 3 nothing above 0.
         logprobs: float32 like tokens; natural log-probability of each sampled token. NaN in invalid rows.
         ranks: int64 like tokens; 1 + number of tokens strictly above the sampled one. 0 in invalid rows.
-        top_ids: int64 [B, N] in rank order; -1 past the last token that is kept ("processed") or above -inf ("raw").
+        top_ids: int64 [B, N] in rank order; -1 past the last token that is kept ("processed") or above -inf ("raw"; of
+            probabilities: above 0).
         top_logprobs: float32 [B, N]; -inf where top_ids is -1.
     """
 

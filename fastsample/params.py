@@ -306,7 +306,7 @@ def unknown_name(name: str, others: Iterable[str] = ()) -> str:
 
     known = [*(own for own, _ in _SPECS), *others]
     near = get_close_matches(name.lower(), known, 1) or [other for other in known if other.startswith(name.lower())]
-    guess = f" (did you mean {near[0]}?)" if near else ""
+    guess = f" (did you mean {near[0]}?)" if near and name not in known else ""  # else it is another call's argument
     return f"{name}{guess}: expected a field of SamplingParams: {', '.join(own for own, _ in _SPECS)}"
 
 

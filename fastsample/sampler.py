@@ -26,7 +26,7 @@ from fastsample.inputs import (
     pack_seeds,
 )
 from fastsample.inputs.penalties import penalised_rows, warn_without_ids
-from fastsample.inputs.probs import require_probs
+from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.step import Stamps, used_in_place
 from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams, specs
@@ -77,7 +77,8 @@ class Sampler:
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
             records = pack_params(params, fields, batch_size, _OTHERS)
-            self._check(records)
+            if input == "probs":
+                require_for_probs(records)
             self._rows = Rows(
                 records.repeat(batch_size // records.shape[0], 1),
                 pack_seeds(seed, batch_size).to(CPU, copy=True),
@@ -109,7 +110,7 @@ class Sampler:
         self._call = SampleCall(Options(*state["options"]), self._batch_size)
         initial, records, seeds, offsets = state["columns"]
         with torch.inference_mode(False):
-            self._initial_records, own = (torch.tensor(t, dtype=torch.int32, device=CPU) for t in (initial, records))
+            self._initial_records, own = (_unpickled(table) for table in (initial, records))
             words = [torch.tensor(t, dtype=torch.int64, device=CPU) for t in (seeds, offsets)]
             self._rows = Rows(own, words[0], words[1], workspace={})
         self._forget()
@@ -210,7 +211,7 @@ class Sampler:
         table = call.table(logits)
         own = pick.take(self._move_to(call.device))
         if inputs is not NO_INPUTS:
-            self._check(own.records[:0], inputs)
+            self._check(inputs)
             own = own.with_inputs()
             inputs.attach(own, table)
         result = call.run(table, own, out, advance=True)
@@ -257,7 +258,7 @@ class Sampler:
             rows, stamps = self._last
             if rows.slots is own and stamps.match(given):
                 return rows
-        self._check(own.records[:0], given)
+        self._check(given)
         rows = own.with_inputs()
         given.attach(rows, table)
         self._last = (rows, Stamps(given)) if used_in_place(given, rows) else None
@@ -290,7 +291,8 @@ class Sampler:
         if params is None:
             given = torch.tensor([name in fields for name, _ in specs()], device=CPU)
             record = torch.where(given, record, self._initial_records[row])
-        self._check(record[None])
+        if self._call.options.input == "probs":
+            require_for_probs(record[None], row)
         start = pack_offsets(offset, 1)
         own = None if seed is None else pack_seeds([seed], 1)
         with self._lock:
@@ -318,15 +320,21 @@ class Sampler:
         if 0 in (own := penalised_rows(record[None])):
             self._penalised[row] = own[0]
 
-    def _check(self, records: torch.Tensor, inputs: Inputs = NO_INPUTS) -> None:
+    def _check(self, inputs: Inputs) -> None:
         if self._call.options.input == "probs":
-            require_probs(records, inputs)
+            require_no_bias(inputs)
 
     def _checked_row(self, row: int) -> int:
         row = whole("row", row)
         if not 0 <= row < self.batch_size:
             raise ValueError(f"row = {row}: expected 0 <= row < {self.batch_size}")
         return row
+
+
+def _unpickled(table: list[list[int]]) -> torch.Tensor:
+    """Records that were pickled, which had no parameters that are newer than that: those get their default."""
+    newer = SamplingParams().pack()[:, len(table[0]) :].expand(len(table), -1)
+    return torch.cat([torch.tensor(table, dtype=torch.int32, device=CPU), newer], 1)
 
 
 _OTHERS = ("seed", "offset", *Options._fields)

@@ -49,16 +49,24 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
 
 
 def pack_breakers(ids: BreakerIds, logits: torch.Tensor) -> torch.Tensor:
-    """DRY's breakers as int64 [1, L], which all rows share, or [B, L] padded with -1; others' ids are ignored."""
+    """DRY's breakers as int64 [1, L], which all rows share, or [B, L] padded with -1.
+
+    Ids outside the vocabulary stay: engines ignore them.
+    """
     name, rows = "dry_breakers", logits.shape[0]
     if isinstance(ids, np.ndarray) and ids.dtype.kind == "O":
         ids = ids.tolist()
-    if isinstance(ids, (torch.Tensor, np.ndarray)) and ids.ndim == 1:
-        return last_contiguous(row_of_ids(name, ids, None, logits.device).to(logits.device).unsqueeze(0))
-    if is_list(ids) and all(isinstance(one, (numbers.Number, str)) for one in ids):
+    if isinstance(ids, torch.Tensor):
+        require_tensor(name, ids, logits.device)
+    if isinstance(ids, (torch.Tensor, np.ndarray)):
+        if ids.ndim == 1:
+            return last_contiguous(row_of_ids(name, ids, None, logits.device).to(logits.device).unsqueeze(0))
+        if ids.ndim != 2 or len(ids) != rows:
+            raise ValueError(f"{name}: expected ids [L] for all rows or [{rows}, L], got shape {tuple(ids.shape)}")
+    elif not is_list(ids):
+        raise TypeError(f"{name}: expected ids for all rows, [B, L] or a list per row, got {type(ids).__name__}")
+    elif all(isinstance(one, (numbers.Number, str)) for one in ids):
         return row_of_ids(name, ids, None, logits.device).to(logits.device).unsqueeze(0)
-    if isinstance(ids, (torch.Tensor, np.ndarray)) and ids.ndim == 2 and len(ids) == 1 != rows:
-        raise ValueError(f"{name}: expected ids [L] for all rows or [{rows}, L], got {tuple(ids.shape)}")
     return pack_token_ids(name, ids, logits)
 
 

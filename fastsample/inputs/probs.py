@@ -7,28 +7,39 @@ import torch
 from fastsample.inputs.step import Inputs
 from fastsample.params import GREEDY_BELOW, SamplingParams, specs
 
+_NEED_LOGITS = [
+    (column, name, spec)
+    for column, (name, spec) in enumerate(specs())
+    if name == "temperature" or spec.counts or spec.of_logits
+]
 
-def require_probs(records: torch.Tensor, inputs: Inputs) -> None:
-    """ValueError if packed records, int32 [B or 1, fields], or inputs ask for what needs logits.
 
-    That is a temperature other than 1 (but greedy rows are served), a penalty, a filter measured on logits, or a bias.
+def require_for_probs(records: torch.Tensor, row: int | None = None) -> None:
+    """ValueError if packed records, int32 [B or 1, fields] on the CPU, ask for what needs logits.
+
+    That is a temperature other than 1 (but greedy rows are served), a penalty or a filter measured on logits. `row` is
+    that of a single record.
     """
-    if inputs.bias is not None:
-        raise ValueError("bias: input='probs' takes none, since it is added to logits")
-    columns = zip(specs(), records.T, strict=True)
-    for (name, spec), bits in columns:
-        if name != "temperature" and not spec.counts and not spec.of_logits:
-            continue
+    for column, name, spec in _NEED_LOGITS:
+        bits = records[:, column]
         values = bits.contiguous().view(torch.float32) if spec.kind == "float" else bits
-        neutral = getattr(SamplingParams, name)
-        wrong = values != neutral
+        wrong = values != getattr(SamplingParams, name)
         if name == "temperature":
             wrong &= values >= GREEDY_BELOW
         if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            where = f" (row {row})" if len(values) > 1 else ""
-            wanted = "1, or 0 for the most probable token" if name == "temperature" else f"{neutral:g}, which is off"
-            raise ValueError(
-                f"{name} = {values[row].item():g}{where}: input='probs' takes no such value, since it needs logits; "
-                f"expected {wanted}"
-            )
+            at = int(wrong.nonzero()[0, 0])
+            row = at if row is None and len(values) > 1 else row
+            _refuse(name, values[at].item(), "" if row is None else f" (row {row})")
+
+
+def _refuse(name: str, value: float, where: str) -> None:
+    neutral = getattr(SamplingParams, name)
+    wanted = "1, or 0 for the most probable token," if name == "temperature" else f"{neutral:g}, which is off,"
+    shown = value if isinstance(value, int) else f"{value:g}"
+    raise ValueError(f"{name} = {shown}{where}: expected {wanted} with input='probs'; other values need logits")
+
+
+def require_no_bias(inputs: Inputs) -> None:
+    """ValueError if there is a bias."""
+    if inputs.bias is not None:
+        raise ValueError("bias: expected None with input='probs'; it is added to logits")

@@ -364,11 +364,16 @@ IDLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"presence_penalty": [0.0, 0.0, 0.5, 0.0]}, {}, "presence_penalty has no effect"),
     (dict(PENALTIES), {}, "repetition_penalty .*; frequency_penalty .*; presence_penalty .* pass the ids so far"),
     (dict(PENALTIES), {"prompt_ids": GIVEN}, "^frequency_penalty .*; presence_penalty "),
+    ({"dry_multiplier": 0.8}, {}, "dry_multiplier has no effect without prompt_ids or output_ids"),
+    ({"dry_multiplier": 0.8}, {"dry_breakers": [3]}, "dry_multiplier has no effect"),
+    ({"no_repeat_ngram_size": [0, 0, 2, 0]}, {}, "no_repeat_ngram_size has no effect without prompt_ids or output_ids"),
 ]
 BUSY: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": [0.0] * B}, {}),
     ({"repetition_penalty": 1.1}, {"prompt_ids": GIVEN}),
+    ({"dry_multiplier": 0.8, "no_repeat_ngram_size": 3}, {"prompt_ids": GIVEN, "dry_breakers": [3]}),
+    ({"dry_multiplier": 0.0, "dry_base": 3.0, "dry_allowed_length": 1, "dry_range": 5}, {"dry_breakers": [3]}),
     ({"repetition_penalty": 1.1}, {"prompt_ids": [[]] * B}),
     (dict(PENALTIES), {"output_ids": [[]] * B}),
     (dict(PENALTIES), {"output_ids": torch.zeros(B, 0, dtype=torch.int64)}),

@@ -16,6 +16,7 @@ import torch._dynamo
 import fastsample as fs
 from fastsample import ops
 from fastsample.integrations import flashinfer
+from fastsample.params import specs
 
 # Inductor imports torch's own deprecated parts.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -334,6 +335,8 @@ EAGER: dict[str, tuple[str, Callable[[fs.Sampler, torch.Tensor, torch.Tensor], A
     "Sampler out": ("out", lambda s, x, i: s(x, out=BUFFER).tokens.clone()),
     "Sampler ids": ("output_ids", lambda s, x, i: s(x, output_ids=GROWING).tokens),
     "Sampler rows": ("output_ids", lambda s, x, i: s(x[:2], rows=[0, 2], output_ids=GROWING[:2]).tokens),
+    "breakers": ("dry_breakers", lambda s, x, i: fs.sample(x, seed=1, offset=i, dry_breakers=[3, 4]).tokens),
+    "Sampler breakers": ("dry_breakers", lambda s, x, i: s(x, dry_breakers=[[3], None, [4, 5]]).tokens),
 }
 
 
@@ -463,16 +466,19 @@ def test_errors_of_a_trace(call: Callable[..., Any], words: str) -> None:
 # The operators --------------------------------------------------------------------------------------------------------
 
 
+NOTHING = (None, [], None, None, None)  # of the inputs
+
+
 def sample_arguments(**changes: Any) -> tuple[Any, ...]:
     given = {
         "logits": logits(3),
-        "columns": [None] * 9,
+        "columns": [None] * len(specs()),
         "seed": torch.tensor(1),
-        "wishes": (1, None, 0, "raise", "auto"),
+        "wishes": (1, None, 0, "raise", "auto", "logits"),
     }
     given |= changes
-    values = [1.0, 0.0, 0.9, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    inputs = given.get("inputs", (None, [], None, None))
+    inputs = given.get("inputs", NOTHING)
+    values = ops._params(None, {"top_p": 0.9} if given["wishes"][-1] == "logits" else {"top_a": 0.1})[0]
     return given["logits"], values, given["columns"], given["seed"], torch.tensor(3), *inputs, *given["wishes"]
 
 
@@ -480,35 +486,38 @@ def sample_arguments(**changes: Any) -> tuple[Any, ...]:
     "arguments",
     [
         sample_arguments(),
-        sample_arguments(logits=logits(1)[0].half(), wishes=(4, "raw", 5, "flag", "reference")),
+        sample_arguments(logits=logits(1)[0].half(), wishes=(4, "raw", 5, "flag", "reference", "logits")),
         sample_arguments(
-            columns=[torch.rand(3), *[None] * 8], seed=torch.arange(3), wishes=(1, "processed", 2, "flag", "cpu")
+            columns=[torch.rand(3), *[None] * (len(specs()) - 1)],
+            seed=torch.arange(3),
+            wishes=(1, "processed", 2, "flag", "cpu", "logits"),
         ),
-        sample_arguments(inputs=(MASK, list(BIAS), IDS, IDS)),
+        sample_arguments(inputs=(MASK, list(BIAS), IDS, IDS, IDS[0])),
+        sample_arguments(logits=logits(3).exp(), wishes=(2, "raw", 2, "raise", "reference", "probs")),
     ],
 )
 def test_opcheck_sample(arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(torch.ops.fastsample.sample.default, arguments)
 
 
-@pytest.mark.parametrize("wishes", [(1, None, 0, "raise", "auto"), (3, "raw", 2, "flag", "auto")])
+@pytest.mark.parametrize("wishes", [(1, None, 0, "raise", "auto", "logits"), (3, "raw", 2, "flag", "auto", "probs")])
 def test_opcheck_step(wishes: tuple[Any, ...]) -> None:
     records = fs.SamplingParams(top_k=9).pack()
-    arguments = (logits(3), records, torch.arange(3), torch.arange(3), None, [], None, None, *wishes)
+    arguments = (logits(3).exp(), records, torch.arange(3), torch.arange(3), *NOTHING, *wishes)
     torch.library.opcheck(torch.ops.fastsample.sample_step.default, arguments)
 
 
 def test_opcheck_rows() -> None:
     records = fs.SamplingParams(top_k=9).pack().repeat(5, 1)
-    inputs = (None, [], None, None, 1, None, 0, "raise", "auto")
-    arguments = (logits(3), records, torch.arange(5), torch.arange(5), SLOTS, *inputs)
+    wishes = (1, None, 0, "raise", "auto", "logits")
+    arguments = (logits(3), records, torch.arange(5), torch.arange(5), SLOTS, *NOTHING, *wishes)
     torch.library.opcheck(torch.ops.fastsample.sample_rows.default, arguments)
 
 
 @pytest.mark.parametrize("kind", ["filtered", "probabilities"])
 def test_opcheck_full(kind: str) -> None:
-    x, values, columns, _, _, *inputs = sample_arguments()[:9]
-    arguments = (kind, x, values, columns, *inputs, "raise", "auto")
+    x, values, columns = sample_arguments()[:3]
+    arguments = (kind, x, values, columns, *NOTHING, "raise", "auto", "logits")
     torch.library.opcheck(torch.ops.fastsample.full.default, arguments)
 
 

@@ -167,6 +167,59 @@ def test_kinds_of_integers(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        [True, False, True],
+        [1, 0, 1],
+        (np.True_, np.False_, np.int64(1)),
+        np.array([True, False, True]),
+        np.array([1, 0, 1], np.uint8),
+        torch.tensor([True, False, True]),
+        torch.tensor([1, 0, 1], dtype=torch.int8),
+        torch.tensor([1, 0, 1], dtype=torch.uint64),
+    ],
+    ids=str,
+)
+def test_kinds_of_flags(value: Any) -> None:
+    at = NAMES.index("p_less")
+    assert fs.SamplingParams(p_less=value).pack()[:, at].tolist() == [1, 0, 1]
+    for one in value:
+        own = fs.SamplingParams(p_less=one)
+        assert own.p_less is bool(one)
+        assert own == fs.SamplingParams(p_less=bool(one))
+    assert fs.SamplingParams(p_less=torch.tensor(True)) == fs.SamplingParams(p_less=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "exception"),
+    [
+        (2, ValueError),
+        (-1, ValueError),
+        (0.5, TypeError),
+        (1.0, TypeError),
+        ("yes", TypeError),
+        (None, TypeError),
+        ([True, 2], ValueError),
+        ([0, 0.5], TypeError),
+        (torch.tensor([0, 3]), ValueError),
+        (torch.tensor([0.0, 1.0]), TypeError),
+        (np.array([0.0, 1.0]), TypeError),
+    ],
+    ids=str,
+)
+def test_no_flag(value: Any, exception: type[Exception]) -> None:
+    with pytest.raises(exception, match=r"^p_less.*: expected True or False"):
+        fs.SamplingParams(p_less=value)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in specs() if spec.open_high])
+@pytest.mark.parametrize("value", [1, 1.0, 1 - 1e-9, [0.5, 1.0], torch.tensor([0.5, 1.0])], ids=str)
+def test_an_end_that_is_excluded(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} = .*: expected a finite number, 0 <= value < 1; 0 is off"):
+        fs.SamplingParams(**{name: value})
+
+
 def test_top_k_saturates() -> None:
     top_k = NAMES.index("top_k")
     assert fs.SamplingParams(top_k=2**62).pack()[0, top_k] == 2**31 - 1

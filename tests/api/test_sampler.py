@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastsample as fs
+from fastsample.params import specs
 
 B, V = 6, 300
 BACKENDS = ("reference", "cpu")
@@ -273,6 +274,26 @@ def test_a_copy_has_slots_of_its_own(duplicate: Callable[[fs.Sampler], fs.Sample
     assert other.params.top_p.tolist() == [1.0] * B  # type: ignore[union-attr]
 
 
+def test_a_pickle_from_before_a_parameter_existed() -> None:
+    """Its slots have the default of what is newer; its options too."""
+    sampler = made(logprobs="raw", p_less=False)
+    sampler.set_row(2, top_p=0.5, seed=9, offset=3)
+    state = sampler.__getstate__()
+    known = [name for name, _ in specs()].index("top_n_sigma")  # the first that version 0.1 had not
+    initial, records, *words = state["columns"]
+    old = {**state, "options": state["options"][:5]}
+    old["columns"] = [[row[:known] for row in initial], [row[:known] for row in records], *words]
+    restored = fs.Sampler.__new__(fs.Sampler)
+    restored.__setstate__(old)
+    assert repr(restored) == repr(sampler)
+    assert restored.params == sampler.params
+    assert restored(LOGITS) == sampler(LOGITS)
+    restored.set_row(1, typical_p=0.5)
+    restored.reset_row(1)
+    sampler.reset_row(1)
+    assert restored(LOGITS) == sampler(LOGITS)
+
+
 # What a slot is given -------------------------------------------------------------------------------------------------
 
 
@@ -339,5 +360,8 @@ def test_repr() -> None:
         "logprobs='raw', backend='cpu', offsets=[0, 18446744073709551615, 0])"
     )
     assert repr(sampler) == told
+    flags = fs.Sampler(batch_size=2, seed=1, p_less=[True, False], dry_range=8, input="probs")
+    told = "Sampler(batch_size=2, p_less=[True, False], dry_range=8, input='probs', offsets=0)"
+    assert repr(flags) == told
     long = fs.Sampler(batch_size=100, seed=1, offset=torch.arange(100))
     assert repr(long) == "Sampler(batch_size=100, offsets=[0, 1, 2, 3, ..., 98, 99])"

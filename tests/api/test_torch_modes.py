@@ -167,6 +167,7 @@ PLACES: dict[str, tuple[torch.Tensor, str]] = {
     "bitmask": (torch.full((B, 2), -1, dtype=torch.int32), "bitmask"),
     "prompt_ids": (torch.zeros(B, 4, dtype=torch.int64), "prompt_ids"),
     "output_ids": (torch.zeros(B, 4, dtype=torch.int32), "output_ids"),
+    "dry_breakers": (torch.zeros(B, 4, dtype=torch.int64), "dry_breakers"),
     "bias": (torch.ones(B), "bias values"),
     "temperature": (torch.ones(B), "temperature"),
     "seed": (torch.arange(B), "seed"),
@@ -474,6 +475,8 @@ SHARED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {"prompt_ids": MEMORY[:9].view(B, 3)},
         r"out\.top_ids: .* prompt_ids",
     ),
+    "breakers": ({"tokens": MEMORY[3:6]}, {"dry_breakers": MEMORY[:12].view(B, 4)}, r"out\.tokens: .* dry_breakers"),
+    "breakers of all": ({"tokens": MEMORY[3:6]}, {"dry_breakers": MEMORY[5:9]}, r"out\.tokens: .* dry_breakers"),
     "mask": (
         {"tokens": MEMORY[:B]},
         {"bitmask": MEMORY.view(torch.int32)[: 2 * B].view(B, 2)},

@@ -13,7 +13,7 @@ from goodness import chi_square
 
 from fastsample import reference as spec
 from fastsample.integrations import flashinfer as fi
-from fastsample.integrations.flashinfer import masses
+from fastsample.integrations.flashinfer import arguments, pipeline
 
 LEAST_P = 1e-5
 
@@ -81,29 +81,82 @@ def tables() -> Iterator[torch.Tensor]:
         yield from_bits(bits, dtype)
 
 
+def packed(p: torch.Tensor) -> torch.Tensor:
+    return arguments.pack((), "top_k_first", p)
+
+
 def test_masses_are_the_contract_s(flush: bool) -> None:
+    """Those of rows that outputs share, and those that the engine renormalises with."""
     for p in tables():
-        y, valid = masses.scale(p)
+        w, valid = pipeline._masses("probs", p, packed(p))
         assert valid.all()
-        for got, row in zip(y.to(torch.int64).tolist(), values(p), strict=True):
-            assert got == contract_masses(row), p.dtype
+        renormed = fi.top_p_renorm_probs(p, 1.0)
+        for got, shares, row in zip(w.tolist(), renormed, values(p), strict=True):
+            wanted = contract_masses(row)
+            assert got == wanted, p.dtype
+            assert shares.tolist() == np.float32(np.array(wanted, float) / float(sum(wanted))).tolist(), p.dtype
 
 
 def test_what_is_no_distribution(flush: bool) -> None:
     least = 1
-    for row, good in (
-        ([least, 0, 0], True),
-        ([least, -(2**31), 0], True),  # -0.0
-        ([-(2**31), -(2**31), 0], False),
-        ([0, 0, 0], False),
-        ([127 << 23, -(2**31) + least, 0], False),  # the least negative number
-        ([127 << 23, 0x7F800000, 0], False),
-        ([127 << 23, 0x7FC00000, 0], False),
-        ([127 << 23, 0x7FC00000 - 2**31, 0], False),
+    for row, status in (
+        ([least, 0, 0], 0),
+        ([least, -(2**31), 0], 0),  # -0.0
+        ([-(2**31), -(2**31), 0], 3),
+        ([0, 0, 0], 3),
+        ([127 << 23, -(2**31) + least, 0], 2),  # the least negative number
+        ([127 << 23, 0x7F800000, 0], 2),
+        ([127 << 23, 0x7FC00000, 0], 1),
+        ([127 << 23, 0x7FC00000 - 2**31, 0], 1),
     ):
-        assert masses.scale(from_bits([row]))[1].tolist() == [good], row
+        p = from_bits([row])
+        assert pipeline._status("probs", p, packed(p)).tolist() == [status], row
+        assert fi.sampling_from_probs(p, return_valid=True)[1].tolist() == [status == 0], row
     with pytest.raises(ValueError, match=r"probs: row 1 has a negative value, -1\.4013e-45"):
         fi.sampling_from_probs(from_bits([[127 << 23, 0], [127 << 23, -(2**31) + 1]]))
+
+
+def contract_kept(
+    row: list[Fraction], top_k: int = 2**31, top_p: float = 1.0, min_p: float = 0.0, joint: bool = False
+) -> set[int]:
+    """Stage 7 in Python integers: the tokens that are kept."""
+    w = contract_masses(row)
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    first = order[:top_k]
+    base = order if joint else first
+    p30, total = int(Fraction(float(np.float32(top_p))) * 2**30), sum(w[i] for i in base)
+    target, mass, prefix = max(1, p30 * total // 2**30), 0, []
+    for i in base:
+        if mass < target or top_p == 1:
+            prefix.append(i)
+        mass += w[i]
+    floor = int(Fraction(float(np.float32(min_p))) * max(w))
+    return {i for i in {*first} & {*prefix} if w[i] >= floor}
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "k": {"top_k": 5},
+    "p": {"top_p": 0.75},
+    "min_p": {"min_p": 0.25},
+    "k-p": {"top_k": 9, "top_p": 0.75},
+    "joint": {"top_k": 9, "top_p": 0.75, "joint": True},
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_tokens_are_the_contract_s(name: str, flush: bool) -> None:
+    """Kept sets and draws against Python integers: the first id whose running mass exceeds floor(u Z / 2^60)."""
+    for p in tables():
+        seeds = torch.arange(len(p)) * 12345
+        tokens = CALLS[name](p, seed=seeds, offset=torch.tensor([3])).tolist()
+        for row, seed, token in zip(values(p), seeds, tokens, strict=True):
+            w = contract_masses(row)
+            kept = contract_kept(row, **LIMITS[name])
+            w = [w[i] if i in kept else 0 for i in range(len(w))]
+            u = int(spec.uniform60(seed[None], torch.tensor([3]), torch.tensor([0])))
+            running = np.cumsum(np.array(w, dtype=object))
+            assert token == next(i for i, r in enumerate(running) if r > u * sum(w) >> 60)
 
 
 CALLS: dict[str, Any] = {
@@ -183,15 +236,3 @@ def test_drafts(dtype: torch.dtype, factor: float, flush: bool) -> None:
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     assert 0 < int(want[2].sum()) < 3 * rows
-
-
-def test_uniforms_are_the_reference_s(flush: bool) -> None:
-    """The token is the first whose running mass exceeds floor(u Z / 2^60)."""
-    (p, *_) = tables()
-    seeds = torch.arange(len(p)) * 12345
-    tokens = fi.sampling_from_probs(p, seed=seeds, offset=torch.tensor([3])).tolist()
-    for row, seed, token in zip(values(p), seeds, tokens, strict=True):
-        w = contract_masses(row)
-        u = int(spec.uniform60(seed[None], torch.tensor([3]), torch.tensor([0])))
-        running = np.cumsum(np.array(w, dtype=object))
-        assert token == next(i for i, r in enumerate(running) if r > u * sum(w) >> 60)

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastsample as fs
+from fastsample.inputs import Inputs
 from fastsample.params import specs
 
 B, V = 3, 50
@@ -143,12 +144,12 @@ ANYTHING: dict[str, Any] = {
 }
 
 PARAMETERS = [name for name, _ in specs()]
-SAMPLE = ["seed", "offset", "num_samples", "logprobs", "top_logprobs"]
-EVERY = ["params", "bitmask", "allowed_ids", "bias", "prompt_ids", "output_ids", "on_invalid", "backend", "out"]
+SAMPLE = ["seed", "offset", "num_samples", "logprobs", "top_logprobs", "input"]
+EVERY = ["params", *Inputs._fields, "on_invalid", "backend", "out"]
 CALLS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "sample": (fs.sample, [*EVERY, *SAMPLE, *PARAMETERS]),
     "filter_logits": (fs.filter_logits, [*EVERY, *PARAMETERS]),
-    "probabilities": (fs.probabilities, [*EVERY, *PARAMETERS]),
+    "probabilities": (fs.probabilities, [*EVERY, "input", *PARAMETERS]),
     "Sampler": (fs.Sampler, ["params", "batch_size", "on_invalid", "backend", *SAMPLE, *PARAMETERS]),
 }
 
@@ -182,7 +183,7 @@ def test_anything_anywhere(value: Any) -> None:
             judge("logits", lambda f=function: f(value))
     sampler = fs.Sampler(batch_size=B, seed=1)
     fine = judge("logits", lambda: sampler(value))
-    for name in ("bitmask", "allowed_ids", "bias", "prompt_ids", "output_ids", "out"):
+    for name in (*Inputs._fields, "out"):
         fine = judge(name, lambda name=name: sampler(LOGITS, **{name: value})) or fine
     for name in ("row", "seed", "offset", "params", *PARAMETERS):
         own = {"row": 1, name: value}
@@ -249,7 +250,7 @@ def test_shared_memory_is_refused() -> None:
 
 def test_more_ids_than_can_be_counted() -> None:
     many = torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**29 + 1)
-    for name in ("prompt_ids", "output_ids"):
+    for name in ("prompt_ids", "output_ids", "dry_breakers"):
         with pytest.raises(ValueError, match=f"{name}: expected at most 2\\^29"):
             fs.sample(LOGITS[:1], **{name: many})
 
@@ -264,7 +265,8 @@ BITS = st.one_of(st.integers(0, 2**32 - 1), st.sampled_from([0x7F800001, 0xFFC12
 def test_any_float_is_refused_or_obeyed(name: str, spec: Any, bits: int) -> None:
     value = struct.unpack("f", struct.pack("I", bits))[0]
     inside = spec.accepts(torch.tensor(value)).item()
-    kwargs = {name: [0.5, value, 0.5], "output_ids": [[1, 1], [2], [3]]}
+    good = spec.examples[0]
+    kwargs = {name: [good, value, good], "output_ids": [[1, 1], [2], [3]]}
     if not inside:
         with pytest.raises(ValueError, match=rf"{name} = .* \(row 1\)"):
             fs.filter_logits(LOGITS, **kwargs)
@@ -335,6 +337,19 @@ HARSH: dict[str, Any] = {
     "presence_penalty": 3e38,
     "ties": "all",
     "order": "joint",
+    "top_n_sigma": 1e-45,
+    "typical_p": 1e-45,
+    "epsilon_cutoff": 1 - 2.0**-24,
+    "eta_cutoff": 1 - 2.0**-24,
+    "top_a": 1.0,
+    "p_less": True,
+    "xtc_probability": 1.0,
+    "xtc_threshold": 1e-45,
+    "dry_multiplier": 3e38,
+    "dry_base": 3e38,
+    "dry_allowed_length": 1,
+    "dry_range": 2**31 - 1,
+    "no_repeat_ngram_size": 1,
 }
 MILD: dict[str, Any] = {
     "temperature": 0.8,
@@ -346,7 +361,21 @@ MILD: dict[str, Any] = {
     "presence_penalty": 0.1,
     "ties": "first",
     "order": "top_k_first",
+    "top_n_sigma": 3.0,
+    "typical_p": 0.99,
+    "epsilon_cutoff": 1e-4,
+    "eta_cutoff": 1e-4,
+    "top_a": 0.01,
+    "p_less": False,
+    "xtc_probability": 0.5,
+    "xtc_threshold": 0.1,
+    "dry_multiplier": 0.8,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_range": 64,
+    "no_repeat_ngram_size": 3,
 }
+assert PARAMETERS == [*HARSH] == [*MILD]
 
 
 def everything(x: torch.Tensor, bad: list[int], backend: str) -> list[torch.Tensor]:
@@ -355,6 +384,7 @@ def everything(x: torch.Tensor, bad: list[int], backend: str) -> list[torch.Tens
     kwargs: dict[str, Any] = {name: [HARSH[name] if r in bad else MILD[name] for r in rows] for name in MILD}
     kwargs["output_ids"] = [[2**62, -1, 0, 0, 0, WIDE] * 50 if r in bad else [3, 4, 3] for r in rows]
     kwargs["prompt_ids"] = [[] if r in bad else [5] for r in rows]
+    kwargs["dry_breakers"] = [[0, -1, 2**62] if r in bad else [7] for r in rows]
     kwargs["bias"] = [dict.fromkeys(range(0, WIDE, 2), 3e38) if r in bad else {9: 1.0} for r in rows]
     kwargs["bitmask"] = torch.full((ROWS, WIDE // 32 + 1), -1, dtype=torch.int32)
     kwargs["bitmask"][bad, ::2] = 0

@@ -39,8 +39,8 @@ def freed() -> torch.Tensor:
     return x
 
 
-def with_value(value: float) -> torch.Tensor:
-    x = X.clone()
+def with_value(value: float, x: torch.Tensor = X) -> torch.Tensor:
+    x = x.clone()
     x[1, 7] = value
     return x
 
@@ -76,8 +76,11 @@ REFUSED: list[Row] = [
     ("`top_k`", "negative, of one row", {"top_k": [5, -1, 5]}),
     ("`top_k`", "a float, NaN", {"top_k": 3.0}),
     ("`top_k`", "bool", {"top_k": True}),
+    ("`p_less`", "a number but 0 and 1", {"p_less": 2}),
+    ("`p_less`", "a float, a string", {"p_less": 0.5}),
     ("`ties`, `order`", "another string", {"ties": "some"}),
     ("`ties`, `order`", "no string", {"order": 1}),
+    ("`epsilon_cutoff`, `eta_cutoff`", "1, as float32", {"epsilon_cutoff": 1.0}),
     ("parameters", "unknown name", {"temprature": 1.0}),
     ("`seed`, `offset`", "beyond 64 bits", {"seed": 2**64}),
     ("`seed`, `offset`", "wrong length", {"seed": [1, 2]}),
@@ -91,6 +94,12 @@ REFUSED: list[Row] = [
     ("`top_logprobs`", "more than V", {"logprobs": "raw", "top_logprobs": V + 1}),
     ("`logprobs`", "another string", {"logprobs": "all"}),
     ("`on_invalid`", "another string", {"on_invalid": "ignore"}),
+    ("`input`", "another string", {"input": "probabilities"}),
+    ('`input="probs"`', "NaN in a row", {"input": "probs", "logits": with_value(NAN, X.abs())}),
+    ('`input="probs"`', "negative, +inf in a row", {"input": "probs", "logits": with_value(-0.5, X.abs())}),
+    ('`input="probs"`', "a row of zeros", {"input": "probs", "logits": torch.zeros(1, V)}),
+    ('`input="probs"`', "temperature, penalties, filters on logits", {"input": "probs", "temperature": [1, 0, 0.7]}),
+    ('`input="probs"`', "a bias", {"input": "probs", "bias": {3: 1.0}}),
     ("`backend`", "another string", {"backend": "cpp"}),
     ("`bitmask`", "a list", {"bitmask": [[1]]}),
     ("`bitmask`", "int64, bool, float", {"bitmask": MASK.long()}),
@@ -113,6 +122,11 @@ REFUSED: list[Row] = [
     ("`prompt_ids`, `output_ids`", "wrong device", {"output_ids": IDS.to("meta")}),
     ("`prompt_ids`, `output_ids`", "beyond 64 bits", {"output_ids": [[1], [2], [2**63]]}),
     ("`prompt_ids`, `output_ids`", "a string, a bool, a float among them", {"output_ids": [[1], ["2"], [3]]}),
+    ("`dry_breakers`", "floats, bool", {"dry_breakers": IDS.float()}),
+    ("`dry_breakers`", "[1, n] for several rows", {"dry_breakers": IDS[:1]}),
+    ("`dry_breakers`", "wrong device", {"dry_breakers": IDS[0].to("meta")}),
+    ("`dry_breakers`", "strings", {"dry_breakers": ["\n"]}),
+    ("`dry_breakers`", "a set, a number", {"dry_breakers": 3}),
     ("`out`", "wrong dtype, shape or device", {"call": fs.filter_logits, "out": torch.zeros(B, V + 1)}),
     ("`out`", "not contiguous", {"call": fs.filter_logits, "out": torch.zeros(B, 2 * V)[:, ::2]}),
     ("`out`", "requires grad", {"call": fs.filter_logits, "out": torch.zeros(B, V, requires_grad=True)}),
@@ -235,7 +249,7 @@ def test_what_is_served_is_served_so() -> None:
 
 def test_every_argument_is_in_the_table() -> None:
     named = " ".join(name for name, *_ in REFUSED)
-    kinds = {"float": "float parameters", "int": "`top_k`", "choice": "`ties`, `order`"}
+    kinds = {"float": "float parameters", "int": "`top_k`", "bool": "`p_less`", "choice": "`ties`, `order`"}
     assert all(kinds[spec.kind] in named for _, spec in specs())
     for name in fs.sample.__kwdefaults__:
         assert f"`{name}`" in named, name

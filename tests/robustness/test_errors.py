@@ -14,7 +14,7 @@ import torch
 
 import fastsample as fs
 from fastsample.backends import engine
-from fastsample.inputs import pack_bias
+from fastsample.inputs import Inputs, pack_bias
 from fastsample.params import specs
 from fastsample.spec import Spec
 
@@ -56,7 +56,7 @@ def check_all_calls(
     fails(exception, says, lambda: fs.sample(x, **own))
     assert untouched(out)
 
-    step_names = {"bitmask", "allowed_ids", "bias", "prompt_ids", "output_ids"}
+    step_names = set(Inputs._fields)
     step = {name: value for name, value in kwargs.items() if name in step_names}
     rest = {name: value for name, value in own.items() if name not in {*step_names, "out"}}
     made: list[fs.Sampler] = []
@@ -180,9 +180,11 @@ def neighbour(value: float, towards: float) -> float:
 def bad_numbers(spec: Spec) -> list[Any]:
     """Values out of range, nearest first."""
     if spec.kind == "int":
-        return [spec.low - 1, -(2**70)]
+        return [int(spec.low) - 1, -(2**60)]
+    if spec.kind == "bool":
+        return [2, -1]
     below = [spec.low if spec.open_low else neighbour(spec.low, -INF)]
-    above = [neighbour(spec.high, INF)]
+    above = [spec.high if spec.open_high else neighbour(spec.high, INF)]
     return [NAN, INF, -INF, 1e39, -1e39, -0.1 if spec.low == 0 else -INF, *below, *above]
 
 
@@ -199,12 +201,13 @@ def bad_parameters() -> list[Any]:
     cases = []
     for name, spec in specs():
         default = getattr(fs.SamplingParams(), name)
-        wrong_type = [None, True, False, np.True_, object(), 1j, b"1"]
+        wrong_type = [None, object(), 1j, b"1"]
+        wrong_type += [True, False, np.True_] if spec.kind != "bool" else [0.5, 1.0, NAN, "yes"]
         if spec.kind == "choice":
             wrong_value, wrong_type = ["nonsense", ""], [*wrong_type, 0, 1.0]
         else:
             wrong_value, wrong_type = bad_numbers(spec), [*wrong_type, "1"]
-        if spec.kind == "int":
+        if spec.kind in ("int", "bool"):
             wrong_type += [1.0, NAN, np.float32(1)]
         for exception, values in ((ValueError, wrong_value), (TypeError, wrong_type)):
             for value in values:
@@ -217,7 +220,8 @@ def bad_parameters() -> list[Any]:
         cases.append((name, {default}, TypeError, ()))
         cases += [(name, text(b"abc"), TypeError, ("abc" if text is not memoryview else "memory",)) for text in BYTES]
         cases.append((name, [[default]] * 3, TypeError, ("row 0",)))
-        cases.append((name, torch.zeros(B, dtype=torch.bool), TypeError, ("torch.bool",)))
+        if spec.kind != "bool":
+            cases.append((name, torch.zeros(B, dtype=torch.bool), TypeError, ("torch.bool",)))
         cases.append((name, torch.zeros(B, dtype=torch.complex64), TypeError, ("torch.complex64",)))
         cases.append((name, np.array(["a"] * B), ValueError if spec.kind == "choice" else TypeError, ()))
         cases.append((name, np.array([None] * B), TypeError, ()))
@@ -226,9 +230,8 @@ def bad_parameters() -> list[Any]:
             cases.append((name, torch.full((B, 1), default, dtype=kind), ValueError, ("1-D", "(3, 1)")))
             cases.append((name, torch.full((B,), default, dtype=kind, device="meta"), ValueError, ("meta",)))
             for value in bad_numbers(spec):
-                good = [default, default, max(value, -(2**60)) if spec.kind == "int" else value]
-                cases.append((name, torch.tensor(good, dtype=kind), ValueError, ("row 2",)))
-        if spec.kind == "int":
+                cases.append((name, torch.tensor([default, default, value], dtype=kind), ValueError, ("row 2",)))
+        if spec.kind in ("int", "bool"):
             cases.append((name, torch.tensor([1.0] * B), TypeError, ("torch.float32",)))
     return [pytest.param(*case, id=identity(f"{case[0]}={case[1]!r}")) for case in cases]
 
@@ -249,7 +252,8 @@ def test_parameters(name: str, value: Any, exception: type[Exception], says: tup
 def test_a_python_int_too_large_for_a_float_is_out_of_range() -> None:
     for name, spec in specs():
         if spec.kind == "float":
-            fails(ValueError, (name, "row 1"), lambda name=name: fs.SamplingParams(**{name: [0.5, 10**400]}))
+            good = spec.examples[0]
+            fails(ValueError, (name, "row 1"), lambda name=name, v=good: fs.SamplingParams(**{name: [v, 10**400]}))
             fails(ValueError, (name,), lambda name=name: fs.SamplingParams(**{name: -(10**400)}))
 
 
@@ -335,6 +339,15 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"backend": "cpp"}, ValueError, ("backend", "'cpp'", "reference", "cpu")),
     ({"backend": ""}, ValueError, ("backend", "''")),
     ({"backend": None}, ValueError, ("backend", "None")),
+    # flags and ends that are excluded
+    ({"p_less": 2}, ValueError, ("p_less = 2: expected True or False",)),
+    ({"p_less": [True, 2, False]}, ValueError, ("p_less = 2 (row 1): expected True or False",)),
+    ({"p_less": torch.tensor([0, 1, 2])}, ValueError, ("p_less = 2 (row 2): expected True or False",)),
+    ({"p_less": np.ones(B)}, TypeError, ("p_less: expected True or False per row", "float")),
+    ({"p_less": "yes"}, TypeError, ("p_less = 'yes': expected True or False",)),
+    ({"epsilon_cutoff": 1}, ValueError, ("epsilon_cutoff = 1: expected a finite number, 0 <= value < 1; 0 is off",)),
+    ({"eta_cutoff": [0.5, 1.0, 0.5]}, ValueError, ("eta_cutoff = 1.0 (row 1)", "value < 1")),
+    ({"epsilon_cutoff": 1 - 1e-9}, ValueError, ("epsilon_cutoff = 0.999999999", "value < 1")),  # 1 as a float32
     # bitmask
     ({"bitmask": [[1]]}, TypeError, ("bitmask", "torch.Tensor", "list")),
     ({"bitmask": INT32.long()}, TypeError, ("bitmask", "int32", "torch.int64")),
@@ -424,6 +437,28 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
             ({name: {1: 2}}, TypeError, (name, "dict")),
         ]
     ],
+    # dry_breakers
+    ({"dry_breakers": IDS.float()}, TypeError, ("dry_breakers", "torch.float32")),
+    ({"dry_breakers": IDS[0].float()}, TypeError, ("dry_breakers", "torch.float32")),
+    ({"dry_breakers": IDS[0].bool()}, TypeError, ("dry_breakers", "torch.bool")),
+    ({"dry_breakers": IDS[:2]}, ValueError, ("dry_breakers: expected ids [L] for all rows or [3, L]", "(2, 4)")),
+    ({"dry_breakers": IDS[:1]}, ValueError, ("dry_breakers: expected ids [L] for all rows or [3, L]", "(1, 4)")),
+    ({"dry_breakers": IDS[None]}, ValueError, ("dry_breakers: expected ids [L]", "(1, 3, 4)")),
+    ({"dry_breakers": torch.tensor(3)}, ValueError, ("dry_breakers: expected ids [L]", "()")),
+    ({"dry_breakers": IDS.to("meta")}, ValueError, ("dry_breakers", "cpu", "meta")),
+    ({"dry_breakers": IDS[0].to("meta")}, ValueError, ("dry_breakers", "cpu", "meta")),
+    ({"dry_breakers": IDS[0].numpy().astype(float)}, TypeError, ("dry_breakers", "float64")),
+    ({"dry_breakers": [[1], [2]]}, ValueError, ("dry_breakers", "(3)", "got 2")),
+    ({"dry_breakers": [[1], None, [3, 1.5]]}, TypeError, ("dry_breakers id (row 2)", "1.5")),
+    ({"dry_breakers": [[1], IDS[:1], [3]]}, ValueError, ("dry_breakers (row 1)", "(1, 4)")),
+    ({"dry_breakers": [1, 1.5]}, TypeError, ("dry_breakers id: expected an integer", "1.5")),
+    ({"dry_breakers": [1, True]}, TypeError, ("dry_breakers id: expected an integer", "True")),
+    ({"dry_breakers": ["\n", ":"]}, TypeError, ("dry_breakers id: expected an integer", r"'\n'")),
+    ({"dry_breakers": [1, 2**63]}, ValueError, ("dry_breakers id", str(2**63))),
+    ({"dry_breakers": 3}, TypeError, ("dry_breakers: expected ids for all rows", "int")),
+    ({"dry_breakers": {1, 2}}, TypeError, ("dry_breakers: expected ids for all rows", "set")),
+    ({"dry_breakers": "abc"}, TypeError, ("dry_breakers", "str")),
+    *[({"dry_breakers": text(b"abc")}, TypeError, ("dry_breakers", text.__name__)) for text in BYTES],
     # allowed_ids
     ({"allowed_ids": 3}, TypeError, ("allowed_ids", "int")),
     ({"allowed_ids": "abc"}, TypeError, ("allowed_ids", "str")),

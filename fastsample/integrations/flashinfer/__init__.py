@@ -7,7 +7,7 @@ Arguments
     logits, probs: float32, float16 or bfloat16 [B, V] (float64 is rounded to float32), 1 <= V <= 2^20. Probabilities
         need not sum to 1: they are relative to their sum.
     indices: int32 or int64 [N]; output i is drawn from row indices[i]. It sets N and the outputs' dtype; without it
-        N = B and outputs are int32. A row shared by many outputs is filtered once.
+        N = B and outputs are int32. Rows shared by many outputs (more than 4 per row of the table) are filtered once.
     top_k >= 1, 0 <= top_p <= 1, 0 <= min_p <= 1: a number, or a tensor [B] with one value per row of logits or probs
         (with indices too, as in FlashInfer's kernels). top_p = 0 keeps the most probable token.
     seed, offset: two ints, or two int64 or uint64 tensors of shape [1] or [N] on the device of the logits (as a CUDA
@@ -33,11 +33,14 @@ Where the answer differs from FlashInfer's, on purpose
     The cost does not depend on the distribution: there is no rejection, and no limit on rounds.
 
 What is exact
-    Logits: the sampling contract of fastsample; tokens are the same on every engine and device.
-    Probabilities: top-k and min-p compare the values themselves, sums are of integers, and no logarithm is taken. Top-p
-        keeps the shortest prefix that reaches p within a relative 2^-23, the precision of float32 probabilities:
-        [0.5, 0.3, 0.15, 0.05] at 0.8 keeps two. A probability below 2^-40 of the largest is never drawn. Rows of
-        subnormal probabilities are as exact as others, even if torch flushes such numbers to 0.
+    The sampling contract of fastsample is what these functions compute, from logits and from probabilities: kept sets,
+    tokens and renormalised rows are the same on every engine and device.
+    Of probabilities no logarithm is taken. Their ranking is that of the values themselves. The mass of a token is its
+    probability as an integer, trunc(p * 2^s), with s such that the row's largest has 40 bits: exact for 24 bits down to
+    2^-15 of the largest, and 0, so that the token is never drawn, below 2^-40 of it. Rows of subnormal numbers are as
+    good as others. Top-p keeps the shortest prefix whose mass reaches p times the sum of all masses, with p as a
+    float32 (cut to a multiple of 2^-30) and the probabilities as they are: of [0.5, 0.3, 0.15, 0.05], which as float32
+    sum to 1.00000002, p = 0.8 keeps three.
 
 torch.compile: each call is a graph break and runs eagerly. With fullgraph=True, which allows no graph break, it is an
     error that names the function: sample from logits with `fastsample.sample` there.
@@ -45,14 +48,15 @@ torch.compile: each call is a graph break and runs eagerly. With fullgraph=True,
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from fastsample import reference as spec
-from fastsample.integrations.flashinfer.arguments import limits, raise_where, table, temperatures
+from fastsample.integrations.flashinfer.arguments import limits, pack, raise_where, table, temperatures
 from fastsample.integrations.flashinfer.chain import chain_speculative_sampling
 from fastsample.integrations.flashinfer.eager import eager
-from fastsample.integrations.flashinfer.pipeline import any_bad, keep_top_k, renormalise, sample_logits, sample_probs
-from fastsample.params import GREEDY_BELOW
+from fastsample.integrations.flashinfer.pipeline import fill_bad, full, renormalise, sample
 
 Tensor = torch.Tensor
 
@@ -88,7 +92,7 @@ def sampling_from_logits(
     offset: int | Tensor | None = None,
 ) -> Tensor:
     """Draw from softmax(logits). Returns int32 [N] (or the dtype of indices); arguments and errors as in the module."""
-    return sample_logits(logits, {}, "top_k_first", indices, generator, check_nan, seed, offset)
+    return cast(Tensor, sample("logits", logits, {}, "top_k_first", indices, generator, check_nan, seed, offset))
 
 
 @eager
@@ -110,7 +114,8 @@ def top_k_top_p_sampling_from_logits(
     Returns int32 [N] (or the dtype of indices); other arguments and errors as in the module.
     """
     given = {"top_k": top_k, "top_p": top_p}
-    return sample_logits(logits, given, filter_apply_order, indices, generator, check_nan, seed, offset)
+    drawn = sample("logits", logits, given, filter_apply_order, indices, generator, check_nan, seed, offset)
+    return cast(Tensor, drawn)
 
 
 @eager
@@ -122,32 +127,30 @@ def top_k_mask_logits(logits: Tensor, top_k: Tensor | int) -> Tensor:
     """
     x = table("logits", logits)
     given = limits({"top_k": top_k}, len(x))
-    kept = keep_top_k(x, given)
+    kept, status = full("filtered", "logits", x, pack(given, "top_k_first", x))
     if x.device.type == "cpu":
-        raise_where(~kept.any(-1) & (x != spec.NEG_INF).any(-1), "logits", x)
-    kept &= ~any_bad(given, x)[:, None]
-    return torch.where(kept, logits.detach(), spec.NEG_INF)
+        raise_where((status == spec.NAN) | (status == spec.POSITIVE_INFINITY), "logits", x)
+    kept = fill_bad(kept, given, spec.NEG_INF)
+    if logits.dtype == torch.float64:  # more precise than what the engines take
+        return torch.where(kept > spec.NEG_INF, logits.detach(), spec.NEG_INF)
+    return kept.to(logits.dtype)
 
 
 @eager
 def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pdl: bool | None = None) -> Tensor:
-    """softmax(logits / temperature), float32 [B, V], by torch.softmax.
+    """softmax(logits / temperature), float32 [B, V], as integer masses over their sum: 0 below 2^-40 of the largest.
 
-    temperature: None (1), a number or a floating-point tensor [B]; >= 0. Below 1e-5 a row becomes one-hot at the lowest
-    id among its maxima, as in greedy sampling (FlashInfer: uniform at 0). Rows that cannot be sampled raise (on a GPU:
-    NaN).
+    temperature: None (1), a number or a floating-point tensor [B]; 0 <= value <= 2^20. Below 1e-5 a row becomes one-hot
+    at the lowest id among its maxima, as in greedy sampling (FlashInfer: uniform at 0). Rows that cannot be sampled
+    raise (on a GPU: NaN).
     """
-    x = table("logits", logits).float()
-    divisor = temperatures(1.0 if temperature is None else temperature, x)
-    on_cpu = x.device.type == "cpu"
-    if on_cpu:
-        raise_where(spec.check(x) != 0, "logits", x)
-    greedy = divisor < GREEDY_BELOW
-    probs = torch.softmax(x / torch.where(greedy, 1, divisor), -1)
-    if on_cpu and not bool(greedy.any()):
-        return probs
-    best = spec.one_hot(spec.rank_order(x)[:, :1], x)
-    return torch.where(greedy & ~probs.isnan(), best.float(), probs)
+    x = table("logits", logits)
+    given = (temperatures(1.0 if temperature is None else temperature, x),)
+    result, status = full("probabilities", "logits", x, pack(given, "top_k_first", x))
+    if x.device.type == "cpu":
+        raise_where(status != 0, "logits", x)
+        return result
+    return fill_bad(result.masked_fill_((status != 0)[:, None], torch.nan), given, torch.nan)
 
 
 # Sampling from probabilities -----------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def sampling_from_probs(
     return_valid: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draw from probs. Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; see the module."""
-    return sample_probs(probs, {}, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+    return sample("probs", probs, {}, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
 @eager
@@ -185,7 +188,7 @@ def top_p_sampling_from_probs(
     Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; arguments and errors as in the module.
     """
     given = {"top_p": top_p}
-    return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+    return sample("probs", probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
 @eager
@@ -205,7 +208,7 @@ def top_k_sampling_from_probs(
     Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; arguments and errors as in the module.
     """
     given = {"top_k": top_k}
-    return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+    return sample("probs", probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
 @eager
@@ -225,7 +228,7 @@ def min_p_sampling_from_probs(
     Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; arguments and errors as in the module.
     """
     given = {"min_p": min_p}
-    return sample_probs(probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
+    return sample("probs", probs, given, "top_k_first", indices, generator, check_nan, seed, offset, return_valid)
 
 
 @eager
@@ -248,7 +251,7 @@ def top_k_top_p_sampling_from_probs(
     Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; other arguments as in the module.
     """
     given = {"top_k": top_k, "top_p": top_p}
-    return sample_probs(probs, given, filter_apply_order, indices, generator, check_nan, seed, offset, return_valid)
+    return sample("probs", probs, given, filter_apply_order, indices, generator, check_nan, seed, offset, return_valid)
 
 
 @eager

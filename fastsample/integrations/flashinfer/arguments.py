@@ -11,13 +11,18 @@ import torch
 
 from fastsample.checks import check_logits
 from fastsample.inputs import pack_offsets, pack_params, pack_seeds
-from fastsample.integrations.flashinfer.masses import bits_of, exactly, is_negative, rounded
+from fastsample.integrations.flashinfer.bits import exactly, is_negative, rounded
 from fastsample.params import write_columns
 
 Tensor = torch.Tensor
 
-_SMALLEST_P = 2.0**-126  # what the engines get instead of 0: their target is then 1, the most probable token
-_RANGES = {"top_k": "1 <= value", "top_p": "0 <= value <= 1", "min_p": "0 <= value <= 1"}
+_SMALLEST = 2.0**-126  # what the engines get instead of 0: as top_p, its target is 1, the most probable token
+_RANGES = {
+    "top_k": "1 <= value",
+    "top_p": "0 <= value <= 1",
+    "min_p": "0 <= value <= 1",
+    "temperature": "a finite number, 0 <= value <= 2^20",
+}
 
 
 def table(name: str, values: Any) -> Tensor:
@@ -39,15 +44,11 @@ def table(name: str, values: Any) -> Tensor:
 
 @dataclass
 class Limit:
-    """top_k, top_p or min_p: a number, or one value per row of the table."""
+    """top_k, top_p, min_p or temperature: a number, or one value per row of the table."""
 
     name: str
     value: Any  # int, float or Tensor [B]
     bad: Tensor | None = None  # bool [B]: out of range, where raising would mean waiting for the device
-
-    def column(self, device: torch.device) -> Tensor:
-        """float64 [B or 1, 1]."""
-        return torch.as_tensor(self.value, dtype=torch.float64, device=device).reshape(-1, 1)
 
 
 def limits(given: dict[str, Any], rows: int) -> tuple[Limit, ...]:
@@ -78,7 +79,9 @@ def _limit(name: str, value: Any, rows: int) -> Limit:
 
 
 def _in_range(name: str, value: Any) -> Any:
-    return value >= 1 if name == "top_k" else (value >= 0) & (value <= 1)
+    if name == "top_k":
+        return value >= 1
+    return (value >= 0) & (value <= (2**20 if name == "temperature" else 1))
 
 
 def pack(given: tuple[Limit, ...], order: str, like: Tensor) -> Tensor:
@@ -96,11 +99,11 @@ def _column(limit: Limit) -> Tensor:
     values: Tensor = limit.value
     if limit.name == "top_k":
         return values.clamp(max=2**31 - 1).int()
-    return values.float().clamp(min=_SMALLEST_P)
+    return values.float().clamp(min=_SMALLEST)
 
 
 def _number(value: float) -> float:
-    return value if isinstance(value, int) else max(value, _SMALLEST_P)
+    return value if isinstance(value, int) else max(value, _SMALLEST)
 
 
 @lru_cache(maxsize=256)
@@ -177,24 +180,15 @@ def _signed(word: int) -> int:
 # The rest ------------------------------------------------------------------------------------------------------------
 
 
-def temperatures(value: Any, x: Tensor) -> Tensor:
-    """Temperatures as float32 [B or 1, 1]; FlashInfer wants one per row or one number."""
+def temperatures(value: Any, x: Tensor) -> Limit:
+    """The temperature; FlashInfer wants one per row or one number."""
     if isinstance(value, Tensor):
         if value.shape != x.shape[:1] or not value.is_floating_point() or value.device != x.device:
             got = f"{value.dtype} {list(value.shape)} on {value.device}"
             raise ValueError(f"temperature: expected a number or floats, shape [{len(x)}], on {x.device}, got {got}")
-        column = value.detach().float()[:, None]
-        good = (column >= 0) & (column < float("inf"))
-        if x.device.type == "cpu" and not bool(good.all()):
-            row = int((~good).nonzero()[0, 0])
-            raise ValueError(f"temperature = {value[row].item()!r} (row {row}): expected a finite number, 0 <= value")
-        return torch.where(good, column, float("nan"))
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    elif not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"temperature = {value!r}: expected None, a number or a tensor [{len(x)}]")
-    number = float(value)
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"temperature = {value!r}: expected a finite number, 0 <= value")
-    return torch.full((1, 1), number, device=x.device)
+    return _limit("temperature", value, len(x))
 
 
 def check_order(order: str) -> None:
@@ -218,11 +212,6 @@ def count_outputs(indices: Tensor | None, values: Tensor) -> int:
     return len(indices)
 
 
-def check_no_nan(wanted: bool, name: str, values: Tensor) -> None:
-    if wanted:
-        raise_where(values.isnan().any(-1), name, values)
-
-
 def raise_where(bad: Tensor, name: str, values: Tensor, row_of: Tensor | None = None) -> None:
     """ValueError that names the first bad row [V] of `values` and what is wrong; bad[i] belongs to row_of[i]."""
     if not bool(bad.any()):
@@ -236,7 +225,7 @@ def raise_where(bad: Tensor, name: str, values: Tensor, row_of: Tensor | None = 
         reason = "a +inf"
     elif name == "logits":
         reason = "nothing above -inf"
-    elif bool(is_negative(bits_of(x)).any()):
+    elif bool(is_negative(x).any()):
         reason = f"a negative value, {float(exactly(x).amin()):g}"
     else:
         reason = "nothing above 0"

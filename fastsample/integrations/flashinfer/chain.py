@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from fastsample.integrations.flashinfer.arguments import pack_seed_offset, raise_where, table
+from fastsample import reference as spec
+from fastsample.integrations.flashinfer.arguments import pack, pack_seed_offset, raise_where, table
+from fastsample.integrations.flashinfer.bits import exactly, excess
 from fastsample.integrations.flashinfer.eager import eager
-from fastsample.integrations.flashinfer.masses import bits_of, exactly, excess, peaks, scale
 from fastsample.integrations.flashinfer.pipeline import draw, uniform60
 
 Tensor = torch.Tensor
@@ -58,7 +59,7 @@ def chain_speculative_sampling(
     passes = _passes(draft, target, ids, seeds, offsets)
     prefix = passes.int().cumprod(-1).sum(-1)
     wanted = _wanted(draft, target, prefix)
-    last = draw(*scale(wanted), seeds, offsets, None)
+    last = draw("probs", wanted, pack((), "top_k_first", wanted), seeds, offsets)
     if draft.device.type == "cpu":
         raise_where(last < 0, "target_probs", wanted)
 
@@ -126,7 +127,8 @@ def _table(name: str, probs: Any, batch: int, count: int) -> Tensor:
         raise ValueError(f"{name}: expected shape [{batch}, {count}, V], got {tuple(probs.shape)}")
     checked = table(name, probs.reshape(batch * count, probs.shape[2])).view(probs.shape)
     if checked.device.type == "cpu" and checked.numel():
-        raise_where(~peaks(bits_of(checked))[1], name, checked)
+        status = spec.check_probs(checked.float())
+        raise_where((status == spec.NAN) | (status == spec.POSITIVE_INFINITY), name, checked)
     return checked
 
 
