@@ -16,7 +16,7 @@ import torch
 from cases import MAKERS
 from definitions import judge, log_softmax
 from goodness import LEAST_P, chi_square
-from llama import Chain, chain, dry, vocabulary
+from llama_chain import Chain, chain, dry, vocabulary
 from stacks import missing
 
 import fastsample as fs
