@@ -113,12 +113,15 @@ def gpu(
     tests: Annotated[bool, typer.Option(help="Run the gpu tests first.")] = True,
     batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8, 64 and 256]")] = None,
     vocab: Annotated[Numbers, typer.Option(help="[default: 32000, 128256 and 262144]")] = None,
+    mode: Annotated[Names, typer.Option(help="These modes of bench/modes.py. [default: six of them]")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """On a GPU: the gpu tests, then every mode against torch's own operations, FlashInfer and vLLM."""
-    from bench.gpu import BATCHES, VOCABS, run
+    """On a GPU: the gpu tests, then the modes against torch's own operations, FlashInfer and vLLM."""
+    from bench.gpu import BATCHES, NAMES, VOCABS, run
+    from bench.modes import BY_NAME
 
-    run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out)
+    known(mode, BY_NAME, "--mode")
+    run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out, mode or NAMES)
 
 
 @app.command()

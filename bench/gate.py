@@ -19,18 +19,19 @@ SMALL = (4, 512)  # rows, vocab: small enough to notice a kept token that is nev
 DRAWS, SECONDS = 4000, 0.4  # tokens looked at, at most
 ALPHA = 1e-6  # probability of refusing a correct peer
 EDGE = 2e-4  # a token this close to a filter's limit may be kept or not: float sums over a row round
-ROWS = 2  # rows recomputed by the reference: a row's tokens depend on nothing else
+ROWS = 2  # rows recomputed by the reference, of long histories one: a row's tokens depend on nothing else
 
 
 def engine_differs(mode: Mode, logits: torch.Tensor, backend: str, **fields: Any) -> str | None:
     """Why the first rows' tokens of two steps are not the reference's, or None."""
-    part = rows_of(mode, logits)[:ROWS].cpu()
+    rows = 1 if mode.history else ROWS
+    part = rows_of(mode, logits)[:rows].cpu()
     step = prepare(mode, logits, backend, **fields)  # its preparation was the step at offset 0
     if mode.call:
         return draws_differ(step, mode, logits, fields)
     count = mode.request.get("num_samples", 1)
     extras = {name: tensor.cpu() for name, tensor in extra_inputs(mode, logits).items()}
-    extras = {name: tensor[:ROWS] for name, tensor in extras.items()}
+    extras = {name: tensor[:rows] for name, tensor in extras.items()}
     for offset in (1, 2):
         got = step().tokens.reshape(logits.shape[0], count)[: len(part)].cpu()
         options = {"seed": SEED, "offset": offset, "backend": "reference", **mode.request, **extras}

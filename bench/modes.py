@@ -112,7 +112,7 @@ def extra_inputs(mode: Mode, logits: torch.Tensor) -> dict[str, Any]:
     """For modes that use them: a bitmask that allows everything, 250 prompt ids and 250 output ids; or a history."""
     rows, vocab = logits.shape
     if mode.history:
-        return {"output_ids": history(mode.history, rows, vocab).to(logits.device)}
+        return {"output_ids": history(mode.history, logits).to(logits.device)}
     if not mode.extras:
         return {}
     ids = torch.randint(vocab, (rows, 500), generator=torch.Generator().manual_seed(3)).to(logits.device)
@@ -120,14 +120,18 @@ def extra_inputs(mode: Mode, logits: torch.Tensor) -> dict[str, Any]:
     return {"bitmask": words, "prompt_ids": ids[:, :250], "output_ids": ids[:, 250:]}
 
 
-def history(kind: str, rows: int, vocab: int) -> torch.Tensor:
-    """Token ids int64 [rows, HISTORY]: one token, or text, whose words return and whose end stands in it twice."""
+def history(kind: str, logits: torch.Tensor) -> torch.Tensor:
+    """Token ids int64 [rows, HISTORY]: the most probable token alone, or a text of probable ones.
+
+    The text's last twelve ids stand in its middle too, before the most probable token.
+    """
+    words = logits.topk(min(1000, logits.shape[1])).indices.cpu()
     if kind == "one token":
-        return torch.full((rows, HISTORY), vocab // 2)
-    g = torch.Generator().manual_seed(4)
-    words = torch.randint(vocab, (rows, 1000), generator=g)
-    ids = words.gather(1, (torch.rand(rows, HISTORY, generator=g) ** 3 * 1000).long())
-    ids[:, -12:] = ids[:, 2000:2012]
+        return words[:, :1].repeat(1, HISTORY)
+    often = torch.rand(len(words), HISTORY, generator=torch.Generator().manual_seed(4)) ** 3
+    ids, middle = words.gather(1, (often * words.shape[1]).long()), HISTORY // 2
+    ids[:, middle + 12] = words[:, 0]
+    ids[:, -12:] = ids[:, middle : middle + 12]
     return ids
 
 
