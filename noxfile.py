@@ -16,6 +16,7 @@ import nox
 ROOT = Path(__file__).parent.resolve()
 NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where no test looks at it: its kernels compile for minutes
 ALL = ("-m", "")  # the slow tests too
+TOOLS = ("pytest>=8", "hypothesis>=6.100", "scipy>=1.11")
 
 nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "tests"]
@@ -68,7 +69,7 @@ def stack(session: nox.Session, name: str, *bare: str) -> None:
 
     The wheels in `bare` are installed without their dependencies, which are for GPUs.
     """
-    session.install("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "typer>=0.22", "rich>=13")
+    session.install(*TOOLS, "typer>=0.22", "rich>=13")
     session.install("-r", str(ROOT / "tests" / "requirements" / f"{name}.txt"))
     session.install("--no-deps", *bare)
     if session.posargs[:1] == ["bench"]:
@@ -92,6 +93,27 @@ def vllm(session: nox.Session) -> None:
 def sglang(session: nox.Session) -> None:
     """SGLang's engine on the CPU."""
     stack(session, "sglang", "sglang==0.5.23", "xgrammar")
+
+
+@nox.session
+def llama_cpp(session: nox.Session) -> None:
+    """Kept sets, XTC and DRY against llama.cpp's samplers, of which only the library without backends is compiled."""
+    session.install("-e", ".", *TOOLS, "cmake", "ninja", *NO_CUDA)
+    requirements, built = ROOT / "tests" / "requirements" / "llama_cpp.txt", Path(session.create_tmp()) / "llama.cpp"
+    session.run("pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(built), "-r", str(requirements))
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(built, filter="data")
+    source = next(path for path in built.iterdir() if path.is_dir() and path.name.startswith("llama_cpp_python"))
+    session.install(str(source), "-C", "cmake.define.LLAMA_BUILD=OFF")  # the bindings alone
+    wanted = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON"}
+    unwanted = [f"LLAMA_BUILD_{part}" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
+    options = wanted | dict.fromkeys((*unwanted, "GGML_CPU", "GGML_NATIVE", "GGML_CCACHE"), "OFF")
+    define = [f"-D{name}={value}" for name, value in options.items()]
+    folder = str(built / "build")
+    session.run("cmake", "-G", "Ninja", "-S", str(source / "vendor" / "llama.cpp"), "-B", folder, *define, silent=True)
+    session.run("cmake", "--build", folder, "--target", "llama", silent=True)
+    library = {"LLAMA_CPP_LIB_PATH": str(built / "build" / "bin")}
+    session.run("pytest", *ALL, *_test_files(["llama_cpp"]), *session.posargs, env=library)
 
 
 @nox.session

@@ -72,6 +72,7 @@ def peers() -> None:
 
 @app.command()
 def cpu(
+    mode: Annotated[Names, typer.Option(help="Only these modes of bench/modes.py.")] = None,
     logits: Annotated[str, typer.Option(help="Maker of logits in tests/support/cases.py.")] = "flat",
     vocab: Annotated[int, typer.Option(min=1, max=2**20)] = 128256,
     batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1 and 64]")] = None,
@@ -80,13 +81,14 @@ def cpu(
     seconds: Annotated[float, typer.Option(help="Time for each mode.")] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """The CPU engine's modes against torch.amax over the same logits, beside what is aimed at."""
+    """The CPU engine's modes against torch.amax or a plainer mode, beside what is aimed at."""
     from bench.cpu import run
-    from bench.modes import MAKERS
+    from bench.modes import BY_NAME, MAKERS
 
+    known(mode, BY_NAME, "--mode")
     known([logits], MAKERS, "--logits")
     known([dtype], ("float32", "float16", "bfloat16"), "--dtype")
-    raise typer.Exit(run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out))
+    raise typer.Exit(run(logits, vocab, batch or [1, 64], dtype, threads, seconds, out, mode or ()))
 
 
 @app.command()
@@ -111,12 +113,15 @@ def gpu(
     tests: Annotated[bool, typer.Option(help="Run the gpu tests first.")] = True,
     batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8, 64 and 256]")] = None,
     vocab: Annotated[Numbers, typer.Option(help="[default: 32000, 128256 and 262144]")] = None,
+    mode: Annotated[Names, typer.Option(help="These modes of bench/modes.py. [default: six of them]")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """On a GPU: the gpu tests, then every mode against torch's own operations, FlashInfer and vLLM."""
-    from bench.gpu import BATCHES, VOCABS, run
+    """On a GPU: the gpu tests, then the modes against torch's own operations, FlashInfer and vLLM."""
+    from bench.gpu import BATCHES, NAMES, VOCABS, run
+    from bench.modes import BY_NAME
 
-    run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out)
+    known(mode, BY_NAME, "--mode")
+    run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out, mode or NAMES)
 
 
 @app.command()

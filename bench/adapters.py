@@ -9,7 +9,6 @@ import ctypes
 import json
 import tempfile
 import time
-import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -106,6 +105,9 @@ def hugging_face(mode: Mode, logits: Tensor) -> Step:
         ("top_k", lp.TopKLogitsWarper),
         ("top_p", lp.TopPLogitsWarper),
         ("min_p", lp.MinPLogitsWarper),
+        ("typical_p", lp.TypicalLogitsWarper),
+        ("epsilon_cutoff", lp.EpsilonLogitsWarper),
+        ("eta_cutoff", lp.EtaLogitsWarper),
     ):
         if name in f:
             warpers.append(warper(f[name]))
@@ -189,40 +191,32 @@ class OnnxRuntime:
 class LlamaCpp:
     """llama.cpp's sampler chain over raw logits, row by row; with `fill`, building the candidate array is timed too."""
 
-    ENTRY = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-
     def __init__(self, mode: Mode, logits: Tensor, fill: bool) -> None:
         import llama_cpp as lc
+        from llama_chain import ENTRY
 
-        f = mode.fields
         self.fill = fill
         self.rows = logits.numpy()
         self.ids = np.arange(logits.shape[1], dtype=np.int32)
-        self.buffer = np.zeros(logits.shape[1], dtype=self.ENTRY)
-        data = self.buffer.ctypes.data_as(ctypes.POINTER(lc.llama_token_data))
+        self.buffer = np.zeros(logits.shape[1], dtype=ENTRY)
+        self.data = self.buffer.ctypes.data_as(ctypes.POINTER(lc.llama_token_data))
         self.size = logits.shape[1]
-        self.array = lc.llama_token_data_array(data=data, size=self.size, selected=-1, sorted=False)
-        self.chain = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
-        parts = [lc.llama_sampler_init_greedy()]
-        if f["temperature"] > 0:  # top-k first: the order is the same, and the others see only k candidates
-            parts = [lc.llama_sampler_init_top_k(f["top_k"])] if "top_k" in f else []
-            parts.append(lc.llama_sampler_init_temp(f["temperature"]))
-            parts += [lc.llama_sampler_init_top_p(f["top_p"], 1)] if "top_p" in f else []
-            parts += [lc.llama_sampler_init_min_p(f["min_p"], 1)] if "min_p" in f else []
-            parts.append(lc.llama_sampler_init_dist(11))
-        for part in parts:
-            lc.llama_sampler_chain_add(self.chain, part)
+        self.array = lc.llama_token_data_array(data=self.data, size=self.size, selected=-1, sorted=False)
         self.apply, self.reference = lc.llama_sampler_apply, ctypes.byref(self.array)
-        weakref.finalize(self, lc.llama_sampler_free, self.chain)
+        ids = extra_inputs(mode, logits).get("output_ids")
+        histories = [[]] if ids is None else ids.tolist()
+        self.chains = [chain_of(mode, history, self.size) for history in histories]
 
     def run(self) -> tuple[list[int], float]:
         tokens, spent = [], 0.0
-        for row in self.rows:
+        for i, row in enumerate(self.rows):
+            chain = self.chains[i % len(self.chains)].chain
             start = time.perf_counter()
             self.buffer["id"], self.buffer["logit"] = self.ids, row
-            self.array.size, self.array.selected, self.array.sorted = self.size, -1, False
+            self.array.data, self.array.size = self.data, self.size  # XTC moves the one, others shrink the other
+            self.array.selected, self.array.sorted = -1, False
             filled = time.perf_counter()
-            self.apply(self.chain, self.reference)
+            self.apply(chain, self.reference)
             tokens.append(self.array.data[self.array.selected].id)
             spent += time.perf_counter() - (start if self.fill else filled)
         return tokens, spent
@@ -232,6 +226,25 @@ class LlamaCpp:
 
     def __call__(self) -> list[int]:
         return self.run()[0]
+
+
+def chain_of(mode: Mode, history: list[int], vocab: int) -> Any:
+    """A chain with this history. Top-k is first: what is kept is the same, and the others see only k candidates."""
+    import llama_cpp as lc
+    from llama_chain import Chain, dry, parts, vocabulary
+
+    f = mode.fields
+    if f["temperature"] == 0:
+        return Chain([lc.llama_sampler_init_greedy()])
+    last = f.get("order") == "temperature_last"
+    filters = ("typical_p", "top_p", "min_p") if last else ("temperature", "top_p", "min_p", "typical_p")
+    names = ("top_n_sigma", "top_k", *filters, "xtc_probability", *(["temperature"] if last else []))
+    made = parts(f, 11)
+    dry_first = [dry(f, len(history), vocabulary(vocab), False)] if "dry_multiplier" in f else []
+    drawn = lc.llama_sampler_init_dist(12)  # another seed than XTC's
+    chain = Chain([*dry_first, *(made[name]() for name in names if name in f), drawn])
+    chain.accept(history)
+    return chain
 
 
 # mlx, vLLM, SGLang ----------------------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ import fastsample as fs
 from bench import gate, peers
 from bench.modes import BY_NAME, FILTERS, make_logits, prepare
 from bench.record import RESULTS, Results, console, load, machine, slug
-from bench.summary import disturbed
+from bench.summary import AMAX, disturbed
 from bench.timing import Others, Step, bandwidth, in_turns, seconds, spread
 from fastsample.backends.cpu import native
 
-AMAX, ONE_THREAD, FLOAT32 = "torch.amax", "one thread", "float32"
+ONE_THREAD, FLOAT32 = "one thread", "float32"
 PLAIN = ("greedy", "k50 p.95", "min_p", "p.95", "T")
 DISTRIBUTIONS = ("flat", "lm", "peaked", "equal", "ties", "ascending", "descending", "half_masked")
 FROM_MEMORY = 2**25  # logits, 128 MiB of float32: more than a cache holds

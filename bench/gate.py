@@ -11,7 +11,7 @@ import torch
 from scipy.stats import kstest
 
 import fastsample as fs
-from bench.modes import BY_NAME, MAKERS, SEED, Mode, extra_inputs, prepare
+from bench.modes import BY_NAME, MAKERS, SEED, Mode, extra_inputs, prepare, rows_of
 from bench.peers import Peer, tokens_of
 from bench.timing import Step
 
@@ -19,16 +19,19 @@ SMALL = (4, 512)  # rows, vocab: small enough to notice a kept token that is nev
 DRAWS, SECONDS = 4000, 0.4  # tokens looked at, at most
 ALPHA = 1e-6  # probability of refusing a correct peer
 EDGE = 2e-4  # a token this close to a filter's limit may be kept or not: float sums over a row round
-ROWS = 2  # rows recomputed by the reference: a row's tokens depend on nothing else
+ROWS = 2  # rows recomputed by the reference, of long histories one: a row's tokens depend on nothing else
 
 
 def engine_differs(mode: Mode, logits: torch.Tensor, backend: str, **fields: Any) -> str | None:
     """Why the first rows' tokens of two steps are not the reference's, or None."""
-    part = logits[:ROWS].cpu()
+    rows = 1 if mode.history else ROWS
+    part = rows_of(mode, logits)[:rows].cpu()
     step = prepare(mode, logits, backend, **fields)  # its preparation was the step at offset 0
+    if mode.call:
+        return draws_differ(step, mode, logits, fields)
     count = mode.request.get("num_samples", 1)
     extras = {name: tensor.cpu() for name, tensor in extra_inputs(mode, logits).items()}
-    extras = {name: tensor[:ROWS] for name, tensor in extras.items()}
+    extras = {name: tensor[:rows] for name, tensor in extras.items()}
     for offset in (1, 2):
         got = step().tokens.reshape(logits.shape[0], count)[: len(part)].cpu()
         options = {"seed": SEED, "offset": offset, "backend": "reference", **mode.request, **extras}
@@ -59,7 +62,7 @@ def draws_differ(step: Step, mode: Mode, logits: torch.Tensor, fields: dict[str,
     not depend on the row, so one Kolmogorov-Smirnov test covers all rows and draws.)
     """
     tokens = collect(step, logits.shape[0])
-    wide, options = logits.float(), {**mode.fields, **fields}
+    wide, options = logits.float(), {"temperature": 1.0, **mode.fields, **fields}
     extras = extra_inputs(mode, logits)
     if options["temperature"] == 0:
         best = wide.amax(-1).cpu()
@@ -93,15 +96,19 @@ def collect(step: Step, rows: int) -> torch.Tensor:
 def widened(options: dict[str, Any]) -> dict[str, Any]:
     """The same filters, slightly wider, with ties kept."""
     wide = {**options, "ties": "all"}
-    if "top_p" in options:
-        wide["top_p"] = min(1.0, options["top_p"] + EDGE)
-    if "min_p" in options:
-        wide["min_p"] = options["min_p"] * (1 - EDGE)
+    for name in ("top_p", "typical_p"):
+        if name in options:
+            wide[name] = min(1.0, options[name] + EDGE)
+    for name in ("min_p", "epsilon_cutoff", "eta_cutoff", "top_a"):
+        if name in options:
+            wide[name] = options[name] * (1 - EDGE)
+    if "top_n_sigma" in options:
+        wide["top_n_sigma"] = options["top_n_sigma"] * (1 + EDGE)
     return wide
 
 
 def penalties(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name.endswith("_penalty")}
+    return {name: value for name, value in options.items() if name.endswith("_penalty") or name.startswith("dry_")}
 
 
 def in_front(probs: torch.Tensor, keys: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:

@@ -11,7 +11,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.table import Table
 
 import fastsample as fs
 from bench import gate, peers
-from bench.modes import MODES, Mode, make_logits, prepare
+from bench.modes import BY_NAME, Mode, make_logits, prepare
 from bench.record import Results, console, packages
 from fastsample.backends import engine
 
@@ -129,7 +129,7 @@ def contenders() -> dict[str, tuple[Make, Differs, tuple[str, ...]]]:
             found[f"fastsample {name}"] = (
                 partial(prepare, backend=name),
                 lambda mode, logits, _, name=name: gate.engine_differs(mode, logits, name),
-                NAMES,
+                tuple(BY_NAME),
             )
     for peer in peers.PEERS:
         if "cuda" in peer.devices and peer.why_not() is None:
@@ -204,7 +204,9 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
     return found
 
 
-def run(minutes: float, tests: bool, batches: list[int], vocabs: list[int], out: Path | None) -> None:
+def run(
+    minutes: float, tests: bool, batches: list[int], vocabs: list[int], out: Path | None, names: Iterable[str] = NAMES
+) -> None:
     """Test, measure, print, and write JSON to `out` after every figure."""
     screen = console()
     if not torch.cuda.is_available():
@@ -212,7 +214,7 @@ def run(minutes: float, tests: bool, batches: list[int], vocabs: list[int], out:
         sys.exit(1)
     budget = Budget(60 * minutes)
     tested = run_tests(budget, screen) if tests else {"passed": None, "summary": "not run"}
-    modes = [mode for name in NAMES for mode in MODES if mode.name == name]
+    modes = [BY_NAME[name] for name in names]
     results = Results(out, "gpu", machine())
     results.data["tests"] = tested
     try:

@@ -22,6 +22,7 @@ from bench.record import console
 from bench.timing import Step
 
 Tensor = torch.Tensor
+PLAIN = ("greedy", "k50 p.95", "min_p", "p.95", "T")
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
@@ -35,7 +36,7 @@ class Peer:
     modules: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu",)
     fields: dict[str, Any] = field(default_factory=dict)  # our parameters for the same distribution
-    modes: tuple[str, ...] = ("greedy", "k50 p.95", "min_p", "p.95", "T")
+    modes: tuple[str, ...] = PLAIN
 
     def why_not(self) -> str | None:
         """Why it cannot run here, with the pip line, or None."""
@@ -49,6 +50,8 @@ class Peer:
         return None
 
 
+_LLAMA = (*PLAIN, "top-n-sigma", "typical", "k50 typical", "XTC", "k50 XTC", "DRY", "DRY one token", "min_p XTC DRY")
+_LLAMA = (*_LLAMA, "llama.cpp")
 _CHAIN = "apply of a sampler chain, called row by row through ctypes, one thread"
 PEERS = [
     Peer(
@@ -57,6 +60,7 @@ PEERS = [
         "pip install 'transformers>=5'",
         "transformers' warpers, softmax and torch.multinomial, as generate runs them; not generate's float32 copy",
         ("transformers",),
+        modes=(*PLAIN, "typical", "epsilon", "eta", "k50 typical", "k50 epsilon", "k50 eta"),
     ),
     Peer(
         "torch",
@@ -80,6 +84,7 @@ PEERS = [
         "pip install llama-cpp-python  (compiles llama.cpp: minutes)",
         f"{_CHAIN}; not the filling of its candidate array, which llama.cpp needs before every token",
         ("llama_cpp",),
+        modes=_LLAMA,
     ),
     Peer(
         "llama.cpp + fill",
@@ -87,6 +92,7 @@ PEERS = [
         "pip install llama-cpp-python  (compiles llama.cpp: minutes)",
         f"{_CHAIN}; with the filling of the candidate array, here from numpy",
         ("llama_cpp",),
+        modes=_LLAMA,
     ),
     Peer(
         "mlx-lm",

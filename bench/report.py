@@ -17,6 +17,7 @@ from bench.summary import (
     Grid,
     amax_grid,
     disturbed,
+    filter_grid,
     generate_grid,
     gpu_grid,
     peer_grid,
@@ -44,7 +45,7 @@ def grids(machine: Machine) -> list[Grid]:
     places = {tuple(r[key] for key in keys) for r in machine.of("compare", section="peers")}
     ordered = sorted(places, key=lambda place: (place[0], place[1] != "lm", *place[2:]))
     found = [peer_grid(machine, **dict(zip(keys, place, strict=True))) for place in ordered]
-    found += [generate_grid(machine), amax_grid(machine), spread_grid(machine)]
+    found += [generate_grid(machine), amax_grid(machine), filter_grid(machine), spread_grid(machine)]
     found += [section_grid(machine, name, *words) for name, words in SECTIONS.items()]
     return [grid for grid in [*found, gpu_grid(machine)] if grid]
 

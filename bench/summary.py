@@ -12,6 +12,7 @@ from bench.peers import PEERS
 from bench.record import Machine, Record, load
 from bench.timing import duration, factor, three_digits
 
+AMAX = "torch.amax"
 BEGIN, END = "<!-- bench: begin, written by `python -m bench readme` -->", "<!-- bench: end -->"
 SECTIONS = {
     "dtype": ("16-bit logits against float32", "float32 / 16 bits"),
@@ -118,7 +119,7 @@ def generate_grid(machine: Machine) -> Grid | None:
 
 def amax_grid(machine: Machine) -> Grid | None:
     """The `cpu` command's figures beside what is aimed at."""
-    records = [r for r in machine.of("cpu") if "us" in r]
+    records = [r for r in machine.of("cpu") if "us" in r and "against" not in r]
     if not records:
         return None
     grid = Grid(
@@ -129,6 +130,20 @@ def amax_grid(machine: Machine) -> Grid | None:
         ratio = f"{middle(r, 'ratio'):.2f} ({r['ratio']['p10']:.2f} - {r['ratio']['p90']:.2f})"
         place = [r["mode"], r["logits"], str(r["rows"]), f"{r['vocab']:,}"]
         grid.lines.append([*place, f"{middle(r, 'us'):.1f}", ratio, aim])
+    return grid
+
+
+def filter_grid(machine: Machine) -> Grid | None:
+    """What each filter adds: the `cpu` command's figures of modes that are measured beside another."""
+    records = [r for r in machine.of("cpu") if "us" in r and "against" in r]
+    if not records:
+        return None
+    grid = Grid("What a filter adds", ["mode", "logits", "B", "V", "us", "against", "its us", "ratio", "aimed at"])
+    for r in sorted(records, key=lambda r: (r["logits"], r["rows"])):
+        aim = "" if r["limit"] is None else f"<= {r['limit']:g}"
+        ratio = f"{middle(r, 'ratio'):.2f} ({r['ratio']['p10']:.2f} - {r['ratio']['p90']:.2f})"
+        place = [r["mode"], r["logits"], str(r["rows"]), f"{r['vocab']:,}", f"{middle(r, 'us'):.1f}"]
+        grid.lines.append([*place, r["against"], f"{middle(r, 'against_us'):.1f}", ratio, aim])
     return grid
 
 
@@ -271,7 +286,7 @@ def peer_parts(machine: Machine) -> list[str]:
 
 
 def detail_grids(machine: Machine) -> list[Grid]:
-    grids = [amax_grid(machine), spread_grid(machine)]
+    grids = [amax_grid(machine), filter_grid(machine), spread_grid(machine)]
     grids += [section_grid(machine, name, *words) for name, words in SECTIONS.items()]
     return [grid for grid in grids if grid]
 

@@ -1,4 +1,7 @@
-"""The benchmarks: do they refuse wrong work, keep what was measured, and say what the files say? No time is tested."""
+"""The benchmarks: do they keep what was measured, and say what the files say? No time is tested.
+
+Whether they refuse wrong work is asked in test_bench_gate.py.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner
-
-import fastsample as fs
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # behind site-packages, where the fastsample under test is
@@ -41,64 +42,7 @@ def measured(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["results"]
 
 
-# The red gate ---------------------------------------------------------------------------------------------------------
-
-
-def drawing(logits: torch.Tensor, **fields: Any) -> timing.Step:
-    """A peer's step: draws by torch from the distribution of some parameters."""
-    probs = fs.probabilities(logits, **fields)
-    g = torch.Generator().manual_seed(5)
-    return lambda: probs.multinomial(1, generator=g)
-
-
-@pytest.mark.parametrize("maker", ["flat", "lm", "peaked", "equal"])
-@pytest.mark.parametrize("mode", [m for m in MODES if not m.extras and not m.request], ids=lambda mode: mode.name)
-def test_gate_passes_the_same_distribution(mode, maker):
-    x = make_logits(maker, 3, 700, torch.float32)
-    assert gate.draws_differ(drawing(x, **mode.fields), mode, x, {}) is None
-
-
-WRONG = {
-    "temperature": ("T", {"temperature": 1.0}, "do not fit"),
-    "no top-p": ("p.95", {"temperature": 0.8}, "outside"),
-    "no min-p": ("min_p", {"temperature": 0.8}, "outside"),
-    "no top-k": ("k50 p.95", {"temperature": 0.8, "top_p": 0.95}, "outside"),
-    "fewer kept": ("k50 p.95", {"temperature": 0.8, "top_k": 40, "top_p": 0.95}, "do not fit"),
-    "greedy": ("k50 p.95", {"temperature": 0.0}, "never drawn"),
-    "not greedy": ("greedy", {"temperature": 0.8}, "not the row's maximum"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_gate_refuses_another_distribution(name):
-    mode, fields, reason = WRONG[name]
-    x = make_logits("flat", 4, 512, torch.float32)
-    assert reason in gate.draws_differ(drawing(x, **fields), BY_NAME[mode], x, {})
-
-
-def test_gate_refuses_shifted_ids():
-    x = make_logits("lm", 4, 512, torch.float32)
-    right = drawing(x, **BY_NAME["k50 p.95"].fields)
-    assert "outside" in gate.draws_differ(lambda: (right() + 1) % 512, BY_NAME["k50 p.95"], x, {})
-
-
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-def test_engine_gate(mode, monkeypatch):
-    x = make_logits("flat", 3, 700, torch.bfloat16)
-    assert gate.engine_differs(mode, x, "cpu") is None
-    if mode.name != "greedy":
-        monkeypatch.setattr(gate, "SEED", 2)  # the reference draws with another seed: as if the engine drew wrongly
-        assert "differ from the reference's" in gate.engine_differs(mode, x, "cpu")
-
-
-@pytest.mark.parametrize("peer", [p for p in peers.PEERS if "cpu" in p.devices], ids=lambda peer: peer.name)
-def test_peers_draw_as_we_do_or_say_how_to_install_them(peer):
-    missing = peer.why_not()
-    if missing:
-        assert peer.install in missing
-        return
-    for mode in peer.modes:
-        assert gate.peer_differs(peer, mode, "cpu") is None
+# Peers ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_peer_that_breaks_is_listed(monkeypatch, tmp_path):
@@ -178,7 +122,8 @@ def test_a_wrong_engine_has_no_figure(tmp_path, monkeypatch):
     compare.ours_differs.cache_clear()
     args = ("--section", "batch", "--mode", "T", "--no-plots")
     bench("compare", *SMALL, *args, "--out", tmp_path / "c.json", status=1)
-    bench("cpu", *SMALL, "--out", tmp_path / "cpu.json", status=1)
+    names = [word for mode in MODES for word in ("--mode", mode.name)]
+    bench("cpu", *SMALL, *names, "--out", tmp_path / "cpu.json", status=1)
     compare.ours_differs.cache_clear()
     assert all("us" not in r and r["refused"].startswith("ours: ") for r in measured(tmp_path / "c.json"))
     assert all(("us" in r) == (r["mode"] == "greedy") for r in measured(tmp_path / "cpu.json"))
@@ -224,6 +169,19 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
     assert len(measured(out)) < len(compare.points(compare.Choice(sections=("logits",))))
 
 
+def test_cpu_measures_a_mode_beside_another(tmp_path):
+    out = tmp_path / "cpu.json"
+    text = bench("cpu", *SMALL, "--mode", "from_probs", "--mode", "T", "--out", out)
+    beside, alone = measured(out)
+    assert (beside["mode"], beside["against"], beside["limit"]) == ("from_probs", "from_logits", 1.5)
+    assert (alone["mode"], "against" in alone) == ("T", False)
+    assert "from_logits" in text
+    assert "torch.amax" in text
+    (machine,) = record.load([out])
+    assert [line[0] for line in summary.amax_grid(machine).lines] == ["T"]
+    assert [line[0] for line in summary.filter_grid(machine).lines] == ["from_probs"]
+
+
 def test_generate(tmp_path):
     out = tmp_path / "g.json"
     args = ("generate", "--model", "shipped", "--batch", "2", "--tokens", "3", "--seconds", "0", "--out", out)
@@ -261,9 +219,12 @@ def test_gpu_times_nothing_that_is_wrong(monkeypatch):
     assert gpu.table([good, bad], "").row_count == 1
 
 
-@pytest.mark.parametrize("option", ["--section", "--peer", "--mode", "--logits"])
-def test_unknown_names(option):
-    text = bench("compare", option, "nonsense", status=2)
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [*(("compare", option) for option in ("--section", "--peer", "--mode", "--logits")), ("cpu", "--mode")],
+)
+def test_unknown_names(command, option):
+    text = bench(command, option, "nonsense", status=2)
     assert f"{option}: 'nonsense': expected one of " in text.replace("for '", "").replace(f"{option}'", option)
 
 
