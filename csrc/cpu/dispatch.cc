@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "core/process.h"
 #include "cpu/platform.h"
 #include "cpu/pool.h"
 
@@ -130,11 +131,6 @@ class OwnScratch {
   std::unique_ptr<Scratch> own_;
 };
 
-int64_t ids_of_a_row(const Batch& batch) {
-  const Rows& rows = batch.rows;
-  return (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
-}
-
 Workspace workspace_for(const Batch& batch, Scratch& scratch) {
   size_t biases = 0;
   if (const int64_t* ptr = batch.rows.bias.row_ptr) {
@@ -143,7 +139,8 @@ Workspace workspace_for(const Batch& batch, Scratch& scratch) {
     biases = (size_t)most;
   }
   const bool many_draws = batch.out.tokens && batch.out.num_samples >= kManyDraws;
-  return scratch.workspace(batch.logits.vocab, biases, (size_t)ids_of_a_row(batch), many_draws);
+  return scratch.workspace(batch.logits.vocab, biases, (size_t)ids_of_a_row(batch.rows),
+                           many_draws);
 }
 
 const void* row_address(const Logits& l, int64_t row) {
@@ -209,7 +206,7 @@ void run_units(Work& work, int thread, Scratch& scratch) {
   const Units& units = work.units;
   const Batch& batch = units.batch;
   const int64_t count = units.count();
-  const int64_t length = batch.logits.vocab + ids_of_a_row(batch);
+  const int64_t length = batch.logits.vocab + ids_of_a_row(batch.rows);
   Workspace workspace = workspace_for(batch, scratch);
   int64_t invalid = 0, done = 0;
   for (int i = 0; i < work.threads; ++i) {
