@@ -1,11 +1,14 @@
-"""Stages 0 to 3: bitmask, bias, penalties (stem of csrc/core/process.h).
+"""Stages 0 to 3: bitmask, bias, penalties, history edits (stem of csrc/core/process.h).
 
 Rows that are edited are copied to the workspace as float32: `prepare` upcasts, masks and clears the counts, `edit` adds
-the bias and counts the token ids, and the scan of sample.py penalises each token when it first reads it.
+the bias and counts the token ids, and the scan of sample.py penalises each token when it first reads it. Where a row's
+history is asked about, a second plane of counts has the longest repetition of each token.
 """
 
 import triton
 import triton.language as tl
+
+from .history import PARTS, after_repetition, clear_history, collect, find_repetitions, uses_history
 
 NEG_INF = tl.constexpr(float("-inf"))
 IN_PROMPT = tl.constexpr(1 << 30)  # bit of a token's count word; the bits below count its occurrences in the output
@@ -48,7 +51,22 @@ def penalise(x, count, repetition, frequency, presence):
     return tl.where((count > 0) & (presence != 0.0), x - presence, x)
 
 
-@triton.jit(do_not_specialize=["mask_words"])
+@triton.jit
+def repetitions(counts, x_stride):
+    """The plane of the longest repetitions, given a row's counts. Grid: rows, ..."""
+    return counts + tl.num_programs(0).to(tl.int64) * x_stride
+
+
+@triton.jit
+def repeat(x, ids, vocab, counts, x_stride, record):
+    """The history edits of stage 3, of a row that has any, for some of its tokens."""
+    longest = tl.load(repetitions(counts, x_stride) + ids, mask=ids < vocab, other=0)
+    if tl.max(longest) > 0:
+        x = after_repetition(x, longest, record)
+    return x
+
+
+@triton.jit(do_not_specialize=["mask_words", "record_stride"])
 def prepare(
     logits,
     stride,
@@ -56,9 +74,11 @@ def prepare(
     mask_stride,
     mask_words,
     x,  # float32 [B, x_stride]
-    counts,  # int32 [B, x_stride]
+    counts,  # int32 [2, B, x_stride]
     x_stride,
     vocab,
+    records,
+    record_stride,
     HAS_MASK: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -72,7 +92,10 @@ def prepare(
         value = tl.where(allowed(mask + row * mask_stride, mask_words, ids), value, NEG_INF)
     tl.store(x + row * x_stride + ids, value, mask=inside)
     if HAS_COUNTS:
-        tl.store(counts + row * x_stride + ids, tl.zeros([BLOCK], tl.int32), mask=inside)
+        counts += row * x_stride
+        tl.store(counts + ids, tl.zeros([BLOCK], tl.int32), mask=inside)
+        if uses_history(records + row * record_stride):
+            tl.store(repetitions(counts, x_stride) + ids, tl.zeros([BLOCK], tl.int32), mask=inside)
 
 
 @triton.jit
@@ -88,7 +111,10 @@ def count_ids(token_ids, length, counts, vocab, part, parts, PROMPT: tl.constexp
             tl.atomic_add(counts + token, tl.full([BLOCK], 1, tl.int32), mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["prompt_length", "output_length"])
+STRIDES = ["record_stride", "breakers_stride", "history_stride"]
+
+
+@triton.jit(do_not_specialize=["prompt_length", "output_length", "num_breakers", *STRIDES])
 def edit(
     x,
     counts,
@@ -102,13 +128,20 @@ def edit(
     output,
     output_stride,
     output_length,
+    breakers,
+    breakers_stride,
+    num_breakers,
     vocab,
+    records,
+    record_stride,
+    history,  # int32 [B, history_stride]
+    history_stride,
     HAS_BIAS: tl.constexpr,
     HAS_PROMPT: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stage 2, and the counts that stage 3 needs. Grid: rows, parts."""
+    """Stage 2, and what stage 3 needs to know. Grid: rows, parts."""
     row = tl.program_id(0).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
     x += row * x_stride
@@ -127,3 +160,14 @@ def edit(
         count_ids(output + row * output_stride, output_length, counts, vocab, part, parts, False, BLOCK)
     if HAS_PROMPT:
         count_ids(prompt + row * prompt_stride, prompt_length, counts, vocab, part, parts, True, BLOCK)
+    if HAS_PROMPT or HAS_OUTPUT:
+        record = records + row * record_stride
+        if (part < PARTS) & uses_history(record):
+            history += row * history_stride + part * (history_stride // PARTS)
+            breakers += row * breakers_stride
+            clear_history(history)
+            if HAS_OUTPUT:
+                collect(output + row * output_stride, output_length, breakers, num_breakers, history, record, vocab)
+            if HAS_PROMPT:
+                collect(prompt + row * prompt_stride, prompt_length, breakers, num_breakers, history, record, vocab)
+            find_repetitions(history, record, repetitions(counts, x_stride), part)

@@ -6,7 +6,7 @@ pipeline is one launch. Where a single program has the row, it is a block barrie
 workspace, a phase may also be a launch of its own: Triton's interpreter, which runs programs one after another, runs
 split rows that way.
 
-    scan     stages 3 and 4: penalties, the row's maximum, each chunk's highest key; floors on mass
+    scan     stages 3 and 4: penalties and history edits, the row's maximum, each chunk's highest key; floors on mass
     top_k    stage 7: rounds of selection, then a cut among equal tokens; skipped where top-k is off
     top_p    likewise
     weigh    the kept mass of each chunk
@@ -25,7 +25,7 @@ from .kept import Place, all_above, everything, keeps, load_kept, place_at, stor
 from .keys import KEY_INF, KEY_NAN, KEY_NEG_INF, LONG_MIN, from_key, id_in, key_in, key_of, ranked
 from .mass import is_greedy, mass_of, mass_scale
 from .philox import draw_threshold
-from .process import penalise
+from .process import penalise, repeat, uses_history
 from .record import param
 from .row import Row, find_chunk, load_chunk, meet
 from .workspace import CHUNK_SUMS, DIGITS, MAX_PARTS, PEAK, PEAKS, SUMS, TOP_K, TOP_P, TOTAL, first_phase
@@ -42,16 +42,19 @@ class Draws(NamedTuple):
 
 
 @triton.jit
-def scan(row, counts, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
+def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
     """Stages 3 and 4: find this part's best token, and initialise the workspace."""
     best = tl.full([BLOCK], LONG_MIN, tl.int64)
     repetition, frequency = param(row.record, "repetition_penalty"), param(row.record, "frequency_penalty")
     presence = param(row.record, "presence_penalty")
+    repeats = uses_history(row.record)
     for chunk in range(row.begin, row.end):
         ids, value = load_chunk(row, chunk, BLOCK)
         if HAS_COUNTS:
             count = tl.load(counts + ids, mask=ids < row.vocab, other=0)
             value = penalise(value, count, repetition, frequency, presence)
+            if repeats:
+                value = repeat(value, ids, row.vocab, counts, x_stride, row.record)
             tl.store(row.x + ids, value, mask=ids < row.vocab)
         key = key_of(value)
         best = tl.maximum(best, ranked(key, ids))
@@ -167,7 +170,7 @@ STRIDES = ["record_stride", "seed_stride", "offset_stride", "ws_stride"]
 def sample(
     x,  # [B, V] logits, or float32 [B, x_stride] made by `prepare`
     x_stride,
-    counts,  # int32 [B, x_stride]
+    counts,  # int32 [2, B, x_stride]
     records,  # int32 [B or 1, columns]
     record_stride,
     seeds,
@@ -200,7 +203,7 @@ def sample(
     sums = ws + CHUNK_SUMS
     row = Row(x + at * x_stride, vocab, record, ws, sums, sums + chunks, sems + at, chunks, begin, end, part, parts)
     if first == 0:
-        scan(row, counts + at * x_stride, HAS_COUNTS, BLOCK)
+        scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, BLOCK)
         meet(row, SPLIT)
     seed, offset = seeds + at * seed_stride, offsets + at * offset_stride
     draws = Draws(seed, offset, status + at, tokens + at * num_samples, num_samples)

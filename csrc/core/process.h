@@ -18,6 +18,11 @@ FS_HD bool has_edits(const Rows& rows) {
   return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
 }
 
+// How many ids a row has in prompt and output, padding included.
+FS_HD int64_t ids_of_a_row(const Rows& rows) {
+  return (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
+}
+
 // Whether any penalty of this row looks at token ids at all.
 FS_HD bool penalises_output(const RowParams& p) {
   return p.repetition_penalty != 1.0f || p.frequency_penalty != 0.0f || p.presence_penalty != 0.0f;

@@ -9,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "core/process.h"
 #include "cpu/platform.h"
 #include "cpu/pool.h"
 
@@ -59,14 +60,16 @@ struct Buffer {
 struct Scratch {
   Buffer<float> block_max, values, spare, list_x;
   Buffer<uint64_t> group_mass;
-  Buffer<int32_t> edit_start, segment, list_id, end_id, guide, end_rank;
-  Buffer<Edit> edits;
+  Buffer<int32_t> edit_start, segment, list_id, end_id, guide, end_rank, history, equal;
+  Buffer<Edit> edits, repetitions;
+  Buffer<float> powers;
+  Buffer<uint32_t> breakers;
   Buffer<uint64_t> ends;
   Buffer<float> end_logprob;
   Buffer<uint32_t> keys[2];
   Buffer<uint8_t> taken;
 
-  Workspace workspace(int32_t vocab, size_t num_edits, bool many_draws) {
+  Workspace workspace(int32_t vocab, size_t biases, size_t ids, bool many_draws) {
     const size_t blocks = (size_t)(vocab + kBlock - 1) / kBlock;
     const size_t groups = (blocks + kGroup - 1) / kGroup;
     const size_t tokens = (size_t)vocab + kPad;
@@ -74,7 +77,12 @@ struct Scratch {
     ws.block_max = block_max.at_least(blocks + kPad);
     ws.group_mass = group_mass.at_least(groups);
     ws.edit_start = edit_start.at_least(blocks + 1);
-    ws.edits = edits.at_least(num_edits);
+    ws.edits = edits.at_least(biases + 2 * ids);
+    ws.repetitions = repetitions.at_least(ids + 1);
+    ws.history = history.at_least(ids + kPad);
+    ws.equal = equal.at_least(ids + kPad);
+    ws.powers = powers.at_least(ids + 1);
+    ws.breakers = breakers.at_least((size_t)vocab / 32 + 1);
     ws.segment = segment.at_least(groups + 1);
     ws.values = values.at_least(tokens);
     ws.spare = spare.at_least(tokens);
@@ -123,20 +131,16 @@ class OwnScratch {
   std::unique_ptr<Scratch> own_;
 };
 
-int64_t ids_of_a_row(const Batch& batch) {
-  const Rows& rows = batch.rows;
-  return (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
-}
-
 Workspace workspace_for(const Batch& batch, Scratch& scratch) {
-  size_t edits = (size_t)ids_of_a_row(batch);
+  size_t biases = 0;
   if (const int64_t* ptr = batch.rows.bias.row_ptr) {
     int64_t most = 0;
     for (int64_t r = 0; r < batch.logits.rows; ++r) most = std::max(most, ptr[r + 1] - ptr[r]);
-    edits += (size_t)most;
+    biases = (size_t)most;
   }
   const bool many_draws = batch.out.tokens && batch.out.num_samples >= kManyDraws;
-  return scratch.workspace(batch.logits.vocab, edits, many_draws);
+  return scratch.workspace(batch.logits.vocab, biases, (size_t)ids_of_a_row(batch.rows),
+                           many_draws);
 }
 
 const void* row_address(const Logits& l, int64_t row) {
@@ -202,7 +206,7 @@ void run_units(Work& work, int thread, Scratch& scratch) {
   const Units& units = work.units;
   const Batch& batch = units.batch;
   const int64_t count = units.count();
-  const int64_t length = batch.logits.vocab + ids_of_a_row(batch);
+  const int64_t length = batch.logits.vocab + ids_of_a_row(batch.rows);
   Workspace workspace = workspace_for(batch, scratch);
   int64_t invalid = 0, done = 0;
   for (int i = 0; i < work.threads; ++i) {

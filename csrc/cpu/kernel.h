@@ -11,13 +11,16 @@ constexpr int kMaxVocab = 1 << 20;
 constexpr int kMaxBlocks = kMaxVocab / kBlock;
 constexpr int kPad = kBlock;  // slack after every vector buffer: whole blocks are read and written
 
-enum EditKind : int32_t { kBias, kOutput, kPrompt };
+enum EditKind : int32_t { kBias, kOutput, kPrompt, kRepetition };
 
 // A token's change, and the logit that it leads to.
 struct Edit {
   int32_t id;
   EditKind kind;
-  float x;  // until then the bias
+  union {
+    float x;             // until then the bias
+    int32_t repetition;  // until then, of core/history.h
+  };
 };
 
 // Some of a row's draws: other threads may make the rest of them. The part that has draw 0 also
@@ -43,7 +46,12 @@ struct Workspace {
   float* block_max;      // [blocks + kPad]
   uint64_t* group_mass;  // [groups]
   int32_t* edit_start;   // [blocks + 1]
-  Edit* edits;           // [bias entries + output ids + prompt ids of the row]
+  Edit* edits;           // [bias entries + 2 (output ids + prompt ids) of the row]
+  Edit* repetitions;     // [ids + 1] of output and prompt, here and below
+  int32_t* history;      // [ids + kPad]
+  int32_t* equal;        // [ids + kPad]
+  float* powers;         // [ids + 1]
+  uint32_t* breakers;    // [V / 32 + 1]
   int32_t* segment;      // [groups + 1]
   float* values;         // [V + kPad]
   float* spare;          // [V + kPad]

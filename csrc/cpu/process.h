@@ -1,6 +1,7 @@
-// Stages 2 and 3: bias and penalties, as edits of a row whose maxima are known.
+// Stages 2 and 3: bias, penalties and history edits, as edits of a row whose maxima are known.
 #pragma once
 
+#include "cpu/history.h"
 #include "cpu/scan.h"
 
 namespace fastsample {
@@ -28,14 +29,16 @@ FS_INLINE void each_edit(const Batch& batch, int64_t r, const RowParams& params,
   if (rows.prompt.data && penalises_prompt(params)) each_id(rows.prompt, kPrompt);
 }
 
-// Sorts a row's edits by block (a stable counting sort), each with its kind and bias; returns how
-// many there are.
+// Sorts a row's edits by block (a stable counting sort), each with its kind and bias or repetition;
+// returns how many there are.
 template <class T>
 int sort_edits(const Batch& batch, int64_t r, const RowParams& params, const Row<T>& row,
                const Workspace& ws) {
+  const int repetitions = uses_history(params) ? find_repetitions(batch, r, params, ws) : 0;
   int32_t* start = ws.edit_start;
   memset(start, 0, (size_t)(row.blocks + 1) * sizeof *start);
   each_edit(batch, r, params, [&](int32_t id, EditKind, float) { ++start[id / kBlock]; });
+  for (int i = 0; i < repetitions; ++i) ++start[ws.repetitions[i].id / kBlock];
   int32_t total = 0;
   for (int b = 0; b <= row.blocks; ++b) {
     total += start[b];
@@ -43,8 +46,11 @@ int sort_edits(const Batch& batch, int64_t r, const RowParams& params, const Row
   }
   if (!total) return 0;
   each_edit(batch, r, params, [&](int32_t id, EditKind kind, float bias) {
-    ws.edits[start[id / kBlock]++] = Edit{id, kind, bias};
+    ws.edits[start[id / kBlock]++] = Edit{id, kind, {bias}};
   });
+  for (int i = 0; i < repetitions; ++i) {
+    ws.edits[start[ws.repetitions[i].id / kBlock]++] = ws.repetitions[i];
+  }
   // Each start has moved to the next block's: shift them back.
   memmove(start + 1, start, (size_t)row.blocks * sizeof *start);
   start[0] = 0;
@@ -54,28 +60,43 @@ int sort_edits(const Batch& batch, int64_t r, const RowParams& params, const Row
 // A token of the current block while its edits are counted.
 struct Edited {
   int32_t block;
-  int32_t count;      // occurrences in the output so far
-  float base, value;  // with its bias; after its edits so far
+  int32_t count;      // occurrences in the output so far; below 0, minus the longest repetition
+  float base, value;  // what the next edit of its kind starts from; after its edits so far
 };
 
+// After an edit of the history, given the token after those before.
+FS_INLINE Edited repeat(const Edited& c, const Edit& e, const RowParams& params,
+                        const float* powers) {
+  const float base = c.count < 0 ? c.base : c.value;
+  const int32_t longest = c.count < 0 && -c.count > e.repetition ? -c.count : e.repetition;
+  const float power = longest == kBanned ? 0.0f : powers[longest - params.dry_allowed_length];
+  return Edited{c.block, -longest, base, after_repetition(base, params, longest, power)};
+}
+
 // Stages 2 and 3: gives every edit the logit that it leads to (a token's last edit counts), and
-// keeps the block maxima up to date. Branches on a token would be mispredicted, so there are none.
+// keeps the block maxima up to date. Branches on a token would be mispredicted, so there are none
+// where tokens are many.
 template <class T>
 void apply_edits(const RowParams& params, int n, const Workspace& ws, Row<T>* row, Peak* peak) {
   Edited edited[kBlock];
   for (Edited& c : edited) c.block = -1;
-  bool broken = peak->nan;
+  bool broken = peak->nan, banned = false;
   for (Edit* e = ws.edits; e < ws.edits + n; ++e) {
     const int32_t b = e->id / kBlock;
     Edited& c = edited[e->id % kBlock];
     const float raw = allowed_logit(*row, e->id);
     const bool known = c.block == b, bias = e->kind == kBias;
     const float old = known ? c.value : raw, base = known ? c.base : raw;
-    const int32_t count = (known ? c.count : 0) + (e->kind == kOutput);
-    const float biased = bias ? base + e->x : base, penalised = penalise(base, params, count, true);
-    const float x = bias ? biased : penalised;
-    c = Edited{b, count, biased, x};
-    e->x = x;
+    if (e->kind == kRepetition) {
+      banned |= e->repetition == kBanned;
+      c = repeat(known ? c : Edited{b, 0, raw, raw}, *e, params, ws.powers);
+    } else {
+      const int32_t count = (known ? c.count : 0) + (e->kind == kOutput);
+      const float biased = bias ? base + e->x : base;
+      const float penalised = penalise(base, params, count, true);
+      c = Edited{b, count, biased, bias ? biased : penalised};
+    }
+    const float x = e->x = c.value;
     broken |= x != x;
     // NaN marks a block whose maximum was lowered: it is scanned again below.
     float& max = ws.block_max[b];
@@ -83,6 +104,10 @@ void apply_edits(const RowParams& params, int n, const Workspace& ws, Row<T>* ro
   }
   row->edits = ws.edits;
   row->edit_start = ws.edit_start;
+  if (broken && banned) {  // perhaps what was no number is banned
+    for (int b = 0; b < row->blocks; ++b) ws.block_max[b] = NAN;
+    broken = false;
+  }
   float buffer[kBlock];
   Sound sound;
   for (int b = 0; b < row->blocks; ++b) {

@@ -1,5 +1,5 @@
-// Tokens with a bias or a penalty, and the logits that these lead to, as a hash table. The row
-// itself is never rewritten, so a 16-bit row stays 16 bits wide wherever it is.
+// Tokens with a bias, a penalty or a repetition, and the logits that these lead to, as a hash
+// table. The row itself is never rewritten, so a 16-bit row stays 16 bits wide wherever it is.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/process.h"
-#include "cuda/team.cuh"
+#include "cuda/history.cuh"
 
 namespace fastsample {
 
@@ -28,26 +28,27 @@ FS_DEVICE void each_edit(const Batch& batch, int64_t r, const RowParams& p, cons
   if (rows.prompt.data && penalises_prompt(p)) each_id(rows.prompt, kInPrompt);
 }
 
-// How many edits the row has at most, all slices together.
-FS_DEVICE int64_t count_edits(const Batch& batch, int64_t r, const RowParams& p) {
+// How many edits the row has at most, all slices together, given those of its history.
+FS_DEVICE int64_t count_edits(const Batch& batch, int64_t r, const RowParams& p,
+                              int64_t repetitions) {
   const Rows& rows = batch.rows;
-  int64_t n = 0;
-  if (rows.bias.row_ptr) n += rows.bias.row_ptr[r + 1] - rows.bias.row_ptr[r];
+  int64_t n = repetitions;
   if (rows.output.data && penalises_output(p)) n += rows.output.length;
   if (rows.prompt.data && penalises_prompt(p)) n += rows.prompt.length;
-  return n;
+  const int64_t all = ids_of_a_row(rows);  // whose tokens all those are
+  if (n > all) n = all;
+  return rows.bias.row_ptr ? n + rows.bias.row_ptr[r + 1] - rows.bias.row_ptr[r] : n;
 }
 
 // Where the row's table in device memory begins: every row has two slots per edit.
 FS_DEVICE int64_t table_offset(const Batch& batch, int64_t r) {
   const Rows& rows = batch.rows;
   const int64_t before = rows.bias.row_ptr ? rows.bias.row_ptr[r] : 0;
-  const int64_t lists =
-      (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
-  return 2 * (before + r * lists);
+  return 2 * (before + r * ids_of_a_row(rows));
 }
 
-// Turns what was collected about each token of the slice into its processed logit, and marks it.
+// Turns what was collected about each token of the slice into its logit after the penalties, and
+// marks it. Counts are 0 again, for the history's edits.
 template <class S>
 FS_DEVICE void settle_edits(const RowParams& p, const EditTable& table, uint32_t* bitmap,
                             const S& s) {
@@ -59,25 +60,44 @@ FS_DEVICE void settle_edits(const RowParams& p, const EditTable& table, uint32_t
     if (edit.count & kHasBias) x = x + edit.x;
     const int32_t count = (int32_t)(edit.count & kCount);
     edit.x = penalise(x, p, count, count > 0 || (edit.count & kInPrompt));
+    edit.count = 0;
     const int32_t position = s.position_of(id);
     atomicOr(bitmap + (position >> 5), 1u << (position & 31));
   }
 }
 
+// The same for repetitions, which are counts now.
+template <class S>
+FS_DEVICE void settle_repetitions(const RowParams& p, const EditTable& table, uint32_t* bitmap,
+                                  const S& s) {
+  for (uint32_t i = threadIdx.x; i < table.size; i += blockDim.x) {
+    Edit& edit = table.edits[i];
+    const int32_t id = *(volatile int32_t*)&edit.id, length = (int32_t)edit.count;
+    if (id < 0 || !s.owns(id) || length == 0) continue;
+    const int32_t position = s.position_of(id);
+    const uint32_t bit = 1u << (position & 31);
+    const float x = bitmap[position >> 5] & bit ? edit.x : s.masked(id);
+    const float power =
+        length == kBanned ? 0.0f : power_of(p.dry_base, length - p.dry_allowed_length);
+    edit.x = after_repetition(x, p, length, power);
+    atomicOr(bitmap + (position >> 5), bit);
+  }
+}
+
 // Where edits go: few to a table of the block's own, many to the row's table in device memory,
-// which all blocks of the team share.
+// which all blocks of the team share. Likewise the history, but that each block has its own.
 struct EditMemory {
   Edit* near;
   Edit* far;  // of all rows
   uint32_t* bitmap;
+  int32_t* histories;  // of all blocks
 };
 
-// Stages 2 and 3.
+// Stages 2 and 3 of a row that has up to n edits, and perhaps a history to look at.
 template <Policy kPolicy, class S>
-FS_DEVICE void make_edits(const Batch& batch, int64_t r, const RowParams& p,
-                          const Team<kPolicy>& team, const EditMemory& memory, const S& s) {
-  const int64_t n = count_edits(batch, r, p);
-  if (n == 0) return;
+FS_DEVICE void make_table(const Batch& batch, int64_t r, const RowParams& p, int64_t n,
+                          const History& history, const Team<kPolicy>& team,
+                          const EditMemory& memory, const S& s) {
   const bool own = n <= kPrivateEdits;
   Edit* edits = own ? memory.near : memory.far + table_offset(batch, r);
   const EditTable table = {edits, (uint32_t)(2 * n)};
@@ -98,13 +118,33 @@ FS_DEVICE void make_edits(const Batch& batch, int64_t r, const RowParams& p,
     if (flag == kHasBias) edit.x = bias;
   });
   __syncthreads();
-
   settle_edits(p, table, memory.bitmap, s);
+  if (history.returns) {
+    __syncthreads();
+    find_repetitions(history, p, table, s);
+    __syncthreads();
+    settle_repetitions(p, table, memory.bitmap, s);
+  }
   if (threadIdx.x == 0) {
     team.own->overlay.edited = memory.bitmap;
     team.own->overlay.table = table;
   }
   __syncthreads();
+}
+
+template <Policy kPolicy, class S>
+FS_DEVICE void make_edits(const Batch& batch, int64_t r, const RowParams& p,
+                          const Team<kPolicy>& team, const EditMemory& memory, const S& s) {
+  const int64_t ids = ids_of_a_row(batch.rows);
+  const bool repeats = ids && uses_history(p), own = ids <= kPrivateIds;
+  History history = {};
+  if (repeats) {
+    int32_t* to = own ? (int32_t*)team.own->board.bins : memory.histories + blockIdx.x * ids;
+    history = collect_history(batch, r, p, *team.own, to, (uint32_t*)memory.near);
+  }
+  const int64_t n = count_edits(batch, r, p, history.returns);
+  if (n) make_table(batch, r, p, n, history, team, memory, s);
+  if (repeats && own) clear_bins(team);
 }
 
 // A block's shared memory holds Shared, then the slice's logits if they are resident, then, where
@@ -125,7 +165,7 @@ FS_DEVICE void process_row(const Batch& batch, const Workspace& ws, int64_t r, c
   Edit* near = (Edit*)(slice.held + (kResident ? warps() * slice.per_warp : 0));
   uint32_t* bitmap = (uint32_t*)((char*)near + kTableBytes);
   if (kPolicy == kBlockPolicy && ws.bitmaps) bitmap = ws.bitmaps + blockIdx.x * ws.bitmap_words;
-  make_edits(batch, r, p, team, EditMemory{near, ws.tables, bitmap}, slice);
+  make_edits(batch, r, p, team, EditMemory{near, ws.tables, bitmap, ws.histories}, slice);
 }
 
 }  // namespace fastsample

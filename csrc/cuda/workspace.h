@@ -39,20 +39,22 @@ struct RowState {
   u64 total;  // the kept tokens' mass
 };
 
-// A token with a bias or a penalty.
+// A token with a bias or a penalty, or that its history changes.
 struct Edit {
   int32_t id;      // -1: a free slot
-  uint32_t count;  // occurrences in the output, and the flags below
+  uint32_t count;  // occurrences in the output, and the flags below; then the longest repetition
   float x;         // the bias; in the end the processed logit
 };
 constexpr uint32_t kInPrompt = 0x80000000u, kHasBias = 0x40000000u, kCount = 0x3fffffffu;
 constexpr uint32_t kInOutput = 1;
+constexpr int64_t kPrivateIds = 2 * kBins;  // of a history, which the bins of a block have room for
 static_assert(sizeof(Edit) * 2 * kPrivateEdits == kTableBytes, "tuning.h plans with this size");
 
 // Device memory lent to a launch.
 struct Workspace {
   RowState* states;     // [B], null if there is no later kernel
   Edit* tables;         // for rows with more edits than shared memory holds
+  int32_t* histories;   // [blocks, ids of a row], for more ids than shared memory holds
   long long* lists;     // [teams, list_length], for top-n
   int64_t list_length;  // a power of two
   uint32_t* bitmaps;    // [teams, bitmap_words], for the outputs where shared memory is too small
@@ -98,6 +100,11 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   const Plan& more = layout.outputs;
   ws.states = (RowState*)part(more.teams ? batch.logits.rows * (int64_t)sizeof(RowState) : 0);
   ws.tables = (Edit*)part(layout.table_slots * (int64_t)sizeof(Edit));
+  const int64_t blocks = (int64_t)layout.sample.teams * layout.sample.parts,
+                ids = ids_of_a_row(batch.rows);
+  const int64_t histories =
+      ids > kPrivateIds ? ids * (blocks > more.teams ? blocks : more.teams) : 0;
+  ws.histories = (int32_t*)part(histories * 4);
   ws.list_length = list_length(batch.out);
   ws.lists = (long long*)part(more.teams * ws.list_length * 8);
   const Shape shape = shape_of(batch);
@@ -117,8 +124,7 @@ inline Layout layout_for(const Device& device, const Batch& batch, int64_t bias_
   const Rows& rows = batch.rows;
   Layout layout = {sample, Plan{}, 0, 0, 0};
   if (wants_more(batch.out)) layout.outputs = outputs_plan(device, shape_of(batch));
-  const int64_t lists =
-      (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
+  const int64_t lists = ids_of_a_row(rows);
   if (bias_entries + lists > kPrivateEdits) {
     layout.table_slots = 2 * (bias_entries + batch.logits.rows * lists);
   }

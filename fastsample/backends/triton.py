@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastsample.backends import Engine, Outputs
-from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, kernels
+from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, history_words, kernels
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Bias, Rows
 
@@ -152,7 +152,7 @@ class Call:
         x = self.memory("x", self.batch * width, torch.float32).view(self.batch, width)
         counts = x  # stands in for a pointer that no kernel follows
         if counted:
-            counts = self.memory("counts", self.batch * width, torch.int32).view(self.batch, width)
+            counts = self.memory("counts", 2 * self.batch * width, torch.int32).view(2 * self.batch, width)
         if counted or rows.bias is not None:
             rounds = ROUNDS[torch.float32]
         table = Table(x[:, : self.vocab], rounds, counts if counted else None)
@@ -168,16 +168,21 @@ class Call:
             counts,
             width,
             self.vocab,
+            rows.records,
+            _stride(rows.records),
             HAS_MASK=mask is not None,
             HAS_COUNTS=counted,
             BLOCK=block,
             **self.options,
         )
         if counted or rows.bias is not None:
-            self.edit(x, counts, rows.bias, rows.prompt_ids, rows.output_ids)
+            self.edit(x, counts, rows.bias)
         return table
 
-    def edit(self, x: Tensor, counts: Tensor, bias: Bias | None, prompt: Tensor | None, output: Tensor | None) -> None:
+    def edit(self, x: Tensor, counts: Tensor, bias: Bias | None) -> None:
+        rows = self.rows
+        ids = sum(ids.shape[1] for ids in (rows.prompt_ids, rows.output_ids) if ids is not None)
+        words = history_words(ids)
         row_ptr, bias_ids, bias_values = (x, x, x) if bias is None else bias.tensors
         kernels("process").edit[(self.batch, EDIT_PARTS)](
             x,
@@ -186,12 +191,17 @@ class Call:
             row_ptr,
             bias_ids,
             bias_values,
-            *((x, 0, 0) if prompt is None else (prompt, prompt.stride(0), prompt.shape[1])),
-            *((x, 0, 0) if output is None else (output, output.stride(0), output.shape[1])),
+            *_list(rows.prompt_ids, x),
+            *_list(rows.output_ids, x),
+            *_list(rows.breakers, x),
             self.vocab,
+            rows.records,
+            _stride(rows.records),
+            self.memory("history", self.batch * words, torch.int32),
+            words,
             HAS_BIAS=bias is not None,
-            HAS_PROMPT=prompt is not None,
-            HAS_OUTPUT=output is not None,
+            HAS_PROMPT=rows.prompt_ids is not None,
+            HAS_OUTPUT=rows.output_ids is not None,
             BLOCK=256,
             **self.options,
         )
@@ -317,6 +327,11 @@ class Call:
 def _stride(tensor: Tensor) -> int:
     """Row stride; 0 where all rows share the first."""
     return tensor.stride(0) if tensor.shape[0] > 1 else 0
+
+
+def _list(ids: Tensor | None, unused: Tensor) -> tuple[Tensor, int, int]:
+    """A list per row as kernels take it: pointer, row stride, length."""
+    return (unused, 0, 0) if ids is None else (ids, _stride(ids), ids.shape[1])
 
 
 def _power_of_two(n: int) -> int:

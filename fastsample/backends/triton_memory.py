@@ -21,6 +21,11 @@ def kernels(stem: str) -> Any:
     return import_module(f"fastsample.kernels.{stem}")
 
 
+def history_words(ids: int) -> int:
+    """int32 words of workspace for the history of a row with so many ids."""
+    return int(kernels("history").words(ids))
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows are split: into chunks of `block` tokens, which `parts` programs per row share."""

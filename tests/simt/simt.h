@@ -128,6 +128,12 @@ inline uint32_t atomicOr(uint32_t* p, uint32_t value) {
   *p |= value;
   return before;
 }
+inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
+  ++simt::counters.atomics;
+  const uint32_t before = *p;
+  if (value > before) *p = value;
+  return before;
+}
 inline int32_t atomicCAS(int32_t* p, int32_t expected, int32_t value) {
   ++simt::counters.atomics;
   const int32_t before = *p;

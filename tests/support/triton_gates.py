@@ -33,6 +33,7 @@ POINTERS = {
     "tokens": "i64", "workspace": "i64", "cuts": "i64", "sems": "i32", "logits": "fp32", "mask": "i32",
     "row_ptr": "i64", "bias_ids": "i64", "bias_values": "fp32", "prompt": "i64", "output": "i64", "out": "fp32",
     "logprobs": "fp32", "ranks": "i64", "listed": "i32", "found": "i64", "top_ids": "i64", "top_logprobs": "fp32",
+    "breakers": "i64", "history": "i32",
 }  # fmt: skip
 ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
 
