@@ -393,6 +393,8 @@ def test_a_negated_view(place: str, backend: str) -> None:
     assert view.is_neg()
     fields = {"temperature": 2.0, "repetition_penalty": 3.0, "frequency_penalty": 2.0, "num_samples": 50, "seed": 1}
     fields.pop(place, None)
+    if place == "dry_breakers":  # 4 5 is repeated, but for the breaker 5
+        fields |= {"dry_multiplier": 20.0, "dry_allowed_length": 1, "output_ids": [[4, 5, 3, 4, 5]] * B}
     got, want = (put(place, v, fs.sample, **fields, backend=backend) for v in (view, values))
     assert torch.equal(got.tokens, want.tokens)
     assert not torch.equal(
