@@ -100,10 +100,11 @@ def llama_cpp(session: nox.Session) -> None:
     """Kept sets, XTC and DRY against llama.cpp's samplers, of which only the library without backends is compiled."""
     session.install("-e", ".", *TOOLS, "cmake", "ninja", *NO_CUDA)
     requirements, built = ROOT / "tests" / "requirements" / "llama_cpp.txt", Path(session.create_tmp()) / "llama.cpp"
+    shutil.rmtree(built, ignore_errors=True)
     session.run("pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(built), "-r", str(requirements))
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         archive.extractall(built, filter="data")
-    source = next(path for path in built.iterdir() if path.is_dir() and path.name.startswith("llama_cpp_python"))
+    source = next(path for path in built.iterdir() if path.is_dir())
     session.install(str(source), "-C", "cmake.define.LLAMA_BUILD=OFF")  # the bindings alone
     wanted = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON"}
     unwanted = [f"LLAMA_BUILD_{part}" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
