@@ -43,13 +43,23 @@ struct Base {
   bool has_weighed(const Kept<float>& kept) const { return total && equal(weighed, kept); }
 };
 
+// How much of a row a sample of it shows to lie at a value or above it.
+template <class T>
+double share_from(const Dense<T>& d, float x) {
+  if (blocks(d) < 2 * kSample / kBlock) return 0;
+  Sample sample;
+  take_sample<32>(d, &sample);
+  return (double)count_above(sample.x, sample.n, nextafterf(x, -INFINITY)) / sample.n;
+}
+
 // Leaves tokens out of a base set that are no longer kept.
 template <class T, class W>
-void narrow(Base<T, W>& base, const Kept<float>& kept) {
+void narrow(Base<T, W>& base, const Kept<float>& kept, bool measured = false) {
   const Task<T, W>& t = base.task;
   Kept<float> reach = within_reach(kept, t.weigher);
   reach.floor = 0;  // gathering does not weigh
   if (!gathers(reach, base.within)) return;
+  if (measured && !base.listed && weighs_rather(share_from(t.dense, reach.low.x))) return;
   const List list =
       base.on([&](const auto& d) { return gather(d, reach, t.ws.list_x, t.ws.list_id); });
   base.set_list(list, reach);
@@ -57,9 +67,9 @@ void narrow(Base<T, W>& base, const Kept<float>& kept) {
 
 // Z.
 template <class T, class W>
-uint64_t weigh(Base<T, W>& base, const Kept<float>& kept) {
+uint64_t weigh(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
   if (base.has_weighed(kept)) return base.total;
-  narrow(base, kept);
+  narrow(base, kept, uses_measured_floors(p));
   const uint64_t total = base.on(
       [&](const auto& d) { return weigh_groups(d, kept, base.judge, base.task.ws); });
   base.set_weighed(kept, total);
@@ -68,8 +78,8 @@ uint64_t weigh(Base<T, W>& base, const Kept<float>& kept) {
 
 // Z, and sums of something else.
 template <class T, class W, class More>
-auto measure(Base<T, W>& base, const Kept<float>& kept, More more) {
-  narrow(base, kept);
+auto measure(Base<T, W>& base, const Kept<float>& kept, const RowParams& p, More more) {
+  narrow(base, kept, uses_measured_floors(p));
   const uint64_t total = base.on(
       [&](const auto& d) { return measure(d, kept, base.judge, base.task.ws, more); });
   base.set_weighed(kept, total);
@@ -83,11 +93,23 @@ uint64_t heaviest(const Base<T, W>& base, const Kept<float>& kept) {
   return base.on([&](const auto& d) { return heaviest(d, kept, base.judge); });
 }
 
+// An estimate of the deviation will do where no token lies between the lowest logits that its
+// bounds allow.
+template <class T>
+float lowest_within_sigma(const Dense<T>& d, const RowParams& p, float peak) {
+  Deviation sigma;
+  if (estimate_deviation(d, peak, &sigma)) {
+    const float low = fastsample::lowest_within_sigma(p, peak, sigma.high);
+    const float high = fastsample::lowest_within_sigma(p, peak, sigma.low);
+    if (!any_between(d, low, high)) return high;
+  }
+  return fastsample::lowest_within_sigma(p, peak, spread(d, peak));
+}
+
 template <class T, class W>
 Kept<float> top_n_sigma(const Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if (!uses_top_n_sigma(p)) return kept;
-  const float peak = base.judge.max;
-  const float lowest = lowest_within_sigma(p, peak, spread(base.task.dense, peak));
+  const float lowest = lowest_within_sigma(base.task.dense, p, base.judge.max);
   return narrow_above(kept, Place<float>{lowest, INT32_MAX});
 }
 
@@ -122,7 +144,7 @@ template <class T, class W>
 Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if constexpr (W::kOfLogits) {
     if (!uses_typical(p)) return kept;
-    const DepthSums sums = measure(base, kept, Depths{base.judge});
+    const DepthSums sums = measure(base, kept, p, Depths{base.judge});
     const float mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
     const uint64_t target = top_p_target(p.typical_p, sums.mass);
     const Weighing weight(base.judge, kept.floor);
@@ -141,22 +163,22 @@ Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
 template <class T, class W>
 Kept<float> measured_floors(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if (p.epsilon_cutoff > 0) {
-    const uint64_t total = weigh(base, kept);
+    const uint64_t total = weigh(base, kept, p);
     kept = narrow_to_mass(kept, epsilon_floor(p, total, heaviest(base, kept)));
   }
   if constexpr (W::kOfLogits) {
     if (p.eta_cutoff > 0) {
-      const DepthSums sums = measure(base, kept, Depths{base.judge});
+      const DepthSums sums = measure(base, kept, p, Depths{base.judge});
       kept = narrow_to_mass(kept, eta_floor(p, sums, heaviest(base, kept)));
     }
   }
   if (p.top_a > 0) {
-    const uint64_t total = weigh(base, kept);
+    const uint64_t total = weigh(base, kept, p);
     const uint64_t floor = top_a_floor(p, total, base.judge.unit(), heaviest(base, kept));
     kept = narrow_to_mass(kept, floor);
   }
   if (p.p_less) {
-    const SquareSums sums = measure(base, kept, Squares{});
+    const SquareSums sums = measure(base, kept, p, Squares{});
     kept = narrow_to_mass(kept, p_less_floor(sums, heaviest(base, kept)));
   }
   return kept;
@@ -165,7 +187,7 @@ Kept<float> measured_floors(Base<T, W>& base, Kept<float> kept, const RowParams&
 template <class T, class W>
 TopChoices xtc(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
   if (!uses_xtc(p)) return kNoTopChoices;
-  const Kept<float> heavy = narrow_to_mass(kept, xtc_floor(p, weigh(base, kept)));
+  const Kept<float> heavy = narrow_to_mass(kept, xtc_floor(p, weigh(base, kept, p)));
   const Last last = base.on([&](const auto& d) { return last_of(d, heavy, base.judge); });
   return top_choices(last, p.xtc_probability);
 }
@@ -221,7 +243,7 @@ void filter_and_finish(const Task<T, W>& t, const RowParams& p) {
     top = kNoTopChoices;
   }
   const bool weighed = base.has_weighed(kept) && !t.weigher.judges_apart();
-  if (!weighed) narrow(base, kept);
+  if (!weighed) narrow(base, kept, uses_measured_floors(p));
   base.on([&](const auto& d) { finish(t, d, kept, weighed ? base.total : 0, top); });
 }
 

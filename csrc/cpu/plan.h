@@ -59,6 +59,10 @@ FS_HD bool gathers(const Kept<float>& reach, const Kept<float>& base) {
   return !equal(reach, base);
 }
 
+// Whether to weigh a row as a whole costs less than to gather what lies above a floor, this share of
+// it, and to weigh that.
+FS_HD bool weighs_rather(double share) { return share > 0.15; }
+
 // What it takes to tell whether a token ranks within the interval of a kept set.
 enum Bounds : int32_t {
   kUnbounded,  // nothing: all tokens above -inf do

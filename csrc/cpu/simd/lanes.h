@@ -34,6 +34,11 @@ FS_INLINE vu add_where(Mask m, vu sum, vu a) { return sum + ((vu)m & a); }
 FS_INLINE int count(Mask m) { return __builtin_popcountll(bits(m)); }
 FS_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
 
+// Rounded to 11 fractional bits towards 0, for numbers below 2^9.
+FS_INLINE vf round_down_11(vf a) { return to_float(truncate(a * 0x1p11f)) * 0x1p-11f; }
+// a * b + c, which need not be rounded in between.
+FS_INLINE vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
+
 FS_INLINE float reduce_max(vf v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
