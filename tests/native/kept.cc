@@ -277,7 +277,8 @@ void check_plan() {
     if (set & kUsesXtc) p.xtc_probability = 0.5f;
     CHECK(filters_of(p, 100) == (set & kAll));
     for (int kind = 0; kind < 16; ++kind) {
-      RowKind row = {100, (kind & 1) != 0, (kind & 2) != 0, kind & 4 ? kProbabilities : kLogits};
+      const RowKind row = {100, (kind & 1) != 0, (kind & 2) != 0,
+                           kind & 4 ? kProbabilities : kLogits};
       RowParams own = p;
       if (kind & 8) own.order = kTemperatureLast;
       if (!(set & kGreedy)) own.temperature = 0.5f;
