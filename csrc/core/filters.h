@@ -39,8 +39,12 @@ FS_HD float judging_temperature(const RowParams& p) {
 }
 
 // Top-n-sigma keeps the logits from here up.
+FS_HD float lowest_within_sigma(const RowParams& p, float max, double sigma) {
+  return max - (float)((double)p.top_n_sigma * sigma);
+}
+
 FS_HD float lowest_within_sigma(const RowParams& p, float max, const SpreadSums& s) {
-  return max - (float)((double)p.top_n_sigma * deviation(s));
+  return lowest_within_sigma(p, max, deviation(s));
 }
 
 // Typical keeps an interval around the mean logit: this is the highest float in it. `limit` is a

@@ -38,9 +38,12 @@ FS_HD uint64_t draw_threshold(uint64_t seed, uint64_t offset, uint32_t index, ui
   return multiply_high60(uniform60(seed, offset, index), total);
 }
 
+// Of 2^60 values of a coin, how many say yes.
+FS_HD uint64_t coin_threshold(float probability) { return (uint64_t)(probability * 0x1p60f); }
+
 // Whether a draw leaves out what XTC excludes.
 FS_HD bool xtc_excludes(uint64_t seed, uint64_t offset, uint32_t index, float probability) {
-  return uniform60(seed, offset, index, kXtcCoin) < (uint64_t)(probability * 0x1p60f);
+  return uniform60(seed, offset, index, kXtcCoin) < coin_threshold(probability);
 }
 
 }  // namespace fastsample

@@ -100,7 +100,7 @@ FS_INLINE Candidates<T> pick(const Dense<T>& d, int g, typename Candidates<T>::E
 // The mass of a row's tokens that are not below a floor, in all and in each group. Float32 rows
 // have been watched.
 template <class T>
-uint64_t weigh_candidates(const Dense<T>& d, const Weigher& weigher, uint64_t floor,
+uint64_t weigh_candidates(const Dense<T>& d, const LogitWeigher& weigher, uint64_t floor,
                           const Workspace& ws) {
   const Weighing weight(weigher, floor);
   const float lowest = weight.lowest();

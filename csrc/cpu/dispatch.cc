@@ -59,13 +59,16 @@ struct Buffer {
 
 struct Scratch {
   Buffer<float> block_max, values, spare, list_x;
-  Buffer<uint64_t> group_mass;
-  Buffer<int32_t> edit_start, segment, list_id, end_id, guide, end_rank, history, equal;
+  Buffer<uint64_t> group_mass, rest_mass;
+  Buffer<int32_t> edit_start, segment, list_id, history, equal;
   Buffer<Edit> edits, repetitions;
   Buffer<float> powers;
   Buffer<uint32_t> breakers;
-  Buffer<uint64_t> ends;
-  Buffer<float> end_logprob;
+  struct {
+    Buffer<uint64_t> ends;
+    Buffer<int32_t> id, guide, rank;
+    Buffer<float> logprob;
+  } table[2];
   Buffer<uint32_t> keys[2];
   Buffer<uint8_t> taken;
 
@@ -76,6 +79,7 @@ struct Scratch {
     Workspace ws = {};
     ws.block_max = block_max.at_least(blocks + kPad);
     ws.group_mass = group_mass.at_least(groups);
+    ws.rest_mass = rest_mass.at_least(groups);
     ws.edit_start = edit_start.at_least(blocks + 1);
     ws.edits = edits.at_least(biases + 2 * ids);
     ws.repetitions = repetitions.at_least(ids + 1);
@@ -89,11 +93,13 @@ struct Scratch {
     ws.list_x = list_x.at_least(tokens);
     ws.list_id = list_id.at_least(tokens);
     if (!many_draws) return ws;
-    ws.ends = ends.at_least(tokens);
-    ws.end_id = end_id.at_least(tokens);
-    ws.guide = guide.at_least(guide_size((int64_t)tokens));
-    ws.end_rank = end_rank.at_least(tokens);
-    ws.end_logprob = end_logprob.at_least(tokens);
+    for (int i = 0; i < 2; ++i) {
+      ws.table[i].ends = table[i].ends.at_least(tokens);
+      ws.table[i].id = table[i].id.at_least(tokens);
+      ws.table[i].guide = table[i].guide.at_least(guide_size((int64_t)tokens));
+      ws.table[i].rank = table[i].rank.at_least(tokens);
+      ws.table[i].logprob = table[i].logprob.at_least(tokens);
+    }
     for (int i = 0; i < 2; ++i) ws.keys[i] = keys[i].at_least(tokens);
     return ws;
   }

@@ -171,7 +171,14 @@ FS_INLINE void each_run(const List& l, int g, Want, F f) {
   f(Run{g * kGroup, group_end(l, g), l.x + g * kGroup * kBlock}, Anywhere());
 }
 
+// Every token above -inf, which for logits is all that may be kept.
 FS_INLINE Kept<float> everything() { return all_between(INFINITY, -FLT_MAX); }
+
+// What may be kept at all.
+template <class W>
+FS_INLINE Kept<float> alive(const W&) {
+  return all_between(INFINITY, W::kLowestAlive);
+}
 
 // All tokens of this logit or a higher one.
 FS_INLINE Kept<float> keep_from(float x) {
@@ -179,9 +186,10 @@ FS_INLINE Kept<float> keep_from(float x) {
 }
 
 // A kept set's interval, less the tokens that are certainly too light for its floor.
-FS_INLINE Kept<float> within_reach(Kept<float> kept, const Weigher& weigher) {
+template <class W>
+FS_INLINE Kept<float> within_reach(Kept<float> kept, const W& weigher) {
   if (!kept.floor) return kept;
-  return narrow_above(kept, Place<float>{lowest_x(weigher, kept.floor), INT32_MAX});
+  return narrow_above(kept, Place<float>{weigher.judge().lowest(kept.floor), INT32_MAX});
 }
 
 // Which tokens rank at a place or before it.
@@ -296,15 +304,15 @@ List gather(const Domain& d, const Kept<float>& kept, float* x, int32_t* id) {
 }
 
 // Adds the mass of a block's values.
-template <class T>
-FS_INLINE void add_whole(const Weighing& weight, const T* x, bool near, MassSum& sum) {
+template <class Weight, class T>
+FS_INLINE void add_whole(const Weight& weight, const T* x, bool near, MassSum& sum) {
   const auto every = [](vf, int) { return from_bits(kAllLanes); };
   add_kept(weight, x, kBlock, every, sum, near);
 }
 
 // Adds the mass of what is kept of block b.
-template <class Domain>
-FS_INLINE void add_block(const Domain& d, int b, const Kept<float>& kept, const Weighing& weight,
+template <class Domain, class Weight>
+FS_INLINE void add_block(const Domain& d, int b, const Kept<float>& kept, const Weight& weight,
                          float lowest, MassSum& sum) {
   if (!may_keep(d, b, kept) || upper_bound(d, b) < lowest) return;
   const Bounds bounds = bounds_of(kept);
@@ -321,13 +329,13 @@ FS_INLINE void add_block(const Domain& d, int b, const Kept<float>& kept, const 
   }
 }
 
-// The mass of what is kept, in all and in each group.
-template <class Domain>
-uint64_t weigh_groups(const Domain& d, const Kept<float>& kept, const Weigher& weigher,
-                      const Workspace& ws) {
+// The mass of what is kept, in all and in each group, which `group_mass` gets.
+template <class Domain, class W>
+uint64_t weigh_groups(const Domain& d, const Kept<float>& kept, const W& weigher,
+                      const Workspace& ws, uint64_t* group_mass) {
   const Weighing weight(weigher, kept.floor);
   const float lowest = weight.lowest();
-  const bool all = bounds_of(kept) == kUnbounded;
+  const bool all = bounds_of(kept, W::kLowestAlive) == kUnbounded;
   uint64_t total = 0;
   for (int g = 0; g < groups(d); ++g) {
     MassSum sum;
@@ -345,10 +353,16 @@ uint64_t weigh_groups(const Domain& d, const Kept<float>& kept, const Weigher& w
         add_block(d, b, kept, weight, lowest, sum);
       }
     }
-    ws.group_mass[g] = weight.total(sum);
-    total += ws.group_mass[g];
+    group_mass[g] = weight.total(sum);
+    total += group_mass[g];
   }
   return total;
+}
+
+template <class Domain, class W>
+uint64_t weigh_groups(const Domain& d, const Kept<float>& kept, const W& weigher,
+                      const Workspace& ws) {
+  return weigh_groups(d, kept, weigher, ws, ws.group_mass);
 }
 
 }  // namespace

@@ -24,8 +24,8 @@ FS_INLINE Stream stream_of(const Batch& batch, int64_t r) {
 }
 
 // Inside a block: the first kept token whose running mass exceeds r.
-template <class Domain>
-Drawn draw_in_block(const Domain& d, const Kept<float>& kept, const Weighing& weight, int b,
+template <class Domain, class Weight>
+Drawn draw_in_block(const Domain& d, const Kept<float>& kept, const Weight& weight, int b,
                     uint64_t r) {
   float buffer[kBlock];
   const float* x = values(d, b, buffer);
@@ -47,9 +47,9 @@ Drawn draw_in_block(const Domain& d, const Kept<float>& kept, const Weighing& we
 }
 
 // `running` holds running sums, group by group.
-template <class Domain>
-Drawn draw(const Domain& d, const Kept<float>& kept, const Weigher& weigher,
-           const uint64_t* running, uint64_t r) {
+template <class Domain, class W>
+Drawn draw(const Domain& d, const Kept<float>& kept, const W& weigher, const uint64_t* running,
+           uint64_t r) {
   int low = 0, high = groups(d) - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -83,25 +83,24 @@ FS_INLINE float logit_of(const Dense<T>& d, int32_t id) {
 // least number of part k draws. So one or two steps are enough on average, whatever the masses are
 // (Chen and Asau 1974).
 struct Table {
-  const uint64_t* ends;  // [n] running masses, each token's included
-  const int32_t* ids;    // [n]
+  TableSpace space;
   int32_t n;
-  const int32_t* guide;  // [2^bits]
   int bits;
   uint64_t total;
 
-  FS_MEMBER uint64_t mass(int32_t i) const { return ends[i] - (i ? ends[i - 1] : 0); }
-  // The token of a uniform number and its threshold.
+  FS_MEMBER uint64_t mass(int32_t i) const { return space.ends[i] - (i ? space.ends[i - 1] : 0); }
+  // The token of a uniform number and its threshold; -1 where there is none at all.
   FS_MEMBER int32_t find(uint64_t uniform, uint64_t threshold) const {
-    int32_t i = guide[uniform >> (60 - bits)];
-    while (ends[i] <= threshold) ++i;
+    if (!n) return -1;
+    int32_t i = space.guide[uniform >> (60 - bits)];
+    while (space.ends[i] <= threshold) ++i;
     return i;
   }
 };
 
 // Makes a table, token by token and without a branch, which would be mispredicted.
 struct TableWriter {
-  const Workspace& ws;
+  TableSpace to;
   double parts_per_mass;
   uint64_t running = 0;
   int32_t n = 0;
@@ -110,17 +109,17 @@ struct TableWriter {
   // that begins at one of its own is the next after the part that `running` lies in, or that part.
   FS_MEMBER void add(int32_t id, uint64_t mass) {
     constexpr double kRounding = 0x1p-20;  // of a product of up to 2^21
-    ws.guide[(int32_t)((double)(int64_t)running * parts_per_mass + kRounding) + 1] = n;
+    to.guide[(int32_t)((double)(int64_t)running * parts_per_mass + kRounding) + 1] = n;
     running += mass;
-    ws.ends[n] = running;
-    ws.end_id[n] = id;
+    to.ends[n] = running;
+    to.id[n] = id;
     n += mass != 0;
   }
 };
 
 // Adds what is kept of block b.
-template <class Domain>
-FS_INLINE void add_tokens(const Domain& d, int b, const Kept<float>& kept, const Weighing& weight,
+template <class Domain, class Weight>
+FS_INLINE void add_tokens(const Domain& d, int b, const Kept<float>& kept, const Weight& weight,
                           TableWriter& table) {
   float buffer[kBlock];
   uint32_t hi[kBlock], lo[kBlock];
@@ -148,14 +147,15 @@ FS_INLINE void add_tokens(const Domain& d, int b, const Kept<float>& kept, const
 }
 
 // The table of what is kept, `total` in all, for so many draws.
-template <class Domain>
-Table make_table(const Domain& d, const Kept<float>& kept, const Weigher& weigher, uint64_t total,
-                 int32_t draws, const Workspace& ws) {
+template <class Domain, class W>
+Table make_table(const Domain& d, const Kept<float>& kept, const W& weigher, uint64_t total,
+                 int32_t draws, const TableSpace& space) {
   const int32_t tokens = blocks(d) * kBlock;
   const int bits = guide_bits(draws < tokens ? draws : tokens);
   const int32_t parts = 1 << bits;
-  memset(ws.guide, 0, (size_t)(parts + 2) * sizeof *ws.guide);
-  TableWriter writer = {ws, (double)parts / (double)total};
+  if (!total) return Table{space, 0, bits, total};
+  memset(space.guide, 0, (size_t)(parts + 2) * sizeof *space.guide);
+  TableWriter writer = {space, (double)parts / (double)total};
   const Weighing weight(weigher, kept.floor);
   const float lowest = weight.lowest();
   for (int b = 0; b < blocks(d); ++b) {
@@ -163,16 +163,16 @@ Table make_table(const Domain& d, const Kept<float>& kept, const Weigher& weighe
     add_tokens(d, b, kept, weight, writer);
   }
   for (int32_t k = 0, last = 0; k < parts; ++k) {
-    last = ws.guide[k] > last ? ws.guide[k] : last;
-    ws.guide[k] = last;
+    last = space.guide[k] > last ? space.guide[k] : last;
+    space.guide[k] = last;
   }
-  return Table{ws.ends, ws.end_id, writer.n, ws.guide, bits, total};
+  return Table{space, writer.n, bits, total};
 }
 
 // The 60 uniform bits of N vectors of draws, side by side, as each round of a vector waits for the
 // one before. A word is the lower half of a lane; no product sees the upper half.
 template <int N>
-FS_INLINE void uniform60(Stream stream, uint32_t first, vq (&bits)[N]) {
+FS_INLINE void uniform60(Stream stream, uint32_t first, Purpose purpose, vq (&bits)[N]) {
   constexpr uint64_t kLow = UINT32_MAX;
   uint32_t k0 = (uint32_t)stream.seed, k1 = (uint32_t)(stream.seed >> 32);
   vq lanes = {}, c0[N], c1[N], c2[N], c3[N];
@@ -181,7 +181,7 @@ FS_INLINE void uniform60(Stream stream, uint32_t first, vq (&bits)[N]) {
     c0[u] = splat(stream.offset & kLow);
     c1[u] = splat(stream.offset >> 32);
     c2[u] = lanes + splat((uint64_t)(u * kWideLanes));
-    c3[u] = vq{};
+    c3[u] = splat((uint64_t)purpose);
   }
   for (int round = 0; round < 10; ++round) {
     FS_EACH(N) {
@@ -206,26 +206,36 @@ FS_INLINE vq multiply_high60(vq a, uint64_t b) {
   return multiply_low(a1, b1) + (middle >> 30);
 }
 
-// use(j, its token's place in the table) for each draw j.
+// use(j, which table, its token's place in it) for each draw j: the first table, or the second one
+// where the draw's coin says so.
 template <class Use>
-void each_draw(const Table& table, Stream stream, Draws draws, Use use) {
+void each_draw(const Table (&tables)[2], float coin, Stream stream, Draws draws, Use use) {
   constexpr int kAtOnce = 256, N = 4;
-  uint64_t uniform[kAtOnce], threshold[kAtOnce];
-  if (table.n == 1) {
-    for (int32_t j = draws.begin; j < draws.end; ++j) use(j, 0);
+  uint64_t uniform[kAtOnce], threshold[2][kAtOnce], toss[kAtOnce];
+  if (coin == 0 && tables[0].n == 1) {
+    for (int32_t j = draws.begin; j < draws.end; ++j) use(j, 0, 0);
     return;
   }
+  const uint64_t heads = coin_threshold(coin);
   for (int32_t first = draws.begin, n; first < draws.end; first += n) {
     n = draws.end - first < kAtOnce ? draws.end - first : kAtOnce;
     for (int j = 0; j < n; j += N * kWideLanes) {
       vq bits[N];
-      uniform60(stream, (uint32_t)(first + j), bits);
+      uniform60(stream, (uint32_t)(first + j), kPlainDraw, bits);
       FS_EACH(N) {
         store(uniform + j + u * kWideLanes, bits[u]);
-        store(threshold + j + u * kWideLanes, multiply_high60(bits[u], table.total));
+        store(threshold[0] + j + u * kWideLanes, multiply_high60(bits[u], tables[0].total));
       }
+      if (coin == 0) continue;
+      FS_EACH(N)
+      store(threshold[1] + j + u * kWideLanes, multiply_high60(bits[u], tables[1].total));
+      uniform60(stream, (uint32_t)(first + j), kXtcCoin, bits);
+      FS_EACH(N) store(toss + j + u * kWideLanes, bits[u]);
     }
-    for (int j = 0; j < n; ++j) use(first + j, table.find(uniform[j], threshold[j]));
+    for (int j = 0; j < n; ++j) {
+      const int which = coin > 0 && toss[j] < heads;
+      use(first + j, which, tables[which].find(uniform[j], threshold[which][j]));
+    }
   }
 }
 

@@ -1,24 +1,26 @@
-// Stage 7: top-k, top-p and the floors of the mass, in each order.
+// Stage 7: the filters, in each order.
 #pragma once
 
 #include "cpu/outputs.h"
 #include "cpu/top_k.h"
 #include "cpu/top_p.h"
+#include "cpu/typical.h"
 
 namespace fastsample {
 namespace {
 
 // The base set that a filter is judged on: the row, or once something narrows it, a list of tokens.
-template <class T>
+template <class T, class W>
 struct Base {
-  const Task<T>& task;
+  const Task<T, W>& task;
+  W judge = task.weigher.judge();
   bool listed = false;
   List list = {};
-  Kept<float> within = everything();  // what the list holds, at least
+  Kept<float> within = alive(judge);  // what the list holds, at least
 
-  // What of the base set is kept, if ws.group_mass holds its mass; a total of 0 says that it does
-  // not.
-  Kept<float> weighed = everything();
+  // What of the base set is kept, if ws.group_mass holds its mass as filters judge it; a total of 0
+  // says that it does not.
+  Kept<float> weighed = within;
   uint64_t total = 0;
 
   // f(the tokens).
@@ -33,72 +35,215 @@ struct Base {
     within = holds;
     total = 0;
   }
+
+  void set_weighed(const Kept<float>& kept, uint64_t mass) {
+    weighed = kept;
+    total = mass;
+  }
+  bool has_weighed(const Kept<float>& kept) const { return total && equal(weighed, kept); }
 };
 
-// Leaves tokens out of a base set that are no longer kept.
+// How much of a row a sample of it shows to lie at a value or above it.
 template <class T>
-void narrow(Base<T>& base, const Kept<float>& kept) {
-  const Task<T>& t = base.task;
+double share_from(const Dense<T>& d, float x) {
+  if (blocks(d) < 2 * kSample / kBlock) return 0;
+  Sample sample;
+  take_sample<32>(d, &sample);
+  return (double)count_above(sample.x, sample.n, nextafterf(x, -INFINITY)) / sample.n;
+}
+
+// Leaves tokens out of a base set that are no longer kept.
+template <class T, class W>
+void narrow(Base<T, W>& base, const Kept<float>& kept, bool measured = false) {
+  const Task<T, W>& t = base.task;
   Kept<float> reach = within_reach(kept, t.weigher);
   reach.floor = 0;  // gathering does not weigh
   if (!gathers(reach, base.within)) return;
+  if (measured && !base.listed && weighs_rather(share_from(t.dense, reach.low.x))) return;
   const List list =
       base.on([&](const auto& d) { return gather(d, reach, t.ws.list_x, t.ws.list_id); });
   base.set_list(list, reach);
 }
 
+// Z.
+template <class T, class W>
+uint64_t weigh(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+  if (base.has_weighed(kept)) return base.total;
+  narrow(base, kept, uses_measured_floors(p));
+  const uint64_t total =
+      base.on([&](const auto& d) { return weigh_groups(d, kept, base.judge, base.task.ws); });
+  base.set_weighed(kept, total);
+  return total;
+}
+
+// Z, and sums of something else.
+template <class T, class W, class More>
+auto measure(Base<T, W>& base, const Kept<float>& kept, const RowParams& p, More more) {
+  narrow(base, kept, uses_measured_floors(p));
+  const uint64_t total =
+      base.on([&](const auto& d) { return measure(d, kept, base.judge, base.task.ws, more); });
+  base.set_weighed(kept, total);
+  return more.sums(total);
+}
+
+// The mass of the heaviest token that is kept: the row's maximum, unless something has left it out.
+template <class T, class W>
+uint64_t heaviest(const Base<T, W>& base, const Kept<float>& kept) {
+  if (kept.high.x == INFINITY) return base.judge.unit();
+  return base.on([&](const auto& d) { return heaviest(d, kept, base.judge); });
+}
+
+// An estimate of the deviation will do where no token lies between the lowest logits that its
+// bounds allow.
 template <class T>
-Kept<float> top_k(Base<T>& base, Kept<float> kept, const RowParams& p) {
-  const Task<T>& t = base.task;
+float lowest_within_sigma(const Dense<T>& d, const RowParams& p, float peak) {
+  Deviation sigma;
+  if (estimate_deviation(d, peak, &sigma)) {
+    const float low = fastsample::lowest_within_sigma(p, peak, sigma.high);
+    const float high = fastsample::lowest_within_sigma(p, peak, sigma.low);
+    if (!any_between(d, low, high)) return high;
+  }
+  return fastsample::lowest_within_sigma(p, peak, spread(d, peak));
+}
+
+template <class T, class W>
+Kept<float> top_n_sigma(const Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+  if (!uses_top_n_sigma(p)) return kept;
+  const float lowest = lowest_within_sigma(base.task.dense, p, base.judge.max);
+  return narrow_above(kept, Place<float>{lowest, INT32_MAX});
+}
+
+template <class T, class W>
+Kept<float> top_k(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+  const Task<T, W>& t = base.task;
   if (!uses_top_k(p, t.dense.row.vocab)) return kept;
   const Head head = base.on([&](const auto& d) { return take_head(d, p.top_k, p.ties, t.ws); });
   base.set_list(head.list, narrow_above(base.within, head.low));
   return narrow_above(kept, head.low);
 }
 
-template <class T>
-Kept<float> top_p(Base<T>& base, Kept<float> kept, const RowParams& p) {
-  const Task<T>& t = base.task;
+template <class T, class W>
+Kept<float> top_p(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+  const Task<T, W>& t = base.task;
   if (!uses_top_p(p)) return kept;
   narrow(base, kept);
-  const Weighing weight(t.weigher, kept.floor, p.top_p);
+  // What a floor or typical has left out of the base set, `find_top_p` must not see.
+  const Weighing weight(base.judge, kept.floor, p.top_p);
   const Found found = base.on([&](const auto& d) { return find_top_p(d, weight, t.ws); });
-  base.weighed = narrow_above(kept, found.low);
-  base.total = found.total;
-  return base.weighed;
+  kept = narrow_above(kept, found.low);
+  base.set_weighed(kept, found.total);
+  return kept;
 }
 
-// What the filters leave of the row; in the end, `base` holds all of it.
-template <class T>
-Kept<float> apply_filters(Base<T>& base, const RowParams& p) {
-  Kept<float> kept = everything();
+template <class T, class W>
+Kept<float> mass_floors(const Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+  return mass_floors(kept, p, base.judge.unit());
+}
+
+template <class T, class W>
+Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+  if constexpr (W::kOfLogits) {
+    if (!uses_typical(p)) return kept;
+    const DepthSums sums = measure(base, kept, p, Depths{base.judge});
+    const float mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
+    const uint64_t target = top_p_target(p.typical_p, sums.mass);
+    const Weighing weight(base.judge, kept.floor);
+    const float limit = base.on(
+        [&](const auto& d) { return typical_limit(d, kept, weight, mean, target, base.task.ws); });
+    const float high = highest_near(mean, limit), low = -highest_near(-mean, limit);
+    if (high < base.judge.max) kept = narrow_below(kept, Place<float>{high, -1});
+    kept = narrow_above(kept, Place<float>{low, INT32_MAX});
+  }
+  return kept;
+}
+
+// The filters that keep every token of at least some mass, which is measured on what is kept so
+// far.
+template <class T, class W>
+Kept<float> measured_floors(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+  if (p.epsilon_cutoff > 0) {
+    const uint64_t total = weigh(base, kept, p);
+    kept = narrow_to_mass(kept, epsilon_floor(p, total, heaviest(base, kept)));
+  }
+  if constexpr (W::kOfLogits) {
+    if (p.eta_cutoff > 0) {
+      const DepthSums sums = measure(base, kept, p, Depths{base.judge});
+      kept = narrow_to_mass(kept, eta_floor(p, sums, heaviest(base, kept)));
+    }
+  }
+  if (p.top_a > 0) {
+    const uint64_t total = weigh(base, kept, p);
+    const uint64_t floor = top_a_floor(p, total, base.judge.unit(), heaviest(base, kept));
+    kept = narrow_to_mass(kept, floor);
+  }
+  if (p.p_less) {
+    const SquareSums sums = measure(base, kept, p, Squares{});
+    kept = narrow_to_mass(kept, p_less_floor(sums, heaviest(base, kept)));
+  }
+  return kept;
+}
+
+template <class T, class W>
+TopChoices xtc(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+  if (!uses_xtc(p)) return kNoTopChoices;
+  const Kept<float> heavy = narrow_to_mass(kept, xtc_floor(p, weigh(base, kept, p)));
+  const Last last = base.on([&](const auto& d) { return last_of(d, heavy, base.judge); });
+  return top_choices(last, p.xtc_probability);
+}
+
+// What the filters up to XTC leave of the row; in the end, `base` holds all of it.
+template <class T, class W>
+Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
+  Kept<float> kept = alive(base.judge);
   switch (p.order) {
     case kMinPFirst:
-      kept = mass_floors(kept, p, kMassUnit);
+      kept = top_n_sigma(base, kept, p);
+      kept = mass_floors(base, kept, p);
       kept = top_k(base, kept, p);
       kept = top_p(base, kept, p);
+      kept = typical(base, kept, p);
+      kept = measured_floors(base, kept, p);
       break;
-    case kJoint:  // each on the whole row: top-p leaves the base set as it is
+    case kJoint:  // top-p on the whole row, which it leaves as the base set
       kept = top_p(base, kept, p);
+      kept = top_n_sigma(base, kept, p);
       kept = top_k(base, kept, p);
-      kept = mass_floors(kept, p, kMassUnit);
+      kept = mass_floors(base, kept, p);
+      kept = typical(base, kept, p);
+      kept = measured_floors(base, kept, p);
+      break;
+    case kTemperatureLast:
+      kept = top_n_sigma(base, kept, p);
+      kept = top_k(base, kept, p);
+      kept = typical(base, kept, p);
+      kept = top_p(base, kept, p);
+      kept = mass_floors(base, kept, p);
+      kept = measured_floors(base, kept, p);
       break;
     default:
+      kept = top_n_sigma(base, kept, p);
       kept = top_k(base, kept, p);
       kept = top_p(base, kept, p);
-      kept = mass_floors(kept, p, kMassUnit);
+      kept = mass_floors(base, kept, p);
+      kept = typical(base, kept, p);
+      kept = measured_floors(base, kept, p);
   }
   return kept;
 }
 
 // Stages 7 and 8.
-template <class T>
-void filter_and_finish(const Task<T>& t, const RowParams& p) {
-  Base<T> base = {t};
-  const Kept<float> kept = apply_filters(base, p);
-  const bool weighed = base.total && equal(base.weighed, kept);
-  if (!weighed) narrow(base, kept);
-  base.on([&](const auto& d) { finish(t, d, kept, weighed ? base.total : 0); });
+template <class T, class W>
+void filter_and_finish(const Task<T, W>& t, const RowParams& p) {
+  Base<T, W> base = {t};
+  Kept<float> kept = apply_filters(base, p);
+  TopChoices top = xtc(base, kept, p);
+  if (top.probability == 1) {
+    kept = without(kept, top);
+    top = kNoTopChoices;
+  }
+  const bool weighed = base.has_weighed(kept) && !t.weigher.judges_apart();
+  if (!weighed) narrow(base, kept, uses_measured_floors(p));
+  base.on([&](const auto& d) { finish(t, d, kept, weighed ? base.total : 0, top); });
 }
 
 }  // namespace

@@ -2,15 +2,36 @@
 #pragma once
 
 #include "cpu/draw.h"
+#include "cpu/probs.h"
 #include "cpu/ranks.h"
 #include "cpu/top_k.h"
+#include "cpu/xtc.h"
 
 namespace fastsample {
 namespace {
 
-FS_INLINE float log_ratio(uint64_t mass, uint64_t total) {
-  return (float)log((double)mass / (double)total);
-}
+// The probabilities of a row's tokens, those that are not kept having no mass: as they are drawn
+// with and without XTC's top choices.
+struct Shares {
+  uint64_t total, rest;  // of what is kept; without the top choices
+  TopChoices top;
+
+  FS_MEMBER bool mixed() const { return rest != total; }
+  FS_MEMBER double of(uint64_t mass, Place<float> token) const {
+    if (!mixed()) return part(1.0, mass, total);
+    const double coin = (double)top.probability;
+    const uint64_t left = ranks_before(top.last, token) ? mass : 0;
+    return part(1 - coin, mass, total) + part(coin, left, rest);
+  }
+  FS_MEMBER float log_of(uint64_t mass, Place<float> token) const {
+    return (float)log(of(mass, token));
+  }
+
+ private:
+  static FS_MEMBER double part(double times, uint64_t mass, uint64_t of) {
+    return times * (double)mass / (double)(of ? of : 1);
+  }
+};
 
 FS_INLINE void write_no_top(const Outputs& out, int64_t r) {
   for (int64_t i = r * out.num_top; i < (r + 1) * out.num_top; ++i) {
@@ -57,15 +78,16 @@ void write_top(const Outputs& out, int64_t r, const Workspace& ws, int32_t n, Lo
   for (int i = 0; i < out.num_top; ++i) {
     const int64_t slot = r * out.num_top + i;
     out.top_ids[slot] = i < n ? ws.list_id[i] : -1;
-    out.top_logprobs[slot] = i < n ? logprob(ws.list_x[i]) : -INFINITY;
+    out.top_logprobs[slot] = i < n ? logprob(Place<float>{ws.list_x[i], ws.list_id[i]}) : -INFINITY;
   }
 }
 
 // Drops the tokens that are below the floor.
-FS_INLINE List drop_light(const List& list, const Weighing& weight, const Workspace& ws) {
+template <class Weight>
+List drop_light(const List& list, const Weight& weight, const Workspace& ws) {
   int n = 0;
   for (int i = 0; i < list.n; ++i) {
-    if (!weight.one(list.x[i])) continue;
+    if (!weight.keeps(list.x[i])) continue;
     ws.list_x[n] = list.x[i];
     ws.list_id[n++] = list.id[i];
   }
@@ -73,10 +95,10 @@ FS_INLINE List drop_light(const List& list, const Weighing& weight, const Worksp
 }
 
 // The top tokens of what is kept of a domain.
-template <class T, class Domain>
+template <class T, class Domain, class W>
 void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, const Dense<T>& dense,
-                         const Domain& d, const Kept<float>& kept, const Weigher& weigher,
-                         uint64_t total) {
+                         const Domain& d, const Kept<float>& kept, const W& weigher,
+                         const Shares& shares) {
   const int32_t n = batch.out.num_top;
   const Weighing weight(weigher, kept.floor);
   List top;
@@ -89,31 +111,42 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
   } else {
     top = gather(take_head(dense, n, kTiesFirst, ws).list, kept, ws.list_x, ws.list_id);
   }
-  write_top(batch.out, r, ws, top.n, [&](float x) { return log_ratio(weight.one(x), total); });
+  write_top(batch.out, r, ws, top.n,
+            [&](Place<float> token) { return shares.log_of(weight.one(token.x), token); });
 }
 
-// log-softmax of the row as given. Where nothing was changed, the block maxima are `processed`'s.
-template <class T>
+// What the log-probability of a value needs beside it, in a row whose masses add up to `total`.
+FS_INLINE double normaliser(const LogitWeigher&, uint64_t total) {
+  return log((double)total / (double)kMassUnit);
+}
+FS_INLINE double normaliser(const ProbabilityWeigher&, uint64_t total) { return (double)total; }
+
+FS_INLINE float raw_logprob(const LogitWeigher& weigher, double normaliser, float x) {
+  return (float)(((double)x - (double)weigher.max) - normaliser);
+}
+FS_INLINE float raw_logprob(const ProbabilityWeigher& weigher, double normaliser, float x) {
+  return (float)log((double)weigher.mass(x) / normaliser);
+}
+
+// log-softmax of the row as given, or the logarithms of its probabilities. Where nothing was
+// changed, the block maxima are `processed`'s.
+template <class T, class W>
 void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
                const Dense<T>& processed, Peak peak) {
   const Outputs& out = batch.out;
   const Row<T> row = raw_row<T>(batch, r);
-  const float scale = mass_scale(1.0f);
   bool sound = true;
   if (processed.row.mask || processed.row.edits) {
-    peak = scan(row, ws.block_max, near_bound(scale), Nothing());
-    sound = status_of(peak) == kValid;
+    peak = peak_of<W>(row, ws.block_max);
+    sound = peak.status == kValid;
     // Block maxima say nothing beside a NaN: look everywhere.
     for (int b = 0; !sound && b < row.blocks; ++b) ws.block_max[b] = INFINITY;
   }
-  const Weigher weigher = {peak.max, scale};
-  const Dense<T> raw = {row, ws.block_max, is_near(peak.low, peak.max, scale)};
-  const double normaliser =
-      sound ? log((double)weigh_groups(raw, everything(), weigher, ws) / (double)kMassUnit)
-            : (double)NAN;
-  const auto logprob = [&](float x) {
-    return (float)(((double)x - (double)peak.max) - normaliser);
-  };
+  const W weigher = weigher_of<W>(peak.max);
+  const Dense<T> raw = {row, ws.block_max, is_near(peak.low, peak.max, mass_scale(1.0f))};
+  const double all =
+      sound ? normaliser(weigher, weigh_groups(raw, alive(weigher), weigher, ws)) : (double)NAN;
+  const auto logprob = [&](float x) { return sound ? raw_logprob(weigher, all, x) : NAN; };
   const int32_t wanted = out.ranks ? draws.end - draws.begin : 0;
   const Ranking<T> ranking = rank_tokens(raw, wanted < row.vocab ? wanted : row.vocab, ws);
   // The lists are no longer needed: one holds the ranks that are known.
@@ -131,8 +164,9 @@ void write_raw(const Batch& batch, int64_t r, Draws draws, const Workspace& ws,
   }
   if (!out.num_top || draws.begin) return;
   if (!sound) return write_no_top(out, r);
-  const List top = take_head(raw, out.num_top, kTiesFirst, ws).list;
-  write_top(out, r, ws, top.n, logprob);
+  List top = take_head(raw, out.num_top, kTiesFirst, ws).list;
+  if (!W::kOfLogits) top = gather(top, alive(weigher), ws.list_x, ws.list_id);
+  write_top(out, r, ws, top.n, [&](Place<float> token) { return logprob(token.x); });
 }
 
 }  // namespace

@@ -16,10 +16,66 @@ namespace {
 constexpr int kHalfBits = kFractionBits;
 static_assert(2 * kHalfBits == kMassBits, "FixedSum adds up halves of a mass");
 
-// What the masses of a row's tokens are computed from.
-struct Weigher {
+// How far below the maximum a token of at least this mass can lie. The margin is far above all
+// rounding errors.
+struct Reach {
+  double drop;
+
+  Reach(float scale, uint64_t mass)
+      : drop((kMassBits + 1e-3 - log2((double)mass)) / (double)scale) {}
+
+  // An x that such a token exceeds; rises with the maximum.
+  FS_MEMBER float below(float max) const {
+    const double x = (double)max - drop;
+    const double low = x - fabs(x) * 1e-6;
+    return low < -FLT_MAX ? -INFINITY : (float)low;
+  }
+};
+
+// What the masses of a row's tokens are computed from, where they are logits.
+struct LogitWeigher {
   float max;
-  float scale;
+  float scale;         // of the masses that are drawn from
+  float judged_scale;  // of those that filters judge by
+
+  static constexpr bool kOfLogits = true;
+  static constexpr float kLowestAlive = -FLT_MAX;
+  FS_MEMBER LogitWeigher judge() const { return {max, judged_scale, judged_scale}; }
+  // Whether filters judge by other masses.
+  FS_MEMBER bool judges_apart() const { return judged_scale != scale; }
+  FS_MEMBER uint64_t unit() const { return kMassUnit; }
+  FS_MEMBER uint64_t mass(float x) const { return mass_of(x, max, scale); }
+  // A value that every token of at least this mass exceeds.
+  FS_MEMBER float lowest(uint64_t mass) const { return Reach(scale, mass).below(max); }
+};
+
+// The same for probabilities: a mass is the product of one and a power of two, as two factors,
+// since it may exceed all floats.
+struct ProbabilityWeigher {
+  float max;
+  int32_t shift;
+  float factor[2];  // to kRoughUnit
+
+  explicit ProbabilityWeigher(float largest)
+      : max(largest), shift(probability_shift(largest)), factor{1.0f, 1.0f} {
+    const int32_t exponent = power() - kFractionBits, most = 64;
+    factor[0] = ldexpf(1.0f, exponent > most ? most : exponent);
+    factor[1] = ldexpf(1.0f, exponent > most ? exponent - most : 0);
+  }
+
+  static constexpr bool kOfLogits = false;
+  static constexpr float kLowestAlive = FLT_TRUE_MIN;
+  FS_MEMBER ProbabilityWeigher judge() const { return *this; }
+  FS_MEMBER bool judges_apart() const { return false; }
+  FS_MEMBER uint64_t unit() const { return mass(max); }
+  FS_MEMBER uint64_t mass(float x) const { return x > 0 ? mass_of_probability(x, shift) : 0; }
+  FS_MEMBER float lowest(uint64_t mass) const {
+    return nextafterf((float)ldexp((double)mass, -power()), -INFINITY);
+  }
+
+ private:
+  // The mass of p is trunc(p * 2^power).
+  FS_MEMBER int32_t power() const { return shift + 150; }
 };
 
 // Vectors that are weighed side by side. The chain of operations for one is some 70 cycles long,
@@ -118,11 +174,19 @@ FS_INLINE void add(MassSum& s, const Pack<N>& q) {
 // Masses in kRoughUnit, not yet integers. -inf is clamped to a y that has no mass; valid rows hold
 // no NaN. Where `near` says that no y is below kLowestY there is nothing to clamp.
 template <int N>
-FS_INLINE Pack<N> weigh_roughly(const Weigher& w, const Pack<N>& x, const Where<N>& where,
+FS_INLINE Pack<N> weigh_roughly(const LogitWeigher& w, const Pack<N>& x, const Where<N>& where,
                                 bool near = false) {
   Pack<N> y = (x - w.max) * w.scale;
   if (!near) FS_EACH(N) y.v[u] = max(y.v[u], splat(kMassFloor));
   return exp2_where(where, y);
+}
+
+template <int N>
+FS_INLINE Pack<N> weigh_roughly(const ProbabilityWeigher& w, const Pack<N>& x,
+                                const Where<N>& where, bool = false) {
+  Pack<N> q;
+  FS_EACH(N) q.v[u] = (vf)keep(where.m[u], (vu)max(x.v[u], splat(0.0f)));
+  return q * w.factor[0] * w.factor[1];
 }
 
 // The least float in kRoughUnit whose mass is not below the floor. A float q has trunc(q) >= floor
@@ -136,13 +200,23 @@ FS_INLINE float rough_floor(uint64_t floor) {
   return least * (0x1p-40f * kRoughUnit);
 }
 
-// Masses where lanes count and are at least `floor` (in kRoughUnit), else 0.
-template <int N>
-FS_INLINE Pack<N> weigh(const Weigher& w, float floor, const Pack<N>& x, const Where<N>& where,
+// Masses where lanes count and are judged to be at least `floor` (in kRoughUnit), else 0.
+template <int N, class W>
+FS_INLINE Pack<N> weigh(const W& w, float floor, const Pack<N>& x, const Where<N>& where,
                         bool near = false) {
   Pack<N> q = weigh_roughly(w, x, where, near);
-  if (floor > 0) FS_EACH(N) q.v[u] = (vf)keep(ge(q.v[u], splat(floor)), (vu)q.v[u]);
+  if (floor > 0) {
+    const Pack<N> judged = w.judges_apart() ? weigh_roughly(w.judge(), x, where) : q;
+    FS_EACH(N) q.v[u] = (vf)keep(ge(judged.v[u], splat(floor)), (vu)q.v[u]);
+  }
   return q;
+}
+
+// Of those lanes the ones whose mass is at least `floor` (in kRoughUnit).
+template <class W>
+FS_INLINE Mask heavy(const W& w, float floor, vf x, Mask where) {
+  const vf q = weigh_roughly(w, Pack<1>{{x}}, Where<1>{{where}}).v[0];
+  return both(where, ge(q, splat(floor)));
 }
 
 // The sum of either half has 31 bits; with the biases in it, it is right modulo 2^32.
@@ -150,26 +224,6 @@ FS_INLINE uint64_t total(const MassSum& s) {
   const uint32_t hi = (uint32_t)reduce_add(s.hi) - s.biases * FixedSum::kHiBias;
   const uint32_t lo = (uint32_t)reduce_add(s.lo) - s.biases * FixedSum::kLoBias;
   return ((uint64_t)hi << kHalfBits) + lo;
-}
-
-// How far below the maximum a token of at least this mass can lie. The margin is far above all
-// rounding errors.
-struct Reach {
-  double drop;
-
-  Reach(float scale, uint64_t mass)
-      : drop((kMassBits + 1e-3 - log2((double)mass)) / (double)scale) {}
-
-  // An x that such a token exceeds; rises with the maximum.
-  FS_MEMBER float below(float max) const {
-    const double x = (double)max - drop;
-    const double low = x - fabs(x) * 1e-6;
-    return low < -FLT_MAX ? -INFINITY : (float)low;
-  }
-};
-
-FS_INLINE float lowest_x(const Weigher& w, uint64_t mass) {
-  return Reach(w.scale, mass).below(w.max);
 }
 
 }  // namespace

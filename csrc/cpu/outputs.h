@@ -8,14 +8,14 @@ namespace fastsample {
 namespace {
 
 // A row whose outputs are wanted.
-template <class T>
+template <class T, class W>
 struct Task {
   const Batch& batch;
   int64_t r;
   Draws draws;
   const Workspace& ws;
   Dense<T> dense;  // the processed row
-  Weigher weigher;
+  W weigher;
   float divisor;  // temperature, 1 for greedy rows
 };
 
@@ -34,8 +34,8 @@ void write_invalid(const Outputs& out, int64_t r, Draws draws, int32_t vocab) {
   }
 }
 
-template <class T>
-void write_filtered(const Task<T>& t, const Kept<float>& kept) {
+template <class T, class W>
+void write_filtered(const Task<T, W>& t, const Kept<float>& kept) {
   const int32_t vocab = t.dense.row.vocab;
   const Weighing weight(t.weigher, kept.floor);
   float buffer[kBlock], out[kBlock];
@@ -45,12 +45,9 @@ void write_filtered(const Task<T>& t, const Kept<float>& kept) {
     for (int i = 0; i < kBlock; i += kLanes) {
       vf v = splat(-INFINITY);
       if (live) {
-        Mask stays = ranks_within(kept, load(x + i), ids(t.dense, b, i));
-        if (kept.floor) {
-          const Halves w = weight.of(load(x + i), stays);
-          stays = both(stays, nonzero((vi)(w.hi | w.lo)));
-        }
-        v = select(stays, load(x + i) / t.divisor, v);
+        const vf own = load(x + i);
+        const Mask stays = weight.keep(own, ranks_within(kept, own, ids(t.dense, b, i)));
+        v = select(stays, own / t.divisor, v);
       }
       store(out + i, v);
     }
@@ -59,8 +56,8 @@ void write_filtered(const Task<T>& t, const Kept<float>& kept) {
   }
 }
 
-template <class T>
-void write_probabilities(const Task<T>& t, const Kept<float>& kept, uint64_t total) {
+template <class T, class W>
+void write_probabilities(const Task<T, W>& t, const Kept<float>& kept, const Shares& shares) {
   const int32_t vocab = t.dense.row.vocab;
   const Weighing weight(t.weigher, kept.floor);
   float buffer[kBlock];
@@ -79,77 +76,133 @@ void write_probabilities(const Task<T>& t, const Kept<float>& kept, uint64_t tot
     }
     for (int i = 0; i < n; ++i) {
       const uint64_t w = ((uint64_t)hi[i] << kHalfBits) + lo[i];
-      out[i] = (float)((double)w / (double)total);
+      out[i] = (float)shares.of(w, Place<float>{x[i], b * kBlock + i});
     }
   }
 }
 
-// The row's draws, one by one; `running` holds running sums, group by group.
-template <class T, class Domain>
-void draw_few(const Task<T>& t, const Domain& d, const Kept<float>& kept, const uint64_t* running,
-              uint64_t total) {
+// What a draw is made from: running masses, group by group, of what is kept.
+struct Source {
+  Kept<float> kept;
+  const uint64_t* running;
+  uint64_t total;
+};
+
+// A token where nothing has mass, which can be so at T when filters judge at T = 1: the last one.
+template <class T, class W>
+Drawn last_token(const Task<T, W>& t, const Kept<float>& kept) {
+  const Place<float> last = {logit_of(t.dense, t.dense.row.vocab - 1), t.dense.row.vocab - 1};
+  const Weighing weight(t.weigher, kept.floor);
+  const bool in = fastsample::ranks_within(kept, last);
+  return Drawn{last.id, last.x, in ? weight.one(last.x) : 0};
+}
+
+// The row's draws, one by one, from all that is kept or without XTC's top choices.
+template <class T, class W, class Domain>
+void draw_few(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
+              const Shares& shares) {
   const Outputs& out = t.batch.out;
   const auto [seed, offset] = stream_of(t.batch, t.r);
+  const float coin = shares.top.probability;
   for (int32_t j = t.draws.begin; j < t.draws.end; ++j) {
-    const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, total);
-    const Drawn token = draw(d, kept, t.weigher, running, threshold);
+    const bool leaves = coin > 0 && xtc_excludes(seed, offset, (uint32_t)j, coin);
+    const Source& from = sources[leaves];
+    const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, from.total);
+    const Drawn token = from.total ? draw(d, from.kept, t.weigher, from.running, threshold)
+                                   : last_token(t, sources[0].kept);
     const int64_t slot = t.r * out.num_samples + j;
     out.tokens[slot] = token.id;
     if (out.mode != kProcessedLogprobs) continue;
-    if (out.logprobs) out.logprobs[slot] = log_ratio(token.mass, total);
+    if (out.logprobs) out.logprobs[slot] = shares.log_of(token.mass, {token.x, token.id});
     if (out.ranks) out.ranks[slot] = rank_of(t.dense, token.x);
   }
 }
 
-// The same by a table of the kept tokens. Logprob and rank of a token are found once for all its
+// The same by tables of the kept tokens. Logprob and rank of a token are found once for all its
 // draws.
-template <class T, class Domain>
-void draw_many(const Task<T>& t, const Domain& d, const Kept<float>& kept, uint64_t total) {
+template <class T, class W, class Domain>
+void draw_many(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
+               const Shares& shares) {
   const Outputs& out = t.batch.out;
   const Stream stream = stream_of(t.batch, t.r);
   const int32_t draws = t.draws.end - t.draws.begin;
-  const Table table = make_table(d, kept, t.weigher, total, draws, t.ws);
+  const float coin = shares.top.probability;
+  Table tables[2] = {};
+  for (int i = 0; i < (coin > 0 ? 2 : 1); ++i) {
+    tables[i] = make_table(d, sources[i].kept, t.weigher, sources[i].total, draws, t.ws.table[i]);
+  }
   const int64_t row = t.r * out.num_samples;
+  const int32_t end = t.dense.row.vocab - 1;  // drawn where nothing has mass
   if (out.mode != kProcessedLogprobs) {
-    each_draw(table, stream, t.draws,
-              [&](int32_t j, int32_t i) { out.tokens[row + j] = table.ids[i]; });
+    each_draw(tables, coin, stream, t.draws, [&](int32_t j, int which, int32_t i) {
+      out.tokens[row + j] = i < 0 ? end : tables[which].space.id[i];
+    });
     return;
   }
-  const int32_t drawn = draws < table.n ? draws : table.n;
+  const int32_t drawn = draws < tables[0].n ? draws : tables[0].n;
   const Ranking<T> ranking = rank_tokens(t.dense, out.ranks ? drawn : 0, t.ws);
-  memset(t.ws.end_rank, 0, (size_t)table.n * sizeof *t.ws.end_rank);
-  each_draw(table, stream, t.draws, [&](int32_t j, int32_t i) {
-    int32_t& rank = t.ws.end_rank[i];
+  for (const Table& table : tables) {
+    if (table.n) memset(table.space.rank, 0, (size_t)table.n * sizeof *table.space.rank);
+  }
+  each_draw(tables, coin, stream, t.draws, [&](int32_t j, int which, int32_t i) {
+    int32_t none = 0;
+    float unknown;
+    const Table& table = tables[which];
+    int32_t& rank = i < 0 ? none : table.space.rank[i];
+    float& logprob = i < 0 ? unknown : table.space.logprob[i];
+    const int32_t id = i < 0 ? end : table.space.id[i];
     if (!rank) {  // not yet drawn
-      rank = out.ranks ? ranking.of(logit_of(t.dense, table.ids[i])) : 1;
-      t.ws.end_logprob[i] = log_ratio(table.mass(i), total);
+      const float x = logit_of(t.dense, id);
+      rank = out.ranks ? ranking.of(x) : 1;
+      const uint64_t mass = i < 0 ? last_token(t, sources[0].kept).mass : table.mass(i);
+      logprob = shares.log_of(mass, {x, id});
     }
-    out.tokens[row + j] = table.ids[i];
-    if (out.logprobs) out.logprobs[row + j] = t.ws.end_logprob[i];
+    out.tokens[row + j] = id;
+    if (out.logprobs) out.logprobs[row + j] = logprob;
     if (out.ranks) out.ranks[row + j] = rank;
   });
 }
 
+// The mass of what is kept but for XTC's top choices, in all and in each group. These are few, so
+// that it is theirs that are weighed.
+template <class T, class W, class Domain>
+uint64_t weigh_rest(const Task<T, W>& t, const Domain& d, const Kept<float>& kept, uint64_t total,
+                    const TopChoices& top) {
+  uint64_t* rest = t.ws.rest_mass;
+  const uint64_t left_out = weigh_groups(d, only(kept, top), t.weigher, t.ws, rest);
+  for (int g = 0; g < groups(d); ++g) rest[g] = t.ws.group_mass[g] - rest[g];
+  return total - left_out;
+}
+
+FS_INLINE void add_up(uint64_t* group_mass, int groups) {
+  for (int g = 1; g < groups; ++g) group_mass[g] += group_mass[g - 1];
+}
+
 // Stage 8 and the outputs: what is kept of a domain. `total` is its mass, where ws.group_mass holds
-// that group by group, else 0.
-template <class T, class Domain>
-void finish(const Task<T>& t, const Domain& d, const Kept<float>& kept, uint64_t total) {
+// that group by group, else 0. `top` are the tokens that XTC may leave out.
+template <class T, class W, class Domain>
+void finish(const Task<T, W>& t, const Domain& d, const Kept<float>& kept, uint64_t total,
+            const TopChoices& top = kNoTopChoices) {
   const Outputs& out = t.batch.out;
-  const bool first = t.draws.begin == 0;
+  const bool first = t.draws.begin == 0, mixes = top.probability > 0;
   if (out.filtered && first) write_filtered(t, kept);
   if (!out.tokens && !out.probabilities) return;
-  uint64_t* running = t.ws.group_mass;
   if (!total) total = weigh_groups(d, kept, t.weigher, t.ws);
-  if (out.probabilities && first) write_probabilities(t, kept, total);
+  const uint64_t rest = mixes ? weigh_rest(t, d, kept, total, top) : total;
+  const Shares shares = {total, rest, top};
+  if (out.probabilities && first) write_probabilities(t, kept, shares);
   if (!out.tokens) return;
+  const Source sources[2] = {{kept, t.ws.group_mass, total},
+                             {without(kept, top), t.ws.rest_mass, rest}};
   if (draws_by_table(out, t.ws, blocks(d) * kBlock)) {
-    draw_many(t, d, kept, total);
+    draw_many(t, d, sources, shares);
   } else {
-    for (int g = 1; g < groups(d); ++g) running[g] += running[g - 1];
-    draw_few(t, d, kept, running, total);
+    add_up(t.ws.group_mass, groups(d));
+    if (mixes) add_up(t.ws.rest_mass, groups(d));
+    draw_few(t, d, sources, shares);
   }
   if (out.mode == kProcessedLogprobs && out.num_top && first) {
-    write_processed_top(t.batch, t.r, t.ws, t.dense, d, kept, t.weigher, total);
+    write_processed_top(t.batch, t.r, t.ws, t.dense, d, kept, t.weigher, shares);
   }
 }
 

@@ -22,11 +22,13 @@ struct Plan {
   bool watch;  // whether candidates are copied in the streaming pass already
 };
 
-// A row's vocabulary, whether its values have 16 bits, and whether bias or penalties change it.
+// A row's vocabulary, whether its values have 16 bits, whether bias or penalties change it, and
+// what it is made of.
 struct RowKind {
   int32_t vocab;
   bool narrow;
   bool edited;
+  InputKind input;
 };
 
 // Edits would lower a maximum that candidates were chosen by. In 16 bits, the streaming pass
@@ -34,6 +36,10 @@ struct RowKind {
 FS_HD Plan plan_of(const RowParams& p, RowKind row) {
   if (is_greedy(p)) return Plan{kArgmax, false};
   if (filters_of(p, row.vocab) != kUsesMassFloor || row.edited) return Plan{kFilters, false};
+  // Candidates are judged by the masses that are drawn from.
+  if (row.input != kLogits || judging_temperature(p) != p.temperature) {
+    return Plan{kFilters, false};
+  }
   return Plan{kCandidates, !row.narrow};
 }
 
@@ -53,6 +59,10 @@ FS_HD bool gathers(const Kept<float>& reach, const Kept<float>& base) {
   return !equal(reach, base);
 }
 
+// Whether to weigh a row as a whole costs less than to gather what lies above a floor, this share
+// of it, and to weigh that.
+FS_HD bool weighs_rather(double share) { return share > 0.15; }
+
 // What it takes to tell whether a token ranks within the interval of a kept set.
 enum Bounds : int32_t {
   kUnbounded,  // nothing: all tokens above -inf do
@@ -60,17 +70,18 @@ enum Bounds : int32_t {
   kByPlace,    // comparisons of logits and ids
 };
 
-FS_HD Bounds bounds_of(const Kept<float>& kept) {
+// `lowest` is the lowest value that any token can be kept with.
+FS_HD Bounds bounds_of(const Kept<float>& kept, float lowest = -FLT_MAX) {
   const bool open = kept.high.x == INFINITY;
   if (!open || kept.low.id != INT32_MAX) return kByPlace;
-  return kept.low.x == -FLT_MAX ? kUnbounded : kByValue;
+  return kept.low.x == lowest ? kUnbounded : kByValue;
 }
 
 // Whether a table of a row's kept tokens costs less than to search for every draw. `ends` tells
 // whether there is memory for one.
 FS_HD bool draws_by_table(const Outputs& out, const Workspace& ws, int32_t tokens) {
   constexpr int64_t kTokensPerDraw = 200, kManyRanks = 128;
-  if (!ws.ends) return false;
+  if (!ws.table[0].ends) return false;
   if (out.ranks && out.num_samples >= kManyRanks) return true;
   return out.num_samples * kTokensPerDraw >= tokens;
 }

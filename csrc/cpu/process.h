@@ -80,7 +80,7 @@ template <class T>
 void apply_edits(const RowParams& params, int n, const Workspace& ws, Row<T>* row, Peak* peak) {
   Edited edited[kBlock];
   for (Edited& c : edited) c.block = -1;
-  bool broken = peak->nan, banned = false;
+  bool broken = peak->status == kNaN, banned = false;
   for (Edit* e = ws.edits; e < ws.edits + n; ++e) {
     const int32_t b = e->id / kBlock;
     Edited& c = edited[e->id % kBlock];
@@ -114,7 +114,8 @@ void apply_edits(const RowParams& params, int n, const Workspace& ws, Row<T>* ro
     if (ws.block_max[b] == ws.block_max[b]) continue;
     ws.block_max[b] = block_peak(block(*row, b, buffer), sound);
   }
-  *peak = Peak{row_max(ws.block_max, row->blocks), broken || !sound.all(), peak->low};
+  const float max = row_max(ws.block_max, row->blocks);
+  *peak = Peak{max, status_of(max, broken || !sound.all()), peak->low};
 }
 
 }  // namespace

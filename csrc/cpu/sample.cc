@@ -15,8 +15,8 @@ namespace fastsample {
 namespace {
 
 // Stage 5: a greedy row is done with its lowest maximum, whose mass is all there is.
-template <class T>
-void sample_greedy(const Task<T>& t) {
+template <class T, class W>
+void sample_greedy(const Task<T, W>& t) {
   const Place<float> argmax = {t.weigher.max, nth_equal(t.dense, t.weigher.max, 1)};
   t.ws.list_x[0] = argmax.x;
   t.ws.list_id[0] = argmax.id;
@@ -25,44 +25,78 @@ void sample_greedy(const Task<T>& t) {
 
 // Stages 7 and 8 where a floor of the mass is the only filter.
 template <class T>
-void sample_candidates(const Task<T>& t, uint64_t floor) {
+void sample_candidates(const Task<T, LogitWeigher>& t, uint64_t floor) {
   const uint64_t total = weigh_candidates(t.dense, t.weigher, floor, t.ws);
   finish(t, t.dense, narrow_to_mass(everything(), floor), total);
 }
 
+// Stages 5 to 8 of a valid row, other than by its candidates.
+template <class T, class W>
+void sample_valid(const Task<T, W>& t, const RowParams& p, Path path) {
+  if (path == kArgmax) {
+    sample_greedy(t);
+  } else {
+    filter_and_finish(t, p);
+  }
+}
+
 template <class T>
-Status sample_row_of(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
+Status sample_probabilities(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
+  const RowParams& p = at(batch.rows.params, r);
+  const Row<T> row = masked_row<T>(batch, r);
+  const Plan plan =
+      plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), false, kProbabilities});
+  const Peak peak = scan_probabilities(row, ws.block_max);
+  if (peak.status != kValid) {
+    write_invalid(batch.out, r, draws, row.vocab);
+    return peak.status;
+  }
+  const ProbabilityWeigher weigher(peak.max);
+  const Dense<T> dense = {row, ws.block_max, false};
+  sample_valid(Task<T, ProbabilityWeigher>{batch, r, draws, ws, dense, weigher, 1.0f}, p,
+               plan.path);
+  if (batch.out.mode == kRawLogprobs) {
+    write_raw<T, ProbabilityWeigher>(batch, r, draws, ws, dense, peak);
+  }
+  return kValid;
+}
+
+template <class T>
+Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
   const RowParams& p = at(batch.rows.params, r);
   Row<T> row = masked_row<T>(batch, r);
   const int edits = has_edits(batch.rows) ? sort_edits(batch, r, p, row, ws) : 0;
   const float temperature = is_greedy(p) ? 1.0f : p.temperature;
   const float scale = mass_scale(temperature), bound = near_bound(scale);
   const uint64_t floor = mass_floor(p, kMassUnit);
-  const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0});
+  const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0, kLogits});
   Peak peak = plan.watch ? scan(row, ws.block_max, bound,
                                 Watcher{Reach(scale, floor), ws.values, ws.segment})
                          : scan(row, ws.block_max, bound, Nothing());
   if (edits) apply_edits(p, edits, ws, &row, &peak);
-  const Status status = status_of(peak);
-  if (status != kValid) {
+  if (peak.status != kValid) {
     write_invalid(batch.out, r, draws, row.vocab);
-    return status;
+    return peak.status;
   }
-  const Weigher weigher = {peak.max, scale};
+  const float judged = is_greedy(p) ? 1.0f : judging_temperature(p);
+  const LogitWeigher weigher = {peak.max, scale, mass_scale(judged)};
   const Dense<T> dense = {row, ws.block_max, is_near(peak.low, peak.max, scale)};
-  const Task<T> task = {batch, r, draws, ws, dense, weigher, temperature};
-  switch (plan.path) {
-    case kArgmax:
-      sample_greedy(task);
-      break;
-    case kCandidates:
-      sample_candidates(task, floor);
-      break;
-    case kFilters:
-      filter_and_finish(task, p);
+  const Task<T, LogitWeigher> task = {batch, r, draws, ws, dense, weigher, temperature};
+  if (plan.path == kCandidates) {
+    sample_candidates(task, floor);
+  } else {
+    sample_valid(task, p, plan.path);
   }
-  if (batch.out.mode == kRawLogprobs) write_raw(batch, r, draws, ws, task.dense, peak);
+  if (batch.out.mode == kRawLogprobs) {
+    write_raw<T, LogitWeigher>(batch, r, draws, ws, dense, peak);
+  }
   return kValid;
+}
+
+template <class T>
+Status sample_row_of(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
+  return batch.logits.input == kProbabilities ? sample_probabilities<T>(batch, r, draws, ws)
+                                              : sample_logits<T>(batch, r, draws, ws);
 }
 
 Status sample_row(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {

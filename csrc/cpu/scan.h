@@ -8,9 +8,16 @@ namespace {
 
 struct Peak {
   float max;
-  bool nan;
+  Status status;
   float low;  // lower bound of the 16-bit values in blocks that nothing changes
 };
+
+// Of a row of logits.
+FS_INLINE Status status_of(float max, bool nan) {
+  if (nan) return kNaN;
+  if (max == INFINITY) return kPositiveInfinity;
+  return max == -INFINITY ? kNothingLeft : kValid;
+}
 
 constexpr int kStreams = 4;  // vectors that the streaming pass looks at side by side
 
@@ -167,13 +174,8 @@ FS_INLINE Peak scan(const Row<T>& row, float* block_max, float bound, Watch watc
       look(b, block(row, b, buffer));
     }
   }
-  return Peak{row_max(block_max, row.blocks), !sound.all(), sound.low<T>()};
-}
-
-FS_INLINE Status status_of(Peak peak) {
-  if (peak.nan) return kNaN;
-  if (peak.max == INFINITY) return kPositiveInfinity;
-  return peak.max == -INFINITY ? kNothingLeft : kValid;
+  const float max = row_max(block_max, row.blocks);
+  return Peak{max, status_of(max, !sound.all()), sound.low<T>()};
 }
 
 }  // namespace

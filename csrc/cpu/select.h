@@ -40,13 +40,14 @@ struct Counting {
 };
 
 // Masses below the floor count as 0.
+template <class W>
 struct Weighing {
-  Weigher weigher;
+  W weigher;
   uint64_t floor;
   float rough;  // the floor in kRoughUnit
   float top_p;
 
-  FS_MEMBER Weighing(const Weigher& w, uint64_t least, float p = 1.0f)
+  FS_MEMBER Weighing(const W& w, uint64_t least, float p = 1.0f)
       : weigher(w), floor(least), rough(rough_floor(least)), top_p(p) {}
 
   typedef MassSum Sum;
@@ -65,9 +66,11 @@ struct Weighing {
     fastsample::add(s, mass);
   }
   FS_MEMBER uint64_t total(const Sum& s) const { return fastsample::total(s); }
-  FS_MEMBER uint64_t one(float x) const {
-    const uint64_t mass = mass_of(x, weigher.max, weigher.scale);
-    return mass >= floor ? mass : 0;
+  FS_MEMBER uint64_t one(float x) const { return keeps(x) ? weigher.mass(x) : 0; }
+  // Whether a token is not below the floor.
+  FS_MEMBER bool keeps(float x) const { return !floor || weigher.judge().mass(x) >= floor; }
+  FS_MEMBER Mask keep(vf x, Mask where) const {
+    return floor ? heavy(weigher.judge(), rough, x, where) : where;
   }
   FS_MEMBER uint64_t target(uint64_t total) const { return top_p_target(top_p, total); }
   FS_MEMBER double estimate_target(double total) const { return (double)top_p * total; }
@@ -76,10 +79,12 @@ struct Weighing {
   // top-p leaves out of `part`, the weight of some of the tokens.
   FS_MEMBER float certain_low(double part, double tokens) const {
     const double mass = (1 - (double)top_p) * part / tokens;
-    return mass > 1 ? nextafterf(lowest_x(weigher, (uint64_t)mass), -INFINITY) : lowest();
+    return mass > 1 ? nextafterf(weigher.lowest((uint64_t)mass), -INFINITY) : lowest();
   }
   // A value that every token with a mass exceeds.
-  FS_MEMBER float lowest() const { return lowest_x(weigher, floor ? floor : 1); }
+  FS_MEMBER float lowest() const {
+    return floor ? weigher.judge().lowest(floor) : weigher.lowest(1);
+  }
   // Not quite the masses of n values; for estimates.
   void roughly(const float* x, int n, float* to) const {
     for (int i = 0; i < n; i += kAbreast * kLanes) {

@@ -16,8 +16,8 @@ struct Split {
 // A block's share of it: adds up what it weighs and what of that lies below the bracket's upper
 // end, and copies the bracket's values; returns their end. To compress each vector costs the same
 // however many of its lanes count.
-template <class T>
-FS_INLINE float* split_block(const Weighing& weight, const T* x, bool near, Bracket bracket,
+template <class Weight, class T>
+FS_INLINE float* split_block(const Weight& weight, const T* x, bool near, Bracket bracket,
                              float* values, MassSum& all, MassSum& rest) {
   constexpr int N = kAbreast;
   static_assert(N <= FixedSum::kMost, "a sum holds no more");
@@ -43,8 +43,8 @@ FS_INLINE float* split_block(const Weighing& weight, const T* x, bool near, Brac
   return values;
 }
 
-template <class Domain>
-Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
+template <class Domain, class Weight>
+Split split(const Weight& weight, const Domain& d, Bracket bracket, const Workspace& ws) {
   const float lowest = weight.lowest();
   const auto has_mass = [&](int b) { return upper_bound(d, b) > lowest; };
   Split s = {0, 0, {ws.values, 0, bracket.low, bracket.high}};
@@ -53,7 +53,7 @@ Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Work
     MassSum all, rest, low;
     each_run(d, g, has_mass, [&](auto run, auto near) {
       // Copies: to the compiler, a store of values might change the originals.
-      const Weighing own_weight = weight;
+      const Weight own_weight = weight;
       const Bracket own = bracket;
       MassSum run_all, run_rest, run_low;
       float* end = ws.values + s.middle.n;
@@ -82,8 +82,8 @@ Split split(const Weighing& weight, const Domain& d, Bracket bracket, const Work
 
 // Adds to each group's mass what the boundary keeps of the group's values in the bracket, m ties
 // first; returns the cutoff.
-template <class Domain>
-Place<float> add_segments(const Domain& d, const Weighing& weight, const Boundary& edge, uint64_t m,
+template <class Domain, class Weight>
+Place<float> add_segments(const Domain& d, const Weight& weight, const Boundary& edge, uint64_t m,
                           const Workspace& ws) {
   Place<float> low = {edge.x, INT32_MAX};
   const bool all_ties = m == (uint64_t)edge.equal, only_ties = edge.equal == ws.segment[groups(d)];
@@ -108,8 +108,8 @@ Place<float> add_segments(const Domain& d, const Weighing& weight, const Boundar
 
 // Where the bracket was missed: the values next to it, then eight times as many. `before` is the
 // weight of what lies above bracket.low.
-template <class Domain>
-Place<float> search_below(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t before,
+template <class Domain, class Weight>
+Place<float> search_below(const Domain& d, const Weight& weight, Bracket bracket, uint64_t before,
                           uint64_t target, const Workspace& ws) {
   const float lowest = weight.lowest();
   float top = nextafterf(bracket.low, INFINITY);
@@ -128,8 +128,8 @@ Place<float> search_below(const Domain& d, const Weighing& weight, Bracket brack
 }
 
 // The same above it; `upper` is the weight from bracket.high up.
-template <class Domain>
-Place<float> search_above(const Domain& d, const Weighing& weight, Bracket bracket, uint64_t upper,
+template <class Domain, class Weight>
+Place<float> search_above(const Domain& d, const Weight& weight, Bracket bracket, uint64_t upper,
                           uint64_t target, const Workspace& ws) {
   for (double width = (double)bracket.high - (double)bracket.low;; width *= 8) {
     const double end = (double)bracket.high + width;
@@ -148,8 +148,8 @@ struct Found {
 };
 
 // Top-p of a domain, all of whose tokens are its base set.
-template <class Domain>
-Found find_top_p(const Domain& d, const Weighing& weight, const Workspace& ws) {
+template <class Domain, class Weight>
+Found find_top_p(const Domain& d, const Weight& weight, const Workspace& ws) {
   const Bracket bracket = find_bracket(weight, d, ws);
   const Split s = split(weight, d, bracket, ws);
   const uint64_t target = weight.target(s.total);

@@ -158,7 +158,8 @@ def check_probs(p: Tensor) -> Tensor:
 def order_of_probs(p: Tensor) -> Tensor:
     """Numbers that rank as probabilities do, -inf where these are 0; float64 [B, V].
 
-    They are the bits, so that a mode of torch's that takes subnormal numbers for 0 changes nothing.
+    They are the bits, so that a mode of torch's that takes subnormal numbers for 0 changes nothing. What is no
+    probability, as it may be in a row before its mask, is above none.
     """
-    size = p.view(torch.int32) & 0x7FFFFFFF
-    return torch.where(size > 0, size.double(), NEG_INF)
+    bits = p.view(torch.int32)
+    return torch.where((bits > 0) & (bits <= 0x7F800000), bits.double(), NEG_INF)
