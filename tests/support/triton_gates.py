@@ -51,7 +51,7 @@ class Kernel:
 
 def _sample(name: str, row_loads: int, dtype: str = "fp32", **more: Any) -> Kernel:
     vec = 4 if dtype == "fp32" else 8
-    constants = {"HAS_COUNTS": False, "ROUNDS": 8, "SPLIT": True, "CHUNKS": 128, "VEC": vec, "BLOCK": vec * THREADS}
+    constants = {"HAS_COUNTS": False, "PROBS": False, "ROUNDS": 8, "SPLIT": True, "CHUNKS": 128, "VEC": vec, "BLOCK": vec * THREADS}
     return Kernel(name, sample.sample, constants | more, row_loads, {"x": dtype})
 
 
@@ -61,18 +61,18 @@ def _kernels() -> Iterator[Kernel]:
     yield _sample("sample f32 penalties", 10, HAS_COUNTS=True, SPLIT=False)
     yield _sample("sample bf16", 9, "bf16", ROUNDS=4)
     yield _sample("sample f16", 9, "fp16", ROUNDS=5)
-    yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True} | block, 1)
+    yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True, "PROBS": False} | block, 1)
     everything = {"HAS_BIAS": True, "HAS_PROMPT": True, "HAS_OUTPUT": True}
     yield Kernel("edit", process.edit, everything | {"BLOCK": 256}, 0)
     for what in ("FILTERED", "PROBABILITIES", "KEPT"):
-        constants = {"WHAT": getattr(outputs, what).value} | block
+        constants = {"WHAT": getattr(outputs, what).value, "PROBS": False} | block
         yield Kernel(f"write {what.lower()}", outputs.write, constants, 1, float64=what == "PROBABILITIES")
-    yield Kernel("sampled raw", logprobs.sampled, {"RAW": True}, 0, float64=True)
-    yield Kernel("sampled processed", logprobs.sampled, {"RAW": False}, 0, float64=True)
+    yield Kernel("sampled raw", logprobs.sampled, {"RAW": True, "PROBS": False}, 0, float64=True)
+    yield Kernel("sampled processed", logprobs.sampled, {"RAW": False, "PROBS": False}, 0, float64=True)
     yield Kernel("rank", logprobs.rank, block, 1)
     yield Kernel("collect", logprobs.collect, block, 1)
-    yield Kernel("arrange raw", logprobs.arrange, {"RAW": True, "BLOCK": 32}, 0, float64=True)
-    yield Kernel("arrange processed", logprobs.arrange, {"RAW": False, "BLOCK": 32}, 0, float64=True)
+    yield Kernel("arrange raw", logprobs.arrange, {"RAW": True, "PROBS": False, "BLOCK": 32}, 0, float64=True)
+    yield Kernel("arrange processed", logprobs.arrange, {"RAW": False, "PROBS": False, "BLOCK": 32}, 0, float64=True)
 
 
 KERNELS = {kernel.name: kernel for kernel in _kernels()}
