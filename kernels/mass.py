@@ -98,7 +98,7 @@ def probability_shift(largest):
     """What brings the mass of a row's largest probability to [2^39, 2^40)."""
     significand, exponent = binary_of(largest)
     width = (significand.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
-    return MASS_BITS - width - exponent
+    return -(width + exponent - MASS_BITS)
 
 
 @triton.jit

@@ -260,7 +260,7 @@ def in_order(number, typical_first, ROUNDS: tl.constexpr):
 @triton.jit
 def measure_at(phase, ROUNDS: tl.constexpr):
     """What a phase measures, or uses the measure of."""
-    floor = EPSILON + (phase - first_phase("epsilon", ROUNDS)) // 2
+    floor = (phase - first_phase("epsilon", ROUNDS)) // 2 + EPSILON
     floor = tl.where(phase < first_phase("epsilon", ROUNDS), TYPICAL, floor)
     return tl.where(phase < first_phase("xtc", ROUNDS), floor, XTC)
 
