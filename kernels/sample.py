@@ -206,15 +206,15 @@ def after_scan(
     """Stages 5 to 8: phases first to last - 1."""
     index = tl.arange(0, MAX_PARTS)
     best = tl.max(tl.load(row.ws + PEAKS + index, mask=index < row.parts, other=LONG_MIN))
+    peak = from_key(key_in(best))
+    scale = judged_scale(row.record, peak, PROBS)
+    typical_first = param(row.record, "order") == choice("order", "temperature_last")
     greedy = is_greedy(param(row.record, "temperature"))
     filtered = (status_of(best) == 0) & (greedy == 0)
     on = tl.where(filtered, phases_on(row.record, row.vocab, ROUNDS) | phase_bits("weigh", ROUNDS), 0)
     on |= phase_bits("draw", ROUNDS)
     if PROBS:
         on |= tl.where(filtered, phase_bits("mass_floors", ROUNDS), 0)
-    typical_first = param(row.record, "order") == choice("order", "temperature_last")
-    peak = from_key(key_in(best))
-    scale = judged_scale(row.record, peak, PROBS)
     for number in range(first, last):
         phase = in_order(number, typical_first, ROUNDS)
         if (on >> phase) & 1 != 0:

@@ -68,7 +68,7 @@ def add_above(
             else:
                 weight = tl.full([BLOCK], 1, tl.int32)
             if centred:
-                key = key_of(-tl.abs(value - mean))
+                key = -tl.abs(value - mean).to(tl.int32, bitcast=True)  # the order of the bits is that of the distance
             # The VEC neighbours that one thread loads are added without leaving it.
             key, weight = tl.reshape(key, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
             more = ()
