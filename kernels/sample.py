@@ -6,16 +6,17 @@ pipeline is one launch. Where a single program has the row, it is a block barrie
 workspace, a phase may also be a launch of its own: Triton's interpreter, which runs programs one after another, runs
 split rows that way.
 
-    scan             stages 3 and 4: penalties, the row's maximum, each chunk's highest key; floors on mass
-    mass_floors      those of probabilities, whose unit is known after the scan
-    top_n_sigma      stage 7, as all steps to xtc, which are skipped where they are off: sums, then the cut
-    top_k            rounds of selection, then a cut among equal tokens
-    top_p            likewise
-    typical          sums, rounds of selection, then the interval; before top_p in "temperature_last"
-    epsilon, eta, top_a, p_less  of each the sums, then the floor
-    xtc              sums, then the top choices, then what is excluded
-    weigh            the kept mass of each chunk, and what XTC leaves of it
-    draw             stage 8: each draw's chunk, then its token
+    scan         stages 3 and 4: penalties, the row's maximum, each chunk's highest key; floors on mass
+    mass_floors  those of probabilities, whose unit is known after the scan
+    top_n_sigma  stage 7, as all steps down to xtc, each skipped where it is off: sums, then the cut
+    top_k        rounds of selection, then a cut among equal tokens
+    top_p        likewise
+    typical      sums, rounds of selection, the interval; before top_p in "temperature_last"
+    epsilon, eta, top_a, p_less
+                 sums, then the floor, one filter after the other
+    xtc          sums, the top choices, what is excluded
+    weigh        the kept mass of each chunk, and what XTC leaves of it
+    draw         stage 8: each draw's chunk, then its token
 
 The workspace holds sums and maxima of integers, so nothing depends on the order of atomics. The scan initialises it.
 """
