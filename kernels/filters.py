@@ -1,8 +1,8 @@
-"""Stage 7: what top-k, top-p and min-p keep (stem of csrc/core/filters.h).
+"""Stage 7: what the filters keep (stem of csrc/core/filters.h).
 
 Each filter narrows the Kept in the row's workspace. One that keeps what has a certain mass, which the record alone
 decides, is a function here and a line of `mass_floors`. One that cuts the rank order selects the place in phases of its
-own, which workspace.py numbers.
+own, which workspace.py numbers, and one whose floor depends on what is kept measures that first (measured.py).
 """
 
 import triton
@@ -10,30 +10,44 @@ import triton.language as tl
 
 from .kept import Kept, everything, load_kept, narrow_to_mass
 from .keys import KEY_NEG_INF, from_key
-from .mass import LOW30, MASS_UNIT, mass_of
+from .mass import LOW30, mass_of
 from .record import choice, param
 from .row import meet
 from .select import add_above, cut_at, cut_equal, settle
-from .workspace import SUMS, TARGET, TOP_K, TOP_P
+from .workspace import SUMS, TARGET, TOP_K, TOP_P, phase_bits
 
 
 @triton.jit
-def mass_floors(kept, record):
-    """All filters that are a floor on mass which the record alone decides; the scan applies them."""
-    kept = min_p(kept, record)
+def mass_floors(kept, record, unit):
+    """All filters that are a floor on mass which the record alone decides; `unit` is the heaviest token's mass."""
+    kept = min_p(kept, record, unit)
     return kept
 
 
 @triton.jit
-def min_p(kept, record):
+def min_p(kept, record, unit):
     """Mass is not quite monotone in x, so this is no cut of the rank order."""
-    return narrow_to_mass(kept, (param(record, "min_p") * MASS_UNIT).to(tl.int64))
+    return narrow_to_mass(kept, (param(record, "min_p").to(tl.float64) * unit.to(tl.float64)).to(tl.int64))
 
 
 @triton.jit
-def uses_top_k(record, vocab):
+def phases_on(record, vocab, ROUNDS: tl.constexpr):
+    """The phases of the filters that are on, as bits of an int64."""
     k = param(record, "top_k")
-    return (k > 0) & (k < vocab)
+    on = bits_where((k > 0) & (k < vocab), phase_bits("top_k", ROUNDS))
+    on |= bits_where(param(record, "top_p") < 1.0, phase_bits("top_p", ROUNDS))
+    on |= bits_where(param(record, "top_n_sigma") > 0.0, phase_bits("top_n_sigma", ROUNDS))
+    on |= bits_where(param(record, "typical_p") < 1.0, phase_bits("typical", ROUNDS))
+    on |= bits_where(param(record, "epsilon_cutoff") > 0.0, phase_bits("epsilon", ROUNDS))
+    on |= bits_where(param(record, "eta_cutoff") > 0.0, phase_bits("eta", ROUNDS))
+    on |= bits_where(param(record, "top_a") > 0.0, phase_bits("top_a", ROUNDS))
+    on |= bits_where(param(record, "p_less") != 0, phase_bits("p_less", ROUNDS))
+    return on | bits_where(param(record, "xtc_probability") > 0.0, phase_bits("xtc", ROUNDS))
+
+
+@triton.jit
+def bits_where(flag, BITS: tl.constexpr):
+    return tl.where(flag, tl.full([], BITS, tl.int64), 0)
 
 
 @triton.jit
@@ -56,11 +70,6 @@ def top_k(
         meet(row, SPLIT)
     else:
         cut_equal(row, selection, SPLIT, CHUNKS, BLOCK)
-
-
-@triton.jit
-def uses_top_p(record):
-    return param(record, "top_p") < 1.0
 
 
 @triton.jit
@@ -99,14 +108,19 @@ def top_p_base(kept, order):
 
 @triton.jit
 def top_p_target(row, selection, phase):
-    """max(1, floor(trunc(p * 2^30) * total / 2^30)). The total is the first round's sum at its lowest pivot."""
+    """The total is the first round's sum at its lowest pivot."""
     target = tl.full([], 1, tl.int64)
     if phase == 1:
-        total = tl.load(selection + SUMS)
-        p30 = (param(row.record, "top_p") * 1073741824.0).to(tl.int64)
-        target = tl.maximum(p30 * (total >> 30) + (p30 * (total & LOW30) >> 30), 1)
+        target = target_of(param(row.record, "top_p"), tl.load(selection + SUMS))
         if row.part == 0:
             tl.store(selection + TARGET, target)
     if phase > 1:
         target = tl.load(selection + TARGET)
     return target
+
+
+@triton.jit
+def target_of(p, total):
+    """The mass to reach: max(1, floor(trunc(p * 2^30) * total / 2^30))."""
+    p30 = (p * 1073741824.0).to(tl.int64)
+    return tl.maximum(p30 * (total >> 30) + (p30 * (total & LOW30) >> 30), 1)

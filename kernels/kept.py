@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .keys import INT_MAX, KEY_LOWEST
-from .workspace import FLOOR, HIGH_ID, HIGH_KEY, LOW_ID, LOW_KEY
+from .workspace import FLOOR, HIGH_ID, HIGH_KEY, LOW_ID, LOW_KEY, REST_ID, REST_KEY
 
 
 class Place(NamedTuple):
@@ -91,3 +91,30 @@ def store_kept(ws, kept):
     tl.store(ws + LOW_KEY, kept.low.key.to(tl.int64))
     tl.store(ws + LOW_ID, kept.low.id.to(tl.int64))
     tl.store(ws + FLOOR, kept.floor)
+
+
+@triton.jit
+def load_rest(ws):
+    """The place before the first token that XTC leaves: draws whose coin says so take only what ranks after it."""
+    return Place(tl.load(ws + REST_KEY).to(tl.int32), tl.load(ws + REST_ID).to(tl.int32))
+
+
+@triton.jit
+def store_rest(ws, high):
+    tl.store(ws + REST_KEY, high.key.to(tl.int64))
+    tl.store(ws + REST_ID, high.id.to(tl.int64))
+
+
+@triton.jit
+def excludes(ws):
+    """Whether some draws leave tokens out."""
+    return ranks_before(load_kept(ws).high, load_rest(ws))
+
+
+@triton.jit
+def drawn_from(ws, rest):
+    """What is kept, or what XTC leaves of it."""
+    kept = load_kept(ws)
+    if rest:
+        kept = narrow_below(kept, load_rest(ws))
+    return kept

@@ -5,9 +5,9 @@ import triton.language as tl
 
 from .kept import Place, load_kept, ranks_within
 from .keys import LONG_MIN, from_key, id_in, key_in, key_of, ranked
-from .mass import MASS_UNIT, mass_of, mass_scale
+from .mass import MASS_UNIT, drawn_scale, mass_of
+from .outputs import share
 from .process import NEG_INF, load_x, to_float32
-from .record import param
 from .sample import status_of
 from .workspace import PEAK, TOTAL
 
@@ -15,15 +15,15 @@ NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
-def logprob(x, ws, temperature, RAW: tl.constexpr):
+def logprob(x, ids, ws, record, RAW: tl.constexpr, PROBS: tl.constexpr):
     """Of tokens with logit x, in the distribution whose workspace `ws` is: the raw logits', or the one drawn from."""
     peak = from_key(key_in(tl.load(ws + PEAK)))
-    total = tl.load(ws + TOTAL).to(tl.float64)
-    if RAW:
-        normaliser = tl.log(total / MASS_UNIT)
+    if RAW and not PROBS:
+        normaliser = tl.log(tl.load(ws + TOTAL).to(tl.float64) / MASS_UNIT)
         result = (x.to(tl.float64) - peak.to(tl.float64)) - normaliser
     else:
-        result = tl.log(mass_of(x, peak, mass_scale(temperature)).to(tl.float64) / total)
+        w = mass_of(x, peak, drawn_scale(record, peak, PROBS))
+        result = tl.log(share(ws, record, Place(key_of(x), ids), w))
     return result.to(tl.float32)
 
 
@@ -36,16 +36,15 @@ def sound(ws):
 @triton.jit
 def sampled(
     x, x_stride, records, record_stride, workspace, ws_stride, tokens, logprobs, ranks, listed, num_samples,
-    RAW: tl.constexpr,
+    RAW: tl.constexpr, PROBS: tl.constexpr,
 ):  # fmt: skip
     """Log-probability of one draw; initialises its rank and the row's list. Grid: rows x draws."""
     row, j = tl.program_id(0).to(tl.int64) // num_samples, tl.program_id(0) % num_samples
     ws = workspace + row * ws_stride
     token = tl.load(tokens + row * num_samples + j)
     value = to_float32(tl.load(x + row * x_stride + tl.maximum(token, 0)))
-    temperature = param(records + row * record_stride, "temperature")
     good = (token >= 0) & sound(ws)
-    own = tl.where(good, logprob(value, ws, temperature, RAW), NAN)
+    own = tl.where(good, logprob(value, token.to(tl.int32), ws, records + row * record_stride, RAW, PROBS), NAN)
     tl.store(logprobs + row * num_samples + j, own)
     tl.store(ranks + row * num_samples + j, (token >= 0).to(tl.int64))
     if j == 0:
@@ -87,7 +86,7 @@ def collect(
 @triton.jit
 def arrange(
     records, record_stride, workspace, ws_stride, tokens, num_samples, listed, found, num_top, top_ids, top_logprobs,
-    RAW: tl.constexpr, BLOCK: tl.constexpr,
+    RAW: tl.constexpr, PROBS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Put listed tokens in rank order: a token's place is the number of those above it. Grid: rows, blocks."""
     row = tl.program_id(0).to(tl.int64)
@@ -102,7 +101,7 @@ def arrange(
         place += tl.sum((other[None, :] > own[:, None]).to(tl.int32), 1)
     there = here < count
     place = tl.where(there, place, here)
-    value = logprob(from_key(key_in(own)), ws, param(records + row * record_stride, "temperature"), RAW)
+    value = logprob(from_key(key_in(own)), id_in(own), ws, records + row * record_stride, RAW, PROBS)
     good = sound(ws) & (tl.load(tokens + row * num_samples) >= 0)
     value = tl.where(there, value, tl.where(good, NEG_INF, NAN))
     token = tl.where(there, id_in(own), -1)

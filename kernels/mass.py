@@ -6,6 +6,9 @@ The kernels are compiled with enable_fp_fusion=False, so that each float operati
 import triton
 import triton.language as tl
 
+from .keys import INT_MAX
+from .record import choice, param
+
 LOG2E = tl.constexpr(float.fromhex("0x1.715476p+0"))
 GREEDY_BELOW = tl.constexpr(1e-5)
 ROUND_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small float to an integer
@@ -33,6 +36,25 @@ def mass_scale(temperature):
 
 
 @triton.jit
+def drawn_scale(record, peak, PROBS: tl.constexpr):
+    """What `mass_of` needs beside the peak for the masses that are drawn from."""
+    if PROBS:
+        return probability_shift(peak)
+    else:
+        return mass_scale(param(record, "temperature"))
+
+
+@triton.jit
+def judged_scale(record, peak, PROBS: tl.constexpr):
+    """The same for the masses that the filters judge by."""
+    if PROBS:
+        return probability_shift(peak)
+    else:
+        last = param(record, "order") == choice("order", "temperature_last")
+        return mass_scale(tl.where(last, 1.0, param(record, "temperature")))
+
+
+@triton.jit
 def exp2_polynomial(f):
     """exp2(f) for |f| <= 1/2."""
     p = f * C5 + C4
@@ -44,14 +66,57 @@ def exp2_polynomial(f):
 
 @triton.jit
 def mass_of(x, peak, scale):
-    """w = trunc(2^40 * exp2(y)), int64, for y = (x - peak) * scale <= 0; y may be -inf."""
+    """w, int64, of logits, or of probabilities where the scale is a shift (int32), which says all about the peak."""
+    if scale.dtype == tl.int32:
+        return mass_of_probability(x, scale)
+    else:
+        return mass_at((x - peak) * scale)
+
+
+@triton.jit
+def mass_at(y):
+    """trunc(2^40 * exp2(y)) for y <= 0, which may be -inf."""
     # At the floor the mass is 2^-20, which truncates to 0, so clamping replaces the contract's test of y.
-    y = tl.maximum((x - peak) * scale, MASS_FLOOR)
+    y = tl.maximum(y, MASS_FLOOR)
     t = y + ROUND_MAGIC
     p = exp2_polynomial(y - (t - ROUND_MAGIC))
     # t's low bits are n: shifted into the exponent they make p * 2^n; p is in [0.7, 1.42], so it stays normal.
     bits = p.to(tl.int32, bitcast=True) + (t.to(tl.int32, bitcast=True) << 23) + (MASS_BITS << 23)
     return bits.to(tl.float32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def binary_of(p):
+    """(significand, exponent), int32, such that p = significand * 2^(exponent - 150), for p >= 0."""
+    bits = p.to(tl.int32, bitcast=True) & INT_MAX
+    exponent, fraction = bits >> 23, bits & 0x7FFFFF
+    return tl.where(exponent > 0, fraction | 0x800000, fraction), tl.maximum(exponent, 1)
+
+
+@triton.jit
+def probability_shift(largest):
+    """What brings the mass of a row's largest probability to [2^39, 2^40)."""
+    significand, exponent = binary_of(largest)
+    width = (significand.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    return -(width + exponent - MASS_BITS)
+
+
+@triton.jit
+def mass_of_probability(p, shift):
+    """w = trunc(p * 2^s), int64, by integers, so that subnormal numbers are like others."""
+    significand, exponent = binary_of(p)
+    by = tl.minimum(exponent + shift, MASS_BITS)  # the minimum is for what lies past the vocabulary
+    left, right = tl.maximum(by, 0), tl.minimum(tl.maximum(-by, 0), 63)
+    return (significand.to(tl.int64) << left.to(tl.int64)) >> right.to(tl.int64)
+
+
+@triton.jit
+def may_reach(heaviest, floor):
+    """Whether a chunk may hold a token of mass `floor`, given the mass of its highest logit.
+
+    Mass is monotone in x but for a unit in the last place, so another token may be heavier by that; 8 are allowed for.
+    """
+    return heaviest + (heaviest >> 20) + 1 >= floor
 
 
 @triton.jit

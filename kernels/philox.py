@@ -22,12 +22,16 @@ def philox4x32_10(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
+PLAIN_DRAW, XTC_COIN = tl.constexpr(0), tl.constexpr(1)  # what random bits are for; no two purposes share any
+
+
 @triton.jit
-def uniform60(seed, offset, index):
+def uniform60(seed, offset, index, PURPOSE: tl.constexpr = PLAIN_DRAW):
     """60 uniform bits, int64, for draw `index` of the sequence `seed` at position `offset` (int64 bits)."""
     c0, c1 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
     c2 = index.to(tl.uint32)
-    o0, o1, _, _ = philox4x32_10(c0, c1, c2, tl.zeros_like(c2), seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+    c3 = tl.zeros_like(c2) + PURPOSE
+    o0, o1, _, _ = philox4x32_10(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
     return (o0.to(tl.int64) << 28) | (o1 >> 4).to(tl.int64)
 
 
@@ -35,3 +39,9 @@ def uniform60(seed, offset, index):
 def draw_threshold(seed, offset, index, total):
     """The drawn token is the first, in id order, whose running mass exceeds this."""
     return multiply_high60(uniform60(seed, offset, index), total)
+
+
+@triton.jit
+def xtc_excludes(seed, offset, index, probability):
+    """Whether a draw leaves out what XTC excludes."""
+    return uniform60(seed, offset, index, XTC_COIN) < (probability * 1152921504606846976.0).to(tl.int64)

@@ -81,6 +81,7 @@ def prepare(
     record_stride,
     HAS_MASK: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
+    PROBS: tl.constexpr,  # of which 0 means nothing
     BLOCK: tl.constexpr,
 ):
     """Stages 0 and 1 of one chunk of a row; clears its counts. Grid: rows, chunks."""
@@ -89,7 +90,7 @@ def prepare(
     inside = ids < vocab
     value = load_x(logits + row * stride, ids, vocab)
     if HAS_MASK:
-        value = tl.where(allowed(mask + row * mask_stride, mask_words, ids), value, NEG_INF)
+        value = tl.where(allowed(mask + row * mask_stride, mask_words, ids), value, 0.0 if PROBS else NEG_INF)
     tl.store(x + row * x_stride + ids, value, mask=inside)
     if HAS_COUNTS:
         counts += row * x_stride

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .keys import INT_MIN
+from .keys import INT_MIN, from_key
+from .mass import mass_of, may_reach
 from .process import load_x
 
 
@@ -16,7 +17,7 @@ class Row(NamedTuple):
     vocab: tl.tensor
     record: tl.tensor  # int32 [columns]
     ws: tl.tensor  # int64 [words(chunks)]; the next two lie in it
-    chunk_sums: tl.tensor  # [chunks], counts of equal tokens or kept masses
+    chunk_sums: tl.tensor  # [2, chunks], counts of equal tokens or kept masses; the masses of what XTC leaves
     highest_keys: tl.tensor  # [chunks]
     sem: tl.tensor  # int32
     chunks: tl.tensor
@@ -51,9 +52,22 @@ def meet(row, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def find_chunk(row, threshold, CHUNKS: tl.constexpr):
+def may_hold(row, chunk, kept, peak, scale):
+    """Whether a chunk may hold a token of a set; most chunks of most rows hold none."""
+    key = tl.load(row.highest_keys + chunk).to(tl.int32)
+    return (key >= kept.low.key) & may_reach(mass_of(from_key(key), peak, scale), kept.floor)
+
+
+@triton.jit
+def sum_of_chunks(row, sums, CHUNKS: tl.constexpr):
+    index = tl.arange(0, CHUNKS)
+    return tl.sum(tl.load(sums + index, mask=index < row.chunks, other=0))
+
+
+@triton.jit
+def find_chunk(row, sums, threshold, CHUNKS: tl.constexpr):
     """The first chunk whose running sum exceeds the threshold, and the sum of those before it."""
     index = tl.arange(0, CHUNKS)
-    sums = tl.load(row.chunk_sums + index, mask=index < row.chunks, other=0)
+    sums = tl.load(sums + index, mask=index < row.chunks, other=0)
     chunk = tl.sum((tl.cumsum(sums, 0) <= threshold).to(tl.int32))
     return chunk, tl.sum(tl.where(index < chunk, sums, 0))

@@ -6,11 +6,17 @@ pipeline is one launch. Where a single program has the row, it is a block barrie
 workspace, a phase may also be a launch of its own: Triton's interpreter, which runs programs one after another, runs
 split rows that way.
 
-    scan     stages 3 and 4: penalties and history edits, the row's maximum, each chunk's highest key; floors on mass
-    top_k    stage 7: rounds of selection, then a cut among equal tokens; skipped where top-k is off
-    top_p    likewise
-    weigh    the kept mass of each chunk
-    draw     stage 8: each draw's chunk, then its token
+    scan         stages 3 and 4: penalties and history edits, the row's maximum, each chunk's highest key; floors on mass
+    mass_floors  those of probabilities, whose unit is known after the scan
+    top_n_sigma  stage 7, as all steps down to xtc, each skipped where it is off: sums, then the cut
+    top_k        rounds of selection, then a cut among equal tokens
+    top_p        likewise
+    typical      sums, rounds of selection, the interval; before top_p in "temperature_last"
+    epsilon, eta, top_a, p_less
+                 sums, then the floor, one filter after the other
+    xtc          sums, the top choices, what is excluded
+    weigh        the kept mass of each chunk, and what XTC leaves of it
+    draw         stage 8: each draw's chunk, then its token
 
 The workspace holds sums and maxima of integers, so nothing depends on the order of atomics. The scan initialises it.
 """
@@ -20,15 +26,49 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .filters import mass_floors, top_k, top_p, uses_top_k, uses_top_p
-from .kept import Place, all_above, everything, keeps, load_kept, place_at, store_kept
-from .keys import KEY_INF, KEY_NAN, KEY_NEG_INF, LONG_MIN, from_key, id_in, key_in, key_of, ranked
-from .mass import is_greedy, mass_of, mass_scale
-from .philox import draw_threshold
+from .filters import mass_floors, phases_on, top_k, top_p
+from .kept import (
+    Place,
+    all_above,
+    drawn_from,
+    everything,
+    excludes,
+    keeps,
+    narrow_above,
+    place_at,
+    store_kept,
+    store_rest,
+)
+from .keys import INT_MAX, KEY_INF, KEY_NAN, KEY_NEG_INF, LONG_MIN, from_key, id_in, key_in, key_of, ranked
+from .mass import MASS_BITS, drawn_scale, is_greedy, judged_scale, mass_of
+from .measured import narrow_by_measure, top_n_sigma, typical, xtc
+from .philox import draw_threshold, xtc_excludes
 from .process import penalise, repeat, uses_history
-from .record import param
-from .row import Row, find_chunk, load_chunk, meet
-from .workspace import CHUNK_SUMS, DIGITS, MAX_PARTS, PEAK, PEAKS, SUMS, TOP_K, TOP_P, TOTAL, first_phase
+from .record import choice, param
+from .row import Row, find_chunk, load_chunk, may_hold, meet, sum_of_chunks
+from .stats import measure
+from .workspace import (
+    CHUNK_SUMS,
+    DIGITS,
+    EPSILON,
+    LAST,
+    MAX_PARTS,
+    MEASURES,
+    NEAREST,
+    PEAK,
+    PEAKS,
+    REST,
+    SUMS,
+    TOP_K,
+    TOP_P,
+    TOTAL,
+    TYPICAL,
+    XTC,
+    XTC_TOPS,
+    first_phase,
+    measuring_bits,
+    phase_bits,
+)
 
 
 class Draws(NamedTuple):
@@ -42,7 +82,7 @@ class Draws(NamedTuple):
 
 
 @triton.jit
-def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
+def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, PROBS: tl.constexpr, BLOCK: tl.constexpr):
     """Stages 3 and 4: find this part's best token, and initialise the workspace."""
     best = tl.full([BLOCK], LONG_MIN, tl.int64)
     repetition, frequency = param(row.record, "repetition_penalty"), param(row.record, "frequency_penalty")
@@ -57,6 +97,8 @@ def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
                 value = repeat(value, ids, row.vocab, counts, x_stride, row.record)
             tl.store(row.x + ids, value, mask=ids < row.vocab)
         key = key_of(value)
+        if PROBS:
+            key = checked(key, ids, row.vocab)
         best = tl.maximum(best, ranked(key, ids))
         tl.store(row.highest_keys + chunk, tl.max(key).to(tl.int64))
     tl.store(row.ws + PEAKS + row.part, tl.max(best))
@@ -64,7 +106,28 @@ def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
         zeros, index = tl.zeros([8 * DIGITS], tl.int64), tl.arange(0, 8 * DIGITS)
         tl.store(row.ws + TOP_K + SUMS + index, zeros)
         tl.store(row.ws + TOP_P + SUMS + index, zeros)
-        store_kept(row.ws, mass_floors(everything(), row.record))
+        tl.store(row.ws + NEAREST + SUMS + index, zeros)
+        index = tl.arange(0, 64)
+        tl.store(row.ws + MEASURES + index, tl.where(index == XTC_TOPS * 8 + LAST, LONG_MIN, tl.zeros([64], tl.int64)))
+        kept = everything()
+        store_rest(row.ws, kept.high)
+        store_kept(row.ws, mass_floors(kept, row.record, tl.full([], 1, tl.int64) << MASS_BITS))
+
+
+@triton.jit
+def checked(key, ids, vocab):
+    """Keys for stage 4: a negative probability counts as infinite, and 0 as nothing."""
+    wrong = tl.where(ids < vocab, KEY_INF, KEY_NEG_INF)
+    return tl.where(key > 0, key, tl.where(key == 0, KEY_NEG_INF, wrong))
+
+
+@triton.jit
+def probability_floors(row, peak, scale, SPLIT: tl.constexpr):
+    """What is above 0, and of the mass that floors ask for."""
+    if row.part == 0:
+        kept = narrow_above(everything(), place_at(1, INT_MAX))
+        store_kept(row.ws, mass_floors(kept, row.record, mass_of(peak, peak, scale)))
+    meet(row, SPLIT)
 
 
 @triton.jit
@@ -76,91 +139,134 @@ def status_of(best):
 
 
 @triton.jit
-def kept_mass(row, kept, chunk, peak, scale, BLOCK: tl.constexpr):
-    """Mass of a chunk's tokens where kept, else 0."""
+def kept_mass(row, kept, chunk, peak, scale, drawn, BLOCK: tl.constexpr):
+    """Mass to draw from of a chunk's tokens where kept, else 0."""
     ids, value = load_chunk(row, chunk, BLOCK)
     w = mass_of(value, peak, scale)
-    return tl.where(keeps(kept, Place(key_of(value), ids), w), w, 0)
+    inside = keeps(kept, Place(key_of(value), ids), w)
+    if drawn != scale:
+        w = mass_of(value, peak, drawn)
+    return tl.where(inside, w, 0)
 
 
 @triton.jit
-def may_reach(heaviest, floor):
-    """Whether a chunk may hold a token of mass `floor`, given the mass of its highest logit.
-
-    Mass is monotone in x but for a unit in the last place, so another token may be heavier by that; 8 are allowed for.
-    """
-    return heaviest + (heaviest >> 20) + 1 >= floor
-
-
-@triton.jit
-def weigh(row, peak, scale, BLOCK: tl.constexpr):
-    """The kept mass of each of this part's chunks."""
-    kept = load_kept(row.ws)
-    for chunk in range(row.begin, row.end):
-        mass = tl.full([], 0, tl.int64)
-        key = tl.load(row.highest_keys + chunk).to(tl.int32)
-        if (key >= kept.low.key) & may_reach(mass_of(from_key(key), peak, scale), kept.floor):
-            mass = tl.sum(kept_mass(row, kept, chunk, peak, scale, BLOCK))
-        tl.store(row.chunk_sums + chunk, mass)
+def weigh(row, peak, scale, PROBS: tl.constexpr, BLOCK: tl.constexpr):
+    """The kept mass of each of this part's chunks; then that of what XTC leaves, where it excludes something."""
+    drawn = drawn_scale(row.record, peak, PROBS)
+    for rest in range(1 + excludes(row.ws).to(tl.int32)):
+        kept = drawn_from(row.ws, rest)
+        for chunk in range(row.begin, row.end):
+            mass = tl.full([], 0, tl.int64)
+            if may_hold(row, chunk, kept, peak, scale):
+                mass = tl.sum(kept_mass(row, kept, chunk, peak, scale, drawn, BLOCK))
+            tl.store(row.chunk_sums + rest * row.chunks + chunk, mass)
 
 
 @triton.jit
-def draw(row, draws, peak, scale, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def draw(row, draws, peak, scale, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Stage 8: each of the row's programs takes its share of the draws."""
-    kept = load_kept(row.ws)
-    index = tl.arange(0, CHUNKS)
-    total = tl.sum(tl.load(row.chunk_sums + index, mask=index < row.chunks, other=0))
+    drawn = drawn_scale(row.record, peak, PROBS)
+    has_rest = excludes(row.ws)
+    whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
+    left = whole
+    if has_rest:
+        left = sum_of_chunks(row, row.chunk_sums + row.chunks, CHUNKS)
     if row.part == 0:
-        tl.store(row.ws + TOTAL, total)
+        # At a low temperature, what is kept may have no mass at all.
+        tl.store(row.ws + TOTAL, tl.maximum(whole, 1))
+        tl.store(row.ws + REST, tl.maximum(left, 1))
     seed, offset = tl.load(draws.seed), tl.load(draws.offset)
     for j in range(row.part, draws.count, row.parts):
-        threshold = draw_threshold(seed, offset, tl.full([], 0, tl.int32) + j, total)
-        chunk, before = find_chunk(row, threshold, CHUNKS)
-        running = before + tl.cumsum(kept_mass(row, kept, chunk, peak, scale, BLOCK), 0)
-        token = chunk * BLOCK + tl.sum((running <= threshold).to(tl.int32))
-        tl.store(draws.tokens + j, token.to(tl.int64))
+        index = tl.full([], 0, tl.int32) + j
+        rest = tl.full([], 0, tl.int32)
+        if has_rest:
+            rest = xtc_excludes(seed, offset, index, param(row.record, "xtc_probability")).to(tl.int32)
+        threshold = draw_threshold(seed, offset, index, tl.where(rest > 0, left, whole))
+        chunk, before = find_chunk(row, row.chunk_sums + rest * row.chunks, threshold, CHUNKS)
+        mass = kept_mass(row, drawn_from(row.ws, rest), chunk, peak, scale, drawn, BLOCK)
+        token = chunk * BLOCK + tl.sum((before + tl.cumsum(mass, 0) <= threshold).to(tl.int32))
+        tl.store(draws.tokens + j, tl.minimum(token, row.vocab - 1).to(tl.int64))
 
 
 @triton.jit
-def settle_unfiltered(row, draws, best, greedy):
+def settle_unfiltered(row, draws, best, greedy, unit):
     """Stage 5: a greedy row keeps its maximum alone, an invalid one nothing."""
     token = tl.where(greedy & (status_of(best) == 0), id_in(best), -1)
     for j in range(draws.count):
         tl.store(draws.tokens + j, token.to(tl.int64))
     # No token ranks at or above the maximum's key with the id -1.
     store_kept(row.ws, all_above(place_at(key_in(best), token)))
-    tl.store(row.ws + TOTAL, tl.where(token < 0, 1, tl.full([], 1 << 40, tl.int64)))
+    total = tl.where(token < 0, 1, unit)
+    tl.store(row.ws + TOTAL, total)
+    tl.store(row.ws + REST, total)
 
 
 @triton.jit
 def after_scan(
     row, draws, first, last,
-    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stages 5 to 8: phases first to last - 1."""
     index = tl.arange(0, MAX_PARTS)
     best = tl.max(tl.load(row.ws + PEAKS + index, mask=index < row.parts, other=LONG_MIN))
-    temperature = param(row.record, "temperature")
-    greedy = is_greedy(temperature)
+    peak = from_key(key_in(best))
+    scale = judged_scale(row.record, peak, PROBS)
+    typical_first = param(row.record, "order") == choice("order", "temperature_last")
+    greedy = is_greedy(param(row.record, "temperature"))
     filtered = (status_of(best) == 0) & (greedy == 0)
-    uses_k, uses_p = filtered & uses_top_k(row.record, row.vocab), filtered & uses_top_p(row.record)
-    peak, scale = from_key(key_in(best)), mass_scale(temperature)
-    for phase in range(first, last):
-        if uses_k & (phase < first_phase("top_p", ROUNDS)):
-            top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
-        elif uses_p & (phase >= first_phase("top_p", ROUNDS)) & (phase < first_phase("weigh", ROUNDS)):
-            top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
-        elif filtered & (phase == first_phase("weigh", ROUNDS)):
-            weigh(row, peak, scale, BLOCK)
-            meet(row, SPLIT)
-        elif phase == first_phase("draw", ROUNDS):
-            if row.part == 0:
-                tl.store(row.ws + PEAK, best)
-                tl.store(draws.status, status_of(best))
-            if filtered:
-                draw(row, draws, peak, scale, CHUNKS, BLOCK)
-            elif row.part == 0:
-                settle_unfiltered(row, draws, best, greedy)
+    on = tl.where(filtered, phases_on(row.record, row.vocab, ROUNDS) | phase_bits("weigh", ROUNDS), 0)
+    on |= phase_bits("draw", ROUNDS)
+    if PROBS:
+        on |= tl.where(filtered, phase_bits("mass_floors", ROUNDS), 0)
+    for number in range(first, last):
+        phase = in_order(number, typical_first, ROUNDS)
+        if (on >> phase) & 1 != 0:
+            if PROBS and phase < first_phase("top_n_sigma", ROUNDS):
+                probability_floors(row, peak, scale, SPLIT)
+            elif phase < first_phase("top_k", ROUNDS):
+                top_n_sigma(row, phase - first_phase("top_n_sigma", ROUNDS), peak, SPLIT, VEC, BLOCK)
+            elif phase < first_phase("top_p", ROUNDS):
+                top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+            elif phase < first_phase("typical", ROUNDS):
+                top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+            elif (tl.full([], measuring_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
+                measure(row, measure_at(phase, ROUNDS), peak, scale, PROBS, VEC, BLOCK)
+                meet(row, SPLIT)
+            elif phase < first_phase("epsilon", ROUNDS):
+                typical(row, phase - first_phase("typical", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
+            elif phase < first_phase("xtc", ROUNDS):
+                narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of(peak, peak, scale), SPLIT)
+            elif phase < first_phase("weigh", ROUNDS):
+                xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
+            elif phase < first_phase("draw", ROUNDS):
+                weigh(row, peak, scale, PROBS, BLOCK)
+                meet(row, SPLIT)
+            else:
+                if row.part == 0:
+                    tl.store(row.ws + PEAK, best)
+                    tl.store(draws.status, status_of(best))
+                if filtered:
+                    draw(row, draws, peak, scale, PROBS, CHUNKS, BLOCK)
+                elif row.part == 0:
+                    settle_unfiltered(row, draws, best, greedy, mass_of(peak, peak, scale))
+
+
+@triton.jit
+def in_order(number, typical_first, ROUNDS: tl.constexpr):
+    """The phase that comes at a number: in "temperature_last", those of typical come before top-p's."""
+    begin, middle, end = first_phase("top_p", ROUNDS), first_phase("typical", ROUNDS), first_phase("epsilon", ROUNDS)
+    later = number - (end - middle)
+    swapped = tl.where(later < begin, number + (middle - begin), later)
+    return tl.where(typical_first & (number >= begin) & (number < end), swapped, number)
+
+
+@triton.jit
+def measure_at(phase, ROUNDS: tl.constexpr):
+    """What a phase measures, or uses the measure of."""
+    floor = (phase - first_phase("epsilon", ROUNDS)) // 2 + EPSILON
+    floor = tl.where(phase < first_phase("epsilon", ROUNDS), TYPICAL, floor)
+    return tl.where(phase < first_phase("xtc", ROUNDS), floor, XTC)
 
 
 STRIDES = ["record_stride", "seed_stride", "offset_stride", "ws_stride"]
@@ -188,6 +294,7 @@ def sample(
     first,
     last,
     HAS_COUNTS: tl.constexpr,
+    PROBS: tl.constexpr,  # x holds probabilities, not logits
     ROUNDS: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -201,10 +308,10 @@ def sample(
     begin, end = part * each, tl.minimum((part + 1) * each, chunks)
     record, ws = records + at * record_stride, workspace + at * ws_stride
     sums = ws + CHUNK_SUMS
-    row = Row(x + at * x_stride, vocab, record, ws, sums, sums + chunks, sems + at, chunks, begin, end, part, parts)
+    row = Row(x + at * x_stride, vocab, record, ws, sums, sums + 2 * chunks, sems + at, chunks, begin, end, part, parts)
     if first == 0:
-        scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, BLOCK)
+        scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, BLOCK)
         meet(row, SPLIT)
     seed, offset = seeds + at * seed_stride, offsets + at * offset_stride
     draws = Draws(seed, offset, status + at, tokens + at * num_samples, num_samples)
-    after_scan(row, draws, tl.maximum(first, 1), last, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+    after_scan(row, draws, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)

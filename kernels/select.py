@@ -42,16 +42,21 @@ def digit_of(sums, low, above, target, shift):
 
 
 @triton.jit
-def add_above(row, selection, turn, low, VEC: tl.constexpr, BLOCK: tl.constexpr, base=None, peak=None, scale=None):
+def add_above(
+    row, selection, turn, low,
+    VEC: tl.constexpr, BLOCK: tl.constexpr, base=None, peak=None, scale=None, mean=None,
+):  # fmt: skip
     """Round `turn`: add to the j-th sum the number of this part's tokens with key >= low + (j << shift).
 
-    With a base set (a Kept), add the mass of those that are in it instead.
+    With a base set (a Kept), add the mass of those that are in it instead. With a mean, the key is not that of x but
+    the higher, the nearer x is to it.
     """
     weighted: tl.constexpr = base is not None
+    centred: tl.constexpr = mean is not None
     shift = 32 - BITS * (turn + 1)
     total = (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),) * DIGITS
     one = tl.full([], 1, tl.int32)
-    lowest = tl.maximum(low, base.low.key) if weighted else low
+    lowest = base.low.key if centred else tl.maximum(low, base.low.key) if weighted else low
     for chunk in range(row.begin, row.end):
         # What lies below every pivot, or below the base set, adds nothing.
         if tl.load(row.highest_keys + chunk) >= lowest:
@@ -62,6 +67,8 @@ def add_above(row, selection, turn, low, VEC: tl.constexpr, BLOCK: tl.constexpr,
                 weight = tl.where(keeps(base, Place(key, ids), weight), weight, 0)
             else:
                 weight = tl.full([BLOCK], 1, tl.int32)
+            if centred:
+                key = -tl.abs(value - mean).to(tl.int32, bitcast=True)  # the order of the bits is that of the distance
             # The VEC neighbours that one thread loads are added without leaving it.
             key, weight = tl.reshape(key, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
             more = ()
@@ -99,7 +106,7 @@ def cut_equal(row, selection, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: 
     if nth > 0:
         if row.part == 0:
             key = tl.load(selection + CUT).to(tl.int32)
-            chunk, before = find_chunk(row, nth - 1, CHUNKS)
+            chunk, before = find_chunk(row, row.chunk_sums, nth - 1, CHUNKS)
             ids, value = load_chunk(row, chunk, BLOCK)
             same = (key_of(value) == key) & (ids < row.vocab)
             running = before + tl.cumsum(same.to(tl.int64), 0)

@@ -7,9 +7,29 @@ BITS = tl.constexpr(4)  # of a key, which one round of a selection resolves
 DIGITS = tl.constexpr(16)
 MAX_PARTS = tl.constexpr(256)  # programs per row
 
-# The steps of the pipeline: (name, phases per round of a selection, further phases). After its rounds, a selection
-# counts the tokens equal to the key and then finds the last of them that is kept.
-STEPS = tl.constexpr((("scan", 0, 1), ("top_k", 1, 2), ("top_p", 1, 2), ("weigh", 0, 1), ("draw", 0, 1), ("end", 0, 0)))
+TYPICAL_ROUNDS = tl.constexpr(8)  # distances from a mean use all bits, whatever the dtype of the logits
+
+# The steps of the pipeline: (name, phases per round of a selection, further phases). After its rounds, the selection of
+# top-k or top-p counts the tokens equal to the key and then finds the last of them that is kept. What is measured takes
+# a phase for the sums and one for what follows from them.
+STEPS = tl.constexpr(
+    (
+        ("scan", 0, 1),
+        ("mass_floors", 0, 1),  # of probabilities; those of logits are known before the scan
+        ("top_n_sigma", 0, 2),
+        ("top_k", 1, 2),
+        ("top_p", 1, 2),
+        ("typical", 0, 2 + TYPICAL_ROUNDS.value),
+        ("epsilon", 0, 2),
+        ("eta", 0, 2),
+        ("top_a", 0, 2),
+        ("p_less", 0, 2),
+        ("xtc", 0, 3),
+        ("weigh", 0, 1),
+        ("draw", 0, 1),
+        ("end", 0, 0),
+    )
+)
 
 
 @triton.constexpr_function
@@ -23,12 +43,40 @@ def first_phase(step, rounds):
     raise KeyError(step)
 
 
+@triton.constexpr_function
+def after(step):
+    """The step that follows."""
+    names = [name for name, _, _ in STEPS.value]
+    return names[names.index(step) + 1]
+
+
+@triton.constexpr_function
+def phase_bits(step, rounds):
+    """A step's phases, as bits."""
+    first, end = first_phase(step, rounds), first_phase(after(step), rounds)
+    return (1 << end) - (1 << first)
+
+
+@triton.constexpr_function
+def measuring_bits(rounds):
+    """The phases that measure what a filter needs to know of the tokens kept so far."""
+    return sum(1 << first_phase(step, rounds) for step in ("typical", "epsilon", "eta", "top_a", "p_less", "xtc"))
+
+
 # A row's slots, int64 each.
 HIGH_KEY, HIGH_ID, LOW_KEY, LOW_ID, FLOOR = map(tl.constexpr, range(5))  # what the filters keep (kept.py)
 PEAK, TOTAL = tl.constexpr(5), tl.constexpr(6)  # the packed maximum; the kept mass
-TOP_K, TOP_P = tl.constexpr(64), tl.constexpr(64 + 192)  # their selections, 192 slots each
-PEAKS = tl.constexpr(64 + 2 * 192)  # [MAX_PARTS], each program's packed maximum
-CHUNK_SUMS = tl.constexpr(64 + 2 * 192 + 256)  # [chunks], then the chunks' highest keys [chunks]
+REST, REST_KEY, REST_ID = map(tl.constexpr, range(7, 10))  # what XTC leaves: its mass, and the place before it
+MEASURES = tl.constexpr(64)  # [8, 8], see below
+TOP_K, TOP_P, NEAREST = map(tl.constexpr, range(128, 128 + 3 * 192, 192))  # selections; NEAREST is typical's
+PEAKS = tl.constexpr(128 + 3 * 192)  # [MAX_PARTS], each program's packed maximum
+CHUNK_SUMS = tl.constexpr(128 + 3 * 192 + 256)  # [2, chunks], then the chunks' highest keys [chunks]
+
+# What is measured, by its row in MEASURES.
+TOP_N_SIGMA, TYPICAL, EPSILON, ETA, TOP_A, P_LESS, XTC, XTC_TOPS = map(tl.constexpr, range(8))
+# Sums of a set (stats.py); of top-n-sigma and XTC's top choices, others.
+MASS, HIGH_SUM, LOW_SUM, LOW_SQUARES, HEAVIEST = map(tl.constexpr, range(5))
+COUNT, DISTANCES, SQUARES, LAST = map(tl.constexpr, range(4))
 
 # A selection's slots.
 SUMS = tl.constexpr(0)  # [8, DIGITS], by round
@@ -39,4 +87,4 @@ TARGET, CUT, NTH = tl.constexpr(160), tl.constexpr(161), tl.constexpr(162)
 @triton.constexpr_function
 def words(chunks):
     """Size of a row's workspace."""
-    return CHUNK_SUMS.value + 2 * chunks
+    return CHUNK_SUMS.value + 3 * chunks

@@ -124,6 +124,7 @@ class Call:
     def __init__(self, engine: TritonEngine, logits: Tensor, rows: Rows, out: Outputs) -> None:
         self.engine, self.logits, self.rows, self.out = engine, logits, rows, out
         self.batch, self.vocab = logits.shape
+        self.probs = out.input == "probs"
         self.memory = engine.memory(logits, rows)
         self.options: dict[str, Any] = {}
         if not interpreted():
@@ -172,6 +173,7 @@ class Call:
             _stride(rows.records),
             HAS_MASK=mask is not None,
             HAS_COUNTS=counted,
+            PROBS=self.probs,
             BLOCK=block,
             **self.options,
         )
@@ -240,6 +242,7 @@ class Call:
                 first,
                 last,
                 HAS_COUNTS=table.counts is not None,
+                PROBS=self.probs,
                 ROUNDS=layout.rounds,
                 SPLIT=split and self.engine.one_launch,
                 CHUNKS=max(MIN_CHUNKS, _power_of_two(layout.chunks)),
@@ -261,6 +264,7 @@ class Call:
             target,
             self.vocab,
             WHAT=getattr(module, what).value,
+            PROBS=self.probs,
             BLOCK=state.layout.block,
             **self.options,
         )
@@ -280,7 +284,8 @@ class Call:
         assert out.ranks is not None
         kernels("logprobs").sampled[(self.batch * draws,)](
             table.x, table.stride, records, _stride(records), state.words, state.layout.record,
-            tokens, out.logprobs, out.ranks, listed, draws, RAW=raw, **self.options,
+            tokens, out.logprobs, out.ranks, listed, draws, RAW=raw, PROBS=self.probs,
+            **self.options,
         )  # fmt: skip
         layout = state.layout
         kernels("logprobs").rank[(self.batch, layout.parts)](
@@ -320,7 +325,7 @@ class Call:
         block = min(256, _power_of_two(n))
         kernels("logprobs").arrange[(self.batch, -(-n // block))](
             records, _stride(records), state.words, state.layout.record, tokens, draws, listed, found, n,
-            top_ids, top_logprobs, RAW=raw, BLOCK=block, **self.options,
+            top_ids, top_logprobs, RAW=raw, PROBS=self.probs, BLOCK=block, **self.options,
         )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EXTRAS, MAKERS, PARAMS, Case
-from conformance import ask, assert_agree
+from cases import EXTRAS, MAKERS, OLD_SETS, PARAMS, PENALTY_SETS, Case
+from conformance import assert_agree
 from tiers import quick_where_new
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import Job
@@ -46,10 +46,24 @@ def _jobs() -> list[Job]:
     """A slice of tests/support/cases.py that the interpreter runs in a minute or two."""
     jobs = []
     sizes = (300, 257, 33, 513)
-    for p, params in enumerate(PARAMS):
+    for p, params in enumerate(OLD_SETS):
         extra = "ids" if "penalt" in params or params[:4] in ("repe", "freq", "pres") else None
         maker = ("ties", "lm", "steps", "half_masked", "flat")[p % 5]
         jobs.append(Job(Case(maker, params, sizes[p % 4], KINDS[p % 3], extra, 2 + 3 * ("rows" in params))))
+    makers = list(MAKERS)
+    for p, params in enumerate(name for name in PARAMS if name not in OLD_SETS):
+        extra = ("repeats", "repeats_output")[p % 2] if params in PENALTY_SETS else None
+        rows = 5 if "rows" in params else 4 if "+" in params or params in ("floors", "llama.cpp", "ngrams") else 2
+        maker = ("lm", "ties", "flat", "half_masked", "steps", makers[p % len(makers)])[p % 6]
+        case = Case(maker, params, (65, 100, 33, 129)[p % 4], KINDS[p % 3], extra, rows)
+        jobs.append(Job(case, 1 + (p % 7 == 0), 64, top=6 if p % 5 == 0 else 0))
+    for p, params in enumerate(OF_PROBS):
+        extra = (None, "mask", None, "mask_short", None, "mask_empty")[p % 6]
+        maker = ("lm", "ties", "flat", "half_masked", "lone")[p % 5]
+        case = Case(maker, params, (65, 100, 33)[p % 3], KINDS[p % 3], extra, 3)
+        jobs.append(Job(case, 1 + (p % 3 == 0), 32, probs=True))
+    for kind, extra in zip(KINDS, (None, "mask", None), strict=True):
+        jobs.append(Job(Case("flat", "p.9", 50, kind, extra, 7), 1, 64, probs=True))
     for m, maker in enumerate(MAKERS):
         params = ("all-hf-ties", "all-joint", "all-vllm", "k50-p.9")[m % 4]
         jobs.append(Job(Case(maker, params, sizes[m % 4], KINDS[(m // 4) % 3], None, 2), parts=1 + 2 * (m % 2)))
@@ -64,8 +78,17 @@ def _jobs() -> list[Job]:
     for params, extra in (("all-hf", None), ("all-joint-ties", "ids"), ("greedy", None), ("plain", "bias")):
         jobs.append(Job(Case("ties", params, 700, "f32", extra, 2), parts=3, threads=True))
     jobs.append(Job(Case("zeros", "all-vllm", 1100, "bf16", None, 1), parts=3, threads=True))
+    for params, kind in (("llama.cpp", "f16"), ("floors", "f32"), ("xtc-any", "bf16")):
+        jobs.append(Job(Case("lm", params, 200, kind, None, 2), parts=3, block=64, threads=True, top=0))
+    jobs.append(Job(Case("lm", "all-joint-ties", 200, "f32", None, 2), parts=3, block=64, threads=True, probs=True))
     return jobs
 
+
+OF_PROBS = (
+    *("plain", "greedy", "k2", "k50", "p.9", "m.05", "all-hf-ties", "all-vllm-ties", "all-joint-ties", "p-m-joint"),
+    *("epsilon_cutoff=0.1", "top_a=0.6", "p_less=True", "xtc_probability=0.5", "xtc_probability=1.0", "xtc-any"),
+)
+"""Sets that have a meaning for probabilities."""
 
 JOBS = _jobs()
 
@@ -108,12 +131,14 @@ def _aspects(job: Job) -> tuple[Hashable, ...]:
     case = job.case
     if case.vocab > 2049:
         return ()  # minutes in the interpreter
-    return case.params, case.maker, case.extra, case.dtype, (job.threads, job.parts), case.vocab < 97
+    # Of the newer sets, the quick tier sees each filter alone, and beside some other.
+    sets = (case.params,) if case.params in OLD_SETS else re.split(r"[+-]", case.params)
+    return job.probs, *sets, case.maker, case.extra, case.dtype, (job.threads, job.parts), case.vocab < 97
 
 
 @pytest.mark.parametrize("job", quick_where_new(JOBS, _aspects), ids=lambda job: job.name)
 def test_equals_reference(job: Job, interpreted: dict[str, dict[str, torch.Tensor]]) -> None:
-    assert_agree(interpreted[job.name], ask(job.case, "reference", brief=True))
+    assert_agree(interpreted[job.name], job.ask("reference"))
 
 
 def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -12,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-from triton_gates import KERNELS, TARGETS, Measures, instructions, measure, table
+from triton_gates import KERNELS, TARGETS, Measures, compile_kernel, dump, instructions, measure, table
 
 FOUND: dict[tuple[str, str], Measures] = {}
 
@@ -48,13 +49,18 @@ def test_too_few_registers_break_a_gate() -> None:
 
 def test_too_many_registers_break_a_gate() -> None:
     kernel = KERNELS["sample f32"]
-    assert Measures(129, 0, 0, 9, 0, 0, 0).broken(kernel, "sm_90") == ["registers"]
-    assert Measures(128, 200 * 1024, 0, 9, 0, 0, 0).broken(kernel, "sm_90") == ["shared memory"]
-    assert Measures(128, 0, 0, 8, 0, 1, 1).broken(kernel, "sm_90") == [
-        "float64",
-        "approximations",
-        "16-byte row loads",
-    ]
+    assert Measures(129, 0, 0, 13, 0, 9, 0).broken(kernel, "sm_90") == ["registers"]
+    assert Measures(128, 200 * 1024, 0, 13, 0, 9, 0).broken(kernel, "sm_90") == ["shared memory"]
+    assert Measures(128, 0, 0, 12, 0, 9, 1).broken(kernel, "sm_90") == ["approximations", "16-byte row loads"]
+    assert Measures(128, 0, 0, 1, 0, 1, 0).broken(KERNELS["rank"], "sm_90") == ["float64"]
+
+
+def test_a_fused_multiply_add_of_float64_breaks_a_gate() -> None:
+    """The statistics of a row are of float64, each operation rounded by itself."""
+    kernel = KERNELS["sample f32"]
+    compiled = compile_kernel(kernel, "sm_90", enable_fp_fusion=True)
+    counts = Counter(instructions(dump("nvdisasm", compiled.asm["cubin"], "-g", "-c")))
+    assert counts["DFMA", False] >= 3, "the square of the mean, and where halves of a sum are put together"
 
 
 def test_multiply_adds_of_a_division_are_told_from_others() -> None:

@@ -52,28 +52,38 @@ class Kernel:
 
 def _sample(name: str, row_loads: int, dtype: str = "fp32", **more: Any) -> Kernel:
     vec = 4 if dtype == "fp32" else 8
-    constants = {"HAS_COUNTS": False, "ROUNDS": 8, "SPLIT": True, "CHUNKS": 128, "VEC": vec, "BLOCK": vec * THREADS}
-    return Kernel(name, sample.sample, constants | more, row_loads, {"x": dtype})
+    constants = {
+        "HAS_COUNTS": False,
+        "PROBS": False,
+        "ROUNDS": 8,
+        "SPLIT": True,
+        "CHUNKS": 128,
+        "VEC": vec,
+        "BLOCK": vec * THREADS,
+    }
+    return Kernel(name, sample.sample, constants | more, row_loads, {"x": dtype}, float64=True)
 
 
 def _kernels() -> Iterator[Kernel]:
     block = {"BLOCK": 4 * THREADS}
-    yield _sample("sample f32", 9)
-    yield _sample("sample f32 penalties", 10, HAS_COUNTS=True, SPLIT=False)
-    yield _sample("sample bf16", 9, "bf16", ROUNDS=4)
-    yield _sample("sample f16", 9, "fp16", ROUNDS=5)
-    yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True} | block, 1)
+    yield _sample("sample f32", 13)
+    yield _sample("sample f32 penalties", 14, HAS_COUNTS=True, SPLIT=False)
+    yield _sample("sample bf16", 13, "bf16", ROUNDS=4)
+    yield _sample("sample f16", 13, "fp16", ROUNDS=5)
+    yield _sample("sample f32 probs", 13, PROBS=True)
+    yield _sample("sample bf16 probs", 13, "bf16", ROUNDS=4, PROBS=True)
+    yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True, "PROBS": False} | block, 1)
     everything = {"HAS_BIAS": True, "HAS_PROMPT": True, "HAS_OUTPUT": True}
     yield Kernel("edit", process.edit, everything | {"BLOCK": 256}, 0)
     for what in ("FILTERED", "PROBABILITIES", "KEPT"):
-        constants = {"WHAT": getattr(outputs, what).value} | block
+        constants = {"WHAT": getattr(outputs, what).value, "PROBS": False} | block
         yield Kernel(f"write {what.lower()}", outputs.write, constants, 1, float64=what == "PROBABILITIES")
-    yield Kernel("sampled raw", logprobs.sampled, {"RAW": True}, 0, float64=True)
-    yield Kernel("sampled processed", logprobs.sampled, {"RAW": False}, 0, float64=True)
+    yield Kernel("sampled raw", logprobs.sampled, {"RAW": True, "PROBS": False}, 0, float64=True)
+    yield Kernel("sampled processed", logprobs.sampled, {"RAW": False, "PROBS": False}, 0, float64=True)
     yield Kernel("rank", logprobs.rank, block, 1)
     yield Kernel("collect", logprobs.collect, block, 1)
-    yield Kernel("arrange raw", logprobs.arrange, {"RAW": True, "BLOCK": 32}, 0, float64=True)
-    yield Kernel("arrange processed", logprobs.arrange, {"RAW": False, "BLOCK": 32}, 0, float64=True)
+    yield Kernel("arrange raw", logprobs.arrange, {"RAW": True, "PROBS": False, "BLOCK": 32}, 0, float64=True)
+    yield Kernel("arrange processed", logprobs.arrange, {"RAW": False, "PROBS": False, "BLOCK": 32}, 0, float64=True)
 
 
 KERNELS = {kernel.name: kernel for kernel in _kernels()}
@@ -102,7 +112,7 @@ class Measures:
     shared: int  # bytes
     spills: int  # loads and stores of local memory
     wide_loads: int  # of 16 bytes
-    fused: int  # multiply-adds that are no part of a division rounded to nearest or of a logarithm
+    fused: int  # multiply-adds that are no part of a division or a root rounded to nearest, or of a logarithm
     float64: int
     inexact: int  # approximate or flushing float instructions
 
@@ -138,7 +148,7 @@ def _source(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
 
 
-DIVIDES = re.compile(r"div_rn\(|float64\) /|/ total|tl\.log\(")
+DIVIDES = re.compile(r"div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(")
 LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
 TWO_TO_32 = "0x4f800000"
@@ -189,7 +199,7 @@ def _measure_nvidia(compiled: Any) -> Measures:
         compiled.metadata.shared,
         spills=count(r"(LDL|STL)\b") + stack + local,
         wide_loads=count(r"LDG\.E\.(\w+\.)*128"),
-        fused=count("FFMA", dividing=False) + len(re.findall(r"\bfma\.\S*f32", ptx)),
+        fused=count("[FD]FMA", dividing=False) + len(re.findall(r"\bfma\.\S*f32", ptx)),
         float64=count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w+64H|.*\.F64"),
         inexact=len(re.findall(r"\w+\.(?:approx|full)\.\S*f32|(?:add|sub|mul|fma|div|cvt)\.\S*ftz", ptx)),
     )

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case
-from conformance import ask
+from cases import Case, Inputs
+from conformance import MODES, ask, named
+
+import fastsample as fs
+
+Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,50 @@ class Job:
     parts: int = 1  # programs per row
     block: int = 256  # tokens per chunk, so few that small rows have several chunks
     threads: bool = False  # one launch as on a GPU, barriers included, with each program in a thread
+    top: int = 6  # how many of the most probable tokens are asked for, which takes two more passes
+    probs: bool = False  # whether the rows are given as probabilities
 
     @property
     def name(self) -> str:
         how = "threads" if self.threads else "launches"
-        return self.case.name if self.parts == 1 else f"{self.case.name}-{self.parts} {how}"
+        name = f"{self.case.name}{'-probs' * self.probs}"
+        return name if self.parts == 1 else f"{name}-{self.parts} {how}"
+
+    def ask(self, backend: str) -> dict[str, Tensor]:
+        """What the engine makes of it."""
+        return ask_of_probs(self.case, backend) if self.probs else ask(self.case, backend, brief=True, top=self.top)
+
+
+def ask_of_probs(case: Case, backend: str) -> dict[str, Tensor]:
+    """Everything that an engine can be asked about a case's probabilities, with one mode of log-probabilities."""
+    inputs = case.build()
+    p = probabilities_of(inputs)
+    common = {**inputs.kwargs, "input": "probs", "backend": backend, "on_invalid": "flag"}
+    mode = MODES[case.vocab % 2 == 0]
+    more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
+    found = {"probabilities": fs.probabilities(p, **common)}
+    found |= named(fs.sample(p, **common, **inputs.draw, **more), f"{mode}.")
+    return found | named(fs.sample(p, **common, **inputs.draw), "plain.")
+
+
+def probabilities_of(inputs: Inputs) -> Tensor:
+    """A case's logits as probabilities of any sum: tiny in the second row, large in the third; others are no such."""
+    p = torch.softmax(inputs.logits.float(), -1)
+    scales = (1.0, 2.0**-120 if inputs.logits.dtype != torch.float16 else 2.0**-18, 2.0**15)
+    p = p * torch.tensor([scales[row % 3] for row in range(len(p))])[:, None]
+    last = p.shape[1] - 1
+    for row, (at, value) in enumerate([(last, -0.1), (0, torch.inf), (last // 2, torch.nan), (0, -0.0)], 3):
+        if row < len(p):
+            p[row] = 0 if row == 6 else p[row]
+            p[row, at] = value
+    return p.to(inputs.logits.dtype)
 
 
 def patch_once() -> None:
-    """Patch triton.language once; the interpreter does it again at each call of a device function."""
+    """Patch triton.language once; the interpreter does it again at each call of a device function.
+
+    Nor does it look for overflows, which takes a third of its time and reports nothing.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -47,6 +86,7 @@ def patch_once() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = once
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 
 
 def run_programs_in_threads() -> None:
@@ -102,7 +142,7 @@ def main() -> None:
             engine.ENGINE.one_launch = True
             run_programs_in_threads()
         engine.ENGINE.block, engine.ENGINE.parts = job.block, job.parts
-        found[job.name] = ask(job.case, "triton", brief=True)
+        found[job.name] = job.ask("triton")
     torch.save(found, sys.argv[2])
 
 
