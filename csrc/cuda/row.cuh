@@ -78,8 +78,9 @@ struct Slice {
   int32_t vectors;         // of the whole row
   int32_t per_warp;        // vectors
   int32_t first;           // vector
-  Vec16* held;             // resident only: [warps * per_warp] raw logits, -inf outside the row
+  Vec16* held;             // resident only: [warps * per_warp] raw logits
   const Overlay* overlay;  // null: the logits are used as they are
+  float nothing;           // what stands outside the row and for masked tokens: -inf, or 0
 
   FS_METHOD bool owns(int64_t id) const {
     if (id < 0 || id >= vocab) return false;
@@ -98,9 +99,10 @@ struct Slice {
     for (int i = 0; i < kVec<T>; ++i) {
       const bool inside = id + i >= 0 && id + i < vocab;
       if constexpr (sizeof(T) == 4) {
-        v.word[i] = inside ? load_global((const uint32_t*)row + id + i) : 0xff800000u;
+        const uint32_t none = nothing < 0 ? 0xff800000u : 0;
+        v.word[i] = inside ? load_global((const uint32_t*)row + id + i) : none;
       } else {
-        const uint32_t none = sizeof(T) == 2 && kLowBits<T> == 16 ? 0xff80u : 0xfc00u;
+        const uint32_t none = nothing == 0 ? 0 : kLowBits<T> == 16 ? 0xff80u : 0xfc00u;
         const uint32_t bits = inside ? load_global((const uint16_t*)row + id + i) : none;
         v.word[i / 2] |= bits << 16 * (i & 1);
       }
@@ -130,7 +132,7 @@ struct Slice {
     if (bit + kVec<T> > 32) allowed |= overlay->mask_word(word + 1) << (32 - bit);
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {
-      if (!(allowed >> i & 1)) x[i] = -INFINITY;
+      if (!(allowed >> i & 1)) x[i] = nothing;
     }
   }
 
@@ -150,7 +152,7 @@ struct Slice {
   // One logit after stage 1.
   FS_METHOD float masked(int32_t id) const {
     const bool gone = overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id);
-    return gone ? -INFINITY : logit(row, id);
+    return gone ? nothing : logit(row, id);
   }
 
   // One processed logit of this slice.
@@ -178,6 +180,7 @@ FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank
   Slice<T, kResident> s = {};
   s.row = (const T*)l.data + r * l.stride;
   s.vocab = l.vocab;
+  s.nothing = l.input == kProbabilities ? 0.0f : -INFINITY;
   s.shift = (int32_t)((uintptr_t)s.row % 16 / sizeof(T));
   s.vectors = (s.shift + s.vocab + kVec<T> - 1) / kVec<T>;
   s.per_warp = vectors_per_warp(s.vocab, (int32_t)sizeof(T), parts * warps());
@@ -185,8 +188,8 @@ FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank
   return s;
 }
 
-// Calls f(x, id) for every position of the slice, with several loads ahead; x is -inf outside the
-// row. kFirst: the logits have not been read before.
+// Calls f(x, id) for every position of the slice, with several loads ahead; x is `nothing` outside
+// the row. kFirst: the logits have not been read before.
 template <bool kFirst, class T, bool kResident, class F>
 FS_DEVICE void each_maybe_first(const Slice<T, kResident>& s, F f) {
   // Logits that a lane reads in one go: many where they come from device memory, so that the loads

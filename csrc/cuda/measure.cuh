@@ -1,0 +1,96 @@
+// Stage 6b: sums over a set of tokens, by a team, and what one thread makes of them; stem of
+// csrc/core/stats.h.
+#pragma once
+
+#include "core/stats.h"
+#include "cuda/kept.cuh"
+
+namespace fastsample {
+
+// Adds up each of `kSums` sums over the team's threads, and takes the largest of the rest.
+// Afterwards every block has them in its own shared memory.
+template <int kSums, int kAll, Policy kPolicy>
+FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll]) {
+  Shared& own = *team.own;
+  // One warp reduces one measure.
+  const auto reduce = [](int measure, bool has, const u64* values) -> u64 {
+    if (measure < kSums) return warp_sum(has ? values[lane()] : 0);
+    return (u64)warp_max(has ? (long long)values[lane()] : LLONG_MIN);
+  };
+#pragma unroll
+  for (int i = 0; i < kAll; ++i) {
+    mine[i] = i < kSums ? warp_sum(mine[i]) : (u64)warp_max((long long)mine[i]);
+    if (lane() == 0) own.running[i * warps() + warp()] = mine[i];
+  }
+  __syncthreads();
+  Board& board = *team.board();
+  for (int i = warp(); i < kAll; i += warps()) {
+    const u64 value = reduce(i, lane() < warps(), own.running + i * warps());
+    if (lane() == 0) board.measures[own.turn][i][team.rank] = value;
+  }
+  team.sync();
+  for (int i = warp(); i < kAll; i += warps()) {
+    const u64 value = reduce(i, lane() < team.parts, board.measures[own.turn][i]);
+    if (lane() == 0) own.measures[i] = value;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) own.turn ^= 1;
+}
+
+// One thread makes something of what was gathered, and all threads of the block see it. Between two
+// calls there is a gather or a selection.
+template <Policy kPolicy, class F>
+FS_DEVICE const Verdict& decide(const Team<kPolicy>& team, F f) {
+  Shared& own = *team.own;
+  if (threadIdx.x == 0) f(own.measures, own.verdict);
+  __syncthreads();
+  return own.verdict;
+}
+
+FS_DEVICE DepthSums depth_sums(const u64* m) {
+  return DepthSums{m[kMassSum], m[kDepthHigh], m[kDepthLow]};
+}
+
+FS_DEVICE SquareSums square_sums(const u64* m) {
+  return SquareSums{m[kMassSum], m[kSquareHigh], m[kSquareCross], m[kSquareLow]};
+}
+
+// Measures what is kept.
+template <Policy kPolicy, class S>
+FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask& t,
+                       const KeptKeys& kept) {
+  // Without a floor, tokens without mass are kept too, and count.
+  const int32_t lowest = kept.floor ? lowest_key(t, kept, kept.floor) : kept.low.x;
+  DepthSums depths = {};
+  SquareSums squares = {};
+  u64 count = 0, heaviest = 0;
+  long long last = LLONG_MIN;
+  each(slice, [&](float x, int32_t id) {
+    const KeyPlace place = {key_of(x), id};
+    if (place.x < lowest || !within(kept, place)) return;
+    const u64 w = mass_in(t, x);
+    if (w < kept.floor) return;
+    ++count;
+    if (-ranked(place) > last) last = -ranked(place);
+    if (!w) return;
+    if (w > heaviest) heaviest = w;
+    depths.add(w, t.factor ? 0 : depth_at((x - t.peak) * t.scale));
+    squares.add(w);
+  });
+  u64 mine[kMeasures] = {depths.mass, depths.high, depths.low, squares.high, squares.cross,
+                         squares.low, count,       heaviest,   (u64)last};
+  gather<kHeaviest>(team, mine);
+}
+
+// The spread of everything above -inf.
+template <Policy kPolicy, class S>
+FS_DEVICE void measure_spread(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
+  SpreadSums spread = {};
+  each(slice, [&](float x, int32_t) {
+    if (x > -INFINITY) spread.add(distance_below(x, t.peak));
+  });
+  u64 mine[3] = {spread.count, spread.sum, spread.squares};
+  gather<3>(team, mine);
+}
+
+}  // namespace fastsample
