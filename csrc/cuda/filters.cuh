@@ -79,7 +79,7 @@ FS_DEVICE KeptKeys typical(const Team<kPolicy>& team, const S& slice, const RowT
   };
   const auto target_of = [typical_p](u64 total) -> u64 { return top_p_target(typical_p, total); };
   const Bracket b =
-      select_by<true>(team, slice, 0, kKeyMinusInfinity, 0, nearness, weight, target_of);
+      select_by<true, true>(team, slice, 0, kKeyMinusInfinity, 0, nearness, weight, target_of);
   const Verdict& v = decide(team, [&](const u64*, Verdict& found) {
     const float limit = -from_key(b.low);
     found.high = highest_near(mean, limit);

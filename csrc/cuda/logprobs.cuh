@@ -38,13 +38,13 @@ template <class S>
 FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice, const RowTask& t) {
   LogRow row = {};
   row.task.params = t.params;
-  row.task.scale = row.task.drawn_scale = mass_scale(1.0f);
   row.task.lowest = t.lowest;
   row.raw = true;
   row.state.drawable.kept = everything(t);
   scan(team, slice, 0, row.task);
   row.sound = row.task.status == kValid;
   if (!row.sound) return row;
+  set_scales(row.task, 1.0f);
   const RowTask& own = row.task;
   u64 mass = 0;
   each(slice, [&](float x, int32_t) { mass += mass_in(own, x); });

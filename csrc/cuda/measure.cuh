@@ -7,30 +7,39 @@
 
 namespace fastsample {
 
-// Adds up each of `kSums` sums over the team's threads, and takes the largest of the rest.
-// Afterwards every block has them in its own shared memory.
-template <int kSums, int kAll, Policy kPolicy>
-FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll]) {
+// Adds up the first measures over the team's threads, `sums` of them, and takes the largest of each
+// of the rest. Afterwards every block has them in its own shared memory. The loops are not
+// unrolled: a shuffle is much code.
+template <int kAll, Policy kPolicy>
+FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll], int sums) {
   Shared& own = *team.own;
-  // One warp reduces one measure.
-  const auto reduce = [](int measure, bool has, const u64* values) -> u64 {
-    if (measure < kSums) return warp_sum(has ? values[lane()] : 0);
-    return (u64)warp_max(has ? (long long)values[lane()] : LLONG_MIN);
+  const auto reduce = [sums](int measure, u64 value) {
+    return warp_reduce(value, [=](u64 a, u64 b) {
+      return measure<sums ? a + b : (long long)a>(long long) b ? a : b;
+    });
   };
-#pragma unroll
+  // One lane per warp or per block, which `n` counts.
+  const auto of = [sums](int measure, int n, const u64* values) -> u64 {
+    return lane() < n ? values[lane()] : measure < sums ? 0 : (u64)LLONG_MIN;
+  };
+#pragma unroll 1
   for (int i = 0; i < kAll; ++i) {
-    mine[i] = i < kSums ? warp_sum(mine[i]) : (u64)warp_max((long long)mine[i]);
-    if (lane() == 0) own.running[i * warps() + warp()] = mine[i];
+    const u64 value = reduce(i, mine[0]);
+    if (lane() == 0) own.running[i * warps() + warp()] = value;
+#pragma unroll
+    for (int j = 1; j < kAll; ++j) mine[j - 1] = mine[j];
   }
   __syncthreads();
   Board& board = *team.board();
+#pragma unroll 1
   for (int i = warp(); i < kAll; i += warps()) {
-    const u64 value = reduce(i, lane() < warps(), own.running + i * warps());
+    const u64 value = reduce(i, of(i, warps(), own.running + i * warps()));
     if (lane() == 0) board.measures[own.turn][i][team.rank] = value;
   }
   team.sync();
+#pragma unroll 1
   for (int i = warp(); i < kAll; i += warps()) {
-    const u64 value = reduce(i, lane() < team.parts, board.measures[own.turn][i]);
+    const u64 value = reduce(i, of(i, team.parts, board.measures[own.turn][i]));
     if (lane() == 0) own.measures[i] = value;
   }
   __syncthreads();
@@ -65,7 +74,7 @@ FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask&
   SquareSums squares = {};
   u64 count = 0, heaviest = 0;
   long long last = LLONG_MIN;
-  each(slice, [&](float x, int32_t id) {
+  each_rolled(slice, [&](float x, int32_t id) {
     const KeyPlace place = {key_of(x), id};
     if (place.x < lowest || !within(kept, place)) return;
     const u64 w = mass_in(t, x);
@@ -79,18 +88,18 @@ FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask&
   });
   u64 mine[kMeasures] = {depths.mass, depths.high, depths.low, squares.high, squares.cross,
                          squares.low, count,       heaviest,   (u64)last};
-  gather<kHeaviest>(team, mine);
+  gather(team, mine, kHeaviest);
 }
 
 // The spread of everything above -inf.
 template <Policy kPolicy, class S>
 FS_DEVICE void measure_spread(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
   SpreadSums spread = {};
-  each(slice, [&](float x, int32_t) {
+  each_rolled(slice, [&](float x, int32_t) {
     if (x > -INFINITY) spread.add(distance_below(x, t.peak));
   });
   u64 mine[3] = {spread.count, spread.sum, spread.squares};
-  gather<3>(team, mine);
+  gather(team, mine, 3);
 }
 
 }  // namespace fastsample

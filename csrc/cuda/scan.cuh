@@ -26,9 +26,6 @@ struct RowTask {
 FS_DEVICE RowTask make_task(const RowParams& params, InputKind input) {
   RowTask t = {};
   t.params = &params;
-  t.greedy = is_greedy(params);
-  t.scale = t.drawn_scale = mass_scale(t.greedy ? 1.0f : params.temperature);
-  if (!t.greedy && params.order == kTemperatureLast) t.scale = mass_scale(1.0f);
   t.lowest = input == kProbabilities ? kKeyAboveZero : kKeyLowest;
   return t;
 }
@@ -45,17 +42,25 @@ FS_DEVICE float power_of_two(int32_t exponent) {
   return from_bits((uint32_t)(exponent + 127) << 23);
 }
 
+// From logits or probabilities to masses.
+FS_DEVICE void set_scales(RowTask& t, float temperature) {
+  t.scale = t.drawn_scale = mass_scale(temperature);
+  if (!of_probabilities(t) || t.status != kValid) return;
+  // A power of two that brings the peak to a mass may lie beyond the largest float; two do not.
+  const int32_t exponent = probability_shift(t.peak) + 150;
+  t.scale = t.drawn_scale = power_of_two(exponent / 2);
+  t.factor = power_of_two(exponent - exponent / 2);
+}
+
+// What follows from the maximum and from the parameters, which are read late to save registers.
 FS_DEVICE void set_peak(RowTask& t, KeyPlace best) {
   t.peak_key = best.x;
   t.argmax = best.id;
   t.status = status_of(best.x, t.lowest);
   t.peak = from_key(best.x);
-  if (of_probabilities(t) && t.status == kValid) {
-    // A power of two that brings the peak to a mass may lie beyond the largest float; two do not.
-    const int32_t exponent = probability_shift(t.peak) + 150;
-    t.scale = t.drawn_scale = power_of_two(exponent / 2);
-    t.factor = power_of_two(exponent - exponent / 2);
-  }
+  t.greedy = is_greedy(*t.params);
+  set_scales(t, t.greedy ? 1.0f : t.params->temperature);
+  if (!t.greedy && t.params->order == kTemperatureLast && !t.factor) t.scale = mass_scale(1.0f);
 }
 
 // Of some threads' tokens: the first in rank order, and the lowest of the warps' and of the lanes'
@@ -96,9 +101,9 @@ FS_DEVICE Peaks combine(const long long* best, const int32_t* warp_low, const in
 // A key that at least k tokens reach: the lowest of k or more maxima of disjoint parts of the row.
 template <class S>
 FS_DEVICE int32_t key_reached_by(int32_t k, const S& slice, const Peaks& peaks) {
-  const int64_t busy_warps = ceil_div(slice.vectors, slice.per_warp);
-  const int64_t rest = slice.vectors - (busy_warps - 1) * slice.per_warp;
-  const int64_t busy_lanes = (busy_warps - 1) * 32 + (rest < 32 ? rest : 32);
+  const int32_t busy_warps = (slice.vectors + slice.per_warp - 1) / slice.per_warp;
+  const int32_t rest = slice.vectors - (busy_warps - 1) * slice.per_warp;
+  const int32_t busy_lanes = (busy_warps - 1) * 32 + (rest < 32 ? rest : 32);
   return k <= busy_warps ? peaks.warp_low : k <= busy_lanes ? peaks.lane_low : kKeyMinusInfinity;
 }
 
