@@ -270,22 +270,16 @@ FS_DEVICE void each(const Slice<T, kResident>& s, F f) {
 template <class T, bool kResident, class F>
 FS_DEVICE void each_rolled(const Slice<T, kResident>& s, F f) {
   const int32_t end = s.end();
-  int32_t v = s.begin() + lane();
-  if (v >= end) return;
-  Vec16 raw = s.raw(v);
-  while (true) {
+#pragma unroll 1
+  for (int32_t v = s.begin() + lane(); v < end; v += 32) {
     float x[kVec<T>];
-    s.process(raw, v, x);
-    const int32_t next = v + 32;
-    if (next < end) raw = s.raw(next);
+    s.process(s.raw(v), v, x);
 #pragma unroll 1
     for (int i = 0; i < kVec<T>; ++i) {
       f(x[0], v * kVec<T> + i - s.shift);
 #pragma unroll
       for (int j = 1; j < kVec<T>; ++j) x[j - 1] = x[j];
     }
-    if (next >= end) return;
-    v = next;
   }
 }
 

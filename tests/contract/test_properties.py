@@ -48,7 +48,10 @@ def values_of(spec: Spec) -> st.SearchStrategy[Any]:
     low, high = max(spec.low, -80), min(spec.high, 80)
     if spec.kind == "int":
         return st.one_of(st.sampled_from(spec.examples), st.integers(int(low), int(high)))
-    return st.one_of(st.sampled_from(spec.examples), st.floats(low, high, width=32, exclude_min=spec.open_low, exclude_max=spec.open_high))
+    return st.one_of(
+        st.sampled_from(spec.examples),
+        st.floats(low, high, width=32, exclude_min=spec.open_low, exclude_max=spec.open_high),
+    )
 
 
 def column(name: str, rows: int) -> st.SearchStrategy[Any]:

@@ -255,7 +255,11 @@ OLD_SETS = tuple(PARAMS)
 """The sets above, which meet every maker of logits; those below meet a few each."""
 
 FILTERS = tuple(
-    name for name, spec in specs() if spec.kind != "choice" and not spec.counts and name not in ("temperature", "xtc_threshold")
+    name
+    for name, spec in specs()
+    if spec.kind != "choice"
+    and not spec.counts
+    and name not in ("temperature", "xtc_threshold")
     and not name.startswith("dry_")
 )
 
@@ -568,7 +572,17 @@ def _grid() -> list[Case]:
             maker = ("lm", "ties", "flat", "half_masked", "steps")[(i + j) % 5]
             cases.append(Case(maker, params, vocab, kinds[(i + 2 * j) % 3]))
     # Every extra in every dtype.
-    sets = ("plain", "greedy", "all-hf", "all-joint-ties", "rows", "penalties", "rows-penalties", "min_p-xtc-dry", "ngrams")
+    sets = (
+        "plain",
+        "greedy",
+        "all-hf",
+        "all-joint-ties",
+        "rows",
+        "penalties",
+        "rows-penalties",
+        "min_p-xtc-dry",
+        "ngrams",
+    )
     for e, extra in enumerate(EXTRAS):
         for j, params in enumerate(sets):
             vocab = (33, 64, 257, 1000, 1025, 2049)[(e + j) % 6]
@@ -581,7 +595,20 @@ def _grid() -> list[Case]:
     for params in ("plain", "all-hf", "rows"):
         cases += [Case("flat", params, 100, "f32", None, rows) for rows in (0, 1, 67)]
     # Large vocabularies, fewer of them.
-    sets = ("plain", "greedy", "k50", "kV/2", "p.9", "p~1", "m.05", "all-hf", "all-joint", "rows", "llama.cpp", "floors")
+    sets = (
+        "plain",
+        "greedy",
+        "k50",
+        "kV/2",
+        "p.9",
+        "p~1",
+        "m.05",
+        "all-hf",
+        "all-joint",
+        "rows",
+        "llama.cpp",
+        "floors",
+    )
     sets += ("typical_p=0.7", "top_n_sigma=1.0", "xtc_probability=0.5", "p_less=True")
     for i, vocab in enumerate(LARGE):
         for j, params in enumerate(sets):
