@@ -17,20 +17,23 @@ FS_DEVICE double share(const RowTask& t, const RowState& state, float x, int32_t
 }
 
 // What the log-probabilities of one row are computed from: the distribution drawn from, or (raw)
-// the logits as given. Raw ones of probabilities are like drawing from all of them.
+// the logits or probabilities as given.
 struct LogRow {
   RowTask task;
-  RowState state;
-  bool raw, sound;    // unless sound, every log-probability is NaN
-  double normaliser;  // raw, of logits: log of the sum of exp(x - max)
+  KeptKeys kept;
+  const RowState* state;
+  bool raw, sound;  // unless sound, every log-probability is NaN
+  double
+      normaliser;  // raw: log of the sum of exp(x - max), or the sum of the probabilities' masses
 
   FS_METHOD float logprob(float x, int32_t id) const {
     if (!sound) return NAN;
     if (raw && !task.factor) return (float)(((double)x - (double)task.peak) - normaliser);
-    return (float)log(share(task, state, x, id));
+    const double w = raw ? (double)mass_in(task, x) / normaliser : share(task, *state, x, id);
+    return (float)log(w);
   }
   FS_METHOD bool listed(float x, int32_t id) const {
-    return raw ? key_of(x) >= task.lowest : is_kept(task, state.drawable.kept, x, id);
+    return raw ? key_of(x) >= task.lowest : is_kept(task, kept, x, id);
   }
 };
 
@@ -40,7 +43,7 @@ FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice, con
   row.task.params = t.params;
   row.task.lowest = t.lowest;
   row.raw = true;
-  row.state.drawable.kept = everything(t);
+  row.kept = everything(t);
   scan(team, slice, 0, row.task);
   row.sound = row.task.status == kValid;
   if (!row.sound) return row;
@@ -48,8 +51,8 @@ FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice, con
   const RowTask& own = row.task;
   u64 mass = 0;
   each(slice, [&](float x, int32_t) { mass += mass_in(own, x); });
-  row.state.total = row.state.rest = block_sum(mass, team.own->scratch);
-  row.normaliser = log((double)row.state.total / (double)kMassUnit);
+  const double total = (double)block_sum(mass, team.own->scratch);
+  row.normaliser = own.factor ? total : log(total / (double)kMassUnit);
   return row;
 }
 
@@ -82,10 +85,9 @@ FS_DEVICE void list_top(const Team<kBlockPolicy>& team, const S& slice, const Lo
   const auto counts = [&](float x, int32_t, int32_t id) -> u64 { return row.listed(x, id); };
   u64 mine = 0;
   if (row.sound) each(slice, [&](float x, int32_t id) { mine += row.listed(x, id); });
-  const KeptKeys& kept = row.state.drawable.kept;
-  KeyPlace last = kept.low;
+  KeyPlace last = row.kept.low;
   if (block_sum(mine, team.own->scratch) > (u64)n) {
-    last = nth_place(team, slice, kept, last.x, row.task.peak_key, (u64)n, false, counts);
+    last = nth_place(team, slice, row.kept, last.x, row.task.peak_key, (u64)n, false, counts);
   }
   if (row.sound) {
     each(slice, [&](float x, int32_t id) {
@@ -131,7 +133,7 @@ FS_DEVICE void write_logprobs(const Batch& batch, const Workspace& ws, int64_t r
                               const RowState& state) {
   const Outputs& out = batch.out;
   const bool valid = state.status == kValid;
-  LogRow row = {t, state, false, valid, 0.0};
+  LogRow row = {t, state.drawable.kept, &state, false, valid, 0.0};
   if (out.mode == kRawLogprobs) {
     slice.overlay = nullptr;
     if (valid) row = raw_log_row(team, slice, t);

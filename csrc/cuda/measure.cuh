@@ -14,9 +14,12 @@ template <int kAll, Policy kPolicy>
 FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll], int sums) {
   Shared& own = *team.own;
   const auto reduce = [sums](int measure, u64 value) {
-    return warp_reduce(value, [=](u64 a, u64 b) {
-      return measure<sums ? a + b : (long long)a>(long long) b ? a : b;
-    });
+#pragma unroll 1
+    for (int step = 16; step; step >>= 1) {
+      const u64 other = __shfl_xor_sync(kWholeWarp, value, step);
+      value = measure<sums ? value + other : (long long)value>(long long) other ? value : other;
+    }
+    return value;
   };
   // One lane per warp or per block, which `n` counts.
   const auto of = [sums](int measure, int n, const u64* values) -> u64 {

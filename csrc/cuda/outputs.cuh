@@ -12,16 +12,28 @@ FS_DEVICE void write_rows(const Batch& batch, int64_t r, const S& slice, const R
                           const RowState& state) {
   const Outputs& out = batch.out;
   const int32_t vocab = slice.vocab;
+  const KeptKeys among = state.drawable.kept;
+  const bool valid = state.status == kValid;
   const float divisor = t.greedy ? 1.0f : t.params->temperature;
-  each(slice, [&](float x, int32_t id) {
+  const auto write = [&](float x, int32_t id, auto probability) {
     if (id < 0 || id >= vocab) return;
-    const bool kept = state.status == kValid && is_kept(t, state.drawable.kept, x, id);
+    const bool kept = valid && is_kept(t, among, x, id);
     if (out.filtered) store_global(out.filtered + r * vocab + id, kept ? x / divisor : -INFINITY);
     if (out.probabilities) {
-      const float probability = kept ? (float)share(t, state, x, id) : 0.0f;
-      store_global(out.probabilities + r * vocab + id, probability);
+      const double p = kept ? probability(x, id) : 0.0;
+      store_global(out.probabilities + r * vocab + id, (float)p);
     }
-  });
+  };
+  if (state.total == state.rest) {
+    const double total = (double)(state.total ? state.total : 1);
+    each(slice, [&](float x, int32_t id) {
+      write(x, id, [&](float y, int32_t) { return (double)drawn_mass(t, y) / total; });
+    });
+  } else {
+    each_rolled(slice, [&](float x, int32_t id) {
+      write(x, id, [&](float y, int32_t i) { return share(t, state, y, i); });
+    });
+  }
 }
 
 template <class T>

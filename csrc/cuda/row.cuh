@@ -227,7 +227,12 @@ template <bool kFirst, class T, bool kResident, class F>
 FS_DEVICE void each_maybe_first(const Slice<T, kResident>& s, F f) {
   // Logits that a lane reads in one go: many where they come from device memory, so that the loads
   // overlap.
-  constexpr int kAtOnce = kFirst ? 16 : kResident ? kVec<T> : 8;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int kFromCache = kVec<T>;  // where more would spill registers
+#else
+  constexpr int kFromCache = 8;
+#endif
+  constexpr int kAtOnce = kFirst ? 16 : kResident ? kVec<T> : kFromCache;
   constexpr int kAhead = kAtOnce / kVec<T>;
   const int32_t end = s.end();
   for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
