@@ -17,10 +17,13 @@ constexpr int32_t kKeyInfinity = 0x7f800000;
 constexpr int32_t kKeyMinusInfinity = -0x7f800000;
 constexpr int32_t kKeyLowest = -0x7f7fffff;  // of the lowest finite float
 
-FS_HD KeptKeys everything() { return all_between(kKeyInfinity, kKeyLowest); }
+constexpr int32_t kKeyAboveZero = 1;  // of the lowest positive float
 
-// Whether a token ranks within the interval; its mass is for the caller to compare. As long as no
-// filter moves `high`, nvcc sees that it is open and leaves the comparison with it out.
+// All tokens from a key up: of logits those above -inf.
+FS_HD KeptKeys everything(int32_t lowest = kKeyLowest) { return all_between(kKeyInfinity, lowest); }
+
+// Whether a token ranks within the interval; its mass is for the caller to compare. Few filters
+// move `high`, so it is often open.
 FS_HD bool within(const KeptKeys& kept, KeyPlace place) {
   if (ranks_before(kept.low, place)) return false;
   return kept.high.x == kKeyInfinity || ranks_before(kept.high, place);

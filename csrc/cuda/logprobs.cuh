@@ -5,37 +5,54 @@
 
 namespace fastsample {
 
+// How probable a kept token is: over draws that take XTC's top choices and draws that do not.
+FS_DEVICE double share(const RowTask& t, const RowState& state, float x, int32_t id) {
+  const double w = (double)drawn_mass(t, x);
+  const double total = (double)(state.total ? state.total : 1);
+  if (state.total == state.rest) return w / total;
+  const double coin = (double)t.params->xtc_probability;
+  const double with = (1.0 - coin) * w / total;
+  if (!ranks_before(state.drawable.top, {key_of(x), id})) return with;
+  return with + coin * w / (double)(state.rest ? state.rest : 1);
+}
+
 // What the log-probabilities of one row are computed from: the distribution drawn from, or (raw)
-// the logits as given.
+// the logits or probabilities as given.
 struct LogRow {
   RowTask task;
   KeptKeys kept;
-  bool raw, sound;    // unless sound, every log-probability is NaN
-  double normaliser;  // raw: log of the sum of exp(x - max); else the kept mass
+  const RowState* state;
+  bool raw, sound;  // unless sound, every log-probability is NaN
+  double
+      normaliser;  // raw: log of the sum of exp(x - max), or the sum of the probabilities' masses
 
-  FS_METHOD float logprob(float x) const {
+  FS_METHOD float logprob(float x, int32_t id) const {
     if (!sound) return NAN;
-    if (raw) return (float)(((double)x - (double)task.peak) - normaliser);
-    return (float)log((double)mass_in(task, x) / normaliser);
+    if (raw && !task.factor) return (float)(((double)x - (double)task.peak) - normaliser);
+    const double w = raw ? (double)mass_in(task, x) / normaliser : share(task, *state, x, id);
+    return (float)log(w);
   }
   FS_METHOD bool listed(float x, int32_t id) const {
-    return raw ? x > -INFINITY : is_kept(task, kept, x, id);
+    return raw ? key_of(x) >= task.lowest : is_kept(task, kept, x, id);
   }
 };
 
 template <class S>
-FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice) {
+FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice, const RowTask& t) {
   LogRow row = {};
-  row.task.scale = mass_scale(1.0f);
-  row.kept = everything();
+  row.task.params = t.params;
+  row.task.lowest = t.lowest;
   row.raw = true;
+  row.kept = everything(t);
   scan(team, slice, 0, row.task);
   row.sound = row.task.status == kValid;
   if (!row.sound) return row;
-  const RowTask& t = row.task;
+  set_scales(row.task, 1.0f);
+  const RowTask& own = row.task;
   u64 mass = 0;
-  each(slice, [&](float x, int32_t) { mass += mass_in(t, x); });
-  row.normaliser = log((double)block_sum(mass, team.own->scratch) / (double)kMassUnit);
+  each(slice, [&](float x, int32_t) { mass += mass_in(own, x); });
+  const double total = (double)block_sum(mass, team.own->scratch);
+  row.normaliser = own.factor ? total : log(total / (double)kMassUnit);
   return row;
 }
 
@@ -70,7 +87,7 @@ FS_DEVICE void list_top(const Team<kBlockPolicy>& team, const S& slice, const Lo
   if (row.sound) each(slice, [&](float x, int32_t id) { mine += row.listed(x, id); });
   KeyPlace last = row.kept.low;
   if (block_sum(mine, team.own->scratch) > (u64)n) {
-    last = nth_place(team, slice, row.kept.high, last.x, row.task.peak_key, (u64)n, false, counts);
+    last = nth_place(team, slice, row.kept, last.x, row.task.peak_key, (u64)n, false, counts);
   }
   if (row.sound) {
     each(slice, [&](float x, int32_t id) {
@@ -95,15 +112,18 @@ FS_DEVICE void write_top(const Batch& batch, const Workspace& ws, int64_t r,
     const KeyPlace place = place_of(list[i]);
     const float none = row.sound ? -INFINITY : NAN;
     store_global(out.top_ids + r * n + i, there ? (int64_t)place.id : (int64_t)-1);
-    store_global(out.top_logprobs + r * n + i, there ? row.logprob(from_key(place.x)) : none);
+    store_global(out.top_logprobs + r * n + i,
+                 there ? row.logprob(from_key(place.x), place.id) : none);
   }
 }
 
-// 1 + number of tokens strictly above x.
+// 1 + number of tokens strictly above x. Of probabilities those are too that are none.
 template <class S>
-FS_DEVICE int64_t rank_of(const Team<kBlockPolicy>& team, const S& slice, float x) {
+FS_DEVICE int64_t rank_of(const Team<kBlockPolicy>& team, const S& slice, const RowTask& t,
+                          float x) {
   u64 above = 0;
-  each(slice, [&](float other, int32_t) { above += other > x; });
+  const bool all = of_probabilities(t);
+  each(slice, [&](float other, int32_t) { above += all ? !(fabsf(other) <= x) : other > x; });
   return 1 + (int64_t)block_sum(above, team.own->scratch);
 }
 
@@ -113,17 +133,18 @@ FS_DEVICE void write_logprobs(const Batch& batch, const Workspace& ws, int64_t r
                               const RowState& state) {
   const Outputs& out = batch.out;
   const bool valid = state.status == kValid;
-  LogRow row = {t, state.kept, false, valid, (double)state.total};
+  LogRow row = {t, state.drawable.kept, &state, false, valid, 0.0};
   if (out.mode == kRawLogprobs) {
     slice.overlay = nullptr;
-    if (valid) row = raw_log_row(team, slice);
+    if (valid) row = raw_log_row(team, slice, t);
   }
   for (int32_t j = 0; j < out.num_samples; ++j) {
     const int64_t at = r * out.num_samples + j;
-    const float x = valid ? slice.value((int32_t)out.tokens[at]) : 0.0f;
-    const int64_t rank = valid && out.ranks ? rank_of(team, slice, x) : 0;
+    const int32_t token = (int32_t)out.tokens[at];
+    const float x = valid ? slice.value(token) : 0.0f;
+    const int64_t rank = valid && out.ranks ? rank_of(team, slice, t, x) : 0;
     if (threadIdx.x) continue;
-    if (out.logprobs) store_global(out.logprobs + at, row.logprob(x));
+    if (out.logprobs) store_global(out.logprobs + at, row.logprob(x, token));
     if (out.ranks) store_global(out.ranks + at, rank);
   }
   if (out.num_top) write_top(batch, ws, r, team, slice, row);

@@ -12,17 +12,28 @@ FS_DEVICE void write_rows(const Batch& batch, int64_t r, const S& slice, const R
                           const RowState& state) {
   const Outputs& out = batch.out;
   const int32_t vocab = slice.vocab;
+  const KeptKeys among = state.drawable.kept;
+  const bool valid = state.status == kValid;
   const float divisor = t.greedy ? 1.0f : t.params->temperature;
-  const double total = (double)state.total;
-  each(slice, [&](float x, int32_t id) {
+  const auto write = [&](float x, int32_t id, auto probability) {
     if (id < 0 || id >= vocab) return;
-    const bool kept = state.status == kValid && is_kept(t, state.kept, x, id);
+    const bool kept = valid && is_kept(t, among, x, id);
     if (out.filtered) store_global(out.filtered + r * vocab + id, kept ? x / divisor : -INFINITY);
     if (out.probabilities) {
-      const double w = kept ? (double)mass_in(t, x) : 0.0;
-      store_global(out.probabilities + r * vocab + id, (float)(w / total));
+      const double p = kept ? probability(x, id) : 0.0;
+      store_global(out.probabilities + r * vocab + id, (float)p);
     }
-  });
+  };
+  if (state.total == state.rest) {
+    const double total = (double)(state.total ? state.total : 1);
+    each(slice, [&](float x, int32_t id) {
+      write(x, id, [&](float y, int32_t) { return (double)drawn_mass(t, y) / total; });
+    });
+  } else {
+    each_rolled(slice, [&](float x, int32_t id) {
+      write(x, id, [&](float y, int32_t i) { return share(t, state, y, i); });
+    });
+  }
 }
 
 template <class T>
@@ -33,10 +44,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   clear_bins(team);
   for (int64_t r = blockIdx.x; r < batch.logits.rows; r += gridDim.x) {
     auto slice = make_slice<T, false>(batch, r, 0, 1);
-    RowTask t = make_task(at(batch.rows.params, r));
+    RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
     const RowState& state = ws.states[r];
-    t.peak_key = state.peak_key;
-    t.peak = from_key(state.peak_key);
+    set_peak(t, {state.peak_key, 0});
     process_row(batch, ws, r, *t.params, team, slice);
     if (batch.out.filtered || batch.out.probabilities) write_rows(batch, r, slice, t, state);
     if (batch.out.mode != kNoLogprobs) write_logprobs(batch, ws, r, team, slice, t, state);

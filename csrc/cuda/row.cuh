@@ -78,8 +78,9 @@ struct Slice {
   int32_t vectors;         // of the whole row
   int32_t per_warp;        // vectors
   int32_t first;           // vector
-  Vec16* held;             // resident only: [warps * per_warp] raw logits, -inf outside the row
+  Vec16* held;             // resident only: [warps * per_warp] raw logits
   const Overlay* overlay;  // null: the logits are used as they are
+  float nothing;           // what stands outside the row and for masked tokens: -inf, or 0
 
   FS_METHOD bool owns(int64_t id) const {
     if (id < 0 || id >= vocab) return false;
@@ -87,32 +88,66 @@ struct Slice {
     return vector >= first && vector < first + warps() * per_warp;
   }
 
-  // 16 bytes of logits, as they are.
-  FS_METHOD Vec16 fetch(int32_t vector) const {
+  // Whether a vector lies within the row as a whole.
+  FS_METHOD bool inside(int32_t vector) const {
     const int32_t id = vector * kVec<T> - shift;
-    if (id >= 0 && id + kVec<T> <= vocab) return load_global16(row + id);
+    return id >= 0 && id + kVec<T> <= vocab;
+  }
+
+  // A vector of logits, as they are.
+  FS_METHOD Vec16 fetch_inside(int32_t vector) const {
+    return load_global16(row + vector * kVec<T> - shift);
+  }
+  FS_METHOD Vec16 fetch_edge(int32_t vector) const {
+    const int32_t id = vector * kVec<T> - shift;
     Vec16 v;
 #pragma unroll
     for (int w = 0; w < 4; ++w) v.word[w] = 0;
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {
-      const bool inside = id + i >= 0 && id + i < vocab;
+      const bool is = id + i >= 0 && id + i < vocab;
       if constexpr (sizeof(T) == 4) {
-        v.word[i] = inside ? load_global((const uint32_t*)row + id + i) : 0xff800000u;
+        const uint32_t none = nothing < 0 ? 0xff800000u : 0;
+        v.word[i] = is ? load_global((const uint32_t*)row + id + i) : none;
       } else {
-        const uint32_t none = sizeof(T) == 2 && kLowBits<T> == 16 ? 0xff80u : 0xfc00u;
-        const uint32_t bits = inside ? load_global((const uint16_t*)row + id + i) : none;
+        const uint32_t none = nothing == 0 ? 0 : kLowBits<T> == 16 ? 0xff80u : 0xfc00u;
+        const uint32_t bits = is ? load_global((const uint16_t*)row + id + i) : none;
         v.word[i / 2] |= bits << 16 * (i & 1);
       }
     }
     return v;
   }
 
-  template <bool kFirst>
+  // One vector of a row that has been read before.
   FS_METHOD Vec16 raw(int32_t vector) const {
-    if constexpr (!kResident) return fetch(vector);
-    if constexpr (kFirst) return held[vector - first] = fetch(vector);
-    return held[vector - first];
+    if constexpr (kResident) return held[vector - first];
+    return inside(vector) ? fetch_inside(vector) : fetch_edge(vector);
+  }
+
+  // Several from device memory: at v, v + 32, ... before `end`. The loads overlap. Few vectors are
+  // edges, so the code for them is there once.
+  template <int kAhead>
+  FS_METHOD void fetch(int32_t v, int32_t end, Vec16 (&raw)[kAhead]) const {
+    bool edges = false;
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (v + 32 * u >= end) continue;
+      if (inside(v + 32 * u)) {
+        raw[u] = fetch_inside(v + 32 * u);
+      } else {
+        edges = true;
+      }
+    }
+    if (!edges) return;
+#pragma unroll 1
+    for (int i = 0; i < kAhead; ++i) {
+      if (v + 32 * i >= end || inside(v + 32 * i)) continue;
+      const Vec16 edge = fetch_edge(v + 32 * i);
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (u == i) raw[u] = edge;
+      }
+    }
   }
 
   // The raw logits upcast, with the mask and the edits applied.
@@ -130,7 +165,7 @@ struct Slice {
     if (bit + kVec<T> > 32) allowed |= overlay->mask_word(word + 1) << (32 - bit);
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {
-      if (!(allowed >> i & 1)) x[i] = -INFINITY;
+      if (!(allowed >> i & 1)) x[i] = nothing;
     }
   }
 
@@ -150,7 +185,7 @@ struct Slice {
   // One logit after stage 1.
   FS_METHOD float masked(int32_t id) const {
     const bool gone = overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id);
-    return gone ? -INFINITY : logit(row, id);
+    return gone ? nothing : logit(row, id);
   }
 
   // One processed logit of this slice.
@@ -178,6 +213,7 @@ FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank
   Slice<T, kResident> s = {};
   s.row = (const T*)l.data + r * l.stride;
   s.vocab = l.vocab;
+  s.nothing = l.input == kProbabilities ? 0.0f : -INFINITY;
   s.shift = (int32_t)((uintptr_t)s.row % 16 / sizeof(T));
   s.vectors = (s.shift + s.vocab + kVec<T> - 1) / kVec<T>;
   s.per_warp = vectors_per_warp(s.vocab, (int32_t)sizeof(T), parts * warps());
@@ -185,20 +221,33 @@ FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank
   return s;
 }
 
-// Calls f(x, id) for every position of the slice, with several loads ahead; x is -inf outside the
-// row. kFirst: the logits have not been read before.
+// Calls f(x, id) for every position of the slice, with several loads ahead; x is `nothing` outside
+// the row. kFirst: the logits have not been read before.
 template <bool kFirst, class T, bool kResident, class F>
 FS_DEVICE void each_maybe_first(const Slice<T, kResident>& s, F f) {
   // Logits that a lane reads in one go: many where they come from device memory, so that the loads
   // overlap.
-  constexpr int kAtOnce = kFirst ? 16 : kResident ? kVec<T> : 8;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int kFromCache = kVec<T>;  // where more would spill registers
+#else
+  constexpr int kFromCache = 8;
+#endif
+  constexpr int kAtOnce = kFirst ? 16 : kResident ? kVec<T> : kFromCache;
   constexpr int kAhead = kAtOnce / kVec<T>;
   const int32_t end = s.end();
   for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
     Vec16 raw[kAhead];
+    if constexpr (kFirst || !kResident) s.fetch(v, end, raw);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      if (v + 32 * u < end) raw[u] = s.template raw<kFirst>(v + 32 * u);
+      if (kResident && v + 32 * u < end) {
+        Vec16& held = s.held[v + 32 * u - s.first];
+        if (kFirst) {
+          held = raw[u];
+        } else {
+          raw[u] = held;
+        }
+      }
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -219,6 +268,24 @@ FS_DEVICE void each_first(const Slice<T, kResident>& s, F f) {
 template <class T, bool kResident, class F>
 FS_DEVICE void each(const Slice<T, kResident>& s, F f) {
   each_maybe_first<false>(s, f);
+}
+
+// The same for the passes of rare filters: a loop around one call of f, which is far less code, and
+// little slower where f does much.
+template <class T, bool kResident, class F>
+FS_DEVICE void each_rolled(const Slice<T, kResident>& s, F f) {
+  const int32_t end = s.end();
+#pragma unroll 1
+  for (int32_t v = s.begin() + lane(); v < end; v += 32) {
+    float x[kVec<T>];
+    s.process(s.raw(v), v, x);
+#pragma unroll 1
+    for (int i = 0; i < kVec<T>; ++i) {
+      f(x[0], v * kVec<T> + i - s.shift);
+#pragma unroll
+      for (int j = 1; j < kVec<T>; ++j) x[j - 1] = x[j];
+    }
+  }
 }
 
 // How many low bits of every key in the slice are 0.

@@ -3,8 +3,8 @@
 //
 //   process   stages 1 to 3: what lies over the row's logits
 //   scan      stages 0 and 4: the maximum, its lowest id, and a key that k tokens reach
-//   filter    stage 7: for top-k and top-p up to 3 rounds of selection each, and a place among
-//             equal tokens where only some are kept
+//   filter    stage 7: for top-k, top-p and typical up to 3 rounds of selection each, and a place
+//             among equal tokens where only some are kept; for the others a pass or two each
 //   draw      stage 8: the kept mass of each warp's segment, then each draw's segment and token
 //
 // Sums and maxima are of integers, so nothing depends on the order of atomics or on how the row
@@ -16,14 +16,15 @@
 
 namespace fastsample {
 
-// Stage 8; returns the kept mass.
+// Stage 8: the draws from `kept`, which are all, or those whose coin says `excluding`. Returns the
+// kept mass.
 template <Policy kPolicy, class S>
-FS_DEVICE u64 draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
-                   const RowTask& t, const KeptKeys& kept) {
-  const int32_t lowest = lowest_key(t, kept, kept.floor);
+FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
+                        const RowTask& t, const KeptKeys& kept, bool all, bool excluding) {
+  const int32_t lowest = lowest_drawn_key(t, kept);
   const auto weight = [&](float x, int32_t id) -> u64 {
     const int32_t key = key_of(x);
-    return key < lowest ? 0 : kept_mass(t, kept, x, KeyPlace{key, id});
+    return key < lowest ? 0 : kept_drawn_mass(t, kept, x, KeyPlace{key, id});
   };
   const u64 total = sum_segments(team, slice, weight);
   const Outputs& out = batch.out;
@@ -32,11 +33,37 @@ FS_DEVICE u64 draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, con
   for (int32_t j = 0; j < out.num_samples; ++j) {
     const uint64_t seed = (uint64_t)at(batch.rows.seeds, r);
     const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
+    const float coin = t.params->xtc_probability;
+    if (!all && xtc_excludes(seed, offset, (uint32_t)j, coin) != excluding) continue;
     const u64 sum = team.own->running[team.parts * warps() - 1];
+    int64_t* token = out.tokens + r * out.num_samples + j;
     locate(team, slice, draw_threshold(seed, offset, (uint32_t)j, sum), weight,
-           [&](int32_t id) { store_global(out.tokens + r * out.num_samples + j, (int64_t)id); });
+           [&](int32_t id) { store_global(token, (int64_t)id); });
+    // Nothing that is kept has any mass at a low temperature that comes last.
+    if (!sum && team.leads() && threadIdx.x == 0) store_global(token, (int64_t)slice.vocab - 1);
   }
   return total;
+}
+
+struct Totals {
+  u64 all, rest;
+};
+
+// All draws. With top choices, those draws come first that take them.
+template <Policy kPolicy, class S>
+FS_DEVICE Totals draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
+                      const RowTask& t, const Drawable& from) {
+  KeptKeys kept = from.kept;
+  const bool all = from.top.x == kKeyInfinity;
+  Totals totals = {0, 0};
+#pragma unroll 1  // one pass in the code serves both
+  for (bool excluding = false;; excluding = true) {
+    totals.rest = draw_from(batch, r, team, slice, t, kept, all, excluding);
+    if (!excluding) totals.all = totals.rest;
+    if (all || excluding) return totals;
+    kept = narrow_below(kept, from.top);
+    team.sync();  // the board's sums are free
+  }
 }
 
 // The same token for every draw: a greedy row's, or -1 of an invalid one.
@@ -54,20 +81,20 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
                           const Team<kPolicy>& team) {
   constexpr bool kResident = kPolicy == kClusterPolicy;
   auto slice = make_slice<T, kResident>(batch, r, team.rank, team.parts);
-  RowTask t = make_task(at(batch.rows.params, r));
+  RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
   process_row(batch, ws, r, *t.params, team, slice);
   scan(team, slice, t.params->top_k, t);
-  KeptKeys kept = narrow_above(everything(), {t.peak_key, t.argmax});
-  u64 total = kMassUnit;
+  Drawable found = {narrow_above(everything(t), {t.peak_key, t.argmax}), everything(t).high};
+  Totals totals = {unit_of(t), unit_of(t)};
   if (t.status == kValid && !t.greedy) {
-    kept = apply_filters(team, slice, t);
-    total = draw(batch, r, team, slice, t, kept);
+    found = apply_filters(team, slice, t);
+    totals = draw(batch, r, team, slice, t, found);
   } else {
     write_same_token(batch.out, r, team, t.status == kValid ? t.argmax : -1);
   }
   if (team.leads() && threadIdx.x == 0) {
     store_global(batch.out.status + r, (int32_t)t.status);
-    if (ws.states) ws.states[r] = RowState{t.status, t.peak_key, kept, total};
+    if (ws.states) ws.states[r] = RowState{t.status, t.peak_key, found, totals.all, totals.rest};
   }
 }
 

@@ -15,31 +15,52 @@ struct RowTask {
   int32_t peak_key;
   int32_t argmax;
   Status status;
-  float peak, scale;
-  int32_t k_bound;  // top-k's last key is no lower
+  float peak;
+  float scale;        // of the masses that filters judge by
+  float drawn_scale;  // of those that draws are made by
+  float factor;       // of probabilities, which weigh p * scale * factor; 0 for logits
+  int32_t lowest;     // the key of the lowest token that can be kept at all
+  int32_t k_bound;    // top-k's last key is no lower
 };
 
-FS_DEVICE RowTask make_task(const RowParams& params) {
+FS_DEVICE RowTask make_task(const RowParams& params, InputKind input) {
   RowTask t = {};
   t.params = &params;
-  t.greedy = is_greedy(params);
-  t.scale = mass_scale(t.greedy ? 1.0f : params.temperature);
+  t.lowest = input == kProbabilities ? kKeyAboveZero : kKeyLowest;
   return t;
 }
 
-FS_DEVICE u64 mass_in(const RowTask& t, float x) { return mass_of(x, t.peak, t.scale); }
+FS_DEVICE bool of_probabilities(const RowTask& t) { return t.lowest == kKeyAboveZero; }
 
-FS_DEVICE Status status_of(int32_t peak_key) {
+FS_DEVICE Status status_of(int32_t peak_key, int32_t lowest) {
   if (peak_key == kKeyNaN) return kNaN;
   if (peak_key == kKeyInfinity) return kPositiveInfinity;
-  return peak_key == kKeyMinusInfinity ? kNothingLeft : kValid;
+  return peak_key < lowest ? kNothingLeft : kValid;
 }
 
+FS_DEVICE float power_of_two(int32_t exponent) {
+  return from_bits((uint32_t)(exponent + 127) << 23);
+}
+
+// From logits or probabilities to masses.
+FS_DEVICE void set_scales(RowTask& t, float temperature) {
+  t.scale = t.drawn_scale = mass_scale(temperature);
+  if (!of_probabilities(t) || t.status != kValid) return;
+  // A power of two that brings the peak to a mass may lie beyond the largest float; two do not.
+  const int32_t exponent = probability_shift(t.peak) + 150;
+  t.scale = t.drawn_scale = power_of_two(exponent / 2);
+  t.factor = power_of_two(exponent - exponent / 2);
+}
+
+// What follows from the maximum and from the parameters, which are read late to save registers.
 FS_DEVICE void set_peak(RowTask& t, KeyPlace best) {
   t.peak_key = best.x;
   t.argmax = best.id;
-  t.status = status_of(best.x);
+  t.status = status_of(best.x, t.lowest);
   t.peak = from_key(best.x);
+  t.greedy = is_greedy(*t.params);
+  set_scales(t, t.greedy ? 1.0f : t.params->temperature);
+  if (!t.greedy && t.params->order == kTemperatureLast && !t.factor) t.scale = mass_scale(1.0f);
 }
 
 // Of some threads' tokens: the first in rank order, and the lowest of the warps' and of the lanes'
@@ -54,7 +75,8 @@ template <class S>
 FS_DEVICE Peaks scan_segment(const S& slice) {
   int32_t key = kKeyMinusInfinity, at = 0;
   each_first(slice, [&](float x, int32_t id) {
-    const int32_t k = x != x ? kKeyNaN : key_of(x);
+    int32_t k = key_of(x);
+    if (!(x >= slice.nothing)) k = x != x ? kKeyNaN : kKeyInfinity;
     if (k > key) {
       key = k;
       at = id;
@@ -79,9 +101,9 @@ FS_DEVICE Peaks combine(const long long* best, const int32_t* warp_low, const in
 // A key that at least k tokens reach: the lowest of k or more maxima of disjoint parts of the row.
 template <class S>
 FS_DEVICE int32_t key_reached_by(int32_t k, const S& slice, const Peaks& peaks) {
-  const int64_t busy_warps = ceil_div(slice.vectors, slice.per_warp);
-  const int64_t rest = slice.vectors - (busy_warps - 1) * slice.per_warp;
-  const int64_t busy_lanes = (busy_warps - 1) * 32 + (rest < 32 ? rest : 32);
+  const int32_t busy_warps = (slice.vectors + slice.per_warp - 1) / slice.per_warp;
+  const int32_t rest = slice.vectors - (busy_warps - 1) * slice.per_warp;
+  const int32_t busy_lanes = (busy_warps - 1) * 32 + (rest < 32 ? rest : 32);
   return k <= busy_warps ? peaks.warp_low : k <= busy_lanes ? peaks.lane_low : kKeyMinusInfinity;
 }
 

@@ -10,13 +10,14 @@ namespace fastsample {
 
 // One pass over the slice: adds weight(x, key, id) to the bins of the bracket [low, low + width].
 // A mass is added up over all tokens too in the first round, whether in the bracket or not.
-template <bool kMass, Policy kPolicy, class S, class Weight>
+// kRare: less code rather than speed.
+template <bool kMass, bool kRare, Policy kPolicy, class S, class Key, class Weight>
 FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low, uint32_t width,
-                         int shift, bool first, Weight weight) {
+                         int shift, bool first, Key key_in, Weight weight) {
   uint32_t* bins = team.own->board.bins;
   u64 total = 0;
-  each(slice, [&](float x, int32_t id) {
-    const int32_t key = key_of(x);
+  const auto add = [&](float x, int32_t id) {
+    const int32_t key = key_in(x);
     const uint32_t distance = (uint32_t)key - (uint32_t)low;
     const bool inside = distance <= width;
     if (!inside && !(kMass && first)) return;
@@ -29,7 +30,12 @@ FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low,
     } else {
       atomicAdd(bin, 1u);
     }
-  });
+  };
+  if constexpr (kRare) {
+    each_rolled(slice, add);
+  } else {
+    each(slice, add);
+  }
   if (kMass && first) {
     total = warp_sum(total);
     if (lane() == 0) atomicAdd((u64*)&team.board()->total, total);
@@ -69,19 +75,18 @@ FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, in
 }
 
 // The key at which the weight of the tokens, from the highest key down, reaches target_of(total).
-// It must lie in [low, high]. weight(x, key, id) is 1 for a token that counts, or (kMass) a mass. A
-// round resolves kDigitBits bits, so the number of rounds depends on the width of the bracket alone
-// and is at most 3.
-template <bool kMass, Policy kPolicy, class S, class Weight, class Target>
-FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int32_t low, int32_t high,
-                         Weight weight, Target target_of) {
-  const int unused = low_bits(slice);
+// It must lie in [low, high]. key_in(x) is a token's key, of which the `unused` lowest bits are 0;
+// weight(x, key, id) is 1 for one that counts, or (kMass) a mass. A round resolves kDigitBits bits,
+// so the number of rounds depends on the width of the bracket alone and is at most 3.
+template <bool kMass, bool kRare, Policy kPolicy, class S, class Key, class Weight, class Target>
+FS_DEVICE Bracket select_by(const Team<kPolicy>& team, const S& slice, int unused, int32_t low,
+                            int32_t high, Key key_in, Weight weight, Target target_of) {
   low &= -(1 << unused);
   for (bool first = true;; first = false) {
     const uint32_t width = (uint32_t)high - (uint32_t)low;
     const int bits = 32 - __clz((int)width) - kDigitBits;
     const int shift = bits > unused ? bits : unused;
-    fill_bins<kMass>(team, slice, low, width, shift, first, weight);
+    fill_bins<kMass, kRare>(team, slice, low, width, shift, first, key_in, weight);
     team.merge();
     if (team.leads()) choose_bin(team, first, low, high, shift, target_of);
     team.sync();
@@ -89,6 +94,15 @@ FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int32_t low,
     low = team.board()->bracket.low;
     high = team.board()->bracket.high;
   }
+}
+
+// The same by the tokens' keys in the rank order.
+template <bool kMass, Policy kPolicy, class S, class Weight, class Target>
+FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int32_t low, int32_t high,
+                         Weight weight, Target target_of) {
+  return select_by<kMass, false>(
+      team, slice, low_bits(slice), low, high, [](float x) { return key_of(x); }, weight,
+      target_of);
 }
 
 // Sums weight(x, id) over each warp's segment. Afterwards every block has the running sums; returns
@@ -148,7 +162,7 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
     float x[kN];
     u64 sum = 0;
     if (mine < end) {
-      slice.process(slice.template raw<false>(mine), mine, x);
+      slice.process(slice.raw(mine), mine, x);
       for (int i = 0; i < kN; ++i) sum += weight(x[i], mine * kN + i - slice.shift);
     }
     u64 total;
@@ -182,15 +196,16 @@ FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, KeyPlace 
   return team.board()->id;
 }
 
-// The nth (from 1) token, in rank order, of those that `counts` counts, all of which rank after
-// `high`; its key lies between `low` and `peak`. With `all_ties`, the last token that equals it.
+// The nth (from 1) token, in rank order, of those that `counts` counts, which are in `among` or
+// below it; its key lies between `low` and `peak`. With `all_ties`, the last token that equals it.
+// Where `among` holds fewer than n, its last place.
 template <Policy kPolicy, class S, class Counts>
-FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, KeyPlace high, int32_t low,
-                             int32_t peak, u64 n, bool all_ties, Counts counts) {
+FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, const KeptKeys& among,
+                             int32_t low, int32_t peak, u64 n, bool all_ties, Counts counts) {
   const Bracket b = select<false>(team, slice, low, peak, counts, [n](u64) { return n; });
-  if (b.low <= kKeyMinusInfinity) return everything().low;
+  if (b.low < among.low.x) return among.low;
   if (all_ties || b.reached == n) return KeyPlace{b.low, INT32_MAX};
-  return KeyPlace{b.low, nth_equal(team, slice, high, b.low, n - b.above)};
+  return KeyPlace{b.low, nth_equal(team, slice, among.high, b.low, n - b.above)};
 }
 
 }  // namespace fastsample

@@ -79,6 +79,12 @@ FS_DEVICE void grid_sync(uint32_t* semaphore, int rank, int parts) {
   __syncthreads();
 }
 
+// What one thread makes of measures, for all of its block.
+struct Verdict {
+  u64 floor;
+  float low, high;
+};
+
 // A block's own shared memory, as far as its size does not depend on the row's.
 struct alignas(16) Shared {
   Board board;  // of the whole row in the first block of a cluster, or in a block alone
@@ -87,6 +93,9 @@ struct alignas(16) Shared {
   long long best[32];
   int32_t warp_low[32], lane_low[32];
   int32_t listed;
+  int32_t turn;  // of Board::measures
+  u64 measures[kMeasures];
+  Verdict verdict;
   Overlay overlay;
 };
 static_assert(sizeof(Shared) <= kFixedShared, "tuning.h plans with less");
@@ -143,7 +152,7 @@ template <Policy kPolicy>
 FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
   uint32_t* bins = team.own->board.bins;
   for (int i = (int)threadIdx.x; i < 2 * kBins; i += (int)blockDim.x) bins[i] = 0;
-  if (threadIdx.x == 0) team.own->board.total = 0;
+  if (threadIdx.x == 0) team.own->board.total = team.own->turn = 0;
 }
 
 }  // namespace fastsample

@@ -55,10 +55,11 @@ struct Plan {
 FS_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FS_HD constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// 16-byte vectors per warp. A row that does not begin at a multiple of 16 bytes may need one more.
+// 16-byte vectors per warp, a multiple of 32. A row that does not begin at a multiple of 16 bytes
+// may need one more. In 32 bits, since GPUs divide 64 bits in software.
 FS_HD constexpr int32_t vectors_per_warp(int32_t vocab, int32_t itemsize, int32_t warps) {
-  return (int32_t)round_up(ceil_div((int64_t)vocab * itemsize + 15, 16), 32 * (int64_t)warps) /
-         warps;
+  const int32_t vectors = (vocab * itemsize + 30) / 16;
+  return (vectors + 32 * warps - 1) / (32 * warps) * 32;
 }
 
 constexpr int32_t vectors_per_block(const Shape& s, int32_t parts, int32_t threads) {

@@ -20,23 +20,44 @@ struct Bracket {
   u64 total;           // of all that was weighed in the first round
 };
 
+// What a pass measures of a set of tokens: sums, and after them maxima.
+enum Measure : int32_t {
+  kMassSum,
+  kDepthHigh,  // the sums of stage 6b
+  kDepthLow,
+  kSquareHigh,
+  kSquareCross,
+  kSquareLow,
+  kTokens,
+  kHeaviest,
+  kLastPlace,  // minus ranked() of the last in rank order
+  kMeasures
+};
+
 // What the blocks of a row tell each other.
 struct Board {
-  uint32_t bins[2 * kBins];  // 64-bit sums in halves; 0 between selections
-  u64 total;                 // 0 between selections
-  u64 sums[kMaxSegments];    // of each warp's segment, in id order
+  uint32_t bins[2 * kBins];               // 64-bit sums in halves; 0 between selections
+  u64 total;                              // 0 between selections
+  u64 sums[kMaxSegments];                 // of each warp's segment, in id order
+  u64 measures[2][kMeasures][kMaxParts];  // of each block; passes take turns
   long long best[kMaxParts];
   int32_t warp_low[kMaxParts], lane_low[kMaxParts];
   Bracket bracket;
   int32_t id;
 };
 
+// What stage 7 leaves of a row. Where XTC's coin says so, a draw is from what ranks after `top`.
+struct Drawable {
+  KeptKeys kept;
+  KeyPlace top;
+};
+
 // What later kernels need to know of a sampled row.
 struct RowState {
   Status status;
   int32_t peak_key;
-  KeptKeys kept;
-  u64 total;  // the kept tokens' mass
+  Drawable drawable;
+  u64 total, rest;  // the mass of all that is kept, and of what XTC leaves of it
 };
 
 // A token with a bias or a penalty, or that its history changes.

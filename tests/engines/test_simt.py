@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,60 @@ def test_invalid_rows(how: How, simt: Simt) -> None:
         with as_backend(simt):
             got = fs.sample(logits, backend="cuda", **kwargs)
         assert_agree(named(got), named(want))
+
+
+def probabilities(vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of many sizes, among them subnormal ones and zeros, and rows with each status."""
+    g = torch.Generator().manual_seed(vocab)
+    p = torch.randn(12, vocab, generator=g).mul(2).softmax(-1)
+    p[1] *= 1e-38 if dtype != torch.float16 else 1e-3
+    p[2, ::3] = 0
+    p[3] = 0.25
+    p[4] *= 100
+    p[5, 1:] = 0
+    p[6] = p[6] ** 12
+    p[7, vocab // 2] = torch.nan
+    p[8, -1], p[8, 0] = torch.inf, -1.0
+    p[9] = 0
+    p[9, 0] = -0.0
+    p[10, -1] = -torch.inf
+    p[11, 0], p[11, 1] = -1.0, torch.nan
+    return p.to(dtype)
+
+
+PROBABILITY_SETS: tuple[dict[str, object], ...] = (
+    {},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"top_p": [0.9, 0.5, 0.99] * 4, "epsilon_cutoff": 1e-3, "top_a": 0.02, "order": "min_p_first"},
+    {"p_less": True, "xtc_probability": 0.5, "xtc_threshold": 0.01, "order": "joint", "top_k": 400},
+    {"temperature": [0.0, 1.0] * 6, "xtc_probability": 1.0, "xtc_threshold": 0.001, "order": "temperature_last"},
+)
+
+
+@pytest.mark.parametrize("how", HOWS, ids=lambda how: how.policy + str(how.parts) + how.order[:1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_probabilities_as_input(how: How, dtype: torch.dtype, simt: Simt) -> None:
+    vocab = 1000 + HOWS.index(how)
+    p = probabilities(vocab, dtype)
+    mask = torch.randint(-(2**31), 2**31, (12, 32), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
+    simt.how = how
+    for i, fields in enumerate(PROBABILITY_SETS):
+        more = {"bitmask": mask.to(torch.int32)} if i % 2 else {}
+        draw = {
+            "seed": 3,
+            "num_samples": 3,
+            "logprobs": ("raw", "processed")[i % 2 ^ (how.parts > 1)],
+            "top_logprobs": 9,
+        }
+        common = {**fields, **more, "on_invalid": "flag", "input": "probs"}
+        found = []
+        for backend in ("reference", "cuda"):
+            with as_backend(simt):
+                outputs = named(fs.sample(p, **common, **draw, backend=backend))
+                outputs["probabilities"] = fs.probabilities(p, **common, backend=backend)
+                outputs["plain"] = fs.sample(p, **common, seed=4, backend=backend).tokens
+            found.append(outputs)
+        assert_agree(found[1], found[0])
 
 
 @pytest.mark.parametrize("mode", ["raw", "processed"])
@@ -237,8 +292,19 @@ def test_every_plan_fits_its_gpu(simt: Simt) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fields", [{"top_k": 50, "top_p": 0.9}, {"top_p": 0.9, "min_p": 0.01}, {"temperature": 0.0}])
-def test_device_memory_is_read_once(fields: dict[str, float], dtype: torch.dtype, simt: Simt) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 50, "top_p": 0.9},
+        {"top_p": 0.9, "min_p": 0.01},
+        {"temperature": 0.0},
+        {"top_n_sigma": 3.0, "top_k": 900, "top_p": 0.99, "min_p": 1e-4, "typical_p": 0.95, "epsilon_cutoff": 1e-5}
+        | {"eta_cutoff": 2e-5, "top_a": 1e-4, "p_less": True, "xtc_probability": 0.5, "xtc_threshold": 1e-3},
+        {"temperature": 1.2, "top_n_sigma": 3.0, "typical_p": 0.9, "top_p": 0.95, "order": "temperature_last"},
+    ],
+    ids=lambda fields: "+".join(fields),
+)
+def test_device_memory_is_read_once(fields: dict[str, Any], dtype: torch.dtype, simt: Simt) -> None:
     """In the resident path: every logit once, nothing as large as a row written, no workspace."""
     logits = torch.randn(2, 128256, generator=torch.Generator().manual_seed(3)).to(dtype)
     simt.how = How("auto")
@@ -288,6 +354,8 @@ PROBES = (
     Case("ties", "penalties", 1025, "bf16", "everything", 2),
     Case("equal", "k50", 513, "f32", None, 1),
     Case("ties", "plain", 1025, "f32", "mask", 2),
+    Case("flat", "floors", 1025, "f32", None, 4),
+    Case("flat", "llama.cpp", 513, "bf16", None, 4),
 )
 
 

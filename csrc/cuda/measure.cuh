@@ -1,0 +1,108 @@
+// Stage 6b: sums over a set of tokens, by a team, and what one thread makes of them; stem of
+// csrc/core/stats.h.
+#pragma once
+
+#include "core/stats.h"
+#include "cuda/kept.cuh"
+
+namespace fastsample {
+
+// Adds up the first measures over the team's threads, `sums` of them, and takes the largest of each
+// of the rest. Afterwards every block has them in its own shared memory. The loops are not
+// unrolled: a shuffle is much code.
+template <int kAll, Policy kPolicy>
+FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll], int sums) {
+  Shared& own = *team.own;
+  const auto reduce = [sums](int measure, u64 value) {
+#pragma unroll 1
+    for (int step = 16; step; step >>= 1) {
+      const u64 other = __shfl_xor_sync(kWholeWarp, value, step);
+      value = measure<sums ? value + other : (long long)value>(long long) other ? value : other;
+    }
+    return value;
+  };
+  // One lane per warp or per block, which `n` counts.
+  const auto of = [sums](int measure, int n, const u64* values) -> u64 {
+    return lane() < n ? values[lane()] : measure < sums ? 0 : (u64)LLONG_MIN;
+  };
+#pragma unroll 1
+  for (int i = 0; i < kAll; ++i) {
+    const u64 value = reduce(i, mine[0]);
+    if (lane() == 0) own.running[i * warps() + warp()] = value;
+#pragma unroll
+    for (int j = 1; j < kAll; ++j) mine[j - 1] = mine[j];
+  }
+  __syncthreads();
+  Board& board = *team.board();
+#pragma unroll 1
+  for (int i = warp(); i < kAll; i += warps()) {
+    const u64 value = reduce(i, of(i, warps(), own.running + i * warps()));
+    if (lane() == 0) board.measures[own.turn][i][team.rank] = value;
+  }
+  team.sync();
+#pragma unroll 1
+  for (int i = warp(); i < kAll; i += warps()) {
+    const u64 value = reduce(i, of(i, team.parts, board.measures[own.turn][i]));
+    if (lane() == 0) own.measures[i] = value;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) own.turn ^= 1;
+}
+
+// One thread makes something of what was gathered, and all threads of the block see it. Between two
+// calls there is a gather or a selection.
+template <Policy kPolicy, class F>
+FS_DEVICE const Verdict& decide(const Team<kPolicy>& team, F f) {
+  Shared& own = *team.own;
+  if (threadIdx.x == 0) f(own.measures, own.verdict);
+  __syncthreads();
+  return own.verdict;
+}
+
+FS_DEVICE DepthSums depth_sums(const u64* m) {
+  return DepthSums{m[kMassSum], m[kDepthHigh], m[kDepthLow]};
+}
+
+FS_DEVICE SquareSums square_sums(const u64* m) {
+  return SquareSums{m[kMassSum], m[kSquareHigh], m[kSquareCross], m[kSquareLow]};
+}
+
+// Measures what is kept.
+template <Policy kPolicy, class S>
+FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask& t,
+                       const KeptKeys& kept) {
+  // Without a floor, tokens without mass are kept too, and count.
+  const int32_t lowest = kept.floor ? lowest_key(t, kept, kept.floor) : kept.low.x;
+  DepthSums depths = {};
+  SquareSums squares = {};
+  u64 count = 0, heaviest = 0;
+  long long last = LLONG_MIN;
+  each_rolled(slice, [&](float x, int32_t id) {
+    const KeyPlace place = {key_of(x), id};
+    if (place.x < lowest || !within(kept, place)) return;
+    const u64 w = mass_in(t, x);
+    if (w < kept.floor) return;
+    ++count;
+    if (-ranked(place) > last) last = -ranked(place);
+    if (!w) return;
+    if (w > heaviest) heaviest = w;
+    depths.add(w, t.factor ? 0 : depth_at((x - t.peak) * t.scale));
+    squares.add(w);
+  });
+  u64 mine[kMeasures] = {depths.mass, depths.high, depths.low, squares.high, squares.cross,
+                         squares.low, count,       heaviest,   (u64)last};
+  gather(team, mine, kHeaviest);
+}
+
+// The spread of everything above -inf.
+template <Policy kPolicy, class S>
+FS_DEVICE void measure_spread(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
+  SpreadSums spread = {};
+  each_rolled(slice, [&](float x, int32_t) {
+    if (x > -INFINITY) spread.add(distance_below(x, t.peak));
+  });
+  u64 mine[3] = {spread.count, spread.sum, spread.squares};
+  gather(team, mine, 3);
+}
+
+}  // namespace fastsample
