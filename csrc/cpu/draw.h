@@ -48,8 +48,8 @@ Drawn draw_in_block(const Domain& d, const Kept<float>& kept, const Weight& weig
 
 // `running` holds running sums, group by group.
 template <class Domain, class W>
-Drawn draw(const Domain& d, const Kept<float>& kept, const W& weigher,
-           const uint64_t* running, uint64_t r) {
+Drawn draw(const Domain& d, const Kept<float>& kept, const W& weigher, const uint64_t* running,
+           uint64_t r) {
   int low = 0, high = groups(d) - 1;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -88,9 +88,7 @@ struct Table {
   int bits;
   uint64_t total;
 
-  FS_MEMBER uint64_t mass(int32_t i) const {
-    return space.ends[i] - (i ? space.ends[i - 1] : 0);
-  }
+  FS_MEMBER uint64_t mass(int32_t i) const { return space.ends[i] - (i ? space.ends[i - 1] : 0); }
   // The token of a uniform number and its threshold; -1 where there is none at all.
   FS_MEMBER int32_t find(uint64_t uniform, uint64_t threshold) const {
     if (!n) return -1;
@@ -229,7 +227,8 @@ void each_draw(const Table (&tables)[2], float coin, Stream stream, Draws draws,
         store(threshold[0] + j + u * kWideLanes, multiply_high60(bits[u], tables[0].total));
       }
       if (coin == 0) continue;
-      FS_EACH(N) store(threshold[1] + j + u * kWideLanes, multiply_high60(bits[u], tables[1].total));
+      FS_EACH(N)
+      store(threshold[1] + j + u * kWideLanes, multiply_high60(bits[u], tables[1].total));
       uniform60(stream, (uint32_t)(first + j), kXtcCoin, bits);
       FS_EACH(N) store(toss + j + u * kWideLanes, bits[u]);
     }

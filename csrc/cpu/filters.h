@@ -70,8 +70,8 @@ template <class T, class W>
 uint64_t weigh(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
   if (base.has_weighed(kept)) return base.total;
   narrow(base, kept, uses_measured_floors(p));
-  const uint64_t total = base.on(
-      [&](const auto& d) { return weigh_groups(d, kept, base.judge, base.task.ws); });
+  const uint64_t total =
+      base.on([&](const auto& d) { return weigh_groups(d, kept, base.judge, base.task.ws); });
   base.set_weighed(kept, total);
   return total;
 }
@@ -80,8 +80,8 @@ uint64_t weigh(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
 template <class T, class W, class More>
 auto measure(Base<T, W>& base, const Kept<float>& kept, const RowParams& p, More more) {
   narrow(base, kept, uses_measured_floors(p));
-  const uint64_t total = base.on(
-      [&](const auto& d) { return measure(d, kept, base.judge, base.task.ws, more); });
+  const uint64_t total =
+      base.on([&](const auto& d) { return measure(d, kept, base.judge, base.task.ws, more); });
   base.set_weighed(kept, total);
   return more.sums(total);
 }
@@ -148,9 +148,8 @@ Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
     const float mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
     const uint64_t target = top_p_target(p.typical_p, sums.mass);
     const Weighing weight(base.judge, kept.floor);
-    const float limit = base.on([&](const auto& d) {
-      return typical_limit(d, kept, weight, mean, target, base.task.ws);
-    });
+    const float limit = base.on(
+        [&](const auto& d) { return typical_limit(d, kept, weight, mean, target, base.task.ws); });
     const float high = highest_near(mean, limit), low = -highest_near(-mean, limit);
     if (high < base.judge.max) kept = narrow_below(kept, Place<float>{high, -1});
     kept = narrow_above(kept, Place<float>{low, INT32_MAX});

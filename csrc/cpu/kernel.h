@@ -40,11 +40,11 @@ inline constexpr size_t guide_size(int64_t tokens) { return ((size_t)1 << guide_
 
 // A table of kept tokens, in id order, and what is known of each; null where there are few draws.
 struct TableSpace {
-  uint64_t* ends;   // [V + kPad] the running mass, the token's included
-  int32_t* id;      // [V + kPad]
-  int32_t* guide;   // [guide_size(V)]
-  int32_t* rank;    // [V + kPad]
-  float* logprob;   // [V + kPad]
+  uint64_t* ends;  // [V + kPad] the running mass, the token's included
+  int32_t* id;     // [V + kPad]
+  int32_t* guide;  // [guide_size(V)]
+  int32_t* rank;   // [V + kPad]
+  float* logprob;  // [V + kPad]
 };
 
 // Scratch of one thread, owned by dispatch.cc; kernels never allocate.
@@ -61,7 +61,7 @@ struct Workspace {
   uint64_t* rest_mass;   // [groups] without what XTC leaves out
   TableSpace table[2];   // of what is kept, and without what XTC leaves out
   uint32_t* keys[2];     // [V + kPad] each, where there are many draws
-  const void* ahead;   // the row that this thread will probably take next, or null
+  const void* ahead;     // the row that this thread will probably take next, or null
 };
 
 // One per ISA: the only global symbol of its translation unit.

@@ -111,9 +111,8 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
   } else {
     top = gather(take_head(dense, n, kTiesFirst, ws).list, kept, ws.list_x, ws.list_id);
   }
-  write_top(batch.out, r, ws, top.n, [&](Place<float> token) {
-    return shares.log_of(weight.one(token.x), token);
-  });
+  write_top(batch.out, r, ws, top.n,
+            [&](Place<float> token) { return shares.log_of(weight.one(token.x), token); });
 }
 
 // What the log-probability of a value needs beside it, in a row whose masses add up to `total`.

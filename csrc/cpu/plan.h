@@ -22,8 +22,8 @@ struct Plan {
   bool watch;  // whether candidates are copied in the streaming pass already
 };
 
-// A row's vocabulary, whether its values have 16 bits, whether bias or penalties change it, and what
-// it is made of.
+// A row's vocabulary, whether its values have 16 bits, whether bias or penalties change it, and
+// what it is made of.
 struct RowKind {
   int32_t vocab;
   bool narrow;
@@ -59,8 +59,8 @@ FS_HD bool gathers(const Kept<float>& reach, const Kept<float>& base) {
   return !equal(reach, base);
 }
 
-// Whether to weigh a row as a whole costs less than to gather what lies above a floor, this share of
-// it, and to weigh that.
+// Whether to weigh a row as a whole costs less than to gather what lies above a floor, this share
+// of it, and to weigh that.
 FS_HD bool weighs_rather(double share) { return share > 0.15; }
 
 // What it takes to tell whether a token ranks within the interval of a kept set.

@@ -91,8 +91,8 @@ Peak scan_probabilities(const Row<T>& row, float* block_max) {
     }
   }
   const float max = row_max(block_max, row.blocks);
-  const bool right = !range.wrong && range.sound.all() && reduce_min(range.low) >= 0 &&
-                     max > 0 && max < INFINITY;
+  const bool right =
+      !range.wrong && range.sound.all() && reduce_min(range.low) >= 0 && max > 0 && max < INFINITY;
   return Peak{max, right ? kValid : inspect(row), -INFINITY};
 }
 

@@ -44,7 +44,8 @@ template <class T>
 Status sample_probabilities(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
   const RowParams& p = at(batch.rows.params, r);
   const Row<T> row = masked_row<T>(batch, r);
-  const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), false, kProbabilities});
+  const Plan plan =
+      plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), false, kProbabilities});
   const Peak peak = scan_probabilities(row, ws.block_max);
   if (peak.status != kValid) {
     write_invalid(batch.out, r, draws, row.vocab);
@@ -52,7 +53,8 @@ Status sample_probabilities(const Batch& batch, int64_t r, Draws draws, const Wo
   }
   const ProbabilityWeigher weigher(peak.max);
   const Dense<T> dense = {row, ws.block_max, false};
-  sample_valid(Task<T, ProbabilityWeigher>{batch, r, draws, ws, dense, weigher, 1.0f}, p, plan.path);
+  sample_valid(Task<T, ProbabilityWeigher>{batch, r, draws, ws, dense, weigher, 1.0f}, p,
+               plan.path);
   if (batch.out.mode == kRawLogprobs) {
     write_raw<T, ProbabilityWeigher>(batch, r, draws, ws, dense, peak);
   }

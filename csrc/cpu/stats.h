@@ -144,7 +144,7 @@ struct Deviation {
 // Sums of float distances from a value near their mean, in blocks whose tokens are all above -inf
 // and not far below the maximum.
 struct RoughSpread {
-  float peak, middle;  // `middle` is a multiple of 2^-11
+  float peak, middle;  // `middle` is a multiple of 2^-11, at most kFarthestMiddle
   vd sum = {}, squares = {};
   double rest_sum = 0, rest_squares = 0;  // token by token, of other blocks
   int64_t count = 0;
@@ -155,17 +155,19 @@ struct RoughSpread {
   template <class T>
   FS_MEMBER bool add(const T* x) {
     constexpr int kMost = 16, kSums = kBlock / kLanes / kMost;
-    vf one[kSums] = {}, two[kSums] = {}, far = splat(0.0f);
+    vf one[kSums] = {}, two[kSums] = {};
     for (int i = 0; i < kMost; ++i) {
       _Pragma("GCC unroll 4") for (int s = 0; s < kSums; ++s) {
-        const vf t = splat(peak) - load(x + (i * kSums + s) * kLanes);
-        far = max(far, t);
-        const vf distance = round_down_11(t) - splat(middle);
+        const vf below = splat(peak) - load(x + (i * kSums + s) * kLanes);
+        const vf distance = round_down_11(below, middle);
         one[s] = one[s] + distance;
         two[s] = multiply_add(distance, distance, two[s]);
       }
     }
-    if (!(reduce_max(far) < kFar)) return false;
+    // Where a distance is cut off, a square shows it.
+    Mask near = from_bits(kAllLanes);
+    for (int s = 0; s < kSums; ++s) near = both(near, gt(splat(kFarSquare), two[s]));
+    if (!all(near)) return false;
     for (int s = 0; s < kSums; ++s) {
       sum = sum + widen(one[s], 0) + widen(one[s], 1);
       squares = squares + widen(two[s], 0) + widen(two[s], 1);
@@ -198,8 +200,11 @@ struct RoughSpread {
     return Deviation{variance > error ? sqrt(variance - error) : 0, sqrt(variance + error)};
   }
 
+  static constexpr double kFarthestMiddle = 200;
+
  private:
-  static constexpr float kFar = 500.0f;  // from 512 on, distances are cut off
+  // From 512 on, distances are cut off: that is more than 300 from `middle`.
+  static constexpr float kFarSquare = 300.0f * 300.0f;
 };
 
 // Nothing where too many blocks have to be added up token by token.
@@ -212,7 +217,7 @@ bool estimate_deviation(const Dense<T>& d, float peak, Deviation* found) {
   double middle = 0;
   for (int i = 0; i < kBlock; i += 8) middle += (double)peak - (double)x[i];
   middle = floor(middle * 0x1p11 / (kBlock / 8)) * 0x1p-11;
-  if (!(middle < 512)) return false;
+  if (!(middle <= RoughSpread::kFarthestMiddle)) return false;
   RoughSpread spread = {peak, (float)middle};
   for (int b = 0; b < blocks(d); ++b) {
     bool added = false;

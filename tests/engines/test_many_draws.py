@@ -55,6 +55,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "all": {"top_k": 300, "top_p": 0.95, "min_p": 1e-4},
     "joint": {"top_k": 300, "top_p": 0.7, "order": "joint"},
     "greedy": {"temperature": 0.0},
+    "xtc": {"xtc_probability": 0.4, "xtc_threshold": 0.02},
+    "xtc-k": {"xtc_probability": 0.9, "xtc_threshold": 1e-30, "top_k": 40},
+    "xtc-last": {"xtc_probability": 0.5, "temperature": 0.05, "order": "temperature_last"},
+    "typical": {"typical_p": 0.3, "xtc_probability": 0.5, "xtc_threshold": 0.01},
 }
 
 

@@ -56,8 +56,25 @@ RowParams params_of(uint64_t bits) {
   p.frequency_penalty = pick({0.0f, 0.4f});
   p.presence_penalty = pick({0.0f, -0.2f});
   p.ties = (int32_t)pick({0, 1});
-  p.order = (int32_t)pick({0, 1, 2});
+  p.order = (int32_t)pick({0, 1, 2, 3});
   return p;
+}
+
+// Every filter that is not as common, among others.
+void add_filters(RowParams& p, uint64_t bits) {
+  const auto pick = [&](std::initializer_list<float> choices) {
+    const float v = choices.begin()[bits % choices.size()];
+    bits /= choices.size();
+    return v;
+  };
+  p.top_n_sigma = pick({0.0f, 0.0f, 0.0f, 1.0f, 2.5f});
+  p.typical_p = pick({1.0f, 1.0f, 1.0f, 0.9f, 0.2f});
+  p.epsilon_cutoff = pick({0.0f, 0.0f, 0.0f, 3e-4f, 0.02f});
+  p.eta_cutoff = pick({0.0f, 0.0f, 0.0f, 2e-3f, 0.3f});
+  p.top_a = pick({0.0f, 0.0f, 0.0f, 0.2f});
+  p.p_less = (int32_t)pick({0, 0, 0, 1});
+  p.xtc_probability = pick({0.0f, 0.0f, 0.5f, 1.0f});
+  p.xtc_threshold = pick({0.1f, 0.01f, 1e-20f});
 }
 
 void digest_row(uint64_t& counter, DType dtype, int32_t vocab, Digest& digest) {
@@ -74,7 +91,8 @@ void digest_row(uint64_t& counter, DType dtype, int32_t vocab, Digest& digest) {
     if (r >> 58 == 0) x[i] = -INFINITY;
     narrow[i] = bits_of(x[i], dtype);
   }
-  const RowParams params = params_of(random64(counter));
+  RowParams params = params_of(random64(counter));
+  add_filters(params, random64(counter));
   const int64_t seed = (int64_t)random64(counter), offset = (int64_t)random64(counter);
   std::vector<int32_t> mask((size_t)(vocab + 31) / 32);
   for (int32_t& word : mask) word = (int32_t)(random64(counter) | random64(counter));
@@ -85,14 +103,16 @@ void digest_row(uint64_t& counter, DType dtype, int32_t vocab, Digest& digest) {
   std::vector<int64_t> tokens(draws), ranks(draws), top_ids(3);
   std::vector<float> filtered(vocab), probabilities(vocab), logprobs(draws), top_logprobs(3);
   const Batch batch = {
-      Logits{dtype == kFloat32 ? (const void*)x.data() : narrow.data(), vocab, 1, vocab, dtype},
+      Logits{dtype == kFloat32 ? (const void*)x.data() : narrow.data(), vocab, 1, vocab, dtype,
+             kLogits},
       Rows{{&params, 0},
            {&seed, 0},
            {&offset, 0},
            {masked ? mask.data() : nullptr, 0, (int64_t)mask.size()},
            {nullptr, nullptr, nullptr},
            {ids.data(), 0, 20},
-           {ids.data() + 20, 0, 40}},
+           {ids.data() + 20, 0, 40},
+           {nullptr, 0, 0}},
       Outputs{status.data(), tokens.data(), filtered.data(), probabilities.data(), logprobs.data(),
               ranks.data(), top_ids.data(), top_logprobs.data(), draws, 3, kProcessedLogprobs},
   };

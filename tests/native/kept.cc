@@ -1,5 +1,5 @@
 // Stages 7 and 8 of one instruction set on kept sets of every form, those with an upper end too,
-// which no filter makes yet; and the plan, for every set of filters. It includes the engine's
+// which few filters make; and the plan, for every set of filters. It includes the engine's
 // source, whose functions are local to it.
 #include "cpu/sample.cc"
 
@@ -50,7 +50,7 @@ T logit_from(Random& random, bool ties) {
 struct Memory {
   std::vector<float> floats[5];
   std::vector<int32_t> ints[5];
-  std::vector<uint64_t> wide[2];
+  std::vector<uint64_t> wide[3];
   std::vector<uint32_t> keys[2];
   Workspace ws = {};
 
@@ -64,14 +64,14 @@ struct Memory {
     ws.values = floats[1].data();
     ws.spare = floats[2].data();
     ws.list_x = floats[3].data();
-    ws.end_logprob = floats[4].data();
     ws.segment = ints[0].data();
     ws.list_id = ints[1].data();
-    ws.end_id = ints[2].data();
-    ws.guide = ints[3].data();
-    ws.end_rank = ints[4].data();
     ws.group_mass = wide[0].data();
-    if (many_draws) ws.ends = wide[1].data();
+    ws.rest_mass = wide[2].data();
+    if (many_draws) {
+      ws.table[0] = {wide[1].data(), ints[2].data(), ints[3].data(), ints[4].data(),
+                     floats[4].data()};
+    }
     for (int i = 0; i < 2; ++i) ws.keys[i] = keys[i].data();
   }
 };
@@ -191,6 +191,13 @@ Kept<float> kept_by_top_k(const Oracle<T>& row, Kept<float> kept, int32_t k) {
   return kept;
 }
 
+// Nothing is on.
+RowParams neutral() {
+  RowParams p = {};
+  p.temperature = p.top_p = p.typical_p = p.repetition_penalty = 1;
+  return p;
+}
+
 template <class T>
 void check_row(Random& random, DType dtype, int32_t vocab) {
   const float scale = mass_scale(1.0f);
@@ -198,10 +205,12 @@ void check_row(Random& random, DType dtype, int32_t vocab) {
   const int32_t draws = random.below(4) ? 2 : 300;
   Memory memory(vocab, draws > kManyDraws);
   const int64_t seed = (int64_t)random.counter, offset = 0;
-  const RowParams params = {1, 1 + (int32_t)random.below(60), 0.7f, 0, 1, 0, 0, 0, 0};
+  RowParams params = neutral();
+  params.top_k = 1 + (int32_t)random.below(60);
+  params.top_p = 0.7f;
   Buffers out(vocab, draws, 3);
   Batch batch = {};
-  batch.logits = Logits{row.logits.data(), vocab, 1, vocab, dtype};
+  batch.logits = Logits{row.logits.data(), vocab, 1, vocab, dtype, kLogits};
   batch.rows.params = {&params, 0};
   batch.rows.seeds = {&seed, 0};
   batch.rows.offsets = {&offset, 0};
@@ -218,8 +227,8 @@ void check_row(Random& random, DType dtype, int32_t vocab) {
                       kProcessedLogprobs};
   const Row<T> logits = raw_row<T>(batch, 0);
   const Peak peak = scan(logits, memory.ws.block_max, near_bound(scale), Nothing());
-  const Weigher weigher = {peak.max, scale};
-  const Task<T> task = {
+  const LogitWeigher weigher = {peak.max, scale, scale};
+  const Task<T, LogitWeigher> task = {
       batch,
       0,
       Draws{0, draws},
@@ -232,20 +241,20 @@ void check_row(Random& random, DType dtype, int32_t vocab) {
     if (!row.total(kept)) continue;
     finish(task, task.dense, kept, 0);
     check_outputs(row, kept, out, (uint64_t)seed);
-    Base<T> base = {task};
+    Base<T, LogitWeigher> base = {task};
     narrow(base, kept);
     base.on([&](const auto& d) { finish(task, d, kept, 0); });
     check_outputs(row, kept, out, (uint64_t)seed);
 
     // Filters judged on what an earlier one has left.
-    Base<T> top = {task};
+    Base<T, LogitWeigher> top = {task};
     const Kept<float> by_top_p = top_p(top, kept, params);
     const Kept<float> want = kept_by_top_p(row, kept, params.top_p);
     CHECK(row.total(by_top_p) == row.total(want));
     top.on([&](const auto& d) { finish(task, d, by_top_p, top.total); });
     check_outputs(row, want, out, (uint64_t)seed);
     if (kept.floor || params.top_k >= vocab) continue;  // a list may hold tokens below the floor
-    Base<T> head = {task};
+    Base<T, LogitWeigher> head = {task};
     narrow(head, kept);
     const Kept<float> by_top_k = top_k(head, kept, params);
     head.on([&](const auto& d) { finish(task, d, by_top_k, 0); });
@@ -255,23 +264,28 @@ void check_row(Random& random, DType dtype, int32_t vocab) {
 
 // No filter but a floor of the mass, alone, may take the path that looks at candidates only.
 void check_plan() {
-  for (uint32_t set = 0; set < 16; ++set) {
-    const bool greedy = set & 8;
-    const RowParams p = {greedy ? 0.0f : 1.0f,
-                         set & kUsesTopK ? 5 : 0,
-                         set & kUsesTopP ? 0.5f : 1.0f,
-                         set & kUsesMassFloor ? 0.1f : 0.0f,
-                         1,
-                         0,
-                         0,
-                         0,
-                         0};
-    CHECK(filters_of(p, 100) == (set & 7));
-    for (int kind = 0; kind < 4; ++kind) {
-      const RowKind row = {100, (kind & 1) != 0, (kind & 2) != 0};
-      const Plan plan = plan_of(p, row);
-      const bool alone = (set & 7) == kUsesMassFloor && !row.edited && !greedy;
-      CHECK(plan.path == (greedy ? kArgmax : alone ? kCandidates : kFilters));
+  constexpr uint32_t kGreedy = 128, kAll = 127;
+  for (uint32_t set = 0; set < 256; ++set) {
+    RowParams p = neutral();
+    if (set & kGreedy) p.temperature = 0;
+    if (set & kUsesTopK) p.top_k = 5;
+    if (set & kUsesTopP) p.top_p = 0.5f;
+    if (set & kUsesMassFloor) p.min_p = 0.1f;
+    if (set & kUsesTopNSigma) p.top_n_sigma = 1;
+    if (set & kUsesTypical) p.typical_p = 0.5f;
+    if (set & kUsesMeasuredFloors) p.p_less = 1;
+    if (set & kUsesXtc) p.xtc_probability = 0.5f;
+    CHECK(filters_of(p, 100) == (set & kAll));
+    for (int kind = 0; kind < 16; ++kind) {
+      const RowKind row = {100, (kind & 1) != 0, (kind & 2) != 0,
+                           kind & 4 ? kProbabilities : kLogits};
+      RowParams own = p;
+      if (kind & 8) own.order = kTemperatureLast;
+      if (!(set & kGreedy)) own.temperature = 0.5f;
+      const bool apart = (kind & 8) != 0;  // filters judge at T = 1
+      const Plan plan = plan_of(own, row);
+      const bool alone = set == kUsesMassFloor && !row.edited && row.input == kLogits && !apart;
+      CHECK(plan.path == (set & kGreedy ? kArgmax : alone ? kCandidates : kFilters));
       CHECK(plan.watch == (alone && !row.narrow));
     }
   }

@@ -53,7 +53,7 @@ struct Load {
       : rows(rows), draws(draws), logits(rows * kVocab), seeds(rows) {
     params.temperature = 0.9f;
     params.top_p = 0.95f;
-    params.repetition_penalty = 1;
+    params.typical_p = params.repetition_penalty = 1;
     fuzz::Noise noise{seed};
     for (float& x : logits) x = 4 * noise.normal();
     for (int64_t& s : seeds) s = (int64_t)noise.next();
@@ -64,7 +64,7 @@ struct Load {
     std::vector<int64_t> tokens((size_t)rows * draws);
     std::vector<int32_t> status(rows);
     Batch batch = {};
-    batch.logits = Logits{logits.data(), kVocab, rows, kVocab, kFloat32};
+    batch.logits = Logits{logits.data(), kVocab, rows, kVocab, kFloat32, kLogits};
     batch.rows.params = {&params, 0};
     batch.rows.seeds = {seeds.data(), 1};
     batch.rows.offsets = {&kOffset, 0};

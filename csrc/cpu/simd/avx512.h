@@ -48,11 +48,11 @@ FS_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 FS_INLINE vs max(vs a, vs b) { return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b); }
 FS_INLINE vs min(vs a, vs b) { return (vs)_mm512_min_epi16((__m512i)a, (__m512i)b); }
 
-// Rounded to 11 fractional bits towards 0, for numbers from 0 to 2^9: a sum that begins at 2^12 has
-// no more of them.
-FS_INLINE vf round_down_11(vf a) {
+// a - b, with a rounded down to 11 fractional bits, for numbers from 0 to 2^9; far from 0 where a
+// is higher. A sum that begins at 2^12 has no more bits.
+FS_INLINE vf round_down_11(vf a, float b) {
   constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
-  return (vf)_mm512_add_round_ps((__m512)a, _mm512_set1_ps(0x1p12f), kDown) - splat(0x1p12f);
+  return (vf)_mm512_add_round_ps((__m512)a, _mm512_set1_ps(0x1p12f), kDown) - (0x1p12f + b);
 }
 // a * b + c, which need not be rounded in between.
 FS_INLINE vf multiply_add(vf a, vf b, vf c) {

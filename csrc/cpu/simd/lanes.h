@@ -11,6 +11,7 @@ typedef vi Mask;
 // Each instruction set has its own.
 FS_INLINE uint32_t bits(Mask m);
 FS_INLINE vs max(vs a, vs b);
+FS_INLINE vf min(vf a, vf b);
 
 constexpr int kMaskChains = 1;  // masks in which tests that follow each other are collected
 
@@ -34,8 +35,11 @@ FS_INLINE vu add_where(Mask m, vu sum, vu a) { return sum + ((vu)m & a); }
 FS_INLINE int count(Mask m) { return __builtin_popcountll(bits(m)); }
 FS_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
 
-// Rounded to 11 fractional bits towards 0, for numbers below 2^9.
-FS_INLINE vf round_down_11(vf a) { return to_float(truncate(a * 0x1p11f)) * 0x1p-11f; }
+// a - b, with a rounded down to 11 fractional bits, for numbers from 0 to 2^9; far from 0 where a
+// is higher.
+FS_INLINE vf round_down_11(vf a, float b) {
+  return to_float(truncate(min(a, splat(0x1p10f)) * 0x1p11f)) * 0x1p-11f - b;
+}
 // a * b + c, which need not be rounded in between.
 FS_INLINE vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
 

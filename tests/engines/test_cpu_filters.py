@@ -1,0 +1,131 @@
+"""The filters that measure a row, on every instruction set, where the shared cases do not reach."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, LOG2E
+from conformance import assert_agree, bits, named
+
+import fastsample as fs
+
+Tensor = torch.Tensor
+KINDS = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def check(x: Tensor, variant: str, num_samples: int = 3, **fields: Any) -> Tensor:
+    """What an engine keeps, draws and says of it is the reference's; returns which tokens are kept."""
+    kept, want = (fs.filter_logits(x, backend=backend, **fields) for backend in (variant, "reference"))
+    assert torch.equal(bits(kept), bits(want)), fields
+    more: dict[str, Any] = {"seed": torch.arange(len(x)), "num_samples": num_samples, "logprobs": "processed", **fields}
+    more["top_logprobs"] = min(5, x.shape[1])
+    assert_agree(*(named(fs.sample(x, backend=backend, **more)) for backend in (variant, "reference")))
+    got, want = (fs.probabilities(x, backend=backend, **fields) for backend in (variant, "reference"))
+    assert torch.equal(bits(got), bits(want)), fields
+    return kept > -torch.inf
+
+
+def powers(vocab: int = 700, rows: int = 4) -> Tensor:
+    """Logits whose masses at T = LOG2E are powers of two."""
+    g = torch.Generator().manual_seed(vocab)
+    return -torch.randint(45, (rows, vocab), generator=g).float()
+
+
+@KINDS
+@pytest.mark.parametrize("order", ["top_k_first", "min_p_first", "joint", "temperature_last"])
+def test_floors_at_the_edge_of_a_mass(order: str, dtype: torch.dtype, variant: str) -> None:
+    """A floor that equals a mass keeps it; that of the next float above, or below, is on its other side."""
+    row = torch.full((1, 600), -60.0)
+    row[0, :4] = 0.0
+    row[0, 300:308] = -5.0
+    total = 4 + 8 / 32
+    for value in (1 / 32 / total, 1 / total):
+        value = torch.tensor(value)
+        near = [torch.nextafter(value, torch.tensor(end)) for end in (0.0, 1.0)]
+        for epsilon in (near[0], value, near[1]):
+            for name in ("epsilon_cutoff", "eta_cutoff"):
+                check(row.to(dtype), variant, temperature=LOG2E, order=order, **{name: float(epsilon)})
+    for a in (total / 32, math.nextafter(total / 32, 0), 1.0):
+        check(row.to(dtype), variant, temperature=LOG2E, order=order, top_a=a)
+    for t in (1 / total, 1 / 32 / total, 1e-30, 1.0):
+        check(row.to(dtype), variant, 40, temperature=LOG2E, order=order, xtc_probability=0.5, xtc_threshold=t)
+    check(row.to(dtype), variant, temperature=LOG2E, order=order, p_less=True)
+
+
+@KINDS
+@pytest.mark.parametrize("t", [0.01, 0.2, 0.5, 0.9, 1 - 2.0**-24])
+def test_typical_with_ties_at_its_edges(t: float, dtype: torch.dtype, variant: str) -> None:
+    """Many tokens are equally far from the mean, above it and below; or all have one value."""
+    g = torch.Generator().manual_seed(4)
+    x = torch.randint(-3, 4, (6, 900), generator=g).float()
+    x[3], x[4, ::2], x[5, 5] = 2.0, -torch.inf, 9.0
+    for order in ("top_k_first", "joint", "temperature_last"):
+        for more in ({}, {"top_k": 40}, {"min_p": 0.1}, {"top_p": 0.8}, {"top_n_sigma": 1.0}):
+            check(x.to(dtype), variant, typical_p=t, order=order, **more)
+
+
+@KINDS
+def test_typical_leaves_the_maximum_out(dtype: torch.dtype, variant: str) -> None:
+    """So that later filters are measured on a set whose heaviest token is another one."""
+    x = torch.randn(3, 3000, generator=torch.Generator().manual_seed(9)) * 0.5
+    x[:, 1500] = 7.0
+    kept = check(x.to(dtype), variant, typical_p=0.3)
+    assert not kept[:, 1500].any()
+    assert kept.any(-1).all()
+    later = [{"epsilon_cutoff": 0.9}, {"eta_cutoff": 0.9}, {"top_a": 1.0}, {"p_less": True}, {"top_p": 0.5}]
+    later += [{"xtc_probability": p, "xtc_threshold": 1e-4} for p in (0.5, 1.0)]
+    for order in ("top_k_first", "min_p_first", "joint", "temperature_last"):
+        for more in later:
+            check(x.to(dtype), variant, 40, typical_p=0.3, order=order, temperature=0.9, **more)
+
+
+@KINDS
+@pytest.mark.parametrize("threshold", [1.0, 0.3, 1e-3, 1e-12, 1e-40])
+@pytest.mark.parametrize("probability", [2.0**-60, 0.3, 1 - 2.0**-24, 1.0])
+def test_xtc(probability: float, threshold: float, dtype: torch.dtype, variant: str) -> None:
+    """From no top choice at all to every token but the last one; where top choices tie, all but the last id of them."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.stack([torch.randn(1100, generator=g) * 3, powers(1100, 1)[0], torch.zeros(1100), torch.zeros(1100)])
+    x[3, 1:] = -90.0
+    for more in ({}, {"top_k": 30}, {"temperature": 0.05, "order": "temperature_last"}, {"min_p": 0.01}):
+        for draws in (3, 100):
+            fields = {"xtc_probability": probability, "xtc_threshold": threshold, **more}
+            check(x.to(dtype), variant, draws, **fields)
+
+
+@KINDS
+@pytest.mark.parametrize("s", [1e-6, 0.5, 1.0, 2.0, 4.0, 1e30])
+def test_top_n_sigma(s: float, dtype: torch.dtype, variant: str) -> None:
+    """Far from zero, with outliers, with much at -inf, around distances that are cut off, and all equal."""
+    g = torch.Generator().manual_seed(8)
+    x = torch.randn(9, 5000, generator=g)
+    x[1] += 300
+    x[2, 7], x[3, :9] = 40.0, -510.0
+    x[4, ::3] = -torch.inf
+    x[5, 100:] = -torch.inf
+    x[6] *= 200
+    x[7] = 1.5
+    x[8, 1::2] = torch.finfo(torch.float32).min
+    x = x.clamp(min=-6e4).to(dtype) if dtype == torch.float16 else x.to(dtype)
+    words = torch.full((9, 157), -1, dtype=torch.int32)
+    words[:, 3::5] = 0x0F0F0F0F
+    for more in ({}, {"bitmask": words}, {"bias": {5: 3.0, 4999: -torch.inf}}, {"top_k": 50, "order": "joint"}):
+        check(x, variant, top_n_sigma=s, **more)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_n_sigma": 3.0, "typical_p": 0.9},
+        {"epsilon_cutoff": 1e-6, "xtc_probability": 0.5, "xtc_threshold": 1e-4},
+        {"eta_cutoff": 1e-3, "p_less": True},
+    ],
+    ids=str,
+)
+def test_huge_rows(fields: dict[str, Any], variant: str) -> None:
+    """The largest vocabulary, whose sums are the largest: of equal logits, and of others."""
+    x = torch.stack([torch.zeros(2**20), torch.randn(2**20, generator=torch.Generator().manual_seed(1))])
+    check(x.to(torch.bfloat16), variant, **fields)
