@@ -1,5 +1,5 @@
 // Whole rows of output and log-probabilities, from what `sample` found: a second kernel, so that
-// the first one has no float64 in it. One block per row.
+// the first one has no float64 for each token. One block per row.
 #pragma once
 
 #include "cuda/logprobs.cuh"
