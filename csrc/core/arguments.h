@@ -17,15 +17,15 @@ namespace fastsample {
   constexpr char k##name[] = #__VA_ARGS__
 
 // What the rows of a batch ask for; may serve many calls.
-FASTSAMPLE_RECORD(RowArguments,                           //
-                  params, params_stride,                  // RowParams [B or 1]; 32-bit words
-                  seeds, seeds_stride,                    // int64 [B or 1]
-                  offsets, offsets_stride, num_offsets,   // int64 [num_offsets], B or 1
-                  mask, mask_stride, mask_words,          // int32 [B or 1, words], or words = -1
-                  bias_row_ptr,                           // int64 [B + 1]
-                  bias_ids, bias_values, bias_entries,    // int64, float32 [entries]
-                  prompt, prompt_stride, prompt_length,   // int64 [B, length]
-                  output, output_stride, output_length,   // int64 [B, length]
+FASTSAMPLE_RECORD(RowArguments,                          //
+                  params, params_stride,                 // RowParams [B or 1]; 32-bit words
+                  seeds, seeds_stride,                   // int64 [B or 1]
+                  offsets, offsets_stride, num_offsets,  // int64 [num_offsets], B or 1
+                  mask, mask_stride, mask_words,         // int32 [B or 1, words], or words = -1
+                  bias_row_ptr,                          // int64 [B + 1]
+                  bias_ids, bias_values, bias_entries,   // int64, float32 [entries]
+                  prompt, prompt_stride, prompt_length,  // int64 [B, length]
+                  output, output_stride, output_length,  // int64 [B, length]
                   breakers, breakers_stride, breakers_length);  // int64 [B or 1, length]
 
 FASTSAMPLE_RECORD(LogitsArguments,        //

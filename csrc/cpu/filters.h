@@ -137,7 +137,7 @@ Kept<float> top_p(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
 
 template <class T, class W>
 Kept<float> mass_floors(const Base<T, W>& base, Kept<float> kept, const RowParams& p) {
-  return mass_floors(kept, p, base.judge.unit());
+  return mass_floors(kept, p, heaviest(base, kept));
 }
 
 template <class T, class W>
@@ -191,6 +191,12 @@ TopChoices xtc(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
   return top_choices(last, p.xtc_probability);
 }
 
+// The first token of what is kept.
+template <class T, class W>
+Place<float> first_of(const Base<T, W>& base, const Kept<float>& kept) {
+  return base.on([&](const auto& d) { return first_of(d, kept, base.judge); });
+}
+
 // What the filters up to XTC leave of the row; in the end, `base` holds all of it.
 template <class T, class W>
 Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
@@ -237,13 +243,19 @@ void filter_and_finish(const Task<T, W>& t, const RowParams& p) {
   Base<T, W> base = {t};
   Kept<float> kept = apply_filters(base, p);
   TopChoices top = xtc(base, kept, p);
-  if (top.probability == 1) {
+  const bool excludes = top.probability == 1;
+  if (excludes) {
     kept = without(kept, top);
     top = kNoTopChoices;
   }
   const bool weighed = base.has_weighed(kept) && !t.weigher.judges_apart();
   if (!weighed) narrow(base, kept, uses_measured_floors(p));
-  base.on([&](const auto& d) { finish(t, d, kept, weighed ? base.total : 0, top); });
+  uint64_t total = weighed ? base.total : 0;
+  if (t.weigher.judges_apart() || excludes) {  // the maximum may be gone, and all mass with it
+    total = base.on([&](const auto& d) { return weigh_groups(d, kept, t.weigher, t.ws); });
+    if (!total) return finish_alone(t, first_of(base, kept));
+  }
+  base.on([&](const auto& d) { finish(t, d, kept, total, top); });
 }
 
 }  // namespace

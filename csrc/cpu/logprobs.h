@@ -13,15 +13,15 @@ namespace {
 // The probabilities of a row's tokens, those that are not kept having no mass: as they are drawn
 // with and without XTC's top choices.
 struct Shares {
-  uint64_t total, rest;  // of what is kept; without the top choices
+  uint64_t total, rest;  // of what is kept; without the top choices, where 0 is the first token's
   TopChoices top;
 
   FS_MEMBER bool mixed() const { return rest != total; }
   FS_MEMBER double of(uint64_t mass, Place<float> token) const {
     if (!mixed()) return part(1.0, mass, total);
-    const double coin = (double)top.probability;
-    const uint64_t left = ranks_before(top.last, token) ? mass : 0;
-    return part(1 - coin, mass, total) + part(coin, left, rest);
+    const double coin = (double)top.probability, plain = part(1 - coin, mass, total);
+    if (!rest) return token.id == next_after(top).id ? plain + coin : plain;
+    return plain + part(coin, ranks_before(top.last, token) ? mass : 0, rest);
   }
   FS_MEMBER float log_of(uint64_t mass, Place<float> token) const {
     return (float)log(of(mass, token));
@@ -29,7 +29,7 @@ struct Shares {
 
  private:
   static FS_MEMBER double part(double times, uint64_t mass, uint64_t of) {
-    return times * (double)mass / (double)(of ? of : 1);
+    return times * (double)mass / (double)of;
   }
 };
 

@@ -44,6 +44,7 @@ struct LogitWeigher {
   // Whether filters judge by other masses.
   FS_MEMBER bool judges_apart() const { return judged_scale != scale; }
   FS_MEMBER uint64_t unit() const { return kMassUnit; }
+  FS_MEMBER LogitWeigher below(float x) const { return {x, scale, judged_scale}; }
   FS_MEMBER uint64_t mass(float x) const { return mass_of(x, max, scale); }
   // A value that every token of at least this mass exceeds.
   FS_MEMBER float lowest(uint64_t mass) const { return Reach(scale, mass).below(max); }
@@ -68,6 +69,7 @@ struct ProbabilityWeigher {
   FS_MEMBER ProbabilityWeigher judge() const { return *this; }
   FS_MEMBER bool judges_apart() const { return false; }
   FS_MEMBER uint64_t unit() const { return mass(max); }
+  FS_MEMBER ProbabilityWeigher below(float x) const { return ProbabilityWeigher(x); }
   FS_MEMBER uint64_t mass(float x) const { return x > 0 ? mass_of_probability(x, shift) : 0; }
   FS_MEMBER float lowest(uint64_t mass) const {
     return nextafterf((float)ldexp((double)mass, -power()), -INFINITY);

@@ -88,15 +88,6 @@ struct Source {
   uint64_t total;
 };
 
-// A token where nothing has mass, which can be so at T when filters judge at T = 1: the last one.
-template <class T, class W>
-Drawn last_token(const Task<T, W>& t, const Kept<float>& kept) {
-  const Place<float> last = {logit_of(t.dense, t.dense.row.vocab - 1), t.dense.row.vocab - 1};
-  const Weighing weight(t.weigher, kept.floor);
-  const bool in = fastsample::ranks_within(kept, last);
-  return Drawn{last.id, last.x, in ? weight.one(last.x) : 0};
-}
-
 // The row's draws, one by one, from all that is kept or without XTC's top choices.
 template <class T, class W, class Domain>
 void draw_few(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
@@ -109,7 +100,7 @@ void draw_few(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
     const Source& from = sources[leaves];
     const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, from.total);
     const Drawn token = from.total ? draw(d, from.kept, t.weigher, from.running, threshold)
-                                   : last_token(t, sources[0].kept);
+                                   : Drawn{next_after(shares.top).id, shares.top.last.x, 0};
     const int64_t slot = t.r * out.num_samples + j;
     out.tokens[slot] = token.id;
     if (out.mode != kProcessedLogprobs) continue;
@@ -132,10 +123,10 @@ void draw_many(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
     tables[i] = make_table(d, sources[i].kept, t.weigher, sources[i].total, draws, t.ws.table[i]);
   }
   const int64_t row = t.r * out.num_samples;
-  const int32_t end = t.dense.row.vocab - 1;  // drawn where nothing has mass
+  const int32_t lone = next_after(shares.top).id;  // drawn where the rest has no mass
   if (out.mode != kProcessedLogprobs) {
     each_draw(tables, coin, stream, t.draws, [&](int32_t j, int which, int32_t i) {
-      out.tokens[row + j] = i < 0 ? end : tables[which].space.id[i];
+      out.tokens[row + j] = i < 0 ? lone : tables[which].space.id[i];
     });
     return;
   }
@@ -150,12 +141,11 @@ void draw_many(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
     const Table& table = tables[which];
     int32_t& rank = i < 0 ? none : table.space.rank[i];
     float& logprob = i < 0 ? unknown : table.space.logprob[i];
-    const int32_t id = i < 0 ? end : table.space.id[i];
+    const int32_t id = i < 0 ? lone : table.space.id[i];
     if (!rank) {  // not yet drawn
       const float x = logit_of(t.dense, id);
       rank = out.ranks ? ranking.of(x) : 1;
-      const uint64_t mass = i < 0 ? last_token(t, sources[0].kept).mass : table.mass(i);
-      logprob = shares.log_of(mass, {x, id});
+      logprob = shares.log_of(i < 0 ? 0 : table.mass(i), {x, id});
     }
     out.tokens[row + j] = id;
     if (out.logprobs) out.logprobs[row + j] = logprob;
@@ -204,6 +194,17 @@ void finish(const Task<T, W>& t, const Domain& d, const Kept<float>& kept, uint6
   if (out.mode == kProcessedLogprobs && out.num_top && first) {
     write_processed_top(t.batch, t.r, t.ws, t.dense, d, kept, t.weigher, shares);
   }
+}
+
+// The one token that stays, which makes all the mass.
+template <class T, class W>
+void finish_alone(const Task<T, W>& t, Place<float> token) {
+  t.ws.list_x[0] = token.x;
+  t.ws.list_id[0] = token.id;
+  const Task<T, W> own = {t.batch,  t.r, t.draws, t.ws, t.dense, t.weigher.below(token.x),
+                          t.divisor};
+  const Kept<float> only = narrow_below(narrow_above(everything(), token), {token.x, token.id - 1});
+  finish(own, list_of(t.ws.list_x, t.ws.list_id, 1), only, 0);
 }
 
 }  // namespace

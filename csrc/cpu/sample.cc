@@ -17,10 +17,7 @@ namespace {
 // Stage 5: a greedy row is done with its lowest maximum, whose mass is all there is.
 template <class T, class W>
 void sample_greedy(const Task<T, W>& t) {
-  const Place<float> argmax = {t.weigher.max, nth_equal(t.dense, t.weigher.max, 1)};
-  t.ws.list_x[0] = argmax.x;
-  t.ws.list_id[0] = argmax.id;
-  finish(t, list_of(t.ws.list_x, t.ws.list_id, 1), narrow_above(everything(), argmax), 0);
+  finish_alone(t, Place<float>{t.weigher.max, nth_equal(t.dense, t.weigher.max, 1)});
 }
 
 // Stages 7 and 8 where a floor of the mass is the only filter.

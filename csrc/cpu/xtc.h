@@ -15,6 +15,11 @@ struct TopChoices {
 
 constexpr TopChoices kNoTopChoices = {{INFINITY, -1}, 0.0f};
 
+// The first token that stays when the top choices are left out.
+FS_INLINE Place<float> next_after(const TopChoices& top) {
+  return Place<float>{top.last.x, top.last.id + 1};
+}
+
 // What is kept but for the top choices, and the top choices.
 FS_INLINE Kept<float> without(const Kept<float>& kept, const TopChoices& top) {
   return narrow_below(kept, top.last);
@@ -48,6 +53,28 @@ Last last_of(const Domain& d, const Kept<float>& kept, const W& weigher) {
       // Ids ascend, so that the last of equal ones is the last that is met.
       const uint32_t equal = bits(both(in, eq(v, splat(low))));
       found.place = {low, ids(d, b, i)[31 - __builtin_clz(equal)]};
+    }
+  }
+  return found;
+}
+
+// The first token of what is kept, in rank order.
+template <class Domain, class W>
+Place<float> first_of(const Domain& d, const Kept<float>& kept, const W& weigher) {
+  const Weighing weight(weigher, kept.floor);
+  Place<float> found = {-INFINITY, -1};
+  float buffer[kBlock];
+  for (int b = 0; b < blocks(d); ++b) {
+    if (!may_keep(d, b, kept)) continue;
+    const float* x = values(d, b, buffer);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const vf v = load(x + i);
+      const Mask in = weight.keep(v, ranks_within(kept, v, ids(d, b, i)));
+      if (!any(in)) continue;
+      const float high = reduce_max(select(in, v, splat(-INFINITY)));
+      if (!(high > found.x)) continue;  // ids ascend: the first of equal ones is met first
+      const uint32_t equal = bits(both(in, eq(v, splat(high))));
+      found = {high, ids(d, b, i)[__builtin_ctz(equal)]};
     }
   }
   return found;
