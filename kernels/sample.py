@@ -6,7 +6,7 @@ pipeline is one launch. Where a single program has the row, it is a block barrie
 workspace, a phase may also be a launch of its own: Triton's interpreter, which runs programs one after another, runs
 split rows that way.
 
-    scan         stages 3 and 4: penalties and history edits, the row's maximum, each chunk's highest key; floors on mass
+    scan         stages 3 and 4: penalties, history edits, the row's maximum, each chunk's highest key; mass floors
     mass_floors  those of probabilities, whose unit is known after the scan
     top_n_sigma  stage 7, as all steps down to xtc, each skipped where it is off: sums, then the cut
     top_k        rounds of selection, then a cut among equal tokens

@@ -39,8 +39,10 @@ class _Texts:
         part = text.encode()
         ids = [i for i, token in enumerate(self.tokens) if part in token] if part else []
         if not ids:
-            why = "is more than any one token holds" if part else "is in every token"
-            raise ValueError(f"{why}; a breaker is a token, and a string stands for those that contain it")
+            why = f"no token contains {text!r}" if part else "'' is in every token"
+            raise ValueError(
+                f"{why}; a breaker is a single token, and a string stands for every token that contains it"
+            )
         if len(self.found) >= _REMEMBERED:  # strings come from outside
             self.found.clear()
         self.found[text] = ids
@@ -52,7 +54,7 @@ _KNOWN: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()
 
 def _texts_of(tokenizer: Any) -> _Texts:
     """What is known of a tokenizer, read again when tokens have been added to it."""
-    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    size = next((count() for name in ("get_vocab_size", "__len__") if (count := getattr(tokenizer, name, None))), 0)
     known = None
     with suppress(TypeError):  # a kind of object that cannot be remembered
         known = _KNOWN.get(tokenizer)

@@ -15,7 +15,8 @@ from typing import Any
 
 from fastsample.checks import MAX_VOCAB
 from fastsample.integrations.breakers import ids_containing
-from fastsample.params import SamplingParams, Spec, specs
+from fastsample.params import SamplingParams, specs
+from fastsample.spec import Spec
 
 _STACKS_HAVE = frozenset(
     ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")

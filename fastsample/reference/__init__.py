@@ -19,7 +19,10 @@ from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN, draw_from, low32, mu
 from fastsample.reference.filters import filters, is_kept, rank, rank_order, xtc
 from fastsample.reference.mass import LOG2E, POLYNOMIAL, UNIT, depth, mass, mass_of_probs
 from fastsample.reference.process import (
+    NAN,
     NEG_INF,
+    NOTHING_LEFT,
+    POSITIVE_INFINITY,
     check,
     check_probs,
     choice,
@@ -33,8 +36,11 @@ Tensor = torch.Tensor
 
 __all__ = [
     "LOG2E",
+    "NAN",
     "NEG_INF",
+    "NOTHING_LEFT",
     "POLYNOMIAL",
+    "POSITIVE_INFINITY",
     "Distribution",
     "check",
     "check_probs",

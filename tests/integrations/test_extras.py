@@ -96,7 +96,7 @@ def test_strings_stand_for_the_tokens_that_contain_them() -> None:
         found = read({"dry_multiplier": 1, "dry_breakers": [text, 3]}, tokenizer, len(tokenizer))
         assert found is not None
         assert found.breakers == sorted({3} | {token for token, other in enumerate(texts) if text in other})
-    for text, why in (("", "is in every token"), ("no token contains this", "is more than any one token holds")):
+    for text, why in (("", "is in every token"), ("no token contains this", "no token contains")):
         with pytest.raises(RefusedError, match=why):
             read({"dry_multiplier": 1, "dry_breakers": text}, tokenizer)
     with pytest.raises(RefusedError, match="expected a tokenizer"):
@@ -164,8 +164,7 @@ def test_rows_of_their_own_among_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_edits_touch_their_rows_only(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTSAMPLE_BACKEND", "reference")
+def test_edits_touch_their_rows_only(dtype: torch.dtype) -> None:
     logits = MAKERS["lm"](5, VOCAB, torch.Generator().manual_seed(2)).to(dtype)
     logits[3, 7], logits[1, 20] = torch.nan, -torch.inf
     given = {1: {"dry_multiplier": 1.0, "dry_allowed_length": 1, "dry_breakers": [4]}, 3: {"no_repeat_ngram_size": 1}}

@@ -78,7 +78,7 @@ def engines(model: Path) -> dict[str, Script]:
     batches, ours = list(BATCHES.values()), {"sampling_backend": "fastsample", "log_level": "info"}
     bad = [ask([PROMPTS[0]], [{**PLAIN[0], "custom_params": {"top_a": 7}}], LENGTH)]
     return {
-        "ours": serve(model, batches, ours, FASTSAMPLE_BACKEND="reference"),
+        "ours": serve(model, batches, ours),
         "theirs": serve(model, bad, {}),
     }
 
@@ -208,13 +208,8 @@ def wanted(logits: torch.Tensor, positions: torch.Tensor, **more: Any) -> torch.
     return torch.cat(rows)
 
 
-@pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTSAMPLE_BACKEND", "reference")
-
-
 @pytest.mark.parametrize("ahead", [False, True], ids=["seen", "ahead"])
-def test_a_mixed_batch_is_drawn_as_fastsample_draws(adapter: Any, sampler: Any, reference: None, ahead: bool) -> None:
+def test_a_mixed_batch_is_drawn_as_fastsample_draws(adapter: Any, sampler: Any, ahead: bool) -> None:
     """With `ahead`, the scheduler has not seen the last tokens; the model was fed with them."""
     positions = torch.tensor([len(prompt) + len(output) - 1 for _, prompt, output in REQUESTS])
     requests = [request(given, prompt, output[:-1] if ahead else output) for given, prompt, output in REQUESTS]

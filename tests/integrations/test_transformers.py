@@ -42,13 +42,6 @@ V = 120
 PAD = 1
 EOS = 2
 
-FILTERS = ("typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size")
-
-
-def engine(options: dict[str, Any]) -> str:
-    """Which engine a test takes; all give the same."""
-    return "reference" if any(name in options for name in FILTERS) else "auto"
-
 
 class Collect(BaseStreamer):
     def __init__(self) -> None:
@@ -212,7 +205,7 @@ def test_scores_are_those_of_transformers(gpt2: GPT2LMHeadModel, options: dict[s
     inputs = padded_batch()
     options = options | {"max_new_tokens": 5}
     keep = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    sample = fs_generate(seed=7, backend=engine(options))
+    sample = fs_generate(seed=7)
     out = gpt2.generate(**inputs, do_sample=True, custom_generate=sample, **options, **keep)
     processors = prepared(gpt2, inputs, options)
     prompt = inputs["input_ids"].shape[1]

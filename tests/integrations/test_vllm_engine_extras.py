@@ -21,7 +21,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "FASTSAMPLE_BACKEND": "reference",
 }
 LENGTH = 16
 PROMPTS = ["The future of AI is", "import", "def f(x):", "A tuple containing a tuple", "Raises", "x = x + x + x"]

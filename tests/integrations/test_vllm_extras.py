@@ -52,11 +52,6 @@ def plug() -> Any:
     return registered()
 
 
-@pytest.fixture(autouse=True)
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTSAMPLE_BACKEND", "reference")
-
-
 def logits_for(requests: list[Request], seed: int) -> torch.Tensor:
     """Rows whose maximum is a token that the history already has."""
     logits = MAKERS["lm"](len(requests), VOCAB, torch.Generator().manual_seed(seed))

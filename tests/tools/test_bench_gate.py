@@ -66,7 +66,7 @@ def test_engine_gate(mode, monkeypatch):
         assert "differ from the reference's" in gate.engine_differs(mode, x, "cpu")
 
 
-ENGINE = "reference"  # of the modes in SAMPLERS
+ENGINE = "cpu"  # of the modes in SAMPLERS
 
 
 @pytest.fixture

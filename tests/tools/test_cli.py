@@ -29,6 +29,7 @@ from fastsample.cli import session as cli_session
 from fastsample.cli import stats as cli_stats
 from fastsample.inputs import row_seeds
 from fastsample.params import specs
+from fastsample.presets import PRESETS
 
 PROMPT = "The future of AI is"
 
@@ -157,7 +158,7 @@ def test_a_preset_fills_what_no_option_gives(
             raise ValueError(f"preset = {name!r}: expected 'house style'")
         return fs.SamplingParams(temperature=0.6, top_k=40, min_p=0.1, order="temperature_last")
 
-    monkeypatch.setattr(fs.SamplingParams, "preset", preset, raising=False)
+    monkeypatch.setattr(fs.SamplingParams, "preset", preset)
     text("--seed", "1", "--preset", "house style", "--min-p", "0.0", "--top-p", "0.95")
     params = fs.SamplingParams(temperature=0.6, top_k=40, order="temperature_last")
     fields = {name: getattr(params, name) for name, _ in specs()}
@@ -168,11 +169,10 @@ def test_a_preset_fills_what_no_option_gives(
     assert refusal("generate", "x", "--preset", "y").endswith("preset = 'y': expected 'house style'")
 
 
-@pytest.mark.skipif(not hasattr(fs.SamplingParams, "preset"), reason="SamplingParams has no presets yet")
-@pytest.mark.parametrize("name", ["neutral", "llama.cpp", "vllm", "huggingface", "min-p + xtc + dry"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_of_the_table(name: str, sampled_with: list[dict[str, Any]]) -> None:
     text("--seed", "1", "--preset", name)
-    params: Any = getattr(fs.SamplingParams, "preset")(name)  # noqa: B009
+    params = fs.SamplingParams.preset(name)
     assert {field: sampled_with[0][field] for field, _ in specs()} == {f: getattr(params, f) for f, _ in specs()}
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from fastsample.checks import CPU
 from fastsample.inputs.ids import pad, row_of_ids
-from fastsample.integrations.grammar.vocabulary import Vocabulary
+from fastsample.integrations.breakers import ids_containing
 from fastsample.integrations.transformers.rows import Batch
 
 Breakers: TypeAlias = "Sequence[str | int] | Sequence[Sequence[str | int] | None] | np.ndarray[Any, Any] | torch.Tensor"
@@ -48,7 +45,10 @@ def breaker_ids(line: Any, tokenizer: Any, name: str = "dry_breakers") -> torch.
             f"{name}: {texts[0]!r} is a string, and strings need a tokenizer: "
             "give fs_generate or generate tokenizer=..., or pass token ids"
         )
-    found = {token for text in texts for token in _texts_of(tokenizer).containing(text, name)}
+    try:
+        found = {token for text in texts for token in ids_containing(tokenizer, text)}
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return torch.tensor(sorted(found.union(ids.tolist())), dtype=torch.int64, device=CPU)
 
 
@@ -74,48 +74,3 @@ def _is_per_sequence(breakers: Any) -> bool:
     if isinstance(breakers, (torch.Tensor, np.ndarray)):
         return breakers.ndim == 2
     return isinstance(breakers, (list, tuple)) and any(one is None or isinstance(one, _LISTS) for one in breakers)
-
-
-# What tokens contain -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Texts:
-    """The text of every token of a tokenizer, as bytes by id, and what was looked up in it."""
-
-    size: int
-    tokens: list[bytes]
-    found: dict[str, list[int]] = field(default_factory=dict)
-
-    def containing(self, text: str, name: str) -> list[int]:
-        """The ids of the tokens that contain a text; ValueError where there are none."""
-        if text not in self.found:
-            part = text.encode()
-            ids = [i for i, token in enumerate(self.tokens) if part in token] if part else []
-            if not ids:
-                why = f"no token contains {text!r}" if part else "'' is in every token"
-                raise ValueError(
-                    f"{name}: {why}; a breaker is a single token, and a string stands for every token that contains it"
-                )
-            self.found[text] = ids
-        return self.found[text]
-
-
-_KNOWN: WeakKeyDictionary[Any, _Texts] = WeakKeyDictionary()
-
-
-def _texts_of(tokenizer: Any) -> _Texts:
-    """What is known of a tokenizer, read again when tokens have been added to it."""
-    size = next((count() for name in ("get_vocab_size", "__len__") if (count := getattr(tokenizer, name, None))), 0)
-    try:
-        known = _KNOWN.get(tokenizer)
-    except TypeError:  # a kind of object that cannot be remembered
-        known = None
-    if known is None or known.size != size:
-        tokens = list(Vocabulary(tokenizer).tokens)
-        for name, i in tokenizer.get_vocab().items():
-            tokens[i] = tokens[i] or name.encode()  # special tokens are written as they are named
-        known = _Texts(size, tokens)
-        with suppress(TypeError):
-            _KNOWN[tokenizer] = known
-    return known
