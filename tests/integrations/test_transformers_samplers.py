@@ -24,6 +24,7 @@ from transformers.generation import logits_process
 
 import fastsample as fs
 from fastsample.cli.generate import shipped_model
+from fastsample.integrations import breakers as lookup
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, breakers, fs_generate
 from fastsample.params import specs
 
@@ -397,8 +398,8 @@ def test_what_a_string_stands_for(tokenizer: Any) -> None:
 def test_a_tokenizer_is_read_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = AutoTokenizer.from_pretrained(shipped_model())
     made = []
-    real = breakers.Vocabulary
-    monkeypatch.setattr(breakers, "Vocabulary", lambda tokenizer: made.append(tokenizer) or real(tokenizer))
+    real = lookup.Vocabulary
+    monkeypatch.setattr(lookup, "Vocabulary", lambda tokenizer: made.append(tokenizer) or real(tokenizer))
     for _ in range(2):
         fs_generate(tokenizer=own, dry_breakers=["\n", ":"], **DRY)
     fs_generate(tokenizer=own, dry_breakers=["*"], **DRY)
