@@ -25,7 +25,7 @@ FS_DEVICE void write_rows(const Batch& batch, int64_t r, const S& slice, const R
     }
   };
   if (state.total == state.rest) {
-    const double total = (double)(state.total ? state.total : 1);
+    const double total = (double)state.total;
     each(slice, [&](float x, int32_t id) {
       write(x, id, [&](float y, int32_t) { return (double)drawn_mass(t, y) / total; });
     });
