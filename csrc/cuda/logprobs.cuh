@@ -5,10 +5,15 @@
 
 namespace fastsample {
 
+// The mass of all that is kept.
+FS_DEVICE double total_of(const RowTask& t, const RowState& state) {
+  return (double)(state.total ? state.total : unit_of(t));
+}
+
 // How probable a kept token is: over draws that take XTC's top choices and draws that do not.
 FS_DEVICE double share(const RowTask& t, const RowState& state, float x, int32_t id) {
   const double w = (double)drawn_mass(t, x);
-  const double total = (double)state.total;
+  const double total = total_of(t, state);
   if (state.total == state.rest) return w / total;
   const double coin = (double)t.params->xtc_probability;
   const double with = (1.0 - coin) * w / total;

@@ -93,13 +93,17 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   Totals totals = {0, 0};
   if (t.status == kValid && !t.greedy) {
     found = apply_filters(team, slice, t);
+    set_drawn_scale(t);
     totals = draw(batch, r, team, slice, t, found);
     // What is kept weighs nothing: its first token counts for everything, as if it were the peak.
-    if (!totals.all) set_peak(t, first_kept(team, slice, t, found.kept));
+    if (!totals.all) {
+      const KeyPlace first = first_kept(team, slice, t, found.kept);
+      t.peak_key = first.x;
+      t.argmax = first.id;
+    }
   }
   if (!totals.all) {
     found = only(t, {t.peak_key, t.argmax});
-    totals = {unit_of(t), unit_of(t)};
     write_same_token(batch.out, r, team, t.status == kValid ? t.argmax : -1);
   }
   if (team.leads() && threadIdx.x == 0) {
@@ -112,7 +116,7 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
 template <class T, Policy kPolicy>
 FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t parts) {
   Shared* own = (Shared*)shared_memory();
-  Team<kPolicy> team = {own, nullptr, nullptr, 0, parts};
+  Team<kPolicy> team = {own, nullptr, 0, parts};
   const uint32_t index = blockIdx.x / (uint32_t)parts, teams = gridDim.x / (uint32_t)parts;
   clear_bins(team);
   if constexpr (kPolicy == kClusterPolicy) {
@@ -122,7 +126,7 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
   if constexpr (kPolicy == kGridPolicy) {
     team.rank = (int)(blockIdx.x % (uint32_t)parts);
     team.grid_board = ws.boards + index;
-    team.semaphore = ws.semaphores + index;
+    if (threadIdx.x == 0) own->semaphore = ws.semaphores + index;
   }
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
     sample_row<T>(batch, ws, r, team);
