@@ -89,27 +89,37 @@ FS_DEVICE KeptKeys typical(const Team<kPolicy>& team, const S& slice, const RowT
   return v.high < t.peak ? narrow_below(kept, {key_of(v.high), -1}) : kept;
 }
 
+// Whether the mass floors are measured like those below, since the heaviest token may be gone. They
+// come directly before them then.
+FS_DEVICE bool measures_mass_floors(const RowTask& t, const KeptKeys& kept) {
+  const RowParams& p = *t.params;
+  return p.order == kTemperatureLast && kept.high.x != kKeyInfinity && mass_floor(p, kMassUnit);
+}
+
 // Floors that are measured on what is kept so far, one after the other.
 template <Policy kPolicy, class S>
 FS_DEVICE KeptKeys measured_floors(const Team<kPolicy>& team, const S& slice, const RowTask& t,
                                    KeptKeys kept) {
   const RowParams& p = *t.params;
-  if (!uses_measured_floors(p)) return kept;
-  enum { kEpsilon, kEta, kTopA, kPLess, kEnd };
-#pragma unroll 1  // one pass in the code serves all four
-  for (int which = kEpsilon; which < kEnd; ++which) {
-    const float value = which == kEpsilon ? p.epsilon_cutoff
-                        : which == kEta   ? p.eta_cutoff
-                        : which == kTopA  ? p.top_a
-                                          : (float)p.p_less;
+  const bool mass_too = measures_mass_floors(t, kept);
+  if (!mass_too && !uses_measured_floors(p)) return kept;
+  enum { kMassFloors, kEpsilon, kEta, kTopA, kPLess, kEnd };
+#pragma unroll 1  // one pass in the code serves them all
+  for (int which = mass_too ? kMassFloors : kEpsilon; which < kEnd; ++which) {
+    const float value = which == kMassFloors ? 1.0f
+                        : which == kEpsilon  ? p.epsilon_cutoff
+                        : which == kEta      ? p.eta_cutoff
+                        : which == kTopA     ? p.top_a
+                                             : (float)p.p_less;
     if (value == 0.0f) continue;
     measure(team, slice, t, kept);
     const Verdict& v = decide(team, [&](const u64* m, Verdict& found) {
       const u64 heaviest = m[kHeaviest];
-      found.floor = which == kEpsilon ? epsilon_floor(p, m[kMassSum], heaviest)
-                    : which == kEta   ? eta_floor(p, depth_sums(m), heaviest)
-                    : which == kTopA  ? top_a_floor(p, m[kMassSum], unit_of(t), heaviest)
-                                      : p_less_floor(square_sums(m), heaviest);
+      found.floor = which == kMassFloors ? mass_floor(p, heaviest)
+                    : which == kEpsilon  ? epsilon_floor(p, m[kMassSum], heaviest)
+                    : which == kEta      ? eta_floor(p, depth_sums(m), heaviest)
+                    : which == kTopA     ? top_a_floor(p, m[kMassSum], unit_of(t), heaviest)
+                                         : p_less_floor(square_sums(m), heaviest);
     });
     kept = narrow_to_mass(kept, v.floor);
   }
@@ -159,7 +169,7 @@ FS_DEVICE Drawable apply_filters(const Team<kPolicy>& team, const S& slice, cons
       kept = typical(team, slice, t, kept);
     } else {
       kept = top_p(team, slice, t, top_p_base(t, kept), kept);
-      kept = mass_floors(kept, p, unit_of(t));
+      if (!measures_mass_floors(t, kept)) kept = mass_floors(kept, p, unit_of(t));
     }
   }
   kept = measured_floors(team, slice, t, kept);

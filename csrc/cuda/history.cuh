@@ -49,6 +49,7 @@ FS_DEVICE Breakers read_breakers(const Batch& batch, int64_t r, uint32_t* bits) 
   if (!given.data) return Breakers{};
   const Breakers breakers = {given.data + r * given.stride, given.length, bits,
                              vocab <= Breakers::kBits};
+#pragma unroll 1
   for (int32_t i = (int32_t)threadIdx.x; i < Breakers::kBits / 32; i += (int32_t)blockDim.x) {
     bits[i] = 0;
   }

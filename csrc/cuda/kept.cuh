@@ -19,12 +19,14 @@ FS_DEVICE u64 drawn_mass(const RowTask& t, float x) {
 // The mass of the heaviest token of the row.
 FS_DEVICE u64 unit_of(const RowTask& t) { return t.factor ? mass_in(t, t.peak) : kMassUnit; }
 
-FS_DEVICE KeptKeys everything(const RowTask& t) { return everything(t.lowest); }
+FS_DEVICE KeptKeys everything(const RowTask& t) {
+  return everything(t.factor ? kKeyAboveZero : kKeyLowest);
+}
 
 // A key below which every token's mass is less than `mass`, or 0. Within 2^-19 of it, mass doubles
 // with every step of y; the factor of 2 that is left out here covers all rounding.
 FS_DEVICE int32_t key_reaching(const RowTask& t, u64 mass, float scale) {
-  if (t.factor) return t.lowest;
+  if (t.factor) return kKeyAboveZero;
   const float y = mass ? (float)(63 - __clzll((long long)mass)) - 41.0f : -41.0f;
   const int32_t key = key_of(t.peak + y / scale);
   return key > kKeyLowest ? key : kKeyLowest;

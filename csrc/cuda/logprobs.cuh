@@ -5,15 +5,23 @@
 
 namespace fastsample {
 
+// The mass of all that is kept.
+FS_DEVICE double total_of(const RowTask& t, const RowState& state) {
+  return (double)(state.total ? state.total : unit_of(t));
+}
+
 // How probable a kept token is: over draws that take XTC's top choices and draws that do not.
 FS_DEVICE double share(const RowTask& t, const RowState& state, float x, int32_t id) {
   const double w = (double)drawn_mass(t, x);
-  const double total = (double)(state.total ? state.total : 1);
+  const double total = total_of(t, state);
   if (state.total == state.rest) return w / total;
   const double coin = (double)t.params->xtc_probability;
   const double with = (1.0 - coin) * w / total;
-  if (!ranks_before(state.drawable.top, {key_of(x), id})) return with;
-  return with + coin * w / (double)(state.rest ? state.rest : 1);
+  const KeyPlace top = state.drawable.top, place = {key_of(x), id};
+  if (!ranks_before(top, place)) return with;
+  if (state.rest) return with + coin * w / (double)state.rest;
+  // Those that are left weigh nothing: the first counts for everything.
+  return place.x == top.x && id == top.id + 1 ? with + coin : with;
 }
 
 // What the log-probabilities of one row are computed from: the distribution drawn from, or (raw)
@@ -117,13 +125,11 @@ FS_DEVICE void write_top(const Batch& batch, const Workspace& ws, int64_t r,
   }
 }
 
-// 1 + number of tokens strictly above x. Of probabilities those are too that are none.
+// 1 + number of tokens strictly above x.
 template <class S>
-FS_DEVICE int64_t rank_of(const Team<kBlockPolicy>& team, const S& slice, const RowTask& t,
-                          float x) {
+FS_DEVICE int64_t rank_of(const Team<kBlockPolicy>& team, const S& slice, float x) {
   u64 above = 0;
-  const bool all = of_probabilities(t);
-  each(slice, [&](float other, int32_t) { above += all ? !(fabsf(other) <= x) : other > x; });
+  each(slice, [&](float other, int32_t) { above += other > x; });
   return 1 + (int64_t)block_sum(above, team.own->scratch);
 }
 
@@ -142,7 +148,7 @@ FS_DEVICE void write_logprobs(const Batch& batch, const Workspace& ws, int64_t r
     const int64_t at = r * out.num_samples + j;
     const int32_t token = (int32_t)out.tokens[at];
     const float x = valid ? slice.value(token) : 0.0f;
-    const int64_t rank = valid && out.ranks ? rank_of(team, slice, t, x) : 0;
+    const int64_t rank = valid && out.ranks ? rank_of(team, slice, x) : 0;
     if (threadIdx.x) continue;
     if (out.logprobs) store_global(out.logprobs + at, row.logprob(x, token));
     if (out.ranks) store_global(out.ranks + at, rank);

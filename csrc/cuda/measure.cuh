@@ -94,6 +94,21 @@ FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask&
   gather(team, mine, kHeaviest);
 }
 
+// The first kept token in rank order; some token is kept.
+template <Policy kPolicy, class S>
+FS_DEVICE KeyPlace first_kept(const Team<kPolicy>& team, const S& slice, const RowTask& t,
+                              const KeptKeys& kept) {
+  long long first = LLONG_MIN;
+  each_rolled(slice, [&](float x, int32_t id) {
+    if (!is_kept(t, kept, x, id)) return;
+    const long long place = ranked({key_of(x), id});
+    if (place > first) first = place;
+  });
+  u64 mine[1] = {(u64)first};
+  gather(team, mine, 0);
+  return place_of((long long)team.own->measures[0]);
+}
+
 // The spread of everything above -inf.
 template <Policy kPolicy, class S>
 FS_DEVICE void measure_spread(const Team<kPolicy>& team, const S& slice, const RowTask& t) {

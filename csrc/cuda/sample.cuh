@@ -17,7 +17,7 @@
 namespace fastsample {
 
 // Stage 8: the draws from `kept`, which are all, or those whose coin says `excluding`. Returns the
-// kept mass.
+// kept mass; unless some tokens have been excluded, there are no draws where that is 0.
 template <Policy kPolicy, class S>
 FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
                         const RowTask& t, const KeptKeys& kept, bool all, bool excluding) {
@@ -28,7 +28,7 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
   };
   const u64 total = sum_segments(team, slice, weight);
   const Outputs& out = batch.out;
-  if (!out.tokens) return total;
+  if (!out.tokens || (!total && !excluding)) return total;
   // Seed, offset and total are loaded again for each draw rather than held in registers.
   for (int32_t j = 0; j < out.num_samples; ++j) {
     const uint64_t seed = (uint64_t)at(batch.rows.seeds, r);
@@ -39,8 +39,8 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
     int64_t* token = out.tokens + r * out.num_samples + j;
     locate(team, slice, draw_threshold(seed, offset, (uint32_t)j, sum), weight,
            [&](int32_t id) { store_global(token, (int64_t)id); });
-    // Nothing that is kept has any mass at a low temperature that comes last.
-    if (!sum && team.leads() && threadIdx.x == 0) store_global(token, (int64_t)slice.vocab - 1);
+    // What is left may weigh nothing. Its first token is the last top choice.
+    if (!sum && team.leads() && threadIdx.x == 0) store_global(token, (int64_t)kept.high.id + 1);
   }
   return total;
 }
@@ -60,13 +60,13 @@ FS_DEVICE Totals draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, 
   for (bool excluding = false;; excluding = true) {
     totals.rest = draw_from(batch, r, team, slice, t, kept, all, excluding);
     if (!excluding) totals.all = totals.rest;
-    if (all || excluding) return totals;
+    if (all || excluding || !totals.all) return totals;
     kept = narrow_below(kept, from.top);
     team.sync();  // the board's sums are free
   }
 }
 
-// The same token for every draw: a greedy row's, or -1 of an invalid one.
+// The same token for every draw, or -1 in an invalid row.
 template <Policy kPolicy>
 FS_DEVICE void write_same_token(const Outputs& out, int64_t r, const Team<kPolicy>& team,
                                 int64_t token) {
@@ -74,6 +74,11 @@ FS_DEVICE void write_same_token(const Outputs& out, int64_t r, const Team<kPolic
   for (int32_t j = (int32_t)threadIdx.x; j < out.num_samples; j += (int32_t)blockDim.x) {
     store_global(out.tokens + r * out.num_samples + j, token);
   }
+}
+
+FS_DEVICE Drawable only(const RowTask& t, KeyPlace token) {
+  const KeptKeys kept = narrow_below(everything(t), {token.x, token.id - 1});
+  return Drawable{narrow_above(kept, token), everything(t).high};
 }
 
 template <class T, Policy kPolicy>
@@ -84,12 +89,21 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
   process_row(batch, ws, r, *t.params, team, slice);
   scan(team, slice, t.params->top_k, t);
-  Drawable found = {narrow_above(everything(t), {t.peak_key, t.argmax}), everything(t).high};
-  Totals totals = {unit_of(t), unit_of(t)};
+  Drawable found = {};
+  Totals totals = {0, 0};
   if (t.status == kValid && !t.greedy) {
     found = apply_filters(team, slice, t);
+    set_drawn_scale(t);
     totals = draw(batch, r, team, slice, t, found);
-  } else {
+    // What is kept weighs nothing: its first token counts for everything, as if it were the peak.
+    if (!totals.all) {
+      const KeyPlace first = first_kept(team, slice, t, found.kept);
+      t.peak_key = first.x;
+      t.argmax = first.id;
+    }
+  }
+  if (!totals.all) {
+    found = only(t, {t.peak_key, t.argmax});
     write_same_token(batch.out, r, team, t.status == kValid ? t.argmax : -1);
   }
   if (team.leads() && threadIdx.x == 0) {
@@ -102,7 +116,7 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
 template <class T, Policy kPolicy>
 FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t parts) {
   Shared* own = (Shared*)shared_memory();
-  Team<kPolicy> team = {own, nullptr, nullptr, 0, parts};
+  Team<kPolicy> team = {own, nullptr, 0, parts};
   const uint32_t index = blockIdx.x / (uint32_t)parts, teams = gridDim.x / (uint32_t)parts;
   clear_bins(team);
   if constexpr (kPolicy == kClusterPolicy) {
@@ -112,7 +126,7 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
   if constexpr (kPolicy == kGridPolicy) {
     team.rank = (int)(blockIdx.x % (uint32_t)parts);
     team.grid_board = ws.boards + index;
-    team.semaphore = ws.semaphores + index;
+    if (threadIdx.x == 0) own->semaphore = ws.semaphores + index;
   }
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
     sample_row<T>(batch, ws, r, team);

@@ -44,11 +44,11 @@ FS_DEVICE float power_of_two(int32_t exponent) {
 
 // From logits or probabilities to masses.
 FS_DEVICE void set_scales(RowTask& t, float temperature) {
-  t.scale = t.drawn_scale = mass_scale(temperature);
+  t.scale = mass_scale(temperature);
   if (!of_probabilities(t) || t.status != kValid) return;
   // A power of two that brings the peak to a mass may lie beyond the largest float; two do not.
   const int32_t exponent = probability_shift(t.peak) + 150;
-  t.scale = t.drawn_scale = power_of_two(exponent / 2);
+  t.scale = power_of_two(exponent / 2);
   t.factor = power_of_two(exponent - exponent / 2);
 }
 
@@ -59,8 +59,13 @@ FS_DEVICE void set_peak(RowTask& t, KeyPlace best) {
   t.status = status_of(best.x, t.lowest);
   t.peak = from_key(best.x);
   t.greedy = is_greedy(*t.params);
-  set_scales(t, t.greedy ? 1.0f : t.params->temperature);
-  if (!t.greedy && t.params->order == kTemperatureLast && !t.factor) t.scale = mass_scale(1.0f);
+  set_scales(t, t.greedy ? 1.0f : judging_temperature(*t.params));
+}
+
+// After the filters, so that they have a register more.
+FS_DEVICE void set_drawn_scale(RowTask& t) {
+  const bool last = !t.greedy && !t.factor && t.params->order == kTemperatureLast;
+  t.drawn_scale = last ? mass_scale(t.params->temperature) : t.scale;
 }
 
 // Of some threads' tokens: the first in rank order, and the lowest of the warps' and of the lanes'

@@ -64,21 +64,6 @@ FS_DEVICE void add_wide(uint32_t* halves, u64 value) {
 }
 FS_DEVICE u64 wide(const uint32_t* halves) { return (u64)halves[1] << 32 | halves[0]; }
 
-// A barrier in device memory, for blocks that all run at once. The word's sign flips when all have
-// arrived, so nobody has to clear it: every block adds 1, but the first adds what brings the sum to
-// 2^31.
-FS_DEVICE void grid_sync(uint32_t* semaphore, int rank, int parts) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    const uint32_t step = rank == 0 ? 0x80000000u - (uint32_t)(parts - 1) : 1u;
-    const uint32_t before = atomicAdd(semaphore, step);
-    while (!((before ^ *(volatile uint32_t*)semaphore) >> 31)) pause();
-    __threadfence();
-  }
-  __syncthreads();
-}
-
 // What one thread makes of measures, for all of its block.
 struct Verdict {
   u64 floor;
@@ -93,19 +78,35 @@ struct alignas(16) Shared {
   long long best[32];
   int32_t warp_low[32], lane_low[32];
   int32_t listed;
-  int32_t turn;  // of Board::measures
+  int32_t turn;         // of Board::measures
+  uint32_t* semaphore;  // kGridPolicy only; for the first thread
   u64 measures[kMeasures];
   Verdict verdict;
   Overlay overlay;
 };
 static_assert(sizeof(Shared) <= kFixedShared, "tuning.h plans with less");
 
+// A barrier in device memory, for blocks that all run at once. The word's sign flips when all have
+// arrived, so nobody has to clear it: every block adds 1, but the first adds what brings the sum to
+// 2^31.
+FS_DEVICE void grid_sync(const Shared& own, int rank, int parts) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t* semaphore = own.semaphore;
+    __threadfence();
+    const uint32_t step = rank == 0 ? 0x80000000u - (uint32_t)(parts - 1) : 1u;
+    const uint32_t before = atomicAdd(semaphore, step);
+    while (!((before ^ *(volatile uint32_t*)semaphore) >> 31)) pause();
+    __threadfence();
+  }
+  __syncthreads();
+}
+
 // The blocks that work on one row.
 template <Policy kPolicy>
 struct Team {
   Shared* own;
-  Board* grid_board;    // kGridPolicy only
-  uint32_t* semaphore;  // kGridPolicy only
+  Board* grid_board;  // kGridPolicy only
   int rank, parts;
 
   // The team's board. A cluster's is looked up each time, which costs less than the registers that
@@ -125,7 +126,7 @@ struct Team {
     } else if constexpr (kPolicy == kClusterPolicy) {
       cluster_sync();
     } else {
-      grid_sync(semaphore, rank, parts);
+      grid_sync(*own, rank, parts);
     }
   }
 
@@ -148,9 +149,10 @@ struct Team {
 
 // Zeroes what must be 0 before the first selection; the scan's barrier comes in between. A grid's
 // board is 0 already.
-template <Policy kPolicy>
+template <int kUnroll = 4, Policy kPolicy>
 FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
   uint32_t* bins = team.own->board.bins;
+#pragma unroll kUnroll
   for (int i = (int)threadIdx.x; i < 2 * kBins; i += (int)blockDim.x) bins[i] = 0;
   if (threadIdx.x == 0) team.own->board.total = team.own->turn = 0;
 }

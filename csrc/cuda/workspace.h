@@ -57,7 +57,8 @@ struct RowState {
   Status status;
   int32_t peak_key;
   Drawable drawable;
-  u64 total, rest;  // the mass of all that is kept, and of what XTC leaves of it
+  // The mass of all that is kept, and of what XTC leaves of it; 0 where the peak alone is kept.
+  u64 total, rest;
 };
 
 // A token with a bias or a penalty, or that its history changes.

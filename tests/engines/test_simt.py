@@ -163,6 +163,49 @@ def test_probabilities_as_input(how: How, dtype: torch.dtype, simt: Simt) -> Non
         assert_agree(found[1], found[0])
 
 
+def steep(vocab: int) -> torch.Tensor:
+    """Rows whose maximum, of one or several equal tokens, is far above the rest or a little."""
+    x = torch.randn(10, vocab, generator=torch.Generator().manual_seed(vocab)).mul(4).round() / 4
+    for row, (gap, peaks) in enumerate(itertools.product((0.75, 1.5, 3.0, 6.0, 40.0), (1, 3))):
+        x[row, 7 * row + 3 :: vocab // peaks] = x[row].amax() + gap
+    return x
+
+
+LAST = {"order": "temperature_last"}
+COLD_SETS: tuple[dict[str, Any], ...] = (
+    {**LAST, "typical_p": 0.2, "temperature": 0.05},
+    {**LAST, "typical_p": 0.2, "temperature": [0.05, 0.01, 1.0, 0.0, 0.3] * 2, "min_p": [0.3, 0.01] * 5, "top_a": 0.1},
+    {**LAST, "typical_p": 0.5, "top_p": 0.9, "min_p": 0.2, "xtc_probability": 0.5, "xtc_threshold": 0.01},
+    {**LAST, "min_p": 0.001, "temperature": 0.02, "xtc_probability": [0.5, 1.0] * 5, "xtc_threshold": 0.001},
+    {"temperature": 0.1, "xtc_probability": 0.5, "xtc_threshold": 1e-30},
+    {"temperature": 0.1, "xtc_probability": 1.0, "xtc_threshold": 1e-30, "top_k": 700},
+)
+
+
+@pytest.mark.parametrize("how", HOWS, ids=lambda how: how.policy + str(how.parts) + how.order[:1])
+def test_what_is_kept_may_weigh_nothing(how: How, simt: Simt) -> None:
+    """One token counts for everything then; and typical may leave out what min-p would measure by."""
+    logits = steep(771 + HOWS.index(how))
+    probs = (logits * 4).softmax(-1)
+    simt.how = how
+    jobs: list[tuple[torch.Tensor, dict[str, Any]]] = [(logits, fields) for fields in COLD_SETS]
+    jobs += [(probs, {**fields, "temperature": 1.0, "input": "probs"}) for fields in COLD_SETS[4:]]
+    for given, fields in jobs:
+        found = []
+        for backend in ("reference", "cuda"):
+            with as_backend(simt):
+                common = {**fields, "backend": backend}
+                out = {"probabilities": fs.probabilities(given, **common)}
+                if "input" not in fields:
+                    out["filter_logits"] = fs.filter_logits(given, **common)
+                for mode in ("raw", "processed"):
+                    more = {"num_samples": 8, "logprobs": mode, "top_logprobs": 5}
+                    out |= named(fs.sample(given, **common, **more, seed=3), f"{mode}.")
+                out |= named(fs.sample(given, **common, num_samples=8, seed=4), "plain.")
+            found.append(out)
+        assert_agree(found[1], found[0])
+
+
 @pytest.mark.parametrize("mode", ["raw", "processed"])
 def test_all_logprobs_and_many_draws(mode: str, simt: Simt) -> None:
     logits = (torch.randn(2, 700, generator=torch.Generator().manual_seed(4)) * 8).round() / 4
