@@ -1,8 +1,9 @@
 """Stage 7: what the filters keep (stem of csrc/core/filters.h).
 
-Each filter narrows the Kept in the row's workspace. One that keeps what has a certain mass, which the record alone
-decides, is a function here and a line of `mass_floors`. One that cuts the rank order selects the place in phases of its
-own, which workspace.py numbers, and one whose floor depends on what is kept measures that first (measured.py).
+Each filter narrows the Kept in the row's workspace. One that keeps what has a certain mass, which the record and the
+heaviest mass decide, is a function here and a line of `mass_floors`. One that cuts the rank order selects the place in
+phases of its own, which workspace.py numbers, and one whose floor depends on more of what is kept measures that first
+(measured.py).
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from .kept import Kept, everything, load_kept, narrow_to_mass
 from .keys import KEY_NEG_INF, from_key
-from .mass import LOW30, mass_of
+from .mass import LOW30, MASS_BITS, mass_of
 from .record import choice, param
 from .row import meet
 from .select import add_above, cut_at, cut_equal, settle
@@ -19,7 +20,7 @@ from .workspace import SUMS, TARGET, TOP_K, TOP_P, phase_bits
 
 @triton.jit
 def mass_floors(kept, record, unit):
-    """All filters that are a floor on mass which the record alone decides; `unit` is the heaviest token's mass."""
+    """All filters that are a floor on mass relative to `unit`, the heaviest mass that is kept so far."""
     kept = min_p(kept, record, unit)
     return kept
 
@@ -31,6 +32,12 @@ def min_p(kept, record, unit):
 
 
 @triton.jit
+def floors_are_late(record):
+    """Whether typical, which may leave out the maximum, comes before the floors on mass."""
+    return (param(record, "order") == choice("order", "temperature_last")) & (param(record, "typical_p") < 1.0)
+
+
+@triton.jit
 def phases_on(record, vocab, ROUNDS: tl.constexpr):
     """The phases of the filters that are on, as bits of an int64."""
     k = param(record, "top_k")
@@ -38,6 +45,9 @@ def phases_on(record, vocab, ROUNDS: tl.constexpr):
     on |= bits_where(param(record, "top_p") < 1.0, phase_bits("top_p", ROUNDS))
     on |= bits_where(param(record, "top_n_sigma") > 0.0, phase_bits("top_n_sigma", ROUNDS))
     on |= bits_where(param(record, "typical_p") < 1.0, phase_bits("typical", ROUNDS))
+    unit = tl.full([], 1, tl.int64) << MASS_BITS
+    floors = floors_are_late(record) & (mass_floors(everything(), record, unit).floor > 0)
+    on |= bits_where(floors, phase_bits("late_floors", ROUNDS))
     on |= bits_where(param(record, "epsilon_cutoff") > 0.0, phase_bits("epsilon", ROUNDS))
     on |= bits_where(param(record, "eta_cutoff") > 0.0, phase_bits("eta", ROUNDS))
     on |= bits_where(param(record, "top_a") > 0.0, phase_bits("top_a", ROUNDS))

@@ -66,15 +66,15 @@ def place_at(key, token):
 
 
 @triton.jit
-def all_above(low):
-    """The tokens ranked at or above a place."""
-    return Kept(place_at(INT_MAX, -1), low, tl.full([], 0, tl.int64))
+def only(key, token):
+    """One token; nothing if its id is -1."""
+    return Kept(place_at(key, token - 1), place_at(key, token), tl.full([], 0, tl.int64))
 
 
 @triton.jit
 def everything():
     """All tokens above -inf."""
-    return all_above(place_at(KEY_LOWEST, INT_MAX))
+    return Kept(place_at(INT_MAX, -1), place_at(KEY_LOWEST, INT_MAX), tl.full([], 0, tl.int64))
 
 
 @triton.jit
@@ -103,6 +103,12 @@ def load_rest(ws):
 def store_rest(ws, high):
     tl.store(ws + REST_KEY, high.key.to(tl.int64))
     tl.store(ws + REST_ID, high.id.to(tl.int64))
+
+
+@triton.jit
+def last_top_choice(ws):
+    """The id of the first token that XTC leaves."""
+    return load_rest(ws).id + 1
 
 
 @triton.jit

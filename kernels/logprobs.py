@@ -19,7 +19,7 @@ def logprob(x, ids, ws, record, RAW: tl.constexpr, PROBS: tl.constexpr):
     """Of tokens with logit x, in the distribution whose workspace `ws` is: the raw logits', or the one drawn from."""
     peak = from_key(key_in(tl.load(ws + PEAK)))
     if RAW and not PROBS:
-        normaliser = tl.log(tl.load(ws + TOTAL).to(tl.float64) / MASS_UNIT)
+        normaliser = tl.log(tl.load(ws + TOTAL).to(tl.float64) * (1.0 / MASS_UNIT))
         result = (x.to(tl.float64) - peak.to(tl.float64)) - normaliser
     else:
         w = mass_of(x, peak, drawn_scale(record, peak, PROBS))

@@ -3,20 +3,32 @@
 import triton
 import triton.language as tl
 
-from .filters import target_of
-from .kept import Place, keeps, load_kept, narrow_above, narrow_below, narrow_to_mass, place_at, store_kept, store_rest
+from .filters import mass_floors, target_of
+from .kept import (
+    Place,
+    everything,
+    keeps,
+    load_kept,
+    narrow_above,
+    narrow_below,
+    narrow_to_mass,
+    place_at,
+    store_kept,
+    store_rest,
+)
 from .keys import INT_MAX, KEY_INF, LONG_MIN, from_key, id_in, key_in, key_of, ranked
 from .mass import mass_at, mass_of
 from .record import param
 from .row import load_chunk, may_hold, meet
 from .select import add_above, settle
-from .stats import deviation, divide, mean_depth, mean_logit, measure_spread, measured_base, sum_of_squares, sums_of
+from .stats import deviation, divide, mean_depth, mean_logit, measure_spread, sum_of_squares, sums_of
 from .workspace import (
     COUNT,
     EPSILON,
     ETA,
     HEAVIEST,
     LAST,
+    LATE_FLOORS,
     MASS,
     NEAREST,
     TOP_A,
@@ -48,8 +60,7 @@ def typical(row, phase, peak, scale, SPLIT: tl.constexpr, VEC: tl.constexpr, BLO
     target = target_of(param(row.record, "typical_p"), tl.load(sums + MASS))
     key, _, _ = settle(row, selection, phase - 1, target)
     if phase <= TYPICAL_ROUNDS:
-        base = measured_base(row.ws, row.record, TYPICAL)
-        add_above(row, selection, phase - 1, key, VEC, BLOCK, base, peak, scale, mean)
+        add_above(row, selection, phase - 1, key, VEC, BLOCK, load_kept(row.ws), peak, scale, mean)
     elif row.part == 0:
         # All that are as near as the last one that was needed: an interval of the rank order.
         limit = -from_key(key)
@@ -87,7 +98,9 @@ def narrow_by_measure(row, which, unit, SPLIT: tl.constexpr):
 def measured_floor(record, sums, which, unit):
     """The mass that a filter asks for, float64."""
     total = tl.load(sums + MASS).to(tl.float64)
-    if which == EPSILON:
+    if which == LATE_FLOORS:
+        floor = mass_floors(everything(), record, tl.load(sums + HEAVIEST)).floor.to(tl.float64)
+    elif which == EPSILON:
         floor = param(record, "epsilon_cutoff").to(tl.float64) * total
     elif which == ETA:
         e = param(record, "eta_cutoff").to(tl.float64)

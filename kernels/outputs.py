@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .kept import Place, keeps, load_kept, load_rest, ranks_before
+from .kept import Place, keeps, last_top_choice, load_kept, load_rest, ranks_before
 from .keys import from_key, key_in, key_of
 from .mass import drawn_scale, is_greedy, judged_scale, mass_of
 from .process import NEG_INF, load_x
@@ -62,5 +62,8 @@ def share(ws, record, place, w):
     if rest != total:
         coin = param(record, "xtc_probability").to(tl.float64)
         left = tl.where(ranks_before(load_rest(ws), place), mass, 0.0)
+        # Where the rest has no mass, its first token counts as 1.
+        left = tl.where((rest == 0) & (place.id == last_top_choice(ws)), 1.0, left)
+        rest = tl.maximum(rest, 1)
         result = divide((1.0 - coin) * mass, total.to(tl.float64)) + divide(coin * left, rest.to(tl.float64))
     return result

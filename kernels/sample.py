@@ -6,12 +6,13 @@ pipeline is one launch. Where a single program has the row, it is a block barrie
 workspace, a phase may also be a launch of its own: Triton's interpreter, which runs programs one after another, runs
 split rows that way.
 
-    scan         stages 3 and 4: penalties, history edits, the row's maximum, each chunk's highest key; mass floors
+    scan         stages 3 and 4: penalties and history edits, the row's maximum, each chunk's highest key; floors
     mass_floors  those of probabilities, whose unit is known after the scan
     top_n_sigma  stage 7, as all steps down to xtc, each skipped where it is off: sums, then the cut
     top_k        rounds of selection, then a cut among equal tokens
     top_p        likewise
     typical      sums, rounds of selection, the interval; before top_p in "temperature_last"
+    late_floors  those of "temperature_last" with typical: the heaviest mass that is kept, then the floors
     epsilon, eta, top_a, p_less
                  sums, then the floor, one filter after the other
     xtc          sums, the top choices, what is excluded
@@ -26,15 +27,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .filters import mass_floors, phases_on, top_k, top_p
+from .filters import floors_are_late, mass_floors, phases_on, top_k, top_p
 from .kept import (
     Place,
-    all_above,
     drawn_from,
     everything,
     excludes,
     keeps,
+    last_top_choice,
+    load_kept,
     narrow_above,
+    only,
     place_at,
     store_kept,
     store_rest,
@@ -50,8 +53,9 @@ from .stats import measure
 from .workspace import (
     CHUNK_SUMS,
     DIGITS,
-    EPSILON,
+    FIRST,
     LAST,
+    LATE_FLOORS,
     MAX_PARTS,
     MEASURES,
     NEAREST,
@@ -107,11 +111,14 @@ def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, PROBS: tl.constexpr, B
         tl.store(row.ws + TOP_K + SUMS + index, zeros)
         tl.store(row.ws + TOP_P + SUMS + index, zeros)
         tl.store(row.ws + NEAREST + SUMS + index, zeros)
-        index = tl.arange(0, 64)
-        tl.store(row.ws + MEASURES + index, tl.where(index == XTC_TOPS * 8 + LAST, LONG_MIN, tl.zeros([64], tl.int64)))
+        zeros, index = tl.zeros([128], tl.int64), tl.arange(0, 128)
+        tl.store(row.ws + MEASURES + index, tl.where(index == XTC_TOPS * 8 + LAST, LONG_MIN, zeros))
+        tl.store(row.ws + FIRST, tl.full([], LONG_MIN, tl.int64))
         kept = everything()
         store_rest(row.ws, kept.high)
-        store_kept(row.ws, mass_floors(kept, row.record, tl.full([], 1, tl.int64) << MASS_BITS))
+        # Late floors are not known yet; those of a unit of 0 keep everything.
+        unit = tl.full([], 1, tl.int64) << MASS_BITS
+        store_kept(row.ws, mass_floors(kept, row.record, tl.where(floors_are_late(row.record), 0, unit)))
 
 
 @triton.jit
@@ -153,6 +160,7 @@ def kept_mass(row, kept, chunk, peak, scale, drawn, BLOCK: tl.constexpr):
 def weigh(row, peak, scale, PROBS: tl.constexpr, BLOCK: tl.constexpr):
     """The kept mass of each of this part's chunks; then that of what XTC leaves, where it excludes something."""
     drawn = drawn_scale(row.record, peak, PROBS)
+    whole = tl.full([], 0, tl.int64)
     for rest in range(1 + excludes(row.ws).to(tl.int32)):
         kept = drawn_from(row.ws, rest)
         for chunk in range(row.begin, row.end):
@@ -160,21 +168,39 @@ def weigh(row, peak, scale, PROBS: tl.constexpr, BLOCK: tl.constexpr):
             if may_hold(row, chunk, kept, peak, scale):
                 mass = tl.sum(kept_mass(row, kept, chunk, peak, scale, drawn, BLOCK))
             tl.store(row.chunk_sums + rest * row.chunks + chunk, mass)
+            whole += mass
+    kept = load_kept(row.ws)
+    if (whole == 0) & ((drawn != scale) | (kept.high.key != INT_MAX)):
+        find_first(row, kept, peak, scale, BLOCK)
 
 
 @triton.jit
-def draw(row, draws, peak, scale, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stage 8: each of the row's programs takes its share of the draws."""
+def find_first(row, kept, peak, scale, BLOCK: tl.constexpr):
+    """The first token in the rank order of what is kept, for the case that none of it has any mass.
+
+    That takes a low temperature after the filters, or filters that leave out the maximum.
+    """
+    first = tl.full([], LONG_MIN, tl.int64)
+    for chunk in range(row.begin, row.end):
+        if may_hold(row, chunk, kept, peak, scale):
+            ids, value = load_chunk(row, chunk, BLOCK)
+            key = key_of(value)
+            inside = keeps(kept, Place(key, ids), mass_of(value, peak, scale))
+            first = tl.maximum(first, tl.max(tl.where(inside, ranked(key, ids), LONG_MIN)))
+    tl.atomic_max(row.ws + FIRST, first, sem="relaxed")
+
+
+@triton.jit
+def draw(row, draws, whole, peak, scale, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stage 8, where what is kept has some mass: each of the row's programs takes its share of the draws."""
     drawn = drawn_scale(row.record, peak, PROBS)
     has_rest = excludes(row.ws)
-    whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
     left = whole
     if has_rest:
         left = sum_of_chunks(row, row.chunk_sums + row.chunks, CHUNKS)
     if row.part == 0:
-        # At a low temperature, what is kept may have no mass at all.
-        tl.store(row.ws + TOTAL, tl.maximum(whole, 1))
-        tl.store(row.ws + REST, tl.maximum(left, 1))
+        tl.store(row.ws + TOTAL, whole)
+        tl.store(row.ws + REST, left)
     seed, offset = tl.load(draws.seed), tl.load(draws.offset)
     for j in range(row.part, draws.count, row.parts):
         index = tl.full([], 0, tl.int32) + j
@@ -185,18 +211,20 @@ def draw(row, draws, peak, scale, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLO
         chunk, before = find_chunk(row, row.chunk_sums + rest * row.chunks, threshold, CHUNKS)
         mass = kept_mass(row, drawn_from(row.ws, rest), chunk, peak, scale, drawn, BLOCK)
         token = chunk * BLOCK + tl.sum((before + tl.cumsum(mass, 0) <= threshold).to(tl.int32))
-        tl.store(draws.tokens + j, tl.minimum(token, row.vocab - 1).to(tl.int64))
+        token = tl.where((rest > 0) & (left == 0), last_top_choice(row.ws), token)
+        tl.store(draws.tokens + j, token.to(tl.int64))
 
 
 @triton.jit
-def settle_unfiltered(row, draws, best, greedy, unit):
-    """Stage 5: a greedy row keeps its maximum alone, an invalid one nothing."""
-    token = tl.where(greedy & (status_of(best) == 0), id_in(best), -1)
+def settle_on(row, draws, best, PROBS: tl.constexpr):
+    """What is left is one token: of a greedy row, or of one whose kept tokens have no mass. An invalid row has none."""
+    token = tl.where(status_of(best) == 0, id_in(best), -1)
     for j in range(draws.count):
         tl.store(draws.tokens + j, token.to(tl.int64))
-    # No token ranks at or above the maximum's key with the id -1.
-    store_kept(row.ws, all_above(place_at(key_in(best), token)))
-    total = tl.where(token < 0, 1, unit)
+    store_kept(row.ws, only(key_in(best), token))
+    tl.store(row.ws + PEAK, best)
+    x = from_key(key_in(best))
+    total = tl.where(token < 0, 1, mass_of(x, x, judged_scale(row.record, x, PROBS)))
     tl.store(row.ws + TOTAL, total)
     tl.store(row.ws + REST, total)
 
@@ -233,7 +261,7 @@ def after_scan(
             elif (tl.full([], measuring_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
                 measure(row, measure_at(phase, ROUNDS), peak, scale, PROBS, VEC, BLOCK)
                 meet(row, SPLIT)
-            elif phase < first_phase("epsilon", ROUNDS):
+            elif phase < first_phase("late_floors", ROUNDS):
                 typical(row, phase - first_phase("typical", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
             elif phase < first_phase("xtc", ROUNDS):
                 narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of(peak, peak, scale), SPLIT)
@@ -243,19 +271,24 @@ def after_scan(
                 weigh(row, peak, scale, PROBS, BLOCK)
                 meet(row, SPLIT)
             else:
-                if row.part == 0:
-                    tl.store(row.ws + PEAK, best)
-                    tl.store(draws.status, status_of(best))
+                whole = tl.full([], 0, tl.int64)
                 if filtered:
-                    draw(row, draws, peak, scale, PROBS, CHUNKS, BLOCK)
+                    whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
+                if row.part == 0:
+                    tl.store(draws.status, status_of(best))
+                if whole > 0:
+                    if row.part == 0:
+                        tl.store(row.ws + PEAK, best)
+                    draw(row, draws, whole, peak, scale, PROBS, CHUNKS, BLOCK)
                 elif row.part == 0:
-                    settle_unfiltered(row, draws, best, greedy, mass_of(peak, peak, scale))
+                    settle_on(row, draws, tl.where(filtered, tl.load(row.ws + FIRST), best), PROBS)
 
 
 @triton.jit
 def in_order(number, typical_first, ROUNDS: tl.constexpr):
     """The phase that comes at a number: in "temperature_last", those of typical come before top-p's."""
-    begin, middle, end = first_phase("top_p", ROUNDS), first_phase("typical", ROUNDS), first_phase("epsilon", ROUNDS)
+    begin, middle = first_phase("top_p", ROUNDS), first_phase("typical", ROUNDS)
+    end = first_phase("late_floors", ROUNDS)
     later = number - (end - middle)
     swapped = tl.where(later < begin, number + (middle - begin), later)
     return tl.where(typical_first & (number >= begin) & (number < end), swapped, number)
@@ -264,8 +297,8 @@ def in_order(number, typical_first, ROUNDS: tl.constexpr):
 @triton.jit
 def measure_at(phase, ROUNDS: tl.constexpr):
     """What a phase measures, or uses the measure of."""
-    floor = (phase - first_phase("epsilon", ROUNDS)) // 2 + EPSILON
-    floor = tl.where(phase < first_phase("epsilon", ROUNDS), TYPICAL, floor)
+    floor = (phase - first_phase("late_floors", ROUNDS)) // 2 + LATE_FLOORS
+    floor = tl.where(phase < first_phase("late_floors", ROUNDS), TYPICAL, floor)
     return tl.where(phase < first_phase("xtc", ROUNDS), floor, XTC)
 
 

@@ -7,11 +7,10 @@ itself.
 import triton
 import triton.language as tl
 
-from .kept import Kept, Place, keeps, load_kept
+from .kept import Place, keeps, load_kept
 from .keys import key_of
 from .mass import MASS_FLOOR, mass_of
 from .process import NEG_INF
-from .record import choice, param
 from .row import load_chunk, may_hold
 from .workspace import (
     COUNT,
@@ -25,7 +24,6 @@ from .workspace import (
     P_LESS,
     SQUARES,
     TOP_N_SIGMA,
-    TYPICAL,
 )
 
 HALF_MASS = tl.constexpr(20)  # a mass is upper * 2^20 + lower
@@ -45,17 +43,9 @@ def by_thread(values, VEC: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def measured_base(ws, record, which):
-    """The set that a filter measures: what is kept so far. Floors on mass come after typical in "temperature_last"."""
-    kept = load_kept(ws)
-    before = (which == TYPICAL) & (param(record, "order") == choice("order", "temperature_last"))
-    return Kept(kept.high, kept.low, tl.where(before, 0, kept.floor))
-
-
-@triton.jit
 def measure(row, which, peak, scale, PROBS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """Add up this part of a filter's base set: Z, the sums of mass times depth, or for p-less of masses squared."""
-    base = measured_base(row.ws, row.record, which)
+    """Add up this part of what is kept so far: Z, the sums of mass times depth, or for p-less of masses squared."""
+    base = load_kept(row.ws)
     mass = tl.zeros([BLOCK // VEC], tl.int64)
     high, low, squares, heaviest = mass, mass, mass, mass
     for chunk in range(row.begin, row.end):

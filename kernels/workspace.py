@@ -20,6 +20,7 @@ STEPS = tl.constexpr(
         ("top_k", 1, 2),
         ("top_p", 1, 2),
         ("typical", 0, 2 + TYPICAL_ROUNDS.value),
+        ("late_floors", 0, 2),  # mass_floors where typical comes before them
         ("epsilon", 0, 2),
         ("eta", 0, 2),
         ("top_a", 0, 2),
@@ -60,20 +61,22 @@ def phase_bits(step, rounds):
 @triton.constexpr_function
 def measuring_bits(rounds):
     """The phases that measure what a filter needs to know of the tokens kept so far."""
-    return sum(1 << first_phase(step, rounds) for step in ("typical", "epsilon", "eta", "top_a", "p_less", "xtc"))
+    steps = ("typical", "late_floors", "epsilon", "eta", "top_a", "p_less", "xtc")
+    return sum(1 << first_phase(step, rounds) for step in steps)
 
 
 # A row's slots, int64 each.
 HIGH_KEY, HIGH_ID, LOW_KEY, LOW_ID, FLOOR = map(tl.constexpr, range(5))  # what the filters keep (kept.py)
 PEAK, TOTAL = tl.constexpr(5), tl.constexpr(6)  # the packed maximum; the kept mass
 REST, REST_KEY, REST_ID = map(tl.constexpr, range(7, 10))  # what XTC leaves: its mass, and the place before it
-MEASURES = tl.constexpr(64)  # [8, 8], see below
-TOP_K, TOP_P, NEAREST = map(tl.constexpr, range(128, 128 + 3 * 192, 192))  # selections; NEAREST is typical's
-PEAKS = tl.constexpr(128 + 3 * 192)  # [MAX_PARTS], each program's packed maximum
-CHUNK_SUMS = tl.constexpr(128 + 3 * 192 + 256)  # [2, chunks], then the chunks' highest keys [chunks]
+FIRST = tl.constexpr(10)  # the packed first token of what is kept, where that may have no mass
+MEASURES = tl.constexpr(64)  # [16, 8], see below
+TOP_K, TOP_P, NEAREST = map(tl.constexpr, range(192, 192 + 3 * 192, 192))  # selections; NEAREST is typical's
+PEAKS = tl.constexpr(192 + 3 * 192)  # [MAX_PARTS], each program's packed maximum
+CHUNK_SUMS = tl.constexpr(192 + 3 * 192 + 256)  # [2, chunks], then the chunks' highest keys [chunks]
 
 # What is measured, by its row in MEASURES.
-TOP_N_SIGMA, TYPICAL, EPSILON, ETA, TOP_A, P_LESS, XTC, XTC_TOPS = map(tl.constexpr, range(8))
+TOP_N_SIGMA, TYPICAL, LATE_FLOORS, EPSILON, ETA, TOP_A, P_LESS, XTC, XTC_TOPS = map(tl.constexpr, range(9))
 # Sums of a set (stats.py); of top-n-sigma and XTC's top choices, others.
 MASS, HIGH_SUM, LOW_SUM, LOW_SQUARES, HEAVIEST = map(tl.constexpr, range(5))
 COUNT, DISTANCES, SQUARES, LAST = map(tl.constexpr, range(4))

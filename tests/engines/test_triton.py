@@ -23,7 +23,7 @@ from cases import EXTRAS, MAKERS, OLD_SETS, PARAMS, PENALTY_SETS, Case
 from conformance import assert_agree
 from tiers import quick_where_new
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import Job
+from triton_interpreter import Job, Rare
 
 import fastsample as fs
 from fastsample import reference
@@ -93,6 +93,29 @@ OF_PROBS = (
 JOBS = _jobs()
 
 
+def _rare_jobs() -> list[Job]:
+    jobs = []
+    for p, (params, makers) in enumerate(RARE_MAKERS.items()):
+        for m, maker in enumerate(makers):
+            case = Rare(maker, params, (100, 200)[m % 2], KINDS[(p + m) % 3], None, 4)
+            jobs.append(Job(case, parts=(1, 3)[(p + m) % 2], block=64))
+    jobs.append(Job(Rare("ties", "typical-xtc-cold", 150, "bf16", None, 3), parts=3, block=64, threads=True))
+    for m, maker in enumerate(("halves", "cutoffs")):
+        jobs.append(Job(Rare(maker, "xtc-all", 130, "f32", None, 4), 1 + m, 64, probs=True))
+    return jobs
+
+
+RARE_MAKERS = {
+    "typical-cold": ("ties", "flat"),
+    "typical-m": ("lm", "flat"),
+    "typical-all": ("ties", "flat"),
+    "xtc-cold": ("lm", "ties"),
+    "typical-xtc-cold": ("flat", "lm"),
+    "xtc-all": ("cutoffs", "halves"),
+}
+RARE_JOBS = _rare_jobs()
+
+
 def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Results of these jobs, run in a process of their own."""
     folder.mkdir()
@@ -141,12 +164,19 @@ def test_equals_reference(job: Job, interpreted: dict[str, dict[str, torch.Tenso
     assert_agree(interpreted[job.name], job.ask("reference"))
 
 
+@pytest.mark.parametrize("job", quick_where_new(RARE_JOBS, lambda job: [job.case.params]), ids=lambda job: job.name)
+def test_equals_reference_where_what_is_kept_may_weigh_nothing(
+    job: Job, interpreted: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    assert_agree(interpreted[job.name], job.ask("reference"))
+
+
 def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:
     cases = [job.case for job in JOBS]
     assert {case.params for case in cases} == set(PARAMS)
     assert {case.maker for case in cases} == set(MAKERS)
     assert {case.extra for case in cases} == {None, *EXTRAS}
-    assert len({job.name for job in JOBS}) == len(JOBS)
+    assert len({job.name for job in JOBS + RARE_JOBS}) == len(JOBS + RARE_JOBS)
 
 
 # Launches and memory ------------------------------------------------------------------------------------------------

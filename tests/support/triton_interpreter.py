@@ -9,11 +9,12 @@ import inspect
 import json
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import Case, Inputs
+from cases import Case, Fields, Inputs, cycle
 from conformance import MODES, ask, named
 
 import fastsample as fs
@@ -41,6 +42,40 @@ class Job:
     def ask(self, backend: str) -> dict[str, Tensor]:
         """What the engine makes of it."""
         return ask_of_probs(self.case, backend) if self.probs else ask(self.case, backend, brief=True, top=self.top)
+
+
+LAST = {"order": "temperature_last"}
+RARE: dict[str, Callable[[int], Fields]] = {
+    "typical-cold": lambda b: {**LAST, "temperature": cycle(b, 0.05, 0.01), "typical_p": cycle(b, 0.2, 0.5)},
+    "typical-m": lambda b: {**LAST, "temperature": cycle(b, 0.6, 1.0), "typical_p": 0.3, "min_p": cycle(b, 0.5, 0.05)},
+    "typical-all": lambda b: {**LAST, "typical_p": 0.5, "top_p": 0.9, "min_p": 0.4, "epsilon_cutoff": 0.01},
+    "xtc-cold": lambda b: {
+        **LAST,
+        "temperature": cycle(b, 0.02, 0.05),
+        "xtc_probability": cycle(b, 0.5, 0.9, 1.0),
+        "xtc_threshold": 0.01,
+    },
+    "typical-xtc-cold": lambda b: {
+        **LAST,
+        "temperature": cycle(b, 0.02, 0.1),
+        "typical_p": 0.4,
+        "xtc_probability": 0.5,
+    },
+    "xtc-all": lambda b: {"xtc_probability": cycle(b, 0.5, 1.0), "xtc_threshold": 1e-30},
+}
+"""Sets by the number of rows: min-p after typical, and tokens that are kept but have no mass."""
+
+
+class Rare(Case):
+    """A case with one of these sets."""
+
+    def build(self) -> Inputs:
+        plain = Case(self.maker, "plain", self.vocab, self.dtype, self.extra, self.rows)
+        return replace(plain.build(), params=RARE[self.params](self.rows))
+
+
+def case_of(fields: dict[str, Any]) -> Case:
+    return (Rare if fields["params"] in RARE else Case)(**fields)
 
 
 def ask_of_probs(case: Case, backend: str) -> dict[str, Tensor]:
@@ -135,7 +170,7 @@ def main() -> None:
     torch.set_num_threads(1)
     patch_once()
     with open(sys.argv[1]) as file:
-        jobs = [Job(Case(**job.pop("case")), **job) for job in json.load(file)]
+        jobs = [Job(case_of(job.pop("case")), **job) for job in json.load(file)]
     found = {}
     for job in sorted(jobs, key=lambda job: job.threads):
         if job.threads and not engine.ENGINE.one_launch:
