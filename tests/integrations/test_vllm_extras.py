@@ -332,7 +332,7 @@ def test_a_bad_value_is_refused_and_named(plug: Any, processor: SimpleNamespace,
         ({"watermark_config": object()}, "not with watermarks"),
         ({"use_v2_model_runner": "other"}, "is not one that fastsample knows"),
     ],
-    ids=str,
+    ids=["drafts", "watermarks", "runner"],
 )
 def test_where_it_cannot_be_served_it_is_refused(
     plug: Any, processor: SimpleNamespace, config: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
