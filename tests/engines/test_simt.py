@@ -399,6 +399,7 @@ PROBES = (
     Case("ties", "plain", 1025, "f32", "mask", 2),
     Case("flat", "floors", 1025, "f32", None, 4),
     Case("flat", "llama.cpp", 513, "bf16", None, 4),
+    Case("ties", "min_p-xtc-dry", 513, "f32", "repeats", 2),
 )
 
 
