@@ -400,6 +400,7 @@ PROBES = (
     Case("flat", "floors", 1025, "f32", None, 4),
     Case("flat", "llama.cpp", 513, "bf16", None, 4),
     Case("ties", "min_p-xtc-dry", 513, "f32", "repeats", 2),
+    Case("ties", "penalties-dry", 513, "f32", "repeats", 2),
 )
 
 

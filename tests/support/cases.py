@@ -310,6 +310,14 @@ PARAMS |= {
         "p_less": cycle(b, False, True),
         "order": cycle(b, *dict(specs())["order"].choices),
     },
+    "penalties-dry": lambda v, b: {
+        "repetition_penalty": 1.3,
+        "frequency_penalty": cycle(b, 0.3, -0.2),
+        "presence_penalty": 0.2,
+        "dry_multiplier": 0.8,
+        "dry_allowed_length": 1,
+        "no_repeat_ngram_size": cycle(b, 0, 4),
+    },
     "ngrams": lambda v, b: {"no_repeat_ngram_size": cycle(b, 2, 3, 0, 1, 4), "temperature": cycle(b, 1.0, 0.0)},
 }
 
@@ -430,7 +438,7 @@ def repeats(x: Tensor, g: torch.Generator) -> Extra:
     words = x.float().topk(min(vocab, 5)).indices
     table = words[:, torch.tensor([0, 1, 2, 0, 1, 3, 4, 0, 1, 2, 0, 1, 3, 1, 1, 1, 0, 1, 2, 0, 1]) % words.shape[1]]
     table[:, [4, 9]] = torch.tensor([-1, vocab])
-    breakers = torch.cat([words[:, -1:], torch.full((rows, 1), -1)], 1)
+    breakers = torch.cat([words[:, 2 % words.shape[1], None], torch.full((rows, 1), -1)], 1)
     breakers[1::2, 0] = vocab + 7
     return x, {"prompt_ids": table[:, :8], "output_ids": table[:, 8:], "dry_breakers": breakers}
 
