@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/outputs.h"
+#include "cpu/rough.h"
 #include "cpu/top_k.h"
 #include "cpu/top_p.h"
 #include "cpu/typical.h"
@@ -148,13 +149,75 @@ Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
     const float mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
     const uint64_t target = top_p_target(p.typical_p, sums.mass);
     const Weighing weight(base.judge, kept.floor);
-    const float limit = base.on(
-        [&](const auto& d) { return typical_limit(d, kept, weight, mean, target, base.task.ws); });
-    const float high = highest_near(mean, limit), low = -highest_near(-mean, limit);
+    Limit limit = {0, 0};
+    if (!base.listed && bounds_of(kept) == kUnbounded) {
+      limit =
+          estimated_limit(base.task.dense, weight, mean, (double)p.typical_p, target, base.task.ws);
+    }
+    const bool found = limit.total != 0;
+    if (!found) {
+      limit.distance = base.on([&](const auto& d) {
+        return typical_limit(d, kept, weight, mean, target, base.task.ws);
+      });
+    }
+    const float high = highest_near(mean, limit.distance);
+    const float low = -highest_near(-mean, limit.distance);
     if (high < base.judge.max) kept = narrow_below(kept, Place<float>{high, -1});
     kept = narrow_above(kept, Place<float>{low, INT32_MAX});
+    base.set_weighed(kept, limit.total);
   }
   return kept;
+}
+
+// Leaves out what lies below a floor. Where that is little of a row, it is taken out of the masses
+// of its groups, which then need not be added up again.
+template <class T, class W>
+Kept<float> narrow_to_floor(Base<T, W>& base, const Kept<float>& kept, uint64_t floor) {
+  const Kept<float> heavy = narrow_to_mass(kept, floor);
+  if constexpr (W::kOfLogits) {
+    const Dense<T>& d = base.task.dense;
+    const bool whole = !base.listed && bounds_of(kept) == kUnbounded;
+    if (equal(heavy, kept) || !whole || !base.has_weighed(kept)) return heavy;
+    const float edge = Edge(base.judge, {floor, floor}).high;
+    if (!takes_out_rather(share_from(d, edge))) return heavy;
+    base.set_weighed(heavy, take_out_light(d, base.judge, kept, floor, edge, base.task.ws));
+  }
+  return heavy;
+}
+
+// A floor from the bounds that rough(d, weight, total) finds, if they determine what it keeps;
+// else 0.
+template <class T, class W, class Rough>
+uint64_t rough_floor(Base<T, W>& base, const Kept<float>& kept, Rough rough) {
+  if constexpr (W::kOfLogits) {
+    const Dense<T>& d = base.task.dense;
+    if (base.listed || bounds_of(kept) != kUnbounded) return 0;
+    uint64_t total;
+    const FloorBounds floor = rough(d, Weighing(base.judge, kept.floor), &total);
+    base.set_weighed(kept, total);
+    if (determines(d, base.judge, floor, Edge(base.judge, floor))) return floor.high;
+  }
+  return 0;
+}
+
+template <class T, class W>
+Kept<float> eta(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+  const uint64_t most = heaviest(base, kept);
+  uint64_t floor = rough_floor(base, kept, [&](const auto& d, const auto& weight, uint64_t* total) {
+    return rough_eta_floor(d, weight, base.task.ws, p, most, total);
+  });
+  if (!floor) floor = eta_floor(p, measure(base, kept, p, Depths{base.judge}), most);
+  return narrow_to_floor(base, kept, floor);
+}
+
+template <class T, class W>
+Kept<float> p_less(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+  const uint64_t most = heaviest(base, kept);
+  uint64_t floor = rough_floor(base, kept, [&](const auto& d, const auto& weight, uint64_t* total) {
+    return rough_p_less_floor(d, weight, base.task.ws, most, total);
+  });
+  if (!floor) floor = p_less_floor(measure(base, kept, p, Squares{}), most);
+  return narrow_to_floor(base, kept, floor);
 }
 
 // The filters that keep every token of at least some mass, which is measured on what is kept so
@@ -163,23 +226,17 @@ template <class T, class W>
 Kept<float> measured_floors(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if (p.epsilon_cutoff > 0) {
     const uint64_t total = weigh(base, kept, p);
-    kept = narrow_to_mass(kept, epsilon_floor(p, total, heaviest(base, kept)));
+    kept = narrow_to_floor(base, kept, epsilon_floor(p, total, heaviest(base, kept)));
   }
   if constexpr (W::kOfLogits) {
-    if (p.eta_cutoff > 0) {
-      const DepthSums sums = measure(base, kept, p, Depths{base.judge});
-      kept = narrow_to_mass(kept, eta_floor(p, sums, heaviest(base, kept)));
-    }
+    if (p.eta_cutoff > 0) kept = eta(base, kept, p);
   }
   if (p.top_a > 0) {
     const uint64_t total = weigh(base, kept, p);
     const uint64_t floor = top_a_floor(p, total, base.judge.unit(), heaviest(base, kept));
-    kept = narrow_to_mass(kept, floor);
+    kept = narrow_to_floor(base, kept, floor);
   }
-  if (p.p_less) {
-    const SquareSums sums = measure(base, kept, p, Squares{});
-    kept = narrow_to_mass(kept, p_less_floor(sums, heaviest(base, kept)));
-  }
+  if (p.p_less) kept = p_less(base, kept, p);
   return kept;
 }
 

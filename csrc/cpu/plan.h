@@ -63,6 +63,10 @@ FS_HD bool gathers(const Kept<float>& reach, const Kept<float>& base) {
 // of it, and to weigh that.
 FS_HD bool weighs_rather(double share) { return share > 0.15; }
 
+// Whether to take what lies below a floor out of the masses of a row, all but this share of it,
+// costs less than to add them up again.
+FS_HD bool takes_out_rather(double share) { return share > 0.97; }
+
 // What it takes to tell whether a token ranks within the interval of a kept set.
 enum Bounds : int32_t {
   kUnbounded,  // nothing: all tokens above -inf do

@@ -2,6 +2,7 @@
 // target.
 #pragma once
 
+#include "cpu/estimate.h"
 #include "cpu/stats.h"
 
 namespace fastsample {
@@ -90,6 +91,131 @@ float typical_limit(const Domain& d, const Kept<float>& kept, const Weight& weig
                     uint64_t target, const Workspace& ws) {
   const Around all = collect_kept(d, kept, weight, mean, ws.values);
   return nearest_limit(weight, all, mean, 0, target);
+}
+
+// A sample by distance: its values are replaced by negative distances, so that the nearest is the
+// highest.
+FS_INLINE void negate_distances(float* x, int n, float mean) {
+  for (int i = 0; i < n; i += kLanes) store(x + i, splat(0.0f) - distance(load(x + i), mean));
+  fill_up(x, n);
+}
+
+// How far off the weight at `edge` or above it may be: two and a half standard deviations.
+FS_INLINE double uncertainty_of_share(const Sample& s, float edge, double share) {
+  double above = 0, below = 0;
+  for (int i = 0; i < s.n; ++i) {
+    const double square = (double)s.weight[i] * (double)s.weight[i];
+    (s.x[i] >= edge ? above : below) += square;
+  }
+  return 2.5 * s.each * sqrt((1 - share) * (1 - share) * above + share * share * below);
+}
+
+// The distances between which the limit probably lies. A wrong estimate costs time, but changes no
+// token.
+struct Distances {
+  float near, far;
+};
+
+template <class T, class Weight>
+Distances find_distances(const Dense<T>& d, const Weight& weight, float mean, double share,
+                         const Workspace& ws) {
+  Span heads = take_heads(d, ws.spare);
+  Sample body;
+  take_sample<Weight::kSampleRun>(d, &body);
+  const int shared = count_above(body.x, body.n, nextafterf(heads.low, -INFINITY));
+  if (shared > 8 + 2 * heads.n / body.each) heads = {ws.spare, 0, INFINITY, -INFINITY};
+  const float lowest = weight.lowest();
+  body.n = filter(body.x, body.n, body.x, [&](vf v) {
+             return both(gt(v, splat(lowest)), gt(splat(heads.low), v));
+           }).n;
+  float* head_weight = ws.spare + heads.n + kPad;
+  weight.roughly(body.x, body.n, body.weight);
+  weight.roughly(heads.x, heads.n, head_weight);
+  negate_distances(body.x, body.n, mean);
+  negate_distances(heads.x, heads.n, mean);
+  const Span a = span_of(body.x, body.n), b = span_of(heads.x, heads.n);
+  const float low = a.low < b.low ? a.low : b.low, high = a.high > b.high ? a.high : b.high;
+  if (!(low <= high)) return {0, INFINITY};
+  Histogram h(low, high);
+  h.add(body.x, body.weight, body.n, (float)body.each);
+  h.add(heads.x, head_weight, heads.n, 1.0f);
+  h.accumulate();
+  const double target = share * (double)h.total();
+  const double slack = uncertainty_of_share(body, h.below(h.reach(target)), share);
+  const int top = target > slack ? h.reach(target - slack) : 0;
+  return {-h.above(top), -h.below(h.reach(target + slack))};
+}
+
+// Adds to each group's mass what lies within the limit of the values in ws.values.
+template <class T, class Weight>
+uint64_t add_within(const Dense<T>& d, const Weight& weight, float mean, float limit,
+                    const Workspace& ws) {
+  uint64_t total = 0;
+  for (int g = 0; g < groups(d); ++g) {
+    const float* x = ws.values + ws.segment[g];
+    ws.group_mass[g] += weigh_some(weight, x, ws.segment[g + 1] - ws.segment[g],
+                                   [&](vf v) { return ge(splat(limit), distance(v, mean)); });
+    total += ws.group_mass[g];
+  }
+  return total;
+}
+
+struct Limit {
+  float distance;
+  uint64_t total;  // of what lies within it, which ws.group_mass holds; 0 where it is not found
+};
+
+// The limit in a row that is all kept so far: one pass weighs what is nearer than an
+// estimate of it, and copies what is about as far away.
+template <class T, class Weight>
+Limit estimated_limit(const Dense<T>& d, const Weight& weight, float mean, double share,
+                      uint64_t target, const Workspace& ws) {
+  constexpr int N = kAbreast;
+  if (blocks(d) < 2 * kSample / kBlock) return {0, 0};
+  const Distances about = find_distances(d, weight, mean, share, ws);
+  const float lowest = weight.lowest(), farthest = -highest_near(-mean, about.far);
+  const float from = farthest > lowest ? farthest : lowest;
+  uint64_t inside = 0;
+  float* end = ws.values;
+  for (int g = 0; g < groups(d); ++g) {
+    ws.segment[g] = (int32_t)(end - ws.values);
+    MassSum sum;
+    const auto counts = [&](int b) { return upper_bound(d, b) >= from; };
+    each_run(d, g, counts, [&](auto run, auto near) {
+      const Weight own = weight;  // copies: to the compiler, a store might change the originals
+      const Distances bounds = about;
+      const float center = mean, least = lowest;
+      MassSum run_sum;
+      float* next = end;
+      const auto* x = run.x;
+      for (int i = 0; i < (run.end - run.begin) * kBlock; i += N * kLanes) {
+        const Pack<N> p = load_pack<N>(x + i);
+        Where<N> nearer;
+        Mask around[N];
+        FS_EACH(N) {
+          const vf away = distance(p.v[u], center);
+          nearer.m[u] = gt(splat(bounds.near), away);
+          const Mask within = both(ge(splat(bounds.far), away), gt(p.v[u], splat(least)));
+          around[u] = but_not(within, nearer.m[u]);
+        }
+        add(run_sum, own.of(p, nearer, near));
+        FS_EACH(N) next += compress_store(next, p.v[u], around[u]);
+      }
+      sum += run_sum;
+      end = next;
+    });
+    ws.group_mass[g] = weight.total(sum);
+    inside += ws.group_mass[g];
+  }
+  const int n = (int)(end - ws.values);
+  ws.segment[groups(d)] = n;
+  fill_up(ws.values, n);
+  if (!n || inside >= target) return {0, 0};
+  const auto every = [](vf) { return from_bits(kAllLanes); };
+  const Around around = keep_around(ws.values, n, ws.spare, mean, every);
+  const float limit = nearest_limit(weight, around, mean, inside, target);
+  const uint64_t total = add_within(d, weight, mean, limit, ws);
+  return total >= target ? Limit{limit, total} : Limit{0, 0};
 }
 
 }  // namespace
