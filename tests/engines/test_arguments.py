@@ -53,6 +53,7 @@ def test_every_tensor_has_its_words() -> None:
     bias = Bias(torch.tensor([0, 1, 1, 2]), torch.tensor([3, 4]), torch.tensor([1.0, 2.0]), 40)
     rows = Rows(fs.SamplingParams(top_k=[1, 2, 3]).pack(), torch.zeros(3).long(), torch.zeros(1).long())
     rows.bitmask, rows.bias, rows.prompt_ids, rows.output_ids = mask, bias, ids, ids[:, 1:]
+    rows.breakers = torch.tensor([[7, 8, 9, -1, -1]])
     found = words(native.row_arguments(rows), native.ROW_FIELDS)
     assert found == {
         "params": rows.records.data_ptr(),
@@ -75,9 +76,12 @@ def test_every_tensor_has_its_words() -> None:
         "output": ids.data_ptr() + 8,
         "output_stride": 4,
         "output_length": 2,
+        "breakers": rows.breakers.data_ptr(),
+        "breakers_stride": 0,
+        "breakers_length": 5,
     }
     without = words(native.row_arguments(Rows(rows.records, rows.seeds, rows.offsets)), native.ROW_FIELDS)
-    assert {name for name in found if without[name] != found[name]} >= {"mask", "bias_row_ptr", "prompt", "output"}
+    assert {name for name in found if without[name] != found[name]} >= {"mask", "bias_row_ptr", "prompt", "output", "breakers"}
     assert without["mask_words"] == -1
 
 
