@@ -81,7 +81,8 @@ def test_every_tensor_has_its_words() -> None:
         "breakers_length": 5,
     }
     without = words(native.row_arguments(Rows(rows.records, rows.seeds, rows.offsets)), native.ROW_FIELDS)
-    assert {name for name in found if without[name] != found[name]} >= {"mask", "bias_row_ptr", "prompt", "output", "breakers"}
+    differs = {name for name in found if without[name] != found[name]}
+    assert differs >= {"mask", "bias_row_ptr", "prompt", "output", "breakers"}
     assert without["mask_words"] == -1
 
 
