@@ -91,7 +91,8 @@ def full(
 ) -> Tensor:
     """`fastsample.filter_logits` and `fastsample.probabilities` in a trace."""
     given = (*_params(params, fields), *_taken(inputs))
-    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, *options[-3:])
+    asked = (options.on_invalid, options.backend, options.input)
+    result: Tensor = torch.ops.fastsample.full(kind, _own(logits), *given, *asked)
     return result
 
 

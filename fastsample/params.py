@@ -201,18 +201,33 @@ class SamplingParams:
         low=0.0,
         off="0",
         counts="prompt_ids or output_ids",
+        of_history=True,
         examples=(0.8, 3.0),
         beside={"dry_allowed_length": 1},
     )
-    dry_base: Values = real(1.75, "how fast DRY grows with the length", low=1.0, examples=(1.0, 3.0), beside=_DRY)
+    dry_base: Values = real(
+        1.75, "how fast DRY grows with the length", low=1.0, of_history=True, examples=(1.0, 3.0), beside=_DRY
+    )
     dry_allowed_length: int | Values = integer(
-        2, "shorter repetitions are free of DRY", low=1, examples=(3, 4), beside=_DRY
+        2, "shorter repetitions are free of DRY", low=1, of_history=True, examples=(3, 4), beside=_DRY
     )
     dry_range: int | Values = integer(
-        0, "how many of the last ids DRY looks at; 0 means all", low=0, off="0", examples=(3, 5), beside=_DRY
+        0,
+        "how many of the last ids DRY looks at; 0 means all",
+        low=0,
+        off="0",
+        of_history=True,
+        examples=(3, 5),
+        beside=_DRY,
     )
     no_repeat_ngram_size: int | Values = integer(
-        0, "no n-gram occurs twice; 0 is off", low=0, off="0", counts="prompt_ids or output_ids", examples=(2, 1)
+        0,
+        "no n-gram occurs twice; 0 is off",
+        low=0,
+        off="0",
+        counts="prompt_ids or output_ids",
+        of_history=True,
+        examples=(2, 1),
     )
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class Spec:
     counts: str = ""  # for a penalty: the ids without which it has no effect
     open_high: bool = False
     of_logits: bool = False  # measured on logits, so that it has no meaning for probabilities
+    of_history: bool = False  # reads the ids of the text in their order
     examples: tuple[Any, ...] = ()  # for tests: values that each change what is kept, or its logits,
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # with these fields beside them
 

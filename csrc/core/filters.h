@@ -107,7 +107,8 @@ FS_HD uint64_t xtc_floor(const RowParams& p, uint64_t total) {
   return (uint64_t)((double)p.xtc_threshold * (double)total);
 }
 
-// Tokens of at least this fraction of the heaviest one's mass, `unit`; 0 keeps all.
+// Tokens of at least this fraction of the mass of the heaviest one that is kept so far, `unit`; 0
+// keeps all.
 template <class X>
 FS_HD Kept<X> min_p(Kept<X> kept, const RowParams& p, uint64_t unit) {
   return narrow_to_mass(kept, (uint64_t)((double)p.min_p * (double)unit));
@@ -115,8 +116,9 @@ FS_HD Kept<X> min_p(Kept<X> kept, const RowParams& p, uint64_t unit) {
 
 // The filters that keep the tokens from some mass up, whatever the rest of the row holds. They
 // stand where the orders have min-p. A new one is a function like min_p and a line here; the
-// engines call this function only. A floor is at most `unit`, the mass of the row's heaviest token
-// (2^40 for logits), so that one is always kept.
+// engines call this function only. A floor is at most `unit`, the mass of the heaviest token that
+// is kept so far (2^40 for logits, unless typical has left out the maximum), so that one always
+// stays.
 template <class X>
 FS_HD Kept<X> mass_floors(Kept<X> kept, const RowParams& p, uint64_t unit) {
   kept = min_p(kept, p, unit);

@@ -265,7 +265,6 @@ Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
       kept = top_k(base, kept, p);
       kept = top_p(base, kept, p);
       kept = typical(base, kept, p);
-      kept = measured_floors(base, kept, p);
       break;
     case kJoint:  // top-p on the whole row, which it leaves as the base set
       kept = top_p(base, kept, p);
@@ -273,7 +272,6 @@ Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
       kept = top_k(base, kept, p);
       kept = mass_floors(base, kept, p);
       kept = typical(base, kept, p);
-      kept = measured_floors(base, kept, p);
       break;
     case kTemperatureLast:
       kept = top_n_sigma(base, kept, p);
@@ -281,7 +279,6 @@ Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
       kept = typical(base, kept, p);
       kept = top_p(base, kept, p);
       kept = mass_floors(base, kept, p);
-      kept = measured_floors(base, kept, p);
       break;
     default:
       kept = top_n_sigma(base, kept, p);
@@ -289,9 +286,8 @@ Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
       kept = top_p(base, kept, p);
       kept = mass_floors(base, kept, p);
       kept = typical(base, kept, p);
-      kept = measured_floors(base, kept, p);
   }
-  return kept;
+  return measured_floors(base, kept, p);
 }
 
 // Stages 7 and 8.

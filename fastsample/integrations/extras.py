@@ -27,7 +27,7 @@ MAX_STRINGS = 64
 
 FIELDS: dict[str, Spec] = {name: spec for name, spec in specs() if name not in _STACKS_HAVE}
 NAMES = (*FIELDS, BREAKERS)
-_OF_HISTORY = frozenset(name for name in FIELDS if name.startswith(("dry_", "no_repeat_")))
+_OF_HISTORY = frozenset(name for name, spec in FIELDS.items() if spec.of_history)
 
 
 class RefusedError(ValueError):

@@ -259,8 +259,8 @@ FILTERS = tuple(
     for name, spec in specs()
     if spec.kind != "choice"
     and not spec.counts
+    and not spec.of_history
     and name not in ("temperature", "xtc_threshold")
-    and not name.startswith("dry_")
 )
 
 

@@ -81,10 +81,10 @@ _AFTER_WARPERS = (
     LogitNormalization,
 )
 
-HISTORY = frozenset(name for name, spec in specs() if spec.counts or name.startswith("dry_"))
+HISTORY = frozenset(name for name, spec in specs() if spec.counts or spec.of_history)
 """Fields that edit logits by the ids of the text so far. Greedy search obeys them too."""
 
-_LOOK_BACK = {"no_repeat_ngram_size", "dry_multiplier"}  # they read the text in order, all of it but the padding
+_LOOK_BACK = {name for name, spec in specs() if spec.counts and spec.of_history}  # of all of the text but the padding
 
 # In transformers top_p = 0 keeps one token. The contract has 0 < p, and a tiny p keeps one token too.
 _SMALLEST_TOP_P = 2.0**-40
