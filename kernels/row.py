@@ -29,9 +29,15 @@ class Row(NamedTuple):
 
 @triton.jit
 def load_chunk(row, chunk, BLOCK: tl.constexpr):
-    """Ids and logits of a chunk."""
-    ids = chunk * BLOCK + tl.arange(0, BLOCK)
-    return ids, load_x(row.x, ids, row.vocab)
+    """Ids and logits of a chunk.
+
+    A thread's ids are one that it computes here and constants from there on, so that none of them lives in a register
+    beyond the chunk.
+    """
+    VEC: tl.constexpr = 128 // row.x.dtype.element_ty.primitive_bitwidth
+    first = chunk * BLOCK + VEC * tl.arange(0, BLOCK // VEC)
+    ids = first[:, None] + tl.arange(0, VEC)[None, :]
+    return tl.reshape(ids, [BLOCK]), tl.reshape(load_x(row.x, ids, row.vocab), [BLOCK])
 
 
 @triton.jit

@@ -230,23 +230,33 @@ def settle_on(row, draws, best, PROBS: tl.constexpr):
 
 
 @triton.jit
+def best_of(row):
+    """The row's best token, packed, once all of its parts are scanned."""
+    index = tl.arange(0, MAX_PARTS)
+    return tl.max(tl.load(row.ws + PEAKS + index, mask=index < row.parts, other=LONG_MIN))
+
+
+@triton.jit
+def is_filtered(row, best):
+    """Whether stages 6 to 8 apply: the row is valid and not greedy."""
+    return (status_of(best) == 0) & (is_greedy(param(row.record, "temperature")) == 0)
+
+
+@triton.jit
 def after_scan(
     row, draws, first, last,
     ROUNDS: tl.constexpr, SPLIT: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stages 5 to 8: phases first to last - 1."""
-    index = tl.arange(0, MAX_PARTS)
-    best = tl.max(tl.load(row.ws + PEAKS + index, mask=index < row.parts, other=LONG_MIN))
+    best = best_of(row)
     peak = from_key(key_in(best))
     scale = judged_scale(row.record, peak, PROBS)
     typical_first = param(row.record, "order") == choice("order", "temperature_last")
-    greedy = is_greedy(param(row.record, "temperature"))
-    filtered = (status_of(best) == 0) & (greedy == 0)
-    on = tl.where(filtered, phases_on(row.record, row.vocab, ROUNDS) | phase_bits("weigh", ROUNDS), 0)
-    on |= phase_bits("draw", ROUNDS)
+    on = phases_on(row.record, row.vocab, ROUNDS) | phase_bits("weigh", ROUNDS)
     if PROBS:
-        on |= tl.where(filtered, phase_bits("mass_floors", ROUNDS), 0)
+        on |= phase_bits("mass_floors", ROUNDS)
+    on = tl.where(is_filtered(row, best), on, 0) | phase_bits("draw", ROUNDS)
     for number in range(first, last):
         phase = in_order(number, typical_first, ROUNDS)
         if (on >> phase) & 1 != 0:
@@ -271,17 +281,26 @@ def after_scan(
                 weigh(row, peak, scale, PROBS, BLOCK)
                 meet(row, SPLIT)
             else:
-                whole = tl.full([], 0, tl.int64)
-                if filtered:
-                    whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
-                if row.part == 0:
-                    tl.store(draws.status, status_of(best))
-                if whole > 0:
-                    if row.part == 0:
-                        tl.store(row.ws + PEAK, best)
-                    draw(row, draws, whole, peak, scale, PROBS, CHUNKS, BLOCK)
-                elif row.part == 0:
-                    settle_on(row, draws, tl.where(filtered, tl.load(row.ws + FIRST), best), PROBS)
+                finish(row, draws, PROBS, CHUNKS, BLOCK)
+
+
+@triton.jit
+def finish(row, draws, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The last phase: the row's status and tokens."""
+    best = best_of(row)
+    filtered = is_filtered(row, best)
+    whole = tl.full([], 0, tl.int64)
+    if filtered:
+        whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
+    if row.part == 0:
+        tl.store(draws.status, status_of(best))
+    if whole > 0:
+        if row.part == 0:
+            tl.store(row.ws + PEAK, best)
+        peak = from_key(key_in(best))
+        draw(row, draws, whole, peak, judged_scale(row.record, peak, PROBS), PROBS, CHUNKS, BLOCK)
+    elif row.part == 0:
+        settle_on(row, draws, tl.where(filtered, tl.load(row.ws + FIRST), best), PROBS)
 
 
 @triton.jit

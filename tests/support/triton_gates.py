@@ -152,6 +152,7 @@ DIVIDES = re.compile(r"div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(")
 LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
 TWO_TO_32 = "0x4f800000"
+COPIES = ("MOV", "UMOV", "IMAD.MOV.U32", "R2UR")
 DIVISION_LENGTH = 64  # instructions that a division may span when it is scheduled among others
 
 
@@ -160,7 +161,7 @@ def instructions(sass: str) -> Iterator[tuple[str, bool]]:
 
     Those are made of multiply-adds; any other multiply-add was contracted. They are recognised by the source line, by
     being in a subroutine, or, where the scheduler has mixed up the lines, by refining a reciprocal that was estimated
-    a few instructions before.
+    a few instructions before, or a copy of one.
     """
     lines: list[str] = []
     fresh, subroutine = True, False
@@ -174,12 +175,13 @@ def instructions(sass: str) -> Iterator[tuple[str, bool]]:
             lines.append(_source(found[1])[int(found[2]) - 1])
         elif found := INSTRUCTION.match(line):
             fresh = True
-            opcode, registers = found[1], re.findall(r"\bR\d+\b", found[2])
+            opcode, registers = found[1], re.findall(r"\bU?R\d+\b", found[2])
             target, sources = (registers[0], registers[1:]) if registers else ("", [])
             born = at if opcode == "MUFU.RCP" else max((refining.get(r, -1) for r in sources), default=-1)
-            refines = opcode == "FFMA" and 0 <= at - born <= DIVISION_LENGTH and born >= 0
+            recent = born >= 0 and at - born <= DIVISION_LENGTH
+            refines = opcode in ("FFMA", "UFFMA") and recent
             refining.pop(target, None)
-            if refines or opcode == "MUFU.RCP":
+            if refines or opcode == "MUFU.RCP" or (opcode in COPIES and recent):
                 refining[target] = born
             adds_zero = found[2].split(",")[1:2] == [" RZ"]  # float64 division looks at exponents with 0 * a + b
             yield opcode, subroutine or refines or adds_zero or any(map(DIVIDES.search, lines))
@@ -199,7 +201,7 @@ def _measure_nvidia(compiled: Any) -> Measures:
         compiled.metadata.shared,
         spills=count(r"(LDL|STL)\b") + stack + local,
         wide_loads=count(r"LDG\.E\.(\w+\.)*128"),
-        fused=count("[FD]FMA", dividing=False) + len(re.findall(r"\bfma\.\S*f32", ptx)),
+        fused=count("U?[FD]FMA", dividing=False) + len(re.findall(r"\bfma\.\S*f32", ptx)),
         float64=count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|MUFU\.\w+64H|.*\.F64"),
         inexact=len(re.findall(r"\w+\.(?:approx|full)\.\S*f32|(?:add|sub|mul|fma|div|cvt)\.\S*ftz", ptx)),
     )
