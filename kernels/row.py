@@ -34,9 +34,9 @@ def load_chunk(row, chunk, BLOCK: tl.constexpr):
     A thread's ids are one that it computes here and constants from there on, so that none of them lives in a register
     beyond the chunk.
     """
-    VEC: tl.constexpr = 128 // row.x.dtype.element_ty.primitive_bitwidth
-    first = chunk * BLOCK + VEC * tl.arange(0, BLOCK // VEC)
-    ids = first[:, None] + tl.arange(0, VEC)[None, :]
+    vec: tl.constexpr = 128 // row.x.dtype.element_ty.primitive_bitwidth
+    first = chunk * BLOCK + vec * tl.arange(0, BLOCK // vec)
+    ids = first[:, None] + tl.arange(0, vec)[None, :]
     return tl.reshape(ids, [BLOCK]), tl.reshape(load_x(row.x, ids, row.vocab), [BLOCK])
 
 
