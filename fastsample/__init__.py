@@ -10,6 +10,7 @@ from fastsample.outputs import SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.sampler import Sampler
 from fastsample.threads import get_num_threads, set_num_threads
+from fastsample.verify import VerifyOutput, verify, verify_tree
 
 __version__ = _version("fastsample")
 
@@ -17,6 +18,7 @@ __all__ = [
     "SampleOutput",
     "Sampler",
     "SamplingParams",
+    "VerifyOutput",
     "best_of_n",
     "engines",
     "filter_logits",
@@ -25,4 +27,6 @@ __all__ = [
     "probabilities",
     "sample",
     "set_num_threads",
+    "verify",
+    "verify_tree",
 ]

@@ -25,6 +25,7 @@ from fastsample.inputs import (
     pack_params,
     pack_seeds,
 )
+from fastsample.inputs.drafts import pack_drafts
 from fastsample.inputs.penalties import penalised_rows, warn_without_ids
 from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.step import Stamps, used_in_place
@@ -32,6 +33,7 @@ from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, Samp
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
+from fastsample.verify import VerifyOutput, accept, check_rule, checked_result, draw_rows
 
 
 class Sampler:
@@ -204,6 +206,41 @@ class Sampler:
                 inputs = Inputs(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
                 own = self._with_inputs(own, table, inputs)
             return call.run(table, own, out, advance=True)
+
+    @untraced
+    def verify(
+        self,
+        logits: torch.Tensor,
+        draft_ids: TokenIds,
+        *,
+        num_drafts: Any = None,
+        rule: str = "exact",
+        bitmask: torch.Tensor | None = None,
+        bias: BiasLike | None = None,
+        prompt_ids: TokenIds | None = None,
+        output_ids: TokenIds | None = None,
+        dry_breakers: BreakerIds | None = None,
+    ) -> VerifyOutput:
+        """Verify drafts, with a slot for each request; every slot's offset advances by the tokens that came out.
+
+        Arguments, results and errors as for `fastsample.verify`. After an error no offset has moved.
+        """
+        check_rule(rule)
+        if self._call.options.num_samples != 1 or self._call.options.input != "logits":
+            raise ValueError("verify: expected a Sampler of logits with num_samples = 1")
+        drafts = pack_drafts(logits, draft_ids, num_drafts)
+        if len(drafts.ids) != self._batch_size:
+            raise ValueError(f"draft_ids: expected {self._batch_size} requests, one per slot, got {len(drafts.ids)}")
+        if self._penalised and output_ids is None:
+            self._warn(None, prompt_ids)
+        inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
+        with self._lock:
+            own = self._move_to(drafts.ids.device)
+            given = Rows(own.records[drafts.request], own.seeds, own.offsets, workspace=own.workspace)
+            sampled = draw_rows(logits, drafts, given, inputs, self._call.options, bool(self._penalised))
+            result = checked_result(accept(sampled, drafts), self._call.options)
+            own.offsets += result.num_accepted + (result.status == 0)
+        return result
 
     def _step_of(self, rows: SlotIndex, logits: torch.Tensor, inputs: Inputs, out: SampleOutput | None) -> SampleOutput:
         """A step of some slots. (A step of all slots, which takes but a few microseconds, needs none of this.)"""

@@ -115,7 +115,7 @@ def count_ids(token_ids, length, counts, vocab, part, parts, PROMPT: tl.constexp
 STRIDES = ["record_stride", "breakers_stride", "history_stride"]
 
 
-@triton.jit(do_not_specialize=["prompt_length", "output_length", "num_breakers", *STRIDES])
+@triton.jit(do_not_specialize=["prompt_length", "output_length", "num_breakers", "drafted_length", *STRIDES])
 def edit(
     x,
     counts,
@@ -132,6 +132,10 @@ def edit(
     breakers,
     breakers_stride,
     num_breakers,
+    drafted,
+    drafted_stride,
+    drafted_length,
+    requests,  # int64 [B]: whose lists before those of drafts a row has
     vocab,
     records,
     record_stride,
@@ -140,6 +144,8 @@ def edit(
     HAS_BIAS: tl.constexpr,
     HAS_PROMPT: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
+    HAS_DRAFTS: tl.constexpr,
+    HAS_REQUESTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Stage 2, and what stage 3 needs to know. Grid: rows, parts."""
@@ -157,18 +163,28 @@ def edit(
             bias = tl.load(bias_values + at, mask=inside, other=0.0)
             value = tl.load(x + token, mask=inside, other=0.0)
             tl.store(x + token, value + bias, mask=inside)
+    request = row
+    if HAS_REQUESTS:
+        request = tl.load(requests + row)
+    prompt += request * prompt_stride
+    output += request * output_stride
+    drafted += row * drafted_stride
     if HAS_OUTPUT:
-        count_ids(output + row * output_stride, output_length, counts, vocab, part, parts, False, BLOCK)
+        count_ids(output, output_length, counts, vocab, part, parts, False, BLOCK)
+    if HAS_DRAFTS:
+        count_ids(drafted, drafted_length, counts, vocab, part, parts, False, BLOCK)
     if HAS_PROMPT:
-        count_ids(prompt + row * prompt_stride, prompt_length, counts, vocab, part, parts, True, BLOCK)
-    if HAS_PROMPT or HAS_OUTPUT:
+        count_ids(prompt, prompt_length, counts, vocab, part, parts, True, BLOCK)
+    if HAS_PROMPT or HAS_OUTPUT or HAS_DRAFTS:
         record = records + row * record_stride
         if (part < PARTS) & uses_history(record):
             history += row * history_stride + part * (history_stride // PARTS)
-            breakers += row * breakers_stride
+            breakers += request * breakers_stride
             clear_history(history)
+            if HAS_DRAFTS:
+                collect(drafted, drafted_length, breakers, num_breakers, history, record, vocab)
             if HAS_OUTPUT:
-                collect(output + row * output_stride, output_length, breakers, num_breakers, history, record, vocab)
+                collect(output, output_length, breakers, num_breakers, history, record, vocab)
             if HAS_PROMPT:
-                collect(prompt + row * prompt_stride, prompt_length, breakers, num_breakers, history, record, vocab)
+                collect(prompt, prompt_length, breakers, num_breakers, history, record, vocab)
             find_repetitions(history, record, repetitions(counts, x_stride), part)

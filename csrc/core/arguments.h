@@ -24,9 +24,11 @@ FASTSAMPLE_RECORD(RowArguments,                          //
                   mask, mask_stride, mask_words,         // int32 [B or 1, words], or words = -1
                   bias_row_ptr,                          // int64 [B + 1]
                   bias_ids, bias_values, bias_entries,   // int64, float32 [entries]
-                  prompt, prompt_stride, prompt_length,  // int64 [B, length]
-                  output, output_stride, output_length,  // int64 [B, length]
-                  breakers, breakers_stride, breakers_length);  // int64 [B or 1, length]
+                  prompt, prompt_stride, prompt_length,  // int64 [R, length], of R requests
+                  output, output_stride, output_length,  // int64 [R, length]
+                  breakers, breakers_stride, breakers_length,  // int64 [R or 1, length]
+                  drafted, drafted_stride, drafted_length,     // int64 [B, length]
+                  requests);  // int64 [B]: whose prompt, output and breakers; 0 where R = B
 
 FASTSAMPLE_RECORD(LogitsArguments,        //
                   logits, logits_stride,  // dtype [B, V]
@@ -72,11 +74,14 @@ static inline Rows rows_of(const RowArguments& a) {
   if (a.mask_words >= 0) rows.bitmask = {(const int32_t*)mask, a.mask_stride, a.mask_words};
   rows.bias = {(const int64_t*)a.bias_row_ptr, (const int64_t*)a.bias_ids,
                (const float*)a.bias_values};
-  if (a.prompt_length) rows.prompt = {(const int64_t*)a.prompt, a.prompt_stride, a.prompt_length};
-  if (a.output_length) rows.output = {(const int64_t*)a.output, a.output_stride, a.output_length};
-  if (a.breakers_length) {
-    rows.breakers = {(const int64_t*)a.breakers, a.breakers_stride, a.breakers_length};
-  }
+  const auto ids = [](int64_t data, int64_t stride, int64_t length, int64_t list_of) {
+    return length ? TokenIds{(const int64_t*)data, stride, length, (const int64_t*)list_of}
+                  : TokenIds{};
+  };
+  rows.prompt = ids(a.prompt, a.prompt_stride, a.prompt_length, a.requests);
+  rows.output = ids(a.output, a.output_stride, a.output_length, a.requests);
+  rows.breakers = ids(a.breakers, a.breakers_stride, a.breakers_length, a.requests);
+  rows.drafted = ids(a.drafted, a.drafted_stride, a.drafted_length, 0);
   return rows;
 }
 

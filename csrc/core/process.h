@@ -15,12 +15,13 @@ FS_HD bool allowed(const int32_t* words, int64_t num_words, int32_t token) {
 
 // Whether any row of a batch may have a bias or a penalty.
 FS_HD bool has_edits(const Rows& rows) {
-  return rows.bias.row_ptr || rows.output.data || rows.prompt.data;
+  return rows.bias.row_ptr || rows.output.data || rows.drafted.data || rows.prompt.data;
 }
 
-// How many ids a row has in prompt and output, padding included.
+// How many ids a row has in prompt, output and drafts, padding included. (A list that is absent has
+// the length 0.)
 FS_HD int64_t ids_of_a_row(const Rows& rows) {
-  return (rows.output.data ? rows.output.length : 0) + (rows.prompt.data ? rows.prompt.length : 0);
+  return rows.output.length + rows.drafted.length + rows.prompt.length;
 }
 
 // Whether any penalty of this row looks at token ids at all.

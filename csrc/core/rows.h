@@ -83,9 +83,10 @@ struct BiasEntries {
 };
 
 struct TokenIds {
-  const int64_t* data;  // [B, length], null when absent
+  const int64_t* data;  // [lists, length], null when absent
   int64_t stride;
   int64_t length;
+  const int64_t* list_of = nullptr;  // [B]: each row's list; null where row r has list r
 };
 
 struct Rows {
@@ -96,7 +97,8 @@ struct Rows {
   BiasEntries bias;
   TokenIds prompt;
   TokenIds output;
-  TokenIds breakers;  // [B or 1, length]: DRY's
+  TokenIds breakers;      // [B or 1, length]: DRY's
+  TokenIds drafted = {};  // [B, length]: continues the output
 };
 
 // Buffers to fill; null means not wanted. All contiguous.
@@ -123,6 +125,11 @@ struct Batch {
 template <class T>
 FS_HD const T& at(const Column<T>& column, int64_t row) {
   return column.data[row * column.stride];
+}
+
+// The first of a row's ids.
+FS_HD const int64_t* ids_of(const TokenIds& ids, int64_t row) {
+  return ids.data + (ids.list_of ? ids.list_of[row] : row) * ids.stride;
 }
 
 }  // namespace fastsample

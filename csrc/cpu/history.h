@@ -13,12 +13,13 @@ namespace {
 inline int32_t collect_history(const Batch& batch, int64_t r, int32_t most, int32_t* history) {
   int32_t n = 0;
   const auto collect = [&](const TokenIds& ids) {
-    const int64_t* id = ids.data + r * ids.stride;
+    const int64_t* id = ids_of(ids, r);
     for (int64_t i = ids.length; i-- > 0 && n < most;) {
       history[n] = (int32_t)id[i];
       n += (uint64_t)id[i] < (uint64_t)batch.logits.vocab;
     }
   };
+  if (batch.rows.drafted.data) collect(batch.rows.drafted);
   if (batch.rows.output.data) collect(batch.rows.output);
   if (batch.rows.prompt.data) collect(batch.rows.prompt);
   store(history + n, splat(-1));
@@ -34,7 +35,7 @@ class Breakers {
     words_ = words;
     memset(words, 0, ((size_t)batch.logits.vocab / 32 + 1) * sizeof *words);
     for (int64_t i = 0; i < ids.length; ++i) {
-      const int64_t id = ids.data[r * ids.stride + i];
+      const int64_t id = ids_of(ids, r)[i];
       if ((uint64_t)id < (uint64_t)batch.logits.vocab) words[id / 32] |= 1u << (id & 31);
     }
   }

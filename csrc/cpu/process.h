@@ -20,12 +20,15 @@ FS_INLINE void each_edit(const Batch& batch, int64_t r, const RowParams& params,
     }
   }
   const auto each_id = [&](const TokenIds& ids, EditKind kind) {
-    const int64_t* id = ids.data + r * ids.stride;
+    const int64_t* id = ids_of(ids, r);
     for (int64_t i = 0; i < ids.length; ++i) {
       if (inside(id[i])) f((int32_t)id[i], kind, 0.0f);
     }
   };
-  if (rows.output.data && penalises_output(params)) each_id(rows.output, kOutput);
+  if (penalises_output(params)) {
+    if (rows.output.data) each_id(rows.output, kOutput);
+    if (rows.drafted.data) each_id(rows.drafted, kOutput);
+  }
   if (rows.prompt.data && penalises_prompt(params)) each_id(rows.prompt, kPrompt);
 }
 

@@ -21,10 +21,16 @@ struct History {
 
 // The i-th id of a row from the end, padding included.
 FS_DEVICE int64_t id_from_end(const Rows& rows, int64_t r, int64_t i) {
-  const int64_t outputs = rows.output.data ? rows.output.length : 0;
-  const TokenIds& ids = i < outputs ? rows.output : rows.prompt;
-  const int64_t at = ids.length - 1 - (i < outputs ? i : i - outputs);
-  return load_global(ids.data + r * ids.stride + at);
+  const TokenIds* ids = &rows.drafted;
+  if (i >= ids->length) {
+    i -= ids->length;
+    ids = &rows.output;
+  }
+  if (i >= ids->length) {
+    i -= ids->length;
+    ids = &rows.prompt;
+  }
+  return load_global(ids_of(*ids, r) + ids->length - 1 - i);
 }
 
 // DRY's breakers as bits. In a vocabulary of more bits some tokens share one.
@@ -47,8 +53,7 @@ FS_DEVICE Breakers read_breakers(const Batch& batch, int64_t r, uint32_t* bits) 
   const TokenIds& given = batch.rows.breakers;
   const int32_t vocab = batch.logits.vocab;
   if (!given.data) return Breakers{};
-  const Breakers breakers = {given.data + r * given.stride, given.length, bits,
-                             vocab <= Breakers::kBits};
+  const Breakers breakers = {ids_of(given, r), given.length, bits, vocab <= Breakers::kBits};
 #pragma unroll 1
   for (int32_t i = (int32_t)threadIdx.x; i < Breakers::kBits / 32; i += (int32_t)blockDim.x) {
     bits[i] = 0;

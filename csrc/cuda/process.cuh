@@ -19,12 +19,16 @@ FS_DEVICE void each_edit(const Batch& batch, int64_t r, const RowParams& p, cons
     }
   }
   const auto each_id = [&](const TokenIds& ids, uint32_t flag) {
+    const int64_t* own = ids_of(ids, r);
     for (int64_t i = threadIdx.x; i < ids.length; i += blockDim.x) {
-      const int64_t id = load_global(ids.data + r * ids.stride + i);
+      const int64_t id = load_global(own + i);
       if (s.owns(id)) f((int32_t)id, flag, 0.0f);
     }
   };
-  if (rows.output.data && penalises_output(p)) each_id(rows.output, kInOutput);
+  if (penalises_output(p)) {
+    if (rows.output.data) each_id(rows.output, kInOutput);
+    if (rows.drafted.data) each_id(rows.drafted, kInOutput);
+  }
   if (rows.prompt.data && penalises_prompt(p)) each_id(rows.prompt, kInPrompt);
 }
 
@@ -33,8 +37,8 @@ FS_DEVICE int64_t count_edits(const Batch& batch, int64_t r, const RowParams& p,
                               int64_t repetitions) {
   const Rows& rows = batch.rows;
   int64_t n = repetitions;
-  if (rows.output.data && penalises_output(p)) n += rows.output.length;
-  if (rows.prompt.data && penalises_prompt(p)) n += rows.prompt.length;
+  if (penalises_output(p)) n += rows.output.length + rows.drafted.length;
+  if (penalises_prompt(p)) n += rows.prompt.length;
   const int64_t all = ids_of_a_row(rows);  // whose tokens all those are
   if (n > all) n = all;
   return rows.bias.row_ptr ? n + rows.bias.row_ptr[r + 1] - rows.bias.row_ptr[r] : n;

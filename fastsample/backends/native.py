@@ -23,13 +23,15 @@ ROW_FIELDS = (
     *("prompt", "prompt_stride", "prompt_length"),
     *("output", "output_stride", "output_length"),
     *("breakers", "breakers_stride", "breakers_length"),
+    *("drafted", "drafted_stride", "drafted_length"),
+    "requests",
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
 OUTPUT_FIELDS = (*(field.name for field in FIELDS), "num_samples", "num_top", "mode")
 
 # Packed in two parts, since most calls have no inputs.
-_COLUMNS, _INPUTS = Struct("7q"), Struct("16q")
-_NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0))
+_COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
+_NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), 0)
 # So are outputs: status and tokens come first, and most calls want nothing else.
 _FIRST = ("status", "tokens")
 _HEAD, _TAIL = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q"), Struct(f"{len(OUTPUT_FIELDS) - len(_FIRST)}q")
@@ -74,8 +76,8 @@ def _columns(rows: Rows) -> bytes:
 
 def _inputs(rows: Rows) -> bytes:
     mask, bias, prompt, output = rows.bitmask, rows.bias, rows.prompt_ids, rows.output_ids
-    breakers = rows.breakers
-    if mask is None and bias is None and prompt is None and output is None and breakers is None:
+    breakers, drafted, requests = rows.breakers, rows.drafted_ids, rows.requests
+    if mask is None and bias is None and prompt is None and output is None and breakers is None and drafted is None:
         return _NO_INPUTS
     return _INPUTS.pack(
         *((0, 0, -1) if mask is None else (mask.data_ptr(), _row_stride(mask), mask.shape[1])),
@@ -83,6 +85,8 @@ def _inputs(rows: Rows) -> bytes:
         *((0, 0, 0) if prompt is None else (prompt.data_ptr(), prompt.stride()[0], prompt.shape[1])),
         *((0, 0, 0) if output is None else (output.data_ptr(), output.stride()[0], output.shape[1])),
         *((0, 0, 0) if breakers is None else (breakers.data_ptr(), _row_stride(breakers), breakers.shape[1])),
+        *((0, 0, 0) if drafted is None else (drafted.data_ptr(), drafted.stride()[0], drafted.shape[1])),
+        0 if requests is None else requests.data_ptr(),
     )
 
 

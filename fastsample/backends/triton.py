@@ -146,9 +146,9 @@ class Call:
         """Stages 0 to 2, and what stage 3 needs; the logits themselves where a call has no mask, bias or token ids."""
         rows, logits = self.rows, self.logits
         rounds = ROUNDS[logits.dtype]
-        if rows.bitmask is None and rows.bias is None and rows.prompt_ids is None and rows.output_ids is None:
+        counted = bool(rows.lists)
+        if rows.bitmask is None and rows.bias is None and not counted:
             return Table(logits, rounds)
-        counted = rows.prompt_ids is not None or rows.output_ids is not None
         width = -(-self.vocab // 16) * 16
         x = self.memory("x", self.batch * width, torch.float32).view(self.batch, width)
         counts = x  # stands in for a pointer that no kernel follows
@@ -183,8 +183,7 @@ class Call:
 
     def edit(self, x: Tensor, counts: Tensor, bias: Bias | None) -> None:
         rows = self.rows
-        ids = sum(ids.shape[1] for ids in (rows.prompt_ids, rows.output_ids) if ids is not None)
-        words = history_words(ids)
+        words = history_words(sum(ids.shape[1] for ids in rows.lists))
         row_ptr, bias_ids, bias_values = (x, x, x) if bias is None else bias.tensors
         kernels("process").edit[(self.batch, EDIT_PARTS)](
             x,
@@ -196,6 +195,8 @@ class Call:
             *_list(rows.prompt_ids, x),
             *_list(rows.output_ids, x),
             *_list(rows.breakers, x),
+            *_list(rows.drafted_ids, x),
+            x if rows.requests is None else rows.requests,
             self.vocab,
             rows.records,
             _stride(rows.records),
@@ -204,6 +205,8 @@ class Call:
             HAS_BIAS=bias is not None,
             HAS_PROMPT=rows.prompt_ids is not None,
             HAS_OUTPUT=rows.output_ids is not None,
+            HAS_DRAFTS=rows.drafted_ids is not None,
+            HAS_REQUESTS=rows.requests is not None,
             BLOCK=256,
             **self.options,
         )

@@ -23,6 +23,8 @@ class Rows:
     prompt_ids: torch.Tensor | None = None  # int64 [B, L], ids outside the vocabulary are padding
     output_ids: torch.Tensor | None = None  # int64 [B, L]
     breakers: torch.Tensor | None = None  # int64 [B or 1, L], likewise; those of DRY
+    drafted_ids: torch.Tensor | None = None  # int64 [B, L], likewise; they continue the output
+    requests: torch.Tensor | None = None  # int64 [B]: whose prompt, output and breakers a row has; None where its own
     native: Any = None  # an engine's own form of these rows, kept for the next step
     slots: Rows | None = None  # the same parameters without the inputs, which last for many steps
     workspace: dict[Any, Any] | None = None  # buffers that engines keep for a Sampler's steps
@@ -51,3 +53,10 @@ class Rows:
             visit("output_ids", self.output_ids)
         if self.breakers is not None:
             visit("dry_breakers", self.breakers)
+        if self.drafted_ids is not None:
+            visit("draft_ids", self.drafted_ids)
+
+    @property
+    def lists(self) -> list[torch.Tensor]:
+        """The lists of a row's history, in its order."""
+        return [ids for ids in (self.prompt_ids, self.output_ids, self.drafted_ids) if ids is not None]

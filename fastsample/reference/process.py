@@ -68,12 +68,17 @@ def apply_bias(x: Tensor, bias: Bias) -> Tensor:
 
 def apply_penalties(x: Tensor, rows: Rows, params: Params) -> Tensor:
     """Stage 3: repetition, then frequency, then presence."""
-    count = occurrences(rows.output_ids, x)
-    seen = (count > 0) | (occurrences(rows.prompt_ids, x) > 0)
+    count = occurrences(of_rows(rows.output_ids, rows), x) + occurrences(rows.drafted_ids, x)
+    seen = (count > 0) | (occurrences(of_rows(rows.prompt_ids, rows), x) > 0)
     theta, alpha, beta = (params[f"{name}_penalty"] for name in ("repetition", "frequency", "presence"))
     x = torch.where((theta != 1) & seen, torch.where(x > 0, x / theta, x * theta), x)
     x = torch.where((alpha != 0) & (count > 0), x - alpha * count.float(), x)
     return torch.where((beta != 0) & (count > 0), x - beta, x)
+
+
+def of_rows(ids: Tensor | None, rows: Rows) -> Tensor | None:
+    """The ids of each row, given those of each request."""
+    return ids if ids is None or rows.requests is None else ids[rows.requests.clamp(max=len(ids) - 1)]
 
 
 def occurrences(ids: Tensor | None, x: Tensor) -> Tensor:
@@ -90,10 +95,12 @@ def apply_history(x: Tensor, rows: Rows, params: Params) -> Tensor:
     dry, ngram = (params[name].expand(len(x), 1)[:, 0] for name in ("dry_multiplier", "no_repeat_ngram_size"))
     for r in ((dry > 0) | (ngram > 0)).nonzero()[:, 0].tolist():
         own = {name: column[min(r, len(column) - 1)] for name, column in params.items()}
-        history = [t for ids in (rows.prompt_ids, rows.output_ids) if ids is not None for t in ids[r].tolist()]
+        own_ids = (of_rows(rows.prompt_ids, rows), of_rows(rows.output_ids, rows), rows.drafted_ids)
+        history = [t for ids in own_ids if ids is not None for t in ids[min(r, len(ids) - 1)].tolist()]
         history = [t for t in history if 0 <= t < x.shape[1]]
         if dry[r] > 0:
-            breakers = set() if rows.breakers is None else set(rows.breakers[min(r, len(rows.breakers) - 1)].tolist())
+            listed = of_rows(rows.breakers, rows)
+            breakers = set() if listed is None else set(listed[min(r, len(listed) - 1)].tolist())
             apply_dry(x[r], history, breakers, own)
         if (n := int(ngram[r])) > 0:
             x[r, [history[i + n - 1] for i in starts(history, n)]] = NEG_INF

@@ -180,9 +180,9 @@ struct Input {
   bool has_mask;
   std::vector<int64_t> row_ptr, bias_ids;
   std::vector<float> bias_values;
-  std::vector<int64_t> prompt, output, breakers;
+  std::vector<int64_t> prompt, output, breakers, drafted, requests;
   int64_t prompt_stride = 0, output_stride = 0, prompt_length = 0, output_length = 0;
-  int64_t breakers_stride = 0, breakers_length = 0;
+  int64_t breakers_stride = 0, breakers_length = 0, drafted_stride = 0, drafted_length = 0;
   InputKind kind = kLogits;
 
   explicit Input(Bytes in);
@@ -230,7 +230,7 @@ inline Input::Input(Bytes in) {
   // From the last byte on, so that what comes before keeps its meaning.
   std::vector<uint8_t> reversed(in.data, in.data + in.size);
   std::reverse(reversed.begin(), reversed.end());
-  Bytes back = {reversed.data(), std::min<size_t>(reversed.size(), 64)};
+  Bytes back = {reversed.data(), std::min<size_t>(reversed.size(), 128)};
   take_further_params(back);
   take_logits(in);
 }
@@ -268,6 +268,10 @@ inline void Input::take_further_params(Bytes& in) {
       p.dry_multiplier = 0;
       p.no_repeat_ngram_size = 0;
     }
+  }
+  if (on && in.flag()) drafted = take_ids(in, &drafted_stride, &drafted_length);
+  if (on && in.flag()) {
+    for (int64_t r = 0; r < rows; ++r) requests.push_back(in.byte() % rows);
   }
   if (kind == kProbabilities) {
     row_ptr.clear();
@@ -397,6 +401,10 @@ inline RowArguments Input::row_arguments() const {
   a.breakers = address(breakers);
   a.breakers_stride = breakers_stride;
   a.breakers_length = breakers_length;
+  a.drafted = address(drafted);
+  a.drafted_stride = drafted_stride;
+  a.drafted_length = drafted_length;
+  a.requests = address(requests);
   return a;
 }
 

@@ -87,7 +87,7 @@ inline uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t draw, uint32_
 // The ids of a row within the vocabulary.
 inline void append_ids(const TokenIds& ids, int64_t r, int32_t vocab, std::vector<int32_t>& to) {
   for (int64_t i = 0; ids.data && i < ids.length; ++i) {
-    const int64_t id = ids.data[r * ids.stride + i];
+    const int64_t id = ids.data[(ids.list_of ? ids.list_of[r] : r) * ids.stride + i];
     if (id >= 0 && id < vocab) to.push_back((int32_t)id);
   }
 }
@@ -99,6 +99,7 @@ inline void edit_by_history(const Batch& batch, int64_t r, const RowParams& p,
   std::vector<int32_t> history, breakers, longest(vocab);
   append_ids(batch.rows.prompt, r, vocab, history);
   append_ids(batch.rows.output, r, vocab, history);
+  append_ids(batch.rows.drafted, r, vocab, history);
   append_ids(batch.rows.breakers, r, vocab, breakers);
   const auto breaks = [&](int32_t id) {
     return std::find(breakers.begin(), breakers.end(), id) != breakers.end();
@@ -143,15 +144,16 @@ inline void process(const Batch& batch, int64_t r, const RowParams& p, std::vect
   for (int64_t e = bias.row_ptr ? bias.row_ptr[r] : 0; bias.row_ptr && e < bias.row_ptr[r + 1]; ++e)
     x[bias.ids[e]] += bias.values[e];
   std::vector<int> count(vocab), seen(vocab);
-  const auto tally = [&](const TokenIds& ids, bool output) {
-    for (int64_t i = 0; ids.data && i < ids.length; ++i) {
-      const int64_t id = ids.data[r * ids.stride + i];
-      if (id < 0 || id >= vocab) continue;
+  const auto tally = [&](const TokenIds& list, bool output) {
+    std::vector<int32_t> ids;
+    append_ids(list, r, vocab, ids);
+    for (const int32_t id : ids) {
       seen[id] = 1;
       count[id] += output;
     }
   };
   tally(batch.rows.output, true);
+  tally(batch.rows.drafted, true);
   tally(batch.rows.prompt, false);
   for (int32_t i = 0; i < vocab; ++i) {
     if (p.repetition_penalty != 1 && seen[i])

@@ -33,7 +33,7 @@ POINTERS = {
     "tokens": "i64", "workspace": "i64", "cuts": "i64", "sems": "i32", "logits": "fp32", "mask": "i32",
     "row_ptr": "i64", "bias_ids": "i64", "bias_values": "fp32", "prompt": "i64", "output": "i64", "out": "fp32",
     "logprobs": "fp32", "ranks": "i64", "listed": "i32", "found": "i64", "top_ids": "i64", "top_logprobs": "fp32",
-    "breakers": "i64", "history": "i32",
+    "breakers": "i64", "history": "i32", "drafted": "i64", "requests": "i64",
 }  # fmt: skip
 ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
 
@@ -73,7 +73,7 @@ def _kernels() -> Iterator[Kernel]:
     yield _sample("sample f32 probs", 14, PROBS=True)
     yield _sample("sample bf16 probs", 14, "bf16", ROUNDS=4, PROBS=True)
     yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True, "PROBS": False} | block, 1)
-    everything = {"HAS_BIAS": True, "HAS_PROMPT": True, "HAS_OUTPUT": True}
+    everything = dict.fromkeys(("HAS_BIAS", "HAS_PROMPT", "HAS_OUTPUT", "HAS_DRAFTS", "HAS_REQUESTS"), True)
     yield Kernel("edit", process.edit, everything | {"BLOCK": 256}, 0)
     for what in ("FILTERED", "PROBABILITIES", "KEPT"):
         constants = {"WHAT": getattr(outputs, what).value, "PROBS": False} | block

@@ -1,0 +1,287 @@
+"""Verification of drafts by drawing: what comes out is the text that plain decoding gives, whatever was drafted.
+
+A token is a pure function of its row, so a draft that has the row's own seed and position is right where it equals the
+draw. For a draft that is a function of the text before it (n-gram, prompt lookup, the draft model's best token) that
+accepts as often as rejection sampling does (Leviathan, Kalman and Matias 2023, https://arxiv.org/abs/2211.17192; Chen
+et al. 2023, https://arxiv.org/abs/2302.01318): with the probability that the target gives the draft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsample.call import OTHERS, SampleCall
+from fastsample.checks import CPU, is_one_of
+from fastsample.inputs import BiasLike, BreakerIds, Inputs, Rows, Seed, TokenIds, pack_offsets, pack_seeds
+from fastsample.inputs.drafts import Drafts, Tree, pack_drafts, pack_tree, per_request, spread, spread_bias
+from fastsample.inputs.ids import pack_breakers
+from fastsample.inputs.penalties import warn_without_ids
+from fastsample.inputs.records import pack
+from fastsample.outputs import FIELD, WRONG, LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.params import SamplingParams
+from fastsample.traced import untraced
+
+PER_REQUEST = ("prompt_ids", "output_ids", "dry_breakers")
+
+
+@dataclass(slots=True, eq=False)
+class VerifyOutput:
+    """What `verify` returns. B requests of up to K drafts; each gets its accepted drafts and one token more.
+
+    Attributes:
+        tokens: int64 [B, K + 1], padded with -1.
+        num_accepted: int32 [B], how many drafts came out; their tokens are `tokens[b, :num_accepted[b]]`.
+        status: int32 [B]; 0, or what is wrong with the row that ended the result: 1 NaN, 2 +inf, 3 nothing above -inf.
+            That row is number `num_accepted[b]`, and has no token.
+        logprobs: float32 [B, K + 1], NaN past the last token; ranks: int64 [B, K + 1], 0 there.
+        top_ids: int64 [B, K + 1, N], -1 there; top_logprobs: float32 [B, K + 1, N], NaN there.
+        path: int64 [B, n], the nodes whose rows gave the tokens, padded with -1. Of `verify_tree` only.
+    """
+
+    tokens: torch.Tensor
+    num_accepted: torch.Tensor
+    status: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    ranks: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    path: torch.Tensor | None = None
+
+
+@untraced
+def verify(
+    logits: torch.Tensor,
+    draft_ids: TokenIds,
+    params: SamplingParams | None = None,
+    *,
+    num_drafts: Any = None,
+    seed: Seed | None = None,
+    offset: Seed = 0,
+    rule: str = "exact",
+    bitmask: torch.Tensor | None = None,
+    bias: BiasLike | None = None,
+    prompt_ids: TokenIds | None = None,
+    output_ids: TokenIds | None = None,
+    dry_breakers: BreakerIds | None = None,
+    logprobs: LogprobsMode | None = None,
+    top_logprobs: int = 0,
+    on_invalid: OnInvalid = "raise",
+    backend: str = "auto",
+    **fields: Any,
+) -> VerifyOutput:
+    """Verify drafted tokens: the accepted ones and one token more, which are what plain decoding would have drawn.
+
+    Row i of a request (from 0) are the logits that follow its first i drafts; it stands at `offset + i`. Its token is
+    that of `fastsample.sample` there, with the drafts before it as further output ids. The result goes on as long as
+    the next draft equals the token.
+
+    Args:
+        logits: float32, float16 or bfloat16 [B, K + 1, V]; or [N, V], where the rows of each request follow those of
+            the one before, num_drafts + 1 of each.
+        draft_ids: integers [B, K]; for requests of different lengths padded with -1, as a list of ids per request, or
+            (with num_drafts) one after the other [sum(num_drafts)]. An id that is no token, such as -1, is rejected.
+        num_drafts: drafts of each request, integers [B]. Needed for logits [N, V]; else None means K, and rows past a
+            request's last one count for nothing. Reading a tensor on a GPU waits for it.
+        params: how to sample; `fields` override it. Each value is for all, one per request [B], or one per row [N] or
+            [B, K + 1].
+        seed: an int s, which gives request i the seed splitmix64(splitmix64(s) + i), as `fastsample.sample` does for
+            rows; or one per request, used as it is. None takes a fresh seed from torch's default CPU generator.
+        offset: position of each request's first row, an int or one per request.
+        rule: "exact".
+        bitmask: int32 [words], [B, words], [N, words] or [B, K + 1, words], as for `fastsample.sample`.
+        bias: a dict for all rows, a list with a dict or None per request or per row, or tensors (row_ptr, ids, values)
+            whose row_ptr has an entry per request or per row.
+        prompt_ids, output_ids, dry_breakers: the history of each request before the drafts, as for
+            `fastsample.sample`. It is not copied for each row.
+        logprobs, top_logprobs, backend: as for `fastsample.sample`.
+        on_invalid: an invalid row that the result comes to raises ValueError ("raise"; on a GPU this waits for the
+            device), or ends the result before it and gives a status ("flag"). Rows past the result do not matter.
+
+    Returns:
+        VerifyOutput.
+
+    Raises:
+        TypeError, ValueError: bad argument; the message names it, the request or row, and the value.
+        RuntimeError: the named backend cannot serve these logits.
+    """
+    check_rule(rule)
+    drafts = pack_drafts(logits, draft_ids, num_drafts)
+    options = Options(1, logprobs, top_logprobs, on_invalid, backend)
+    inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
+    sampled = _sample(logits, drafts, params, fields, seed, offset, inputs, options, stacklevel=3)
+    return checked_result(accept(sampled, drafts), options)
+
+
+@untraced
+def verify_tree(
+    logits: torch.Tensor,
+    draft_ids: torch.Tensor,
+    parents: torch.Tensor,
+    params: SamplingParams | None = None,
+    *,
+    seed: Seed | None = None,
+    offset: Seed = 0,
+    bitmask: torch.Tensor | None = None,
+    bias: BiasLike | None = None,
+    prompt_ids: TokenIds | None = None,
+    output_ids: TokenIds | None = None,
+    dry_breakers: BreakerIds | None = None,
+    logprobs: LogprobsMode | None = None,
+    top_logprobs: int = 0,
+    on_invalid: OnInvalid = "raise",
+    backend: str = "auto",
+    **fields: Any,
+) -> VerifyOutput:
+    """Verify a tree of drafts: the way from the root along which each node's draw is the token of one of its children.
+
+    Node 0 is the root: its row follows the text so far, and its own token is not looked at. The row of any other node
+    follows its token, which follows that of its parent. A node at depth k stands at `offset + k`. Where several
+    children have the token that was drawn, the lowest node is taken.
+
+    Args:
+        logits: float32, float16 or bfloat16 [B, n, V], the row of each node.
+        draft_ids: integers [B, n], each node's token.
+        parents: integers [B, n], each node's parent: a lower node. That of node 0 is not looked at. A node whose parent
+            is -1 is not in the tree.
+        params, seed, offset, bitmask, bias, prompt_ids, output_ids, dry_breakers, logprobs, top_logprobs, on_invalid,
+            backend: as for `verify`, with nodes for rows.
+
+    Returns:
+        VerifyOutput, whose K + 1 is n, with the path.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `verify`.
+    """
+    tree = pack_tree(logits, draft_ids, parents)
+    options = Options(1, logprobs, top_logprobs, on_invalid, backend)
+    inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
+    sampled = _sample(logits, tree, params, fields, seed, offset, inputs, options, stacklevel=3)
+    return checked_result(_walk(sampled, tree), options)
+
+
+def check_rule(rule: Any) -> None:
+    if not is_one_of(rule, "exact"):
+        raise ValueError(f"rule = {rule!r}: expected 'exact'")
+
+
+def _sample(
+    logits: torch.Tensor,
+    drafts: Drafts,
+    params: SamplingParams | None,
+    fields: dict[str, Any],
+    seed: Seed | None,
+    offset: Seed,
+    inputs: Inputs,
+    options: Options,
+    stacklevel: int,
+) -> SampleOutput:
+    """The plain draw of every row, flagged where the row is invalid; [N]."""
+    requests, rows = drafts.ids.shape[0], len(drafts.request)
+    if params is not None and isinstance(params, SamplingParams):
+        own = {name: getattr(params, name) for name, size in params.per_row().items() if size == requests}
+        fields = {**own, **fields}
+    packed = pack(params, {name: spread(name, value, drafts) for name, value in fields.items()}, rows, OTHERS)
+    if packed.penalties:
+        warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel + 1)
+    request = Rows(packed.records, pack_seeds(seed, requests), pack_offsets(offset, requests).expand(requests))
+    return draw_rows(logits, drafts, request, inputs, options, bool(packed.penalties))
+
+
+def draw_rows(
+    logits: torch.Tensor, drafts: Drafts, given: Rows, inputs: Inputs, options: Options, counts: bool
+) -> SampleOutput:
+    """The same with packed parameters, of all rows or of each; `given` has seeds and offsets of each request.
+
+    `counts`: whether any row looks at its history.
+    """
+    call = SampleCall(options._replace(on_invalid="flag"))
+    table = call.table(logits.flatten(0, 1) if logits.ndim == 3 else logits)
+    request = drafts.request
+    seeds, offsets = (words[request.to(words.device)] for words in (given.seeds, given.offsets))
+    offsets = offsets + drafts.position.to(offsets.device)
+    rows = Rows(given.records, seeds, offsets, workspace=given.workspace).to(table.device)
+    if counts:
+        history = per_request(PER_REQUEST[:2], (inputs.prompt_ids, inputs.output_ids), drafts)
+        rows.prompt_ids, rows.output_ids = history
+        rows.drafted_ids = drafts.before_rows() if drafts.ids.shape[1] else None
+        if inputs.dry_breakers is not None:
+            rows.breakers = pack_breakers(inputs.dry_breakers, drafts.ids)
+        rows.requests = request
+    shared = not isinstance(inputs.bitmask, torch.Tensor) or inputs.bitmask.ndim == 1
+    mask = inputs.bitmask if shared else spread("bitmask", inputs.bitmask, drafts)
+    own = Inputs(mask, None, spread_bias(inputs.bias, drafts))
+    own.attach(rows, table)
+    return call.run(table, rows, None)
+
+
+def accept(sampled: SampleOutput, drafts: Drafts) -> VerifyOutput:
+    """The tokens up to the first that is not the next draft."""
+    fields = {name: drafts.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)}
+    status = fields.pop("status")
+    if drafts.ids.device == CPU:  # numpy takes a third of torch's time for so few numbers
+        accepted = torch.from_numpy(_count_accepted(fields["tokens"].numpy(), drafts.ids.numpy(), np))
+    else:
+        accepted = _count_accepted(fields["tokens"], drafts.ids, torch)
+    return _cut(fields, accepted, status.gather(1, accepted[:, None])[:, 0])
+
+
+def _count_accepted(tokens: Any, ids: Any, xp: Any) -> Any:
+    """How many drafts come before the first that is not the token drawn, int64 [B]; for numpy and for torch."""
+    return xp.cumprod((tokens[:, :-1] == ids) & (ids >= 0), 1).sum(1)
+
+
+def _walk(sampled: SampleOutput, tree: Tree) -> VerifyOutput:
+    """The tokens along the way from the root, each level for all requests at once."""
+    fields = {name: tree.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)}
+    requests, nodes = tree.ids.shape[0], tree.shape[1]
+    drawn, index = fields["tokens"], torch.arange(nodes, device=tree.ids.device)
+    at = torch.zeros(requests, dtype=torch.int64, device=tree.ids.device)
+    path = torch.full((requests, nodes), -1, dtype=torch.int64, device=tree.ids.device)
+    for depth in range(nodes):
+        path[:, depth] = at
+        node = at.clamp(min=0)[:, None]
+        token = drawn.gather(1, node)
+        child = (tree.parents == node) & (tree.tokens == token) & (token >= 0) & (at >= 0)[:, None]
+        at = torch.where(child, index, nodes).amin(1) if nodes else at
+        at = at.masked_fill(at == nodes, -1)
+    accepted = (path >= 0).sum(1) - 1
+    along = path.clamp(min=0)
+    status = fields.pop("status").gather(1, along).gather(1, accepted.clamp(min=0)[:, None])[:, 0]
+    taken = {
+        name: value.gather(1, along.view(*along.shape, *[1] * (value.ndim - 2)).expand(-1, -1, *value.shape[2:]))
+        for name, value in fields.items()
+    }
+    result = _cut(taken, accepted, status)
+    result.path = path
+    return result
+
+
+def _cut(fields: dict[str, torch.Tensor], accepted: torch.Tensor, status: torch.Tensor) -> VerifyOutput:
+    """What came out: `accepted` tokens and one more, then padding."""
+    for name, value in fields.items():
+        past = torch.arange(value.shape[1], device=value.device) > accepted[:, None]
+        fields[name] = value.masked_fill(past.view(*past.shape, *[1] * (value.ndim - 2)), _EMPTY[name])
+    return VerifyOutput(num_accepted=accepted.to(torch.int32), status=status.contiguous(), **fields)
+
+
+_EMPTY = {"status": 0} | {name: field.invalid for name, field in FIELD.items() if field.invalid is not None}
+
+
+def _present(sampled: SampleOutput) -> tuple[str, ...]:
+    return tuple(name for name in SampleOutput.__slots__ if getattr(sampled, name) is not None)
+
+
+def checked_result(result: VerifyOutput, options: Options) -> VerifyOutput:
+    """ValueError where a result ended at an invalid row, if that is an error."""
+    if options.on_invalid == "raise":
+        for request in result.status.nonzero()[:1, 0].tolist():
+            code, row = int(result.status[request]), int(result.num_accepted[request])
+            raise ValueError(
+                f"logits: request {request}, row {row} has {WRONG['logits'][code]}; on_invalid='flag' ends the result "
+                "before it and returns a status instead"
+            )
+    return result
