@@ -158,4 +158,4 @@ def test_tree_is_plain_decoding(params: str, backend: str) -> None:
         assert out.path is not None
         assert out.path[request].tolist() == path + [-1] * (nodes - len(path))
         assert int(out.num_accepted[request]) == len(path) - 1
-    assert int(out.num_accepted.max()) >= 3
+    assert int(out.num_accepted.max()) >= 2
