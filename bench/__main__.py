@@ -179,6 +179,20 @@ def draws(
 
 
 @app.command()
+def speculate(
+    vocab: Annotated[int, typer.Option(min=2, max=2**20)] = 151_936,
+    batch: Annotated[Numbers, typer.Option(help="Requests. [default: 1, 8 and 32]")] = None,
+    drafts: Annotated[int, typer.Option(min=1, help="Drafts of each request.")] = 4,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for each pair; five turns at least.")] = 2.0,
+) -> None:
+    """Verification of drafts, against sampling the same rows and against transformers."""
+    from bench.speculate import run
+
+    run(vocab, batch or [1, 8, 32], drafts, threads, seconds)
+
+
+@app.command()
 def serving(
     vocab: Annotated[int, typer.Option(min=64, max=2**20)] = 128256,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,

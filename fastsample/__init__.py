@@ -10,7 +10,7 @@ from fastsample.outputs import SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.sampler import Sampler
 from fastsample.threads import get_num_threads, set_num_threads
-from fastsample.verify import VerifyOutput, verify, verify_tree
+from fastsample.verification import VerifyOutput, verify, verify_tree
 
 __version__ = _version("fastsample")
 

@@ -15,6 +15,7 @@ from fastsample.backends import Engine, Outputs, select
 from fastsample.checks import CPU, check_logits, has_memory
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
+from fastsample.inputs.drafts import History
 from fastsample.inputs.penalties import warn_without_ids
 from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.records import pack
@@ -50,10 +51,12 @@ def make(
     options: Options,
     out: Any,
     stacklevel: int | None = 3,
+    history: History | None = None,
 ) -> Any:
     """Make a call of `fastsample.sample` (of tokens), `filter_logits` or `probabilities`, with its checks and errors.
 
-    `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning.
+    `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning. `history`: the
+    ids that penalties count, where rows share them.
     """
     name = repeats.key(kind, params, fields, options)
     known = repeats.take(name)
@@ -76,7 +79,11 @@ def make(
         rows = rows if known is None else rows.with_inputs()
         inputs.attach(rows, table)
     if packed.penalties and stacklevel is not None:
-        warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel)
+        given = inputs if history is None else history
+        warn_without_ids(packed.penalties, given.prompt_ids, given.output_ids, stacklevel)
+    if packed.penalties and history is not None:
+        rows = rows if inputs is not NO_INPUTS else rows.with_inputs()
+        history.attach(rows)
     result = call.run(table, rows, out)
     if name is not None and call.small:
         call.let_go()

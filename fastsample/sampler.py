@@ -33,7 +33,7 @@ from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, Samp
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
-from fastsample.verify import VerifyOutput, accept, check_rule, checked_result, draw_rows
+from fastsample.verification import VerifyOutput, accept, as_table, check_rule, checked_result, of_rows, split
 
 
 class Sampler:
@@ -236,9 +236,14 @@ class Sampler:
         inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
         with self._lock:
             own = self._move_to(drafts.ids.device)
-            given = Rows(own.records[drafts.request], own.seeds, own.offsets, workspace=own.workspace)
-            sampled = draw_rows(logits, drafts, given, inputs, self._call.options, bool(self._penalised))
-            result = checked_result(accept(sampled, drafts), self._call.options)
+            rows = Rows(own.records[drafts.request], *of_rows(drafts, own.seeds, own.offsets), workspace=own.workspace)
+            call = SampleCall(self._call.options._replace(on_invalid="flag"))
+            table = call.table(as_table(logits))
+            each, history = split(inputs, drafts)
+            each.attach(rows, table)
+            if self._penalised:
+                history.attach(rows)
+            result = checked_result(accept(call.run(table, rows, None), drafts), self._call.options)
             own.offsets += result.num_accepted + (result.status == 0)
         return result
 

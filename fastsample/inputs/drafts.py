@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fastsample.checks import INTEGERS, from_numpy, is_list, require_dense, require_tensor
 from fastsample.inputs.bias import Bias
-from fastsample.inputs.ids import pack_token_ids, row_of_ids
+from fastsample.inputs.ids import pack_breakers, pack_token_ids, row_of_ids
+from fastsample.inputs.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,21 @@ def spread_bias(bias: Any, drafts: Drafts) -> Any:
     return torch.cat([ends.new_zeros(1), ends]), ids[entries], values[entries]
 
 
-def per_request(names: Sequence[str], values: Sequence[Any], drafts: Drafts) -> list[torch.Tensor | None]:
-    """Histories, which each request has one of, as int64 [B, L]."""
-    like = torch.empty(drafts.ids.shape[0], 0, device=drafts.ids.device)
-    return [None if v is None else pack_token_ids(n, v, like) for n, v in zip(names, values, strict=True)]
+class History(NamedTuple):
+    """What the rows of drafts are conditioned on: a list of each request, and the drafts before each row."""
+
+    drafts: Drafts
+    prompt_ids: Any
+    output_ids: Any
+    dry_breakers: Any
+
+    def attach(self, rows: Rows) -> None:
+        """Check the lists and add them to the rows, which share those of their request."""
+        like = self.drafts.ids  # has a row per request, and the device
+        for name in ("prompt_ids", "output_ids"):
+            if (given := getattr(self, name)) is not None:
+                setattr(rows, name, pack_token_ids(name, given, like))
+        if self.dry_breakers is not None:
+            rows.breakers = pack_breakers(self.dry_breakers, like)
+        rows.drafted_ids = self.drafts.before_rows() if like.shape[1] else None
+        rows.requests = self.drafts.request

@@ -14,18 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsample.call import OTHERS, SampleCall
+from fastsample.call import make
 from fastsample.checks import CPU, is_one_of
-from fastsample.inputs import BiasLike, BreakerIds, Inputs, Rows, Seed, TokenIds, pack_offsets, pack_seeds
-from fastsample.inputs.drafts import Drafts, Tree, pack_drafts, pack_tree, per_request, spread, spread_bias
-from fastsample.inputs.ids import pack_breakers
-from fastsample.inputs.penalties import warn_without_ids
-from fastsample.inputs.records import pack
+from fastsample.inputs import NO_INPUTS, BiasLike, BreakerIds, Inputs, Seed, TokenIds, pack_offsets, pack_seeds
+from fastsample.inputs.drafts import Drafts, History, Tree, pack_drafts, pack_tree, spread, spread_bias
 from fastsample.outputs import FIELD, WRONG, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.traced import untraced
-
-PER_REQUEST = ("prompt_ids", "output_ids", "dry_breakers")
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +107,7 @@ def verify(
     drafts = pack_drafts(logits, draft_ids, num_drafts)
     options = Options(1, logprobs, top_logprobs, on_invalid, backend)
     inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
-    sampled = _sample(logits, drafts, params, fields, seed, offset, inputs, options, stacklevel=3)
+    sampled = _sample(logits, drafts, params, fields, seed, offset, inputs, options)
     return checked_result(accept(sampled, drafts), options)
 
 
@@ -159,7 +154,7 @@ def verify_tree(
     tree = pack_tree(logits, draft_ids, parents)
     options = Options(1, logprobs, top_logprobs, on_invalid, backend)
     inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
-    sampled = _sample(logits, tree, params, fields, seed, offset, inputs, options, stacklevel=3)
+    sampled = _sample(logits, tree, params, fields, seed, offset, inputs, options)
     return checked_result(_walk(sampled, tree), options)
 
 
@@ -177,67 +172,62 @@ def _sample(
     offset: Seed,
     inputs: Inputs,
     options: Options,
-    stacklevel: int,
 ) -> SampleOutput:
     """The plain draw of every row, flagged where the row is invalid; [N]."""
-    requests, rows = drafts.ids.shape[0], len(drafts.request)
-    if params is not None and isinstance(params, SamplingParams):
-        own = {name: getattr(params, name) for name, size in params.per_row().items() if size == requests}
+    requests = len(drafts.ids)
+    if isinstance(params, SamplingParams) and (sizes := params.per_row()):
+        own = {name: getattr(params, name) for name, size in sizes.items() if size == requests}
         fields = {**own, **fields}
-    packed = pack(params, {name: spread(name, value, drafts) for name, value in fields.items()}, rows, OTHERS)
-    if packed.penalties:
-        warn_without_ids(packed.penalties, inputs.prompt_ids, inputs.output_ids, stacklevel + 1)
-    request = Rows(packed.records, pack_seeds(seed, requests), pack_offsets(offset, requests).expand(requests))
-    return draw_rows(logits, drafts, request, inputs, options, bool(packed.penalties))
+    fields = {name: spread(name, value, drafts) for name, value in fields.items()}
+    words = pack_seeds(seed, requests), pack_offsets(offset, requests).expand(requests)
+    seeds, offsets = of_rows(drafts, *words)
+    given, history = split(inputs, drafts)
+    options, table = options._replace(on_invalid="flag"), as_table(logits)
+    result: SampleOutput = make("tokens", table, params, fields, seeds, offsets, given, options, None, 5, history)
+    return result
 
 
-def draw_rows(
-    logits: torch.Tensor, drafts: Drafts, given: Rows, inputs: Inputs, options: Options, counts: bool
-) -> SampleOutput:
-    """The same with packed parameters, of all rows or of each; `given` has seeds and offsets of each request.
+def of_rows(drafts: Drafts, seeds: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The seed and the offset of each row [N], given those of each request [B]."""
+    own = (words[drafts.request.to(words.device)] for words in (seeds, offsets))
+    seeds, offsets = own
+    return seeds, offsets + drafts.position.to(offsets.device)
 
-    `counts`: whether any row looks at its history.
-    """
-    call = SampleCall(options._replace(on_invalid="flag"))
-    table = call.table(logits.flatten(0, 1) if logits.ndim == 3 else logits)
-    request = drafts.request
-    seeds, offsets = (words[request.to(words.device)] for words in (given.seeds, given.offsets))
-    offsets = offsets + drafts.position.to(offsets.device)
-    rows = Rows(given.records, seeds, offsets, workspace=given.workspace).to(table.device)
-    if counts:
-        history = per_request(PER_REQUEST[:2], (inputs.prompt_ids, inputs.output_ids), drafts)
-        rows.prompt_ids, rows.output_ids = history
-        rows.drafted_ids = drafts.before_rows() if drafts.ids.shape[1] else None
-        if inputs.dry_breakers is not None:
-            rows.breakers = pack_breakers(inputs.dry_breakers, drafts.ids)
-        rows.requests = request
-    shared = not isinstance(inputs.bitmask, torch.Tensor) or inputs.bitmask.ndim == 1
-    mask = inputs.bitmask if shared else spread("bitmask", inputs.bitmask, drafts)
-    own = Inputs(mask, None, spread_bias(inputs.bias, drafts))
-    own.attach(rows, table)
-    return call.run(table, rows, None)
+
+def split(inputs: Inputs, drafts: Drafts) -> tuple[Inputs, History]:
+    """What each row is given, and what those of a request share."""
+    mask, bias = inputs.bitmask, inputs.bias
+    if isinstance(mask, torch.Tensor) and mask.ndim > 1:
+        mask = spread("bitmask", mask, drafts)
+    if bias is not None:
+        bias = spread_bias(bias, drafts)
+    own = NO_INPUTS if mask is None and bias is None else Inputs(bitmask=mask, bias=bias)
+    return own, History(drafts, inputs.prompt_ids, inputs.output_ids, inputs.dry_breakers)
+
+
+def as_table(logits: torch.Tensor) -> torch.Tensor:
+    """The rows of all requests, one after the other."""
+    return logits.flatten(0, 1) if logits.ndim == 3 else logits
+
+
+# What comes out ------------------------------------------------------------------------------------------------------
 
 
 def accept(sampled: SampleOutput, drafts: Drafts) -> VerifyOutput:
     """The tokens up to the first that is not the next draft."""
     fields = {name: drafts.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)}
-    status = fields.pop("status")
-    if drafts.ids.device == CPU:  # numpy takes a third of torch's time for so few numbers
-        accepted = torch.from_numpy(_count_accepted(fields["tokens"].numpy(), drafts.ids.numpy(), np))
-    else:
-        accepted = _count_accepted(fields["tokens"], drafts.ids, torch)
-    return _cut(fields, accepted, status.gather(1, accepted[:, None])[:, 0])
-
-
-def _count_accepted(tokens: Any, ids: Any, xp: Any) -> Any:
-    """How many drafts come before the first that is not the token drawn, int64 [B]; for numpy and for torch."""
-    return xp.cumprod((tokens[:, :-1] == ids) & (ids >= 0), 1).sum(1)
+    ids: Any = drafts.ids
+    views: dict[str, Any] = fields
+    if ids.device == CPU:  # numpy takes a third of torch's time for so few numbers, by the same expressions
+        ids, views = ids.numpy(), {name: value.numpy() for name, value in fields.items()}
+    accepted = ((views["tokens"][:, :-1] == ids) & (ids >= 0)).cumprod(1).sum(1)
+    return _cut(fields, views, accepted)
 
 
 def _walk(sampled: SampleOutput, tree: Tree) -> VerifyOutput:
     """The tokens along the way from the root, each level for all requests at once."""
     fields = {name: tree.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)}
-    requests, nodes = tree.ids.shape[0], tree.shape[1]
+    requests, nodes = tree.shape
     drawn, index = fields["tokens"], torch.arange(nodes, device=tree.ids.device)
     at = torch.zeros(requests, dtype=torch.int64, device=tree.ids.device)
     path = torch.full((requests, nodes), -1, dtype=torch.int64, device=tree.ids.device)
@@ -246,26 +236,29 @@ def _walk(sampled: SampleOutput, tree: Tree) -> VerifyOutput:
         node = at.clamp(min=0)[:, None]
         token = drawn.gather(1, node)
         child = (tree.parents == node) & (tree.tokens == token) & (token >= 0) & (at >= 0)[:, None]
-        at = torch.where(child, index, nodes).amin(1) if nodes else at
+        at = torch.where(child, index, nodes).amin(1)
         at = at.masked_fill(at == nodes, -1)
-    accepted = (path >= 0).sum(1) - 1
     along = path.clamp(min=0)
-    status = fields.pop("status").gather(1, along).gather(1, accepted.clamp(min=0)[:, None])[:, 0]
-    taken = {
-        name: value.gather(1, along.view(*along.shape, *[1] * (value.ndim - 2)).expand(-1, -1, *value.shape[2:]))
-        for name, value in fields.items()
-    }
-    result = _cut(taken, accepted, status)
+    for name, value in fields.items():
+        shape = (*along.shape, *[1] * (value.ndim - 2))
+        fields[name] = value.gather(1, along.view(shape).expand(-1, -1, *value.shape[2:]))
+    result = _cut(fields, fields, (path >= 0).sum(1) - 1)
     result.path = path
     return result
 
 
-def _cut(fields: dict[str, torch.Tensor], accepted: torch.Tensor, status: torch.Tensor) -> VerifyOutput:
-    """What came out: `accepted` tokens and one more, then padding."""
-    for name, value in fields.items():
-        past = torch.arange(value.shape[1], device=value.device) > accepted[:, None]
-        fields[name] = value.masked_fill(past.view(*past.shape, *[1] * (value.ndim - 2)), _EMPTY[name])
-    return VerifyOutput(num_accepted=accepted.to(torch.int32), status=status.contiguous(), **fields)
+def _cut(fields: dict[str, torch.Tensor], views: dict[str, Any], accepted: Any) -> VerifyOutput:
+    """What came out: `accepted` tokens and one more, then padding, which is written to the views of the fields."""
+    rows, steps = views["tokens"].shape
+    xp: Any = torch if isinstance(accepted, torch.Tensor) else np
+    where = {"device": accepted.device} if xp is torch else {}
+    past = xp.arange(steps, **where) > accepted[:, None]
+    status = views["status"][xp.arange(rows, **where), accepted]
+    for name, value in views.items():
+        value[past] = _EMPTY[name]
+    accepted, status = (v if xp is torch else torch.from_numpy(v) for v in (accepted, status))
+    del fields["status"]
+    return VerifyOutput(num_accepted=accepted.to(torch.int32), status=status, **fields)
 
 
 _EMPTY = {"status": 0} | {name: field.invalid for name, field in FIELD.items() if field.invalid is not None}
@@ -277,11 +270,11 @@ def _present(sampled: SampleOutput) -> tuple[str, ...]:
 
 def checked_result(result: VerifyOutput, options: Options) -> VerifyOutput:
     """ValueError where a result ended at an invalid row, if that is an error."""
-    if options.on_invalid == "raise":
-        for request in result.status.nonzero()[:1, 0].tolist():
-            code, row = int(result.status[request]), int(result.num_accepted[request])
-            raise ValueError(
-                f"logits: request {request}, row {row} has {WRONG['logits'][code]}; on_invalid='flag' ends the result "
-                "before it and returns a status instead"
-            )
+    if options.on_invalid == "raise" and bool(result.status.any()):
+        request = int(result.status.nonzero()[0, 0])
+        code, row = int(result.status[request]), int(result.num_accepted[request])
+        raise ValueError(
+            f"logits: request {request}, row {row} has {WRONG['logits'][code]}; on_invalid='flag' ends the result "
+            "before it and returns a status instead"
+        )
     return result
