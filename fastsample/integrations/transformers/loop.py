@@ -19,9 +19,10 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from fastsample.inputs import Seed
 from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
 from fastsample.integrations.grammar.batch import check_grammar
+from fastsample.integrations.transformers import assisted
 from fastsample.integrations.transformers.breakers import Breakers, check_breakers, sequence_breakers
 from fastsample.integrations.transformers.generate import (
-    hand_back_tokenizer,
+    hand_back,
     refuse_other_loops,
     refuse_paged,
     synced_gpus,
@@ -116,7 +117,7 @@ class Loop:
     @property
     def __signature__(self) -> inspect.Signature:
         """`generate` reads this to tell our arguments from the model's."""
-        hand_back_tokenizer(self.tokenizer)
+        hand_back(self.tokenizer)
         return inspect.signature(type(self).__call__.__get__(self))
 
     def __call__(
@@ -127,10 +128,14 @@ class Loop:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         tokenizer: Any = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        inputs_tensor: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
         config = copy.copy(generation_config)
         refuse_other_loops(model, config)
+        drafter = assisted.drafter(model, config, assistant_model, len(input_ids) * self.copies)
         self._look_for_idle(config)
         sampled = bool(config.do_sample)
         padding = _left_padding(model, model_kwargs)
@@ -153,6 +158,13 @@ class Loop:
             self.streamer.put(input_ids.cpu())  # as `generate` does with its own
         synced = {"synced_gpus": synced_gpus(model)}
         loop, start = type(model)._sample, input_ids.shape[1]
+        if drafter is not None:
+            drafts = assisted.drafts(drafter, plan, draw, input_ids, breakers, assistant_tokenizer)
+            more = {"assistant_model": assistant_model, "assistant_tokenizer": assistant_tokenizer}
+            more |= {"tokenizer": tokenizer, "inputs_tensor": inputs_tensor} | synced | model_kwargs
+            result = assisted.run(model, input_ids, processors, criteria, config, self.streamer, drafts, more)
+            self._report(result, draw, criteria, start)
+            return result
         if self.copies > 1:
             model, input_ids, model_kwargs = _branch(model, input_ids, config, model_kwargs, self.copies)
         result = loop(
