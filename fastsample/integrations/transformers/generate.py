@@ -65,7 +65,7 @@ def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
     served = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH, GenerationMode.ASSISTED_GENERATION)
     if asked or mode not in served:
         raise ValueError(
-            f"{', '.join(asked) or mode.value}: not served by fs_generate, which draws one token per sequence and position"
+            f"{', '.join(asked) or mode.value}: not served by fs_generate, which draws one token for each position"
         )
     if type(model)._sample is not GenerationMixin._sample:
         raise ValueError(
