@@ -51,7 +51,7 @@ class Cached(TableModel):
         self.config.num_hidden_layers = 2
         self.config.is_encoder_decoder = False
         self.disturbed = table if disturbed is None else disturbed
-        self.runs = 0
+        self.runs = self.longest = 0
         self.before = V // 2  # so the id before the last one counts by being even or odd
         self.generation_config = GenerationConfig(pad_token_id=PAD)
         self.generation_config.num_assistant_tokens = 4
@@ -74,6 +74,7 @@ class Cached(TableModel):
             for layer in range(self.config.num_hidden_layers):
                 known, _ = cache.update(keys, keys, layer)
             ids = known[:, 0, :, 0].long()
+        self.longest = max(self.longest, ids.shape[1])
         before = torch.nn.functional.pad(ids, (1, 0))[:, :-1]
         rows = (self.before * before + ids)[:, -input_ids.shape[1] :] % len(self.table)
         table = self.disturbed if early else self.table
@@ -203,26 +204,29 @@ def test_a_drafter_that_knows_the_model_is_always_right(model: Cached, name: str
     assert model.runs == 5  # of 4 drafts and one token more
 
 
-def test_a_draft_has_the_probability_of_its_token(model: Cached) -> None:
+@pytest.mark.parametrize("do_sample", [True, False])
+@GREEDY_SEED
+def test_a_draft_has_the_probability_of_its_token(model: Cached, do_sample: bool) -> None:
     """Where a drafter's confidence is too low, transformers ends the draft."""
-    drawn: dict[str, Any] = {}
+    gaps, known = [], []
 
     class Spy(assisted.Draft):
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             got = super().__call__(input_ids, scores)
             assert torch.equal(got, super().__call__(input_ids, scores))  # no state
-            probs = fs.probabilities(scores, temperature=0.7, top_p=0.9)
-            token = got.argmax(-1)
-            drawn.setdefault("gaps", []).append(float(abs(got.softmax(-1) - probs)[0, token].max()))
-            drawn.setdefault("probs", []).append(float(probs[0, token]))
+            probs = fs.probabilities(scores, temperature=0.7, top_p=0.9) if do_sample else scores.softmax(-1)
+            token = int(got.argmax(-1))
+            gaps.append(float(abs(got.softmax(-1) - probs)[0, token]))
+            known.append(float(probs[0, token]))
             return got
 
+    options: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9} if do_sample else {"given": {"presence_penalty": 1.0}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assisted, "Draft", Spy)
-        generate(model, 3, temperature=0.7, top_p=0.9, assistant_model=make(noise=0.5))
-    assert len(drawn["gaps"]) > 20
-    assert min(drawn["probs"]) < 0.3
-    assert max(drawn["gaps"]) < 0.05
+        generate(model, 3, do_sample=do_sample, assistant_model=make(noise=2.0), **options)
+    assert len(gaps) > 20
+    assert min(known) < 0.3
+    assert max(gaps) < 1e-3
 
 
 def test_a_draft_that_cannot_be_drawn_is_left_to_the_drafter(model: Cached) -> None:
@@ -238,7 +242,9 @@ def test_a_draft_that_cannot_be_drawn_is_left_to_the_drafter(model: Cached) -> N
 @pytest.mark.parametrize("way", WAYS)
 def test_the_text_ends_in_the_middle_of_a_draft(model: Cached, drafters: dict[str, Any], way: str) -> None:
     for count in range(1, 13):
+        model.longest = 0
         assert check_same(model, drafters[way], max_new_tokens=count).shape[1] == PROMPT.shape[1] + count
+        assert model.longest == PROMPT.shape[1] + count - 1  # nothing runs that cannot become text
     free = generate(model)[0, PROMPT.shape[1] :].tolist()
     for eos in set(free):
         got = check_same(model, drafters[way], eos_token_id=eos)

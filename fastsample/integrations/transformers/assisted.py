@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -29,21 +29,12 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from fastsample.api import sample
 from fastsample.integrations.transformers.plan import ONLY_IDS, Plan
+from fastsample.integrations.transformers.rows import Streamer
 from fastsample.integrations.transformers.step import Criteria, Draw, Inputs
 from fastsample.params import SamplingParams
 
 DRAFTERS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Options of `generate` that ask for drafts."""
-
-
-class Streamer(Protocol):
-    """As in the loop."""
-
-    def put(self, value: torch.Tensor) -> None:
-        """Receive tokens."""
-
-    def end(self) -> None:
-        """Generation is over."""
 
 
 def drafter(model: Any, config: GenerationConfig, assistant: Any, rows: int) -> str | None:
@@ -146,7 +137,16 @@ class _Drafted:
 
     def _get_candidate_generator(self, **kwargs: Any) -> Any:
         own = {"generation_config": self._config, "logits_processor": self._processors}
-        return self._model._get_candidate_generator(**kwargs | own)
+        generator = self._model._get_candidate_generator(**kwargs | own)
+        propose, most = generator.get_candidates, self._config.max_length - 1
+
+        def get_candidates(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            # Not every drafter stops before the end of the text, where the model may have no positions.
+            ids, logits = propose(*args, **kwargs)
+            return ids[:, :most], logits
+
+        generator.get_candidates = get_candidates
+        return generator
 
 
 class Draft(LogitsProcessor):
@@ -175,7 +175,7 @@ class Draft(LogitsProcessor):
             draw.params if draw.sampled else draw.params.replace(temperature=0.0),
             seed=draw.seeds,
             offset=draw.offsets + (ids.shape[1] - self._start),
-            logprobs="processed",
+            logprobs="processed" if draw.sampled else "raw",  # greedy search is always sure
             on_invalid="flag",
             backend=draw.backend,
             **self._inputs(ids, table),

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -30,6 +30,7 @@ from fastsample.integrations.transformers.generate import (
 from fastsample.integrations.transformers.plan import Plan, make_plan
 from fastsample.integrations.transformers.rows import (
     Batch,
+    Streamer,
     check_backend,
     check_modes,
     check_offset,
@@ -43,16 +44,6 @@ from fastsample.integrations.transformers.rows import (
 from fastsample.integrations.transformers.step import Clean, Criteria, Draw, Followed, Inputs, Progress
 from fastsample.outputs import LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
-
-
-class Streamer(Protocol):
-    """What a streamer must offer; every BaseStreamer of transformers does."""
-
-    def put(self, value: torch.Tensor) -> None:
-        """Receive the prompt's ids [B, L], then each step's tokens [B]."""
-
-    def end(self) -> None:
-        """Generation is over."""
 
 
 @dataclass
