@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.generation.utils import ALL_CACHE_NAMES
 
+import fastsample as fs
 from fastsample.cli.generate import shipped_model
 from fastsample.integrations.best_of_n import best_of_n
 from fastsample.integrations.grammar import GrammarCompiler
@@ -146,6 +147,17 @@ def test_guidance_runs_its_own_model_step_by_step(shipped: Any, tokenizer: Any) 
     plain = of_shipped(shipped, tokenizer, guidance_scale=1.5, max_new_tokens=20)
     for draft in ({"prompt_lookup_num_tokens": 6}, {"assistant_model": shipped}):
         assert torch.equal(of_shipped(shipped, tokenizer, guidance_scale=1.5, max_new_tokens=20, **draft), plain)
+
+
+def test_whatever_the_logits_a_token_is_the_plain_draw_of_its_row(tokenizer: Any) -> None:
+    """In bfloat16 several rows often have other logits than one, so the text may be another."""
+    model = AutoModelForCausalLM.from_pretrained(shipped_model(), dtype=torch.bfloat16).eval()
+    keep = {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None, "top_k": 0}
+    out = of_shipped(model, tokenizer, prompt_lookup_num_tokens=5, **keep)
+    assert len(out.logits) == 40
+    for offset, (row, token) in enumerate(zip(out.logits, out.sequences[0, -40:].tolist(), strict=True)):
+        options: dict[str, Any] = {"seed": 5, "offset": offset, "temperature": 0.7, "top_p": 0.95, "ties": "all"}
+        assert int(fs.sample(row, **options).tokens) == token, f"offset {offset}"
 
 
 @pytest.fixture(scope="module")
