@@ -36,7 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastsample as fs
 from fastsample.cli.generate import shipped_model
-from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_generate, loop
+from fastsample.integrations.transformers import FastSampleLogitsProcessor, assisted, fs_generate, loop
 
 V = 120
 PAD = 1
@@ -563,12 +563,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "num_beams": {"num_beams": 2},
     "penalty_alpha": {"penalty_alpha": 0.6},
     "dola_layers": {"dola_layers": "high"},
-    "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 3},
-    "assistant_early_exit": {"assistant_early_exit": 1},
-    "use_mtp": {"use_mtp": True},
     "force_words_ids": {"force_words_ids": [[5]], "num_beams": 2},
     "streamer": {"streamer": Collect()},
-    "assistant_model": {"assistant_model": "the model"},
 }
 
 
@@ -577,8 +573,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_options_that_would_be_lost_are_refused(
     gpt2: GPT2LMHeadModel, name: str, options: dict[str, Any], do_sample: bool
 ) -> None:
-    options = {k: gpt2 if v == "the model" else v for k, v in options.items()}
-    options |= {"do_sample": do_sample, "max_new_tokens": 3, "custom_generate": fs_generate(seed=1)}
+    options = options | {"do_sample": do_sample, "max_new_tokens": 3, "custom_generate": fs_generate(seed=1)}
     with pytest.raises(ValueError, match=name):
         gpt2.generate(torch.tensor([[5, 9, 7]]), **options)
 
@@ -722,6 +717,10 @@ TABLE: dict[str, dict[str, Any]] = {
     "`watermarking_config`": {"watermarking_config": WatermarkingConfig(bias=2.5, seeding_scheme="selfhash")},
     "`renormalize_logits`": {"renormalize_logits": True},
     "`logits_processor`": {"logits_processor": [AddRamp()]},
+    "`assistant_model`": {"assistant_model": "the model"},
+    "`prompt_lookup_num_tokens`": {"prompt_lookup_num_tokens": 3},
+    "`assistant_early_exit`": {"assistant_early_exit": 1},
+    "`use_mtp`": {"use_mtp": True},
     **{f"`{name}`": options for name, options in REFUSED.items()},
 }
 
@@ -729,7 +728,12 @@ TABLE: dict[str, dict[str, Any]] = {
 def served(model: Any, options: dict[str, Any]) -> str:
     """What becomes of an option, by looking at what the loop leaves to transformers."""
     plans: list[Any] = []
+    drafts: list[str] = []
     real = loop.make_plan
+
+    def drafted(model: Any, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        drafts.append("yes")
+        return input_ids
 
     def spy(*args: Any) -> Any:
         plans.append(real(*args))
@@ -738,17 +742,20 @@ def served(model: Any, options: dict[str, Any]) -> str:
     options = {k: model if v == "the model" else v for k, v in options.items()} | {"max_new_tokens": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_plan", spy)
+        patch.setattr(assisted, "run", drafted)
         common = {"do_sample": True, "top_k": 0, "custom_generate": fs_generate(seed=1)}
         try:
             model.generate(torch.tensor([[5, 9, 7]]), **common | options)
         except ValueError as error:
             return "refused" if "fs_generate" in str(error) else str(error)
+    if drafts:
+        return "drafts"
     return "runs before the fused pass" if plans[0].own else "fused"
 
 
 def test_the_page_tells_what_becomes_of_each_option(gpt2: GPT2LMHeadModel) -> None:
     page = (Path(__file__).parents[2] / "docs" / "integrations" / "generate.md").read_text()
-    rows = dict(re.findall(r"^\| (fused|runs before the fused pass|refused) \| (.*) \|$", page, re.MULTILINE))
+    rows = dict(re.findall(r"^\| (fused|runs before the fused pass|drafts|refused) \| (.*) \|$", page, re.MULTILINE))
     told = {name: kind for kind, names in rows.items() for name in names.split(", ")}
     assert told.keys() == TABLE.keys()
     if not hasattr(GenerationConfig(), "use_mtp"):  # newer than the oldest transformers that is served

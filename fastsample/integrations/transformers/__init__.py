@@ -22,9 +22,9 @@ from fastsample.inputs import Seed
 from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarError
 from fastsample.integrations.grammar.batch import per_row
 from fastsample.integrations.transformers.breakers import Breakers
-from fastsample.integrations.transformers.loop import Loop, Streamer
+from fastsample.integrations.transformers.loop import Loop
 from fastsample.integrations.transformers.plan import HISTORY
-from fastsample.integrations.transformers.rows import check_backend
+from fastsample.integrations.transformers.rows import Streamer, check_backend
 from fastsample.outputs import LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
 
@@ -199,6 +199,9 @@ def fs_generate(
     transformers' own processors, as do the options before them in the list, except those that only forbid tokens;
     docs/integrations/generate.md has the table. With do_sample=False, `generate` is plain greedy search.
 
+    With `assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit` or `use_mtp` several tokens are drafted
+    for each run of the model, and the text is the one without them: what is kept of a draft is what would be drawn.
+
     A sequence's tokens depend on its logits, its seed and their position, and not on the batch, its slot, padding or
     earlier calls. (A model's logits may themselves differ in their last bits between batch shapes.)
 
@@ -244,8 +247,9 @@ def fs_generate(
         TypeError, ValueError: bad argument, such as a breaker that no single token contains. From `generate`: a number
             of seeds, offsets, grammars, breakers or fields that is neither that of the sequences nor that of the
             prompts; strings for breakers, and no tokenizer; fields or logprobs that would have no effect; an
-            option that fastsample does not serve (beams, assisted, contrastive, paged, ...); or a sequence that can
-            have no token. The message names the option, or the options that contradict each other.
+            option that fastsample does not serve (beams, contrastive, paged, ...); drafts for more than one sequence;
+            or a sequence that can have no token. The message names the option, or the options that contradict each
+            other.
 
     Warns:
         UserWarning: a seed or an offset has no effect, since do_sample=False draws nothing.

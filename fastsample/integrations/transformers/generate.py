@@ -22,9 +22,6 @@ _OTHER_LOOPS = (
     "force_words_ids",
     "penalty_alpha",
     "dola_layers",
-    "use_mtp",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
 )
 """Options of `generate` that ask for another decoding loop than one token per step."""
 
@@ -39,17 +36,19 @@ def refuse_paged() -> None:
         )
 
 
-def hand_back_tokenizer(own: Any) -> None:
-    """Put the tokenizer back among the arguments of the `generate` that is reading our signature.
+def hand_back(own: Any) -> None:
+    """Put what a callable may claim back among the arguments of the `generate` that is reading our signature.
 
-    `generate` takes the tokenizer out before a callable can claim it, and then misses it when it makes the criterion of
-    stop_strings. `own` is fs_generate's tokenizer, used when `generate` was given none.
+    `generate` takes the tokenizers and the assistant out before a callable can claim them. It then misses them itself:
+    the tokenizer when it makes the criterion of stop_strings, and all of them when it checks that they go together.
+    `own` is fs_generate's tokenizer, used when `generate` was given none.
     """
     frame = _frame_of(_EXTRACT)
     if frame is not None:
-        tokenizer = frame.f_locals.get("generation_mode_kwargs", {}).get("tokenizer", own)
-        if tokenizer is not None:
-            frame.f_locals["kwargs"].setdefault("tokenizer", tokenizer)
+        given = {"tokenizer": own} | frame.f_locals.get("generation_mode_kwargs", {})
+        for name in ("tokenizer", "assistant_tokenizer", "assistant_model"):
+            if given.get(name) is not None:
+                frame.f_locals["kwargs"].setdefault(name, given[name])
 
 
 def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
@@ -60,13 +59,13 @@ def refuse_other_loops(model: Any, config: GenerationConfig) -> None:
             "streamer: generate does not hand it to custom_generate; use fs_generate(streamer=...) instead"
         )
     asked = [name for name in _OTHER_LOOPS if getattr(config, name, None) not in (None, False)]
-    asked += ["assistant_model"] if withheld.get("assistant_model") is not None else []
     asked += ["num_beams"] if (config.num_beams or 1) > 1 else []
     asked += ["cache_implementation"] if config.cache_implementation == "paged" else []
     mode = config.get_generation_mode()
-    if asked or mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+    served = (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH, GenerationMode.ASSISTED_GENERATION)
+    if asked or mode not in served:
         raise ValueError(
-            f"{', '.join(asked) or mode.value}: not served by fs_generate, which draws one token per sequence and step"
+            f"{', '.join(asked) or mode.value}: not served by fs_generate, which draws one token for each position"
         )
     if type(model)._sample is not GenerationMixin._sample:
         raise ValueError(
@@ -83,7 +82,7 @@ def synced_gpus(model: Any) -> bool:
 def _withheld() -> dict[str, Any]:
     """Arguments of the `generate` that called us which it passes to no callable: only its frame has them."""
     frame = _frame_of(_GENERATE)
-    names = ("streamer", "assistant_model", "synced_gpus")
+    names = ("streamer", "synced_gpus")
     return {} if frame is None else {name: frame.f_locals.get(name) for name in names}
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -19,9 +19,10 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 from fastsample.inputs import Seed
 from fastsample.integrations.grammar import Grammar, GrammarBatch, TruncatedWarning
 from fastsample.integrations.grammar.batch import check_grammar
+from fastsample.integrations.transformers import assisted
 from fastsample.integrations.transformers.breakers import Breakers, check_breakers, sequence_breakers
 from fastsample.integrations.transformers.generate import (
-    hand_back_tokenizer,
+    hand_back,
     refuse_other_loops,
     refuse_paged,
     synced_gpus,
@@ -29,6 +30,7 @@ from fastsample.integrations.transformers.generate import (
 from fastsample.integrations.transformers.plan import Plan, make_plan
 from fastsample.integrations.transformers.rows import (
     Batch,
+    Streamer,
     check_backend,
     check_modes,
     check_offset,
@@ -42,16 +44,6 @@ from fastsample.integrations.transformers.rows import (
 from fastsample.integrations.transformers.step import Clean, Criteria, Draw, Followed, Inputs, Progress
 from fastsample.outputs import LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
-
-
-class Streamer(Protocol):
-    """What a streamer must offer; every BaseStreamer of transformers does."""
-
-    def put(self, value: torch.Tensor) -> None:
-        """Receive the prompt's ids [B, L], then each step's tokens [B]."""
-
-    def end(self) -> None:
-        """Generation is over."""
 
 
 @dataclass
@@ -116,7 +108,7 @@ class Loop:
     @property
     def __signature__(self) -> inspect.Signature:
         """`generate` reads this to tell our arguments from the model's."""
-        hand_back_tokenizer(self.tokenizer)
+        hand_back(self.tokenizer)
         return inspect.signature(type(self).__call__.__get__(self))
 
     def __call__(
@@ -127,10 +119,14 @@ class Loop:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         tokenizer: Any = None,
+        assistant_model: Any = None,
+        assistant_tokenizer: Any = None,
+        inputs_tensor: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> Any:
         config = copy.copy(generation_config)
         refuse_other_loops(model, config)
+        drafter = assisted.drafter(model, config, assistant_model, len(input_ids) * self.copies)
         self._look_for_idle(config)
         sampled = bool(config.do_sample)
         padding = _left_padding(model, model_kwargs)
@@ -153,6 +149,13 @@ class Loop:
             self.streamer.put(input_ids.cpu())  # as `generate` does with its own
         synced = {"synced_gpus": synced_gpus(model)}
         loop, start = type(model)._sample, input_ids.shape[1]
+        if drafter is not None:
+            drafts = assisted.drafts(drafter, plan, draw, input_ids, breakers, assistant_tokenizer)
+            more = {"assistant_model": assistant_model, "assistant_tokenizer": assistant_tokenizer}
+            more |= {"tokenizer": tokenizer, "inputs_tensor": inputs_tensor} | synced | model_kwargs
+            result = assisted.run(model, input_ids, processors, criteria, config, self.streamer, drafts, more)
+            self._report(result, draw, criteria, start)
+            return result
         if self.copies > 1:
             model, input_ids, model_kwargs = _branch(model, input_ids, config, model_kwargs, self.copies)
         result = loop(

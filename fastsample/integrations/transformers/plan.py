@@ -9,8 +9,14 @@ from typing import Any
 
 import torch
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessor,
     LogitsProcessorList,
@@ -73,6 +79,20 @@ _MASKS = (
     SuppressTokensLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
 )
+
+ONLY_IDS = (
+    *_MASKS,
+    *(kind for kind, name, _ in _FUSED if name != "allowed"),
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    TopHLogitsWarper,
+)
+"""Processors that are a function of the ids and scores of a call, with nothing of the caller's in them."""
 
 _AFTER_WARPERS = (
     TopHLogitsWarper,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,16 @@ from fastsample.inputs import pack_offsets, pack_seeds, row_seeds
 from fastsample.integrations.grammar import Grammar
 from fastsample.outputs import check_on_invalid
 from fastsample.params import SamplingParams
+
+
+class Streamer(Protocol):
+    """What a streamer must offer; every BaseStreamer of transformers does."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receive the prompt's ids [B, L], then each step's tokens [B]."""
+
+    def end(self) -> None:
+        """Generation is over."""
 
 
 def check_backend(backend: Any) -> None:
