@@ -102,7 +102,8 @@ def llama_cpp(session: nox.Session) -> None:
     session.install("-e", ".", *TOOLS, "cmake", "ninja", *NO_CUDA)
     requirements, built = ROOT / "tests" / "requirements" / "llama_cpp.txt", Path(session.create_tmp()) / "llama.cpp"
     shutil.rmtree(built, ignore_errors=True)
-    session.run("pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(built), "-r", str(requirements))
+    source_only = ("--no-deps", "--no-binary", "llama-cpp-python")  # what builds it comes as wheels
+    session.run("pip", "download", "-q", *source_only, "-d", str(built), "-r", str(requirements))
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         archive.extractall(built, filter="data")
     source = next(path for path in built.iterdir() if path.is_dir())
