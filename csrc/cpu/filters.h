@@ -94,23 +94,31 @@ uint64_t heaviest(const Base<T, W>& base, const Kept<float>& kept) {
   return base.on([&](const auto& d) { return heaviest(d, kept, base.judge); });
 }
 
-// An estimate of the deviation will do where no token lies between the lowest logits that its
-// bounds allow.
-template <class T>
-float lowest_within_sigma(const Dense<T>& d, const RowParams& p, float peak) {
-  Deviation sigma;
-  if (estimate_deviation(d, peak, &sigma)) {
-    const float low = fastsample::lowest_within_sigma(p, peak, sigma.high);
-    const float high = fastsample::lowest_within_sigma(p, peak, sigma.low);
-    if (!any_between(d, low, high)) return high;
-  }
-  return fastsample::lowest_within_sigma(p, peak, spread(d, peak));
+// Tries bounds of the deviation: they will do where no token of the base set lies between the
+// lowest logits that they allow. The set is gathered before it is looked through.
+template <class T, class W>
+bool narrow_within_sigma(Base<T, W>& base, Deviation sigma, const RowParams& p, Kept<float>* kept) {
+  if (!(sigma.high < INFINITY)) return false;
+  const float low = lowest_within_sigma(p, base.judge.max, sigma.high);
+  const float high = lowest_within_sigma(p, base.judge.max, sigma.low);
+  const Kept<float> within = narrow_above(*kept, Place<float>{low, INT32_MAX});
+  if (!base.listed) narrow(base, within, uses_measured_floors(p));
+  if (base.on([&](const auto& d) { return any_between(d, low, high); })) return false;
+  *kept = within;
+  return true;
 }
 
 template <class T, class W>
-Kept<float> top_n_sigma(const Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+Kept<float> top_n_sigma(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if (!uses_top_n_sigma(p)) return kept;
-  const float lowest = lowest_within_sigma(base.task.dense, p, base.judge.max);
+  const Dense<T>& d = base.task.dense;
+  if (narrow_within_sigma(base, d.spread, p, &kept)) return kept;
+  Deviation sigma;
+  const float peak = base.judge.max;
+  if (estimate_deviation(d, peak, &sigma) && narrow_within_sigma(base, sigma, p, &kept)) {
+    return kept;
+  }
+  const float lowest = lowest_within_sigma(p, peak, spread(d, peak));
   return narrow_above(kept, Place<float>{lowest, INT32_MAX});
 }
 
@@ -254,35 +262,38 @@ Place<float> first_of(const Base<T, W>& base, const Kept<float>& kept) {
   return base.on([&](const auto& d) { return first_of(d, kept, base.judge); });
 }
 
+// Top-k and top-n-sigma, in either order: both keep the first tokens of the whole row's rank order,
+// whatever else is kept. Few tokens are left of top-k to compare with top-n-sigma's bounds.
+template <class T, class W>
+Kept<float> heads(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+  return top_n_sigma(base, top_k(base, kept, p), p);
+}
+
 // What the filters up to XTC leave of the row; in the end, `base` holds all of it.
 template <class T, class W>
 Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
   Kept<float> kept = alive(base.judge);
   switch (p.order) {
     case kMinPFirst:
-      kept = top_n_sigma(base, kept, p);
+      kept = heads(base, kept, p);
       kept = mass_floors(base, kept, p);
-      kept = top_k(base, kept, p);
       kept = top_p(base, kept, p);
       kept = typical(base, kept, p);
       break;
     case kJoint:  // top-p on the whole row, which it leaves as the base set
       kept = top_p(base, kept, p);
-      kept = top_n_sigma(base, kept, p);
-      kept = top_k(base, kept, p);
+      kept = heads(base, kept, p);
       kept = mass_floors(base, kept, p);
       kept = typical(base, kept, p);
       break;
     case kTemperatureLast:
-      kept = top_n_sigma(base, kept, p);
-      kept = top_k(base, kept, p);
+      kept = heads(base, kept, p);
       kept = typical(base, kept, p);
       kept = top_p(base, kept, p);
       kept = mass_floors(base, kept, p);
       break;
     default:
-      kept = top_n_sigma(base, kept, p);
-      kept = top_k(base, kept, p);
+      kept = heads(base, kept, p);
       kept = top_p(base, kept, p);
       kept = mass_floors(base, kept, p);
       kept = typical(base, kept, p);

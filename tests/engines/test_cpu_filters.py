@@ -116,6 +116,46 @@ def test_top_n_sigma(s: float, dtype: torch.dtype, variant: str) -> None:
         check(x, variant, top_n_sigma=s, **more)
 
 
+def cut_at(x: Tensor, token: int) -> float:
+    """The s whose cut s sigma below the maximum is this token, but for rounding."""
+    alive = x[x > -torch.inf].double()
+    d = ((alive.max() - alive) * 2**11).trunc().clamp(max=2**20 - 1)
+    return float((alive.max() - x[token].double()) / (d.var(correction=0).sqrt() * 2**-11))
+
+
+@KINDS
+@pytest.mark.parametrize("more", [{}, {"top_k": 900}, {"order": "min_p_first", "min_p": 0.01}], ids=str)
+def test_top_n_sigma_with_a_token_at_its_cut(more: dict[str, Any], dtype: torch.dtype, variant: str) -> None:
+    """So near that float sums cannot decide, on either side of it."""
+    x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)).sub(3)
+    x[1, ::7] = -torch.inf
+    x[2] -= x[2].max() - 4
+    x = x.to(dtype)
+    for row in x:
+        s = torch.tensor(cut_at(row.float(), int((row - row.max() + 1.5).abs().argmin())))
+        kept = []
+        for off in (-3e-4, -1e-5, -1e-7, 0, 1e-7, 1e-5, 3e-4):
+            kept.append(int(check(row[None], variant, top_n_sigma=float(s * (1 + off)), **more).sum()))
+        assert kept == sorted(kept)
+        assert kept[0] < kept[-1]
+
+
+@KINDS
+def test_top_n_sigma_where_whole_steps_change_sigma(dtype: torch.dtype, variant: str) -> None:
+    """Half of the row loses nearly a step of 2^-11 to the cut, so that sigma is a quarter step smaller."""
+    step = 2.0**-11
+    low = -1.9999 if dtype == torch.float32 else -1.75
+    for far, part in ((300.0, 2), (300.0, 3), (4.0, 4)):
+        x = torch.zeros(1, 6000)
+        x[0, ::part] = (low - far) * step
+        x[0, 5::50] = -torch.inf
+        for token in (0.3, 0.5, 0.9):
+            x[0, 3::800] = -(far + 1) / 2 * step * (1 + token * 1e-3)
+            s = cut_at(x.to(dtype)[0].float(), 3)
+            for off in (-1e-3, -1e-6, 0, 1e-6, 1e-3):
+                check(x.to(dtype), variant, top_n_sigma=s * (1 + off))
+
+
 @pytest.mark.parametrize(
     "fields",
     [

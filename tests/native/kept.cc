@@ -287,6 +287,8 @@ void check_plan() {
       const bool alone = set == kUsesMassFloor && !row.edited && row.input == kLogits && !apart;
       CHECK(plan.path == (set & kGreedy ? kArgmax : alone ? kCandidates : kFilters));
       CHECK(plan.watch == (alone && !row.narrow));
+      const bool spreads = (set & (kGreedy | kUsesTopNSigma)) == kUsesTopNSigma;
+      CHECK(plan.moments == (spreads && !row.edited && row.input == kLogits));
     }
   }
 }
