@@ -50,6 +50,8 @@ FS_INLINE float* copy_block(float* to, const T* x, Edge edge) {
 // Watches the streaming pass over float32 values and copies what is a candidate so far; a group's
 // values are in no order.
 struct Watcher {
+  static constexpr bool kSeesNarrow = false;
+
   Reach reach;
   float* values;
   int32_t* segment;  // group g's candidates begin at values[segment[g]]

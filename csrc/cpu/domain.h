@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cpu/moments.h"
 #include "cpu/plan.h"
 #include "cpu/process.h"
 #include "cpu/select.h"
@@ -17,6 +18,7 @@ struct Dense {
   Row<T> row;
   const float* block_max;
   bool near;  // whether no 16-bit value that nothing changes has a y below kLowestY
+  Deviation spread = kAnyDeviation;
 };
 
 struct List {

@@ -61,6 +61,30 @@ Span take_heads(const Dense<T>& d, float* to) {
 
 FS_INLINE Span take_heads(const List&, float* to) { return Span{to, 0, INFINITY, INFINITY}; }
 
+// Values that stand for a row's, for estimates: its heads (in ws.spare), each of which stands for
+// itself, and a sample of what has weight below them. There are none of a short row.
+struct StandIns {
+  Span heads;
+  Sample body;
+};
+
+template <class T, class Weight>
+bool take_stand_ins(const Dense<T>& d, const Weight& weight, const Workspace& ws, StandIns* to) {
+  if (blocks(d) < 2 * kSample / kBlock) return false;
+  Span& heads = to->heads;
+  Sample* body = &to->body;
+  heads = take_heads(d, ws.spare);
+  take_sample<Weight::kSampleRun>(d, body);
+  // In a sorted row, the highest tokens share few blocks, and the sample shows more of them.
+  const int shared = count_above(body->x, body->n, nextafterf(heads.low, -INFINITY));
+  if (shared > 8 + 2 * heads.n / body->each) heads = {ws.spare, 0, INFINITY, -INFINITY};
+  const float lowest = weight.lowest();
+  body->n = filter(body->x, body->n, body->x, [&](vf v) {
+              return both(gt(v, splat(lowest)), gt(splat(heads.low), v));
+            }).n;
+  return true;
+}
+
 // Weight by value, from high down: bin 1 begins at `high`, each is `width` wide, the first and the
 // last take what lies beyond.
 struct Histogram {

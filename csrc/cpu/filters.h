@@ -1,6 +1,7 @@
 // Stage 7: the filters, in each order.
 #pragma once
 
+#include "cpu/near.h"
 #include "cpu/outputs.h"
 #include "cpu/rough.h"
 #include "cpu/top_k.h"
@@ -94,23 +95,32 @@ uint64_t heaviest(const Base<T, W>& base, const Kept<float>& kept) {
   return base.on([&](const auto& d) { return heaviest(d, kept, base.judge); });
 }
 
-// An estimate of the deviation will do where no token lies between the lowest logits that its
-// bounds allow.
-template <class T>
-float lowest_within_sigma(const Dense<T>& d, const RowParams& p, float peak) {
-  Deviation sigma;
-  if (estimate_deviation(d, peak, &sigma)) {
-    const float low = fastsample::lowest_within_sigma(p, peak, sigma.high);
-    const float high = fastsample::lowest_within_sigma(p, peak, sigma.low);
-    if (!any_between(d, low, high)) return high;
-  }
-  return fastsample::lowest_within_sigma(p, peak, spread(d, peak));
+// Tries bounds of the deviation: they will do where no token of the base set lies between the
+// lowest logits that they allow. The set is gathered before it is looked through.
+template <class T, class W>
+bool narrow_within_sigma(Base<T, W>& base, Deviation sigma, const RowParams& p, Kept<float>* kept) {
+  if (!(sigma.high < INFINITY)) return false;
+  const float low = lowest_within_sigma(p, base.judge.max, sigma.high);
+  const float high = lowest_within_sigma(p, base.judge.max, sigma.low);
+  if (high <= kept->low.x) return true;
+  const Kept<float> within = narrow_above(*kept, Place<float>{low, INT32_MAX});
+  if (!base.listed) narrow(base, within, uses_measured_floors(p));
+  if (base.on([&](const auto& d) { return any_between(d, low, high); })) return false;
+  *kept = within;
+  return true;
 }
 
 template <class T, class W>
-Kept<float> top_n_sigma(const Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+Kept<float> top_n_sigma(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if (!uses_top_n_sigma(p)) return kept;
-  const float lowest = lowest_within_sigma(base.task.dense, p, base.judge.max);
+  const Dense<T>& d = base.task.dense;
+  if (narrow_within_sigma(base, d.spread, p, &kept)) return kept;
+  Deviation sigma;
+  const float peak = base.judge.max;
+  if (estimate_deviation(d, peak, &sigma) && narrow_within_sigma(base, sigma, p, &kept)) {
+    return kept;
+  }
+  const float lowest = lowest_within_sigma(p, peak, spread(d, peak));
   return narrow_above(kept, Place<float>{lowest, INT32_MAX});
 }
 
@@ -141,24 +151,34 @@ Kept<float> mass_floors(const Base<T, W>& base, Kept<float> kept, const RowParam
   return mass_floors(kept, p, heaviest(base, kept));
 }
 
+// How far from its exact mean typical keeps tokens.
+template <class T, class W, class Weight>
+Limit exact_limit(const Base<T, W>& base, const Kept<float>& kept, const Weight& weight, float mean,
+                  uint64_t target, const RowParams& p) {
+  const Workspace& ws = base.task.ws;
+  if (!base.listed && bounds_of(kept) == kUnbounded) {
+    const Limit found =
+        estimated_limit(base.task.dense, weight, mean, (double)p.typical_p, target, ws);
+    if (found.total) return found;
+  }
+  return {base.on([&](const auto& d) { return typical_limit(d, kept, weight, mean, target, ws); }),
+          0};
+}
+
 template <class T, class W>
 Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if constexpr (W::kOfLogits) {
     if (!uses_typical(p)) return kept;
-    const DepthSums sums = measure(base, kept, p, Depths{base.judge});
-    const float mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
-    const uint64_t target = top_p_target(p.typical_p, sums.mass);
     const Weighing weight(base.judge, kept.floor);
     Limit limit = {0, 0};
+    float mean;
     if (!base.listed && bounds_of(kept) == kUnbounded) {
-      limit =
-          estimated_limit(base.task.dense, weight, mean, (double)p.typical_p, target, base.task.ws);
+      limit = rough_typical(base.task.dense, weight, p.typical_p, base.task.ws, &mean);
     }
-    const bool found = limit.total != 0;
-    if (!found) {
-      limit.distance = base.on([&](const auto& d) {
-        return typical_limit(d, kept, weight, mean, target, base.task.ws);
-      });
+    if (!limit.total) {
+      const DepthSums sums = measure(base, kept, p, Depths{base.judge});
+      mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
+      limit = exact_limit(base, kept, weight, mean, top_p_target(p.typical_p, sums.mass), p);
     }
     const float high = highest_near(mean, limit.distance);
     const float low = -highest_near(-mean, limit.distance);
@@ -185,39 +205,50 @@ Kept<float> narrow_to_floor(Base<T, W>& base, const Kept<float>& kept, uint64_t 
   return heavy;
 }
 
-// A floor from the bounds that rough(d, weight, total) finds, if they determine what it keeps;
-// else 0.
+// Whether the few tokens of a list are looked at so often that it pays to gather them even where
+// they have been weighed.
+template <class T, class W>
+bool looks_often(const Task<T, W>& t, const RowParams& p) {
+  return t.draws.end - t.draws.begin >= kManyDraws || t.batch.out.num_top || uses_xtc(p);
+}
+
+// Narrows to the floor that rough(d, weight) finds, if it does.
 template <class T, class W, class Rough>
-uint64_t rough_floor(Base<T, W>& base, const Kept<float>& kept, Rough rough) {
+bool narrow_roughly(Base<T, W>& base, Kept<float>* kept, const RowParams& p, Rough rough) {
   if constexpr (W::kOfLogits) {
     const Dense<T>& d = base.task.dense;
-    if (base.listed || bounds_of(kept) != kUnbounded) return 0;
-    uint64_t total;
-    const FloorBounds floor = rough(d, Weighing(base.judge, kept.floor), &total);
-    base.set_weighed(kept, total);
-    if (determines(d, base.judge, floor, Edge(base.judge, floor))) return floor.high;
+    if (base.listed || bounds_of(*kept) != kUnbounded) return false;
+    const RoughFloor found = rough(d, Weighing(base.judge, kept->floor));
+    base.set_weighed(*kept, 0);
+    if (!found.floor) return false;
+    *kept = narrow_to_mass(*kept, found.floor);
+    const float edge = base.judge.lowest(kept->floor);
+    const bool gathers = looks_often(base.task, p) && !weighs_rather(share_from(d, edge));
+    base.set_weighed(*kept, gathers ? 0 : found.total);
+    return true;
   }
-  return 0;
+  return false;
 }
 
 template <class T, class W>
-Kept<float> eta(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+Kept<float> eta(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   const uint64_t most = heaviest(base, kept);
-  uint64_t floor = rough_floor(base, kept, [&](const auto& d, const auto& weight, uint64_t* total) {
-    return rough_eta_floor(d, weight, base.task.ws, p, most, total);
+  const bool found = narrow_roughly(base, &kept, p, [&](const auto& d, const auto& weight) {
+    return rough_eta_floor(d, weight, base.task.ws, p, most);
   });
-  if (!floor) floor = eta_floor(p, measure(base, kept, p, Depths{base.judge}), most);
-  return narrow_to_floor(base, kept, floor);
+  if (found) return kept;
+  return narrow_to_floor(base, kept,
+                         eta_floor(p, measure(base, kept, p, Depths{base.judge}), most));
 }
 
 template <class T, class W>
-Kept<float> p_less(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+Kept<float> p_less(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   const uint64_t most = heaviest(base, kept);
-  uint64_t floor = rough_floor(base, kept, [&](const auto& d, const auto& weight, uint64_t* total) {
-    return rough_p_less_floor(d, weight, base.task.ws, most, total);
+  const bool found = narrow_roughly(base, &kept, p, [&](const auto& d, const auto& weight) {
+    return rough_p_less_floor(d, weight, base.task.ws, most);
   });
-  if (!floor) floor = p_less_floor(measure(base, kept, p, Squares{}), most);
-  return narrow_to_floor(base, kept, floor);
+  if (found) return kept;
+  return narrow_to_floor(base, kept, p_less_floor(measure(base, kept, p, Squares{}), most));
 }
 
 // The filters that keep every token of at least some mass, which is measured on what is kept so
@@ -254,35 +285,38 @@ Place<float> first_of(const Base<T, W>& base, const Kept<float>& kept) {
   return base.on([&](const auto& d) { return first_of(d, kept, base.judge); });
 }
 
+// Top-k and top-n-sigma, in either order: both keep the first tokens of the whole row's rank order,
+// whatever else is kept. Few tokens are left of top-k to compare with top-n-sigma's bounds.
+template <class T, class W>
+Kept<float> heads(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+  return top_n_sigma(base, top_k(base, kept, p), p);
+}
+
 // What the filters up to XTC leave of the row; in the end, `base` holds all of it.
 template <class T, class W>
 Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
   Kept<float> kept = alive(base.judge);
   switch (p.order) {
     case kMinPFirst:
-      kept = top_n_sigma(base, kept, p);
+      kept = heads(base, kept, p);
       kept = mass_floors(base, kept, p);
-      kept = top_k(base, kept, p);
       kept = top_p(base, kept, p);
       kept = typical(base, kept, p);
       break;
     case kJoint:  // top-p on the whole row, which it leaves as the base set
       kept = top_p(base, kept, p);
-      kept = top_n_sigma(base, kept, p);
-      kept = top_k(base, kept, p);
+      kept = heads(base, kept, p);
       kept = mass_floors(base, kept, p);
       kept = typical(base, kept, p);
       break;
     case kTemperatureLast:
-      kept = top_n_sigma(base, kept, p);
-      kept = top_k(base, kept, p);
+      kept = heads(base, kept, p);
       kept = typical(base, kept, p);
       kept = top_p(base, kept, p);
       kept = mass_floors(base, kept, p);
       break;
     default:
-      kept = top_n_sigma(base, kept, p);
-      kept = top_k(base, kept, p);
+      kept = heads(base, kept, p);
       kept = top_p(base, kept, p);
       kept = mass_floors(base, kept, p);
       kept = typical(base, kept, p);

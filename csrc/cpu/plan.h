@@ -19,7 +19,8 @@ enum Path : int32_t {
 
 struct Plan {
   Path path;
-  bool watch;  // whether candidates are copied in the streaming pass already
+  bool watch;            // whether candidates are copied in the streaming pass already
+  bool moments = false;  // whether that pass measures the spread of the logits
 };
 
 // A row's vocabulary, whether its values have 16 bits, whether bias or penalties change it, and
@@ -35,7 +36,10 @@ struct RowKind {
 // costs half as much, and most blocks need no second look once the maximum is known.
 FS_HD Plan plan_of(const RowParams& p, RowKind row) {
   if (is_greedy(p)) return Plan{kArgmax, false};
-  if (filters_of(p, row.vocab) != kUsesMassFloor || row.edited) return Plan{kFilters, false};
+  if (filters_of(p, row.vocab) != kUsesMassFloor || row.edited) {
+    const bool spreads = uses_top_n_sigma(p) && row.input == kLogits;
+    return Plan{kFilters, false, spreads && !row.edited};
+  }
   // Candidates are judged by the masses that are drawn from.
   if (row.input != kLogits || judging_temperature(p) != p.temperature) {
     return Plan{kFilters, false};

@@ -1,8 +1,9 @@
-// Stage 6b, estimated: sums of products with each mass, from below and above, along with the exact
-// masses. They tell between which bounds a floor lies; where no token has a mass between them, any
-// of these floors keeps the same tokens.
+// Floors that are measured on a whole row: one pass bounds the sums of stage 6b, and weighs what
+// lies above a guess of the floor. Where no token has a mass between the bounds of a floor, any of
+// these floors keeps the same tokens.
 #pragma once
 
+#include "cpu/guess.h"
 #include "cpu/stats.h"
 
 namespace fastsample {
@@ -12,7 +13,8 @@ struct Bounded {
   double low, high;
 };
 
-// Of the float mass, or of 2^14 times how far y lies below 0, in whole numbers.
+// What is averaged by mass: the float mass itself, or minus how far y lies below 0, in whole steps
+// of 2^-14.
 struct OfMass {
   template <int N>
   FS_MEMBER Pack<N> operator()(const Pack<N>&, const Pack<N>& q) const {
@@ -25,52 +27,125 @@ struct OfDepth {
   template <int N>
   FS_MEMBER Pack<N> operator()(const Pack<N>& x, const Pack<N>&) const {
     Pack<N> y = (x - weigher.max) * weigher.scale;
-    FS_EACH(N) { y.v[u] = to_float(truncate(max(y.v[u], splat(kMassFloor)) * -0x1p14f)); }
+    FS_EACH(N) y.v[u] = round_up_14(max(y.v[u], splat(kMassFloor)));
     return y;
   }
 };
 
-constexpr int kChains = 2;  // sums of a block side by side
+// The sum of a pack, in a tree: so that few roundings follow each other.
+FS_INLINE vf add_pack(const Pack<kAbreast>& q) {
+  const vf* v = q.v;
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+FS_INLINE vf add_products(const Pack<kAbreast>& q, const Pack<kAbreast>& f) {
+  const auto pair = [&](int u) __attribute__((always_inline)) {
+    return multiply_add(q.v[u], f.v[u], q.v[u + 1] * f.v[u + 1]);
+  };
+  return (pair(0) + pair(2)) + (pair(4) + pair(6));
+}
 
-// The mass of a row, in all and in each group, and the sum of the products of a factor and the
-// masses (in kRoughUnit) before they become integers. No number is negative, so the sum is off by
-// at most what each product and each addition rounds.
-template <class T, class W, class Factor>
-uint64_t measure_roughly(const Dense<T>& d, const Weighing<W>& weight, const Workspace& ws,
-                         Factor factor, Bounded* found) {
+FS_INLINE vd widen_sum(vf v) { return widen(v, 0) + widen(v, 1); }
+
+// A sum of what add_pack or add_products gives for the packs of each block, which are added up in
+// floats, and then block by block in doubles. No two numbers that are added up differ in sign, so
+// it is off by at most what each product and each addition rounds.
+FS_INLINE Bounded bounds_of_sum(vd sum) {
+  constexpr double kError = (kBlock / (kLanes * kAbreast) + 4) * 0x1p-24;
+  double all = 0;
+  for (int i = 0; i < kWideLanes; ++i) all += sum[i];
+  return Bounded{fabs(all) * (1 - kError), fabs(all) * (1 + kError)};
+}
+
+// Of the masses of a row, in kRoughUnit and before they become integers, and of their products with
+// a factor.
+struct RoughSums {
+  vd mass = {}, product = {};
+};
+
+// A block's share of the pass: returns the end of the values that it has copied.
+template <bool kHasHeavy, class T, class Weight, class Factor>
+FS_INLINE float* part_block(const Weight& weight, const T* x, bool near, Factor factor, Guess guess,
+                            float* values, RoughSums& sums, MassSum& heavy) {
   constexpr int N = kAbreast;
+  vf mass = {}, product = {};
+  BlockBits inside = {};
+  for (int i = 0; i < kBlock; i += N * kLanes) {
+    const Pack<N> p = load_pack<N>(x + i);
+    const Pack<N> q = weight.of(p, everywhere<N>(), near), f = factor(p, q);
+    mass = mass + add_pack(q);
+    product = product + add_products(q, f);
+    if (!kHasHeavy) continue;
+    FixedSum fixed;
+    FS_EACH(N) {
+      const Mask kept = ge(p.v[u], splat(guess.low)), above = ge(p.v[u], splat(guess.high));
+      fixed.add(q.v[u], above);
+      const Mask around = but_not(kept, above);
+      if (kCompresses) {
+        values += compress_store(values, p.v[u], around);
+      } else {
+        inside.set(i + u * kLanes, around);
+      }
+    }
+    add(heavy, fixed);
+  }
+  if constexpr (kHasHeavy && !kCompresses) values += append(x, inside, values);
+  sums.mass = sums.mass + widen_sum(mass);
+  sums.product = sums.product + widen_sum(product);
+  return values;
+}
+
+// Z and the sum of products, and in ws.group_mass the masses of what lies above the guess; what
+// lies within it is copied to ws.values, group g's part to segment[g].
+struct Parted {
+  Bounded mass, product;  // in units of a mass
+  uint64_t above;
+  List around;  // without ids
+};
+
+template <class T, class Factor>
+Parted part(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor factor, Guess guess,
+            const Workspace& ws) {
   const float lowest = weight.lowest();
   const auto has_mass = [&](int b) { return upper_bound(d, b) >= lowest; };
-  uint64_t total = 0;
-  vd products = {};
+  RoughSums all;
+  uint64_t above = 0;
+  float* end = ws.values;
   for (int g = 0; g < groups(d); ++g) {
-    MassSum sum;
+    ws.segment[g] = (int32_t)(end - ws.values);
+    MassSum heavy;
     each_run(d, g, has_mass, [&](auto run, auto near) {
-      MassSum run_sum;
-      vd run_products = {};
+      // Copies: to the compiler, a store of values might change the originals.
+      const Weighing<LogitWeigher> own = weight;
+      const Factor of = factor;
+      const Guess around = guess;
+      RoughSums sums;
+      MassSum run_heavy;
+      float* next = end;
       for (int b = run.begin; b < run.end; ++b) {
         const auto* x = run.x + (b - run.begin) * kBlock;
         fetch_ahead(d, b, ws);
-        vf chain[kChains] = {};
-        for (int i = 0; i < kBlock; i += N * kLanes) {
-          const Pack<N> p = load_pack<N>(x + i);
-          const Pack<N> q = weight.of(p, everywhere<N>(), near), f = factor(p, q);
-          FS_EACH(N) chain[u % kChains] = multiply_add(q.v[u], f.v[u], chain[u % kChains]);
-          add(run_sum, q);
-        }
-        for (const vf& c : chain) run_products = run_products + widen(c, 0) + widen(c, 1);
+        next = upper_bound(d, b) >= around.low
+                   ? part_block<true>(own, x, near, of, around, next, sums, run_heavy)
+                   : part_block<false>(own, x, near, of, around, next, sums, run_heavy);
       }
-      sum += run_sum;
-      products = products + run_products;
+      end = next;
+      heavy += run_heavy;
+      all.mass = all.mass + sums.mass;
+      all.product = all.product + sums.product;
     });
-    ws.group_mass[g] = weight.total(sum);
-    total += ws.group_mass[g];
+    ws.group_mass[g] = weight.total(heavy);
+    above += ws.group_mass[g];
   }
-  double all = 0;
-  for (int i = 0; i < kWideLanes; ++i) all += products[i];
-  constexpr double kRoundings = kBlock / kLanes / kChains + 4;
-  *found = Bounded{all * (1 - kRoundings * 0x1p-24), all * (1 + kRoundings * 0x1p-24)};
-  return total;
+  const int n = ws.segment[groups(d)] = (int32_t)(end - ws.values);
+  fill_up(ws.values, n);
+  // A mass has lost less than 1 when it became an integer.
+  const Bounded mass = bounds_of_sum(all.mass);
+  constexpr double kUnit = 0x1p40 / (double)kRoughUnit;
+  const double tokens = (double)blocks(d) * kBlock;
+  return Parted{{mass.low * kUnit - tokens, mass.high * kUnit},
+                bounds_of_sum(all.product),
+                above,
+                List{ws.values, nullptr, n}};
 }
 
 // Where a floor lies, both ends included.
@@ -78,44 +153,11 @@ struct FloorBounds {
   uint64_t low, high;
 };
 
-// Far above what the few operations that lead from a sum to a floor round.
-FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high) {
-  return {low - (low >> 20) - (low > 0), high + (high >> 20) + 1};
-}
-
-// Q is less than the sum of the squares of the float masses: each mass w has lost less than 1 when
-// it became an integer, and its square less than 2w + 1.
-template <class T, class W>
-FloorBounds rough_p_less_floor(const Dense<T>& d, const Weighing<W>& weight, const Workspace& ws,
-                               uint64_t heaviest, uint64_t* total) {
-  Bounded sum;
-  *total = measure_roughly(d, weight, ws, OfMass(), &sum);
-  const double unit = 0x1p40 / (double)kRoughUnit, tokens = (double)blocks(d) * kBlock;
-  const auto floor_of = [&](double q) {
-    const uint64_t high = q > 0 ? (uint64_t)(q * 0x1p-40) : 0;
-    const uint64_t low = q > 0 ? (uint64_t)(q - (double)high * 0x1p40) : 0;
-    return p_less_floor(SquareSums{*total, high, 0, low}, heaviest);
-  };
-  const double cut = 2 * ((double)*total + tokens);
-  return widen_bounds(floor_of(sum.low * unit * unit - cut), floor_of(sum.high * unit * unit));
-}
-
-// The same for E: each product has lost less than the depth, which is at most 60 * 2^14.
-template <class T>
-FloorBounds rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
-                            const Workspace& ws, const RowParams& p, uint64_t heaviest,
-                            uint64_t* total) {
-  Bounded sum;
-  *total = measure_roughly(d, weight, ws, OfDepth{weight.weigher}, &sum);
-  const double unit = 0x1p40 / (double)kRoughUnit, tokens = (double)blocks(d) * kBlock;
-  const auto floor_of = [&](double depth) {
-    const uint64_t high = depth > 0 ? (uint64_t)(depth * 0x1p-20) : 0;
-    const uint64_t low = depth > 0 ? (uint64_t)(depth - (double)high * 0x1p20) : 0;
-    return eta_floor(p, DepthSums{*total, high, low}, heaviest);
-  };
-  const double cut = tokens * (-kMassFloor * 0x1p14);
-  // The deeper, the lower.
-  return widen_bounds(floor_of(sum.high * unit), floor_of(sum.low * unit - cut));
+// Far above what the few operations that lead from a sum to a floor round. No floor is above the
+// heaviest token.
+FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest) {
+  high += (high >> 20) + 1;
+  return {low - (low >> 20) - (low > 0), high < heaviest ? high : heaviest};
 }
 
 // Logits around a floor: from `high` up, every token has at least the floor's upper bound, below
@@ -135,8 +177,8 @@ struct Edge {
 };
 
 // Whether every token has at least the floor's upper bound as its mass, or less than the lower one.
-template <class T>
-bool determines(const Dense<T>& d, const LogitWeigher& w, FloorBounds floor, Edge edge) {
+template <class Domain>
+bool determines(const Domain& d, const LogitWeigher& w, FloorBounds floor, Edge edge) {
   float buffer[kBlock];
   for (int b = 0; b < blocks(d); ++b) {
     if (!(upper_bound(d, b) >= edge.low)) continue;
@@ -154,6 +196,97 @@ bool determines(const Dense<T>& d, const LogitWeigher& w, FloorBounds floor, Edg
     }
   }
   return true;
+}
+
+// A floor that keeps what the contract's does, 0 where the bounds do not determine it; and the mass
+// of what it keeps, if ws.group_mass holds that group by group, else 0.
+struct RoughFloor {
+  uint64_t floor, total;
+};
+
+template <class T>
+RoughFloor settle(const Dense<T>& d, const Weighing<LogitWeigher>& before, FloorBounds floor,
+                  Guess guess, const Parted& parted, const Workspace& ws) {
+  const LogitWeigher& w = before.weigher;
+  const Edge edge(w, floor);
+  const bool good = (guess.low <= edge.low || guess.low == -FLT_MAX) && edge.high <= guess.high;
+  if (!good) return {determines(d, w, floor, edge) ? floor.high : 0, 0};
+  if (!determines(parted.around, w, floor, edge)) return {0, 0};
+  const Weighing after(w, floor.high > before.floor ? floor.high : before.floor);
+  uint64_t total = parted.above;
+  for (int g = 0; g < groups(d); ++g) {
+    const int begin = ws.segment[g], n = ws.segment[g + 1] - begin;
+    if (!n) continue;
+    const uint64_t more =
+        weigh_some(after, ws.values + begin, n, [](vf) { return from_bits(kAllLanes); });
+    ws.group_mass[g] += more;
+    total += more;
+  }
+  return {floor.high, total};
+}
+
+// Sums with which a floor is computed from Z and the sum of products.
+FS_INLINE SquareSums squares_of(double mass, double squares) {
+  const uint64_t high = squares > 0 ? (uint64_t)(squares * 0x1p-40) : 0;
+  const uint64_t low = squares > 0 ? (uint64_t)(squares - (double)high * 0x1p40) : 0;
+  return {mass > 1 ? (uint64_t)mass : 1, high, 0, low};
+}
+FS_INLINE DepthSums depths_of(double mass, double depths) {
+  const uint64_t high = depths > 0 ? (uint64_t)(depths * 0x1p-20) : 0;
+  const uint64_t low = depths > 0 ? (uint64_t)(depths - (double)high * 0x1p20) : 0;
+  return {mass > 1 ? (uint64_t)mass : 1, high, low};
+}
+
+// Q is less than the sum of the squares of the float masses: each mass w has lost less than 1 when
+// it became an integer, and its square less than 2w + 1.
+FS_INLINE Bounded squares_bounds(const Parted& found, double tokens) {
+  constexpr double kUnit = 0x1p40 / (double)kRoughUnit;
+  return {found.product.low * kUnit * kUnit - 2 * (found.mass.high + tokens),
+          found.product.high * kUnit * kUnit};
+}
+
+template <class T>
+RoughFloor rough_p_less_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
+                              const Workspace& ws, uint64_t heaviest) {
+  const Average average = average_of(d, weight, OfMass(), ws);
+  // The maximum alone has a square of 1.
+  const double least = 1 / (average.mass + average.mass_error), one = (double)kRoughUnit;
+  const Guess guess =
+      guess_of(weight.weigher, fmax((average.mean - average.mean_error) / one, least),
+               (average.mean + average.mean_error) / one);
+  const Parted found = part(d, weight, OfMass(), guess, ws);
+  const Bounded squares = squares_bounds(found, (double)blocks(d) * kBlock);
+  const uint64_t low = p_less_floor(squares_of(found.mass.high, squares.low), heaviest);
+  const uint64_t high = p_less_floor(squares_of(found.mass.low, squares.high), heaviest);
+  return settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
+}
+
+// The same for the sum of the masses times depths: each product has lost less than the depth, which
+// is at most 60 * 2^14.
+FS_INLINE Bounded depth_bounds(Bounded product, double tokens) {
+  constexpr double kUnit = 0x1p14 * 0x1p40 / (double)kRoughUnit;
+  return {product.low * kUnit - tokens * (-(double)kMassFloor * 0x1p14), product.high * kUnit};
+}
+
+// The deeper the mean, the lower the floor.
+template <class T>
+RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
+                           const Workspace& ws, const RowParams& p, uint64_t heaviest) {
+  const OfDepth factor = {weight.weigher};
+  const Average average = average_of(d, weight, factor, ws);
+  const double e = (double)p.eta_cutoff;
+  const auto estimate = [&](double mass, double depth) {
+    return fmin(e * mass, sqrt(e) * exp2(depth));
+  };
+  const Guess guess = guess_of(
+      weight.weigher,
+      estimate(fmax(average.mass - average.mass_error, 1), average.mean - average.mean_error),
+      estimate(average.mass + average.mass_error, average.mean + average.mean_error));
+  const Parted found = part(d, weight, factor, guess, ws);
+  const Bounded depths = depth_bounds(found.product, (double)blocks(d) * kBlock);
+  const uint64_t low = eta_floor(p, depths_of(found.mass.low, depths.high), heaviest);
+  const uint64_t high = eta_floor(p, depths_of(found.mass.high, depths.low), heaviest);
+  return settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
 }
 
 // Takes the few tokens below a floor, all of them below `edge`, out of the mass of each group;

@@ -58,6 +58,25 @@ Status sample_probabilities(const Batch& batch, int64_t r, Draws draws, const Wo
   return kValid;
 }
 
+// Stages 0, 1 and 4, with the moments of what lies above -inf.
+template <class T>
+Peak scan_spread(const Row<T>& row, const Workspace& ws, float bound, Deviation* spread) {
+  Moments moments = {center_of(row)};
+  const Peak peak = scan(row, ws.block_max, bound, MomentsWatcher{&moments, row.blocks - 1});
+  if (peak.status != kValid) return peak;
+  add_left(row, &moments);
+  *spread = moments.deviation(peak.max);
+  return peak;
+}
+
+template <class T>
+Peak scan_as_planned(const Row<T>& row, const Workspace& ws, Plan plan, Watcher watcher,
+                     float bound, Deviation* spread) {
+  if (plan.moments) return scan_spread(row, ws, bound, spread);
+  if (plan.watch) return scan(row, ws.block_max, bound, watcher);
+  return scan(row, ws.block_max, bound, Nothing());
+}
+
 template <class T>
 Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
   const RowParams& p = at(batch.rows.params, r);
@@ -67,9 +86,9 @@ Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace
   const float scale = mass_scale(temperature), bound = near_bound(scale);
   const uint64_t floor = mass_floor(p, kMassUnit);
   const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0, kLogits});
-  Peak peak = plan.watch ? scan(row, ws.block_max, bound,
-                                Watcher{Reach(scale, floor), ws.values, ws.segment})
-                         : scan(row, ws.block_max, bound, Nothing());
+  const Watcher watcher = {Reach(scale, floor), ws.values, ws.segment};
+  Deviation spread = kAnyDeviation;
+  Peak peak = scan_as_planned(row, ws, plan, watcher, bound, &spread);
   if (edits) apply_edits(p, edits, ws, &row, &peak);
   if (peak.status != kValid) {
     write_invalid(batch.out, r, draws, row.vocab);
@@ -77,7 +96,7 @@ Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace
   }
   const float judged = is_greedy(p) ? 1.0f : judging_temperature(p);
   const LogitWeigher weigher = {peak.max, scale, mass_scale(judged)};
-  const Dense<T> dense = {row, ws.block_max, is_near(peak.low, peak.max, scale)};
+  const Dense<T> dense = {row, ws.block_max, is_near(peak.low, peak.max, scale), spread};
   const Task<T, LogitWeigher> task = {batch, r, draws, ws, dense, weigher, temperature};
   if (plan.path == kCandidates) {
     sample_candidates(task, floor);

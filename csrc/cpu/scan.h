@@ -23,6 +23,7 @@ constexpr int kStreams = 4;  // vectors that the streaming pass looks at side by
 
 // Watches nothing of the streaming pass.
 struct Nothing {
+  static constexpr bool kSeesNarrow = false;  // 16-bit values too, as floats in any order
   FS_MEMBER void see(const vf (&)[kStreams]) {}
   FS_MEMBER void end(int, float) {}
 };
@@ -120,10 +121,18 @@ FS_INLINE int16_t highest(const T* x, Sound& sound) {
   return bits;
 }
 
-// The same for 16-bit values, twice as many at a time, and not watched.
+// The same for 16-bit values, twice as many at a time.
 template <class T, class Watch>
-FS_INLINE float block_peak(const T* x, Sound& sound, Watch&) {
-  return upcast(T{(uint16_t)highest(x, sound)});
+FS_INLINE float block_peak(const T* x, Sound& sound, Watch& watch) {
+  const float peak = upcast(T{(uint16_t)highest(x, sound)});
+  if constexpr (Watch::kSeesNarrow) {
+    for (int i = 0; i < kBlock; i += kStreams * kLanes) {
+      vf v[kStreams];
+      for (int u = 0; u < kStreams; u += 2) load_pair(x + i + u * kLanes, v[u], v[u + 1]);
+      watch.see(v);
+    }
+  }
+  return peak;
 }
 
 template <class T>

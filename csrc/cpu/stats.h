@@ -136,11 +136,6 @@ uint64_t heaviest(const Domain& d, const Kept<float>& kept, const W& weigher) {
   return most;
 }
 
-// The standard deviation of the logits, from below and above.
-struct Deviation {
-  double low, high;
-};
-
 // Sums of float distances from a value near their mean, in blocks whose tokens are all above -inf
 // and not far below the maximum.
 struct RoughSpread {
@@ -231,8 +226,8 @@ bool estimate_deviation(const Dense<T>& d, float peak, Deviation* found) {
 }
 
 // Whether a token lies in low <= x < high.
-template <class T>
-bool any_between(const Dense<T>& d, float low, float high) {
+template <class Domain>
+bool any_between(const Domain& d, float low, float high) {
   float buffer[kBlock];
   for (int b = 0; b < blocks(d); ++b) {
     if (!(upper_bound(d, b) >= low)) continue;

@@ -15,10 +15,7 @@ struct Around {
   float near, far;
 };
 
-FS_INLINE vf distance(vf x, float mean) {
-  const vf d = x - mean;
-  return max(d, splat(0.0f) - d);
-}
+FS_INLINE vf distance(vf x, float mean) { return (vf)((vu)(x - mean) & INT32_MAX); }
 
 // Copies the n values for which keep(distance) holds to `to` (which may be x itself).
 template <class Keep>
@@ -52,17 +49,37 @@ uint64_t weight_within(const Weight& weight, const Around& s, float mean, float 
   return weighed;
 }
 
-// The distance within which `inside` and the weight of s, from the nearest on, reach the target.
+// The weight of n values, from a few of them.
 template <class Weight>
-float nearest_limit(const Weight& weight, Around s, float mean, uint64_t inside, uint64_t target) {
+double estimate_weight(const Weight& weight, const float* x, int n) {
+  constexpr int kFew = 16;
+  double sum = 0;
+  for (int i = 0; i < kFew; ++i) sum += (double)weight.one(x[(int64_t)n * i / kFew]);
+  return sum / kFew * n;
+}
+
+// The distance within which `inside` and the weight of s, from the nearest on, reach the target.
+// Where the weight is spread evenly over the range (`even`), pivots near the expected place leave
+// few values; see narrow().
+template <class Weight>
+float nearest_limit(const Weight& weight, Around s, float mean, uint64_t inside, uint64_t target,
+                    bool even = false) {
+  double left = even ? estimate_weight(weight, s.x, s.n) : 0;
   for (int round = 0; key_of(s.near) < key_of(s.far); ++round) {
+    double share = 0.5;  // of the range, on the near side
+    if (left > 0) {
+      share = (double)(target - inside) / left;
+      share += (share > 0.5 ? -1.5 : 1.5) / sqrt((double)s.n);
+    }
     const float pivot =
-        round % 3 == 2 ? middle_key(s.near, s.far) : value_below(s.near, s.far, 0.5);
+        round % 3 == 2 ? middle_key(s.near, s.far) : value_below(s.near, s.far, 1 - share);
     const uint64_t more = weight_within(weight, s, mean, pivot);
     if (inside + more >= target) {
       s = keep_around(s.x, s.n, s.x, mean, [&](vf d) { return ge(splat(pivot), d); });
+      if (even) left = (double)more;
     } else {
       inside += more;
+      left -= (double)more;
       s = keep_around(s.x, s.n, s.x, mean, [&](vf d) { return gt(d, splat(pivot)); });
     }
   }
@@ -116,18 +133,11 @@ struct Distances {
   float near, far;
 };
 
-template <class T, class Weight>
-Distances find_distances(const Dense<T>& d, const Weight& weight, float mean, double share,
+template <class Weight>
+Distances find_distances(StandIns& s, const Weight& weight, float mean, double share,
                          const Workspace& ws) {
-  Span heads = take_heads(d, ws.spare);
-  Sample body;
-  take_sample<Weight::kSampleRun>(d, &body);
-  const int shared = count_above(body.x, body.n, nextafterf(heads.low, -INFINITY));
-  if (shared > 8 + 2 * heads.n / body.each) heads = {ws.spare, 0, INFINITY, -INFINITY};
-  const float lowest = weight.lowest();
-  body.n = filter(body.x, body.n, body.x, [&](vf v) {
-             return both(gt(v, splat(lowest)), gt(splat(heads.low), v));
-           }).n;
+  const Span& heads = s.heads;
+  Sample& body = s.body;
   float* head_weight = ws.spare + heads.n + kPad;
   weight.roughly(body.x, body.n, body.weight);
   weight.roughly(heads.x, heads.n, head_weight);
@@ -171,8 +181,9 @@ template <class T, class Weight>
 Limit estimated_limit(const Dense<T>& d, const Weight& weight, float mean, double share,
                       uint64_t target, const Workspace& ws) {
   constexpr int N = kAbreast;
-  if (blocks(d) < 2 * kSample / kBlock) return {0, 0};
-  const Distances about = find_distances(d, weight, mean, share, ws);
+  StandIns sample;
+  if (!take_stand_ins(d, weight, ws, &sample)) return {0, 0};
+  const Distances about = find_distances(sample, weight, mean, share, ws);
   const float lowest = weight.lowest(), farthest = -highest_near(-mean, about.far);
   const float from = farthest > lowest ? farthest : lowest;
   uint64_t inside = 0;
@@ -213,7 +224,7 @@ Limit estimated_limit(const Dense<T>& d, const Weight& weight, float mean, doubl
   if (!n || inside >= target) return {0, 0};
   const auto every = [](vf) { return from_bits(kAllLanes); };
   const Around around = keep_around(ws.values, n, ws.spare, mean, every);
-  const float limit = nearest_limit(weight, around, mean, inside, target);
+  const float limit = nearest_limit(weight, around, mean, inside, target, true);
   const uint64_t total = add_within(d, weight, mean, limit, ws);
   return total >= target ? Limit{limit, total} : Limit{0, 0};
 }

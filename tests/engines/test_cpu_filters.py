@@ -55,6 +55,61 @@ def test_floors_at_the_edge_of_a_mass(order: str, dtype: torch.dtype, variant: s
     check(row.to(dtype), variant, temperature=LOG2E, order=order, p_less=True)
 
 
+def masses(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Stage 6's y and masses at T = 1, where the maximum weighs 1, but for rounding."""
+    y = ((x.double() - x.double().max()) * LOG2E).clamp(min=-60)
+    return y, 2**y
+
+
+def mean_of(y: Tensor, w: Tensor) -> Tensor:
+    """Stage 6b's -E, as a power of two."""
+    return (w * (y * 2**14).trunc()).sum() / w.sum() * 2.0**-14
+
+
+def floor_of(x: Tensor, fields: dict[str, float]) -> Tensor:
+    """What eta or p-less at T = 1 keep tokens from, about: a logit."""
+    y, w = masses(x)
+    if "p_less" in fields:
+        floor = w.square().sum() / w.sum()
+    else:
+        eta = fields["eta_cutoff"]
+        floor = min(eta * w.sum(), eta**0.5 * 2 ** mean_of(y, w))
+    return floor.log() + x.double().max()
+
+
+def long_row(maker: str, seed: int) -> Tensor:
+    """One of which a sample is taken."""
+    x = torch.randn(9000, generator=torch.Generator().manual_seed(seed))
+    if maker == "heads":
+        x[:8000] -= 12
+    if maker == "masked":
+        x[::5] = -torch.inf
+    if maker == "sorted":
+        x = x.sort().values
+    if maker == "outlier":
+        x[77] = 12.0
+    return x
+
+
+def floats_around(value: Tensor, n: int) -> Tensor:
+    key = int(value.float().view(torch.int32)) - n // 2
+    return torch.arange(key, key + n, dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("fields", [{"p_less": True}, {"eta_cutoff": 2e-3}, {"eta_cutoff": 1e-4}], ids=str)
+@pytest.mark.parametrize("maker", ["flat", "heads", "masked", "sorted", "outlier"])
+def test_measured_floors_amid_tokens(maker: str, fields: dict[str, Any], variant: str) -> None:
+    """Tokens at every float around a floor: so near that float sums cannot decide."""
+    for seed in range(3):
+        x = long_row(maker, seed)
+        for _ in range(5):  # the tokens move the floor
+            x[100:117] = floats_around(floor_of(x, fields), 17)
+        kept = check(x[None], variant, **fields)
+        assert 0 < int(kept[0, 100:117].sum()) < 17
+        check(x[None], variant, min_p=0.01, **fields)
+        check(x[None], variant, 40, temperature=0.7, order="temperature_last", **fields)
+
+
 @KINDS
 @pytest.mark.parametrize("t", [0.01, 0.2, 0.5, 0.9, 1 - 2.0**-24])
 def test_typical_with_ties_at_its_edges(t: float, dtype: torch.dtype, variant: str) -> None:
@@ -65,6 +120,23 @@ def test_typical_with_ties_at_its_edges(t: float, dtype: torch.dtype, variant: s
     for order in ("top_k_first", "joint", "temperature_last"):
         for more in ({}, {"top_k": 40}, {"min_p": 0.1}, {"top_p": 0.8}, {"top_n_sigma": 1.0}):
             check(x.to(dtype), variant, typical_p=t, order=order, **more)
+
+
+@pytest.mark.parametrize("maker", ["flat", "heads", "masked", "sorted", "outlier"])
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_typical_amid_tokens(t: float, maker: str, variant: str) -> None:
+    """Tokens at every float around both ends of the interval: which is nearer, the last bits of the mean decide."""
+    for seed in range(3):
+        x = long_row(maker, seed)
+        for _ in range(5):  # the tokens move the mean
+            y, w = masses(x)
+            mean = x.double().max() + mean_of(y, w) / LOG2E
+            far = (x.double() - mean).abs()
+            order = far.argsort()
+            limit = far[order[int((w[order].cumsum(0) < t * w.sum()).sum())]]
+            x[100:117], x[200:217] = floats_around(mean - limit, 17), floats_around(mean + limit, 17)
+        check(x[None], variant, typical_p=t)
+        check(x[None], variant, 40, typical_p=t, min_p=1e-4, temperature=0.7, order="temperature_last")
 
 
 @KINDS
@@ -114,6 +186,46 @@ def test_top_n_sigma(s: float, dtype: torch.dtype, variant: str) -> None:
     words[:, 3::5] = 0x0F0F0F0F
     for more in ({}, {"bitmask": words}, {"bias": {5: 3.0, 4999: -torch.inf}}, {"top_k": 50, "order": "joint"}):
         check(x, variant, top_n_sigma=s, **more)
+
+
+def cut_at(x: Tensor, token: int) -> float:
+    """The s whose cut s sigma below the maximum is this token, but for rounding."""
+    alive = x[x > -torch.inf].double()
+    d = ((alive.max() - alive) * 2**11).trunc().clamp(max=2**20 - 1)
+    return float((alive.max() - x[token].double()) / (d.var(correction=0).sqrt() * 2**-11))
+
+
+@KINDS
+@pytest.mark.parametrize("more", [{}, {"top_k": 900}, {"order": "min_p_first", "min_p": 0.01}], ids=str)
+def test_top_n_sigma_with_a_token_at_its_cut(more: dict[str, Any], dtype: torch.dtype, variant: str) -> None:
+    """So near that float sums cannot decide, on either side of it."""
+    x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)).sub(3)
+    x[1, ::7] = -torch.inf
+    x[2] -= x[2].max() - 4
+    x = x.to(dtype)
+    for row in x:
+        s = torch.tensor(cut_at(row.float(), int((row - row.max() + 1.5).abs().argmin())))
+        kept = []
+        for off in (-3e-4, -1e-5, -1e-7, 0, 1e-7, 1e-5, 3e-4):
+            kept.append(int(check(row[None], variant, top_n_sigma=float(s * (1 + off)), **more).sum()))
+        assert kept == sorted(kept)
+        assert kept[0] < kept[-1]
+
+
+@KINDS
+def test_top_n_sigma_where_whole_steps_change_sigma(dtype: torch.dtype, variant: str) -> None:
+    """Half of the row loses nearly a step of 2^-11 to the cut, so that sigma is a quarter step smaller."""
+    step = 2.0**-11
+    low = -1.9999 if dtype == torch.float32 else -1.75
+    for far, part in ((300.0, 2), (300.0, 3), (4.0, 4)):
+        x = torch.zeros(1, 6000)
+        x[0, ::part] = (low - far) * step
+        x[0, 5::50] = -torch.inf
+        for token in (0.3, 0.5, 0.9):
+            x[0, 3::800] = -(far + 1) / 2 * step * (1 + token * 1e-3)
+            s = cut_at(x.to(dtype)[0].float(), 3)
+            for off in (-1e-3, -1e-6, 0, 1e-6, 1e-3):
+                check(x.to(dtype), variant, top_n_sigma=s * (1 + off))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 // Stages 7 and 8 of one instruction set on kept sets of every form, those with an upper end too,
-// which few filters make; and the plan, for every set of filters. It includes the engine's
-// source, whose functions are local to it.
+// which few filters make; the plan, for every set of filters; and the bounds of a row's statistics.
+// It includes the engine's source, whose functions are local to it.
 #include "cpu/sample.cc"
 
 #include <stdio.h>
@@ -287,6 +287,73 @@ void check_plan() {
       const bool alone = set == kUsesMassFloor && !row.edited && row.input == kLogits && !apart;
       CHECK(plan.path == (set & kGreedy ? kArgmax : alone ? kCandidates : kFilters));
       CHECK(plan.watch == (alone && !row.narrow));
+      const bool spreads = (set & (kGreedy | kUsesTopNSigma)) == kUsesTopNSigma;
+      CHECK(plan.moments == (spreads && !row.edited && row.input == kLogits));
+    }
+  }
+}
+
+// The exact statistics of a row.
+struct Exact {
+  SpreadSums spread = {};
+  DepthSums depths = {};
+  SquareSums squares = {};
+
+  Exact(const std::vector<float>& x, const LogitWeigher& w) {
+    for (float v : x) {
+      if (v > -INFINITY) spread.add(distance_below(v, w.max));
+      const uint64_t mass = w.mass(v);
+      if (mass) depths.add(mass, depth_at((v - w.max) * w.scale));
+      squares.add(mass);
+    }
+  }
+};
+
+bool holds(double low, double value, double high, double width) {
+  return low <= value && value <= high && high - low <= width;
+}
+
+// What float sums say about a row's statistics holds, and is narrow.
+void check_bounds(const std::vector<float>& x) {
+  const int32_t vocab = (int32_t)x.size();
+  Memory memory(vocab, false);
+  Batch batch = {};
+  batch.logits = Logits{x.data(), vocab, 1, vocab, kFloat32, kLogits};
+  const Row<float> row = raw_row<float>(batch, 0);
+  Deviation sigma = kAnyDeviation;
+  const Peak peak = scan_spread(row, memory.ws, 1.0f, &sigma);
+  const float scale = mass_scale(0.8f);
+  const LogitWeigher weigher = {peak.max, scale, scale};
+  const Exact exact(x, weigher);
+  CHECK(holds(sigma.low, deviation(exact.spread), sigma.high, 1e-3));
+
+  const Dense<float> d = {row, memory.ws.block_max, false};
+  const Weighing weight(weigher, 0);
+  const double tokens = (double)blocks(d) * kBlock, total = (double)exact.depths.mass;
+  const Parted parted = part(d, weight, OfMass(), {peak.max - 2, peak.max - 1}, memory.ws);
+  CHECK(holds(parted.mass.low, total, parted.mass.high, total * 1e-5));
+  const Bounded squares = squares_bounds(parted, tokens);
+  const double all = sum_of_squares(exact.squares);
+  CHECK(holds(squares.low, all, squares.high, all * 1e-5));
+  const Division division = divide(d, weight, peak.max - 2, {0.5f, 1.0f}, memory.ws);
+  CHECK((double)division.total == total);
+  const MeanBounds mean = bound_mean(d, weigher, division);
+  const float want = mean_logit(mean_depth(exact.depths), weigher.max, scale);
+  CHECK(holds(mean.low, want, mean.high, 1e-4));
+}
+
+// Rows of which the contract's whole steps take nothing, or nearly a step from half of the tokens.
+void check_all_bounds(Random& random) {
+  for (int32_t vocab : {3, 300, 2048, 5001, 30000}) {
+    for (int i = 0; i < 6; ++i) {
+      std::vector<float> x(vocab);
+      for (float& v : x) v = logit_from<float>(random, i == 1);
+      if (i == 2) std::sort(x.begin(), x.end());
+      if (i > 3) {
+        for (float& v : x) v = random.below(2) ? -(100 + i % 2 * 0.999f) * 0x1p-11f : 0.0f;
+      }
+      x[1] = 0;
+      check_bounds(x);
     }
   }
 }
@@ -296,6 +363,7 @@ void check_plan() {
 int main() {
   check_plan();
   Random random;
+  check_all_bounds(random);
   for (int32_t vocab : {1, 40, 256, 700, 5000}) {
     for (int i = 0; i < (vocab > 1000 ? 15 : 60); ++i) {
       check_row<float>(random, kFloat32, vocab);

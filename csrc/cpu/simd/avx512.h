@@ -54,6 +54,12 @@ FS_INLINE vf round_down_11(vf a, float b) {
   constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
   return (vf)_mm512_add_round_ps((__m512)a, _mm512_set1_ps(0x1p12f), kDown) - (0x1p12f + b);
 }
+// y rounded up to 14 fractional bits, for numbers from -2^9 to 0: a sum that begins at -2^9 has no
+// more bits.
+FS_INLINE vf round_up_14(vf y) {
+  constexpr int kTowardZero = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  return (vf)_mm512_sub_round_ps((__m512)y, _mm512_set1_ps(0x1p9f), kTowardZero) + 0x1p9f;
+}
 // a * b + c, which need not be rounded in between.
 FS_INLINE vf multiply_add(vf a, vf b, vf c) {
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -107,6 +113,10 @@ struct FixedSum {
   FS_MEMBER void add(vf q) {
     hi = (vf)_mm512_add_round_ps((__m512)hi, (__m512)q, kDown);
     lo = (vf)_mm512_add_round_ps((__m512)lo, fraction(q), kDown);
+  }
+  FS_MEMBER void add(vf q, Mask m) {
+    hi = (vf)_mm512_mask_add_round_ps((__m512)hi, m, (__m512)hi, (__m512)q, kDown);
+    lo = (vf)_mm512_mask_add_round_ps((__m512)lo, m, (__m512)lo, fraction(q), kDown);
   }
   // To `part` only where m holds.
   FS_MEMBER void add(vf q, FixedSum& part, Mask m) {

@@ -40,6 +40,8 @@ FS_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
 FS_INLINE vf round_down_11(vf a, float b) {
   return to_float(truncate(min(a, splat(0x1p10f)) * 0x1p11f)) * 0x1p-11f - b;
 }
+// y rounded up to 14 fractional bits, for numbers from -2^9 to 0.
+FS_INLINE vf round_up_14(vf y) { return to_float(truncate(y * 0x1p14f)) * 0x1p-14f; }
 // a * b + c, which need not be rounded in between.
 FS_INLINE vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
 
@@ -88,6 +90,11 @@ struct FixedSum {
     const Halves w = to_fixed(q);
     sum.hi += w.hi;
     sum.lo += w.lo;
+  }
+  FS_MEMBER void add(vf q, Mask m) {
+    const Halves w = to_fixed(q);
+    sum.hi = fastsample::add_where(m, sum.hi, w.hi);
+    sum.lo = fastsample::add_where(m, sum.lo, w.lo);
   }
   // To `part` only where m holds.
   FS_MEMBER void add(vf q, FixedSum& part, Mask m) {

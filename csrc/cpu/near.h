@@ -1,0 +1,178 @@
+// Typical in a row that is all kept so far, by one pass over it.
+#pragma once
+
+#include "cpu/rough.h"
+#include "cpu/typical.h"
+
+namespace fastsample {
+namespace {
+
+// A row divided by distances from a center: the mass of the row, that of what is certainly within
+// the limit (in ws.group_mass by groups), and the values of what may be (in ws.values, group g's
+// part from segment[g] on).
+struct Division {
+  uint64_t total, inside;
+  int around;
+  vd depth;
+};
+
+// A block's share of it; returns the end of the values that it has copied.
+template <bool kReaches, class T, class Weight>
+FS_INLINE float* divide_block(const Weight& weight, const T* x, bool near, float center,
+                              Distances bounds, float* values, vd& depth, MassSum& all,
+                              MassSum& inside) {
+  constexpr int N = kAbreast;
+  const OfDepth factor = {weight.weigher};
+  vf product = {};
+  BlockBits around = {};
+  for (int i = 0; i < kBlock; i += N * kLanes) {
+    const Pack<N> p = load_pack<N>(x + i);
+    const Pack<N> q = weight.of(p, everywhere<N>(), near), f = factor(p, q);
+    product = product + add_products(q, f);
+    FixedSum sum, some;
+    FS_EACH(N) {
+      if (!kReaches) {
+        sum.add(q.v[u]);
+        continue;
+      }
+      const vf away = distance(p.v[u], center);
+      const Mask within = ge(splat(bounds.far), away);
+      const Mask nearer = gt_where(within, splat(bounds.near), away);
+      sum.add(q.v[u], some, nearer);
+      if (kCompresses) {
+        values += compress_store(values, p.v[u], but_not(within, nearer));
+      } else {
+        around.set(i + u * kLanes, but_not(within, nearer));
+      }
+    }
+    add(all, sum);
+    if (kReaches) add(inside, some);
+  }
+  if constexpr (kReaches && !kCompresses) values += append(x, around, values);
+  depth = depth + widen_sum(product);
+  return values;
+}
+
+template <class T, class Weight>
+Division divide(const Dense<T>& d, const Weight& weight, float center, Distances bounds,
+                const Workspace& ws) {
+  const float lowest = weight.lowest(), from = -highest_near(-center, bounds.far);
+  const auto has_mass = [&](int b) { return upper_bound(d, b) >= lowest; };
+  Division found = {0, 0, 0, {}};
+  float* end = ws.values;
+  for (int g = 0; g < groups(d); ++g) {
+    ws.segment[g] = (int32_t)(end - ws.values);
+    MassSum all, inside;
+    each_run(d, g, has_mass, [&](auto run, auto near) {
+      const Weight own = weight;  // copies: to the compiler, a store might change the originals
+      const Distances own_bounds = bounds;
+      const float own_center = center;
+      vd depth = {};
+      MassSum run_all, run_inside;
+      float* next = end;
+      for (int b = run.begin; b < run.end; ++b) {
+        const auto* x = run.x + (b - run.begin) * kBlock;
+        fetch_ahead(d, b, ws);
+        next = upper_bound(d, b) >= from ? divide_block<true>(own, x, near, own_center, own_bounds,
+                                                              next, depth, run_all, run_inside)
+                                         : divide_block<false>(own, x, near, own_center, own_bounds,
+                                                               next, depth, run_all, run_inside);
+      }
+      end = next;
+      found.depth = found.depth + depth;
+      all += run_all;
+      inside += run_inside;
+    });
+    ws.group_mass[g] = weight.total(inside);
+    found.inside += ws.group_mass[g];
+    found.total += weight.total(all);
+  }
+  found.around = ws.segment[groups(d)] = (int32_t)(end - ws.values);
+  fill_up(ws.values, found.around);
+  return found;
+}
+
+// The mean logit from below and above.
+struct MeanBounds {
+  float low, high;
+};
+
+template <class T>
+MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, const Division& found) {
+  const Bounded depth = depth_bounds(bounds_of_sum(found.depth), (double)blocks(d) * kBlock);
+  const double all = (double)found.total, slack = 0x1p-40;  // far above the contract's roundings
+  return {mean_logit(depth.high / all * (1 + slack), w.max, w.scale),
+          mean_logit(fmax(depth.low, 0) / all * (1 - slack), w.max, w.scale)};
+}
+
+// Whether the tokens within `limit` of a mean are those that the contract keeps, whose mean is off
+// by at most `error`: the farthest of them have one value, and all else that is about as far away
+// lies on its side of the mean, in the order of the logits. Two distances change by 2 errors and
+// their roundings against each other, and differ where logits on a side are further apart than the
+// distances are rounded.
+bool is_certain(const float* x, int n, float mean, float limit, double error) {
+  const double slack = 2 * error + (double)limit * 0x1p-20;
+  if (!((double)limit > 4 * slack)) return false;
+  const float low = (float)((double)limit - slack), high = (float)((double)limit + slack);
+  const float step = limit * 0x1p-21f;
+  float edge = 0;
+  bool found = false;
+  for (int turn = 0; turn < 2; ++turn) {  // finds the edge, then looks around it
+    for (int i = 0; i < n; i += kLanes) {
+      const vf away = distance(load(x + i), mean);
+      uint32_t near = bits(both(ge(away, splat(low)), ge(splat(high), away)));
+      for (; near; near &= near - 1) {
+        const float v = x[i + __builtin_ctz(near)];
+        const float here = v - mean;
+        if (!turn) {
+          if (fabsf(here) != limit) continue;
+          edge = v;
+          found = true;
+        } else if (v != edge) {
+          const bool same_side = (here > 0) == (edge - mean > 0);
+          if (!same_side || fabsf(v - edge) <= step) return false;
+        }
+      }
+    }
+  }
+  return found;
+}
+
+// Typical in a row that is all kept so far: one pass bounds the mean, weighs what is nearer to an
+// estimate of it than an estimate of the limit, and copies what is about as far away. Limit.total
+// is 0 where that does not determine what is kept.
+template <class T>
+Limit rough_typical(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float typical_p,
+                    const Workspace& ws, float* mean) {
+  constexpr Limit kUnknown = {0, 0};
+  const LogitWeigher& w = weight.weigher;
+  StandIns sample;
+  if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
+  const Average average = estimate_average(sample, w, OfDepth{w});
+  const float center = (float)((double)w.max + average.mean / (double)w.scale);
+  const double off = average.mean_error / (double)w.scale;
+  if (!(off < (double)FLT_MAX) || !(fabsf(center) <= FLT_MAX)) return kUnknown;
+  const Distances about = find_distances(sample, weight, center, (double)typical_p, ws);
+  const Distances bounds = {(float)((double)about.near - off), (float)((double)about.far + off)};
+  // Tokens without mass would have to be looked at too.
+  if (!((double)center - (double)bounds.far > (double)weight.lowest())) return kUnknown;
+  const Division found = divide(d, weight, center, bounds, ws);
+  const MeanBounds means = bound_mean(d, w, found);
+  *mean = (float)(((double)means.low + (double)means.high) / 2);
+  const double error = (double)means.high - (double)means.low;
+  const uint64_t target = top_p_target(typical_p, found.total);
+  if (!found.around || found.inside >= target) return kUnknown;
+  const auto every = [](vf) { return from_bits(kAllLanes); };
+  const Around around = keep_around(ws.values, found.around, ws.spare, *mean, every);
+  const float limit = nearest_limit(weight, around, *mean, found.inside, target, true);
+  // What has been taken to lie within the limit or beyond it does, whatever the mean is.
+  const double moved = fabs((double)*mean - (double)center) + 2 * error + (double)limit * 0x1p-20;
+  const bool fits =
+      (double)limit > (double)bounds.near + moved && (double)limit < (double)bounds.far - moved;
+  if (!fits || !is_certain(ws.values, found.around, *mean, limit, error)) return kUnknown;
+  const uint64_t total = add_within(d, weight, *mean, limit, ws);
+  return total >= target ? Limit{limit, total} : kUnknown;
+}
+
+}  // namespace
+}  // namespace fastsample
