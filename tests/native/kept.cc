@@ -325,7 +325,8 @@ void check_bounds(const std::vector<float>& x) {
   const float scale = mass_scale(0.8f);
   const LogitWeigher weigher = {peak.max, scale, scale};
   const Exact exact(x, weigher);
-  CHECK(holds(sigma.low, deviation(exact.spread), sigma.high, 1e-3));
+  // Narrow vectors add up more numbers each.
+  CHECK(holds(sigma.low, deviation(exact.spread), sigma.high, 16e-3 / kLanes));
 
   const Dense<float> d = {row, memory.ws.block_max, false};
   const Weighing weight(weigher, 0);
