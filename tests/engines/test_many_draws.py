@@ -198,7 +198,7 @@ def test_a_handler_may_sample_itself() -> None:
     code = """
 import signal
 import torch, fastsample as fs
-x = torch.randn(1, 50_000).expand(20_000, -1)
+x = torch.randn(1, 50_000).expand(100_000, -1)
 y = torch.randn(3, 70_000)
 want = fs.sample(x, seed=1, num_samples=9).tokens, fs.sample(y, seed=2, num_samples=900).tokens
 times = []
