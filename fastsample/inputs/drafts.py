@@ -51,7 +51,7 @@ def pack_drafts(logits: torch.Tensor, draft_ids: Any, num_drafts: Any) -> Drafts
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits: expected [B, K + 1, V], or [N, V] with num_drafts, got shape {tuple(logits.shape)}")
     if logits.ndim == 3 and logits.shape[1] < 1:
-        raise ValueError(f"logits: expected [B, K + 1, V] a row for each draft and one more, got {tuple(logits.shape)}")
+        raise ValueError(f"logits: expected [B, K + 1, V], with K + 1 of 1 or more, got {tuple(logits.shape)}")
     if logits.ndim == 2 and num_drafts is None:
         raise ValueError("num_drafts: expected the number of drafts of each request, since the logits are [N, V]")
     ids = _table("draft_ids", draft_ids, num_drafts, logits.device)
