@@ -21,16 +21,10 @@ struct History {
 
 // The i-th id of a row from the end, padding included.
 FS_DEVICE int64_t id_from_end(const Rows& rows, int64_t r, int64_t i) {
-  const TokenIds* ids = &rows.drafted;
-  if (i >= ids->length) {
-    i -= ids->length;
-    ids = &rows.output;
-  }
-  if (i >= ids->length) {
-    i -= ids->length;
-    ids = &rows.prompt;
-  }
-  return load_global(ids_of(*ids, r) + ids->length - 1 - i);
+  const int64_t drafts = rows.drafted.length, outputs = drafts + rows.output.length;
+  const TokenIds& ids = i < drafts ? rows.drafted : i < outputs ? rows.output : rows.prompt;
+  const int64_t before = i < drafts ? 0 : i < outputs ? drafts : outputs;
+  return load_global(ids_of(ids, r) + (ids.length - 1 - (i - before)));
 }
 
 // DRY's breakers as bits. In a vocabulary of more bits some tokens share one.
