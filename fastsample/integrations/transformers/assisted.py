@@ -152,9 +152,8 @@ class _Drafted:
 class Draft(LogitsProcessor):
     """Draws a drafted token as the text's token at that position will be drawn, but from the drafter's logits.
 
-    With the same random number two rows that are alike mostly give the same token, at any temperature. (The drafter's
-    most probable token is right as often as it is probable: with the small model that ships and disturbed copies of it
-    as assistants, at temperature 0.8, it made 1.9 to 2.0 tokens per run of the model, and this 2.2 to 3.3.)
+    With the same random number two rows that are alike mostly give the same token, at any temperature; the drafter's
+    most probable token is right only as often as the model gives it.
     A draft is a function of its prefix; it has no state.
     """
 
