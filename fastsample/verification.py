@@ -220,8 +220,12 @@ def accept(sampled: SampleOutput, drafts: Drafts) -> VerifyOutput:
     views: dict[str, Any] = fields
     if ids.device == CPU:  # numpy takes a third of torch's time for so few numbers, by the same expressions
         ids, views = ids.numpy(), {name: value.numpy() for name, value in fields.items()}
-    accepted = ((views["tokens"][:, :-1] == ids) & (ids >= 0)).cumprod(1).sum(1)
-    return _cut(fields, views, accepted)
+    return _cut(fields, views, leading(views["tokens"], ids))
+
+
+def leading(tokens: Any, ids: Any) -> Any:
+    """How many of the drafts [B, K], from the first one on, are what was drawn, tokens [B, K + 1]; int64 [B]."""
+    return ((tokens[:, :-1] == ids) & (ids >= 0)).cumprod(1).sum(1)
 
 
 def _walk(sampled: SampleOutput, tree: Tree) -> VerifyOutput:
