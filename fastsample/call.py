@@ -5,6 +5,7 @@ The public functions (api.py), the operators for torch.compile (ops.py) and Samp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -52,11 +53,12 @@ def make(
     out: Any,
     stacklevel: int | None = 3,
     history: History | None = None,
+    use: Callable[[Any, torch.Tensor, Rows], Any] | None = None,
 ) -> Any:
     """Make a call of `fastsample.sample` (of tokens), `filter_logits` or `probabilities`, with its checks and errors.
 
     `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning. `history`: the
-    ids that penalties count, where rows share them.
+    ids that penalties count, where rows share them. `use(call, table, rows)`: what to do instead of a run of the call.
     """
     name = repeats.key(kind, params, fields, options)
     known = repeats.take(name)
@@ -84,7 +86,7 @@ def make(
     if packed.penalties and history is not None:
         rows = rows if inputs is not NO_INPUTS else rows.with_inputs()
         history.attach(rows)
-    result = call.run(table, rows, out)
+    result = call.run(table, rows, out) if use is None else use(call, table, rows)
     if name is not None and call.small:
         call.let_go()
         repeats.put_back(name, repeats.Repeat(call, packed) if known is None else known)
@@ -230,6 +232,19 @@ class SampleCall(Call):
             for name in self._wanted:
                 getattr(out, name).copy_(getattr(result, name))
         return out
+
+    def of_tokens(self, table: torch.Tensor, rows: Rows, given: torch.Tensor) -> SampleOutput:
+        """What `run` gives, with tokens int64 [B] that are given; where one is no token, it is drawn."""
+        result = self._fresh(table.device)
+        outputs = self._outputs(result)
+        outputs.given, outputs.weights = given, empty((len(given), 2), torch.int64, table.device)
+        self.engine.run(table, rows, outputs)
+        return result
+
+    @property
+    def engine(self) -> Engine:
+        """What serves the logits seen last."""
+        return self._engine
 
     def let_go(self) -> None:
         super().let_go()

@@ -140,24 +140,24 @@ def last_contiguous(table: torch.Tensor) -> torch.Tensor:
     return table if table.is_contiguous() or table.stride(1) == 1 else table.contiguous()
 
 
-def check_logits(logits: torch.Tensor, traced: bool = False) -> torch.Tensor:
+def check_logits(logits: torch.Tensor, traced: bool = False, name: str = "logits") -> torch.Tensor:
     """The logits as [B, V], with the leading dimensions flattened, or an error that says what they should be.
 
     Traced logits have no values yet, so their memory is not looked at.
     """
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
-    (require_strided if traced else require_dense)("logits", logits)
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(logits).__name__}")
+    (require_strided if traced else require_dense)(name, logits)
     if logits.dtype not in FLOATS:
-        raise TypeError(f"logits: expected float32, float16 or bfloat16, got {logits.dtype}")
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {logits.dtype}")
     if logits.ndim == 0:
-        raise ValueError("logits: expected shape [B, V], [V] or [B, T, V], got ()")
+        raise ValueError(f"{name}: expected shape [B, V], [V] or [B, T, V], got ()")
     vocab = logits.shape[-1]
     if not 1 <= vocab <= MAX_VOCAB:
-        raise ValueError(f"logits: expected 1 <= V <= 2^20, got V = {vocab}")
+        raise ValueError(f"{name}: expected 1 <= V <= 2^20, got V = {vocab}")
     if vocab > 1 and logits.stride(-1) != 1 and logits.numel():
         raise ValueError(
-            f"logits: expected a contiguous last dimension, got stride {logits.stride(-1)}; call .contiguous()"
+            f"{name}: expected a contiguous last dimension, got stride {logits.stride(-1)}; call .contiguous()"
         )
     if logits.is_neg():
         logits = logits.resolve_neg()

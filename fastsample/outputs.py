@@ -71,7 +71,7 @@ class Field:
 
     name: str
     dtype: torch.dtype
-    per: Literal["row", "draw", "top", "token"]  # what each row has one value for
+    per: Literal["row", "draw", "top", "token", "pair"]  # what each row has one value for
     invalid: float | None  # what an invalid row holds; None where it differs from row to row
     wanted_by: str | None = None  # the option that asks for it; None where every call of its kind fills it
 
@@ -96,6 +96,8 @@ FIELDS = (
     Field("ranks", torch.int64, "draw", 0, "logprobs"),
     Field("top_ids", torch.int64, "top", -1, "top_logprobs"),
     Field("top_logprobs", torch.float32, "top", torch.nan, "top_logprobs"),
+    Field("weights", torch.int64, "pair", 0),
+    Field("masses", torch.int64, "token", 0),
 )
 """Every output, in the order in which the native engines take their addresses."""
 

@@ -33,7 +33,7 @@ from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, Samp
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
-from fastsample.verification import VerifyOutput, accept, as_table, check_rule, checked_result, of_rows, split
+from fastsample.verification import RuleName, VerifyOutput, as_table, checked_result, of_rows, pack_rule, split
 
 
 class Sampler:
@@ -214,7 +214,10 @@ class Sampler:
         draft_ids: TokenIds,
         *,
         num_drafts: Any = None,
-        rule: str = "exact",
+        rule: RuleName = "exact",
+        draft_logits: torch.Tensor | None = None,
+        draft_probs: torch.Tensor | None = None,
+        draft_params: SamplingParams | None = None,
         bitmask: torch.Tensor | None = None,
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
@@ -225,12 +228,13 @@ class Sampler:
 
         Arguments, results and errors as for `fastsample.verify`. After an error no offset has moved.
         """
-        check_rule(rule)
         if self._call.options.num_samples != 1 or self._call.options.input != "logits":
             raise ValueError("verify: expected a Sampler of logits with num_samples = 1")
         drafts = pack_drafts(logits, draft_ids, num_drafts)
         if len(drafts.ids) != self._batch_size:
             raise ValueError(f"draft_ids: expected {self._batch_size} requests, one per slot, got {len(drafts.ids)}")
+        raises = self._call.options.on_invalid != "flag"
+        packed = pack_rule(rule, drafts, logits, draft_logits, draft_probs, draft_params, raises)
         if self._penalised and output_ids is None:
             self._warn(None, prompt_ids)
         inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
@@ -243,7 +247,7 @@ class Sampler:
             each.attach(rows, table)
             if self._penalised:
                 history.attach(rows)
-            result = checked_result(accept(call.run(table, rows, None), drafts), self._call.options)
+            result = checked_result(packed.apply(drafts, call, table, rows), self._call.options)
             own.offsets += result.num_accepted + (result.status == 0)
         return result
 

@@ -9,18 +9,23 @@ et al. 2023, https://arxiv.org/abs/2302.01318): with the probability that the ta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from fastsample.call import make
+from fastsample import rejection
+from fastsample.call import SampleCall, make
 from fastsample.checks import CPU, is_one_of
-from fastsample.inputs import NO_INPUTS, BiasLike, BreakerIds, Inputs, Seed, TokenIds, pack_offsets, pack_seeds
+from fastsample.inputs import NO_INPUTS, BiasLike, BreakerIds, Inputs, Rows, Seed, TokenIds, pack_offsets, pack_seeds
 from fastsample.inputs.drafts import Drafts, History, Tree, pack_drafts, pack_tree, spread, spread_bias
 from fastsample.outputs import FIELD, WRONG, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams
+from fastsample.rejection import Proposal, pack_proposal
 from fastsample.traced import untraced
+
+RuleName: TypeAlias = Literal["exact", "chain", "block"]
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +61,10 @@ def verify(
     num_drafts: Any = None,
     seed: Seed | None = None,
     offset: Seed = 0,
-    rule: str = "exact",
+    rule: RuleName = "exact",
+    draft_logits: torch.Tensor | None = None,
+    draft_probs: torch.Tensor | None = None,
+    draft_params: SamplingParams | None = None,
     bitmask: torch.Tensor | None = None,
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
@@ -86,7 +94,18 @@ def verify(
         seed: an int s, which gives request i the seed splitmix64(splitmix64(s) + i), as `fastsample.sample` does for
             rows; or one per request, used as it is. None takes a fresh seed from torch's default CPU generator.
         offset: position of each request's first row, an int or one per request.
-        rule: "exact".
+        rule: "exact" accepts the drafts that equal what plain decoding draws, so that the text is the same. "chain"
+            (Leviathan et al. 2023, Chen et al. 2023) and "block" (Sun et al. 2024) compare the target's law with the
+            one that the drafts were drawn from: the text is another one with the same law, and more drafts are accepted
+            where they were drawn at random. Their random bits are no plain draw's, so a drafter must not draw with
+            `fastsample.sample` and the same seed and offsets.
+        draft_logits: what each draft was drawn from, float32, float16 or bfloat16 [B, K, V], or [sum(num_drafts), V];
+            for the rules "chain" and "block", which take the parameters, masks, bias and history of the target's row at
+            the same position. Only the rows that have a draft count.
+        draft_probs: the same as probabilities, of any sum: the temperature and the penalties are in them, the filters
+            (top_k, top_p, ...) are applied.
+        draft_params: the temperature and the filters of the drafts, one value for all or per request, where they are
+            not the target's; `SamplingParams()` where draft_probs are what the drafts were drawn from as they are.
         bitmask: int32 [words], [B, words], [N, words] or [B, K + 1, words], as for `fastsample.sample`.
         bias: a dict for all rows, a list with a dict or None per request or per row, or tensors (row_ptr, ids, values)
             whose row_ptr has an entry per request or per row.
@@ -103,12 +122,11 @@ def verify(
         TypeError, ValueError: bad argument; the message names it, the request or row, and the value.
         RuntimeError: the named backend cannot serve these logits.
     """
-    check_rule(rule)
     drafts = pack_drafts(logits, draft_ids, num_drafts)
+    packed = pack_rule(rule, drafts, logits, draft_logits, draft_probs, draft_params, on_invalid != "flag")
     options = Options(1, logprobs, top_logprobs, on_invalid, backend)
     inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
-    sampled = _sample(logits, drafts, params, fields, seed, offset, inputs, options)
-    return checked_result(accept(sampled, drafts), options)
+    return _verified(logits, drafts, params, fields, seed, offset, inputs, options, packed)
 
 
 @untraced
@@ -154,16 +172,10 @@ def verify_tree(
     tree = pack_tree(logits, draft_ids, parents)
     options = Options(1, logprobs, top_logprobs, on_invalid, backend)
     inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
-    sampled = _sample(logits, tree, params, fields, seed, offset, inputs, options)
-    return checked_result(_walk(sampled, tree), options)
+    return _verified(logits, tree, params, fields, seed, offset, inputs, options, _EXACT)
 
 
-def check_rule(rule: Any) -> None:
-    if not is_one_of(rule, "exact"):
-        raise ValueError(f"rule = {rule!r}: expected 'exact'")
-
-
-def _sample(
+def _verified(
     logits: torch.Tensor,
     drafts: Drafts,
     params: SamplingParams | None,
@@ -172,8 +184,9 @@ def _sample(
     offset: Seed,
     inputs: Inputs,
     options: Options,
-) -> SampleOutput:
-    """The plain draw of every row, flagged where the row is invalid; [N]."""
+    rule: Rule,
+) -> VerifyOutput:
+    """A call of `verify` or `verify_tree` whose drafts are packed."""
     requests = len(drafts.ids)
     if isinstance(params, SamplingParams) and (sizes := params.per_row()):
         own = {name: getattr(params, name) for name, size in sizes.items() if size == requests}
@@ -182,9 +195,59 @@ def _sample(
     words = pack_seeds(seed, requests), pack_offsets(offset, requests).expand(requests)
     seeds, offsets = of_rows(drafts, *words)
     given, history = split(inputs, drafts)
-    options, table = options._replace(on_invalid="flag"), as_table(logits)
-    result: SampleOutput = make("tokens", table, params, fields, seeds, offsets, given, options, None, 5, history)
-    return result
+    flagged, table = options._replace(on_invalid="flag"), as_table(logits)
+    found: VerifyOutput = make(
+        "tokens", table, params, fields, seeds, offsets, given, flagged, None, 5, history, partial(rule.apply, drafts)
+    )
+    return checked_result(found, options)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How drafts are accepted: "exact", or by comparing the target's law with the one they were drawn from."""
+
+    name: str
+    proposal: Proposal | None
+    raises: bool  # where a draft's own row is no law
+
+    def apply(self, drafts: Drafts, call: SampleCall, table: torch.Tensor, rows: Rows) -> VerifyOutput:
+        """What comes out of drafts, given the rows of each."""
+        if self.proposal is None:
+            sampled = call.run(table, rows, None)
+            return _walk(sampled, drafts) if isinstance(drafts, Tree) else accept(sampled, drafts)
+        found = rejection.verify(self.name, call.engine, table, rows, drafts, self.proposal)
+        if self.raises:
+            rejection.raise_if_unknown(found, self.proposal)
+        fields = {"tokens": found.tokens, "status": found.status}
+        if call.options.logprobs is not None:
+            given = found.tokens[drafts.request, drafts.position]
+            sampled = call.of_tokens(table, rows, given)
+            fields |= {name: drafts.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)[2:]}
+        return _cut(fields, fields, found.accepted)
+
+
+def pack_rule(
+    rule: Any,
+    drafts: Drafts,
+    logits: torch.Tensor,
+    draft_logits: Any,
+    draft_probs: Any,
+    draft_params: Any,
+    raises: bool,
+) -> Rule:
+    """A rule and what it compares, checked."""
+    if not is_one_of(rule, "exact", "chain", "block"):
+        raise ValueError(f"rule = {rule!r}: expected 'exact', 'chain' or 'block'")
+    given = {"draft_logits": draft_logits, "draft_probs": draft_probs, "draft_params": draft_params}
+    if rule == "exact":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected None with rule='exact', which compares tokens")
+        return _EXACT
+    return Rule(rule, pack_proposal(drafts, logits, draft_logits, draft_probs, draft_params), raises)
+
+
+_EXACT = Rule("exact", None, False)
 
 
 def of_rows(drafts: Drafts, seeds: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

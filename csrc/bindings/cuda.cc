@@ -104,7 +104,10 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
   lay_out(batch, layout, (char*)workspace.first, (char*)boards.first, ws);
   const Launches& launches = launches_for(batch.logits.dtype);
   check(launches.sample(batch, layout.sample, ws, (cudaStream_t)stream), "launching the sampler");
-  if (layout.outputs.teams) {
+  if (batch.out.weights) {
+    check(launches.law(batch, layout.outputs, ws, (cudaStream_t)stream), "launching the law");
+  }
+  if (wants_outputs(batch.out)) {
     check(launches.outputs(batch, layout.outputs, ws, (cudaStream_t)stream),
           "launching the outputs");
   }

@@ -44,6 +44,8 @@ FASTSAMPLE_RECORD(OutputArguments,          //
                   ranks,                    // int64 [B, num_samples]
                   top_ids,                  // int64 [B, num_top]
                   top_logprobs,             // float32 [B, num_top]
+                  weights, masses,          // int64 [B, 2], [B, V]
+                  given,                    // int64 [B]: read, not written
                   num_samples, num_top,     // counts
                   mode);                    // LogprobsMode
 
@@ -94,7 +96,8 @@ static inline Batch batch_of(const RowArguments& rows, const CallArguments& call
       rows_of(rows),
       Outputs{(int32_t*)o.status, (int64_t*)o.tokens, (float*)o.filtered, (float*)o.probabilities,
               (float*)o.logprobs, (int64_t*)o.ranks, (int64_t*)o.top_ids, (float*)o.top_logprobs,
-              (int32_t)o.num_samples, (int32_t)o.num_top, (LogprobsMode)o.mode},
+              (int32_t)o.num_samples, (int32_t)o.num_top, (LogprobsMode)o.mode, (int64_t*)o.weights,
+              (int64_t*)o.masses, (const int64_t*)o.given},
   };
 }
 

@@ -114,6 +114,11 @@ struct Outputs {
   int32_t num_samples;
   int32_t num_top;
   LogprobsMode mode;
+  // The law of draw 0, for calls that draw one token: its mass and that of all, every token's mass,
+  // and tokens that are given, not drawn (what is no token is drawn). Weights come with any of it.
+  int64_t* weights = nullptr;      // [B, 2]
+  int64_t* masses = nullptr;       // [B, V]
+  const int64_t* given = nullptr;  // [B]
 };
 
 struct Batch {

@@ -1,7 +1,7 @@
 // Stage 8 and the outputs of a row.
 #pragma once
 
-#include "cpu/draw.h"
+#include "cpu/law.h"
 #include "cpu/logprobs.h"
 
 namespace fastsample {
@@ -26,6 +26,7 @@ void write_invalid(const Outputs& out, int64_t r, Draws draws, int32_t vocab) {
     if (out.logprobs) out.logprobs[at] = NAN;
     if (out.ranks) out.ranks[at] = 0;
   }
+  write_no_law(out, r, vocab);
   if (draws.begin) return;
   write_no_top(out, r);
   for (int i = 0; i < vocab; ++i) {
@@ -81,13 +82,6 @@ void write_probabilities(const Task<T, W>& t, const Kept<float>& kept, const Sha
   }
 }
 
-// What a draw is made from: running masses, group by group, of what is kept.
-struct Source {
-  Kept<float> kept;
-  const uint64_t* running;
-  uint64_t total;
-};
-
 // The row's draws, one by one, from all that is kept or without XTC's top choices.
 template <class T, class W, class Domain>
 void draw_few(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
@@ -99,8 +93,9 @@ void draw_few(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
     const bool leaves = coin > 0 && xtc_excludes(seed, offset, (uint32_t)j, coin);
     const Source& from = sources[leaves];
     const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, from.total);
-    const Drawn token = from.total ? draw(d, from.kept, t.weigher, from.running, threshold)
-                                   : Drawn{next_after(shares.top).id, shares.top.last.x, 0};
+    const Drawn lone = {next_after(shares.top).id, shares.top.last.x, 0};
+    Drawn token = from.total ? draw(d, from.kept, t.weigher, from.running, threshold) : lone;
+    if (out.weights) token = write_law(out, t.r, t.dense, t.weigher, from, lone, token);
     const int64_t slot = t.r * out.num_samples + j;
     out.tokens[slot] = token.id;
     if (out.mode != kProcessedLogprobs) continue;

@@ -12,6 +12,7 @@ struct Launches {
   // device.
   cudaError_t (*prepare)(const Device&);
   cudaError_t (*sample)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
+  cudaError_t (*law)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
   cudaError_t (*outputs)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
 };
 

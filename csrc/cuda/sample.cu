@@ -40,9 +40,10 @@ struct Launch {
 };
 
 cudaError_t prepare(const Device& device) {
-  const void* kernels[] = {
-      (const void*)sample_kernel<T, kClusterPolicy>, (const void*)sample_kernel<T, kBlockPolicy>,
-      (const void*)sample_kernel<T, kGridPolicy>, (const void*)outputs_kernel<T>};
+  const void* kernels[] = {(const void*)sample_kernel<T, kClusterPolicy>,
+                           (const void*)sample_kernel<T, kBlockPolicy>,
+                           (const void*)sample_kernel<T, kGridPolicy>, (const void*)law_kernel<T>,
+                           (const void*)outputs_kernel<T>};
   cudaError_t error = cudaSuccess;
   for (const void* kernel : kernels) {
     if (error) break;
@@ -59,6 +60,10 @@ cudaError_t sample(const Batch& batch, const Plan& plan, const Workspace& ws, cu
   return (cudaError_t)launch_sample<T>(batch, plan, ws, Launch{stream});
 }
 
+cudaError_t law(const Batch& batch, const Plan& plan, const Workspace& ws, cudaStream_t stream) {
+  return (cudaError_t)launch_law<T>(batch, plan, ws, Launch{stream});
+}
+
 cudaError_t outputs(const Batch& batch, const Plan& plan, const Workspace& ws,
                     cudaStream_t stream) {
   return (cudaError_t)launch_outputs<T>(batch, plan, ws, Launch{stream});
@@ -66,6 +71,6 @@ cudaError_t outputs(const Batch& batch, const Plan& plan, const Workspace& ws,
 
 }  // namespace
 
-extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, sample, outputs};
+extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, sample, law, outputs};
 
 }  // namespace fastsample

@@ -88,16 +88,17 @@ struct Workspace {
 // How a batch is served, and the bytes of device memory that this takes.
 struct Layout {
   Plan sample;
-  Plan outputs;       // of the second kernel; 0 teams where it is not wanted
+  Plan outputs;       // of the kernels after the first; 0 teams where none is wanted
   int64_t workspace;  // any contents
   int64_t boards;     // zero before the first launch
   int64_t table_slots;
 };
 
-// Whether anything is wanted that only the second kernel writes.
-inline bool wants_more(const Outputs& out) {
+// Whether anything is wanted that only `outputs` writes; and that it or `law` writes.
+inline bool wants_outputs(const Outputs& out) {
   return out.filtered || out.probabilities || out.mode != kNoLogprobs;
 }
+inline bool wants_more(const Outputs& out) { return wants_outputs(out) || out.weights; }
 
 inline Shape shape_of(const Batch& batch) {
   const Logits& l = batch.logits;

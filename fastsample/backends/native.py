@@ -27,7 +27,7 @@ ROW_FIELDS = (
     "requests",
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
-OUTPUT_FIELDS = (*(field.name for field in FIELDS), "num_samples", "num_top", "mode")
+OUTPUT_FIELDS = (*(field.name for field in FIELDS), "given", "num_samples", "num_top", "mode")
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -35,7 +35,7 @@ _NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(
 # So are outputs: status and tokens come first, and most calls want nothing else.
 _FIRST = ("status", "tokens")
 _HEAD, _TAIL = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q"), Struct(f"{len(OUTPUT_FIELDS) - len(_FIRST)}q")
-_addresses = unrolled("0 if a.{0} is None else a.{0}.data_ptr()", OUTPUT_FIELDS[len(_FIRST) : len(FIELDS)], ", ")
+_addresses = unrolled("0 if a.{0} is None else a.{0}.data_ptr()", OUTPUT_FIELDS[len(_FIRST) : len(FIELDS) + 1], ", ")
 assert OUTPUT_FIELDS[: len(_FIRST)] == _FIRST
 
 
@@ -108,11 +108,11 @@ def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
         out.status.data_ptr(),
         0 if out.tokens is None else out.tokens.data_ptr(),
     )
-    if out.mode is None and out.filtered is None and out.probabilities is None:
+    if out.mode is None and out.filtered is None and out.probabilities is None and out.weights is None:
         return head + _nothing_more(out.num_samples)
     return head + _TAIL.pack(*_addresses(out), out.num_samples, out.num_top, MODES[out.mode])
 
 
 @lru_cache(maxsize=16)
 def _nothing_more(num_samples: int) -> bytes:
-    return _TAIL.pack(*[0] * (len(FIELDS) - len(_FIRST)), num_samples, 0, MODES[None])
+    return _TAIL.pack(*[0] * (len(FIELDS) + 1 - len(_FIRST)), num_samples, 0, MODES[None])

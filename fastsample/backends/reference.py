@@ -24,8 +24,14 @@ class ReferenceEngine(Engine):
         if out.probabilities is not None:
             _fill(out.probabilities, spec.probabilities(dist))
         if out.tokens is not None:
-            tokens = spec.sample(dist, rows, out.num_samples)
+            tokens = spec.sample(dist, rows, out.num_samples, out.given)
             _fill(out.tokens, tokens)
+            if out.weights is not None:
+                masses = spec.law(dist, rows)
+                own = masses.gather(1, tokens.clamp(min=0)) * (tokens >= 0)
+                _fill(out.weights, torch.cat([own, masses.sum(-1, keepdim=True)], 1))
+                if out.masses is not None:
+                    _fill(out.masses, masses)
             if out.mode is not None:
                 self._logprobs(logits, dist, tokens, out)
         return int((dist.status != 0).sum())

@@ -139,6 +139,8 @@ class Call:
         for kind, target in (("FILTERED", out.filtered), ("PROBABILITIES", out.probabilities)):
             if target is not None:
                 self.write(kind, table, state, target)
+        if out.tokens is not None and out.weights is not None:
+            self.law(table, state, out.tokens, out.weights)
         if out.tokens is not None and out.mode is not None:
             self.logprobs(table, state, out.tokens)
 
@@ -271,6 +273,23 @@ class Call:
             BLOCK=state.layout.block,
             **self.options,
         )
+
+    def law(self, table: Table, state: State, tokens: Tensor, weights: Tensor) -> None:
+        """The law of draw 0, and tokens that are given instead of those that were drawn."""
+        rows, given, masses, module = self.rows, self.out.given, self.out.masses, kernels("law")
+        seen = (
+            *(table.x, table.stride, rows.records, _stride(rows.records)),
+            *(rows.seeds, _stride(rows.seeds), rows.offsets, _stride(rows.offsets)),
+            *(state.words, state.layout.record),
+        )
+        module.weigh_tokens[(self.batch,)](
+            *seen, tokens, tokens if given is None else given, weights, self.vocab,
+            HAS_GIVEN=given is not None, PROBS=self.probs, **self.options,
+        )  # fmt: skip
+        if masses is not None:
+            module.write_masses[(self.batch, state.layout.chunks)](
+                *seen, masses, self.vocab, PROBS=self.probs, BLOCK=state.layout.block, **self.options,
+            )  # fmt: skip
 
     def logprobs(self, table: Table, state: State, tokens: Tensor) -> None:
         """Log-probabilities and ranks of the tokens, and the top-n: launches that only these outputs need."""

@@ -143,3 +143,13 @@ def as_tensors(bias: Any) -> BiasTensors | None:
     if isinstance(bias, tuple) and len(bias) == 3 and all(isinstance(part, torch.Tensor) for part in bias):
         return bias
     return None
+
+
+def select_bias(bias: BiasTensors, index: torch.Tensor) -> BiasTensors:
+    """The biases of some rows, in the order of the index and as often as it names them."""
+    row_ptr, ids, values = bias
+    counts = row_ptr.diff()[index]
+    ends = counts.cumsum(0)
+    shift = (row_ptr[:-1][index] - (ends - counts)).repeat_interleave(counts)
+    entries = torch.arange(len(shift), device=shift.device) + shift
+    return torch.cat([ends.new_zeros(1), ends]), ids[entries], values[entries]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from fastsample.checks import INTEGERS, from_numpy, is_list, require_dense, require_tensor
-from fastsample.inputs.bias import Bias
+from fastsample.inputs.bias import Bias, select_bias
 from fastsample.inputs.ids import pack_breakers, pack_token_ids, row_of_ids
 from fastsample.inputs.rows import Rows
 
@@ -24,6 +24,7 @@ class Drafts:
     request: torch.Tensor  # int64 [N], each row's request, and
     position: torch.Tensor  # int64 [N], how many drafts come before it; both in the order of the logits
     dense: bool  # the rows are [B, K + 1], where those past a request's last draft count for nothing
+    counts: np.ndarray[Any, Any]  # int64 [B], each request's number of drafts
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -34,6 +35,20 @@ class Drafts:
         """The drafts that come before each row, int64 [N, K], padded with -1."""
         later = torch.arange(self.ids.shape[1], device=self.ids.device) >= self.position[:, None]
         return self.ids[self.request].masked_fill(later, -1)
+
+    def rows(self) -> torch.Tensor:
+        """The row of each position, int64 [B, K + 1]; any row past a request's last."""
+        requests, width = self.shape
+        if self.dense:
+            return dense_places(requests, width, self.ids.device)[2]
+        return packed_places(self.counts + 1, width, self.ids.device)[2]
+
+    def count(self) -> torch.Tensor:
+        """`counts` on the device; where they are all K, nothing is copied to it."""
+        requests, most = self.ids.shape
+        if (self.counts == most).all():
+            return torch.full((requests,), most, dtype=torch.int64, device=self.ids.device)
+        return torch.from_numpy(self.counts).to(self.ids.device)
 
     def by_request(self, values: torch.Tensor, empty: float) -> torch.Tensor:
         """What the rows have [N, ...] as [B, K + 1, ...], `empty` where there is no row."""
@@ -59,18 +74,45 @@ def pack_drafts(logits: torch.Tensor, draft_ids: Any, num_drafts: Any) -> Drafts
     if logits.ndim == 3 and (requests, most + 1) != tuple(logits.shape[:2]):
         wanted = f"[{logits.shape[0]}, {logits.shape[1] - 1}] (a row of logits for each draft and one more)"
         raise ValueError(f"draft_ids: expected shape {wanted}, got {list(ids.shape)}")
+    if num_drafts is None and _is_ragged(draft_ids):
+        num_drafts = [len(own) for own in draft_ids]
     if num_drafts is None:
-        return Drafts(ids, *_dense(requests, most + 1, logits.device), True)
+        return Drafts(ids, *_dense(requests, most + 1, logits.device), True, np.full(requests, most))
     counts = _counts(num_drafts, requests, most)
     past = np.arange(most) >= counts[:, None]
     ids = ids.masked_fill(torch.from_numpy(past).to(ids.device), -1)
     if logits.ndim == 3:
-        return Drafts(ids, *_dense(requests, most + 1, logits.device), True)
+        return Drafts(ids, *_dense(requests, most + 1, logits.device), True, counts)
     if len(logits) != (rows := int(counts.sum()) + requests):
         raise ValueError(f"logits: expected {rows} rows, num_drafts + 1 of each request, got {len(logits)}")
-    request = np.repeat(np.arange(requests), counts + 1)
-    position = np.arange(rows) - np.repeat(np.cumsum(counts + 1) - counts - 1, counts + 1)
-    return Drafts(ids, torch.from_numpy(request).to(ids.device), torch.from_numpy(position).to(ids.device), False)
+    request, position, _ = packed_places(counts + 1, most + 1, ids.device)
+    return Drafts(ids, request, position, False, counts)
+
+
+Places: TypeAlias = "tuple[torch.Tensor, ...]"
+
+
+def packed_places(counts: np.ndarray[Any, Any], most: int, device: torch.device) -> Places:
+    """Of rows one request behind the other: each row's request and position, and each position's row [B, most].
+
+    A position past a request's last row has any row.
+    """
+    starts = np.cumsum(counts) - counts
+    request = np.repeat(np.arange(len(counts)), counts)
+    position = np.arange(len(request)) - starts[request]
+    row = (starts[:, None] + np.arange(most)).clip(0, max(len(request) - 1, 0))
+    return tuple(torch.from_numpy(part).to(device) for part in (request, position, row))
+
+
+def dense_places(requests: int, rows: int, device: torch.device) -> Places:
+    """The same of rows [B, rows]. Not to be written to."""
+    request, position = _dense(requests, rows, device)
+    return request, position, torch.arange(requests * rows, device=device).view(requests, rows)
+
+
+def _is_ragged(draft_ids: Any) -> bool:
+    """Whether drafts are given as a list per request."""
+    return is_list(draft_ids) and all(is_list(own) or getattr(own, "ndim", 0) == 1 for own in draft_ids)
 
 
 @dataclass(frozen=True)
@@ -114,7 +156,7 @@ def pack_tree(logits: torch.Tensor, draft_ids: Any, parents: Any) -> Tree:
     ancestors = torch.stack(line, 2)
     depth = (ancestors > 0).sum(2)
     request, _ = _dense(requests, nodes, device)
-    return Tree(tokens[:, 1:], request, depth.view(-1), True, tokens, above, ancestors)
+    return Tree(tokens[:, 1:], request, depth.view(-1), True, np.full(requests, nodes - 1), tokens, above, ancestors)
 
 
 @lru_cache(maxsize=64)
@@ -196,12 +238,7 @@ def spread_bias(bias: Any, drafts: Drafts) -> Any:
         return spread("bias", bias, drafts)
     if len(bias) != 3 or len(bias[0]) != requests + 1 or requests == rows:
         return bias
-    row_ptr, ids, values = bias
-    counts = row_ptr.diff()[drafts.request]
-    ends = counts.cumsum(0)
-    shift = (row_ptr[:-1][drafts.request] - (ends - counts)).repeat_interleave(counts)
-    entries = torch.arange(len(shift), device=shift.device) + shift
-    return torch.cat([ends.new_zeros(1), ends]), ids[entries], values[entries]
+    return select_bias(bias, drafts.request)
 
 
 class History(NamedTuple):

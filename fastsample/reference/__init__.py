@@ -46,6 +46,7 @@ __all__ = [
     "check_probs",
     "distribution",
     "filter_logits",
+    "law",
     "low32",
     "mass",
     "mass_of_probs",
@@ -90,9 +91,11 @@ def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Dist
     judged_at = torch.where(choice(params, "order", "temperature_last"), torch.ones_like(temperature), drawn_at)
     sound = torch.where(valid, x, torch.ones_like(x))
     if kind == "logits":
-        w, row = mass(sound, drawn_at), rank(sound, mass(sound, judged_at), depth(sound, judged_at), judged_at)
+        w, alone = mass(sound, drawn_at), torch.full_like(sound, 2**UNIT, dtype=torch.int64)
+        row = rank(sound, mass(sound, judged_at), depth(sound, judged_at), judged_at)
     else:
-        w, x = mass_of_probs(sound), order_of_probs(sound)
+        w, alone = mass_of_probs(sound), mass_of_probs(sound.reshape(-1, 1)).view(sound.shape)
+        x = order_of_probs(sound)
         row = rank(x, w, torch.zeros_like(w), judged_at)
     narrowed = filters(row, params)
     kept = is_kept(narrowed, row)
@@ -102,7 +105,7 @@ def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Dist
     kept = torch.where(greedy, argmax, kept & ~(out & (coin == 1))) & valid
     weighs = (kept & (w.gather(1, row.ids) > 0)).any(-1, keepdim=True)
     kept, out = torch.where(weighs, kept, first(kept)), out & weighs
-    whole, rest = (drawn_masses(w, set_, row.ids) for set_ in (kept, kept & ~out))
+    whole, rest = (drawn_masses(w, alone, set_, row.ids) for set_ in (kept, kept & ~out))
     by_id = torch.zeros_like(kept).scatter(1, row.ids, kept)
     return Distribution(x, status, by_id, greedy[:, 0], whole, rest, coin)
 
@@ -112,22 +115,32 @@ def first(ranked: Tensor) -> Tensor:
     return ranked & (ranked.cumsum(-1) == 1)
 
 
-def drawn_masses(w: Tensor, ranked: Tensor, ids: Tensor) -> Tensor:
-    """The masses of a set, 0 elsewhere, int64 [B, V]. Where they are all 0, its first token counts as 1.
+def drawn_masses(w: Tensor, alone: Tensor, ranked: Tensor, ids: Tensor) -> Tensor:
+    """The masses of a set, 0 elsewhere, int64 [B, V]. Where they are all 0, its first token has the mass of a peak.
 
     Args:
-        w: int64 [B, V].
+        w, alone: int64 [B, V], the masses, and what each would be if the token were the maximum.
         ranked: bool [B, V], whether a token is in the set, in rank order.
         ids: int64 [B, V], the rank order.
     """
-    masses, one = (torch.zeros_like(w).scatter(1, ids, m) for m in (ranked * w.gather(1, ids), first(ranked).long()))
+    sets = (w.gather(1, ids) * ranked, alone.gather(1, ids) * first(ranked))
+    masses, one = (torch.zeros_like(w).scatter(1, ids, m) for m in sets)
     return torch.where(masses.any(-1, keepdim=True), masses, one)
 
 
-def sample(dist: Distribution, rows: Rows, num_samples: int) -> Tensor:
-    """Stages 5 and 8: token ids, int64 [B, num_samples]; -1 in invalid rows."""
+def sample(dist: Distribution, rows: Rows, num_samples: int, given: Tensor | None = None) -> Tensor:
+    """Stages 5 and 8: token ids, int64 [B, num_samples]; -1 in invalid rows. Those that are given [B] are not drawn."""
     drawn = draw(dist, rows, num_samples)
+    if given is not None:
+        is_token = (given >= 0) & (given < dist.x.shape[1])
+        drawn = torch.where(is_token, given, drawn[:, 0])[:, None]
     return torch.where((dist.status == 0)[:, None], drawn, -1)
+
+
+def law(dist: Distribution, rows: Rows) -> Tensor:
+    """The masses that draw 0 is from, int64 [B, V]; zeros in invalid rows."""
+    rest = excludes(dist, rows, torch.zeros(1, dtype=torch.int64, device=dist.mass.device))
+    return torch.where(rest, dist.rest, dist.mass) * (dist.status == 0)[:, None]
 
 
 def filter_logits(dist: Distribution, rows: Rows) -> Tensor:
@@ -165,9 +178,14 @@ def one_hot(ids: Tensor, like: Tensor) -> Tensor:
 def draw(dist: Distribution, rows: Rows, num_samples: int) -> Tensor:
     """Each draw from all that is kept, or where its coin says so from what XTC leaves; int64 [B, num_samples]."""
     index = torch.arange(num_samples, device=dist.mass.device)
-    u, coin = (uniform60(rows.seeds[:, None], rows.offsets[:, None], index[None, :], p) for p in (PLAIN_DRAW, XTC_COIN))
-    whole, rest = draw_from(dist.mass, u), draw_from(dist.rest, u)
-    return torch.where(coin < (dist.coin * 2.0**60).to(torch.int64), rest, whole)
+    u = uniform60(rows.seeds[:, None], rows.offsets[:, None], index[None, :], PLAIN_DRAW)
+    return torch.where(excludes(dist, rows, index), draw_from(dist.rest, u), draw_from(dist.mass, u))
+
+
+def excludes(dist: Distribution, rows: Rows, index: Tensor) -> Tensor:
+    """Whether draws leave out what XTC excludes, bool [B, draws]."""
+    toss = uniform60(rows.seeds[:, None], rows.offsets[:, None], index[None, :], XTC_COIN)
+    return toss < (dist.coin * 2.0**60).to(torch.int64)
 
 
 # Log-probabilities ---------------------------------------------------------------------------------------------------

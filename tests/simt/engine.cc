@@ -37,8 +37,9 @@ struct Launch {
 
 template <class T>
 void run(const Batch& batch, const Layout& layout, const Workspace& ws) {
-  if (launch_sample<T>(batch, layout.sample, ws, Launch()) || !layout.outputs.teams) return;
-  launch_outputs<T>(batch, layout.outputs, ws, Launch());
+  if (launch_sample<T>(batch, layout.sample, ws, Launch())) return;
+  if (batch.out.weights && launch_law<T>(batch, layout.outputs, ws, Launch())) return;
+  if (wants_outputs(batch.out)) launch_outputs<T>(batch, layout.outputs, ws, Launch());
 }
 
 struct PlanArguments {

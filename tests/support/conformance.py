@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 import fastsample as fs
+from fastsample import rejection
+from fastsample.backends import engine
+from fastsample.inputs import Inputs, Rows, pack_offsets, pack_params, pack_seeds
 
 LOGPROB_ULP = 2
 MODES = ("raw", "processed")
@@ -31,8 +34,23 @@ def ask(case: Any, backend: str, brief: bool = False, top: int = 6) -> dict[str,
         more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(top, case.vocab)}
         found |= named(fs.sample(inputs.logits, **common, **inputs.draw, **more), f"{mode}.")
     found |= named(fs.sample(inputs.logits, **common, **inputs.draw), "plain.")  # no log-probabilities: a shorter path
+    found |= law(inputs.logits, backend, **inputs.kwargs, **inputs.draw)
     assert torch.equal(bits(inputs.logits), bits(before)), "the logits were written to"
     return found
+
+
+def law(logits: torch.Tensor, backend: str, params: Any = None, seed: Any = 0, offset: Any = 0, **more: Any) -> Any:
+    """What draw 0 of each row is from, with tokens that are given in some rows (fastsample/rejection.py)."""
+    kind = more.pop("input", "logits")
+    given = Inputs(**{name: more.pop(name) for name in Inputs._fields if name in more})
+    rows = Rows(
+        pack_params(params, more, len(logits)), pack_seeds(seed, len(logits)), pack_offsets(offset, len(logits))
+    )
+    given.attach(rows, logits)
+    vocab = logits.shape[1]
+    tokens = torch.tensor([-1, 0, vocab - 1, vocab, vocab // 2, -(2**40)])[torch.arange(len(logits)) % 6]
+    found = rejection.weigh(engine(backend), logits, rows, tokens, kind, masses=True)
+    return {f"law.{name}": value for name, value in found._asdict().items()}
 
 
 def named(out: fs.SampleOutput, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastsample.backends.triton import PROGRAMS_PER_SM, THREADS, compile_options
-from fastsample.kernels import logprobs, outputs, process, sample
+from fastsample.kernels import law, logprobs, outputs, process, sample
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)} | {
@@ -34,6 +34,7 @@ POINTERS = {
     "row_ptr": "i64", "bias_ids": "i64", "bias_values": "fp32", "prompt": "i64", "output": "i64", "out": "fp32",
     "logprobs": "fp32", "ranks": "i64", "listed": "i32", "found": "i64", "top_ids": "i64", "top_logprobs": "fp32",
     "breakers": "i64", "history": "i32", "drafted": "i64", "requests": "i64",
+    "given": "i64", "weights": "i64", "masses": "i64",
 }  # fmt: skip
 ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
 
@@ -78,6 +79,8 @@ def _kernels() -> Iterator[Kernel]:
     for what in ("FILTERED", "PROBABILITIES", "KEPT"):
         constants = {"WHAT": getattr(outputs, what).value, "PROBS": False} | block
         yield Kernel(f"write {what.lower()}", outputs.write, constants, 1, float64=what == "PROBABILITIES")
+    yield Kernel("weigh tokens", law.weigh_tokens, {"HAS_GIVEN": True, "PROBS": False}, 0)
+    yield Kernel("write masses", law.write_masses, {"PROBS": False} | block, 1)
     yield Kernel("sampled raw", logprobs.sampled, {"RAW": True, "PROBS": False}, 0, float64=True)
     yield Kernel("sampled processed", logprobs.sampled, {"RAW": False, "PROBS": False}, 0, float64=True)
     yield Kernel("rank", logprobs.rank, block, 1)

@@ -1,0 +1,267 @@
+"""Verification by rejection: drafts that were drawn from a known law are accepted so that the text has the target's.
+
+Two rules, in integers (docs/contract.md, "Verification of drafts"): "chain" tests draft after draft (Leviathan, Kalman
+and Matias 2023, https://arxiv.org/abs/2211.17192; Chen et al. 2023, https://arxiv.org/abs/2302.01318); "block" tests
+all that a prefix of drafts can still become (Sun et al. 2024, https://arxiv.org/abs/2403.10444, algorithm 2) and
+accepts at least as many. An engine weighs the drafts, one number each, and writes out the masses of no more rows than
+there are requests at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from fastsample.backends import Engine, Outputs
+from fastsample.checks import CPU, check_logits
+from fastsample.inputs import Bias, Rows
+from fastsample.inputs.bias import select_bias
+from fastsample.inputs.drafts import Drafts, dense_places, packed_places
+from fastsample.inputs.probs import for_probs
+from fastsample.inputs.records import pack
+from fastsample.outputs import WRONG, InputKind, empty
+from fastsample.params import SamplingParams, specs
+from fastsample.reference.draw import draw_from, multiply_high60, uniform60
+
+Tensor = torch.Tensor
+
+ACCEPTANCE, RESIDUAL = 3, 4  # purposes of random bits
+AT_ONCE = 2**22  # tokens whose masses are in memory together, or one row
+NEARLY_ONE = 1 + 2.0**-40  # more than rounding can lift a coin's threshold
+
+
+class Proposal(NamedTuple):
+    """The rows that drafts were drawn from."""
+
+    table: Tensor  # [M, V]
+    request: Tensor  # int64 [M], whose draft came from a row, and
+    step: Tensor  # int64 [M], which of its drafts
+    row: Tensor  # int64 [B, K], the row of each draft; any row past a request's last
+    kind: InputKind
+    params: SamplingParams | None  # temperature and filters where they are not the target's
+
+
+def pack_proposal(drafts: Drafts, logits: Tensor, draft_logits: Any, draft_probs: Any, params: Any) -> Proposal:
+    """One of draft_logits and draft_probs, [B, K, V] or [sum(num_drafts), V], checked."""
+    if (draft_logits is None) == (draft_probs is None):
+        raise ValueError("draft_logits, draft_probs: expected one of them, since these rules compare two laws")
+    if params is not None and not isinstance(params, SamplingParams):
+        raise TypeError(f"draft_params: expected SamplingParams, got {type(params).__name__}")
+    name, given = ("draft_probs", draft_probs) if draft_logits is None else ("draft_logits", draft_logits)
+    kind: InputKind = "probs" if draft_logits is None else "logits"
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(given).__name__}")
+    requests, most = drafts.ids.shape
+    vocab, device = logits.shape[-1], logits.device
+    packed = given.ndim != 3
+    wanted = [int(drafts.counts.sum()), vocab] if packed else [requests, most, vocab]
+    if list(given.shape) != wanted or given.device != device:
+        raise ValueError(f"{name}: expected shape {wanted} on {device}, got {list(given.shape)} on {given.device}")
+    places = packed_places(drafts.counts, most, device) if packed else dense_places(requests, most, device)
+    request, step, row = places
+    return Proposal(check_logits(given, name=name), request, step, row, kind, params)
+
+
+class Law(NamedTuple):
+    """What an engine says of rows, N of them."""
+
+    tokens: Tensor  # int64 [N], the plain draw where no token was given
+    status: Tensor  # int32 [N]
+    weights: Tensor  # int64 [N, 2], the token's mass and that of all
+    masses: Tensor | None = None  # int64 [N, V]
+
+
+def weigh(
+    engine: Engine, table: Tensor, rows: Rows, given: Tensor | None, kind: InputKind = "logits", masses: bool = False
+) -> Law:
+    """The law of each row, and the mass of a token in it."""
+    count, device = len(table), table.device
+    law = Law(
+        empty((count,), torch.int64, device),
+        empty((count,), torch.int32, device),
+        empty((count, 2), torch.int64, device),
+        empty((count, table.shape[1]), torch.int64, device) if masses else None,
+    )
+    out = Outputs(law.status, law.tokens, weights=law.weights, masses=law.masses, given=given, input=kind)
+    engine.run(table, rows, out)
+    return law
+
+
+def take(rows: Rows, index: Tensor) -> Rows:
+    """Some of a batch's rows, which share the lists of their requests."""
+
+    def own(values: Tensor) -> Tensor:
+        return values if len(values) == 1 else values[index]
+
+    found = Rows(own(rows.records), own(rows.seeds), own(rows.offsets))
+    found.prompt_ids, found.output_ids, found.breakers = rows.prompt_ids, rows.output_ids, rows.breakers
+    found.requests = rows.requests if rows.requests is None else rows.requests[index]
+    if rows.bitmask is not None:
+        found.bitmask = own(rows.bitmask)
+    if rows.bias is not None:
+        found.bias = Bias(*select_bias(rows.bias.tensors, index), rows.bias.vocab)
+    if rows.drafted_ids is not None:
+        found.drafted_ids = own(rows.drafted_ids)
+    return found
+
+
+class Rejection:
+    """One batch of requests under verification: B requests, K drafts at most, N rows of V logits."""
+
+    def __init__(self, engine: Engine, table: Tensor, rows: Rows, drafts: Drafts, proposal: Proposal) -> None:
+        self.engine, self.table, self.rows, self.proposal = engine, table, rows, proposal
+        self.drafts, self.index = drafts, drafts.rows()  # int64 [B, K + 1]
+        self.ids, self.count = drafts.ids, drafts.count()
+        padded = torch.nn.functional.pad(self.ids, (0, 1), value=-1)  # after its last draft, a request draws plainly
+        target = weigh(engine, table, rows, padded[drafts.request, drafts.position])
+        self.drawn = target.tokens
+        self.status = target.status[self.index]  # int32 [B, K + 1]
+        self.mass, self.total = target.weights[self.index].unbind(-1)  # int64 [B, K + 1]
+        self._propose()
+
+    def _propose(self) -> None:
+        proposal, ids = self.proposal, self.ids
+        of = self.index[proposal.request, proposal.step]
+        self.proposed = take(self.rows, of)
+        if proposal.params is not None:
+            own = pack(proposal.params, {}, len(ids)).records.to(of.device)
+            own = own if len(own) == 1 else own[proposal.request]
+            self.proposed.records = _with_filters(self.proposed.records, own)
+        if proposal.kind == "probs":
+            self.proposed = for_probs(self.proposed, "draft_probs")
+        law = weigh(self.engine, proposal.table, self.proposed, ids[proposal.request, proposal.step], proposal.kind)
+        real = torch.arange(ids.shape[1], device=ids.device) < self.count[:, None]
+        self.draft_status = torch.where(real, law.status[proposal.row], 0)
+        mass, total = law.weights[proposal.row].unbind(-1)
+        # A draft that is no token, or whose row is no law, was drawn from nothing that could be taken off.
+        self.known = real & (ids >= 0) & (ids < self.table.shape[1]) & (self.draft_status == 0)
+        self.factor = self.total[:, :-1].double() / total.clamp(min=1).double()
+        self.scaled = mass.double() * self.factor  # D before it is truncated, float64 [B, K]
+
+    # Which drafts are accepted --------------------------------------------------------------------------------------
+
+    def coins(self) -> Tensor:
+        """60 uniform bits of each draft's test, int64 [B, K]."""
+        steps = torch.arange(self.ids.shape[1], device=self.ids.device)
+        own = self.index[:, :-1]
+        return uniform60(self.rows.seeds[own], self.rows.offsets[own], steps, ACCEPTANCE)
+
+    def chain(self) -> tuple[Tensor, Tensor]:
+        """How many drafts are accepted, int64 [B], and 1 for the ratio of what is left, float64 [B]."""
+        threshold = multiply_high60(self.coins(), self.scaled.to(torch.int64))
+        accepted = ((threshold < self.mass[:, :-1]) & self.known).cumprod(1).sum(1)
+        return accepted, torch.ones_like(accepted, dtype=torch.float64)
+
+    def block(self) -> tuple[Tensor, Tensor]:
+        """How many drafts are accepted, int64 [B], and the ratio r there, float64 [B]."""
+        mass, steps = self.mass[:, :-1], self.ids.shape[1]
+        ratio = torch.where(self.known & (mass > 0), mass.double() / self.scaled, 0)
+        ratios = [torch.ones(len(mass), dtype=torch.float64, device=mass.device)]
+        for i in range(steps):
+            ratios.append(torch.where(ratios[-1] > 0, (ratios[-1] * ratio[:, i]).clamp(max=1), 0))
+        r = torch.stack(ratios, 1)
+        coin = self.coins().double() * 2.0**-60
+        # An invalid row ends the block: what follows the drafts before it is that row's.
+        at = torch.arange(steps + 1, device=mass.device)
+        end = torch.where(self.status != 0, at, steps + 1).amin(1).minimum(self.count)
+        accepted = torch.zeros_like(end)
+        for i in range(steps, 0, -1):
+            own, toss = r[:, i], coin[:, i - 1]
+            possible = (accepted == 0) & (end >= i) & (toss < own * NEARLY_ONE)
+            heads = toss < own
+            if i < steps:
+                heads = torch.where(end == i, heads, toss < self._chance(i, own, possible & (end > i)))
+            accepted = torch.where(possible & heads, i, accepted)
+        return accepted, r.gather(1, accepted[:, None])[:, 0]
+
+    def _chance(self, i: int, r: Tensor, wanted: Tensor) -> Tensor:
+        """h_i of those requests, float64 [B]."""
+        left, total = torch.zeros_like(r), self.total[:, i].double()
+        for some in self._in_parts(wanted):
+            at = torch.full_like(some, i)
+            left[some] = self._left(some, at, r[some])[0].sum(1).double()
+        return torch.where(left > 0, left / (left + (1 - r) * total), 0)
+
+    # The token after the accepted drafts ----------------------------------------------------------------------------
+
+    def last(self, accepted: Tensor, r: Tensor) -> Tensor:
+        """The token after the accepted drafts, int64 [B]; -1 where its row is invalid."""
+        row = self.index.gather(1, accepted[:, None])[:, 0]
+        tokens = self.drawn[row].clone()
+        if not self.ids.shape[1]:
+            return tokens
+        rejected = (accepted < self.count) & (self.status.gather(1, accepted[:, None])[:, 0] == 0)
+        for some in self._in_parts(rejected):
+            own = row[some]
+            at = accepted[some].clamp(max=self.ids.shape[1] - 1)
+            left, whole = self._left(some, at, r[some])
+            left = torch.where((left > 0).any(1, keepdim=True), left, whole)
+            u = uniform60(self.rows.seeds[own], self.rows.offsets[own], accepted[some], RESIDUAL)
+            drawn = draw_from(left, u[:, None])[:, 0]
+            tokens[some] = torch.where(rejected[some], drawn, tokens[some])
+        return tokens
+
+    def _left(self, some: Tensor, at: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """max(0, trunc(r w_p) - D) and w_p in row `at` of some requests, int64 [n, V]."""
+        own, theirs = self.index[some, at], self.proposal.row[some, at]
+        target = weigh(self.engine, self.table[own], take(self.rows, own), None, masses=True).masses
+        rows, kind = take(self.proposed, theirs), self.proposal.kind
+        draft = weigh(self.engine, self.proposal.table[theirs], rows, None, kind, masses=True).masses
+        assert target is not None
+        assert draft is not None
+        factor = torch.where(self.known[some, at], self.factor[some, at], 0)[:, None]
+        scaled = target if is_one(r) else (r[:, None] * target.double()).to(torch.int64)
+        return (scaled - (draft.double() * factor).to(torch.int64)).clamp_(min=0), target
+
+    def _in_parts(self, wanted: Tensor) -> Iterator[Tensor]:
+        """The requests that are wanted, some at a time; on a GPU all of them, since to know which is to wait."""
+        every = torch.arange(len(wanted), device=wanted.device)
+        found = every[wanted] if wanted.device == CPU else every
+        size = max(1, AT_ONCE // self.table.shape[1])
+        return (found[i : i + size] for i in range(0, len(found), size))
+
+
+def is_one(r: Tensor) -> bool:
+    """Whether every ratio is known to be 1; on a GPU, to know it is to wait."""
+    return r.device == CPU and bool((r == 1).all())
+
+
+def _with_filters(records: Tensor, own: Tensor) -> Tensor:
+    """Records with the temperature and the filters of `own`; what needs a history stays."""
+    stays = torch.tensor([bool(spec.counts) or spec.of_history for _, spec in specs()], device=records.device)
+    return torch.where(stays, records, own)
+
+
+class Found(NamedTuple):
+    """What came out."""
+
+    tokens: Tensor  # int64 [B, K + 1], padded with -1
+    accepted: Tensor  # int64 [B]
+    status: Tensor  # int32 [B, K + 1], of the target's rows
+    draft_status: Tensor  # int32 [B, K], of the drafts' rows
+
+
+def verify(rule: str, engine: Engine, table: Tensor, rows: Rows, drafts: Drafts, proposal: Proposal) -> Found:
+    """Which drafts of each request are accepted, and the token after them."""
+    run = Rejection(engine, table, rows, drafts, proposal)
+    accepted, r = run.chain() if rule == "chain" else run.block()
+    last = run.last(accepted, r)
+    at = torch.arange(run.index.shape[1], device=last.device)
+    ids = torch.nn.functional.pad(run.ids, (0, 1), value=-1)
+    tokens = torch.where(at < accepted[:, None], ids, -1)
+    tokens = torch.where(at == accepted[:, None], last[:, None], tokens)
+    return Found(tokens, accepted, run.status, run.draft_status)
+
+
+def raise_if_unknown(found: Found, proposal: Proposal) -> None:
+    """ValueError where a result came to a draft whose row is no law. Waits for the device."""
+    status = found.draft_status
+    steps = torch.arange(status.shape[1], device=status.device)
+    for request, step in ((status != 0) & (steps <= found.accepted[:, None])).nonzero()[:1].tolist():
+        name = "draft_probs" if proposal.kind == "probs" else "draft_logits"
+        raise ValueError(
+            f"{name}: request {request}, draft {step} has {WRONG[proposal.kind][int(status[request, step])]}; "
+            "on_invalid='flag' rejects such a draft instead"
+        )
