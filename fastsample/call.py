@@ -57,10 +57,11 @@ def make(
 ) -> Any:
     """Make a call of `fastsample.sample` (of tokens), `filter_logits` or `probabilities`, with its checks and errors.
 
-    `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning. `history`: the
-    ids that penalties count, where rows share them. `use(call, table, rows)`: what to do instead of a run of the call.
+    `stacklevel` of a warning about penalties without ids, as for `warnings.warn`; None for no warning. `history`: of
+    drafts, whose rows share what their request has: the ids that penalties count, the seed, and the offset of its first
+    row. `use(call, table, rows)`: what to do instead of a run of the call.
     """
-    name = repeats.key(kind, params, fields, options)
+    name = repeats.key(kind if history is None else "drafts", params, fields, options)
     known = repeats.take(name)
     call = new(kind, options) if known is None else known.call
     table = call.table(logits)
@@ -74,6 +75,8 @@ def make(
         require_no_bias(inputs)
         if known is None:
             require_for_probs(packed.records)
+    if history is not None:
+        count = len(history.drafts.ids)
     rows = known.rows(seed, offset, count) if known is not None and call.small else None
     if rows is None:
         rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count)).to(table.device)
@@ -232,6 +235,15 @@ class SampleCall(Call):
             for name in self._wanted:
                 getattr(out, name).copy_(getattr(result, name))
         return out
+
+    def verified(
+        self, table: torch.Tensor, rows: Rows, ids: torch.Tensor
+    ) -> tuple[SampleOutput, torch.Tensor, torch.Tensor, int]:
+        """What an engine that verifies makes of drafts: outputs of each row, num_accepted, status, invalid results."""
+        result = self._fresh(table.device)
+        outputs = self._own = self._outputs(result, self._own)
+        accepted, ends = (empty((len(ids),), torch.int32, table.device) for _ in range(2))
+        return result, accepted, ends, self.engine.verify(table, rows, outputs, ids, accepted, ends)
 
     def of_tokens(self, table: torch.Tensor, rows: Rows, given: torch.Tensor) -> SampleOutput:
         """What `run` gives, with tokens int64 [B] that are given; where one is no token, it is drawn."""

@@ -33,7 +33,7 @@ from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, Samp
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
-from fastsample.verification import RuleName, VerifyOutput, as_table, checked_result, of_rows, pack_rule, split
+from fastsample.verification import RuleName, VerifyOutput, as_table, checked_result, pack_rule, split
 
 
 class Sampler:
@@ -240,14 +240,15 @@ class Sampler:
         inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
         with self._lock:
             own = self._move_to(drafts.ids.device)
-            rows = Rows(own.records[drafts.request], *of_rows(drafts, own.seeds, own.offsets), workspace=own.workspace)
+            rows = Rows(own.records[drafts.request], own.seeds, own.offsets, workspace=own.workspace)
             call = SampleCall(self._call.options._replace(on_invalid="flag"))
             table = call.table(as_table(logits))
             each, history = split(inputs, drafts)
             each.attach(rows, table)
             if self._penalised:
                 history.attach(rows)
-            result = checked_result(packed.apply(drafts, call, table, rows), self._call.options)
+            found, invalid = packed.apply(drafts, call, table, rows)
+            result = checked_result(found, self._call.options, invalid)
             own.offsets += result.num_accepted + (result.status == 0)
         return result
 

@@ -8,7 +8,7 @@ et al. 2023, https://arxiv.org/abs/2302.01318): with the probability that the ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -18,8 +18,9 @@ import torch
 from fastsample import rejection
 from fastsample.call import SampleCall, make
 from fastsample.checks import CPU, is_one_of
-from fastsample.inputs import NO_INPUTS, BiasLike, BreakerIds, Inputs, Rows, Seed, TokenIds, pack_offsets, pack_seeds
+from fastsample.inputs import NO_INPUTS, BiasLike, BreakerIds, Inputs, Rows, Seed, TokenIds
 from fastsample.inputs.drafts import Drafts, History, Tree, pack_drafts, pack_tree, spread, spread_bias
+from fastsample.inputs.records import PLAIN
 from fastsample.outputs import FIELD, WRONG, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.rejection import Proposal, pack_proposal
@@ -191,15 +192,11 @@ def _verified(
     if isinstance(params, SamplingParams) and (sizes := params.per_row()):
         own = {name: getattr(params, name) for name, size in sizes.items() if size == requests}
         fields = {**own, **fields}
-    fields = {name: spread(name, value, drafts) for name, value in fields.items()}
-    words = pack_seeds(seed, requests), pack_offsets(offset, requests).expand(requests)
-    seeds, offsets = of_rows(drafts, *words)
+    fields = {name: v if type(v) in PLAIN else spread(name, v, drafts) for name, v in fields.items()}
     given, history = split(inputs, drafts)
-    flagged, table = options._replace(on_invalid="flag"), as_table(logits)
-    found: VerifyOutput = make(
-        "tokens", table, params, fields, seeds, offsets, given, flagged, None, 5, history, partial(rule.apply, drafts)
-    )
-    return checked_result(found, options)
+    flagged, table, use = options._replace(on_invalid="flag"), as_table(logits), partial(rule.apply, drafts)
+    found, invalid = make("tokens", table, params, fields, seed, offset, given, flagged, None, 5, history, use)
+    return checked_result(found, options, invalid)
 
 
 @dataclass(frozen=True)
@@ -210,20 +207,29 @@ class Rule:
     proposal: Proposal | None
     raises: bool  # where a draft's own row is no law
 
-    def apply(self, drafts: Drafts, call: SampleCall, table: torch.Tensor, rows: Rows) -> VerifyOutput:
-        """What comes out of drafts, given the rows of each."""
+    def apply(
+        self, drafts: Drafts, call: SampleCall, table: torch.Tensor, rows: Rows
+    ) -> tuple[VerifyOutput, int | None]:
+        """What comes out of drafts, and how many results end at an invalid row where that is known.
+
+        `rows` has the seeds of the requests, and the offsets of their first rows.
+        """
+        if self.proposal is None and call.engine.verifies and drafts.in_order:
+            sampled, accepted, status, invalid = call.verified(table, rows, drafts.ids)
+            fields = {name: drafts.by_request(getattr(sampled, name), 0) for name in _present(sampled)}
+            return VerifyOutput(**(fields | {"num_accepted": accepted, "status": status})), invalid
+        rows = of_rows(drafts, rows)
         if self.proposal is None:
             sampled = call.run(table, rows, None)
-            return _walk(sampled, drafts) if isinstance(drafts, Tree) else accept(sampled, drafts)
+            return _walk(sampled, drafts) if isinstance(drafts, Tree) else accept(sampled, drafts), None
         found = rejection.verify(self.name, call.engine, table, rows, drafts, self.proposal)
         if self.raises:
             rejection.raise_if_unknown(found, self.proposal)
         fields = {"tokens": found.tokens, "status": found.status}
         if call.options.logprobs is not None:
-            given = found.tokens[drafts.request, drafts.position]
-            sampled = call.of_tokens(table, rows, given)
+            sampled = call.of_tokens(table, rows, found.tokens[drafts.request, drafts.position])
             fields |= {name: drafts.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)[2:]}
-        return _cut(fields, fields, found.accepted)
+        return _cut(fields, fields, found.accepted), None
 
 
 def pack_rule(
@@ -250,11 +256,11 @@ def pack_rule(
 _EXACT = Rule("exact", None, False)
 
 
-def of_rows(drafts: Drafts, seeds: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The seed and the offset of each row [N], given those of each request [B]."""
-    own = (words[drafts.request.to(words.device)] for words in (seeds, offsets))
-    seeds, offsets = own
-    return seeds, offsets + drafts.position.to(offsets.device)
+def of_rows(drafts: Drafts, rows: Rows) -> Rows:
+    """Rows with a seed and an offset each, given those of each request and of its first row."""
+    seeds, offsets = rows.seeds, rows.offsets.expand(len(drafts.ids))
+    each = {"seeds": seeds[drafts.request], "offsets": offsets[drafts.request] + drafts.position}
+    return replace(rows, **each, native=None, slots=None)
 
 
 def split(inputs: Inputs, drafts: Drafts) -> tuple[Inputs, History]:
@@ -335,9 +341,9 @@ def _present(sampled: SampleOutput) -> tuple[str, ...]:
     return tuple(name for name in SampleOutput.__slots__ if getattr(sampled, name) is not None)
 
 
-def checked_result(result: VerifyOutput, options: Options) -> VerifyOutput:
-    """ValueError where a result ended at an invalid row, if that is an error."""
-    if options.on_invalid == "raise" and bool(result.status.any()):
+def checked_result(result: VerifyOutput, options: Options, invalid: int | None = None) -> VerifyOutput:
+    """ValueError where a result ended at an invalid row, if that is an error; `invalid` such rows where it is known."""
+    if options.on_invalid == "raise" and invalid != 0 and bool(result.status.any()):
         request = int(result.status.nonzero()[0, 0])
         code, row = int(result.status[request]), int(result.num_accepted[request])
         raise ValueError(

@@ -111,13 +111,9 @@ class Unlocked {
   bool raised_ = false;
 };
 
-int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bool restore) {
-  // A tensor made while torch pretends (a fake one) has no address.
-  if (call.logits.rows &&
-      (!call.logits.logits || !call.out.status || !rows.params || !rows.seeds || !rows.offsets)) {
-    throw std::invalid_argument("logits, params or outputs: a tensor without memory");
-  }
-  const Batch batch = batch_of(rows, call);
+// work(stop) without the GIL; what it throws, or a signal handler raises, is thrown.
+template <class Work>
+int64_t without_gil(const Batch& batch, bool restore, Work work) {
   int64_t invalid = 0;
   std::exception_ptr error;
   std::optional<Saved> saved;
@@ -125,7 +121,7 @@ int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bo
   Unlocked unlocked;
   unlocked.begin();
   try {
-    invalid = sample_batch(batch, threads, [&] { return unlocked.interrupted(); });
+    invalid = work([&] { return unlocked.interrupted(); });
   } catch (...) {
     error = std::current_exception();
   }
@@ -134,6 +130,32 @@ int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bo
   if (error) std::rethrow_exception(error);
   if (unlocked.raised()) throw py::error_already_set();
   return invalid;
+}
+
+Batch checked(const RowArguments& rows, const CallArguments& call) {
+  // A tensor made while torch pretends (a fake one) has no address.
+  if (call.logits.rows &&
+      (!call.logits.logits || !call.out.status || !rows.params || !rows.seeds || !rows.offsets)) {
+    throw std::invalid_argument("logits, params or outputs: a tensor without memory");
+  }
+  return batch_of(rows, call);
+}
+
+int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bool restore) {
+  const Batch batch = checked(rows, call);
+  return without_gil(batch, restore,
+                     [&](const auto& stop) { return sample_batch(batch, threads, stop); });
+}
+
+// Seeds and offsets are those of a request's first row.
+int64_t verify(const RowArguments& rows, const CallArguments& call, int64_t ids, int64_t count,
+               int64_t num_accepted, int64_t status, int threads) {
+  Batch batch = checked(rows, call);
+  batch.rows_per_seed = count + 1;
+  const Drafts drafts = {(const int64_t*)ids, batch.logits.rows / (count + 1), count,
+                         (int32_t*)num_accepted, (int32_t*)status};
+  return without_gil(batch, false,
+                     [&](const auto& stop) { return verify_batch(batch, drafts, threads, stop); });
 }
 
 // The next step of every sequence, in offsets that Python owns.
@@ -151,6 +173,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "The CPU engine: see fastsample.backends.cpu, its only caller.";
   fs::add_fields(m);
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
+  m.def("verify", &fs::verify,
+        "Sample the rows of drafts as far as these are right; returns the number of invalid ones.");
   m.def("advance", &fs::advance, "Add 1 to every offset.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def(

@@ -125,6 +125,9 @@ struct Batch {
   Logits logits;
   Rows rows;
   Outputs out;
+  // Rows that share a seed, each at the position after the one before. Of the CPU engine only: to
+  // the others, every row has its own.
+  int64_t rows_per_seed = 1;
 };
 
 template <class T>

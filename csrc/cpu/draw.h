@@ -20,7 +20,9 @@ struct Stream {
 };
 
 FS_INLINE Stream stream_of(const Batch& batch, int64_t r) {
-  return Stream{(uint64_t)at(batch.rows.seeds, r), (uint64_t)at(batch.rows.offsets, r)};
+  const int64_t request = r / batch.rows_per_seed;
+  return Stream{(uint64_t)at(batch.rows.seeds, request),
+                (uint64_t)at(batch.rows.offsets, request) + (uint64_t)(r % batch.rows_per_seed)};
 }
 
 // Inside a block: the first kept token whose running mass exceeds r.

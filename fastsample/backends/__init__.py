@@ -59,6 +59,31 @@ class Engine(Protocol):
         Returns the number of invalid rows, or None where to know it would mean waiting for the device.
         """
 
+    verifies: bool = False
+    """Whether it has `verify`, which saves time: other engines sample all rows, and what comes out is found after."""
+
+    def verify(
+        self,
+        table: torch.Tensor,
+        rows: Rows,
+        out: Outputs,
+        ids: torch.Tensor,
+        accepted: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> int:
+        """Fill `out` from the K + 1 rows of each request, one behind the other, as far as its drafts are right.
+
+        Args:
+            table: [B (K + 1), V].
+            rows: seeds and offsets are those of a request's first row; all else is of each row.
+            out: the tokens and what goes with them, of each row; padding after each result.
+            ids: int64 [B, K], the drafts.
+            accepted, ends: int32 [B], to fill with the number of accepted drafts and the status after them.
+
+        Returns the number of results that end at an invalid row.
+        """
+        raise RuntimeError(f"engine {self.name!r} samples rows, and does not look at drafts")
+
     def advance(self, rows: Rows) -> None:
         """Add 1 to every offset, in place and in the order of the device's other work."""
         rows.offsets += 1

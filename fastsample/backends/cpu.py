@@ -48,6 +48,7 @@ class CpuEngine(Engine):
 
     name = "cpu"
     restores = True
+    verifies = True
 
     def why_not(self, logits: torch.Tensor | None) -> str | None:
         if _reason is not None:
@@ -61,6 +62,20 @@ class CpuEngine(Engine):
     def run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
         packed = rows.native or row_arguments(rows)
         invalid: int = _native.run(packed, call_arguments(logits, out), get_num_threads(), out.restore)
+        return invalid
+
+    def verify(
+        self,
+        table: torch.Tensor,
+        rows: Rows,
+        out: Outputs,
+        ids: torch.Tensor,
+        accepted: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> int:
+        packed, count = rows.native or row_arguments(rows), ids.shape[1]
+        pointers = (ids.data_ptr(), count, accepted.data_ptr(), ends.data_ptr())
+        invalid: int = _native.verify(packed, call_arguments(table, out), *pointers, get_num_threads())
         return invalid
 
     def advance(self, rows: Rows) -> None:

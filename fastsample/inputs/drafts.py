@@ -24,12 +24,22 @@ class Drafts:
     request: torch.Tensor  # int64 [N], each row's request, and
     position: torch.Tensor  # int64 [N], how many drafts come before it; both in the order of the logits
     dense: bool  # the rows are [B, K + 1], where those past a request's last draft count for nothing
-    counts: np.ndarray[Any, Any]  # int64 [B], each request's number of drafts
+    known: np.ndarray[Any, Any] | None  # int64 [B], each request's number of drafts where not all have K
 
     @property
     def shape(self) -> tuple[int, int]:
         """[B, K + 1]: as many tokens may come out."""
         return self.ids.shape[0], self.ids.shape[1] + 1
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the rows of each request follow one another, K + 1 of each."""
+        return self.dense
+
+    @property
+    def counts(self) -> np.ndarray[Any, Any]:
+        """Each request's number of drafts, int64 [B]."""
+        return np.full(*self.ids.shape) if self.known is None else self.known
 
     def before_rows(self) -> torch.Tensor:
         """The drafts that come before each row, int64 [N, K], padded with -1."""
@@ -77,7 +87,7 @@ def pack_drafts(logits: torch.Tensor, draft_ids: Any, num_drafts: Any) -> Drafts
     if num_drafts is None and _is_ragged(draft_ids):
         num_drafts = [len(own) for own in draft_ids]
     if num_drafts is None:
-        return Drafts(ids, *_dense(requests, most + 1, logits.device), True, np.full(requests, most))
+        return Drafts(ids, *_dense(requests, most + 1, logits.device), True, None)
     counts = _counts(num_drafts, requests, most)
     past = np.arange(most) >= counts[:, None]
     ids = ids.masked_fill(torch.from_numpy(past).to(ids.device), -1)
@@ -123,6 +133,10 @@ class Tree(Drafts):
     parents: torch.Tensor  # int64 [B, n], -1 of the root and of what is not in the tree
     ancestors: torch.Tensor  # int64 [B, n, n]: a node, its parent and so on; 0 from the root on
 
+    @property
+    def in_order(self) -> bool:
+        return False
+
     def before_rows(self) -> torch.Tensor:
         """The drafts from the root to each node's own, int64 [B * n, n], with padding before them."""
         requests, nodes = self.tokens.shape
@@ -156,7 +170,7 @@ def pack_tree(logits: torch.Tensor, draft_ids: Any, parents: Any) -> Tree:
     ancestors = torch.stack(line, 2)
     depth = (ancestors > 0).sum(2)
     request, _ = _dense(requests, nodes, device)
-    return Tree(tokens[:, 1:], request, depth.view(-1), True, np.full(requests, nodes - 1), tokens, above, ancestors)
+    return Tree(tokens[:, 1:], request, depth.view(-1), True, None, tokens, above, ancestors)
 
 
 @lru_cache(maxsize=64)
