@@ -259,8 +259,8 @@ _EXACT = Rule("exact", None, False)
 def of_rows(drafts: Drafts, rows: Rows) -> Rows:
     """Rows with a seed and an offset each, given those of each request and of its first row."""
     seeds, offsets = rows.seeds, rows.offsets.expand(len(drafts.ids))
-    each = {"seeds": seeds[drafts.request], "offsets": offsets[drafts.request] + drafts.position}
-    return replace(rows, **each, native=None, slots=None)
+    seeds, offsets = seeds[drafts.request], offsets[drafts.request] + drafts.position
+    return replace(rows, seeds=seeds, offsets=offsets, native=None, slots=None)
 
 
 def split(inputs: Inputs, drafts: Drafts) -> tuple[Inputs, History]:
