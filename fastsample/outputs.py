@@ -227,7 +227,7 @@ class Written:
         `size`: the table's bytes, given by a step that knows that only the table and the inputs can have moved.
         """
         if (start := table.data_ptr()) < self._high:
-            self._require_apart("the logits", start, start + size if size is not None else span(table)[1])
+            self.require_apart("the logits", start, start + size if size is not None else span(table)[1])
         if size is None:
             self._look_at("seed", rows.seeds)
             self._look_at("offset", rows.offsets)
@@ -236,9 +236,9 @@ class Written:
 
     def _look_at(self, other: str, tensor: torch.Tensor) -> None:
         if tensor.data_ptr() < self._high:
-            self._require_apart(other, *span(tensor))
+            self.require_apart(other, *span(tensor))
 
-    def _require_apart(self, other: str, start: int, end: int) -> None:
+    def require_apart(self, other: str, start: int, end: int) -> None:
         if end <= self._low or self._high <= start:
             return
         for name, (first, last) in self._spans.items():

@@ -33,7 +33,7 @@ from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, Samp
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
-from fastsample.verification import RuleName, VerifyOutput, as_table, checked_result, pack_rule, split
+from fastsample.verification import Given, RuleName, VerifyOutput, as_table, checked_result, split
 
 
 class Sampler:
@@ -234,7 +234,8 @@ class Sampler:
         if len(drafts.ids) != self._batch_size:
             raise ValueError(f"draft_ids: expected {self._batch_size} requests, one per slot, got {len(drafts.ids)}")
         raises = self._call.options.on_invalid != "flag"
-        packed = pack_rule(rule, drafts, logits, draft_logits, draft_probs, draft_params, raises)
+        given = Given(draft_ids, num_drafts, None, rule, draft_logits, draft_probs, draft_params)
+        packed = given.pack_rule(drafts, logits, raises)
         if self._penalised and output_ids is None:
             self._warn(None, prompt_ids)
         inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)

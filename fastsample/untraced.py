@@ -22,6 +22,8 @@ Traced = TypeVar("Traced", bound=Callable[..., Any])
 _WANTED = {
     "out": "None under torch.compile and whatever else makes a graph, which plans the buffers itself",
     **{name: detail.wanted for name, detail in DETAILS.items()},
+    **dict.fromkeys(("draft_ids", "num_drafts", "draft_logits", "draft_probs"), "a tensor in whatever makes a graph"),
+    "draft_params": "None in whatever makes a graph",
 }
 
 
@@ -31,8 +33,10 @@ class Step(Protocol):
     def __call__(self, logits: Tensor, *, rows: Any, out: Any, **inputs: Any) -> SampleOutput: ...
 
 
-def served(traced: Traced, inputs: Inputs, out: Any) -> Traced:
+def served(traced: Traced, inputs: Inputs, out: Any, also: str | None = None) -> Traced:
     """`traced`, or where an argument cannot be an operator's, what breaks the graph and makes the call eagerly.
+
+    `also` is another argument of that kind, which the caller has found.
 
     It only returns a function, so that the graph breaks in the public call, before anything of ours is compiled. What
     records without breaking (make_fx, torch.export and fullgraph=True) refuses the argument by name.
@@ -40,7 +44,7 @@ def served(traced: Traced, inputs: Inputs, out: Any) -> Traced:
     compiled = torch.compiler.is_dynamo_compiling()
     if not compiled and torch._C._is_tracing():
         raise RuntimeError("torch.jit.trace (and ONNX export by it) cannot record fastsample; use torch.export")
-    name = _refused(inputs, out)
+    name = _refused(inputs, out) or also
     if not compiled and not is_compiling():
         if not _is_recorded():  # called by a frame that torch.compile left alone
             return cast(Traced, _EAGER[traced.__name__, name or "out"])
@@ -89,6 +93,12 @@ def _eager_full(kind: Any, logits: Any, params: Any, fields: Any, inputs: Inputs
     return result
 
 
+def _eager_verify(*arguments: Any) -> Any:
+    from fastsample.verification import verified
+
+    return verified(*arguments)
+
+
 def _without_graph(function: Any, name: str) -> Any:
     def call(*arguments: Any) -> Any:
         return function(*arguments)
@@ -101,6 +111,11 @@ def _without_graph(function: Any, name: str) -> Any:
 _is_recorded: Any = cast(Any, torch.compiler.disable)(is_recorded)
 _EAGER = {
     (traced, name): _without_graph(function, name)
-    for traced, function in (("sample", _eager_sample), ("step", _eager_step), ("full", _eager_full))
+    for traced, function in (
+        ("sample", _eager_sample),
+        ("step", _eager_step),
+        ("full", _eager_full),
+        ("verify", _eager_verify),
+    )
     for name in _WANTED
 }

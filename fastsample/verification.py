@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,13 +18,24 @@ import torch
 from fastsample import rejection
 from fastsample.call import SampleCall, make
 from fastsample.checks import CPU, is_one_of
-from fastsample.inputs import NO_INPUTS, BiasLike, BreakerIds, Inputs, Rows, Seed, TokenIds
+from fastsample.inputs import NO_INPUTS, BiasLike, BreakerIds, Inputs, Rows, Seed, TokenIds, gather
 from fastsample.inputs.drafts import Drafts, History, Tree, pack_drafts, pack_tree, spread, spread_bias
 from fastsample.inputs.records import PLAIN
-from fastsample.outputs import FIELD, WRONG, LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.outputs import (
+    FIELD,
+    WRONG,
+    Field,
+    LogprobsMode,
+    OnInvalid,
+    Options,
+    SampleOutput,
+    Written,
+    check_buffer,
+    span,
+)
 from fastsample.params import SamplingParams
 from fastsample.rejection import Proposal, pack_proposal
-from fastsample.traced import untraced
+from fastsample.traced import is_traced
 
 RuleName: TypeAlias = Literal["exact", "chain", "block"]
 
@@ -53,7 +64,6 @@ class VerifyOutput:
     path: torch.Tensor | None = None
 
 
-@untraced
 def verify(
     logits: torch.Tensor,
     draft_ids: TokenIds,
@@ -75,6 +85,7 @@ def verify(
     top_logprobs: int = 0,
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
+    out: VerifyOutput | None = None,
     **fields: Any,
 ) -> VerifyOutput:
     """Verify drafted tokens: the accepted ones and one token more, which are what plain decoding would have drawn.
@@ -113,6 +124,7 @@ def verify(
         prompt_ids, output_ids, dry_breakers: the history of each request before the drafts, as for
             `fastsample.sample`. It is not copied for each row.
         logprobs, top_logprobs, backend: as for `fastsample.sample`.
+        out: a VerifyOutput of an earlier call of the same shape, to be filled and returned.
         on_invalid: an invalid row that the result comes to raises ValueError ("raise"; on a GPU this waits for the
             device), or ends the result before it and gives a status ("flag"). Rows past the result do not matter.
 
@@ -123,14 +135,17 @@ def verify(
         TypeError, ValueError: bad argument; the message names it, the request or row, and the value.
         RuntimeError: the named backend cannot serve these logits.
     """
-    drafts = pack_drafts(logits, draft_ids, num_drafts)
-    packed = pack_rule(rule, drafts, logits, draft_logits, draft_probs, draft_params, on_invalid != "flag")
+    drafts = Given(draft_ids, num_drafts, None, rule, draft_logits, draft_probs, draft_params)
     options = Options(1, logprobs, top_logprobs, on_invalid, backend)
-    inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
-    return _verified(logits, drafts, params, fields, seed, offset, inputs, options, packed)
+    inputs = gather(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
+    if is_traced():
+        traced: VerifyOutput = _traced(drafts, inputs, out)(
+            logits, drafts, params, fields, seed, offset, inputs, options, out
+        )
+        return traced
+    return verified(logits, drafts, params, fields, seed, offset, inputs, options, out)
 
 
-@untraced
 def verify_tree(
     logits: torch.Tensor,
     draft_ids: torch.Tensor,
@@ -148,6 +163,7 @@ def verify_tree(
     top_logprobs: int = 0,
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
+    out: VerifyOutput | None = None,
     **fields: Any,
 ) -> VerifyOutput:
     """Verify a tree of drafts: the way from the root along which each node's draw is the token of one of its children.
@@ -162,7 +178,7 @@ def verify_tree(
         parents: integers [B, n], each node's parent: a lower node. That of node 0 is not looked at. A node whose parent
             is -1 is not in the tree.
         params, seed, offset, bitmask, bias, prompt_ids, output_ids, dry_breakers, logprobs, top_logprobs, on_invalid,
-            backend: as for `verify`, with nodes for rows.
+            backend, out: as for `verify`, with nodes for rows.
 
     Returns:
         VerifyOutput, whose K + 1 is n, with the path.
@@ -170,33 +186,105 @@ def verify_tree(
     Raises:
         TypeError, ValueError, RuntimeError: as for `verify`.
     """
-    tree = pack_tree(logits, draft_ids, parents)
+    drafts = Given(draft_ids, parents=parents)
     options = Options(1, logprobs, top_logprobs, on_invalid, backend)
-    inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
-    return _verified(logits, tree, params, fields, seed, offset, inputs, options, _EXACT)
+    inputs = gather(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
+    if is_traced():
+        traced: VerifyOutput = _traced(drafts, inputs, out)(
+            logits, drafts, params, fields, seed, offset, inputs, options, out
+        )
+        return traced
+    return verified(logits, drafts, params, fields, seed, offset, inputs, options, out)
 
 
-def _verified(
+class Given(NamedTuple):
+    """The drafts of a call as the caller gave them."""
+
+    draft_ids: Any
+    num_drafts: Any = None
+    parents: Any = None  # of a tree
+    rule: Any = "exact"
+    draft_logits: Any = None
+    draft_probs: Any = None
+    draft_params: Any = None
+
+    def packed(self, logits: torch.Tensor) -> Drafts:
+        if self.parents is not None:
+            return pack_tree(logits, self.draft_ids, self.parents)
+        return pack_drafts(logits, self.draft_ids, self.num_drafts)
+
+    def pack_rule(self, drafts: Drafts, logits: torch.Tensor, raises: bool) -> Rule:
+        """The rule and what it compares, checked."""
+        if not is_one_of(self.rule, "exact", "chain", "block"):
+            raise ValueError(f"rule = {self.rule!r}: expected 'exact', 'chain' or 'block'")
+        if self.rule != "exact":
+            proposal = pack_proposal(drafts, logits, self.draft_logits, self.draft_probs, self.draft_params)
+            return Rule(self.rule, proposal, raises)
+        for name in ("draft_logits", "draft_probs", "draft_params"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected None with rule='exact', which compares tokens")
+        return _EXACT
+
+    def traced(self) -> tuple[Any, ...]:
+        """As an operator takes them, without `draft_params`."""
+        return self[:-1]
+
+    def refused(self) -> str | None:
+        """The argument that cannot be an operator's."""
+        for name in ("draft_ids", "num_drafts", "draft_logits", "draft_probs"):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) and (value is not None or name == "draft_ids"):
+                return name
+        return None if self.draft_params is None else "draft_params"
+
+
+def _traced(drafts: Given, inputs: Inputs, out: Any) -> Any:
+    """What makes the call in a trace."""
+    from fastsample import ops_verify, untraced
+
+    return untraced.served(ops_verify.verify, inputs, out, drafts.refused())
+
+
+def verified(
     logits: torch.Tensor,
-    drafts: Drafts,
+    given: Given,
     params: SamplingParams | None,
     fields: dict[str, Any],
     seed: Seed | None,
     offset: Seed,
     inputs: Inputs,
     options: Options,
-    rule: Rule,
+    out: VerifyOutput | None = None,
 ) -> VerifyOutput:
-    """A call of `verify` or `verify_tree` whose drafts are packed."""
+    """A call of `verify`, or of `verify_tree` where there are parents, as it is made eagerly."""
+    drafts = given.packed(logits)
+    rule = given.pack_rule(drafts, logits, options.on_invalid != "flag")
     requests = len(drafts.ids)
     if isinstance(params, SamplingParams) and (sizes := params.per_row()):
         own = {name: getattr(params, name) for name, size in sizes.items() if size == requests}
         fields = {**own, **fields}
     fields = {name: v if type(v) in PLAIN else spread(name, v, drafts) for name, v in fields.items()}
-    given, history = split(inputs, drafts)
+    of_each, history = split(inputs, drafts)
     flagged, table, use = options._replace(on_invalid="flag"), as_table(logits), partial(rule.apply, drafts)
-    found, invalid = make("tokens", table, params, fields, seed, offset, given, flagged, None, 5, history, use)
-    return checked_result(found, options, invalid)
+    found, invalid = make("tokens", table, params, fields, seed, offset, of_each, flagged, None, 5, history, use)
+    result = checked_result(found, options, invalid)
+    return result if out is None else _fill(out, result, logits, drafts.ids)
+
+
+def _fill(out: Any, result: VerifyOutput, logits: torch.Tensor, ids: torch.Tensor) -> VerifyOutput:
+    """A caller's buffers, filled with a result; checked before anything is written."""
+    if not isinstance(out, VerifyOutput):
+        raise TypeError(f"out: expected a VerifyOutput, got {type(out).__name__}")
+    values = {name: value for name in out.__slots__ if (value := getattr(result, name)) is not None}
+    buffers = {f"out.{name}": getattr(out, name) for name in values}
+    for (name, buffer), value in zip(buffers.items(), values.values(), strict=True):
+        check_buffer(name, buffer, Field(name, value.dtype, "row", None), tuple(value.shape), value.device)
+    written = Written(buffers)
+    for name, read in (("the logits", logits), ("draft_ids", ids)):
+        written.require_apart(name, *span(read))
+    for buffer, value in zip(buffers.values(), values.values(), strict=True):
+        buffer.copy_(value)
+    return out
 
 
 @dataclass(frozen=True)
@@ -230,27 +318,6 @@ class Rule:
             sampled = call.of_tokens(table, rows, found.tokens[drafts.request, drafts.position])
             fields |= {name: drafts.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)[2:]}
         return _cut(fields, fields, found.accepted), None
-
-
-def pack_rule(
-    rule: Any,
-    drafts: Drafts,
-    logits: torch.Tensor,
-    draft_logits: Any,
-    draft_probs: Any,
-    draft_params: Any,
-    raises: bool,
-) -> Rule:
-    """A rule and what it compares, checked."""
-    if not is_one_of(rule, "exact", "chain", "block"):
-        raise ValueError(f"rule = {rule!r}: expected 'exact', 'chain' or 'block'")
-    given = {"draft_logits": draft_logits, "draft_probs": draft_probs, "draft_params": draft_params}
-    if rule == "exact":
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name}: expected None with rule='exact', which compares tokens")
-        return _EXACT
-    return Rule(rule, pack_proposal(drafts, logits, draft_logits, draft_probs, draft_params), raises)
 
 
 _EXACT = Rule("exact", None, False)
