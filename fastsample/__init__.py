@@ -10,7 +10,8 @@ from fastsample.outputs import SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.sampler import Sampler
 from fastsample.threads import get_num_threads, set_num_threads
-from fastsample.verification import VerifyOutput, verify, verify_tree
+from fastsample.verification import verify, verify_tree
+from fastsample.verified import VerifyOutput
 
 __version__ = _version("fastsample")
 

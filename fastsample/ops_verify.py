@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastsample import ops, verification
+from fastsample import ops, verified
 from fastsample.inputs import Inputs
 from fastsample.outputs import FIELD, Options
 from fastsample.params import SamplingParams
@@ -28,13 +28,13 @@ _DTYPES = {
     **{name: FIELD[name].dtype for name in ("logprobs", "ranks", "top_ids", "top_logprobs")},
     "path": torch.int64,
 }
-assert tuple(_DTYPES) == verification.VerifyOutput.__slots__
+assert tuple(_DTYPES) == verified.VerifyOutput.__slots__
 _OUTPUTS = f"({', '.join(f'Tensor {name}' for name in _DTYPES)})"
 
 
 def verify(
     logits: Tensor,
-    drafts: verification.Given,
+    drafts: verified.Given,
     params: SamplingParams | None,
     fields: dict[str, Any],
     seed: Any,
@@ -42,7 +42,7 @@ def verify(
     inputs: Inputs,
     options: Options,
     out: Any,
-) -> verification.VerifyOutput:
+) -> verified.VerifyOutput:
     """`fastsample.verify`, or `verify_tree` where there are parents, in a trace."""
     seeds = ops._fresh() if seed is None else ops._words("seed", seed)
     asked = [getattr(options, name) for name in _OPTIONS]
@@ -52,7 +52,7 @@ def verify(
     )  # fmt: skip
     wanted = _wanted(options.logprobs, options.top_logprobs, drafts.parents is not None)
     values = (value if name in wanted else None for name, value in zip(_DTYPES, result, strict=True))
-    return verification.VerifyOutput(*values)  # type: ignore[arg-type]
+    return verified.VerifyOutput(*values)  # type: ignore[arg-type]
 
 
 def _wanted(logprobs: str | None, top: int, tree: bool) -> list[str]:
@@ -83,10 +83,10 @@ def _verify(
     offset: Tensor,
     *given: Any,
 ) -> tuple[Tensor, ...]:
-    drafts = verification.Given(draft_ids, num_drafts, parents, rule, draft_logits, draft_probs)
+    drafts = verified.Given(draft_ids, num_drafts, parents, rule, draft_logits, draft_probs)
     options = Options(1, **dict(zip(_OPTIONS, given[-len(_OPTIONS) :], strict=True)))
     inputs = ops._inputs(given)
-    result = verification.verified(logits, drafts, None, ops._fields(values, columns), seed, offset, inputs, options)
+    result = verified.verified(logits, drafts, None, ops._fields(values, columns), seed, offset, inputs, options)
     outputs = ((name, getattr(result, name)) for name in _DTYPES)
     return tuple(logits.new_empty(0, dtype=_DTYPES[name]) if v is None else v for name, v in outputs)
 

@@ -33,7 +33,7 @@ from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, Samp
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
-from fastsample.verification import Given, RuleName, VerifyOutput, as_table, checked_result, split
+from fastsample.verified import Given, RuleName, VerifyOutput, as_table, checked_result, split
 
 
 class Sampler:

@@ -94,7 +94,7 @@ def _eager_full(kind: Any, logits: Any, params: Any, fields: Any, inputs: Inputs
 
 
 def _eager_verify(*arguments: Any) -> Any:
-    from fastsample.verification import verified
+    from fastsample.verified import verified
 
     return verified(*arguments)
 
