@@ -20,10 +20,11 @@ import sglang
 
 def main():
     ask = json.load(open(sys.argv[1]))
-    engine = sglang.Engine(
+    always = dict(
         device="cpu", attention_backend="torch_native", dtype="float32", random_seed=3, skip_tokenizer_init=True,
-        max_total_tokens=8192, mem_fraction_static=0.05, disable_radix_cache=True, **ask["engine"],
+        max_total_tokens=8192, mem_fraction_static=0.05, disable_radix_cache=True,
     )
+    engine = sglang.Engine(**{**always, **ask["engine"]})
     found = []
     for prompts, params, logprobs in ask["batches"]:
         asked = dict(return_logprob=True, top_logprobs_num=logprobs) if logprobs else {}
