@@ -34,7 +34,7 @@ def main():
             found += [{"refused": str(error)}] * len(prompts)
             continue
         for out in outputs:
-            found.append({"tokens": out["output_ids"]})
+            found.append({"tokens": out["output_ids"], "steps": out["meta_info"].get("spec_verify_ct")})
             if logprobs:
                 meta = out["meta_info"]
                 found[-1]["own"] = meta["output_token_logprobs"][0][:2]
@@ -79,4 +79,4 @@ def ask(prompts: list[list[int]], params: list[dict[str, Any]], length: int, log
 
 def serve(model: Path, batches: list[Batch], engine: dict[str, Any], **environment: str) -> Script:
     request = {"engine": {"model_path": str(model), **engine}, "batches": batches}
-    return Script(SCRIPT, request, PYTHONPATH=str(model), **environment)
+    return Script(SCRIPT, request, **{"PYTHONPATH": str(model), **environment})
