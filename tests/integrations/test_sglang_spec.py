@@ -45,7 +45,7 @@ def ours(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(model)
     from sglang.srt.speculative import eagle_utils
 
-    from fastsample.integrations.sglang import speculation
+    from fastsample.integrations.sglang import penalties, speculation
 
     def walk(topk: int, **tensors: Any) -> Any:
         names = {name: name.replace("retrieve", "retrive") for name in tensors}  # spelt so by SGLang's kernels
@@ -58,7 +58,7 @@ def ours(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(speculation, "left", lambda algorithm: None)
     monkeypatch.setattr(speculation, "is_dp_attention_enabled", lambda: False)
     monkeypatch.setattr(speculation, "get_parallel", lambda: SimpleNamespace(tp_group=group))
-    monkeypatch.setattr(speculation, "get_schedule", lambda: SimpleNamespace(disable_overlap_schedule=True))
+    monkeypatch.setattr(penalties, "get_schedule", lambda: SimpleNamespace(disable_overlap_schedule=True))
     return speculation
 
 
@@ -307,7 +307,9 @@ def test_penalties_go_on_with_what_was_accepted(ours: Any) -> None:
 
 
 def test_penalties_of_an_overlapped_schedule_are_sglangs(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "get_schedule", lambda: SimpleNamespace(disable_overlap_schedule=False))
+    from fastsample.integrations.sglang import penalties
+
+    monkeypatch.setattr(penalties, "get_schedule", lambda: SimpleNamespace(disable_overlap_schedule=False))
     additive, scaling = torch.randn(4, VOCAB), torch.rand(4, VOCAB) + 0.5
     state = penalizers(ROWS)
     more = {"_fastsample_penalizers": state, "acc_additive_penalties": additive, "acc_scaling_penalties": scaling}

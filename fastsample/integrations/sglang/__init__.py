@@ -46,7 +46,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from fastsample.inputs import pack_seeds
 from fastsample.integrations.asked import Asked, History, padded
 from fastsample.integrations.extras import Extras, RefusedError, read
-from fastsample.integrations.sglang import speculation
+from fastsample.integrations.sglang import penalties, speculation
 from fastsample.integrations.sglang.common import STEP as _STEP
 from fastsample.integrations.sglang.common import columns
 from fastsample.integrations.sglang.common import is_chosen as _is_chosen
@@ -70,8 +70,12 @@ def register() -> None:
         (SamplingBatchInfo, "copy_for_forward", _copied),
     ):
         setattr(owner, name, functools.partialmethod(ours, getattr(owner, name)))
-    # Around and not instead of it: what fastsample does not verify goes on to SGLang's function.
-    HookRegistry.register(speculation.TARGET, speculation.verify, HookType.AROUND)
+    for target, around in (
+        (speculation.TARGET, speculation.verify),
+        (penalties.COUNT, penalties.count),
+        (penalties.FEED, penalties.feed),
+    ):
+        HookRegistry.register(target, around, HookType.AROUND)
 
 
 # Requests ------------------------------------------------------------------------------------------------------------

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.sampler import apply_custom_logit_processor
-from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
-from sglang.srt.sampling import penaltylib
+from sglang.srt.runtime_context import get_exec, get_parallel, get_spec
 from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
 from sglang.srt.utils import is_hip
 from sglang.srt.utils.async_probe import sanitize_nan_logits
@@ -26,14 +24,10 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 from fastsample.inputs import pack_seeds
 from fastsample.integrations.asked import Asked, Edits, padded
 from fastsample.integrations.sglang.common import STEP, columns, is_chosen
+from fastsample.integrations.sglang.penalties import Penalties
+from fastsample.integrations.sglang.tree import Tree
 
 TARGET = "sglang.srt.speculative.eagle_utils.eagle_sample"
-_PENALIZERS = (
-    penaltylib.BatchedFrequencyPenalizer,
-    penaltylib.BatchedPresencePenalizer,
-    penaltylib.BatchedRepetitionPenalizer,
-    penaltylib.BatchedMinNewTokensPenalizer,
-)
 
 
 def left(algorithm: Any) -> str | None:
@@ -91,46 +85,6 @@ def verify(
     if penalties is not None:
         penalties.advance(tree, accept_index, accepted)
     return predict, accepted + 1, accept_index
-
-
-class Tree:
-    """The drafts of a batch as SGLang has them, and what is before each node."""
-
-    def __init__(self, given: Any, requests: int) -> None:
-        self.nodes: int = given.draft_token_num
-        self.tokens: torch.Tensor = given.draft_token.view(requests, self.nodes)
-        self.offsets: torch.Tensor = given.positions
-        self._links = given.retrieve_next_token, given.retrieve_next_sibling
-        self._way: torch.Tensor | None = None
-
-    def of_nodes(self, values: torch.Tensor) -> torch.Tensor:
-        """A value per node, of one per request."""
-        return values.repeat_interleave(self.nodes, 0)
-
-    @property
-    def way(self) -> torch.Tensor:
-        """float32 [B, n, n]: 1 where the second node is on the way from the root to the first; 0 for the root."""
-        if self._way is None:
-            self._way = self._ways()
-        return self._way
-
-    def _ways(self) -> torch.Tensor:
-        child, sibling = self._links
-        nodes, rounds = self.nodes, (self.nodes - 1).bit_length()
-        index = torch.arange(nodes, device=child.device).expand(child.shape)
-        # A node is the first child of its parent, or linked to the sibling before it. -1 is written to a last column.
-        first = torch.cat([index, index[:, :1]], 1).scatter_(1, torch.where(sibling < 0, nodes, sibling), index)
-        above = first.new_zeros(first.shape).scatter_(1, torch.where(child < 0, nodes, child), index)
-        first = first[:, :nodes]
-        for _ in range(rounds):
-            first = first.gather(1, first)
-        above = above[:, :nodes].gather(1, first)
-        way = torch.zeros(*child.shape, nodes, device=child.device).scatter_(2, above[:, :, None], 1)
-        way.diagonal(dim1=1, dim2=2).fill_(1)
-        for _ in range(rounds):
-            way = (way @ way).clamp_(max=1)
-        way[:, :, 0] = 0
-        return way
 
 
 def _walk(given: Any, tree: Tree, drawn: torch.Tensor, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -203,100 +157,3 @@ def _edit(logits: torch.Tensor, asked: Asked, tree: Tree) -> None:
     where = edits.where[:, None] * tree.nodes + torch.arange(tree.nodes, device=logits.device)
     of_nodes = Edits(where.flatten(), tree.of_nodes(edits.records), tree.of_nodes(edits.breakers))
     STEP.edit_rows(logits, of_nodes, torch.cat([before, drafts.flatten(0, 1)], 1))
-
-
-# Penalties -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Penalties:
-    """SGLang's penalizers of a batch, which know all tokens up to the roots.
-
-    SGLang adds the newest token of each request to them before a step. What else was accepted is added here, so that
-    they see what they see without drafts. They may be written only where no schedule runs ahead of the device.
-    """
-
-    frequency: Any
-    presence: Any
-    repetition: Any
-    least: Any  # min_new_tokens
-
-    @staticmethod
-    def of(info: Any) -> Penalties | None:
-        """Those of a batch, or None where it has none or SGLang's own way must do."""
-        orchestrator = getattr(info, "_fastsample_penalizers", None)
-        if orchestrator is None or not orchestrator.is_required:
-            return None
-        found = {kind: one for kind, one in orchestrator.penalizers.items() if one.is_prepared()}
-        if not get_schedule().disable_overlap_schedule or found.keys() - set(_PENALIZERS):
-            STEP.say(
-                logging.WARNING,
-                "penalties do not count the drafts, as SGLang has it: that takes --disable-overlap-schedule and no "
-                "penalizers but SGLang's",
-            )
-            return None
-        return Penalties(*(found.get(kind) for kind in _PENALIZERS))
-
-    def apply(self, rows: torch.Tensor, tree: Tree) -> None:
-        """In place in rows [B, n, V], with the drafts on the way to each node for further outputs.
-
-        The rows get what holds at the root; then the ids that are drafts get their own values, by the same operations.
-        """
-        ids = tree.tokens.clamp(0, rows.shape[2] - 1)
-        same = (ids[:, :, None] == ids[:, None]).to(tree.way.dtype)
-        times = tree.way @ same  # [B, n, n]: how often the way to a node has the token of the other node
-        at = ids[:, None].expand(-1, tree.nodes, -1)
-        drafted = rows.gather(2, at)
-        if self.frequency is not None or self.presence is not None:
-            base, own = rows.new_zeros(len(rows), rows.shape[2], dtype=torch.float32), torch.zeros_like(times)
-            if self.frequency is not None:
-                base.sub_(self.frequency.cumulated_frequency_penalties)
-                own.sub_(self._frequencies(ids, times))
-            if self.presence is not None:
-                penalizer = self.presence
-                base.sub_(penalizer.cumulated_presence_penalties)
-                own.sub_(_chosen(times, penalizer.presence_penalties, penalizer.cumulated_presence_penalties, ids))
-            rows.add_(base[:, None])
-            drafted.add_(own)
-        if self.repetition is not None:
-            one, all_before = self.repetition.repetition_penalties, self.repetition.cumulated_repetition_penalties
-            apply_scaling_penalties(rows, all_before[:, None])
-            apply_scaling_penalties(drafted, _chosen(times, one, all_before, ids))
-        rows.scatter_(2, at, drafted)
-        if self.least is not None:
-            length = self.least.len_output_tokens + tree.way.sum(2).int()
-            early = length < self.least.min_new_tokens
-            for node in range(tree.nodes):  # one at a time takes no [B, n, V]
-                rows[:, node].add_(torch.where(early[:, node, None], self.least.stop_token_penalties, 0.0))
-
-    def _frequencies(self, ids: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """What SGLang's sum comes to, token by token: k additions round otherwise than one of k times as much."""
-        one = self.frequency.frequency_penalties[:, :, None]
-        before: torch.Tensor = self.frequency.cumulated_frequency_penalties
-        total = before.gather(1, ids)[:, None].expand(times.shape)
-        for k in range(ids.shape[1] - 1):
-            total = torch.where(times > k, total + one, total)
-        return total
-
-    def advance(self, tree: Tree, accept_index: torch.Tensor, accepted: torch.Tensor) -> None:
-        """Count the accepted drafts; SGLang counts the token behind them when it prepares the next step."""
-        tokens = tree.tokens.flatten()
-        for node in accept_index[:, 1:].long().unbind(1):
-            there, ids = node[:, None] >= 0, tokens[node.clamp(min=0)][:, None]
-            if self.frequency is not None:
-                one = self.frequency.frequency_penalties
-                self.frequency.cumulated_frequency_penalties.scatter_add_(1, ids, one.masked_fill(~there, 0))
-            for penalizer, name in ((self.presence, "presence"), (self.repetition, "repetition")):
-                if penalizer is not None:
-                    one, total = (
-                        getattr(penalizer, f"{name}_penalties"),
-                        getattr(penalizer, f"cumulated_{name}_penalties"),
-                    )
-                    total.scatter_(1, ids, torch.where(there, one, total.gather(1, ids)))
-        if self.least is not None:
-            self.least.len_output_tokens += accepted[:, None]
-
-
-def _chosen(times: torch.Tensor, one: torch.Tensor, total: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A penalty that counts once: that of a request [B, 1] if a draft has the token, else what it has, total [B, V]."""
-    return torch.where(times > 0, one[:, :, None], total.gather(1, ids)[:, None])
