@@ -249,9 +249,10 @@ def test_penalties_are_sglangs_with_the_drafts_before_each_node(ours: Any, kind:
             lines.append(line)
         return torch.cat(lines)
 
-    nodes = 6
+    nodes = 10
     for trial in range(3):
         parents, tokens, logits = trees(trial, 4, nodes, kind), drafts(trial, 4, nodes), sharp(trial, 4 * nodes)
+        tokens[1:3, 1:] = 2  # so often that a sum rounds otherwise than a product
         given = linked(tokens, parents, starts(), nodes)
         state = penalizers(rows)
         count_outputs(state, OUTPUTS)
@@ -338,8 +339,16 @@ EXTRAS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_filters_that_sglang_lacks_know_the_drafts(ours: Any, model: Path) -> None:
+def test_the_filters_that_sglang_lacks_know_the_drafts(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastsample.integrations import sglang
+
+    seen, walk = [], ours._walk
+
+    def look(given: Any, tree: Any, drawn: torch.Tensor, device: Any) -> Any:
+        seen.append(drawn)
+        return walk(given, tree, drawn, device)
+
+    monkeypatch.setattr(ours, "_walk", look)
 
     requests = [
         SimpleNamespace(
@@ -377,6 +386,7 @@ def test_the_filters_that_sglang_lacks_know_the_drafts(ours: Any, model: Path) -
             drawn.append(line)
         found = ours.verify(None, given, batch_of(asked), SimpleNamespace(next_token_logits=logits.clone()))
         check(given, parents, drawn, found)
+        assert seen.pop().tolist() == drawn
 
 
 def test_requests_without_a_seed_are_drawn_afresh(ours: Any) -> None:
