@@ -84,7 +84,7 @@ class Penalties:
 
         The rows get what holds at the root; then the ids that are drafts get their own values, by the same operations.
         """
-        ids = tree.tokens.clamp(0, rows.shape[2] - 1)
+        ids = tree.tokens.long().clamp(0, rows.shape[2] - 1)
         same = (ids[:, :, None] == ids[:, None]).to(tree.way.dtype)
         times = tree.way @ same  # [B, n, n]: how often the way to a node has the token of the other node
         at = ids[:, None].expand(-1, tree.nodes, -1)
@@ -103,7 +103,7 @@ class Penalties:
         if self.repetition is not None:
             one, all_before = self.repetition.repetition_penalties, self.repetition.cumulated_repetition_penalties
             apply_scaling_penalties(rows, all_before[:, None])
-            apply_scaling_penalties(drafted, _chosen(times, one, all_before, ids))
+            apply_scaling_penalties(drafted.flatten(1), _chosen(times, one, all_before, ids).flatten(1))
         rows.scatter_(2, at, drafted)
         if self.least is not None:
             length = self.least.len_output_tokens + tree.way.sum(2).int()
@@ -122,7 +122,7 @@ class Penalties:
 
     def advance(self, tree: Tree, accept_index: torch.Tensor, accepted: torch.Tensor) -> None:
         """Count the accepted drafts; SGLang counts the token behind them when it prepares the next step."""
-        tokens = tree.tokens.flatten()
+        tokens = tree.tokens.flatten().long()
         for node in accept_index[:, 1:].long().unbind(1):
             there, ids = node[:, None] >= 0, tokens[node.clamp(min=0)][:, None]
             if self.frequency is not None:
