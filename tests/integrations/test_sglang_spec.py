@@ -322,6 +322,35 @@ def test_penalties_of_an_overlapped_schedule_are_sglangs(ours: Any, monkeypatch:
     assert torch.equal(found, torch.where(wanted < 0, wanted * factor, wanted / factor))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_newest_token_is_counted_when_it_is_known(ours: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """On a CPU, where a schedule that runs ahead has it before the penalties are applied."""
+    from fastsample.integrations.sglang import penalties
+
+    schedule = SimpleNamespace(disable_overlap_schedule=False, enable_mixed_chunk=False)
+    monkeypatch.setattr(penalties, "get_schedule", lambda: schedule)
+    monkeypatch.setattr(penalties, "is_chosen", lambda: True)
+    counted: list[Any] = []
+    state = SimpleNamespace(cumulate_output_tokens=lambda ids: counted.append(ids.tolist()))
+    batch = SimpleNamespace(
+        device=device,
+        reqs=[1, 2],
+        spec_algorithm=SimpleNamespace(is_none=lambda: True),
+        sampling_info=SimpleNamespace(penalizer_orchestrator=state),
+    )
+
+    def theirs(batch: Any, tokens: Any) -> None:
+        batch.input_ids = tokens
+
+    penalties.count(lambda batch: counted.append("SGLang"), batch)
+    for _ in range(2):  # each is counted once
+        penalties.feed(theirs, batch, torch.tensor([7, 8]))
+    assert counted == ([[7, 8]] if device == "cpu" else ["SGLang"])
+    schedule.disable_overlap_schedule = True
+    penalties.count(lambda batch: counted.append("SGLang"), batch)
+    assert counted[-1] == "SGLang"
+
+
 def test_masks_and_bias_come_behind_the_penalties(ours: Any) -> None:
     bias, allowed = torch.randn(4, VOCAB), torch.rand(12, VOCAB) < 0.5
     mask = SimpleNamespace(apply=lambda logits: logits.masked_fill_(~allowed, -torch.inf))

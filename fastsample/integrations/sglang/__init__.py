@@ -7,7 +7,7 @@ says "fastsample", fastsample is used there too.
 
 | stage | done by |
 |---|---|
-| grammar mask, bias, penalties, custom logit processors, NaN handling | SGLang, before we are called (see penalties.py) |
+| grammar mask, bias, penalties, custom logit processors, NaN handling | SGLang, before we are called |
 | DRY, n-grams that must not be repeated | fastsample, after all of these |
 | greedy | SGLang where the whole batch is greedy; else fastsample (the lowest id among the maxima, as SGLang) |
 | temperature, top-k, top-p, min-p | fastsample; each filter judges the whole row, exactly k tokens pass top-k |
