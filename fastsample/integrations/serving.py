@@ -14,7 +14,7 @@ import torch
 from fastsample.backends import Outputs, select
 from fastsample.checks import CPU, MAX_VOCAB
 from fastsample.inputs import Rows
-from fastsample.integrations.asked import Asked, Row
+from fastsample.integrations.asked import Asked, Edits, Row
 from fastsample.integrations.extras import Extras, near_misses
 from fastsample.outputs import STATUS
 from fastsample.params import SamplingParams, write_columns
@@ -103,7 +103,10 @@ class Step:
         Args:
             ids: int64 [number of those rows, L], prompt and output so far; negative ones are no tokens.
         """
-        edits = asked.edits(logits.device)
+        self.edit_rows(logits, asked.edits(logits.device), ids)
+
+    def edit_rows(self, logits: torch.Tensor, edits: Edits, ids: torch.Tensor) -> None:
+        """The same for rows that are named by `edits`."""
         part = logits[edits.where]
         unused = torch.zeros(len(part), dtype=torch.int64, device=logits.device)
         rows = Rows(edits.records, unused, unused, prompt_ids=ids, breakers=edits.breakers)

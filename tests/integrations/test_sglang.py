@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,16 +241,23 @@ def test_requests_keep_their_seeds_out_of_deterministic_mode(adapter: Any, monke
     assert torch.equal(seeds(), first)
     theirs = torch.tensor([1, 42, 3, 4])
     assert seeds(theirs) is theirs
+    monkeypatch.setattr(adapter.speculation, "left", lambda algorithm: "SGLang verifies these drafts")
     assert seeds(drafts=True) is None
+    monkeypatch.setattr(adapter.speculation, "left", lambda algorithm: None)
+    drafted = seeds(drafts=True)
+    assert drafted is not None
+    assert drafted[[0, 2, 3]].tolist() == [7, -1, -(2**63)]
     monkeypatch.setattr(adapter, "_is_chosen", lambda: False)
     assert seeds() is None
 
 
 def test_registering_twice_registers_once_and_0_not_at_all(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks: dict[str, Any] = defaultdict(list)
+    monkeypatch.setattr(adapter.HookRegistry, "_hooks", hooks)
     monkeypatch.setattr(adapter.theirs, "_CUSTOM_SAMPLER_FACTORIES", {})
     monkeypatch.setenv("FASTSAMPLE_SGLANG", "0")
     adapter.register()
-    assert adapter.theirs._CUSTOM_SAMPLER_FACTORIES == {}
+    assert adapter.theirs._CUSTOM_SAMPLER_FACTORIES == hooks == {}
     monkeypatch.delenv("FASTSAMPLE_SGLANG")
     monkeypatch.setattr(adapter.SamplingBatchInfo, "adjusted_from_schedule_batch", lambda *_: None)
     adapter.register()
@@ -258,3 +266,6 @@ def test_registering_twice_registers_once_and_0_not_at_all(adapter: Any, monkeyp
     assert set(adapter.theirs._CUSTOM_SAMPLER_FACTORIES) == {"fastsample", "pytorch"}
     assert vars(adapter.SamplingBatchInfo)["adjusted_from_schedule_batch"] is swapped
     assert swapped.func is adapter._adjusted
+    assert [hook for _, hook, _ in hooks["sglang.srt.speculative.eagle_utils.eagle_sample"]] == [
+        adapter.speculation.verify
+    ]

@@ -151,7 +151,7 @@ def adapter(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from fastsample.integrations import sglang
 
     monkeypatch.setattr(sglang, "_is_chosen", lambda: True)
-    monkeypatch.setattr(sglang, "_why_not", lambda params: None)
+    monkeypatch.setattr(sglang, "_why_not", lambda params, extras: None)
     return sglang
 
 
@@ -291,7 +291,7 @@ def test_what_arrives_is_validated(adapter: Any, monkeypatch: pytest.MonkeyPatch
         adapter._normalize(Params({"eta_cutoff": 1.0}), nothing, None)
     with pytest.raises(ValueError, match="dry_breakers = 600: expected a token id, 0 <= id < 512"):
         adapter._verify(Params({"dry_multiplier": 1, "dry_breakers": [600]}), nothing, VOCAB)
-    monkeypatch.setattr(adapter, "_why_not", lambda params: "not with this")
+    monkeypatch.setattr(adapter, "_why_not", lambda params, extras: "not with this")
     with pytest.raises(ValueError, match="top_a, p_less: not with this"):
         adapter._normalize(Params({"top_a": 0.5, "p_less": True}), nothing, None)
     adapter._normalize(Params({"theirs": 1, "top_a": 0}), nothing, None)

@@ -20,10 +20,11 @@ import sglang
 
 def main():
     ask = json.load(open(sys.argv[1]))
-    engine = sglang.Engine(
+    always = dict(
         device="cpu", attention_backend="torch_native", dtype="float32", random_seed=3, skip_tokenizer_init=True,
-        max_total_tokens=8192, mem_fraction_static=0.05, disable_radix_cache=True, **ask["engine"],
+        max_total_tokens=8192, mem_fraction_static=0.05, disable_radix_cache=True,
     )
+    engine = sglang.Engine(**{**always, **ask["engine"]})
     found = []
     for prompts, params, logprobs in ask["batches"]:
         asked = dict(return_logprob=True, top_logprobs_num=logprobs) if logprobs else {}
@@ -33,7 +34,7 @@ def main():
             found += [{"refused": str(error)}] * len(prompts)
             continue
         for out in outputs:
-            found.append({"tokens": out["output_ids"]})
+            found.append({"tokens": out["output_ids"], "steps": out["meta_info"].get("spec_verify_ct")})
             if logprobs:
                 meta = out["meta_info"]
                 found[-1]["own"] = meta["output_token_logprobs"][0][:2]
@@ -78,4 +79,4 @@ def ask(prompts: list[list[int]], params: list[dict[str, Any]], length: int, log
 
 def serve(model: Path, batches: list[Batch], engine: dict[str, Any], **environment: str) -> Script:
     request = {"engine": {"model_path": str(model), **engine}, "batches": batches}
-    return Script(SCRIPT, request, PYTHONPATH=str(model), **environment)
+    return Script(SCRIPT, request, **{"PYTHONPATH": str(model), **environment})

@@ -16,7 +16,8 @@ says "fastsample", fastsample is used there too.
 | seed | `sampling_seed` of a request, in every mode; offset: position of the last token |
 | seed of other requests | 42 in deterministic mode, as in SGLang; else fresh from torch's default CPU generator |
 | log-probabilities, top log-probabilities, sampling masks | SGLang |
-| speculative decoding, `rl_on_policy_target`, watermarks | SGLang; with drafts, seeds as SGLang has them |
+| verification of drafts (EAGLE, STANDALONE, NGRAM) | fastsample, by drawing (see speculation.py) |
+| other speculative decoding, `rl_on_policy_target`, watermarks | SGLang; with such drafts, seeds as SGLang has them |
 
 A row's token depends on that row alone. (SGLang's own backends filter in another order when a neighbour has min-p, and
 use `sampling_seed` only in deterministic mode.) Tokens are not those that SGLang itself would draw for that seed.
@@ -28,7 +29,6 @@ arrives; the batch's SamplingBatchInfo carries it from there to the sampler.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable
 from http import HTTPStatus
@@ -37,24 +37,21 @@ from typing import Any
 import torch
 from sglang.srt.layers import sampler as theirs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.runtime_context import get_exec, get_server_args
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_exec, get_schedule, get_server_args
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from fastsample.inputs import pack_seeds
 from fastsample.integrations.asked import Asked, History, padded
-from fastsample.integrations.extras import RefusedError, read
-from fastsample.integrations.serving import Step
+from fastsample.integrations.extras import Extras, RefusedError, read
+from fastsample.integrations.sglang import penalties, speculation
+from fastsample.integrations.sglang.common import STEP as _STEP
+from fastsample.integrations.sglang.common import columns
+from fastsample.integrations.sglang.common import is_chosen as _is_chosen
 
 __all__ = ["FastSampler", "register"]
-
-logger = logging.getLogger(__name__)
-_STEP = Step(
-    logger,
-    "temperature, filters and the draw",
-    "greedy batches, grammars, penalties, logit processors, log-probabilities and speculative decoding stay SGLang's",
-    order="joint",
-)
 
 
 def register() -> None:
@@ -73,11 +70,12 @@ def register() -> None:
         (SamplingBatchInfo, "copy_for_forward", _copied),
     ):
         setattr(owner, name, functools.partialmethod(ours, getattr(owner, name)))
-
-
-def _is_chosen() -> bool:
-    """Whether fastsample was asked for on the command line, even if SGLang has replaced it since."""
-    return "fastsample" in (get_exec().kernel.sampling_backend, get_server_args().sampling_backend)
+    for target, around in (
+        (speculation.TARGET, speculation.verify),
+        (penalties.COUNT, penalties.count),
+        (penalties.FEED, penalties.feed),
+    ):
+        HookRegistry.register(target, around, HookType.AROUND)
 
 
 # Requests ------------------------------------------------------------------------------------------------------------
@@ -96,7 +94,7 @@ def _normalize(self: Any, theirs: Callable[..., None], tokenizer: Any) -> None:
     extras = read(self.custom_params, tokenizer)
     if extras is None:
         return
-    reason = _why_not(self)
+    reason = _why_not(self, extras)
     if reason is not None:
         raise ValueError(f"{', '.join(extras.names())}: {reason}")
     self.custom_params = {**self.custom_params, **extras.written()}
@@ -109,10 +107,15 @@ def _verify(self: Any, theirs: Callable[..., None], vocab_size: int) -> None:
         read(self.custom_params, vocab=vocab_size)
 
 
-def _why_not(params: Any) -> str | None:
+def _why_not(params: Any, extras: Extras) -> str | None:
     """Why this server cannot serve a request's extra parameters, or None."""
-    if get_server_args().speculative_algorithm is not None:
-        return "not with speculative decoding, which is SGLang's own"
+    drafts = SpeculativeAlgorithm.from_string(get_server_args().speculative_algorithm)
+    if not drafts.is_none():
+        reason = speculation.left(drafts)
+        if reason is not None:
+            return f"not with this speculative decoding, which SGLang verifies: {reason}"
+        if extras.edits and not get_schedule().disable_overlap_schedule:
+            return "with speculative decoding only under --disable-overlap-schedule"
     if get_exec().deterministic.rl_on_policy_target is not None:
         return "not with rl_on_policy_target, where SGLang samples"
     return "not with watermarks, which are SGLang's own" if params.watermark is not None else None
@@ -125,7 +128,7 @@ def _adjusted(self: Any, theirs: Callable[..., None], batch: Any, vocab_size: in
     """SamplingBatchInfo.adjusted_from_schedule_batch: what the requests ask for, and their own seeds in every mode."""
     theirs(self, batch, vocab_size)
     drafts = getattr(batch, "spec_algorithm", None)
-    if not _is_chosen() or not (drafts is None or drafts.is_none()):
+    if not _is_chosen() or not (drafts is None or drafts.is_none() or speculation.left(drafts) is None):
         return
     self._fastsample = _asked(batch.reqs)
     if self.sampling_seed is not None:
@@ -172,9 +175,10 @@ def _merged(self: Any, theirs: Callable[..., None], other: Any) -> None:
 
 
 def _copied(self: Any, theirs: Callable[..., Any]) -> Any:
-    """SamplingBatchInfo.copy_for_forward, which knows the fields of its dataclass only."""
+    """SamplingBatchInfo.copy_for_forward, which knows the fields of its dataclass only, and no penalizers."""
     copy = theirs(self)
     copy._fastsample = getattr(self, "_fastsample", None)
+    copy._fastsample_penalizers = getattr(self, "penalizer_orchestrator", None)
     return copy
 
 
@@ -275,21 +279,17 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
         reason = _STEP.why_not(logits)
         if reason is not None:
             raise RuntimeError(f"--sampling-backend fastsample: {reason}")
-        columns = {
-            "temperature": info.temperatures.view(-1),
-            "top_k": info.top_ks,
-            "top_p": info.top_ps,
-            "min_p": info.min_ps,
-        }
+        given = columns(info)
         seeds = pack_seeds(None, len(logits)) if info.sampling_seed is None else info.sampling_seed
         records = _STEP.records(getattr(info, "_fastsample", None), logits)
-        tokens = _STEP.draw(logits, seeds, positions.long(), records, **columns)
+        tokens = _STEP.draw(logits, seeds, positions.long(), records, **given)
         rows = info.sampling_mask_batch_indices
         weights = None
         if rows is not None:
             own = None if records is None else records[rows]
-            columns = {name: values[rows] for name, values in columns.items()}
-            weights = _STEP.keep(logits[rows], own, **columns).softmax(-1)
+            weights = _STEP.keep(logits[rows], own, **{name: values[rows] for name, values in given.items()}).softmax(
+                -1
+            )
         return tokens.int(), weights
 
     def _take(self) -> tuple[torch.Tensor, torch.Tensor | None]:
