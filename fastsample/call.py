@@ -238,7 +238,7 @@ class SampleCall(Call):
 
     def verified(
         self, table: torch.Tensor, rows: Rows, ids: torch.Tensor
-    ) -> tuple[SampleOutput, torch.Tensor, torch.Tensor, int]:
+    ) -> tuple[SampleOutput, torch.Tensor, torch.Tensor, int | None]:
         """What an engine that verifies makes of drafts: outputs of each row, num_accepted, status, invalid results."""
         result = self._fresh(table.device)
         outputs = self._own = self._outputs(result, self._own)

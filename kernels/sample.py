@@ -50,6 +50,7 @@ from .process import penalise, repeat, uses_history
 from .record import choice, param
 from .row import Row, find_chunk, load_chunk, may_hold, meet, sum_of_chunks
 from .stats import measure
+from .verify import settle
 from .workspace import (
     CHUNK_SUMS,
     DIGITS,
@@ -80,6 +81,7 @@ class Draws(NamedTuple):
 
     seed: tl.tensor
     offset: tl.tensor
+    step: tl.tensor  # of this row from the one at the offset
     status: tl.tensor
     tokens: tl.tensor  # [count]
     count: tl.tensor  # num_samples
@@ -201,7 +203,7 @@ def draw(row, draws, whole, peak, scale, PROBS: tl.constexpr, CHUNKS: tl.constex
     if row.part == 0:
         tl.store(row.ws + TOTAL, whole)
         tl.store(row.ws + REST, left)
-    seed, offset = tl.load(draws.seed), tl.load(draws.offset)
+    seed, offset = tl.load(draws.seed), tl.load(draws.offset) + draws.step
     for j in range(row.part, draws.count, row.parts):
         index = tl.full([], 0, tl.int32) + j
         rest = tl.full([], 0, tl.int32)
@@ -324,7 +326,7 @@ def measure_at(phase, ROUNDS: tl.constexpr):
 STRIDES = ["record_stride", "seed_stride", "offset_stride", "ws_stride"]
 
 
-@triton.jit(do_not_specialize=["num_samples", "first", "last", "chunks", *STRIDES])
+@triton.jit(do_not_specialize=["num_samples", "first", "last", "chunks", "width", *STRIDES])
 def sample(
     x,  # [B, V] logits, or float32 [B, x_stride] made by `prepare`
     x_stride,
@@ -345,6 +347,12 @@ def sample(
     chunks,
     first,
     last,
+    drafts,  # int64 [B / width, width - 1]
+    accepted,  # int32 [B / width]
+    ends,  # int32 [B / width]
+    arrivals,  # int32 [B / width], 0 between launches
+    width,  # rows of a request, which have one seed and follow one another
+    VERIFIES: tl.constexpr,  # whether rows are of requests with drafts
     HAS_COUNTS: tl.constexpr,
     PROBS: tl.constexpr,  # x holds probabilities, not logits
     ROUNDS: tl.constexpr,
@@ -364,6 +372,12 @@ def sample(
     if first == 0:
         scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, BLOCK)
         meet(row, SPLIT)
-    seed, offset = seeds + at * seed_stride, offsets + at * offset_stride
-    draws = Draws(seed, offset, status + at, tokens + at * num_samples, num_samples)
+    request, step = at, tl.full([], 0, tl.int64)
+    if VERIFIES:
+        request, step = at // width, at % width
+    seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
+    draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
     after_scan(row, draws, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)
+    if VERIFIES:
+        drawn = (part == 0) & (last == first_phase("end", ROUNDS))
+        settle(drawn, at, width, drafts, tokens, status, accepted, ends, arrivals)

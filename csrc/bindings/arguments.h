@@ -37,6 +37,8 @@ struct record_caster {
 template <>
 struct type_caster<fastsample::RowArguments> : record_caster<fastsample::RowArguments> {};
 template <>
+struct type_caster<fastsample::DraftArguments> : record_caster<fastsample::DraftArguments> {};
+template <>
 struct type_caster<fastsample::CallArguments> : record_caster<fastsample::CallArguments> {};
 
 }  // namespace pybind11::detail

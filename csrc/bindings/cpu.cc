@@ -132,13 +132,14 @@ int64_t without_gil(const Batch& batch, bool restore, Work work) {
   return invalid;
 }
 
-Batch checked(const RowArguments& rows, const CallArguments& call) {
+Batch checked(const RowArguments& rows, const CallArguments& call,
+              const DraftArguments* drafts = nullptr) {
   // A tensor made while torch pretends (a fake one) has no address.
   if (call.logits.rows &&
       (!call.logits.logits || !call.out.status || !rows.params || !rows.seeds || !rows.offsets)) {
     throw std::invalid_argument("logits, params or outputs: a tensor without memory");
   }
-  return batch_of(rows, call);
+  return batch_of(rows, call, drafts);
 }
 
 int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bool restore) {
@@ -147,15 +148,11 @@ int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bo
                      [&](const auto& stop) { return sample_batch(batch, threads, stop); });
 }
 
-// Seeds and offsets are those of a request's first row.
-int64_t verify(const RowArguments& rows, const CallArguments& call, int64_t ids, int64_t count,
-               int64_t num_accepted, int64_t status, int threads) {
-  Batch batch = checked(rows, call);
-  batch.rows_per_seed = count + 1;
-  const Drafts drafts = {(const int64_t*)ids, batch.logits.rows / (count + 1), count,
-                         (int32_t*)num_accepted, (int32_t*)status};
+int64_t verify(const RowArguments& rows, const CallArguments& call, const DraftArguments& drafts,
+               int threads) {
+  const Batch batch = checked(rows, call, &drafts);
   return without_gil(batch, false,
-                     [&](const auto& stop) { return verify_batch(batch, drafts, threads, stop); });
+                     [&](const auto& stop) { return verify_batch(batch, threads, stop); });
 }
 
 // The next step of every sequence, in offsets that Python owns.

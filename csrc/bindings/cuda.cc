@@ -91,11 +91,12 @@ using Lent = std::pair<uintptr_t, int64_t>;  // address, bytes
 // it needs.
 std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const CallArguments& call,
                                                int device_index, uintptr_t stream, Lent workspace,
-                                               Lent boards) {
+                                               Lent boards,
+                                               const std::optional<DraftArguments>& drafts) {
   const py::gil_scoped_release unlocked;
   const OnDevice current(device_index);
   const Device& device = device_at(device_index);
-  const Batch batch = batch_of(rows, call);
+  const Batch batch = batch_of(rows, call, drafts ? &*drafts : nullptr);
   const Layout layout = layout_for(device, batch, rows.bias_entries, plan(device, shape_of(batch)));
   if (layout.workspace > workspace.second || layout.boards > boards.second) {
     return std::make_pair(layout.workspace, layout.boards);

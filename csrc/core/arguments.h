@@ -49,6 +49,11 @@ FASTSAMPLE_RECORD(OutputArguments,          //
                   num_samples, num_top,     // counts
                   mode);                    // LogprobsMode
 
+FASTSAMPLE_RECORD(DraftArguments,  // of a call that verifies drafts
+                  ids, count,      // int64 [requests, count]
+                  num_accepted,    // int32 [requests]
+                  draft_status);   // int32 [requests]
+
 #undef FASTSAMPLE_RECORD
 
 // All records, each with its fields: what Python compares with its own.
@@ -56,7 +61,8 @@ FASTSAMPLE_RECORD(OutputArguments,          //
 constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(FASTSAMPLE_NAME)},
                                        {"ROW_FIELDS", kRowArguments},
                                        {"LOGITS_FIELDS", kLogitsArguments},
-                                       {"OUTPUT_FIELDS", kOutputArguments}};
+                                       {"OUTPUT_FIELDS", kOutputArguments},
+                                       {"DRAFT_FIELDS", kDraftArguments}};
 #undef FASTSAMPLE_NAME
 
 // What every call passes anew.
@@ -87,10 +93,12 @@ static inline Rows rows_of(const RowArguments& a) {
   return rows;
 }
 
-static inline Batch batch_of(const RowArguments& rows, const CallArguments& call) {
+// `drafts` may be null.
+static inline Batch batch_of(const RowArguments& rows, const CallArguments& call,
+                             const DraftArguments* drafts = nullptr) {
   const LogitsArguments& l = call.logits;
   const OutputArguments& o = call.out;
-  return Batch{
+  Batch batch{
       Logits{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab, (DType)l.dtype,
              (InputKind)l.input},
       rows_of(rows),
@@ -99,6 +107,11 @@ static inline Batch batch_of(const RowArguments& rows, const CallArguments& call
               (int32_t)o.num_samples, (int32_t)o.num_top, (LogprobsMode)o.mode, (int64_t*)o.weights,
               (int64_t*)o.masses, (const int64_t*)o.given},
   };
+  if (drafts) {
+    batch.drafts = {(const int64_t*)drafts->ids, drafts->count, (int32_t*)drafts->num_accepted,
+                    (int32_t*)drafts->draft_status};
+  }
+  return batch;
 }
 
 }  // namespace fastsample

@@ -121,14 +121,36 @@ struct Outputs {
   const int64_t* given = nullptr;  // [B]
 };
 
+// The drafts of requests, each with count + 1 rows one behind the other, and what comes out. The
+// seed of a request is that of all its rows, the offset that of the first.
+struct Drafts {
+  const int64_t* ids;  // [requests, count]; what is no token is wrong
+  int64_t count;
+  int32_t* num_accepted;  // [requests]; null where a batch has no requests with drafts
+  int32_t* status;        // [requests], of the row that ends a result
+};
+
 struct Batch {
   Logits logits;
   Rows rows;
   Outputs out;
-  // Rows that share a seed, each at the position after the one before. Of the CPU engine only: to
-  // the others, every row has its own.
-  int64_t rows_per_seed = 1;
+  Drafts drafts = {};
 };
+
+// What a row draws with.
+struct Stream {
+  uint64_t seed, offset;
+};
+
+FS_HD Stream stream_of(const Batch& batch, int64_t row) {
+  const bool shared = batch.drafts.num_accepted;
+  const uint32_t width = (uint32_t)batch.drafts.count + 1;
+  const int64_t request = shared ? (uint32_t)row / width : row;
+  const uint64_t step = shared ? (uint64_t)((uint32_t)row % width) : 0;
+  const int64_t seed = batch.rows.seeds.data[request * batch.rows.seeds.stride];
+  const int64_t offset = batch.rows.offsets.data[request * batch.rows.offsets.stride];
+  return Stream{(uint64_t)seed, (uint64_t)offset + step};
+}
 
 template <class T>
 FS_HD const T& at(const Column<T>& column, int64_t row) {

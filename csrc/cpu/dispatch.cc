@@ -199,7 +199,6 @@ struct Work {
   int threads;
   uint8_t* taken;  // [units]
   const std::function<bool()>& stop;
-  const Drafts* drafts;  // null: every row is sampled
   std::atomic<bool> stopped{false};
   std::atomic<int64_t> invalid{0};
 };
@@ -215,6 +214,7 @@ void run_units(Work& work, int thread, Scratch& scratch) {
   const Batch& batch = units.batch;
   const int64_t count = units.count();
   const int64_t length = batch.logits.vocab + ids_of_a_row(batch.rows);
+  const bool verifies = batch.drafts.num_accepted;
   Workspace workspace = workspace_for(batch, scratch);
   int64_t invalid = 0, done = 0;
   for (int i = 0; i < work.threads; ++i) {
@@ -222,7 +222,7 @@ void run_units(Work& work, int thread, Scratch& scratch) {
       if (work.stopped.load(std::memory_order_relaxed)) return;
       if (!claim(work.taken + u)) continue;
       const int64_t next = u + work.threads, r = units.row(u);
-      if (work.drafts && is_past(*work.drafts, r)) continue;
+      if (verifies && is_past(batch.drafts, r)) continue;
       const Draws draws = units.draws(u);
       workspace.ahead = next < count ? row_address(batch.logits, units.row(next)) : nullptr;
       const Status status = work.kernel.sample_row(batch, r, draws, workspace);
@@ -230,7 +230,7 @@ void run_units(Work& work, int thread, Scratch& scratch) {
         batch.out.status[r] = status;
         invalid += status != kValid;
       }
-      if (work.drafts) compare(*work.drafts, r, batch.out.tokens[r]);
+      if (verifies) compare(batch.drafts, r, batch.out.tokens[r]);
       done += length + (draws.end - draws.begin);
       if (thread == 0 && work.stop && done >= kBeforeAsking) {
         done = 0;
@@ -263,16 +263,13 @@ void force_isa(const std::string& name) {
   chosen.store(&find_kernel(name, "isa"), std::memory_order_release);
 }
 
-namespace {
-
-int64_t run(const Batch& batch, const Drafts* drafts, int threads,
-            const std::function<bool()>& stop) {
+int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()>& stop) {
   OwnScratch own;
   if (!own.outermost()) threads = 1;  // the pool is this thread's already
   const Units units(batch, threads);
   uint8_t* taken = own.get().taken.at_least((size_t)units.count());
   std::fill_n(taken, units.count(), (uint8_t)0);
-  Work work = {units, kernel(), units.useful_threads(threads), taken, stop, drafts};
+  Work work = {units, kernel(), units.useful_threads(threads), taken, stop};
   run_on_threads(work.threads, [&](int thread) {
     if (thread == 0) return run_units(work, 0, own.get());
     OwnScratch helpers;
@@ -281,17 +278,12 @@ int64_t run(const Batch& batch, const Drafts* drafts, int threads,
   return work.invalid;
 }
 
-}  // namespace
-
-int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()>& stop) {
-  return run(batch, nullptr, threads, stop);
-}
-
-int64_t verify_batch(const Batch& batch, const Drafts& drafts, int threads,
-                     const std::function<bool()>& stop) {
-  std::fill_n(drafts.num_accepted, drafts.requests, (int32_t)drafts.count);
-  run(batch, &drafts, threads, stop);
-  return pad(drafts, batch.out);
+int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()>& stop) {
+  const Drafts& drafts = batch.drafts;
+  const int64_t requests = batch.logits.rows / (drafts.count + 1);
+  std::fill_n(drafts.num_accepted, requests, (int32_t)drafts.count);
+  sample_batch(batch, threads, stop);
+  return pad(drafts, requests, batch.out);
 }
 
 }  // namespace fastsample

@@ -27,17 +27,8 @@ void force_isa(const std::string& name);
 // nothing more is begun, and what is not yet written stays as it is.
 int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()>& stop = {});
 
-// The drafts of requests, each with K + 1 rows one behind the other; and what comes out of them.
-struct Drafts {
-  const int64_t* ids;  // [requests, count]; what is no token is wrong
-  int64_t requests, count;
-  int32_t* num_accepted;  // [requests]
-  int32_t* status;        // [requests], of the row that ends a result
-};
-
-// Samples each request's rows as far as its drafts are right, one token per row; returns how many
-// results end at an invalid row.
-int64_t verify_batch(const Batch& batch, const Drafts& drafts, int threads,
-                     const std::function<bool()>& stop = {});
+// Samples the rows of each request of batch.drafts as far as its drafts are right, one token per
+// row; returns how many results end at an invalid row.
+int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()>& stop = {});
 
 }  // namespace fastsample

@@ -14,17 +14,6 @@ struct Drawn {
   uint64_t mass;
 };
 
-// The random numbers of a row.
-struct Stream {
-  uint64_t seed, offset;
-};
-
-FS_INLINE Stream stream_of(const Batch& batch, int64_t r) {
-  const int64_t request = r / batch.rows_per_seed;
-  return Stream{(uint64_t)at(batch.rows.seeds, request),
-                (uint64_t)at(batch.rows.offsets, request) + (uint64_t)(r % batch.rows_per_seed)};
-}
-
 // Inside a block: the first kept token whose running mass exceeds r.
 template <class Domain, class Weight>
 Drawn draw_in_block(const Domain& d, const Kept<float>& kept, const Weight& weight, int b,

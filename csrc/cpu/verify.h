@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "cpu/dispatch.h"
+#include "core/rows.h"
 
 namespace fastsample {
 
@@ -28,10 +28,10 @@ inline void compare(const Drafts& drafts, int64_t row, int64_t token) {
 }
 
 // Pads the outputs after each result; returns how many results end at an invalid row.
-inline int64_t pad(const Drafts& drafts, const Outputs& out) {
+inline int64_t pad(const Drafts& drafts, int64_t requests, const Outputs& out) {
   int64_t invalid = 0;
   const int64_t width = drafts.count + 1;
-  for (int64_t request = 0; request < drafts.requests; ++request) {
+  for (int64_t request = 0; request < requests; ++request) {
     const int64_t last = request * width + drafts.num_accepted[request];
     const int64_t begin = last + 1, end = (request + 1) * width;
     drafts.status[request] = out.status[last];

@@ -17,8 +17,7 @@ struct Law {
 FS_DEVICE Law law_of(const Batch& batch, int64_t r, const RowTask& t, const RowState& state) {
   Law law = {state.drawable.kept, state.total ? state.total : unit_of(t), -1};
   if (!state.total || state.drawable.top.x == kKeyInfinity) return law;
-  const uint64_t seed = (uint64_t)at(batch.rows.seeds, r);
-  const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
+  const auto [seed, offset] = stream_of(batch, r);
   if (!xtc_excludes(seed, offset, 0, t.params->xtc_probability)) return law;
   law.kept = narrow_below(law.kept, state.drawable.top);
   law.total = state.rest;

@@ -138,7 +138,8 @@ FS_DEVICE void write_logprobs(const Batch& batch, const Workspace& ws, int64_t r
                               const Team<kBlockPolicy>& team, S slice, const RowTask& t,
                               const RowState& state) {
   const Outputs& out = batch.out;
-  const bool valid = state.status == kValid;
+  // A row that follows a wrong draft has no token, as an invalid one has none.
+  const bool valid = out.tokens[r * out.num_samples] >= 0;
   LogRow row = {t, state.drawable.kept, &state, false, valid, 0.0};
   if (out.mode == kRawLogprobs) {
     slice.overlay = nullptr;

@@ -13,6 +13,7 @@
 
 #include "core/philox.h"
 #include "cuda/filters.cuh"
+#include "cuda/verify.cuh"
 
 namespace fastsample {
 
@@ -31,8 +32,7 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
   if (!out.tokens || (!total && !excluding)) return total;
   // Seed, offset and total are loaded again for each draw rather than held in registers.
   for (int32_t j = 0; j < out.num_samples; ++j) {
-    const uint64_t seed = (uint64_t)at(batch.rows.seeds, r);
-    const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
+    const auto [seed, offset] = stream_of(batch, r);
     const float coin = t.params->xtc_probability;
     if (!all && xtc_excludes(seed, offset, (uint32_t)j, coin) != excluding) continue;
     const u64 sum = team.own->running[team.parts * warps() - 1];
@@ -130,7 +130,8 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
   }
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
     sample_row<T>(batch, ws, r, team);
-    team.sync();  // this row's shared memory is free
+    team.sync();  // this row's shared memory is free, and its token is written
+    if (ws.arrivals && team.leads() && threadIdx.x == 0) settle(batch, ws.arrivals, r);
   }
 }
 

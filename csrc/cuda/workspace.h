@@ -83,6 +83,7 @@ struct Workspace {
   int64_t bitmap_words;
   Board* boards;         // kGridPolicy only: [teams], zero between launches
   uint32_t* semaphores;  // kGridPolicy only: [teams], the low 31 bits zero between launches
+  uint32_t* arrivals;    // of requests with drafts: [requests], zero between launches
 };
 
 // How a batch is served, and the bytes of device memory that this takes.
@@ -109,6 +110,12 @@ inline int64_t list_length(const Outputs& out) {
   int64_t length = 1;
   while (length < out.num_top) length *= 2;
   return out.num_top ? length : 0;
+}
+
+// Of boards and semaphores.
+inline int64_t grid_bytes(const Plan& sample) {
+  const bool grid = sample.policy == kGridPolicy;
+  return grid ? sample.teams * (int64_t)(sizeof(Board) + sizeof(uint32_t)) : 0;
 }
 
 // Sets the addresses of the workspace's parts, one after the other; returns its size.
@@ -138,6 +145,8 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   ws.boards = grid ? (Board*)boards : nullptr;
   ws.semaphores =
       grid ? (uint32_t*)(boards + layout.sample.teams * (int64_t)sizeof(Board)) : nullptr;
+  ws.arrivals =
+      batch.drafts.num_accepted ? (uint32_t*)(boards + grid_bytes(layout.sample)) : nullptr;
   return size;
 }
 
@@ -153,9 +162,8 @@ inline Layout layout_for(const Device& device, const Batch& batch, int64_t bias_
   }
   Workspace unused;
   layout.workspace = lay_out(batch, layout, nullptr, nullptr, unused);
-  if (sample.policy == kGridPolicy) {
-    layout.boards = sample.teams * (int64_t)(sizeof(Board) + sizeof(uint32_t));
-  }
+  layout.boards = grid_bytes(sample);
+  if (batch.drafts.num_accepted) layout.boards += batch.logits.rows * (int64_t)sizeof(uint32_t);
   return layout;
 }
 

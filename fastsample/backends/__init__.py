@@ -70,7 +70,7 @@ class Engine(Protocol):
         ids: torch.Tensor,
         accepted: torch.Tensor,
         ends: torch.Tensor,
-    ) -> int:
+    ) -> int | None:
         """Fill `out` from the K + 1 rows of each request, one behind the other, as far as its drafts are right.
 
         Args:
@@ -80,7 +80,7 @@ class Engine(Protocol):
             ids: int64 [B, K], the drafts.
             accepted, ends: int32 [B], to fill with the number of accepted drafts and the status after them.
 
-        Returns the number of results that end at an invalid row.
+        Returns the number of results that end at an invalid row, or None where to know it would mean waiting.
         """
         raise RuntimeError(f"engine {self.name!r} samples rows, and does not look at drafts")
 

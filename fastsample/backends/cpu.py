@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastsample.backends import Engine, Outputs
-from fastsample.backends.native import call_arguments, mismatch, row_arguments
+from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
 from fastsample.inputs import Rows
 from fastsample.threads import get_num_threads
 
@@ -72,10 +72,9 @@ class CpuEngine(Engine):
         ids: torch.Tensor,
         accepted: torch.Tensor,
         ends: torch.Tensor,
-    ) -> int:
-        packed, count = rows.native or row_arguments(rows), ids.shape[1]
-        pointers = (ids.data_ptr(), count, accepted.data_ptr(), ends.data_ptr())
-        invalid: int = _native.verify(packed, call_arguments(table, out), *pointers, get_num_threads())
+    ) -> int | None:
+        packed, drafts = rows.native or row_arguments(rows), draft_arguments(ids, accepted, ends)
+        invalid: int = _native.verify(packed, call_arguments(table, out), drafts, get_num_threads())
         return invalid
 
     def advance(self, rows: Rows) -> None:

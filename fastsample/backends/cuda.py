@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastsample.backends import Engine, Outputs
-from fastsample.backends.native import call_arguments, mismatch, row_arguments
+from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Rows
 
@@ -61,6 +61,7 @@ class CudaEngine(Engine):
     """One launch from logits to token; a second one for whole rows of output and log-probabilities."""
 
     name = "cuda"
+    verifies = True
 
     def __init__(self, module: Any = None) -> None:
         self._module = module  # tests/simt lends one that needs no GPU
@@ -75,8 +76,18 @@ class CudaEngine(Engine):
         return _why_not_device(logits.device)
 
     def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
+        self._launch(logits, rows, out, None)
+        return None if logits.device.type == "cuda" else int((out.status != 0).sum())
+
+    def verify(
+        self, table: Tensor, rows: Rows, out: Outputs, ids: Tensor, accepted: Tensor, ends: Tensor
+    ) -> int | None:
+        self._launch(table, rows, out, draft_arguments(ids, accepted, ends))
+        return None if table.device.type == "cuda" else int((ends != 0).sum())
+
+    def _launch(self, logits: Tensor, rows: Rows, out: Outputs, drafts: bytes | None) -> None:
         if logits.shape[0] == 0:
-            return 0
+            return
         module = self._module or native()[0]
         packed, call = row_arguments(rows), call_arguments(logits, out)
         on_gpu = logits.device.type == "cuda"
@@ -91,11 +102,11 @@ class CudaEngine(Engine):
                     stream,
                     (buffers.workspace.data_ptr(), buffers.workspace.numel()),
                     (buffers.boards.data_ptr(), buffers.boards.numel()),
+                    drafts,
                 )
                 if needed is None:
                     break
                 buffers.grow(*needed)  # nothing was launched
-        return None if on_gpu else int((out.status != 0).sum())
 
 
 @cache

@@ -28,6 +28,7 @@ ROW_FIELDS = (
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
 OUTPUT_FIELDS = (*(field.name for field in FIELDS), "given", "num_samples", "num_top", "mode")
+DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status")
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -46,6 +47,7 @@ def mismatch(module: Any) -> str | None:
         ("arguments", "ROW_FIELDS", ROW_FIELDS),
         ("arguments", "LOGITS_FIELDS", LOGITS_FIELDS),
         ("arguments", "OUTPUT_FIELDS", OUTPUT_FIELDS),
+        ("arguments", "DRAFT_FIELDS", DRAFT_FIELDS),
     ):
         if (theirs := getattr(module, record, None)) != ours:
             return f"was built for other {kind}: {theirs}, not {ours}"
@@ -116,3 +118,11 @@ def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
 @lru_cache(maxsize=16)
 def _nothing_more(num_samples: int) -> bytes:
     return _TAIL.pack(*[0] * (len(FIELDS) + 1 - len(_FIRST)), num_samples, 0, MODES[None])
+
+
+_DRAFTS = Struct("4q")
+
+
+def draft_arguments(ids: torch.Tensor, accepted: torch.Tensor, ends: torch.Tensor) -> bytes:
+    """DraftArguments."""
+    return _DRAFTS.pack(ids.data_ptr(), ids.shape[1], accepted.data_ptr(), ends.data_ptr())

@@ -7,16 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from fastsample.backends import Engine, Outputs
-from fastsample.backends.triton_memory import SEMAPHORES, Layout, Memory, State, Table, history_words, kernels
+from fastsample.backends.triton_memory import ARRIVALS, SEMAPHORES, Layout, Memory, State, Table, history_words, kernels
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Bias, Rows
 
 Tensor = torch.Tensor
+Verified: TypeAlias = "tuple[Tensor, Tensor, Tensor]"  # drafts int64 [B, K]; num_accepted and status int32 [B]
 
 THREADS = 256  # of a program
 PROGRAMS_PER_SM = 2  # as many as fit at once, which the barrier relies on (test_triton_compile.py checks it)
@@ -34,6 +35,7 @@ def interpreted() -> bool:
 
 class TritonEngine(Engine):
     name = "triton"
+    verifies = True
 
     def __init__(self) -> None:
         # Overrides of the tuning, for tests; results do not depend on it.
@@ -52,16 +54,25 @@ class TritonEngine(Engine):
                 return f"it serves tensors on a CUDA or HIP device, and the logits are on {logits.device}"
         return _why_not_kernels()
 
-    @torch.no_grad()
     def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
+        self._call(logits, rows, out, None)
+        return None if logits.device.type == "cuda" else int((out.status != 0).sum())
+
+    def verify(
+        self, table: Tensor, rows: Rows, out: Outputs, ids: Tensor, accepted: Tensor, ends: Tensor
+    ) -> int | None:
+        self._call(table, rows, out, (ids, accepted, ends))
+        return None if table.device.type == "cuda" else int((ends != 0).sum())
+
+    @torch.no_grad()
+    def _call(self, logits: Tensor, rows: Rows, out: Outputs, verified: Verified | None) -> None:
         on_device: AbstractContextManager[Any] = nullcontext()
         if logits.device.type == "cuda":
             on_device = torch.cuda.device(logits.device)
         with on_device:
-            call = Call(self, logits, rows, out)
+            call = Call(self, logits, rows, out, verified)
             with call.memory.lock:
                 call.run()
-        return None if logits.device.type == "cuda" else int((out.status != 0).sum())
 
     def layout(self, table: Table) -> Layout:
         """Enough programs per row to fill the device, no more than can run at once where a row has several."""
@@ -121,8 +132,11 @@ def _why_not_kernels() -> str | None:
 class Call:
     """One call's launches, all on the current stream."""
 
-    def __init__(self, engine: TritonEngine, logits: Tensor, rows: Rows, out: Outputs) -> None:
+    def __init__(
+        self, engine: TritonEngine, logits: Tensor, rows: Rows, out: Outputs, verified: Verified | None
+    ) -> None:
         self.engine, self.logits, self.rows, self.out = engine, logits, rows, out
+        self.verified = verified
         self.batch, self.vocab = logits.shape
         self.probs = out.input == "probs"
         self.memory = engine.memory(logits, rows)
@@ -225,6 +239,8 @@ class Call:
         if split and not self.engine.one_launch:
             phases = [(phase, phase + 1) for phase in range(layout.last)]
         seeds, offsets = self.rows.seeds, self.rows.offsets
+        verified = self.verified if tokens is not None else None
+        drafts = (words, words, words, words, 1) if verified is None else (*verified, *self.arrivals(verified[0]))
         for first, last in phases:
             kernels("sample").sample[(self.batch, layout.parts)](
                 table.x,
@@ -246,6 +262,8 @@ class Call:
                 layout.chunks,
                 first,
                 last,
+                *drafts,
+                VERIFIES=verified is not None,
                 HAS_COUNTS=table.counts is not None,
                 PROBS=self.probs,
                 ROUNDS=layout.rounds,
@@ -256,6 +274,10 @@ class Call:
                 **options,
             )
         return State(words.view(self.batch, layout.record), layout)
+
+    def arrivals(self, ids: Tensor) -> tuple[Tensor, int]:
+        """How many rows of each request have drawn, and how many there are of one."""
+        return self.memory(ARRIVALS, len(ids), torch.int32), ids.shape[1] + 1
 
     def write(self, what: str, table: Table, state: State, target: Tensor) -> None:
         module = kernels("outputs")

@@ -68,7 +68,7 @@ class State:
     layout: Layout
 
 
-SEMAPHORES = "semaphores"
+SEMAPHORES, ARRIVALS = "semaphores", "arrivals"
 
 
 class Memory:
@@ -83,8 +83,8 @@ class Memory:
         """`numel` elements, as the last call left them."""
         found = self._buffers.get(name)
         if found is None or found.numel() < numel:
-            # Semaphores must start at 0; everything else is written before it is read.
-            new = torch.zeros if name == SEMAPHORES else torch.empty
+            # Counters must start at 0, and are left so; everything else is written before it is read.
+            new = torch.zeros if name in (SEMAPHORES, ARRIVALS) else torch.empty
             found = self._buffers[name] = new(numel, dtype=dtype, device=self._device)
         return found[:numel]
 

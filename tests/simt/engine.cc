@@ -67,8 +67,9 @@ const char* const* simt_record(int index) {
 
 // Returns null or what went wrong. `chosen` gets policy, parts, threads, teams and shared memory.
 const char* simt_run(const RowArguments* rows, const CallArguments* call,
-                     const PlanArguments* plan_arguments, int64_t* chosen) {
-  const Batch batch = batch_of(*rows, *call);
+                     const DraftArguments* drafts, const PlanArguments* plan_arguments,
+                     int64_t* chosen) {
+  const Batch batch = batch_of(*rows, *call, drafts);
   const PlanArguments& a = *plan_arguments;
   const Device device = {(int32_t)a.arch, (int32_t)a.multiprocessors, (int32_t)a.shared_block,
                          (int32_t)a.shared_sm, (int32_t)a.largest_cluster};
@@ -113,6 +114,9 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
     bool clean = board[i].total == 0;
     for (uint32_t bin : board[i].bins) clean &= bin == 0;
     if (!clean) failure = "a board is not zero after the launch";
+  }
+  for (int64_t i = 0; ws.arrivals && i < l.rows && !failure; ++i) {
+    if (ws.arrivals[i]) failure = "a request's arrivals are not zero after the launch";
   }
   return failure;
 }

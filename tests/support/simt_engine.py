@@ -118,13 +118,15 @@ class Simt:
         self.seed = 1
         self.chosen: Chosen | None = None
 
-    def run(self, rows: bytes, call: bytes, device: int, stream: int, *memory: Any) -> None:
+    def run(
+        self, rows: bytes, call: bytes, device: int, stream: int, workspace: Any, boards: Any, drafts: bytes | None
+    ) -> None:
         how = self.how
         skip = (None, 0) if how.skip is None else (how.skip[0].encode(), how.skip[1])
         self._library.simt_settings(ORDERS.index(how.order), ctypes.c_uint64(self.seed), *skip)
         plan = (*how.device, POLICIES[how.policy], how.parts, how.threads, how.teams)
         chosen = (ctypes.c_int64 * 9)()
-        failure = self._library.simt_run(rows, call, _array(plan), chosen)
+        failure = self._library.simt_run(rows, call, drafts, _array(plan), chosen)
         self.chosen = Chosen(*chosen)
         if failure is not None:
             raise RuntimeError(failure.decode())
@@ -150,8 +152,9 @@ def as_backend(module: Simt) -> Iterator[None]:
     """Within this context, backend "cuda" is the simulated one and serves CPU tensors."""
     ours = CudaEngine(module)
     theirs = engine("cuda")
-    before = {name: getattr(theirs, name) for name in ("why_not", "run")}
-    theirs.why_not, theirs.run = (lambda logits: None), ours.run  # type: ignore[method-assign]
+    before = {name: getattr(theirs, name) for name in ("why_not", "run", "verify")}
+    theirs.why_not = lambda logits: None  # type: ignore[method-assign]
+    theirs.run, theirs.verify = ours.run, ours.verify  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -35,6 +35,7 @@ POINTERS = {
     "logprobs": "fp32", "ranks": "i64", "listed": "i32", "found": "i64", "top_ids": "i64", "top_logprobs": "fp32",
     "breakers": "i64", "history": "i32", "drafted": "i64", "requests": "i64",
     "given": "i64", "weights": "i64", "masses": "i64",
+    "drafts": "i64", "accepted": "i32", "ends": "i32", "arrivals": "i32",
 }  # fmt: skip
 ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
 
@@ -54,6 +55,7 @@ class Kernel:
 def _sample(name: str, row_loads: int, dtype: str = "fp32", **more: Any) -> Kernel:
     vec = 4 if dtype == "fp32" else 8
     constants = {
+        "VERIFIES": False,
         "HAS_COUNTS": False,
         "PROBS": False,
         "ROUNDS": 8,
@@ -73,6 +75,7 @@ def _kernels() -> Iterator[Kernel]:
     yield _sample("sample f16", 14, "fp16", ROUNDS=5)
     yield _sample("sample f32 probs", 14, PROBS=True)
     yield _sample("sample bf16 probs", 14, "bf16", ROUNDS=4, PROBS=True)
+    yield _sample("sample f32 drafts", 14, VERIFIES=True)
     yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True, "PROBS": False} | block, 1)
     everything = dict.fromkeys(("HAS_BIAS", "HAS_PROMPT", "HAS_OUTPUT", "HAS_DRAFTS", "HAS_REQUESTS"), True)
     yield Kernel("edit", process.edit, everything | {"BLOCK": 256}, 0)
