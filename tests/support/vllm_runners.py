@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -26,6 +27,90 @@ def registered() -> Any:
     adapter.register()
     adapter.register()
     return adapter
+
+
+# Fields of vLLM's SamplingParams, prompt, output.
+Request = tuple[dict[str, Any], list[int], list[int]]
+
+
+class RunnerV1:
+    """vLLM's InputBatch and Sampler with these requests; and its RejectionSampler, where there are drafts."""
+
+    def __init__(
+        self, requests: list[Request], seeds: list[int], mode: str = "raw_logprobs", drafts: bool = False
+    ) -> None:
+        from vllm.config import DeviceConfig, VllmConfig
+        from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+        from vllm.v1.sample.rejection_sampler import RejectionSampler
+        from vllm.v1.sample.sampler import Sampler
+        from vllm.v1.worker.gpu_input_batch import InputBatch
+
+        device = torch.device("cpu")
+        config = VllmConfig(device_config=DeviceConfig(device="cpu"))
+        kinds = BUILTIN_LOGITS_PROCESSORS[:1] if drafts else BUILTIN_LOGITS_PROCESSORS  # as vLLM's build_logitsprocs
+        self.batch = InputBatch(
+            max_num_reqs=16,
+            max_model_len=64,
+            max_num_batched_tokens=64,
+            device=device,
+            vocab_size=VOCAB,
+            block_sizes=[16],
+            max_num_blocks_per_req=[4],
+            logitsprocs=LogitsProcessors([kind(config, device, False) for kind in kinds]),
+        )
+        self.sampler = Sampler(mode)
+        self.verifier = RejectionSampler(self.sampler)
+        self.states = [
+            self.add(row, request, seed) for row, (request, seed) in enumerate(zip(requests, seeds, strict=False))
+        ]
+
+    def add(self, row: int, request: Request, seed: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+        fields, prompt, output = request
+        generator = torch.Generator().manual_seed(seed) if fields.get("temperature", 1) else None
+        words = fields.get("bad_words")
+        params = SamplingParams(seed=seed, **{**fields, "bad_words": None})
+        params._bad_words_token_ids = words  # as token ids, which vLLM makes of strings
+        state = CachedRequestState(str(row), prompt, [], params, generator, ([0],), 0, list(output))
+        self.batch.add_request(state)
+        return state
+
+    def remove(self, *rows: int) -> None:
+        for row in rows:
+            self.batch.remove_request(str(row))
+        self.batch.condense()
+
+    def metadata(self, **changed: Any) -> Any:
+        self.batch.refresh_metadata()
+        return dataclasses.replace(self.batch.sampling_metadata, **changed)
+
+    def __call__(self, logits: torch.Tensor, **changed: Any) -> Any:
+        metadata = self.metadata(**changed)
+        rows = [int(name) for name in self.batch.req_ids]
+        return self.sampler(logits[rows].clone(), metadata), rows
+
+    def tokens(self, logits: torch.Tensor) -> dict[int, int]:
+        out, rows = self(logits)
+        return dict(zip(rows, out.sampled_token_ids[:, 0].tolist(), strict=True))
+
+    def verify(self, logits: torch.Tensor, drafts: list[list[int]], **changed: Any) -> Any:
+        """RejectionSampler's answer to drafts [B][K], whose rows of logits are one more for each request."""
+        for own, new in zip(self.batch.spec_token_ids, drafts, strict=False):
+            own[:] = new
+        return self.verifier(drafted(drafts), None, logits.clone(), self.metadata(**changed))
+
+
+def drafted(drafts: list[list[int]]) -> Any:
+    """SpecDecodeMetadata of drafts, as the runner makes it."""
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    found = SpecDecodeMetadata.make_dummy(drafts, torch.device("cpu"))
+    found.bonus_logits_indices = found.cu_num_sampled_tokens - 1
+    rows = torch.arange(int(found.cu_num_sampled_tokens[-1]))
+    found.target_logits_indices = rows[~torch.isin(rows, found.bonus_logits_indices)].int()
+    return found
 
 
 class CpuBuffer:

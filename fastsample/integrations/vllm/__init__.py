@@ -39,7 +39,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from fastsample.integrations.vllm import arrival, v1, v2
+from fastsample.integrations.vllm import arrival, drafts, v1, v1_drafts, v2
 from fastsample.integrations.vllm.common import STEP
 
 __all__ = ["register"]
@@ -48,7 +48,15 @@ ARRIVAL = "vllm.v1.engine.input_processor.InputProcessor"
 TOP_K_TOP_P = "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler"
 SAMPLER_V1 = "vllm.v1.sample.sampler.Sampler"
 BATCH_V1 = "vllm.v1.worker.gpu_input_batch.InputBatch"
+MIN_TOKENS_V1 = "vllm.v1.sample.logits_processor.builtin.MinTokensLogitsProcessor"
+VERIFIER_V1 = "vllm.v1.sample.rejection_sampler.RejectionSampler"
 SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler.Sampler"
+VERIFIER_V2 = "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler"
+ROWS_V2 = (
+    *("logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping", "idx_mapping_np"),
+    *("expanded_idx_mapping", "expanded_local_pos", "seq_lens_upper_bound_np", "verify_draft_sampled"),
+)
+PARAMS = "vllm.sampling_params.SamplingParams"
 
 
 def register() -> None:
@@ -62,7 +70,7 @@ def register() -> None:
         _swap(TOP_K_TOP_P, "__init__", v1.init, "forward_native", ("logits", "generators", "k", "p")),
         _swap(SAMPLER_V1, "sample", v1.sample, "sample", ("logits", "sampling_metadata")),
         _swap(SAMPLER_V1, "apply_penalties", v1.apply_penalties, "apply_penalties", ("logits", "sampling_metadata")),
-        _swap(BATCH_V1, "__init__", v1.init_batch, "add_request", ("request",)),
+        _swap(BATCH_V1, "__init__", v1_drafts.init_batch, "add_request", ("request",)),
         _swap(BATCH_V1, "add_request", v1.add_request, "add_request", ("request",)),
     ]
     known = ("processed_logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "top_k", "top_p")
@@ -71,7 +79,27 @@ def register() -> None:
         _swap(SAMPLER_V2, "__init__", v2.init, "add_request", ("req_idx", "sampling_params")),
         _swap(SAMPLER_V2, "add_request", v2.add_request, "add_request", ("req_idx", "sampling_params")),
     ]
+    rows = ("metadata", "draft_probs", "logits", "sampling_metadata")
+    verify_v1 = [
+        _swap(
+            MIN_TOKENS_V1,
+            "__init__",
+            v1_drafts.init_min_tokens,
+            "apply_with_spec_decode",
+            ("logits", "num_draft_tokens"),
+        ),
+        _swap(VERIFIER_V1, "__init__", drafts.init, "__init__", ("sampler", "spec_config")),
+        _swap(VERIFIER_V1, "forward", v1_drafts.forward, "forward", rows),
+    ]
+    verify_v2 = [
+        _swap(VERIFIER_V2, "__init__", drafts.init, "__init__", ("sampler", "spec_config")),
+        _swap(VERIFIER_V2, "_verify", v2.verify, "_verify", ROWS_V2),
+    ]
+    _swap(
+        PARAMS, "_validate_spec_decode", arrival.validate_spec_decode, "_validate_spec_decode", ("speculative_config",)
+    )
     arrival.SERVED.update(v1=arrives and all(of_v1), v2=arrives and all(of_v2))
+    arrival.VERIFIES.update(v1=all(of_v1 + verify_v1), v2=all(of_v2 + verify_v2))
 
 
 def _swap(where: str, name: str, ours: Callable[..., Any], called: str, known: tuple[str, ...]) -> bool:
