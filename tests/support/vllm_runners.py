@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,6 +153,57 @@ class RunnerV2:
         tokens, kept = self.sampler.sample(logits, where, where, where.numpy(), pos, none, none, pos.numpy() + 1)
         assert tokens.dtype == torch.int64
         return tokens.tolist(), kept
+
+    def verify(
+        self,
+        logits: torch.Tensor,
+        slots: list[int],
+        drafts: list[list[int]],
+        positions: list[int],
+        invalid: Sequence[int] = (),
+        draft_logits: torch.Tensor | None = None,
+        **config: Any,
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        """RejectionSampler's tokens for drafts [R][K] of requests whose last token is at these positions.
+
+        `invalid` are the rows whose draft a grammar forbids.
+        """
+        from types import SimpleNamespace
+
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+        counts = [len(own) + 1 for own in drafts]
+        bounds = np.cumsum([0, *counts])
+        of = np.repeat(np.arange(len(slots)), counts)
+        local = np.concatenate([np.arange(n) for n in counts])
+        inputs = [
+            token
+            for slot, at, own in zip(slots, positions, drafts, strict=True)
+            for token in [self.tokens[slot, at], *own]
+        ]
+        forbidden = torch.tensor(inputs, dtype=torch.int32)
+        forbidden[list(invalid)] = -1
+        config = {"num_speculative_tokens": 4, "enable_adaptive_verification": False, **config}
+        config = {"rejection_sample_method": "standard", "fly_entropy_threshold": 0, "fly_entropy_top_k": 0, **config}
+        verifier = RejectionSampler(self.sampler, SimpleNamespace(**config), torch.device("cpu"))
+        where = torch.tensor(slots, dtype=torch.int32)
+        kept, tokens, count = verifier._verify(
+            logits.clone(),
+            draft_logits,
+            torch.tensor(inputs, dtype=torch.int32),
+            torch.from_numpy(np.asarray(positions)[of] + local),
+            torch.from_numpy(bounds.astype(np.int32)),
+            where,
+            where.numpy(),
+            where[of],
+            torch.from_numpy(local.astype(np.int32)),
+            np.asarray(positions) + counts,
+            forbidden,
+        )
+        assert tokens.dtype == torch.int64
+        assert count.dtype == torch.int32
+        assert tokens.shape == (len(slots), 5)
+        return [line[:n] for line, n in zip(tokens.tolist(), count.tolist(), strict=True)], kept
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch) -> type[RunnerV2]:
