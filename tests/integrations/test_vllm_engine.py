@@ -52,8 +52,8 @@ if __name__ == "__main__":
 """
 
 
-def elsewhere(batches: list[list[dict[str, Any]]], engine: dict[str, Any], **environment: str) -> Script:
-    ask = {"engine": {"model": str(MODEL), **ENGINE, **engine}, "prompts": PROMPTS, "batches": batches}
+def elsewhere(batches: list[list[dict[str, Any]]], **environment: str) -> Script:
+    ask = {"engine": {"model": str(MODEL), **ENGINE}, "prompts": PROMPTS, "batches": batches}
     return Script(SCRIPT, ask, **ENVIRONMENT, **environment)
 
 
@@ -61,8 +61,8 @@ def elsewhere(batches: list[list[dict[str, Any]]], engine: dict[str, Any], **env
 def processes() -> dict[str, Script]:
     """Engines in processes of their own, started together."""
     return {
-        "off": elsewhere([[GREEDY] * len(PROMPTS)], {}, FASTSAMPLE_VLLM="0", **IN_PROCESS),
-        "served": elsewhere([SEEDED], {}, VLLM_ENABLE_V1_MULTIPROCESSING="1"),
+        "off": elsewhere([[GREEDY] * len(PROMPTS)], FASTSAMPLE_VLLM="0", **IN_PROCESS),
+        "served": elsewhere([SEEDED], VLLM_ENABLE_V1_MULTIPROCESSING="1"),
     }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,10 @@ def registered() -> Any:
     current_platform.register_triton_kernel_overrides()  # of the rejection sampler; a worker does both, too
     if not current_platform.is_cpu():  # a CUDA build where there is no GPU
         torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign, assignment]
-        from vllm.v1.worker import gpu_input_batch
-
-        gpu_input_batch.PIN_MEMORY = False
+        import_module("vllm.v1.worker.gpu_input_batch")
+        for name, module in list(sys.modules.items()):  # those who import it later have it from one of these
+            if name.startswith("vllm.") and hasattr(module, "PIN_MEMORY"):
+                module.PIN_MEMORY = False
     from fastsample.integrations import vllm as adapter
 
     adapter.register()

@@ -22,9 +22,11 @@ from fastsample.verification import leading
 OURS = "standard"  # the only rejection_sample_method that leaves the distribution to the target
 
 
-def init(theirs: Callable[..., None], self: Any, sampler: Any, spec_config: Any = None, *args: Any, **kw: Any) -> None:
+def init(
+    theirs: Callable[..., None], self: Any, sampler: Any, spec_config: Any = None, *args: Any, **kwargs: Any
+) -> None:
     """RejectionSampler.__init__ of either runner, which does not keep the configuration."""
-    theirs(self, sampler, spec_config, *args, **kw)
+    theirs(self, sampler, spec_config, *args, **kwargs)
     self._fastsample = why_not(spec_config)
 
 

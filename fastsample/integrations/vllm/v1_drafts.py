@@ -27,6 +27,8 @@ from fastsample.integrations.vllm.common import left
 from fastsample.integrations.vllm.drafts import Spread, accept, is_left
 from fastsample.integrations.vllm.v1 import Asking, Places, asking_of, count_accepted, seeds_of
 
+KNOWN = (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor, Asking)
+
 
 def forward(
     theirs: Callable[..., Any],
@@ -44,8 +46,7 @@ def forward(
         logits: [number of drafts + B, V] of any dtype; may be changed.
         sampling_metadata: SamplingMetadata of the B requests.
     """
-    stranger = _stranger(sampling_metadata)
-    if is_left(self, draft_probs, stranger) or (left(logits) and not _needs_us(sampling_metadata)):
+    if is_left(self, draft_probs, _stranger(sampling_metadata)) or (left(logits) and not _needs_us(sampling_metadata)):
         return theirs(self, metadata, draft_probs, logits, sampling_metadata)
     rows = _Rows([count + 1 for count in metadata.num_draft_tokens], logits.device)
     of_requests = seeds_of(len(rows.counts), sampling_metadata.generators)
@@ -53,7 +54,7 @@ def forward(
     places = seeds[rows.of], offsets[rows.of] + rows.position
     sampled = self.sampler(logits, _by_row(sampling_metadata, rows, metadata, places))
 
-    # The draft that a row follows is that of the row before it, whose logits it was verified by in vLLM's terms.
+    # vLLM lists a draft with the row that it is compared to; here it goes to the next row, which follows it.
     drafts = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
     drafts[metadata.target_logits_indices.long() + 1] = metadata.draft_token_ids
     bounds = torch.nn.functional.pad(metadata.cu_num_sampled_tokens, (1, 0))
@@ -71,12 +72,11 @@ class _Rows:
 
     def __init__(self, counts: list[int], device: torch.device) -> None:
         self.counts = counts
-        requests = np.arange(len(counts))
         self.ends = np.cumsum(counts)
-        self.request = np.repeat(requests, counts)
-        places = np.arange(len(self.request)) - np.repeat(self.ends - counts, counts)
-        both = torch.from_numpy(np.stack([self.request, places])).to(device, non_blocking=True)
-        self.of, self.position = both  # int64 [N] each: a row's request, and the drafts before the row
+        of = np.repeat(np.arange(len(counts)), counts)
+        position = np.arange(len(of)) - np.repeat(self.ends - counts, counts)
+        both = torch.from_numpy(np.stack([of, position])).to(device, non_blocking=True)
+        self.of, self.position = both  # int64 [N] each: a row's request, and the number of drafts before the row
 
     def of_request(self, request: int) -> range:
         end = int(self.ends[request])
@@ -234,9 +234,6 @@ def init_batch(theirs: Callable[..., None], self: Any, *args: Any, **kwargs: Any
     given, named = made
     processors.non_argmax_invariant.append(LogitBiasLogitsProcessor(*given, **named))
     processors.argmax_invariant.insert(0, MinPLogitsProcessor(*given, **named))
-
-
-KNOWN = (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor, Asking)
 
 
 def _stranger(metadata: Any) -> str | None:
