@@ -273,6 +273,51 @@ def test_a_generator_on_a_gpu_may_be_ahead_of_its_count(plug: Any) -> None:
     assert plug.v1.seeds_of(3, {1: one, 2: two})[1].tolist() == [0, 7, 2]
 
 
+def test_v1_nothing_waits_for_the_device(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on "meta" have no values: whatever asks for one raises."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(plug.v1.STEP, "why_not", lambda logits: None)
+    monkeypatch.setattr(plug.v1.STEP, "draw", lambda logits, *_, **__: logits.new_empty(len(logits), dtype=torch.int64))
+    fields = {"top_k": 5, "top_p": 0.9, "allowed_token_ids": [1, 2], "logit_bias": {3: 1.0}, "min_p": 0.1}
+    runner = RunnerV1([(fields, [1], []), ({}, [2], [3])], [1, 2], drafts=True)
+    drafts = [[4, 5], [6]]
+    columns = {
+        name: value.to(meta) for name, value in vars(runner.metadata()).items() if isinstance(value, torch.Tensor)
+    }
+    for processor in runner.batch.logitsprocs.all:
+        for name, value in vars(processor).items():
+            if isinstance(value, torch.Tensor) and name != "min_p_cpu_tensor":
+                setattr(processor, name, value.to(meta))
+    for own, new in zip(runner.batch.spec_token_ids, drafts, strict=False):
+        own[:] = new
+    spec = drafted(drafts)
+    for name, value in vars(spec).items():
+        if isinstance(value, torch.Tensor):
+            setattr(spec, name, value.to(meta))
+    for _ in range(3):  # the offsets of the second step hang on what came out in the first
+        found = runner.verifier(spec, None, torch.empty(5, VOCAB, device=meta), runner.metadata(**columns))
+        assert found.sampled_token_ids.shape == (2, 3)
+    assert plug.v1._accepted[runner.states[0].generator].device == meta
+
+
+def test_a_part_of_a_sampler_that_we_do_not_know_keeps_drafts_with_vllm(
+    plug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What verifies them goes through that part."""
+    for broken, runner, others in ((plug.SAMPLER_V1, "v1", "v2"), (plug.SAMPLER_V2, "v2", "v1")):
+        asked: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(plug, "_swap", lambda where, *_: asked.append(where) or where != broken)  # noqa: B023
+            for table in (plug.arrival.SERVED, plug.arrival.VERIFIES):
+                for name in ("v1", "v2"):
+                    patch.setitem(table, name, None)
+            plug.register()
+            assert (plug.arrival.VERIFIES[runner], plug.arrival.VERIFIES[others]) == (False, True)
+        verifiers = {"v1": plug.VERIFIER_V1, "v2": plug.VERIFIER_V2}
+        assert verifiers[runner] not in asked
+        assert verifiers[others] in asked
+
+
 def test_v1_a_thinking_budget_is_forced_as_in_vllms_own_verification(
     plug: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
