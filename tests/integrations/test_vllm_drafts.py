@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -216,12 +216,15 @@ def test_v1_logprobs_are_those_of_plain_rows(plug: Any, mode: str) -> None:
         at += len(own) + 1
 
 
-def verdict(plug: Any, draft_probs: torch.Tensor | None = None, **config: Any) -> tuple[bool, Any]:
+def verdict(
+    plug: Any, draft_probs: torch.Tensor | None = None, processors: Sequence[Any] = (), **config: Any
+) -> tuple[bool, Any]:
     """Whether vLLM's own forward was called, and the answer of it or of ours."""
     from vllm.v1.sample.rejection_sampler import RejectionSampler
     from vllm.v1.sample.sampler import Sampler
 
     runner = RunnerV1([({}, [1], [])], [1], drafts=True)
+    runner.batch.logitsprocs.argmax_invariant += processors
     verifier = RejectionSampler(Sampler())
     verifier._fastsample = plug.drafts.why_not(SimpleNamespace(**config))
     logits, called = MAKERS["lm"](2, VOCAB, torch.Generator().manual_seed(0)), []
@@ -241,6 +244,7 @@ def test_v1_serves_drafts_without_probabilities(plug: Any, said: list[str]) -> N
     ("given", "why"),
     [
         ({"draft_probs": torch.ones(1, VOCAB)}, "the drafts come with probabilities"),
+        ({"processors": [SimpleNamespace(update_state=print)]}, "the logits processor SimpleNamespace"),
         ({"rejection_sample_method": "synthetic"}, "rejection_sample_method is 'synthetic'"),
         ({"rejection_sample_method": "fly"}, "rejection_sample_method is 'fly'"),
         ({"draft_sample_method": "probabilistic"}, "drawn at random"),
