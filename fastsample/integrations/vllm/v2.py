@@ -1,4 +1,4 @@
-"""Model runner V2: `Sampler._sample_random`, and the requests in its slots."""
+"""Model runner V2: `Sampler._sample_random`, `RejectionSampler._verify`, and the requests in their slots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from fastsample.integrations.asked import Asked, Row
 from fastsample.integrations.vllm.arrival import for_runner, row_of
 from fastsample.integrations.vllm.common import PROCESSED, STEP, left
+from fastsample.integrations.vllm.drafts import Spread, accept, is_left
 from fastsample.params import specs
 
 _TEMPERATURE = [name for name, _ in specs()].index("temperature")
@@ -31,8 +32,19 @@ class _Asking:
         if row is not None:
             self._rows[slot] = row
 
+    def of_rows(self, slots: np.ndarray[Any, Any], slot_of: torch.Tensor) -> Asked | None:
+        """What the rows ask for, given the slots of the requests and the slot of each row, int [N]."""
+        asked = self.asked(slots)
+        if asked is None or len(slot_of) == len(slots):  # a row for each request
+            return asked
+        device = slot_of.device
+        place = torch.empty(len(self._tokens.gpu), dtype=torch.int64, device=device)
+        where = torch.from_numpy(slots).to(device, non_blocking=True).long()
+        place[where] = torch.arange(len(slots), device=device)
+        return Spread(asked, len(slots), place[slot_of])
+
     def asked(self, slots: np.ndarray[Any, Any]) -> Asked | None:
-        """What the requests in these slots ask for; requests have one row each, since nobody drafts for them."""
+        """What the requests in these slots ask for."""
         if not self._rows:
             return None
         key = slots.tobytes()
@@ -50,14 +62,18 @@ class _Asking:
         pass
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
-        """The edits; the histories are on the device already."""
-        asked = self.asked(ctx.idx_mapping_np)
-        if asked is not None and asked.edited:
-            where = asked.edits(logits.device).where
-            length = int(ctx.seq_lens_upper_bound_np[asked.edited].max())
-            ids = self._tokens.gpu[ctx.idx_mapping[where], :length].long()
-            behind = torch.arange(length, device=logits.device) > ctx.pos[where, None]
-            STEP.edit(logits, asked, ids.masked_fill_(behind, -1))
+        """The edits; the histories are on the device already, and the drafts before a row in the rows before it."""
+        asked = self.of_rows(ctx.idx_mapping_np, ctx.expanded_idx_mapping)
+        if asked is None or not asked.edited:
+            return logits
+        where = asked.edits(logits.device).where
+        length = int(ctx.seq_lens_upper_bound_np[asked.edited].max())
+        ids = self._tokens.gpu[ctx.expanded_idx_mapping[where], :length].long()
+        back = ctx.pos[where, None] - torch.arange(length, device=logits.device)
+        if isinstance(asked, Spread):
+            drafts = ctx.input_ids[(where[:, None] - back).clamp(0, len(logits) - 1)].long()
+            ids = torch.where(back < ctx.expanded_local_pos[where, None], drafts, ids)
+        STEP.edit(logits, asked, ids.masked_fill_(back < 0, -1))
         return logits
 
 
@@ -98,7 +114,9 @@ def sample_random(
         top_p: float32 [B], 1 is off; None: off for all.
     """
     asking = getattr(self, "_fastsample", None)
-    records = None if asking is None else STEP.records(asking.asked(idx_mapping_np), processed_logits)
+    records = (
+        None if asking is None else STEP.records(asking.of_rows(idx_mapping_np, expanded_idx_mapping), processed_logits)
+    )
     if left(processed_logits) and records is None:
         answer: tuple[torch.Tensor, torch.Tensor] = theirs(
             self, processed_logits, expanded_idx_mapping, idx_mapping_np, pos, top_k, top_p, *args, **kwargs
@@ -116,3 +134,36 @@ def sample_random(
     if wants_kept and (top_k is not None or top_p is not None or records is not None):
         processed_logits = STEP.keep(processed_logits, records, **columns)
     return tokens, processed_logits
+
+
+def verify(
+    theirs: Callable[..., Any],
+    self: Any,
+    logits: torch.Tensor,
+    draft_logits: torch.Tensor | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RejectionSampler._verify: the processed logits, int64 tokens [R, K + 1] and int32 numbers of them [R].
+
+    Every row goes through vLLM's Sampler, as a row without drafts does.
+
+    Args:
+        logits: [N, V] of any dtype.
+        draft_logits: [slots, K, V], or None.
+        rest: the token that each row follows and its position, [N]; where the rows of each request begin, and N,
+            int32 [R + 1]; the slot of each request, [R], on the device and on the host; the slot of each row and its
+            number in its request, [N]; on the host, no less than the length of each request, [R]; and the tokens that
+            rows follow once more, with -1 where a grammar forbids a draft.
+    """
+    inputs, pos, bounds, idx_mapping, idx_mapping_np, slot_of, local_pos, lengths, drafts = rest
+    asking = getattr(self.sampler, "_fastsample", None)
+    asked = None if asking is None else asking.asked(idx_mapping_np)
+    watermark = None if self.watermark_key is None else "with watermarks"
+    if is_left(self, draft_logits, watermark) or (left(logits) and (asked is None or not asked.filtered)):
+        answer: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = theirs(self, logits, draft_logits, *rest)
+        return answer
+    tokens, processed_logits = self.sampler.sample(
+        logits, slot_of, idx_mapping, idx_mapping_np, pos, inputs, local_pos, lengths
+    )
+    _, drawn, accepted = accept(tokens, drafts, bounds, self.num_speculative_steps)
+    return processed_logits, drawn, (accepted + 1).to(torch.int32)
