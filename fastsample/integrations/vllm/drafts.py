@@ -17,7 +17,7 @@ from fastsample.checks import CPU
 from fastsample.integrations.asked import Asked, Edits
 from fastsample.integrations.vllm.common import STEP
 from fastsample.params import SamplingParams
-from fastsample.verification import leading
+from fastsample.verified import leading
 
 OURS = "standard"  # the only rejection_sample_method that leaves the distribution to the target
 
