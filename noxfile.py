@@ -174,7 +174,7 @@ def sanitize(session: nox.Session) -> None:
     names += [] if quick else ["errors"]  # hardly any of which reach native code
     # Left out: processes, since nothing joins torch's own threads at exit; V1048576 and the laws, which take longer
     # than all the rest; the soak, which measures memory, since ASan keeps what was freed; engines for GPUs.
-    chosen = SANITIZED + (" and not avx2 and not baseline and (not parity or lm- and f32)" if quick else "")
+    chosen = SANITIZED + (" and not avx2 and not baseline and (not parity or lm- and (f32 or bf16))" if quick else "")
     session.chdir(built)  # from the root, the source tree would be imported
     # CPython itself leaks at exit. The stress program above looks for leaks of ours.
     session.run(
