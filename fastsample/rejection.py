@@ -9,6 +9,7 @@ there are requests at a time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,12 +24,12 @@ from fastsample.inputs.probs import for_probs
 from fastsample.inputs.records import pack
 from fastsample.outputs import WRONG, InputKind, empty
 from fastsample.params import SamplingParams, specs
-from fastsample.reference.draw import draw_from, multiply_high60, uniform60
+from fastsample.reference.draw import draw_at, draw_from, multiply_high60, uniform60
 
 Tensor = torch.Tensor
 
 ACCEPTANCE, RESIDUAL = 3, 4  # purposes of random bits
-AT_ONCE = 2**22  # tokens whose masses are in memory together, or one row
+AT_ONCE = {True: 2**18, False: 2**22}  # tokens whose masses are in memory together, or one row: on a CPU, elsewhere
 NEARLY_ONE = 1 + 2.0**-40  # more than rounding can lift a coin's threshold
 
 
@@ -73,16 +74,42 @@ class Law(NamedTuple):
     masses: Tensor | None = None  # int64 [N, V]
 
 
+class _Scratch(threading.local):
+    """Memory that a thread keeps on the CPU: fresh pages would take longer than what is done to them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of any contents, until the next of that name."""
+        if device != CPU:
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = shape[0] * shape[1]
+        found = self._kept.get(name)
+        if found is None or found.numel() < size:
+            with torch.inference_mode(False):
+                found = self._kept[name] = torch.empty(size, dtype=dtype, device=device)
+        return found[:size].view(shape)
+
+
+_scratch = _Scratch()
+
+
 def weigh(
-    engine: Engine, table: Tensor, rows: Rows, given: Tensor | None, kind: InputKind = "logits", masses: bool = False
+    engine: Engine,
+    table: Tensor,
+    rows: Rows,
+    given: Tensor | None,
+    kind: InputKind = "logits",
+    masses: Tensor | None = None,
 ) -> Law:
-    """The law of each row, and the mass of a token in it."""
+    """The law of each row, and the mass of a token in it; every token's mass goes to `masses`, int64 [N, V]."""
     count, device = len(table), table.device
     law = Law(
         empty((count,), torch.int64, device),
         empty((count,), torch.int32, device),
         empty((count, 2), torch.int64, device),
-        empty((count, table.shape[1]), torch.int64, device) if masses else None,
+        masses,
     )
     out = Outputs(law.status, law.tokens, weights=law.weights, masses=law.masses, given=given, input=kind)
     engine.run(table, rows, out)
@@ -197,35 +224,34 @@ class Rejection:
             own = row[some]
             at = accepted[some].clamp(max=self.ids.shape[1] - 1)
             left, whole = self._left(some, at, r[some])
-            left = torch.where((left > 0).any(1, keepdim=True), left, whole)
-            u = uniform60(self.rows.seeds[own], self.rows.offsets[own], accepted[some], RESIDUAL)
-            drawn = draw_from(left, u[:, None])[:, 0]
-            tokens[some] = torch.where(rejected[some], drawn, tokens[some])
+            running = torch.cumsum(left, 1, out=_scratch("running", tuple(left.shape), torch.int64, left.device))
+            u = uniform60(self.rows.seeds[own], self.rows.offsets[own], accepted[some], RESIDUAL)[:, None]
+            drawn = torch.where(running[:, -1:] > 0, draw_at(running, u), -1)
+            if drawn.device != CPU or bool((drawn < 0).any()):
+                drawn = torch.where(drawn < 0, draw_from(whole, u), drawn)
+            tokens[some] = torch.where(rejected[some], drawn[:, 0], tokens[some])
         return tokens
 
     def _left(self, some: Tensor, at: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """max(0, trunc(r w_p) - D) and w_p in row `at` of some requests, int64 [n, V]."""
+        """max(0, trunc(r w_p) - D) and w_p in row `at` of some requests, int64 [n, V], until the next call."""
         own, theirs = self.index[some, at], self.proposal.row[some, at]
-        target = weigh(self.engine, self.table[own], take(self.rows, own), None, masses=True).masses
-        rows, kind = take(self.proposed, theirs), self.proposal.kind
-        draft = weigh(self.engine, self.proposal.table[theirs], rows, None, kind, masses=True).masses
-        assert target is not None
-        assert draft is not None
-        factor = torch.where(self.known[some, at], self.factor[some, at], 0)[:, None]
-        scaled = target if is_one(r) else (r[:, None] * target.double()).to(torch.int64)
-        return (scaled - (draft.double() * factor).to(torch.int64)).clamp_(min=0), target
+        shape = len(some), self.table.shape[1]
+        p, q, left = (_scratch(name, shape, torch.int64, some.device) for name in ("p", "q", "left"))
+        exact = _scratch("exact", shape, torch.float64, some.device)
+        weigh(self.engine, self.table[own], take(self.rows, own), None, masses=p)
+        kind = self.proposal.kind
+        weigh(self.engine, self.proposal.table[theirs], take(self.proposed, theirs), None, kind, masses=q)
+        factor = torch.where(self.known[some, at], self.factor[some, at], 0)
+        q.copy_(exact.copy_(q).mul_(factor[:, None]))  # D: truncated as it is copied
+        left.copy_(exact.copy_(p).mul_(r[:, None]))
+        return left.sub_(q).clamp_(min=0), p
 
     def _in_parts(self, wanted: Tensor) -> Iterator[Tensor]:
         """The requests that are wanted, some at a time; on a GPU all of them, since to know which is to wait."""
         every = torch.arange(len(wanted), device=wanted.device)
         found = every[wanted] if wanted.device == CPU else every
-        size = max(1, AT_ONCE // self.table.shape[1])
+        size = max(1, AT_ONCE[wanted.device == CPU] // self.table.shape[1])
         return (found[i : i + size] for i in range(0, len(found), size))
-
-
-def is_one(r: Tensor) -> bool:
-    """Whether every ratio is known to be 1; on a GPU, to know it is to wait."""
-    return r.device == CPU and bool((r == 1).all())
 
 
 def _with_filters(records: Tensor, own: Tensor) -> Tensor:

@@ -13,9 +13,13 @@ PLAIN_DRAW, XTC_COIN = 0, 1  # purposes of random bits
 
 def draw_from(w: Tensor, u: Tensor) -> Tensor:
     """The first id whose running mass, in id order, exceeds floor(u * Z / 2^60)."""
-    running = w.cumsum(-1)
+    return draw_at(w.cumsum(-1), u)
+
+
+def draw_at(running: Tensor, u: Tensor) -> Tensor:
+    """The same, given the running masses."""
     threshold = multiply_high60(u, running[:, -1:])
-    return torch.searchsorted(running, threshold.contiguous(), right=True).clamp(max=w.shape[1] - 1)
+    return torch.searchsorted(running, threshold.contiguous(), right=True).clamp(max=running.shape[1] - 1)
 
 
 def uniform60(seed: Tensor, offset: Tensor, index: Tensor, purpose: int = PLAIN_DRAW) -> Tensor:
