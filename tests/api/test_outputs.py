@@ -25,7 +25,7 @@ def test_names() -> None:
     """A field of an output is a field of the engines' view of it."""
     assert {field.name for field in FIELDS} <= {field.name for field in dataclasses.fields(Outputs)}
     assert tuple(field.name for field in SAMPLED) == tuple(field.name for field in dataclasses.fields(fs.SampleOutput))
-    assert set(FIELD) == {field.name for field in SAMPLED} | {"filtered", "probabilities"}
+    assert set(FIELD) == {field.name for field in SAMPLED} | {"filtered", "probabilities", "weights", "masses"}
 
 
 def invalid(field: Field, values: torch.Tensor) -> bool:

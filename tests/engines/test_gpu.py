@@ -197,7 +197,7 @@ def test_compute_sanitizer(tool: str) -> None:
         "--error-exitcode",
         "9",
         "--kernel-name",
-        "regex:sample_kernel|outputs_kernel",
+        "regex:sample_kernel|law_kernel|outputs_kernel",
     ]
     done = subprocess.run(
         [*command, sys.executable, "-c", SANITIZED], capture_output=True, text=True, cwd=Path(__file__).parent

@@ -19,13 +19,13 @@ from triton_gates import BIN, instructions
 CSRC = Path(__file__).parents[2] / "csrc"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_6BFloatE": "bfloat16"}
-KERNELS = ("sample cluster", "sample block", "sample grid", "outputs")
+KERNELS = ("sample cluster", "sample block", "sample grid", "law", "outputs")
 THREADS, BLOCKS_PER_SM, REGISTERS = (
     int(re.search(rf"{name} =\s+(\d+);", (CSRC / "cuda/tuning.h").read_text())[1])  # type: ignore[index]
     for name in ("kThreads", "kBlocksPerSM", "kRegisters")
 )
 ROW_FLOAT64 = 200  # instructions for the thresholds of a row (stage 6b); one for each logit unrolled would be more
-NAME = re.compile(r"_ZN10fastsample\d+(sample|outputs)_kernelI(f|NS_4HalfE|NS_6BFloatE)(?:L\w*?E(\d)E)?E")
+NAME = re.compile(r"_ZN10fastsample\d+(sample|law|outputs)_kernelI(f|NS_4HalfE|NS_6BFloatE)(?:L\w*?E(\d)E)?E")
 
 
 def extension() -> Path | None:
@@ -102,7 +102,7 @@ def kernels_of(cubin: Path, target: str) -> Iterator[tuple[Kernel, Measures]]:
     for symbol, registers, stack, local in used:
         found = NAME.match(symbol)
         assert found is not None, symbol
-        name = "outputs" if found[1] == "outputs" else KERNELS[int(found[3] or 0)]
+        name = KERNELS[int(found[3] or 0)] if found[1] == "sample" else found[1]
         kernel = Kernel(name, DTYPES[found[2]], target)
         yield kernel, measure(code[symbol], int(registers), int(stack) + int(local))
 
