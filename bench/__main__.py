@@ -184,12 +184,13 @@ def speculate(
     batch: Annotated[Numbers, typer.Option(help="Requests. [default: 1, 8 and 32]")] = None,
     drafts: Annotated[int, typer.Option(min=1, help="Drafts of each request.")] = 4,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    seconds: Annotated[float, typer.Option(help="Time for each pair; five turns at least.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Time for each row of contenders; five turns at least.")] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
 ) -> None:
-    """Verification of drafts, against sampling the same rows and against transformers."""
+    """Verification of drafts: ours, transformers', FlashInfer's formula, vLLM's and SGLang's."""
     from bench.speculate import run
 
-    run(vocab, batch or [1, 8, 32], drafts, threads, seconds)
+    raise typer.Exit(run(vocab, batch or [1, 8, 32], drafts, threads, seconds, out))
 
 
 @app.command()
