@@ -78,7 +78,7 @@ def table(records: list[Record], sizes: list[int], drawn: bool, title: str) -> T
                 key = {"rows": rows, "mode": mode, "verifier": verifier.name}
                 record: dict[str, Any] = next((r for r in records if key.items() <= r.items()), {})
                 if "us" not in record:
-                    cells.append("REFUSED" if "refused" in record else "-")
+                    cells.append("REFUSED" if "refused" in record else "not here" if "missing" in record else "-")
                     continue
                 us = three_digits(record["us"]["median"])
                 if verifier.name.startswith("fastsample"):
@@ -86,8 +86,7 @@ def table(records: list[Record], sizes: list[int], drawn: bool, title: str) -> T
                     cells.append(duration(us))
                 else:
                     cells.append(f"{duration(us)} ({factor(us / own[mode])})")
-            if any(cell != "-" for cell in cells):
-                made.add_row(verifier.name, str(rows), *cells)
+            made.add_row(verifier.name, str(rows), *cells)
         made.add_section()
     return made
 

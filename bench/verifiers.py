@@ -138,14 +138,13 @@ def chain_speculative_sampling(draft: Tensor, ids: Tensor, target: Tensor) -> Te
 
 def vllm(work: Work) -> Step:
     """Its RejectionSampler with its sampler for the token after the drafts; the draft's rows by its filters too."""
-    from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler as rs
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    current_platform.import_kernels()
+    vllm_kernels()
     requests, fields, none = len(work.ids), work.fields, torch.empty(0)
     greedy = fields["temperature"] == 0
     per_request = {name: torch.full((requests,), value) for name, value in fields.items()}
@@ -182,6 +181,25 @@ def vllm(work: Work) -> Step:
         return verifier(metadata, draft, work.logits.flatten(0, 1), sampling).sampled_token_ids.long()
 
     return step
+
+
+@cache
+def vllm_kernels() -> None:
+    """Its C++ in the place of its Triton kernels, as its worker puts it there; but for one.
+
+    The C++ that gives each row its request's temperature writes to a copy (0.32), so the rows get what was in memory.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler as rs
+
+    current_platform.import_kernels()
+    current_platform.register_triton_kernel_overrides()
+
+    def expanded(x: Tensor, ends: Tensor, rows: int, replace_from: int = 0, replace_to: int = 0) -> Tensor:
+        per_request = torch.diff(ends, prepend=ends.new_zeros(1))
+        return torch.where(x == replace_from, replace_to, x).repeat_interleave(per_request, output_size=rows)
+
+    rs.expand_batch_to_tokens = expanded
 
 
 def sglang(work: Work) -> Step:
