@@ -34,6 +34,7 @@ class Work:
     def __init__(self, requests: int, drafts: int, vocab: int, mode: Mode, drawn: bool, seed: int = 0) -> None:
         self.logits = make_logits("lm", requests * (drafts + 1), vocab, torch.float32).view(requests, drafts + 1, vocab)
         self.fields, self.drafts = mode.fields, drafts
+        self.greedy = mode.fields["temperature"] == 0
         self.seed = torch.arange(requests) + seed * requests
         own = {"seed": self.seed[:, None].expand(-1, drafts + 1)}
         self.rows = {**own, "offset": torch.arange(drafts + 1).expand(requests, -1)}
@@ -69,23 +70,31 @@ def plain(work: Work) -> Step:
 
 
 def transformers(work: Work) -> Step:
-    """Its warpers and its rejection sampling, one request at a time, which is all it takes."""
+    """Its warpers and what its loop does after them, one request at a time, which is all it takes.
+
+    With logits of the drafts that is its rejection sampling. Without, it draws each row and compares, as we do.
+    """
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
     from transformers.generation.utils import _speculative_sampling
 
     makers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
-    warpers = LogitsProcessorList([make(work.fields[name]) for name, make in makers.items() if name in work.fields])
-    one_hot = torch.full((1, work.drafts, work.logits.shape[2]), -torch.inf)
+    fields = {} if work.greedy else work.fields
+    warpers = LogitsProcessorList([make(fields[name]) for name, make in makers.items() if name in fields])
+
+    def compared(ids: Tensor, rows: Tensor) -> Tensor:
+        drawn = rows.argmax(-1) if work.greedy else rows.softmax(-1).multinomial(1)[:, 0]
+        return drawn[: int((ids[0] == drawn[:-1]).long().cumprod(0).sum()) + 1]
 
     def step() -> Tensor:
         tokens = torch.full((len(work.ids), work.drafts + 1), -1)
         for b, ids in enumerate(work.ids[:, None]):
+            rows = warpers(ids, work.logits[b].clone())
             if work.draft_logits is None:
-                drafted = one_hot.scatter(2, ids[..., None], 0.0)
+                found = compared(ids, rows)
             else:
-                drafted = warpers(ids, work.draft_logits[b].clone())[None]
-            found, _ = _speculative_sampling(ids, drafted, work.drafts, warpers(ids, work.logits[b].clone())[None])
-            tokens[b, : found.shape[1]] = found
+                drafted = warpers(ids, work.draft_logits[b].clone())
+                found = _speculative_sampling(ids, drafted[None], work.drafts, rows[None])[0][0]
+            tokens[b, : len(found)] = found
         return tokens
 
     return step
@@ -93,15 +102,12 @@ def transformers(work: Work) -> Step:
 
 def flashinfer_in_torch(work: Work) -> Step:
     """What FlashInfer's `chain_speculative_sampling` computes on a GPU, for probabilities as its references filter."""
-    drafted = None if work.draft_logits is None else work.draft_logits.flatten(0, 1)
-    shape = work.logits.shape
+    given = work.draft_logits
+    assert given is not None
 
     def step() -> Tensor:
-        target = renormalised(work.logits.flatten(0, 1), **work.fields).view(shape)
-        if drafted is None:
-            draft = torch.nn.functional.one_hot(work.ids, shape[2]).float()
-        else:
-            draft = renormalised(drafted, **work.fields).view(shape[0], work.drafts, shape[2])
+        tables = (renormalised(x.flatten(0, 1), **work.fields).view(x.shape) for x in (given, work.logits))
+        draft, target = tables
         return chain_speculative_sampling(draft, work.ids, target)
 
     return step
@@ -146,12 +152,11 @@ def vllm(work: Work) -> Step:
 
     vllm_kernels()
     requests, fields, none = len(work.ids), work.fields, torch.empty(0)
-    greedy = fields["temperature"] == 0
     per_request = {name: torch.full((requests,), value) for name, value in fields.items()}
     sampling = SamplingMetadata(
-        temperature=None if greedy else per_request["temperature"],
-        all_greedy=greedy,
-        all_random=not greedy,
+        temperature=None if work.greedy else per_request["temperature"],
+        all_greedy=work.greedy,
+        all_random=not work.greedy,
         top_p=per_request.get("top_p"),
         top_k=per_request["top_k"].int() if "top_k" in fields else None,
         generators={},
@@ -258,8 +263,14 @@ VERIFIERS = [
     Verifier("fastsample block", partial(ours, "block"), (True,)),
     Verifier("fastsample exact", partial(ours, "exact"), modes=(*SAMPLED, "greedy")),
     Verifier("fastsample chain", partial(ours, "chain"), (True,)),
-    Verifier("transformers", transformers, modules=("transformers",), install="pip install 'transformers>=5'"),
-    Verifier("FlashInfer's formula", flashinfer_in_torch),
+    Verifier(
+        "transformers",
+        transformers,
+        modes=(*SAMPLED, "greedy"),
+        modules=("transformers",),
+        install="pip install 'transformers>=5'",
+    ),
+    Verifier("FlashInfer's formula", flashinfer_in_torch, (True,)),
     Verifier(
         "vLLM",
         vllm,
