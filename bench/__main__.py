@@ -189,7 +189,7 @@ def speculate(
     acceptance: Annotated[bool, typer.Option("--acceptance", help="How many drafts each rule accepts.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Tokens per second with drafts and without.")] = False,
     model: Annotated[str, typer.Option(help="smollm2 or tiny, for --acceptance and --text.")] = "smollm2",
-    count: Annotated[int, typer.Option(min=2, help="Verifications behind each figure of --acceptance.")] = 256,
+    count: Annotated[int, typer.Option(min=2, help="Verifications behind each figure of --acceptance.")] = 192,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens in each call of --text.")] = 96,
 ) -> None:
     """Verification of drafts: its time, ours and others'; with --acceptance or --text what it is worth to a model."""

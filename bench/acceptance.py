@@ -25,7 +25,11 @@ from fastsample.integrations.transformers import fs_generate
 
 Tensor = torch.Tensor
 CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"  # of older releases
-TEMPERATURES = (0.6, 1.0)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "T 0.6": {"temperature": 0.6},
+    "T 1": {"temperature": 1.0},
+    "T 1, k50 p.95": {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
+}
 NOISES = (0.3, 0.8, 1.5)
 PROMPT = "Once upon a time there was a king who had three daughters. The youngest of them"
 TEXT_SEED, OWN_SEED, OTHER_SEED = 3, 4, 5  # of the text, of verification, and of drafts with numbers of their own
@@ -33,7 +37,8 @@ LONGEST = 3  # ids that prompt lookup looks for
 
 LEGEND = (
     "noise s: the model's logits plus N(0, s^2) for each token. n of m layers: its first n, with its norm and head.",
-    "same number: drawn with the random number of verification. tokens: those that come out, with the target's own.",
+    "same number: drawn with the random number of verification. found: as many drafts as follow what was found.",
+    "a ± b, c: drafts accepted in a verification (a/n: of n, else of K), the standard error, and tokens that come out.",
 )
 
 # How a draft is taken from its row, and the rules that such drafts are verified by.
@@ -111,17 +116,18 @@ def lookup_drafts(text: Tensor, at: Tensor, most: int) -> tuple[Tensor, Tensor]:
 # Acceptance -----------------------------------------------------------------------------------------------------------
 
 
-def measure(model: Any, prompt: Tensor, temperature: float, count: int, drafts: int) -> Iterator[Record]:
+def measure(model: Any, prompt: Tensor, setting: str, count: int, drafts: int) -> Iterator[Record]:
     """A record for each drafter, way to draft, and rule."""
-    text = continuation(model, prompt, temperature, count)
+    fields = SETTINGS[setting]
+    text = continuation(model, prompt, count, **fields)
     at = torch.arange(len(prompt), len(text))
     branches = Branches(model, text, at)
     seeds = torch.arange(len(at)) + 1000 * OWN_SEED
-    place = {"temperature": temperature, "drafts": drafts, "verifications": len(at)}
+    place = {"setting": setting, "drafts": drafts, "verifications": len(at)}
 
     ids, counts = lookup_drafts(text, at, drafts)
     rows = [branches.restart()[0], *(branches.grow(ids[:, i].clamp(min=0))[0] for i in range(drafts))]
-    out = fs.verify(torch.stack(rows, 1), ids, seed=seeds, temperature=temperature)
+    out = fs.verify(torch.stack(rows, 1), ids, seed=seeds, **fields)
     yield place | {"drafter": "prompt lookup", "way": "found", "rule": "exact"} | figures(out, counts)
 
     for name, drafter in drafters(model):
@@ -131,24 +137,26 @@ def measure(model: Any, prompt: Tensor, temperature: float, count: int, drafts: 
             for i in range(drafts):
                 target.append(row)
                 draft.append(drafter(row, states))
-                chosen.append(pick(way, draft[-1], seeds, i, temperature))
+                chosen.append(pick(way, draft[-1], seeds, i, fields))
                 row, states = branches.grow(chosen[-1])
             logits, ids = torch.stack([*target, row], 1), torch.stack(chosen, 1)
             for rule in rules:
                 law = {} if rule == "exact" else {"draft_logits": torch.stack(draft, 1)}
-                out = fs.verify(logits, ids, seed=seeds, temperature=temperature, rule=rule, **law)
+                out = fs.verify(logits, ids, seed=seeds, rule=rule, **law, **fields)
                 yield place | {"drafter": name, "way": way, "rule": rule} | figures(out, torch.tensor([drafts]))
 
 
-def continuation(model: Any, prompt: Tensor, temperature: float, count: int) -> Tensor:
+def continuation(
+    model: Any, prompt: Tensor, count: int, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
     """The prompt and `count` ids more."""
     text = model.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt[None]),
         do_sample=True,
         temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        top_k=top_k,
+        top_p=top_p,
         max_new_tokens=count,
         eos_token_id=None,
         pad_token_id=0,
@@ -157,12 +165,12 @@ def continuation(model: Any, prompt: Tensor, temperature: float, count: int) -> 
     return text[0]
 
 
-def pick(way: str, rows: Tensor, seeds: Tensor, position: int, temperature: float) -> Tensor:
+def pick(way: str, rows: Tensor, seeds: Tensor, position: int, fields: dict[str, Any]) -> Tensor:
     """The drafts [M] from their rows [M, V]; with the number of verification, or with another one."""
     if way == "best token":
         return rows.argmax(-1)
     own: Any = seeds if way == "drawn, same number" else OTHER_SEED
-    return fs.sample(rows, seed=own, offset=position, temperature=temperature).tokens
+    return fs.sample(rows, seed=own, offset=position, **fields).tokens
 
 
 def figures(out: fs.VerifyOutput, drafts: Tensor) -> Record:
@@ -177,17 +185,15 @@ def figures(out: fs.VerifyOutput, drafts: Tensor) -> Record:
 
 
 def table(records: list[Record], title: str) -> Table:
-    heads = [head for t in TEMPERATURES for head in (f"accepted, T = {t}", "tokens")]
-    made = Table("drafter", "draft", "rule", *heads, title=title)
-    rows: dict[tuple[str, ...], dict[float, Record]] = {}
+    made = Table("drafter", "draft", "rule", *SETTINGS, title=title)
+    rows: dict[tuple[str, ...], dict[str, Record]] = {}
     for r in records:
-        rows.setdefault((r["drafter"], r["way"], r["rule"]), {})[r["temperature"]] = r
+        rows.setdefault((r["drafter"], r["way"], r["rule"]), {})[r["setting"]] = r
     for key, found in rows.items():
         cells = []
-        for temperature in TEMPERATURES:
-            r = found[temperature]
-            some = f" of {r['drafted']:.2f}" if r["way"] == "found" else ""
-            cells += [f"{r['accepted']:.2f}{some} ± {r['error']:.2f}", f"{r['tokens']:.2f}"]
+        for r in (found[setting] for setting in SETTINGS):
+            some = f"/{r['drafted']:.1f}" if r["way"] == "found" else ""
+            cells.append(f"{r['accepted']:.2f}{some} ± {r['error']:.2f}, {r['tokens']:.2f}")
         made.add_row(*key, *cells)
     return made
 
@@ -201,14 +207,14 @@ def run(name: str, count: int, drafts: int, threads: int, out: Path | None) -> i
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids[0]
     where, screen = machine("transformers"), console()
     results = Results(out, "acceptance", where)
-    for temperature in TEMPERATURES:
-        steps = measure(model, prompt, temperature, count, drafts)
-        for record in track(steps, f"T = {temperature}:", console=screen, transient=True):
+    for setting in SETTINGS:
+        steps = measure(model, prompt, setting, count, drafts)
+        for record in track(steps, f"{setting}:", console=screen, transient=True):
             results.add({"model": name, **record})
-    screen.print(table(results.records, f"{name}, V = {model.config.vocab_size:,}, K = {drafts}, temperature alone"))
+    screen.print(table(results.records, f"{name}, V = {model.config.vocab_size:,}, up to K = {drafts} drafts"))
     for line in LEGEND:
         screen.print(line, markup=False)
-    screen.print(f"A figure: the mean of {count} verifications, one at each position of a text; ± its standard error.")
+    screen.print(f"Each figure is a mean over {count} verifications, one at each position of a text.")
     if out is not None:
         screen.print(f"written: {out}", markup=False)
     return 0

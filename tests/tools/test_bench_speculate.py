@@ -101,10 +101,10 @@ def test_a_refused_verifier_has_no_time(tmp_path, monkeypatch):
 def test_acceptance(tmp_path):
     out = tmp_path / "a.json"
     text = bench("--acceptance", "--model", "tiny", "--count", 10, "--drafts", 2, "--out", out)
-    assert "the mean of 10 verifications" in text
+    assert "a mean over 10 verifications" in text
     records = measured(out)
     assert {r["rule"] for r in records if r["way"] == "drawn"} == {"exact", "chain", "block"}
-    assert {r["temperature"] for r in records} == set(acceptance.TEMPERATURES)
+    assert {r["setting"] for r in records} == set(acceptance.SETTINGS)
     for r in records:
         assert 0 <= r["accepted"] <= r["drafted"] <= 2
         assert r["tokens"] == pytest.approx(r["accepted"] + 1, abs=2e-3)
