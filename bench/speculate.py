@@ -78,7 +78,7 @@ def table(records: list[Record], sizes: list[int], drawn: bool, title: str) -> T
                 key = {"rows": rows, "mode": mode, "verifier": verifier.name}
                 record: dict[str, Any] = next((r for r in records if key.items() <= r.items()), {})
                 if "us" not in record:
-                    cells.append("REFUSED" if "refused" in record else "not here" if "missing" in record else "-")
+                    cells.append("REFUSED" if "refused" in record else "not installed" if "missing" in record else "-")
                     continue
                 us = three_digits(record["us"]["median"])
                 if verifier.name.startswith("fastsample"):
