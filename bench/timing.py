@@ -1,10 +1,10 @@
-"""Timing: two contenders in alternation, medians and spread."""
+"""Timing: contenders in alternation, medians and spread."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,17 @@ def turn(step: Step, typical: float) -> float:
 
 def in_turns(ours: Step, theirs: Step, budget: float) -> list[tuple[float, float]]:
     """A B A B within a time budget, at least LEAST turns each: seconds of ours and theirs, turn by turn."""
-    typical = [min(seconds(step) for _ in range(3)) for step in (ours, theirs)]
-    pairs: list[tuple[float, float]] = []
+    return [(first, second) for first, second in rounds((ours, theirs), budget)]
+
+
+def rounds(steps: Sequence[Step], budget: float) -> list[tuple[float, ...]]:
+    """The same for any number of steps: seconds of each, round by round."""
+    typical = [min(seconds(step) for _ in range(3)) for step in steps]
+    found: list[tuple[float, ...]] = []
     end = time.perf_counter() + budget
-    while len(pairs) < LEAST or (time.perf_counter() < end and len(pairs) < MOST):
-        pairs.append((turn(ours, typical[0]), turn(theirs, typical[1])))
-    return pairs
+    while len(found) < LEAST or (time.perf_counter() < end and len(found) < MOST):
+        found.append(tuple(turn(step, t) for step, t in zip(steps, typical, strict=True)))
+    return found
 
 
 def spread(values: Any, digits: int = 2) -> dict[str, float]:
