@@ -117,7 +117,9 @@ class Recorder:
         self.needs = (workspace, boards)
         self.launches: list[tuple[Any, ...]] = []
 
-    def run(self, rows: bytes, call: bytes, device: int, stream: int, workspace: Any, boards: Any) -> Any:
+    def run(
+        self, rows: bytes, call: bytes, device: int, stream: int, workspace: Any, boards: Any, drafts: bytes | None
+    ) -> Any:
         if workspace[1] < self.needs[0] or boards[1] < self.needs[1]:
             return self.needs
         self.launches.append((rows, call, workspace[0], boards[0]))
