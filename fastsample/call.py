@@ -76,7 +76,7 @@ def make(
         if known is None:
             require_for_probs(packed.records)
     if history is not None:
-        count = len(history.drafts.ids)
+        count = history.drafts.ids.shape[0]
     rows = known.rows(seed, offset, count) if known is not None and call.small else None
     if rows is None:
         rows = Rows(packed.records, pack_seeds(seed, count), pack_offsets(offset, count)).to(table.device)
@@ -242,7 +242,7 @@ class SampleCall(Call):
         """What an engine that verifies makes of drafts: outputs of each row, num_accepted, status, invalid results."""
         result = self._fresh(table.device)
         outputs = self._own = self._outputs(result, self._own)
-        accepted, ends = (empty((len(ids),), torch.int32, table.device) for _ in range(2))
+        accepted, ends = (empty((ids.shape[0],), torch.int32, table.device) for _ in range(2))
         return result, accepted, ends, self.engine.verify(table, rows, outputs, ids, accepted, ends)
 
     def of_tokens(self, table: torch.Tensor, rows: Rows, given: torch.Tensor) -> SampleOutput:

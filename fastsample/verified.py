@@ -113,7 +113,7 @@ def verified(
     """A call of `verify`, or of `verify_tree` where there are parents, as it is made eagerly."""
     drafts = given.packed(logits)
     rule = given.pack_rule(drafts, logits, options.on_invalid != "flag")
-    requests = len(drafts.ids)
+    requests = drafts.ids.shape[0]
     if isinstance(params, SamplingParams) and (sizes := params.per_row()):
         own = {name: getattr(params, name) for name, size in sizes.items() if size == requests}
         fields = {**own, **fields}

@@ -84,7 +84,7 @@ def pack_drafts(logits: torch.Tensor, draft_ids: Any, num_drafts: Any) -> Drafts
     if logits.ndim == 3 and (requests, most + 1) != tuple(logits.shape[:2]):
         wanted = f"[{logits.shape[0]}, {logits.shape[1] - 1}] (a row of logits for each draft and one more)"
         raise ValueError(f"draft_ids: expected shape {wanted}, got {list(ids.shape)}")
-    if num_drafts is None and _is_ragged(draft_ids):
+    if num_drafts is None and not isinstance(draft_ids, torch.Tensor) and _is_ragged(draft_ids):
         num_drafts = [len(own) for own in draft_ids]
     if num_drafts is None:
         return Drafts(ids, *_dense(requests, most + 1, logits.device), True, None)
@@ -182,18 +182,19 @@ def _dense(requests: int, rows: int, device: torch.device) -> tuple[torch.Tensor
 
 def _table(name: str, given: Any, num_drafts: Any, device: torch.device) -> torch.Tensor:
     """Integers as int64 [B, K]. A list of lists, or those of all requests in one [sum(num_drafts)], are padded."""
-    if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
-        given = from_numpy(given).to(device)
-    if is_list(given) and not (len(given) and isinstance(given[0], numbers.Number)):
-        return pack_token_ids(name, given, torch.empty(len(given), 0, device=device))
-    if is_list(given):
-        given = row_of_ids(name, given, None, device).to(device)
-    if not isinstance(given, torch.Tensor):
-        raise TypeError(f"{name}: expected integers [B, K] or a list per request, got {type(given).__name__}")
+    if not isinstance(given, torch.Tensor):  # the usual type first: the others take longer to tell
+        if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
+            given = from_numpy(given).to(device)
+        elif is_list(given) and not (len(given) and isinstance(given[0], numbers.Number)):
+            return pack_token_ids(name, given, torch.empty(len(given), 0, device=device))
+        elif is_list(given):
+            given = row_of_ids(name, given, None, device).to(device)
+        else:
+            raise TypeError(f"{name}: expected integers [B, K] or a list per request, got {type(given).__name__}")
     require_tensor(name, given, device)
     if given.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers, got {given.dtype}")
-    ids = given.to(torch.int64).resolve_neg()
+    ids: torch.Tensor = given.to(torch.int64).resolve_neg()
     if ids.ndim == 2:
         return ids.contiguous()
     if ids.ndim != 1 or num_drafts is None:

@@ -115,7 +115,7 @@ class _Words:
         if values.dtype not in INTEGERS:
             raise TypeError(f"{self.name}: expected integers, got {values.dtype}")
         require_dense(self.name, values)
-        if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
+        if values.ndim > 1 or (values.ndim == 1 and values.shape[0] != rows):
             wanted = f"one int or {rows} {self.name}s (one per row)"
             got = len(values) if values.ndim == 1 else f"shape {tuple(values.shape)}"
             raise ValueError(f"{self.name}: expected {wanted}, got {got}")
