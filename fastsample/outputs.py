@@ -259,13 +259,18 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
+def require_no_capture(status: torch.Tensor) -> None:
+    """RuntimeError where statuses are to be read that a CUDA graph is being made of."""
+    if status.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("on_invalid='raise' waits for the device, which no CUDA graph can; use on_invalid='flag'")
+
+
 def raise_if_invalid(status: torch.Tensor, batch: Sequence[int] = (), kind: InputKind = "logits") -> None:
     """ValueError that names each invalid row (the first few) and what is wrong with it. Waits for the device.
 
     `batch`: the leading dimensions. Where there are several, a row's place among them is named too.
     """
-    if status.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("on_invalid='raise' waits for the device, which no CUDA graph can; use on_invalid='flag'")
+    require_no_capture(status)
     bad = status.reshape(-1).nonzero()[:, 0].tolist()
     if bad:
         places = [f" {tuple(map(int, np.unravel_index(row, batch)))}" if len(batch) > 1 else "" for row in bad[:4]]

@@ -22,13 +22,12 @@ from fastsample.inputs.bias import select_bias
 from fastsample.inputs.drafts import Drafts, dense_places, packed_places
 from fastsample.inputs.probs import for_probs
 from fastsample.inputs.records import pack
-from fastsample.outputs import WRONG, InputKind, empty
+from fastsample.outputs import WRONG, InputKind, empty, require_no_capture
 from fastsample.params import SamplingParams, specs
-from fastsample.reference.draw import draw_at, draw_from, multiply_high60, uniform60
+from fastsample.reference.draw import ACCEPTANCE, RESIDUAL, draw_at, draw_from, multiply_high60, uniform60
 
 Tensor = torch.Tensor
 
-ACCEPTANCE, RESIDUAL = 3, 4  # purposes of random bits
 AT_ONCE = {True: 2**18, False: 2**22}  # tokens whose masses are in memory together, or one row: on a CPU, elsewhere
 NEARLY_ONE = 1 + 2.0**-40  # more than rounding can lift a coin's threshold
 
@@ -284,6 +283,7 @@ def verify(rule: str, engine: Engine, table: Tensor, rows: Rows, drafts: Drafts,
 def raise_if_unknown(found: Found, proposal: Proposal) -> None:
     """ValueError where a result came to a draft whose row is no law. Waits for the device."""
     status = found.draft_status
+    require_no_capture(status)
     steps = torch.arange(status.shape[1], device=status.device)
     for request, step in ((status != 0) & (steps <= found.accepted[:, None])).nonzero()[:1].tolist():
         name = "draft_probs" if proposal.kind == "probs" else "draft_logits"

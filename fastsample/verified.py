@@ -26,6 +26,7 @@ from fastsample.outputs import (
     SampleOutput,
     Written,
     check_buffer,
+    require_no_capture,
     span,
 )
 from fastsample.params import SamplingParams
@@ -264,7 +265,10 @@ def _present(sampled: SampleOutput) -> tuple[str, ...]:
 
 def checked_result(result: VerifyOutput, options: Options, invalid: int | None = None) -> VerifyOutput:
     """ValueError where a result ended at an invalid row, if that is an error; `invalid` such rows where it is known."""
-    if options.on_invalid == "raise" and invalid != 0 and bool(result.status.any()):
+    if options.on_invalid != "raise" or invalid == 0:
+        return result
+    require_no_capture(result.status)
+    if bool(result.status.any()):
         request = int(result.status.nonzero()[0, 0])
         code, row = int(result.status[request]), int(result.num_accepted[request])
         raise ValueError(

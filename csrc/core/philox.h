@@ -23,13 +23,7 @@ FS_HD Philox4 philox4x32_10(Philox4 c, uint32_t k0, uint32_t k1) {
 }
 
 // What random bits are for. No two purposes share any.
-enum Purpose : uint32_t {
-  kPlainDraw = 0,
-  kXtcCoin = 1,
-  kDraft = 2,
-  kAcceptance = 3,
-  kResidual = 4
-};
+enum Purpose : uint32_t { kPlainDraw = 0, kXtcCoin = 1 };
 
 // 60 uniform bits for draw `index` of the sequence `seed` at position `offset`.
 FS_HD uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t index,

@@ -8,7 +8,7 @@ import torch
 
 Tensor = torch.Tensor
 
-PLAIN_DRAW, XTC_COIN = 0, 1  # purposes of random bits
+PLAIN_DRAW, XTC_COIN, ACCEPTANCE, RESIDUAL = 0, 1, 3, 4  # purposes of random bits; 2 is a drafter's
 
 
 def draw_from(w: Tensor, u: Tensor) -> Tensor:
