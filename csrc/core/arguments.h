@@ -52,7 +52,8 @@ FASTSAMPLE_RECORD(OutputArguments,          //
 FASTSAMPLE_RECORD(DraftArguments,  // of a call that verifies drafts
                   ids, count,      // int64 [requests, count]
                   num_accepted,    // int32 [requests]
-                  draft_status);   // int32 [requests]
+                  draft_status,    // int32 [requests]
+                  arrivals);       // int32 [requests], zeros; 0 for the CPU engine
 
 #undef FASTSAMPLE_RECORD
 
@@ -109,7 +110,7 @@ static inline Batch batch_of(const RowArguments& rows, const CallArguments& call
   };
   if (drafts) {
     batch.drafts = {(const int64_t*)drafts->ids, drafts->count, (int32_t*)drafts->num_accepted,
-                    (int32_t*)drafts->draft_status};
+                    (int32_t*)drafts->draft_status, (uint32_t*)drafts->arrivals};
   }
   return batch;
 }

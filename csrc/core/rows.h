@@ -128,6 +128,7 @@ struct Drafts {
   int64_t count;
   int32_t* num_accepted;  // [requests]; null where a batch has no requests with drafts
   int32_t* status;        // [requests], of the row that ends a result
+  uint32_t* arrivals;     // [requests], for GPUs: 0 between launches
 };
 
 struct Batch {

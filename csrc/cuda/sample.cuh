@@ -131,7 +131,7 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
     sample_row<T>(batch, ws, r, team);
     team.sync();  // this row's shared memory is free, and its token is written
-    if (ws.arrivals && team.leads() && threadIdx.x == 0) settle(batch, ws.arrivals, r);
+    if (batch.drafts.num_accepted && team.leads() && threadIdx.x == 0) settle(batch, r);
   }
 }
 

@@ -89,12 +89,14 @@ constexpr int32_t at_most(int64_t value, int64_t limit) {
   return (int32_t)(value < limit ? value : limit);
 }
 
+constexpr int64_t kMaxTeams = 4096;  // more than there are multiprocessors by far
+
 // The plan for a given policy and number of blocks per row.
 constexpr Plan make_plan(const Device& d, const Shape& s, Policy policy, int32_t parts,
                          int32_t threads = kThreads) {
   const int64_t shared = shared_bytes(s, policy == kClusterPolicy, parts, threads);
   const int64_t at_once = (int64_t)d.multiprocessors * blocks_per_sm(d, shared) / parts;
-  const int64_t teams = at_most(s.rows, at_once > 0 ? at_once : 1);
+  const int64_t teams = at_most(at_most(s.rows, kMaxTeams), at_once > 0 ? at_once : 1);
   return Plan{policy, parts, threads, (int32_t)(teams > 0 ? teams : 1), (int32_t)shared, false};
 }
 

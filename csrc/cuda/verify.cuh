@@ -8,13 +8,13 @@ namespace fastsample {
 
 // Once all rows of a request have drawn, the thread that comes last says what is accepted and pads
 // what follows. Other blocks have written the tokens, so they are read past the first cache.
-FS_DEVICE void settle(const Batch& batch, uint32_t* arrivals, int64_t row) {
+FS_DEVICE void settle(const Batch& batch, int64_t row) {
   const Drafts& drafts = batch.drafts;
   const int64_t width = drafts.count + 1, request = (uint32_t)row / (uint32_t)width;
   __threadfence();
-  if (atomicAdd(arrivals + request, 1u) != (uint32_t)drafts.count) return;
+  if (atomicAdd(drafts.arrivals + request, 1u) != (uint32_t)drafts.count) return;
   __threadfence();
-  arrivals[request] = 0;
+  drafts.arrivals[request] = 0;
   volatile int64_t* tokens = batch.out.tokens + request * width;
   const int64_t* ids = drafts.ids + request * drafts.count;
   int32_t accepted = 0;

@@ -83,7 +83,6 @@ struct Workspace {
   int64_t bitmap_words;
   Board* boards;         // kGridPolicy only: [teams], zero between launches
   uint32_t* semaphores;  // kGridPolicy only: [teams], the low 31 bits zero between launches
-  uint32_t* arrivals;    // of requests with drafts: [requests], zero between launches
 };
 
 // How a batch is served, and the bytes of device memory that this takes.
@@ -112,11 +111,10 @@ inline int64_t list_length(const Outputs& out) {
   return out.num_top ? length : 0;
 }
 
-// Of boards and semaphores.
-inline int64_t grid_bytes(const Plan& sample) {
-  const bool grid = sample.policy == kGridPolicy;
-  return grid ? sample.teams * (int64_t)(sizeof(Board) + sizeof(uint32_t)) : 0;
-}
+// The semaphores come first, so that a board lies at the same place whatever the number of teams: a
+// launch leaves their signs as they are, and boards zero where they must be.
+constexpr int64_t kSemaphoreBytes = kMaxTeams * (int64_t)sizeof(uint32_t);
+static_assert(kSemaphoreBytes % 256 == 0, "boards are aligned");
 
 // Sets the addresses of the workspace's parts, one after the other; returns its size.
 inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace, char* boards,
@@ -142,11 +140,8 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   ws.bitmap_words = more.far_bitmap ? bitmap_bytes(vectors, shape.itemsize) / 4 : 0;
   ws.bitmaps = (uint32_t*)part(more.teams * ws.bitmap_words * 4);
   const bool grid = layout.sample.policy == kGridPolicy;
-  ws.boards = grid ? (Board*)boards : nullptr;
-  ws.semaphores =
-      grid ? (uint32_t*)(boards + layout.sample.teams * (int64_t)sizeof(Board)) : nullptr;
-  ws.arrivals =
-      batch.drafts.num_accepted ? (uint32_t*)(boards + grid_bytes(layout.sample)) : nullptr;
+  ws.semaphores = grid ? (uint32_t*)boards : nullptr;
+  ws.boards = grid ? (Board*)(boards + kSemaphoreBytes) : nullptr;
   return size;
 }
 
@@ -162,8 +157,9 @@ inline Layout layout_for(const Device& device, const Batch& batch, int64_t bias_
   }
   Workspace unused;
   layout.workspace = lay_out(batch, layout, nullptr, nullptr, unused);
-  layout.boards = grid_bytes(sample);
-  if (batch.drafts.num_accepted) layout.boards += batch.logits.rows * (int64_t)sizeof(uint32_t);
+  if (sample.policy == kGridPolicy) {
+    layout.boards = kSemaphoreBytes + sample.teams * (int64_t)sizeof(Board);
+  }
   return layout;
 }
 

@@ -48,6 +48,13 @@ class Buffers:
         self.lock = Lock()  # the launches of one call, of which the second reads what the first has left
         self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
         self.boards = self.workspace
+        self.arrivals = torch.empty(0, dtype=torch.int32, device=device)
+
+    def arrivals_of(self, requests: int) -> int:
+        """The address of a counter for each request; they begin as zeros, and every launch leaves them so."""
+        if requests > self.arrivals.numel():
+            self.arrivals = torch.zeros(requests, dtype=torch.int32, device=self.device)
+        return self.arrivals.data_ptr()
 
     def grow(self, workspace: int, boards: int) -> None:
         """At least this many bytes; the boards begin as zeros, and every launch leaves them so."""
@@ -82,10 +89,10 @@ class CudaEngine(Engine):
     def verify(
         self, table: Tensor, rows: Rows, out: Outputs, ids: Tensor, accepted: Tensor, ends: Tensor
     ) -> int | None:
-        self._launch(table, rows, out, draft_arguments(ids, accepted, ends))
+        self._launch(table, rows, out, (ids, accepted, ends))
         return None if table.device.type == "cuda" else int((ends != 0).sum())
 
-    def _launch(self, logits: Tensor, rows: Rows, out: Outputs, drafts: bytes | None) -> None:
+    def _launch(self, logits: Tensor, rows: Rows, out: Outputs, verified: tuple[Tensor, Tensor, Tensor] | None) -> None:
         if logits.shape[0] == 0:
             return
         module = self._module or native()[0]
@@ -94,6 +101,9 @@ class CudaEngine(Engine):
         stream = torch.cuda.current_stream(logits.device).cuda_stream if on_gpu else 0
         buffers = self._buffers.of(logits.device, stream, rows)
         with buffers.lock:
+            drafts = None
+            if verified is not None:
+                drafts = draft_arguments(*verified, buffers.arrivals_of(len(verified[0])))
             while True:
                 needed = module.run(
                     packed,

@@ -28,7 +28,7 @@ ROW_FIELDS = (
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
 OUTPUT_FIELDS = (*(field.name for field in FIELDS), "given", "num_samples", "num_top", "mode")
-DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status")
+DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -120,9 +120,9 @@ def _nothing_more(num_samples: int) -> bytes:
     return _TAIL.pack(*[0] * (len(FIELDS) + 1 - len(_FIRST)), num_samples, 0, MODES[None])
 
 
-_DRAFTS = Struct("4q")
+_DRAFTS = Struct("5q")
 
 
-def draft_arguments(ids: torch.Tensor, accepted: torch.Tensor, ends: torch.Tensor) -> bytes:
+def draft_arguments(ids: torch.Tensor, accepted: torch.Tensor, ends: torch.Tensor, arrivals: int = 0) -> bytes:
     """DraftArguments."""
-    return _DRAFTS.pack(ids.data_ptr(), ids.shape[1], accepted.data_ptr(), ends.data_ptr())
+    return _DRAFTS.pack(ids.data_ptr(), ids.shape[1], accepted.data_ptr(), ends.data_ptr(), arrivals)

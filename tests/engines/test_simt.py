@@ -97,6 +97,17 @@ def test_the_order_of_threads_changes_nothing(how: How, order: str, simt: Simt) 
         assert_agree(simulate(simt, Job(case, replace(how, order=order))), expected(case))
 
 
+def test_boards_serve_another_number_of_teams(simt: Simt) -> None:
+    """A launch finds the boards as the one before has left them, which had another number of rows in flight."""
+    for case in (
+        Case("lm", "top_p+min_p", 513, "f32"),
+        Case("ties", "k50", 513, "f32"),
+        Case("lm", "all-hf", 65, "f32"),
+    ):
+        for teams in (1, 3, 2, 4, 1, 2):
+            assert_agree(simulate(simt, Job(case, How("grid", 2, 64, teams))), expected(case))
+
+
 @pytest.mark.parametrize("how", HOWS[:4], ids=lambda how: how.policy)
 def test_invalid_rows(how: How, simt: Simt) -> None:
     logits = invalid_rows()

@@ -1,4 +1,5 @@
 // csrc/cuda as a library for ctypes: the same plans, layouts and launches, on fibers.
+#include <algorithm>
 #include <iterator>
 #include <tuple>
 #include <vector>
@@ -85,7 +86,10 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
   // Exactly as much as is needed, so that AddressSanitizer sees what lies past it; never zeros.
   layout.workspace = lay_out(batch, layout, nullptr, nullptr, ws);
   std::vector<char> workspace((size_t)layout.workspace, (char)0xA5);
+  // The boards are what the launch before has left, as far as it had any, and zeros from there on.
+  static std::vector<char> left;
   std::vector<char> boards((size_t)layout.boards, 0);
+  std::copy_n(left.begin(), std::min(boards.size(), left.size()), boards.begin());
   lay_out(batch, layout, workspace.data(), boards.data(), ws);
   const int64_t out[] = {plan.policy,   plan.parts,           plan.threads,
                          plan.teams,    plan.shared,          layout.workspace,
@@ -109,15 +113,19 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
       run<float>(batch, layout, ws);
   }
   // Bins and totals are left zero for the next launch.
-  const Board* board = (const Board*)boards.data();
+  const Board* board = ws.boards;
   for (int32_t i = 0; ws.boards && i < plan.teams && !failure; ++i) {
     bool clean = board[i].total == 0;
     for (uint32_t bin : board[i].bins) clean &= bin == 0;
     if (!clean) failure = "a board is not zero after the launch";
   }
-  for (int64_t i = 0; ws.arrivals && i < l.rows && !failure; ++i) {
-    if (ws.arrivals[i]) failure = "a request's arrivals are not zero after the launch";
+  const Drafts& d = batch.drafts;
+  for (int64_t i = 0; d.num_accepted && i < l.rows / (d.count + 1) && !failure; ++i) {
+    if (d.arrivals[i]) failure = "a request's arrivals are not zero after the launch";
   }
+  if (boards.size() > left.size()) left.resize(boards.size());
+  std::copy(boards.begin(), boards.end(), left.begin());
+  if (failure) left.clear();
   return failure;
 }
 
