@@ -233,6 +233,8 @@ def _walk(sampled: SampleOutput, tree: Tree) -> VerifyOutput:
         child = (tree.parents == node) & (tree.tokens == token) & (token >= 0) & (at >= 0)[:, None]
         at = torch.where(child, index, nodes).amin(1)
         at = at.masked_fill(at == nodes, -1)
+        if at.device == CPU and not bool((at >= 0).any()):  # on a GPU, to know it is to wait
+            break
     along = path.clamp(min=0)
     for name, value in fields.items():
         shape = (*along.shape, *[1] * (value.ndim - 2))
