@@ -16,7 +16,7 @@ using namespace fastsample;
 // What one implementation writes, in buffers without a spare element.
 struct Written {
   std::vector<int32_t> status;
-  std::vector<int64_t> tokens, ranks, top_ids;
+  std::vector<int64_t> tokens, ranks, top_ids, weights, masses, given;
   std::vector<float> filtered, probabilities, logprobs, top_logprobs;
   OutputArguments out = {};
 
@@ -32,6 +32,15 @@ struct Written {
     ranks.assign(logs && in.wants_ranks ? draws : 0, -9);
     top_ids.assign(top, -9);
     top_logprobs.assign(top, -9);
+    if (in.wants_tokens && in.num_samples == 1) {
+      weights.assign(2 * rows, -9);
+      masses.assign(in.vocab % 3 ? full : 0, -9);
+      given.assign(in.vocab % 2 ? rows : 0, 0);  // of every kind, -1 and V among them
+      for (size_t r = 0; r < given.size(); ++r) given[r] = (int64_t)(7 * r) % (in.vocab + 2) - 1;
+      out.weights = fuzz::address(weights);
+      out.masses = fuzz::address(masses);
+      out.given = fuzz::address(given);
+    }
     out.status = fuzz::address(status);
     out.tokens = fuzz::address(tokens);
     out.num_samples = in.num_samples;
@@ -70,6 +79,8 @@ const char* difference(const Written& a, const Written& b) {
   if (!same_bits(a.filtered, b.filtered)) return "filtered";
   if (!same_bits(a.probabilities, b.probabilities)) return "probabilities";
   if (!same_bits(a.ranks, b.ranks)) return "ranks";
+  if (!same_bits(a.weights, b.weights)) return "weights";
+  if (!same_bits(a.masses, b.masses)) return "masses";
   if (!same_bits(a.top_ids, b.top_ids)) return "top_ids";
   if (!same_floats(a.logprobs, b.logprobs, 2)) return "logprobs";
   if (!same_floats(a.top_logprobs, b.top_logprobs, 2)) return "top_logprobs";

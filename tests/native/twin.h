@@ -180,9 +180,11 @@ inline int64_t rank_of(const std::vector<float>& x, float own) {
   return 1 + std::count_if(x.begin(), x.end(), [&](float v) { return v > own; });
 }
 
-// What a draw from a set goes by: of tokens that all weigh nothing, the first counts as 1.
-inline std::vector<uint64_t> drawn_masses(const std::vector<uint64_t>& w, const Set& s,
-                                          const std::vector<int32_t>& ranked) {
+// What a draw from a set goes by: of tokens that all weigh nothing, the first weighs what it would
+// alone in a row.
+template <class Alone>
+std::vector<uint64_t> drawn_masses(const std::vector<uint64_t>& w, const Set& s,
+                                   const std::vector<int32_t>& ranked, Alone alone) {
   std::vector<uint64_t> masses(w.size());
   bool nothing = true;
   for (size_t i = 0; i < w.size(); ++i) {
@@ -191,7 +193,7 @@ inline std::vector<uint64_t> drawn_masses(const std::vector<uint64_t>& w, const 
   }
   for (int32_t i : ranked) {
     if (!nothing || !s[i]) continue;
-    masses[i] = 1;
+    masses[i] = alone(i);
     break;
   }
   return masses;
@@ -214,13 +216,14 @@ inline Status sample_row(const Batch& batch, int64_t r) {
     return of_probabilities ? masses_of_probabilities(row) : masses(row, t);
   };
 
-  std::vector<uint64_t> w(vocab), whole, rest;
+  std::vector<uint64_t> w(vocab), whole(vocab), rest(vocab);
   std::vector<int32_t> ranked;
   Set keep(vocab), out_of(vocab);
   uint64_t total = 0, rest_total = 0;
   if (valid) {
     const auto best = std::max_element(x.begin(), x.end());  // the first of them
     w = weigh(x, temperature);
+    const auto alone = [&](int32_t i) { return weigh({x[i]}, temperature)[0]; };
     ranked = rank_order(x);
     if (greedy) {
       keep[best - x.begin()] = 1;
@@ -237,7 +240,7 @@ inline Status sample_row(const Batch& batch, int64_t r) {
       for (int32_t i = 0; i < vocab; ++i) keep[i] = keep[i] && !out_of[i];
       out_of.assign(vocab, 0);
     }
-    whole = drawn_masses(w, keep, ranked);
+    whole = drawn_masses(w, keep, ranked, alone);
     bool weighs = false;
     for (int32_t i = 0; i < vocab; ++i) weighs |= keep[i] && w[i];
     for (int32_t i = 0; i < vocab && !weighs; ++i) {  // the first of them is all that stays
@@ -245,7 +248,7 @@ inline Status sample_row(const Batch& batch, int64_t r) {
       out_of[i] = 0;
     }
     for (int32_t i = 0; i < vocab; ++i) out_of[i] = keep[i] && !out_of[i];
-    rest = drawn_masses(w, out_of, ranked);
+    rest = drawn_masses(w, out_of, ranked, alone);
     for (int32_t i = 0; i < vocab; ++i) total += whole[i], rest_total += rest[i];
   }
   const bool mixed = whole != rest;
@@ -283,18 +286,29 @@ inline Status sample_row(const Batch& batch, int64_t r) {
   for (int32_t j = 0; out.tokens && j < out.num_samples; ++j) {
     const int64_t slot = r * out.num_samples + j;
     int32_t token = -1;
+    bool leaves_out = false;
     if (valid) {
       const auto bits = [&](uint32_t purpose) {
         const uint64_t offset = (uint64_t)at(batch.rows.offsets, r);
         return uniform60((uint64_t)at(batch.rows.seeds, r), offset, (uint32_t)j, purpose);
       };
-      const bool leaves_out = bits(1) < (uint64_t)ldexp((double)p.xtc_probability, 60);
+      leaves_out = bits(1) < (uint64_t)ldexp((double)p.xtc_probability, 60);
       const uint64_t of_these = leaves_out ? rest_total : total;
       const uint64_t threshold = (uint64_t)((uint128_t)bits(0) * of_these >> 60);
       for (uint64_t running = 0; running <= threshold;) {
         ++token;
         running += leaves_out ? rest[token] : whole[token];
       }
+      if (out.given && out.given[r] >= 0 && out.given[r] < vocab) token = (int32_t)out.given[r];
+    }
+    const std::vector<uint64_t>& law =
+        leaves_out ? rest : whole;  // of draw 0, where it is asked for
+    if (out.weights) {
+      out.weights[2 * r] = valid ? (int64_t)law[token] : 0;
+      out.weights[2 * r + 1] = (int64_t)(leaves_out ? rest_total : total);
+    }
+    for (int32_t i = 0; out.masses && i < vocab; ++i) {
+      out.masses[r * vocab + i] = (int64_t)law[i];
     }
     out.tokens[slot] = token;
     if (out.logprobs) out.logprobs[slot] = valid ? logprob(token) : NAN;
