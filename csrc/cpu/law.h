@@ -22,7 +22,8 @@ void write_no_law(const Outputs& out, int64_t r, int32_t vocab) {
 // A token that is given, with its mass in draws from `kept`.
 template <class T, class W>
 Drawn weigh_given(const Dense<T>& d, const W& weigher, const Kept<float>& kept, int32_t id) {
-  const float x = logit_of(d, id);
+  float x = logit_of(d, id);
+  if (!W::kOfLogits && x < 0) x = 0;  // a probability that the mask rules out
   const bool in = ranks_within(kept, Place<float>{x, id});
   return Drawn{id, x, in ? Weighing(weigher, kept.floor).one(x) : 0};
 }
@@ -47,18 +48,19 @@ void write_masses(int64_t* out, const Dense<T>& d, const W& weigher, const Kept<
   }
 }
 
-// The draw's token, or the one that is given; and the law, which is `lone`'s where nothing that is
-// drawn from has any mass.
+// The draw's token, or the one that is given, with its mass of all that is kept; and the law, which
+// is `lone`'s where nothing that is drawn from has any mass.
 template <class T, class W>
 Drawn write_law(const Outputs& out, int64_t r, const Dense<T>& d, const W& weigher,
-                const Source& from, Drawn lone, Drawn token) {
+                const Kept<float>& all, const Source& from, Drawn lone, Drawn token) {
   const int32_t vocab = d.row.vocab;
   if (out.given && out.given[r] >= 0 && out.given[r] < vocab) {
-    token = weigh_given(d, weigher, from.kept, (int32_t)out.given[r]);
+    token = weigh_given(d, weigher, all, (int32_t)out.given[r]);
   }
   const uint64_t unit = from.total ? 0 : weigher.below(lone.x).unit();
-  const bool is_lone = !from.total && token.id == lone.id;
-  out.weights[2 * r] = (int64_t)(is_lone ? unit : token.mass);
+  const bool in = ranks_within(from.kept, Place<float>{token.x, token.id});
+  const uint64_t own = from.total ? (in ? token.mass : 0) : token.id == lone.id ? unit : 0;
+  out.weights[2 * r] = (int64_t)own;
   out.weights[2 * r + 1] = (int64_t)(from.total ? from.total : unit);
   if (out.masses) {
     int64_t* masses = out.masses + r * vocab;

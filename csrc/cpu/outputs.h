@@ -95,7 +95,9 @@ void draw_few(const Task<T, W>& t, const Domain& d, const Source (&sources)[2],
     const uint64_t threshold = draw_threshold(seed, offset, (uint32_t)j, from.total);
     const Drawn lone = {next_after(shares.top).id, shares.top.last.x, 0};
     Drawn token = from.total ? draw(d, from.kept, t.weigher, from.running, threshold) : lone;
-    if (out.weights) token = write_law(out, t.r, t.dense, t.weigher, from, lone, token);
+    if (out.weights) {
+      token = write_law(out, t.r, t.dense, t.weigher, sources[0].kept, from, lone, token);
+    }
     const int64_t slot = t.r * out.num_samples + j;
     out.tokens[slot] = token.id;
     if (out.mode != kProcessedLogprobs) continue;

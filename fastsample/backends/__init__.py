@@ -36,7 +36,7 @@ class Outputs:
     top_logprobs: torch.Tensor | None = None  # float32 [B, num_top]
     weights: torch.Tensor | None = None  # int64 [B, 2], the mass of the token and of all, in the law of draw 0
     masses: torch.Tensor | None = None  # int64 [B, V], of every token; never without the weights, like `given`
-    given: torch.Tensor | None = None  # int64 [B], tokens that are not drawn; what is no token is drawn
+    given: torch.Tensor | None = None  # int64 [B], kept tokens that are not drawn; what is no token is drawn
     num_samples: int = 1
     num_top: int = 0
     input: InputKind = "logits"  # what the rows hold
