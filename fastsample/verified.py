@@ -121,7 +121,7 @@ def verified(
     fields = {name: v if type(v) in PLAIN else spread(name, v, drafts) for name, v in fields.items()}
     of_each, history = split(inputs, drafts)
     flagged, table, use = options._replace(on_invalid="flag"), as_table(logits), partial(rule.apply, drafts)
-    found, invalid = make("tokens", table, params, fields, seed, offset, of_each, flagged, None, 5, history, use)
+    found, invalid = make("tokens", table, params, fields, seed, offset, of_each, flagged, None, 4, history, use)
     result = checked_result(found, options, invalid)
     return result if out is None else _fill(out, result, logits, drafts.ids)
 

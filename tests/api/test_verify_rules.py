@@ -124,6 +124,17 @@ def test_an_invalid_row_of_a_draft(rule: str) -> None:
         verify(rule, draft_probs=p)
 
 
+def test_a_warning_points_at_the_call() -> None:
+    parents = torch.zeros(B, K, dtype=torch.int64)
+    for call in (lambda: verify("exact", presence_penalty=0.5), lambda: verify("chain", presence_penalty=0.5)):
+        with pytest.warns(UserWarning, match="has no effect without") as found:
+            call()
+        assert [warning.filename for warning in found] == [__file__]
+    with pytest.warns(UserWarning, match="has no effect without") as found:
+        fs.verify_tree(LOGITS[:, :K], IDS, parents, seed=1, presence_penalty=0.5)
+    assert [warning.filename for warning in found] == [__file__]
+
+
 # Buffers -------------------------------------------------------------------------------------------------------------
 
 
