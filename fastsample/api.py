@@ -8,7 +8,7 @@ import torch
 
 from fastsample import call
 from fastsample.inputs import Allowed, BiasLike, BreakerIds, Seed, TokenIds, gather
-from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.outputs import InputKind, KeptForm, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.traced import is_traced
 
@@ -31,6 +31,10 @@ def sample(
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
     input: InputKind = "logits",
+    kept: KeptForm | None = None,
+    kept_capacity: int = 0,
+    kept_mass: bool = False,
+    entropy: bool = False,
     out: SampleOutput | None = None,
     **fields: Any,
 ) -> SampleOutput:
@@ -76,6 +80,12 @@ def sample(
             as they are. Then temperature (but 0), penalties, bias and the filters that are measured on logits
             (`top_n_sigma`, `typical_p`, `eta_cutoff`) are refused. A NaN gives status 1, a negative or infinite
             probability 2, a row of zeros 3.
+        kept: also report which tokens of each row are kept, that is, what filters, masks and -inf leave, for training:
+            "count" their number, "ids" the ids, "bitmask" a bit for each token; see `SampleOutput`. Sets have any size.
+        kept_capacity: with kept="ids", list at most this many ids per row and report bitmasks too, which tell the rest:
+            a call then waits for no GPU. 0 lists all, in tensors of the size that the sets have.
+        kept_mass: also report the logarithm of the probability that the kept tokens have together before any filter.
+        entropy: also report the entropy of each row's distribution.
         out: a SampleOutput of an earlier call of the same shape, to be filled and returned.
         **fields: SamplingParams fields, e.g. temperature=0.8, top_k=50.
 
@@ -87,11 +97,12 @@ def sample(
         RuntimeError: the named backend cannot serve these logits.
     """
     inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
-    options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend, input)
+    reported = (kept, kept_capacity, kept_mass, entropy)
+    options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend, input, *reported)
     if is_traced():
         from fastsample import ops, untraced
 
-        traced = untraced.served(ops.sample, inputs, out)
+        traced = untraced.served(ops.sample, inputs, out, options.without_size)
         return traced(logits, params, fields, seed, offset, inputs, options, out)
     result: SampleOutput = call.make("tokens", logits, params, fields, seed, offset, inputs, options, out)
     return result

@@ -20,8 +20,10 @@ from fastsample.inputs.drafts import History
 from fastsample.inputs.penalties import warn_without_ids
 from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.records import pack
+from fastsample.kept import Scratch, fill_lists, list_ids, scratch_for
 from fastsample.outputs import (
     FIELD,
+    LISTED,
     Options,
     SampleOutput,
     Written,
@@ -34,6 +36,9 @@ from fastsample.outputs import (
     wanted,
 )
 from fastsample.params import SamplingParams
+
+OF_ALL = frozenset(field.name for field in LISTED)
+"""Outputs that all rows share."""
 
 Kind = Literal["tokens", "filtered", "probabilities"]
 
@@ -115,6 +120,7 @@ class Call:
         self.device: torch.device | None = None  # of the logits seen last
         self._engine: Engine
         self.lasts = slots is not None  # whether it serves many steps
+        self._shape = (0, 0)  # of the table seen last
         self.small = False  # whether Python's share of a call is worth saving
         self._copied: torch.Tensor | None = None  # the logits, where the table is no view of them
         self._checked: tuple[Any, ...] | None = None
@@ -138,7 +144,7 @@ class Call:
         self.batch = tuple(logits.shape[:-1])
         self._copied = None if table.data_ptr() == logits.data_ptr() else logits
         self._forget_buffers()
-        self.device = logits.device
+        self.device, self._shape = logits.device, (table.shape[0], table.shape[1])
         size = table.shape[0] * max(self.options.num_samples, self.options.top_logprobs)
         # A GPU needs copies of the parameters for every call anyway.
         self.small = size <= repeats.SMALL and self.device == CPU and self._copied is None
@@ -211,6 +217,8 @@ class SampleCall(Call):
         self._written: Written  # the memory of the last call's buffers
         self._bytes = 0  # bytes from the first logit to the last
         self._made_for_inference = False
+        self._lists = self.options.kept == "ids"
+        self._scratch: Scratch | None = None  # where lists have no limit
 
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
         """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
@@ -227,10 +235,14 @@ class SampleCall(Call):
                 result = self._fresh(table.device)
                 self._engine.run(table, rows, self._outputs(result))
             raise_if_invalid(result.status, self.batch, self.options.input)
+        if self._lists:
+            self._list_kept(outputs, result)
         if advance:
             self._engine.advance(rows)
         if out is None or out is result:
             return result
+        if self._scratch is not None:
+            out.kept_ids, out.kept_row_ptr = result.kept_ids, result.kept_row_ptr
         with torch.inference_mode() if self._made_for_inference else nullcontext():
             for name in self._wanted:
                 getattr(out, name).copy_(getattr(result, name))
@@ -254,6 +266,11 @@ class SampleCall(Call):
         return result
 
     @property
+    def reports(self) -> bool:
+        """Whether more is wanted than tokens."""
+        return bool(self._more)
+
+    @property
     def engine(self) -> Engine:
         """What serves the logits seen last."""
         return self._engine
@@ -261,6 +278,8 @@ class SampleCall(Call):
     def let_go(self) -> None:
         super().let_go()
         self._last = None
+        if self._scratch is not None and not self._scratch.is_small:
+            self._scratch = None
         if self._own is not None and (ours := self._template) is not None:
             self._own.tokens, self._own.status = ours.tokens, ours.status
             for name in self._more:
@@ -269,14 +288,20 @@ class SampleCall(Call):
             self._own = None
 
     def _forget_buffers(self) -> None:
-        self._template = self._last = None
+        self._template = self._last = self._scratch = None
+
+    def _list_kept(self, outputs: Outputs, result: SampleOutput) -> None:
+        if self._scratch is None:
+            fill_lists(self._engine, outputs, self.options.kept_capacity)
+        else:
+            list_ids(self._engine, outputs, result)
 
     def _fresh(self, device: torch.device) -> SampleOutput:
         """New buffers for each call. Making them like a template takes half the time."""
         if self._template is None:
             if self.lasts:
-                self._template = allocate(self.batch, self.options, device)
-            return allocate(self.batch, self.options, device)
+                self._template = allocate(self.batch, self.options, self._shape[1], device)
+            return allocate(self.batch, self.options, self._shape[1], device)
         like = self._template
         fresh = SampleOutput(torch.empty_like(like.tokens), torch.empty_like(like.status))
         for name in self._more:
@@ -289,9 +314,14 @@ class SampleCall(Call):
             options = self.options
             outputs = Outputs(result.status, num_samples=options.num_samples, mode=options.logprobs, restore=restore)
             outputs.num_top, outputs.input = options.top_logprobs, options.input
+        if self._lists and not self.options.kept_capacity:
+            if self._scratch is None:
+                self._scratch = scratch_for(self._engine, *self._shape, result.status.device)
+            self._scratch.lend(outputs)
         if len(self.batch) > 1:  # an engine fills [B * T, ...]
             for name in self._wanted:
-                setattr(outputs, name, getattr(result, name).flatten(0, len(self.batch) - 1))
+                value = getattr(result, name)
+                setattr(outputs, name, value if name in OF_ALL else value.flatten(0, len(self.batch) - 1))
             return outputs
         outputs.status, outputs.tokens = result.status, result.tokens
         for name in self._more:
@@ -315,6 +345,8 @@ class SampleCall(Call):
         start, end = span(table)
         self._bytes = end - start
         self._require_apart(self._written, table, rows)
-        outputs = self._outputs(out, restore=self.raises and self._engine.restores)
+        outputs = self._outputs(
+            out, restore=self.raises and self._engine.restores and self.options.kept in (None, "count")
+        )
         self._last = (out, outputs)
         return outputs

@@ -31,7 +31,7 @@ _NAMES = tuple(name for name, _ in specs())
 _TAKEN = {name: detail.operator for name, detail in DETAILS.items() if detail.operator}  # inputs of the operators
 _PARAMS = "float[] values, Tensor?[] columns"
 _INPUTS = ", ".join(f"{operator} {name}" for name, operator in _TAKEN.items())
-_TYPES = {int: "int", str: "str", type(None): "str?"}
+_TYPES = {int: "int", str: "str", bool: "bool", type(None): "str?"}
 _OPTIONS = ", ".join(f"{_TYPES[type(default)]} {name}" for name, default in Options._field_defaults.items())
 _OUTPUTS = f"({', '.join(f'Tensor {field.name}' for field in SAMPLED)})"
 

@@ -12,20 +12,20 @@ import torch
 
 from fastsample import ops, verified
 from fastsample.inputs import Inputs
-from fastsample.outputs import FIELD, Options
+from fastsample.outputs import FIELD, SAMPLED, Options, SampleOutput
 from fastsample.params import SamplingParams
 
 Tensor = torch.Tensor
 
-_OPTIONS = ("logprobs", "top_logprobs", "on_invalid", "backend")
+_OPTIONS = tuple(name for name in Options._fields if name not in ("num_samples", "input"))
 _DRAFTS = "Tensor draft_ids, Tensor? num_drafts, Tensor? parents, str rule, Tensor? draft_logits, Tensor? draft_probs"
 _SAMPLING = f"{ops._PARAMS}, Tensor seed, Tensor offset, {ops._INPUTS}"
-_ASKED = "str? logprobs, int top_logprobs, str on_invalid, str backend"
+_ASKED = ", ".join(f"{ops._TYPES[type(Options._field_defaults[name])]} {name}" for name in _OPTIONS)
 _DTYPES = {
     "tokens": torch.int64,
     "num_accepted": torch.int32,
     "status": torch.int32,
-    **{name: FIELD[name].dtype for name in ("logprobs", "ranks", "top_ids", "top_logprobs")},
+    **{name: FIELD[name].dtype for name in SampleOutput.__slots__ if name not in ("tokens", "status")},
     "path": torch.int64,
 }
 assert tuple(_DTYPES) == verified.VerifyOutput.__slots__
@@ -50,17 +50,20 @@ def verify(
         ops._own(logits), *drafts.traced(), *ops._params(params, fields), seeds, ops._words("offset", offset),
         *ops._taken(inputs), *asked,
     )  # fmt: skip
-    wanted = _wanted(options.logprobs, options.top_logprobs, drafts.parents is not None)
+    wanted = _wanted(options, drafts.parents is not None)
     values = (value if name in wanted else None for name, value in zip(_DTYPES, result, strict=True))
     return verified.VerifyOutput(*values)  # type: ignore[arg-type]
 
 
-def _wanted(logprobs: str | None, top: int, tree: bool) -> list[str]:
+def _wanted(options: Options, tree: bool) -> set[str]:
     """Names of the outputs that are not None."""
-    found = ["tokens", "num_accepted", "status"]
-    found += ["logprobs", "ranks"] if logprobs is not None else []
-    found += ["top_ids", "top_logprobs"] if top else []
-    return [*found, "path"] if tree else found
+    names = {field.name for field in SAMPLED if field.wanted(options)}  # without a cache, which no trace has
+    return names | {"num_accepted"} | ({"path"} if tree else set())
+
+
+def _options(given: Sequence[Any]) -> Options:
+    """The options, read back from an operator's trailing arguments."""
+    return Options(1, **dict(zip(_OPTIONS, given[-len(_OPTIONS) :], strict=True)))
 
 
 @torch.library.custom_op(
@@ -84,8 +87,7 @@ def _verify(
     *given: Any,
 ) -> tuple[Tensor, ...]:
     drafts = verified.Given(draft_ids, num_drafts, parents, rule, draft_logits, draft_probs)
-    options = Options(1, **dict(zip(_OPTIONS, given[-len(_OPTIONS) :], strict=True)))
-    inputs = ops._inputs(given)
+    options, inputs = _options(given), ops._inputs(given)
     result = verified.verified(logits, drafts, None, ops._fields(values, columns), seed, offset, inputs, options)
     outputs = ((name, getattr(result, name)) for name in _DTYPES)
     return tuple(logits.new_empty(0, dtype=_DTYPES[name]) if v is None else v for name, v in outputs)
@@ -93,14 +95,14 @@ def _verify(
 
 @_verify.register_fake
 def _(logits: Tensor, draft_ids: Tensor, num_drafts: Any, parents: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    logprobs, top = rest[-4], rest[-3]
-    wanted = _wanted(logprobs, top, parents is not None)
+    options = _options(rest)
+    names = _wanted(options, parents is not None)
     if draft_ids.ndim != 2:
         raise ValueError(f"draft_ids: expected shape [B, K] in a graph, got {list(draft_ids.shape)}")
     requests, width = draft_ids.shape[0], draft_ids.shape[1] + (parents is None)
-    shapes: dict[str, tuple[Any, ...]] = dict.fromkeys(_DTYPES, (requests, width))
-    shapes |= {"num_accepted": (requests,), "status": (requests,)}
-    shapes |= dict.fromkeys(("top_ids", "top_logprobs"), (requests, width, top))
+    batch, vocab = (requests, width), logits.shape[-1]
+    shapes = {name: FIELD[name].shape(batch, options, vocab) for name in _DTYPES if name in FIELD}
+    shapes |= {"num_accepted": (requests,), "status": (requests,), "path": batch}
     return tuple(
-        logits.new_empty(shapes[name] if name in wanted else (0,), dtype=dtype) for name, dtype in _DTYPES.items()
+        logits.new_empty(shapes[name] if name in names else (0,), dtype=dtype) for name, dtype in _DTYPES.items()
     )

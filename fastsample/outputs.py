@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastsample.params import SamplingParams
 OnInvalid = Literal["raise", "flag"]
 LogprobsMode = Literal["raw", "processed"]
 InputKind = Literal["logits", "probs"]
+KeptForm = Literal["count", "ids", "bitmask"]
 
 STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everything is masked)"}
 """What a non-zero status means, after bitmask, bias and penalties."""
@@ -40,6 +42,26 @@ class Options(NamedTuple):
     on_invalid: OnInvalid = "raise"
     backend: str = "auto"
     input: InputKind = "logits"
+    kept: KeptForm | None = None
+    kept_capacity: int = 0
+    kept_mass: bool = False
+    entropy: bool = False
+
+    @property
+    def kept_bitmask(self) -> bool:
+        """Whether sets are wanted as bitmasks; ids of a limited number come beside one."""
+        return self.kept == "bitmask" or self.kept_capacity > 0
+
+    @property
+    def without_size(self) -> str | None:
+        """The option that must be given where outputs need a size before there are any."""
+        return "kept_capacity" if self.kept == "ids" and not self.kept_capacity else None
+
+    @property
+    def of_rows(self) -> Options:
+        """With which the rows of a verification are sampled; sets are listed once it is known what came out."""
+        kept: KeptForm | None = "bitmask" if self.kept == "ids" else self.kept
+        return self._replace(on_invalid="flag", kept=kept, kept_capacity=0)
 
     def checked(self) -> Options:
         """The options with plain integers, or an error that says what one should be. (`select` checks the backend.)"""
@@ -52,9 +74,17 @@ class Options(NamedTuple):
         check_on_invalid(self.on_invalid)
         if not is_one_of(self.input, "logits", "probs"):
             raise ValueError(f"input = {self.input!r}: expected 'logits' or 'probs'")
-        if num_samples is self.num_samples and top_logprobs is self.top_logprobs:
+        capacity = count("kept_capacity", self.kept_capacity, 0, MAX_VOCAB)
+        if self.kept is not None and not is_one_of(self.kept, "count", "ids", "bitmask"):
+            raise ValueError(f"kept = {self.kept!r}: expected None, 'count', 'ids' or 'bitmask'")
+        if capacity and self.kept != "ids":
+            raise ValueError(f"kept_capacity = {capacity}: needs kept='ids'")
+        for name, value in (("kept_mass", self.kept_mass), ("entropy", self.entropy)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} = {value!r}: expected True or False")
+        if num_samples is self.num_samples and top_logprobs is self.top_logprobs and capacity is self.kept_capacity:
             return self
-        return self._replace(num_samples=num_samples, top_logprobs=top_logprobs)
+        return self._replace(num_samples=num_samples, top_logprobs=top_logprobs, kept_capacity=capacity)
 
 
 def check_on_invalid(on_invalid: str) -> None:
@@ -71,7 +101,7 @@ class Field:
 
     name: str
     dtype: torch.dtype
-    per: Literal["row", "draw", "top", "token", "pair"]  # what each row has one value for
+    per: Literal["row", "draw", "top", "token", "pair", "word", "listed", "end"]  # what each row has one value for
     invalid: float | None  # what an invalid row holds; None where it differs from row to row
     wanted_by: str | None = None  # the option that asks for it; None where every call of its kind fills it
 
@@ -84,6 +114,11 @@ class Field:
             return tuple(batch)
         if self.per == "draw":
             return tuple(batch) if options.num_samples == 1 else (*batch, options.num_samples)
+        if self.per == "word":
+            return (*batch, -(-vocab // 32))
+        if self.per in ("listed", "end"):  # of all rows together
+            rows = prod(batch)
+            return (rows * options.kept_capacity if self.per == "listed" else rows + 1,)
         return (*batch, options.top_logprobs if self.per == "top" else vocab)
 
 
@@ -98,8 +133,17 @@ FIELDS = (
     Field("top_logprobs", torch.float32, "top", torch.nan, "top_logprobs"),
     Field("weights", torch.int64, "pair", 0),
     Field("masses", torch.int64, "token", 0),
+    Field("kept_count", torch.int32, "row", 0, "kept"),
+    Field("kept_bitmask", torch.int32, "word", 0, "kept_bitmask"),
+    Field("log_kept_mass", torch.float32, "row", torch.nan, "kept_mass"),
+    Field("entropy", torch.float32, "row", torch.nan, "entropy"),
 )
-"""Every output, in the order in which the native engines take their addresses."""
+"""What an engine's run fills, in the order in which the native engines take their addresses."""
+LISTED = (
+    Field("kept_ids", torch.int32, "listed", None, "kept_capacity"),
+    Field("kept_row_ptr", torch.int64, "end", None, "kept_capacity"),
+)
+"""What is listed after that (kept.py). Without a capacity there are no buffers before the sizes are known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -121,6 +165,16 @@ class SampleOutput:
         top_ids: int64 [B, N] in rank order; -1 past the last token that is kept ("processed") or above -inf ("raw"; of
             probabilities: above 0).
         top_logprobs: float32 [B, N]; -inf where top_ids is -1.
+        kept_count: int32 [B], how many tokens are kept: those that `filter_logits` shows above -inf. 0 in invalid rows.
+        kept_ids: int32, the kept ids of all rows, ascending in each; those of row i are
+            `kept_ids[kept_row_ptr[i] : kept_row_ptr[i + 1]]`. With a capacity C it has C places per row, and -1 past
+            the last id; a row that keeps more than C lists none. Fresh in every call without a capacity.
+        kept_row_ptr: int64 [B + 1], or [number of rows + 1] where logits have more dimensions.
+        kept_bitmask: int32 [B, ceil(V / 32)]; token j is kept where bit j % 32 of word j // 32 is 1 (what `bitmask`
+            takes). 0 in invalid rows.
+        log_kept_mass: float32 [B], the logarithm of the probability that the kept tokens have together before any
+            filter, at the row's temperature; 0 in greedy rows, NaN in invalid ones.
+        entropy: float32 [B], in nats, of the distribution that is drawn from; NaN in invalid rows.
     """
 
     tokens: torch.Tensor
@@ -129,6 +183,12 @@ class SampleOutput:
     ranks: torch.Tensor | None = None
     top_ids: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
+    kept_count: torch.Tensor | None = None
+    kept_ids: torch.Tensor | None = None
+    kept_row_ptr: torch.Tensor | None = None
+    kept_bitmask: torch.Tensor | None = None
+    log_kept_mass: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SampleOutput):
@@ -157,7 +217,7 @@ def _same_values(a: Any, b: Any) -> bool:
 
 torch.serialization.add_safe_globals([SampleOutput, SamplingParams])  # plain data, checked by its constructor
 
-FIELD = {field.name: field for field in FIELDS}
+FIELD = {field.name: field for field in (*FIELDS, *LISTED)}
 SAMPLED = tuple(FIELD[name] for name in SampleOutput.__slots__)
 """Those of a SampleOutput, in its order."""
 
@@ -170,23 +230,22 @@ def unrolled(each: str, names: tuple[str, ...], join: str) -> Any:
 
 
 def wanted(options: Options) -> tuple[str, ...]:
-    """Names of the fields of a SampleOutput that are not None."""
-    return _wanted(options.logprobs is not None, options.top_logprobs > 0)
+    """Names of the fields of a SampleOutput that have buffers before the call: all but exact lists of kept ids."""
+    return _wanted(options._replace(num_samples=1, on_invalid="flag", backend="auto", input="logits"))
 
 
 @lru_cache
-def _wanted(logprobs: bool, top: bool) -> tuple[str, ...]:
-    options = Options(logprobs="raw" if logprobs else None, top_logprobs=int(top))
+def _wanted(options: Options) -> tuple[str, ...]:
     return tuple(field.name for field in SAMPLED if field.wanted(options))
 
 
 # Buffers -------------------------------------------------------------------------------------------------------------
 
 
-def allocate(batch: Sequence[int], options: Options, device: torch.device) -> SampleOutput:
+def allocate(batch: Sequence[int], options: Options, vocab: int, device: torch.device) -> SampleOutput:
     """Fresh buffers for what is wanted."""
     names = wanted(options)
-    made = [empty(FIELD[name].shape(batch, options, 0), FIELD[name].dtype, device) for name in names]
+    made = [empty(FIELD[name].shape(batch, options, vocab), FIELD[name].dtype, device) for name in names]
     return SampleOutput(**dict(zip(names, made, strict=True)))
 
 

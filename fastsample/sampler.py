@@ -29,7 +29,7 @@ from fastsample.inputs.drafts import pack_drafts
 from fastsample.inputs.penalties import penalised_rows, warn_without_ids
 from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.step import Stamps, used_in_place
-from fastsample.outputs import InputKind, LogprobsMode, OnInvalid, Options, SampleOutput
+from fastsample.outputs import InputKind, KeptForm, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams, specs
 from fastsample.slots import Pick, SlotIndex, checked, described, listed, shortened, slot_numbers, unpack_params
 from fastsample.traced import is_traced, untraced
@@ -49,6 +49,7 @@ class Sampler:
         seed: as for `fastsample.sample`; None takes one fresh seed from torch's default CPU generator.
         offset: position of the first step, an int or one per slot.
         num_samples, logprobs, top_logprobs, on_invalid, backend, input: as for `fastsample.sample`.
+        kept, kept_capacity, kept_mass, entropy: as for `fastsample.sample`.
 
     Raises:
         TypeError, ValueError: bad argument; the message names it, the row and the value.
@@ -68,13 +69,18 @@ class Sampler:
         on_invalid: OnInvalid = "raise",
         backend: str = "auto",
         input: InputKind = "logits",
+        kept: KeptForm | None = None,
+        kept_capacity: int = 0,
+        kept_mass: bool = False,
+        entropy: bool = False,
         **fields: Any,
     ) -> None:
         batch_size = whole("batch_size", batch_size)
         if not 1 <= batch_size < 2**31:
             raise ValueError(f"batch_size = {batch_size}: expected 1 <= batch_size < 2^31")
         self._batch_size = batch_size
-        options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend, input)
+        reported = (kept, kept_capacity, kept_mass, entropy)
+        options = Options(num_samples, logprobs, top_logprobs, on_invalid, backend, input, *reported)
         self._call = SampleCall(options, batch_size)
         # What a Sampler changes later must not be an inference tensor, wherever it is made.
         with torch.inference_mode(False):
@@ -183,7 +189,7 @@ class Sampler:
             from fastsample import untraced as elsewhere
 
             inputs = gather(bitmask, allowed_ids, bias, prompt_ids, output_ids, dry_breakers)
-            step = elsewhere.served(ops.step, inputs, out)
+            step = elsewhere.served(ops.step, inputs, out, self._call.options.without_size)
             return step(self, logits, rows, inputs, self._call.options, out)
         if self._penalised and output_ids is None:
             self._warn(rows, prompt_ids)
@@ -242,13 +248,13 @@ class Sampler:
         with self._lock:
             own = self._move_to(drafts.ids.device)
             rows = Rows(own.records[drafts.request], own.seeds, own.offsets, workspace=own.workspace)
-            call = SampleCall(self._call.options._replace(on_invalid="flag"))
+            call = SampleCall(self._call.options.of_rows)
             table = call.table(as_table(logits))
             each, history = split(inputs, drafts)
             each.attach(rows, table)
             if self._penalised:
                 history.attach(rows)
-            found, invalid = packed.apply(drafts, call, table, rows)
+            found, invalid = packed.apply(self._call.options, drafts, call, table, rows)
             result = checked_result(found, self._call.options, invalid)
             own.offsets += result.num_accepted + (result.status == 0)
         return result

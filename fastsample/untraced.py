@@ -23,6 +23,7 @@ _WANTED = {
     "out": "None under torch.compile and whatever else makes a graph, which plans the buffers itself",
     **{name: detail.wanted for name, detail in DETAILS.items()},
     **dict.fromkeys(("draft_ids", "num_drafts", "draft_logits", "draft_probs"), "a tensor in whatever makes a graph"),
+    "kept_capacity": "a limit of the ids listed per row in whatever makes a graph, which needs sizes ahead",
     "draft_params": "None in whatever makes a graph",
 }
 

@@ -13,11 +13,7 @@ from typing import Any
 import torch
 
 from fastsample.inputs import BiasLike, BreakerIds, Inputs, Seed, TokenIds, gather
-from fastsample.outputs import (
-    LogprobsMode,
-    OnInvalid,
-    Options,
-)
+from fastsample.outputs import KeptForm, LogprobsMode, OnInvalid, Options
 from fastsample.params import SamplingParams
 from fastsample.traced import is_traced
 from fastsample.verified import Given, RuleName, VerifyOutput, verified
@@ -44,6 +40,10 @@ def verify(
     top_logprobs: int = 0,
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
+    kept: KeptForm | None = None,
+    kept_capacity: int = 0,
+    kept_mass: bool = False,
+    entropy: bool = False,
     out: VerifyOutput | None = None,
     **fields: Any,
 ) -> VerifyOutput:
@@ -82,7 +82,8 @@ def verify(
             whose row_ptr has an entry per request or per row.
         prompt_ids, output_ids, dry_breakers: the history of each request before the drafts, as for
             `fastsample.sample`. It is not copied for each row.
-        logprobs, top_logprobs, backend: as for `fastsample.sample`.
+        logprobs, top_logprobs, backend, kept_mass, entropy: as for `fastsample.sample`.
+        kept, kept_capacity: as for `fastsample.sample`, for each token that comes out: the set of the target's row.
         out: a VerifyOutput of an earlier call of the same shape, to be filled and returned.
         on_invalid: an invalid row that the result comes to raises ValueError ("raise"; on a GPU this waits for the
             device), or ends the result before it and gives a status ("flag"). Rows past the result do not matter.
@@ -95,10 +96,11 @@ def verify(
         RuntimeError: the named backend cannot serve these logits.
     """
     drafts = Given(draft_ids, num_drafts, None, rule, draft_logits, draft_probs, draft_params)
-    options = Options(1, logprobs, top_logprobs, on_invalid, backend)
+    reported = (kept, kept_capacity, kept_mass, entropy)
+    options = Options(1, logprobs, top_logprobs, on_invalid, backend, "logits", *reported)
     inputs = gather(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
     if is_traced():
-        traced: VerifyOutput = _traced(drafts, inputs, out)(
+        traced: VerifyOutput = _traced(drafts, inputs, out, options)(
             logits, drafts, params, fields, seed, offset, inputs, options, out
         )
         return traced
@@ -122,6 +124,10 @@ def verify_tree(
     top_logprobs: int = 0,
     on_invalid: OnInvalid = "raise",
     backend: str = "auto",
+    kept: KeptForm | None = None,
+    kept_capacity: int = 0,
+    kept_mass: bool = False,
+    entropy: bool = False,
     out: VerifyOutput | None = None,
     **fields: Any,
 ) -> VerifyOutput:
@@ -137,7 +143,7 @@ def verify_tree(
         parents: integers [B, n], each node's parent: a lower node. That of node 0 is not looked at. A node whose parent
             is -1 is not in the tree.
         params, seed, offset, bitmask, bias, prompt_ids, output_ids, dry_breakers, logprobs, top_logprobs, on_invalid,
-            backend, out: as for `verify`, with nodes for rows.
+            backend, kept, kept_capacity, kept_mass, entropy, out: as for `verify`, with nodes for rows.
 
     Returns:
         VerifyOutput, whose K + 1 is n, with the path.
@@ -146,18 +152,19 @@ def verify_tree(
         TypeError, ValueError, RuntimeError: as for `verify`.
     """
     drafts = Given(draft_ids, parents=parents)
-    options = Options(1, logprobs, top_logprobs, on_invalid, backend)
+    reported = (kept, kept_capacity, kept_mass, entropy)
+    options = Options(1, logprobs, top_logprobs, on_invalid, backend, "logits", *reported)
     inputs = gather(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
     if is_traced():
-        traced: VerifyOutput = _traced(drafts, inputs, out)(
+        traced: VerifyOutput = _traced(drafts, inputs, out, options)(
             logits, drafts, params, fields, seed, offset, inputs, options, out
         )
         return traced
     return verified(logits, drafts, params, fields, seed, offset, inputs, options, out)
 
 
-def _traced(drafts: Given, inputs: Inputs, out: Any) -> Any:
+def _traced(drafts: Given, inputs: Inputs, out: Any, options: Options) -> Any:
     """What makes the call in a trace."""
     from fastsample import ops_verify, untraced
 
-    return untraced.served(ops_verify.verify, inputs, out, drafts.refused())
+    return untraced.served(ops_verify.verify, inputs, out, drafts.refused() or options.without_size)

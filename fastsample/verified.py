@@ -18,6 +18,7 @@ from fastsample.checks import CPU, is_one_of
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed
 from fastsample.inputs.drafts import Drafts, History, Tree, pack_drafts, pack_tree, spread, spread_bias
 from fastsample.inputs.records import PLAIN
+from fastsample.kept import list_verified
 from fastsample.outputs import (
     FIELD,
     WRONG,
@@ -46,6 +47,11 @@ class VerifyOutput:
             That row is number `num_accepted[b]`, and has no token.
         logprobs: float32 [B, K + 1], NaN past the last token; ranks: int64 [B, K + 1], 0 there.
         top_ids: int64 [B, K + 1, N], -1 there; top_logprobs: float32 [B, K + 1, N], NaN there.
+        kept_count: int32 [B, K + 1], how many tokens are kept where each token was drawn; 0 past the last.
+        kept_ids, kept_row_ptr: int32 and int64 [B (K + 1) + 1]: those of token i of request b are
+            `kept_ids[kept_row_ptr[j] : kept_row_ptr[j + 1]]`, j = b (K + 1) + i; none past the last.
+        kept_bitmask: int32 [B, K + 1, ceil(V / 32)], 0 past the last token.
+        log_kept_mass, entropy: float32 [B, K + 1], NaN past the last token.
         path: int64 [B, n], the nodes whose rows gave the tokens, padded with -1. Of `verify_tree` only.
     """
 
@@ -56,6 +62,12 @@ class VerifyOutput:
     ranks: torch.Tensor | None = None
     top_ids: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
+    kept_count: torch.Tensor | None = None
+    kept_ids: torch.Tensor | None = None
+    kept_row_ptr: torch.Tensor | None = None
+    kept_bitmask: torch.Tensor | None = None
+    log_kept_mass: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
     path: torch.Tensor | None = None
 
 
@@ -120,7 +132,7 @@ def verified(
         fields = {**own, **fields}
     fields = {name: v if type(v) in PLAIN else spread(name, v, drafts) for name, v in fields.items()}
     of_each, history = split(inputs, drafts)
-    flagged, table, use = options._replace(on_invalid="flag"), as_table(logits), partial(rule.apply, drafts)
+    flagged, table, use = options.of_rows, as_table(logits), partial(rule.apply, options, drafts)
     found, invalid = make("tokens", table, params, fields, seed, offset, of_each, flagged, None, 4, history, use)
     result = checked_result(found, options, invalid)
     return result if out is None else _fill(out, result, logits, drafts.ids)
@@ -131,6 +143,8 @@ def _fill(out: Any, result: VerifyOutput, logits: torch.Tensor, ids: torch.Tenso
     if not isinstance(out, VerifyOutput):
         raise TypeError(f"out: expected a VerifyOutput, got {type(out).__name__}")
     values = {name: value for name in out.__slots__ if (value := getattr(result, name)) is not None}
+    if result.kept_bitmask is None:  # lists of exactly the size that they have
+        out.kept_ids, out.kept_row_ptr = values.pop("kept_ids", None), values.pop("kept_row_ptr", None)
     buffers = {f"out.{name}": getattr(out, name) for name in values}
     for (name, buffer), value in zip(buffers.items(), values.values(), strict=True):
         check_buffer(name, buffer, Field(name, value.dtype, "row", None), tuple(value.shape), value.device)
@@ -151,12 +165,21 @@ class Rule:
     raises: bool  # where a draft's own row is no law
 
     def apply(
-        self, drafts: Drafts, call: SampleCall, table: torch.Tensor, rows: Rows
+        self, options: Options, drafts: Drafts, call: SampleCall, table: torch.Tensor, rows: Rows
     ) -> tuple[VerifyOutput, int | None]:
         """What comes out of drafts, and how many results end at an invalid row where that is known.
 
-        `rows` has the seeds of the requests, and the offsets of their first rows.
+        `options` are the verification's, `call` samples its rows; `rows` has the seeds of the requests, and the offsets
+        of their first rows.
         """
+        found, invalid = self._apply(drafts, call, table, rows)
+        if options.kept == "ids":
+            list_verified(call.engine, found, options.kept_capacity)
+        return found, invalid
+
+    def _apply(
+        self, drafts: Drafts, call: SampleCall, table: torch.Tensor, rows: Rows
+    ) -> tuple[VerifyOutput, int | None]:
         if self.proposal is None and call.engine.verifies and drafts.in_order:
             sampled, accepted, status, invalid = call.verified(table, rows, drafts.ids)
             fields = {name: drafts.by_request(getattr(sampled, name), 0) for name in _present(sampled)}
@@ -169,7 +192,7 @@ class Rule:
         if self.raises:
             rejection.raise_if_unknown(found, self.proposal)
         fields = {"tokens": found.tokens, "status": found.status}
-        if call.options.logprobs is not None:
+        if call.reports:
             sampled = call.of_tokens(table, rows, found.tokens[drafts.request, drafts.position])
             fields |= {name: drafts.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)[2:]}
         return _cut(fields, fields, found.accepted), None

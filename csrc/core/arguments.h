@@ -45,8 +45,13 @@ FASTSAMPLE_RECORD(OutputArguments,          //
                   top_ids,                  // int64 [B, num_top]
                   top_logprobs,             // float32 [B, num_top]
                   weights, masses,          // int64 [B, 2], [B, V]
+                  kept_count,               // int32 [B]
+                  kept_bitmask,             // int32 [B, ceil(V / 32)]
+                  log_kept_mass, entropy,   // float32 [B]
                   given,                    // int64 [B]: read, not written
+                  kept_slots,               // int32 [B, num_slots], for the CPU engine
                   num_samples, num_top,     // counts
+                  num_slots,                //
                   mode);                    // LogprobsMode
 
 FASTSAMPLE_RECORD(DraftArguments,  // of a call that verifies drafts
@@ -106,7 +111,9 @@ static inline Batch batch_of(const RowArguments& rows, const CallArguments& call
       Outputs{(int32_t*)o.status, (int64_t*)o.tokens, (float*)o.filtered, (float*)o.probabilities,
               (float*)o.logprobs, (int64_t*)o.ranks, (int64_t*)o.top_ids, (float*)o.top_logprobs,
               (int32_t)o.num_samples, (int32_t)o.num_top, (LogprobsMode)o.mode, (int64_t*)o.weights,
-              (int64_t*)o.masses, (const int64_t*)o.given},
+              (int64_t*)o.masses, (const int64_t*)o.given, (int32_t*)o.kept_count,
+              (int32_t*)o.kept_bitmask, (float*)o.log_kept_mass, (float*)o.entropy,
+              (int32_t*)o.kept_slots, (int32_t)o.num_slots},
   };
   if (drafts) {
     batch.drafts = {(const int64_t*)drafts->ids, drafts->count, (int32_t*)drafts->num_accepted,

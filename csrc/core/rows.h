@@ -119,6 +119,14 @@ struct Outputs {
   int64_t* weights = nullptr;      // [B, 2]
   int64_t* masses = nullptr;       // [B, V]
   const int64_t* given = nullptr;  // [B]
+  // What is kept, for calls that draw. A row that keeps at most num_slots tokens may list its ids
+  // and leave its bitmask as it is: then its slots are not null.
+  int32_t* kept_count = nullptr;   // [B]
+  int32_t* kept_bitmask = nullptr;  // [B, ceil(V / 32)]
+  float* log_kept_mass = nullptr;  // [B]
+  float* entropy = nullptr;        // [B]
+  int32_t* kept_slots = nullptr;   // [B, num_slots]
+  int32_t num_slots = 0;
 };
 
 // The drafts of requests, each with count + 1 rows one behind the other, and what comes out. The

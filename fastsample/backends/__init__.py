@@ -37,6 +37,13 @@ class Outputs:
     weights: torch.Tensor | None = None  # int64 [B, 2], the mass of the token and of all, in the law of draw 0
     masses: torch.Tensor | None = None  # int64 [B, V], of every token; never without the weights, like `given`
     given: torch.Tensor | None = None  # int64 [B], kept tokens that are not drawn; what is no token is drawn
+    kept_count: torch.Tensor | None = None  # int32 [B], like the next three in every call that draws tokens
+    kept_bitmask: torch.Tensor | None = None  # int32 [B, ceil(V / 32)]
+    log_kept_mass: torch.Tensor | None = None  # float32 [B]
+    entropy: torch.Tensor | None = None  # float32 [B]
+    kept_slots: torch.Tensor | None = None  # int32 [B, n], the ids of rows that keep no more: these need no bitmask
+    kept_ids: torch.Tensor | None = None  # int32 and int64 [B + 1], for Engine.list_kept
+    kept_row_ptr: torch.Tensor | None = None
     num_samples: int = 1
     num_top: int = 0
     input: InputKind = "logits"  # what the rows hold
@@ -83,6 +90,36 @@ class Engine(Protocol):
         Returns the number of results that end at an invalid row, or None where to know it would mean waiting.
         """
         raise RuntimeError(f"engine {self.name!r} samples rows, and does not look at drafts")
+
+    kept_slots: int = 0
+    """How many kept ids of a row `run` can list in passing; 0 for an engine that only writes bitmasks."""
+
+    def end_kept(self, counts: torch.Tensor, capacity: int, row_ptr: torch.Tensor) -> int | None:
+        """Fill int64 [B + 1] with where each row's ids begin, and end, given int32 [B]; how many there are in all.
+
+        A row that has more than `capacity`, if that is not 0, lists none. Returns None where to know it would mean
+        waiting for the device.
+        """
+        if capacity:
+            counts = counts.masked_fill(counts > capacity, 0)
+        row_ptr[:1] = 0
+        torch.cumsum(counts, 0, out=row_ptr[1:])
+        return None if counts.is_cuda else int(row_ptr[-1])
+
+    def list_kept(self, out: Outputs, bitmask: torch.Tensor, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
+        """Write the ids of each row's set to ids[row_ptr[i] : row_ptr[i + 1]], ascending, and -1 past the last.
+
+        Args:
+            out: what `run` has filled.
+            bitmask: int32 [B, words], the sets of all rows but those that `run` has listed in slots.
+            row_ptr: int64 [B + 1], what `end_kept` made of the counts; a row without a place is left out.
+            ids: int32.
+        """
+        places = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+        bits = ((bitmask[:, :, None] >> places) & 1).flatten(1).bool() & (row_ptr.diff() > 0)[:, None]
+        listed = bits.nonzero()[:, 1]
+        ids.fill_(-1)
+        ids[: len(listed)] = listed.to(ids.dtype)
 
     def advance(self, rows: Rows) -> None:
         """Add 1 to every offset, in place and in the order of the device's other work."""

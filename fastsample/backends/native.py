@@ -27,7 +27,8 @@ ROW_FIELDS = (
     "requests",
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
-OUTPUT_FIELDS = (*(field.name for field in FIELDS), "given", "num_samples", "num_top", "mode")
+_BUFFERS = (*(field.name for field in FIELDS), "given", "kept_slots")
+OUTPUT_FIELDS = (*_BUFFERS, "num_samples", "num_top", "num_slots", "mode")
 DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
 
 # Packed in two parts, since most calls have no inputs.
@@ -36,7 +37,7 @@ _NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(
 # So are outputs: status and tokens come first, and most calls want nothing else.
 _FIRST = ("status", "tokens")
 _HEAD, _TAIL = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q"), Struct(f"{len(OUTPUT_FIELDS) - len(_FIRST)}q")
-_addresses = unrolled("0 if a.{0} is None else a.{0}.data_ptr()", OUTPUT_FIELDS[len(_FIRST) : len(FIELDS) + 1], ", ")
+_addresses = unrolled("0 if a.{0} is None else a.{0}.data_ptr()", _BUFFERS[len(_FIRST) :], ", ")
 assert OUTPUT_FIELDS[: len(_FIRST)] == _FIRST
 
 
@@ -110,14 +111,16 @@ def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
         out.status.data_ptr(),
         0 if out.tokens is None else out.tokens.data_ptr(),
     )
-    if out.mode is None and out.filtered is None and out.probabilities is None and out.weights is None:
+    addresses = _addresses(out)
+    if not any(addresses):
         return head + _nothing_more(out.num_samples)
-    return head + _TAIL.pack(*_addresses(out), out.num_samples, out.num_top, MODES[out.mode])
+    slots = 0 if out.kept_slots is None else out.kept_slots.shape[-1]
+    return head + _TAIL.pack(*addresses, out.num_samples, out.num_top, slots, MODES[out.mode])
 
 
 @lru_cache(maxsize=16)
 def _nothing_more(num_samples: int) -> bytes:
-    return _TAIL.pack(*[0] * (len(FIELDS) + 1 - len(_FIRST)), num_samples, 0, MODES[None])
+    return _TAIL.pack(*[0] * (len(_BUFFERS) - len(_FIRST)), num_samples, 0, 0, MODES[None])
 
 
 _DRAFTS = Struct("5q")

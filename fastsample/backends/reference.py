@@ -23,6 +23,9 @@ class ReferenceEngine(Engine):
             _fill(out.filtered, spec.filter_logits(dist, rows))
         if out.probabilities is not None:
             _fill(out.probabilities, spec.probabilities(dist))
+        for name, kept in zip(("kept_count", "kept_bitmask", "log_kept_mass", "entropy"), spec.KEPT, strict=True):
+            if (buffer := getattr(out, name)) is not None:
+                _fill(buffer, kept(dist))
         if out.tokens is not None:
             tokens = spec.sample(dist, rows, out.num_samples, out.given)
             _fill(out.tokens, tokens)

@@ -35,6 +35,7 @@ from fastsample.reference.process import (
 Tensor = torch.Tensor
 
 __all__ = [
+    "KEPT",
     "LOG2E",
     "NAN",
     "NEG_INF",
@@ -76,6 +77,7 @@ class Distribution:
     greedy: Tensor  # bool [B]
     mass: Tensor  # int64 [B, V], what a plain draw is from
     rest: Tensor  # int64 [B, V], what a draw is from that leaves out what XTC excludes
+    alive: Tensor  # int64 [B, V], the mass of every token above -inf
     coin: Tensor  # float32 [B or 1, 1], how likely a draw is from the rest
 
 
@@ -107,7 +109,7 @@ def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Dist
     kept, out = torch.where(weighs, kept, first(kept)), out & weighs
     whole, rest = (drawn_masses(w, alone, set_, row.ids) for set_ in (kept, kept & ~out))
     by_id = torch.zeros_like(kept).scatter(1, row.ids, kept)
-    return Distribution(x, status, by_id, greedy[:, 0], whole, rest, coin)
+    return Distribution(x, status, by_id, greedy[:, 0], whole, rest, w, coin)
 
 
 def first(ranked: Tensor) -> Tensor:
@@ -170,6 +172,47 @@ def share(w: Tensor, times: Tensor | float = 1.0) -> Tensor:
 
 def one_hot(ids: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool).scatter(1, ids, True)
+
+
+# What is kept --------------------------------------------------------------------------------------------------------
+
+
+def kept_count(dist: Distribution) -> Tensor:
+    """How many tokens are kept, int32 [B]."""
+    return dist.kept.sum(-1, dtype=torch.int32)
+
+
+def kept_bitmask(dist: Distribution) -> Tensor:
+    """The kept tokens as the bits of words, the lowest bit first, int32 [B, ceil(V / 32)]."""
+    rows, vocab = dist.kept.shape
+    bits = torch.zeros(rows, -(-vocab // 32) * 32, dtype=torch.int64, device=dist.kept.device)
+    bits[:, :vocab] = dist.kept
+    words: Tensor = (bits.view(rows, -1, 32) << torch.arange(32, device=bits.device)).sum(-1)
+    return words.to(torch.int32)
+
+
+def log_kept_mass(dist: Distribution) -> Tensor:
+    """log of the share that the kept tokens have of the mass of all, float64 [B]; NaN in invalid rows."""
+    everything, out = dist.alive.sum(-1), (dist.alive * ~dist.kept).sum(-1)
+    share = everything - out, everything
+    # Near 1, what is left out tells more digits than what is kept.
+    near = torch.log1p(-out.double() / everything.double())
+    found = torch.where(2 * out < everything, near, (share[0].double() / share[1].double()).log())
+    found = torch.where(dist.greedy, 0.0, found)
+    return torch.where(dist.status == 0, found, torch.nan)
+
+
+def entropy(dist: Distribution) -> Tensor:
+    """Of the distribution that is drawn from, in nats, float64 [B]; NaN in invalid rows."""
+    p, w = mixture(dist), dist.mass
+    others = (w.sum(-1, keepdim=True) - w).double()
+    surprise = torch.log1p(others / w.clamp(min=1).double())  # -log p, exact near p = 1
+    surprise = torch.where((dist.mass != dist.rest).any(-1, keepdim=True), -p.log(), surprise)
+    return torch.where(dist.status == 0, torch.where(p > 0, p * surprise, 0.0).sum(-1), torch.nan)
+
+
+KEPT = (kept_count, kept_bitmask, log_kept_mass, entropy)
+"""What can be asked of a kept set, in the order of the outputs."""
 
 
 # Stage 8 -------------------------------------------------------------------------------------------------------------
