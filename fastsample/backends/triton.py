@@ -26,6 +26,7 @@ ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits ea
 EDIT_PARTS = 8
 OLDEST = (3, 7)  # supported version of Triton
 MIN_CHUNKS = 128  # smaller sizes are not worth a kernel of their own
+WORDS = 128  # of a kept set that are listed at once
 
 
 def interpreted() -> bool:
@@ -66,13 +67,18 @@ class TritonEngine(Engine):
 
     @torch.no_grad()
     def _call(self, logits: Tensor, rows: Rows, out: Outputs, verified: Verified | None) -> None:
-        on_device: AbstractContextManager[Any] = nullcontext()
-        if logits.device.type == "cuda":
-            on_device = torch.cuda.device(logits.device)
-        with on_device:
+        with on(logits.device):
             call = Call(self, logits, rows, out, verified)
             with call.memory.lock:
                 call.run()
+
+    def list_kept(self, out: Outputs, bitmask: Tensor, row_ptr: Tensor, ids: Tensor) -> None:
+        rows, words = bitmask.shape
+        if rows:
+            with on(ids.device):
+                kernels("keep").list_ids[(rows,)](
+                    bitmask, words, row_ptr, ids, ids.numel(), WORDS=WORDS, **launch_options(ids.device)
+                )
 
     def layout(self, table: Table) -> Layout:
         """Enough programs per row to fill the device, no more than can run at once where a row has several."""
@@ -109,6 +115,16 @@ def device_shape(device: torch.device) -> tuple[int, int]:
     return int(found.multi_processor_count), int(found.warp_size)
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Those of a kernel that is compiled; the interpreter has none."""
+    return {} if interpreted() else compile_options(device_shape(device)[1], nvidia=torch.version.hip is None)
+
+
 def compile_options(warp_size: int, nvidia: bool) -> dict[str, Any]:
     """How every kernel is compiled: each float operation rounded by itself, two programs to a multiprocessor."""
     options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
@@ -140,9 +156,7 @@ class Call:
         self.batch, self.vocab = logits.shape
         self.probs = out.input == "probs"
         self.memory = engine.memory(logits, rows)
-        self.options: dict[str, Any] = {}
-        if not interpreted():
-            self.options = compile_options(device_shape(logits.device)[1], nvidia=torch.version.hip is None)
+        self.options = launch_options(logits.device)
 
     def run(self) -> None:
         if self.batch == 0:
@@ -155,6 +169,8 @@ class Call:
                 self.write(kind, table, state, target)
         if out.tokens is not None and out.weights is not None:
             self.law(table, state, out.tokens, out.weights)
+        if out.tokens is not None:
+            self.keep(table, state, out.tokens)
         if out.tokens is not None and out.mode is not None:
             self.logprobs(table, state, out.tokens)
 
@@ -312,6 +328,21 @@ class Call:
             module.write_masses[(self.batch, state.layout.chunks)](
                 *seen, masses, self.vocab, PROBS=self.probs, BLOCK=state.layout.block, **self.options,
             )  # fmt: skip
+
+    def keep(self, table: Table, state: State, tokens: Tensor) -> None:
+        """What is kept and what it weighs, if anything is wanted of that."""
+        out, layout, records = self.out, state.layout, self.rows.records
+        asked = {"COUNT": out.kept_count, "BITMASK": out.kept_bitmask}
+        asked |= {"MASS": out.log_kept_mass, "ENTROPY": out.entropy}
+        if all(buffer is None for buffer in asked.values()):
+            return
+        kernels("keep").keep[(self.batch, layout.chunks)](
+            table.x, table.stride, records, _stride(records), state.words, layout.record, tokens, out.num_samples,
+            *(tokens if buffer is None else buffer for buffer in asked.values()),
+            self.memory(ARRIVALS, self.batch, torch.int32), self.vocab, layout.chunks,
+            **{name: buffer is not None for name, buffer in asked.items()},
+            PROBS=self.probs, CHUNKS=max(MIN_CHUNKS, _power_of_two(layout.chunks)), BLOCK=layout.block, **self.options,
+        )  # fmt: skip
 
     def logprobs(self, table: Table, state: State, tokens: Tensor) -> None:
         """Log-probabilities and ranks of the tokens, and the top-n: launches that only these outputs need."""

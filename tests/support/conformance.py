@@ -20,7 +20,8 @@ def ask(case: Any, backend: str, brief: bool = False, top: int = 6) -> dict[str,
     """Everything that an engine can be asked about a case (tests/support/cases.py), by name.
 
     Args:
-        brief: one mode of log-probabilities will do, in which cases take turns: where calls are slow.
+        brief: one mode of log-probabilities and one form of lists will do, in which cases take turns: where calls are
+            slow.
         top: how many of the most probable tokens to ask for.
     """
     inputs = case.build()
@@ -34,8 +35,19 @@ def ask(case: Any, backend: str, brief: bool = False, top: int = 6) -> dict[str,
         more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(top, case.vocab)}
         found |= named(fs.sample(inputs.logits, **common, **inputs.draw, **more), f"{mode}.")
     found |= named(fs.sample(inputs.logits, **common, **inputs.draw), "plain.")  # no log-probabilities: a shorter path
+    found |= ask_kept(inputs.logits, brief, **common, **inputs.draw)
     found |= law(inputs.logits, backend, **inputs.kwargs, **inputs.draw)
     assert torch.equal(bits(inputs.logits), bits(before)), "the logits were written to"
+    return found
+
+
+def ask_kept(given: torch.Tensor, brief: bool, **call: Any) -> dict[str, torch.Tensor]:
+    """What is kept and what it weighs, as bits and as lists; lists of any and of a limited size take turns if brief."""
+    found = named(fs.sample(given, **call, kept="bitmask", kept_mass=True, entropy=True), "kept.")
+    if not brief or given.shape[1] % 3:
+        found |= named(fs.sample(given, **call, kept="ids"), "listed.")
+    if not brief or given.shape[1] % 3 == 0:
+        found |= named(fs.sample(given, **call, kept="ids", kept_capacity=7), "limited.")
     return found
 
 
@@ -77,7 +89,7 @@ def _difference(name: str, found: torch.Tensor, expected: torch.Tensor) -> str |
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         shapes = (f"{value.dtype} {list(value.shape)}" for value in (found, expected))
         return f"{name} is {' and not '.join(shapes)}"
-    near = name.endswith("logprobs")
+    near = name.endswith(("logprobs", "log_kept_mass", "entropy"))
     differs = ulps_apart(found, expected) > LOGPROB_ULP if near else bits(found) != bits(expected)
     if not bool(differs.any()):
         return None

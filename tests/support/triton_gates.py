@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsample.backends.triton import PROGRAMS_PER_SM, THREADS, compile_options
-from fastsample.kernels import law, logprobs, outputs, process, sample
+from fastsample.backends.triton import PROGRAMS_PER_SM, THREADS, WORDS, compile_options
+from fastsample.kernels import keep, law, logprobs, outputs, process, sample
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)} | {
@@ -35,6 +35,7 @@ POINTERS = {
     "logprobs": "fp32", "ranks": "i64", "listed": "i32", "found": "i64", "top_ids": "i64", "top_logprobs": "fp32",
     "breakers": "i64", "history": "i32", "drafted": "i64", "requests": "i64",
     "given": "i64", "weights": "i64", "masses": "i64",
+    "count": "i32", "bitmask": "i32", "log_kept_mass": "fp32", "entropy": "fp32", "ids": "i32",
     "drafts": "i64", "accepted": "i32", "ends": "i32", "arrivals": "i32",
 }  # fmt: skip
 ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
@@ -84,6 +85,11 @@ def _kernels() -> Iterator[Kernel]:
         yield Kernel(f"write {what.lower()}", outputs.write, constants, 1, float64=what == "PROBABILITIES")
     yield Kernel("weigh tokens", law.weigh_tokens, {"HAS_GIVEN": True, "PROBS": False}, 0)
     yield Kernel("write masses", law.write_masses, {"PROBS": False} | block, 1)
+    wanted = dict.fromkeys(("COUNT", "BITMASK", "MASS", "ENTROPY"), True)
+    for name, more in {"": {}, " count": {"MASS": False, "ENTROPY": False}, " probs": {"PROBS": True}}.items():
+        constants = {**wanted, "PROBS": False, "CHUNKS": 128, **block, **more}
+        yield Kernel(f"keep{name}", keep.keep, constants, 1, float64=constants["ENTROPY"])
+    yield Kernel("list ids", keep.list_ids, {"WORDS": WORDS}, 0)
     yield Kernel("sampled raw", logprobs.sampled, {"RAW": True, "PROBS": False}, 0, float64=True)
     yield Kernel("sampled processed", logprobs.sampled, {"RAW": False, "PROBS": False}, 0, float64=True)
     yield Kernel("rank", logprobs.rank, block, 1)

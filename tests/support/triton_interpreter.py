@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from cases import Case, Fields, Inputs, cycle
-from conformance import MODES, ask, named
+from conformance import MODES, ask, ask_kept, named
 
 import fastsample as fs
 
@@ -87,7 +87,7 @@ def ask_of_probs(case: Case, backend: str) -> dict[str, Tensor]:
     more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
     found = {"probabilities": fs.probabilities(p, **common)}
     found |= named(fs.sample(p, **common, **inputs.draw, **more), f"{mode}.")
-    return found | named(fs.sample(p, **common, **inputs.draw), "plain.")
+    return found | named(fs.sample(p, **common, **inputs.draw), "plain.") | ask_kept(p, True, **common, **inputs.draw)
 
 
 def probabilities_of(inputs: Inputs) -> Tensor:
