@@ -105,6 +105,9 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
   lay_out(batch, layout, (char*)workspace.first, (char*)boards.first, ws);
   const Launches& launches = launches_for(batch.logits.dtype);
   check(launches.sample(batch, layout.sample, ws, (cudaStream_t)stream), "launching the sampler");
+  if (wants_kept(batch.out)) {
+    check(launches.keep(batch, layout.outputs, ws, (cudaStream_t)stream), "launching what is kept");
+  }
   if (batch.out.weights) {
     check(launches.law(batch, layout.outputs, ws, (cudaStream_t)stream), "launching the law");
   }
@@ -113,6 +116,15 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
           "launching the outputs");
   }
   return std::nullopt;
+}
+
+void list(uintptr_t bitmask, int64_t rows, int32_t words, uintptr_t row_ptr, uintptr_t ids,
+          int64_t size, int device_index, uintptr_t stream) {
+  const py::gil_scoped_release unlocked;
+  const OnDevice current(device_index);
+  const Lists lists = {(const int32_t*)bitmask, rows,          words,
+                       (const int64_t*)row_ptr, (int32_t*)ids, size};
+  check(list_kept(lists, (cudaStream_t)stream), "launching the lists");
 }
 
 std::optional<std::string> why_not() {
@@ -143,6 +155,7 @@ PYBIND11_MODULE(_cuda, m) {
   fs::add_fields(m);
   m.attr("CUDA_VERSION") = CUDART_VERSION;
   m.def("run", &fs::run, "Launch and return None, or the bytes of memory that it needs first.");
+  m.def("list_kept", &fs::list, "Launch what makes lists of ids of bitmasks.");
   m.def("why_not", &fs::why_not, "Why no GPU can be used, or None.");
   m.def("why_not_device", &fs::why_not_device, "Why this GPU cannot be used, or None.");
 }

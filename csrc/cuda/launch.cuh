@@ -1,6 +1,7 @@
 // Which kernel each launch takes, whether CUDA's runtime launches it or tests/simt.
 #pragma once
 
+#include "cuda/keep.cuh"
 #include "cuda/law.cuh"
 #include "cuda/outputs.cuh"
 
@@ -19,6 +20,11 @@ int launch_sample(const Batch& batch, const Plan& plan, Workspace ws, Launch lau
     default:
       return launch(sample_kernel<T, kBlockPolicy>, plan, batch, ws, plan.parts);
   }
+}
+
+template <class T, class Launch>
+int launch_keep(const Batch& batch, const Plan& plan, const Workspace& ws, Launch launch) {
+  return launch(keep_kernel<T>, plan, batch, ws);
 }
 
 template <class T, class Launch>

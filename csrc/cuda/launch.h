@@ -12,10 +12,13 @@ struct Launches {
   // device.
   cudaError_t (*prepare)(const Device&);
   cudaError_t (*sample)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
+  cudaError_t (*keep)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
   cudaError_t (*law)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
   cudaError_t (*outputs)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
 };
 
 extern const Launches launches_float32, launches_float16, launches_bfloat16;
+
+cudaError_t list_kept(const Lists&, cudaStream_t);
 
 }  // namespace fastsample

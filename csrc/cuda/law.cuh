@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/philox.h"
-#include "cuda/logprobs.cuh"
+#include "cuda/sampled.cuh"
 
 namespace fastsample {
 
@@ -15,7 +15,7 @@ struct Law {
 };
 
 FS_DEVICE Law law_of(const Batch& batch, int64_t r, const RowTask& t, const RowState& state) {
-  Law law = {state.drawable.kept, state.total ? state.total : unit_of(t), -1};
+  Law law = {state.drawable.kept, mass_of_all(t, state), -1};
   if (!state.total || state.drawable.top.x == kKeyInfinity) return law;
   const auto [seed, offset] = stream_of(batch, r);
   if (!xtc_excludes(seed, offset, 0, t.params->xtc_probability)) return law;
@@ -34,43 +34,38 @@ FS_DEVICE u64 mass_in_law(const RowTask& t, const Law& law, float x, int32_t id)
   return kept_drawn_mass(t, law.kept, x, KeyPlace{key_of(x), id});
 }
 
+template <class S>
+FS_DEVICE void write_law(const Batch& batch, int64_t r, const S& slice, const RowTask& t,
+                         const RowState& state) {
+  const Outputs& out = batch.out;
+  const bool valid = state.status == kValid;
+  Law law = {};
+  if (valid) law = law_of(batch, r, t, state);
+  if (out.masses) {
+    each_rolled(slice, [&](float x, int32_t id) {
+      if (id < 0 || id >= slice.vocab) return;
+      const u64 mass = valid ? mass_in_law(t, law, x, id) : 0;
+      store_global(out.masses + r * slice.vocab + id, (int64_t)mass);
+    });
+  }
+  if (threadIdx.x) return;
+  int64_t token = out.tokens[r];
+  if (valid && out.given && out.given[r] >= 0 && out.given[r] < slice.vocab) {
+    token = out.given[r];
+    store_global(out.tokens + r, token);
+  }
+  const int32_t id = (int32_t)token;
+  const u64 mass = valid ? mass_in_law(t, law, slice.value(id), id) : 0;
+  store_global(out.weights + 2 * r, (int64_t)mass);
+  store_global(out.weights + 2 * r + 1, (int64_t)law.total);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     law_kernel(const __grid_constant__ Batch batch, const __grid_constant__ Workspace ws) {
-  Shared* own = (Shared*)shared_memory();
-  const Team<kBlockPolicy> team = {own, nullptr, 0, 1};
-  const Outputs& out = batch.out;
-  clear_bins(team);
-  for (int64_t r = blockIdx.x; r < batch.logits.rows; r += gridDim.x) {
-    auto slice = make_slice<T, false>(batch, r, 0, 1);
-    RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
-    const RowState& state = ws.states[r];
-    const bool valid = state.status == kValid;
-    set_peak(t, {state.peak_key, 0});
-    set_drawn_scale(t);
-    process_row(batch, ws, r, *t.params, team, slice);
-    Law law = {};
-    if (valid) law = law_of(batch, r, t, state);
-    if (out.masses) {
-      each_rolled(slice, [&](float x, int32_t id) {
-        if (id < 0 || id >= slice.vocab) return;
-        const u64 mass = valid ? mass_in_law(t, law, x, id) : 0;
-        store_global(out.masses + r * slice.vocab + id, (int64_t)mass);
-      });
-    }
-    if (threadIdx.x == 0) {
-      int64_t token = out.tokens[r];
-      if (valid && out.given && out.given[r] >= 0 && out.given[r] < slice.vocab) {
-        token = out.given[r];
-        store_global(out.tokens + r, token);
-      }
-      const int32_t id = (int32_t)token;
-      const u64 mass = valid ? mass_in_law(t, law, slice.value(id), id) : 0;
-      store_global(out.weights + 2 * r, (int64_t)mass);
-      store_global(out.weights + 2 * r + 1, (int64_t)law.total);
-    }
-    __syncthreads();
-  }
+  each_sampled_row<T>(batch, ws,
+                      [&](int64_t r, const auto&, const auto& slice, const RowTask& t,
+                          const RowState& state) { write_law(batch, r, slice, t, state); });
 }
 
 }  // namespace fastsample

@@ -1,28 +1,9 @@
 // Log-probabilities, ranks and top-n of one row, in float64. One block per row.
 #pragma once
 
-#include "cuda/sample.cuh"
+#include "cuda/sampled.cuh"
 
 namespace fastsample {
-
-// The mass of all that is kept.
-FS_DEVICE double total_of(const RowTask& t, const RowState& state) {
-  return (double)(state.total ? state.total : unit_of(t));
-}
-
-// How probable a kept token is: over draws that take XTC's top choices and draws that do not.
-FS_DEVICE double share(const RowTask& t, const RowState& state, float x, int32_t id) {
-  const double w = (double)drawn_mass(t, x);
-  const double total = total_of(t, state);
-  if (state.total == state.rest) return w / total;
-  const double coin = (double)t.params->xtc_probability;
-  const double with = (1.0 - coin) * w / total;
-  const KeyPlace top = state.drawable.top, place = {key_of(x), id};
-  if (!ranks_before(top, place)) return with;
-  if (state.rest) return with + coin * w / (double)state.rest;
-  // Those that are left weigh nothing: the first counts for everything.
-  return place.x == top.x && id == top.id + 1 ? with + coin : with;
-}
 
 // What the log-probabilities of one row are computed from: the distribution drawn from, or (raw)
 // the logits or probabilities as given.

@@ -25,7 +25,7 @@ FS_DEVICE void write_rows(const Batch& batch, int64_t r, const S& slice, const R
     }
   };
   if (state.total == state.rest) {
-    const double total = total_of(t, state);
+    const double total = (double)mass_of_all(t, state);
     each(slice, [&](float x, int32_t id) {
       write(x, id, [&](float y, int32_t) { return (double)drawn_mass(t, y) / total; });
     });
@@ -39,20 +39,12 @@ FS_DEVICE void write_rows(const Batch& batch, int64_t r, const S& slice, const R
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     outputs_kernel(const __grid_constant__ Batch batch, const __grid_constant__ Workspace ws) {
-  Shared* own = (Shared*)shared_memory();
-  const Team<kBlockPolicy> team = {own, nullptr, 0, 1};
-  clear_bins(team);
-  for (int64_t r = blockIdx.x; r < batch.logits.rows; r += gridDim.x) {
-    auto slice = make_slice<T, false>(batch, r, 0, 1);
-    RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
-    const RowState& state = ws.states[r];
-    set_peak(t, {state.peak_key, 0});
-    set_drawn_scale(t);
-    process_row(batch, ws, r, *t.params, team, slice);
-    if (batch.out.filtered || batch.out.probabilities) write_rows(batch, r, slice, t, state);
-    if (batch.out.mode != kNoLogprobs) write_logprobs(batch, ws, r, team, slice, t, state);
-    __syncthreads();
-  }
+  each_sampled_row<T>(
+      batch, ws,
+      [&](int64_t r, const auto& team, const auto& slice, const RowTask& t, const RowState& state) {
+        if (batch.out.filtered || batch.out.probabilities) write_rows(batch, r, slice, t, state);
+        if (batch.out.mode != kNoLogprobs) write_logprobs(batch, ws, r, team, slice, t, state);
+      });
 }
 
 }  // namespace fastsample

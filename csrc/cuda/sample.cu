@@ -42,7 +42,9 @@ struct Launch {
 cudaError_t prepare(const Device& device) {
   const void* kernels[] = {(const void*)sample_kernel<T, kClusterPolicy>,
                            (const void*)sample_kernel<T, kBlockPolicy>,
-                           (const void*)sample_kernel<T, kGridPolicy>, (const void*)law_kernel<T>,
+                           (const void*)sample_kernel<T, kGridPolicy>,
+                           (const void*)keep_kernel<T>,
+                           (const void*)law_kernel<T>,
                            (const void*)outputs_kernel<T>};
   cudaError_t error = cudaSuccess;
   for (const void* kernel : kernels) {
@@ -60,6 +62,10 @@ cudaError_t sample(const Batch& batch, const Plan& plan, const Workspace& ws, cu
   return (cudaError_t)launch_sample<T>(batch, plan, ws, Launch{stream});
 }
 
+cudaError_t keep(const Batch& batch, const Plan& plan, const Workspace& ws, cudaStream_t stream) {
+  return (cudaError_t)launch_keep<T>(batch, plan, ws, Launch{stream});
+}
+
 cudaError_t law(const Batch& batch, const Plan& plan, const Workspace& ws, cudaStream_t stream) {
   return (cudaError_t)launch_law<T>(batch, plan, ws, Launch{stream});
 }
@@ -71,6 +77,6 @@ cudaError_t outputs(const Batch& batch, const Plan& plan, const Workspace& ws,
 
 }  // namespace
 
-extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, sample, law, outputs};
+extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, sample, keep, law, outputs};
 
 }  // namespace fastsample

@@ -85,6 +85,18 @@ struct Workspace {
   uint32_t* semaphores;  // kGridPolicy only: [teams], the low 31 bits zero between launches
 };
 
+// Kept sets to list: row r's ids go to ids[row_ptr[r]] up to ids[row_ptr[r + 1] - 1], ascending; a
+// row without a place lists none. Past the last row's come -1s.
+struct Lists {
+  const int32_t* bitmask;  // [rows, words]
+  int64_t rows;
+  int32_t words;
+  const int64_t* row_ptr;  // [rows + 1]
+  int32_t* ids;            // [size]
+  int64_t size;
+};
+constexpr int kListShared = 32 * sizeof(u64);  // bytes of a block's shared memory
+
 // How a batch is served, and the bytes of device memory that this takes.
 struct Layout {
   Plan sample;
@@ -94,11 +106,17 @@ struct Layout {
   int64_t table_slots;
 };
 
-// Whether anything is wanted that only `outputs` writes; and that it or `law` writes.
+// Whether anything is wanted that only `outputs` or only `keep` writes; and that any later kernel
+// writes.
 inline bool wants_outputs(const Outputs& out) {
   return out.filtered || out.probabilities || out.mode != kNoLogprobs;
 }
-inline bool wants_more(const Outputs& out) { return wants_outputs(out) || out.weights; }
+inline bool wants_kept(const Outputs& out) {
+  return out.tokens && (out.kept_count || out.kept_bitmask || out.log_kept_mass || out.entropy);
+}
+inline bool wants_more(const Outputs& out) {
+  return wants_outputs(out) || wants_kept(out) || out.weights;
+}
 
 inline Shape shape_of(const Batch& batch) {
   const Logits& l = batch.logits;

@@ -102,7 +102,7 @@ class Engine(Protocol):
         """
         if capacity:
             counts = counts.masked_fill(counts > capacity, 0)
-        row_ptr[:1] = 0
+        row_ptr[:1].zero_()
         torch.cumsum(counts, 0, out=row_ptr[1:])
         return None if counts.is_cuda else int(row_ptr[-1])
 

@@ -92,13 +92,19 @@ class CudaEngine(Engine):
         self._launch(table, rows, out, (ids, accepted, ends))
         return None if table.device.type == "cuda" else int((ends != 0).sum())
 
+    def list_kept(self, out: Outputs, bitmask: Tensor, row_ptr: Tensor, ids: Tensor) -> None:
+        rows, words = bitmask.shape
+        if rows:
+            module, device = self._module or native()[0], ids.device
+            addresses = bitmask.data_ptr(), rows, words, row_ptr.data_ptr(), ids.data_ptr(), ids.numel()
+            module.list_kept(*addresses, device.index or 0, _stream(device))
+
     def _launch(self, logits: Tensor, rows: Rows, out: Outputs, verified: tuple[Tensor, Tensor, Tensor] | None) -> None:
         if logits.shape[0] == 0:
             return
         module = self._module or native()[0]
         packed, call = row_arguments(rows), call_arguments(logits, out)
-        on_gpu = logits.device.type == "cuda"
-        stream = torch.cuda.current_stream(logits.device).cuda_stream if on_gpu else 0
+        stream = _stream(logits.device)
         buffers = self._buffers.of(logits.device, stream, rows)
         with buffers.lock:
             drafts = None
@@ -117,6 +123,10 @@ class CudaEngine(Engine):
                 if needed is None:
                     break
                 buffers.grow(*needed)  # nothing was launched
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @cache

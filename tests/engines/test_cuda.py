@@ -207,7 +207,7 @@ def test_memory_grows_and_boards_begin_as_zeros() -> None:
 @needs_build
 def test_gates(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton", reason="Triton's wheel has the tools that read binaries")
-    from cuda_gates import DTYPES, KERNELS, TARGETS, Kernel, extension, measure_extension, ptx_targets, table
+    from cuda_gates import DTYPES, KERNELS, LIST, TARGETS, Kernel, extension, measure_extension, ptx_targets, table
 
     library = extension()
     assert library is not None
@@ -216,6 +216,7 @@ def test_gates(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\n{table(found)}")
     targets = TARGETS if WANTED else {kernel.target for kernel in found}  # FASTSAMPLE_CUDA=auto: those of this machine
     wanted = {Kernel(name, dtype, target) for name in KERNELS for dtype in DTYPES.values() for target in targets}
+    wanted |= {Kernel(LIST, "any", target) for target in targets}
     assert set(found) >= wanted, "every policy, for every dtype and architecture"
     assert ptx_targets(library), "PTX for GPUs to come"
     assert {kernel: broken for kernel, m in found.items() if (broken := m.broken(kernel))} == {}

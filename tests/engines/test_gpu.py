@@ -148,6 +148,23 @@ def test_a_step_neither_waits_nor_allocates(mode: Any, edited: bool, backend: st
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
+def test_lists_of_a_limited_size_wait_for_nothing(backend: str) -> None:
+    logits = torch.randn(8, 32000, generator=torch.Generator().manual_seed(1))
+    wanted: dict[str, Any] = {"kept": "ids", "kept_capacity": 300, "kept_mass": True, "entropy": True}
+    options = {"seed": 1, "on_invalid": "flag", "top_p": [0.1, 0.9] * 4, **wanted}
+    out = fs.Sampler(batch_size=8, backend="reference", **options)(logits)
+    sampler, on_gpu = fs.Sampler(batch_size=8, backend=backend, **options), logits.cuda()
+    found = sampler(on_gpu)
+    sampler.offsets.zero_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler(on_gpu, out=found)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_agree(named(found), named(out))
+
+
 def test_streams_do_not_disturb_each_other(backend: str) -> None:
     logits = torch.randn(16, 32000, generator=torch.Generator().manual_seed(2))
     want = [fs.sample(logits, seed=i, top_p=0.9, backend="reference").tokens for i in range(8)]
@@ -180,6 +197,7 @@ for x in (logits, logits.bfloat16(), logits[:, 1:]):
     for more in ({}, {"output_ids": ids, "frequency_penalty": 0.5, "bitmask": mask}):
         fs.sample(x, seed=1, top_k=50, top_p=0.9, min_p=0.01, backend="cuda", num_samples=2, **more)
         fs.sample(x, seed=1, top_p=0.9, logprobs="raw", top_logprobs=20, backend="cuda", **more)
+        fs.sample(x, seed=1, top_p=0.9, kept="ids", kept_mass=True, entropy=True, backend="cuda", **more)
         fs.filter_logits(x, top_k=500, order="joint", top_p=0.8, backend="cuda", **more)
 torch.cuda.synchronize()
 """
@@ -197,7 +215,7 @@ def test_compute_sanitizer(tool: str) -> None:
         "--error-exitcode",
         "9",
         "--kernel-name",
-        "regex:sample_kernel|law_kernel|outputs_kernel",
+        "regex:sample_kernel|keep_kernel|law_kernel|outputs_kernel|list_kernel",
     ]
     done = subprocess.run(
         [*command, sys.executable, "-c", SANITIZED], capture_output=True, text=True, cwd=Path(__file__).parent

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, EXTRAS, MAKERS, PARAMS, Case
-from conformance import ask, assert_agree, bits, disagreements, invalid_rows, named
+from conformance import ask, ask_kept, assert_agree, bits, disagreements, invalid_rows, named
 from simt_engine import A100, CSRC, H100, ORDERS, How, Job, Simt, as_backend, build, compiler
 
 import fastsample as fs
@@ -114,6 +114,7 @@ def test_invalid_rows(how: How, simt: Simt) -> None:
     simt.how = how
     for mode in (None, "raw", "processed"):
         kwargs = {"top_p": 0.9, "seed": 3, "on_invalid": "flag", "logprobs": mode, "top_logprobs": 4 if mode else 0}
+        kwargs |= {"kept": "bitmask", "kept_mass": True, "entropy": True}
         want = fs.sample(logits, backend="reference", **kwargs)
         with as_backend(simt):
             got = fs.sample(logits, backend="cuda", **kwargs)
@@ -170,6 +171,7 @@ def test_probabilities_as_input(how: How, dtype: torch.dtype, simt: Simt) -> Non
                 outputs = named(fs.sample(p, **common, **draw, backend=backend))
                 outputs["probabilities"] = fs.probabilities(p, **common, backend=backend)
                 outputs["plain"] = fs.sample(p, **common, seed=4, backend=backend).tokens
+                outputs |= ask_kept(p, True, **common, seed=4, backend=backend)
             found.append(outputs)
         assert_agree(found[1], found[0])
 
@@ -213,6 +215,7 @@ def test_what_is_kept_may_weigh_nothing(how: How, simt: Simt) -> None:
                     more = {"num_samples": 8, "logprobs": mode, "top_logprobs": 5}
                     out |= named(fs.sample(given, **common, **more, seed=3), f"{mode}.")
                 out |= named(fs.sample(given, **common, num_samples=8, seed=4), "plain.")
+                out |= ask_kept(given, True, **common, num_samples=8, seed=4)
             found.append(out)
         assert_agree(found[1], found[0])
 

@@ -282,6 +282,36 @@ def test_a_sampler_given_out_allocates_nothing(
     assert recorded.pointers[:half] == recorded.pointers[half:]
 
 
+WANTED = ({}, ["sample"]), ({"entropy": True}, ["sample", "keep"]), ({"kept": "bitmask"}, ["sample", "keep"])
+LISTED = ({"kept": "ids", "kept_capacity": 9, "kept_mass": True}, ["sample", "keep", "list_ids"])
+
+
+@pytest.mark.parametrize(("wanted", "launches"), [*WANTED, LISTED])
+def test_one_launch_for_what_is_kept_and_one_for_lists(
+    wanted: dict[str, Any], launches: list[str], recorded: Recorder
+) -> None:
+    fs.sample(torch.zeros(8, 32000), seed=1, on_invalid="flag", **wanted)
+    assert [name for name, _, _ in recorded.launches] == launches
+
+
+class NoWaiting(TorchDispatchMode):
+    """Lets through what a GPU does by itself: no size depends on data, and no number is read."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = VIEWS | {"aten.empty", "aten.empty_like", "aten.gt", "aten.masked_fill", "aten.zero_", "aten.cumsum"}
+        # Those read numbers for a CPU only: how many rows are invalid, and how many ids there are.
+        assert str(func.overloadpacket) in ours | COUNT_OF_INVALID_ROWS
+        return func(*args, **(kwargs or {}))
+
+
+def test_lists_of_a_limited_size_wait_for_nothing(recorded: Recorder) -> None:
+    options: dict[str, Any] = {"kept": "ids", "kept_capacity": 9, "on_invalid": "flag"}
+    sampler, logits = fs.Sampler(batch_size=2, seed=1, **options), torch.zeros(2, 5000)
+    out = sampler(logits)
+    with NoWaiting():
+        sampler(logits, out=out)
+
+
 # Choosing the engine ------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ def texts(name: str) -> list[dict[str, Any]]:
 def assert_text(name: str, found: dict[str, torch.Tensor]) -> None:
     """Every output against plain decoding, and padding after it."""
     padding = {"tokens": -1, "logprobs": torch.nan, "ranks": 0, "top_ids": -1, "top_logprobs": torch.nan}
+    padding |= {"kept_count": 0, "kept_bitmask": 0, "log_kept_mass": torch.nan, "entropy": torch.nan}
     for request, text in enumerate(texts(name)):
         for key in ("num_accepted", "status"):
             assert int(found[key][request]) == text[key][0], key
@@ -49,7 +50,7 @@ def assert_text(name: str, found: dict[str, torch.Tensor]) -> None:
                 continue
             own, there = found[key][request], len(text["tokens"])
             expected = torch.stack(text[key])
-            if "logprobs" in key:
+            if key.endswith(("logprobs", "log_kept_mass", "entropy")):
                 assert bool((ulps_apart(own[:there], expected) <= 2).all()), key
             else:
                 assert torch.equal(own[:there], expected), key
@@ -87,6 +88,27 @@ def test_cuda_on_fibers(how: How, once: Callable[[str, Callable[[Path], object]]
     with as_backend(simt):
         for name in FEW:
             assert_text(name, BLOCKS[name].ask("cuda", drafted(name), 3 if BLOCKS[name].vocab > 2 else 1))
+
+
+@pytest.mark.parametrize("capacity", [0, 9])
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+def test_cuda_lists_the_sets_of_a_verification(
+    capacity: int, once: Callable[[str, Callable[[Path], object]], Path]
+) -> None:
+    """Padded rows list none."""
+    block = Block("p.9", 130, 5, 3)
+    logits, given = block.build()
+    more = {"seed": block.seeds, "offset": OFFSET, "kept": "ids", "kept_capacity": capacity}
+    simt = Simt(once("simt", build) / "simt.so")
+    with as_backend(simt):
+        found, expected = (
+            fs.verify(logits, block.drafted(), backend=backend, **more, **given) for backend in ("cuda", "reference")
+        )
+    assert found.kept_row_ptr is not None
+    assert found.kept_ids is not None
+    assert torch.equal(found.kept_row_ptr, expected.kept_row_ptr)
+    assert torch.equal(found.kept_ids, expected.kept_ids)
+    assert int((found.kept_row_ptr.diff() == 0).sum()) >= 5
 
 
 def test_triton_interpreted(tmp_path: Path) -> None:

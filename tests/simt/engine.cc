@@ -6,6 +6,7 @@
 
 #include "core/arguments.h"
 #include "cuda/launch.cuh"
+#include "cuda/list.cuh"
 
 namespace {
 
@@ -39,6 +40,7 @@ struct Launch {
 template <class T>
 void run(const Batch& batch, const Layout& layout, const Workspace& ws) {
   if (launch_sample<T>(batch, layout.sample, ws, Launch())) return;
+  if (wants_kept(batch.out) && launch_keep<T>(batch, layout.outputs, ws, Launch())) return;
   if (batch.out.weights && launch_law<T>(batch, layout.outputs, ws, Launch())) return;
   if (wants_outputs(batch.out)) launch_outputs<T>(batch, layout.outputs, ws, Launch());
 }
@@ -126,6 +128,15 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
   if (boards.size() > left.size()) left.resize(boards.size());
   std::copy(boards.begin(), boards.end(), left.begin());
   if (failure) left.clear();
+  return failure;
+}
+
+// Returns null or what went wrong.
+const char* simt_list(const int32_t* bitmask, int64_t rows, int64_t words, const int64_t* row_ptr,
+                      int32_t* ids, int64_t size, int64_t threads) {
+  const Lists lists = {bitmask, rows, (int32_t)words, row_ptr, ids, size};
+  Launch()(list_kernel, Plan{kBlockPolicy, 1, (int32_t)threads, (int32_t)rows, kListShared, false},
+           lists);
   return failure;
 }
 

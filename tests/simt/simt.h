@@ -111,6 +111,7 @@ inline T __shfl_up_sync(uint32_t, T value, int step) {
 inline uint32_t __ballot_sync(uint32_t, bool mine) { return simt::vote(mine); }
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 

@@ -19,13 +19,17 @@ from triton_gates import BIN, instructions
 CSRC = Path(__file__).parents[2] / "csrc"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_6BFloatE": "bfloat16"}
-KERNELS = ("sample cluster", "sample block", "sample grid", "law", "outputs")
+KERNELS = ("sample cluster", "sample block", "sample grid", "keep", "law", "outputs")
+LIST = "list"  # the same for every dtype
+NARROW = ("keep", LIST)  # a lane reads a token or a word at a time, the bits of a word being a warp's lanes
 THREADS, BLOCKS_PER_SM, REGISTERS = (
     int(re.search(rf"{name} =\s+(\d+);", (CSRC / "cuda/tuning.h").read_text())[1])  # type: ignore[index]
     for name in ("kThreads", "kBlocksPerSM", "kRegisters")
 )
 ROW_FLOAT64 = 200  # instructions for the thresholds of a row (stage 6b); one for each logit unrolled would be more
-NAME = re.compile(r"_ZN10fastsample\d+(sample|law|outputs)_kernelI(f|NS_4HalfE|NS_6BFloatE)(?:L\w*?E(\d)E)?E")
+NAME = re.compile(
+    r"_ZN10fastsample\d+(sample|keep|law|outputs|list)_kernel(?:I(f|NS_4HalfE|NS_6BFloatE)(?:L\w*?E(\d)E)?E)?"
+)
 
 
 def extension() -> Path | None:
@@ -64,9 +68,9 @@ class Measures:
         gates = {
             "registers": self.registers <= REGISTERS,
             "spills": self.local == 0,
-            "16-byte loads": self.wide_loads >= 1 or kernel.is_empty,
+            "16-byte loads": self.wide_loads >= 1 or kernel.is_empty or kernel.name in NARROW,
             "fused multiply-adds": self.fused == 0,
-            "float64": self.float64 <= ROW_FLOAT64 or kernel.name == "outputs",
+            "float64": self.float64 <= ROW_FLOAT64 or kernel.name in ("keep", "outputs"),
             "approximations": self.inexact == 0,
         }
         return [name for name, passed in gates.items() if not passed]
@@ -103,7 +107,7 @@ def kernels_of(cubin: Path, target: str) -> Iterator[tuple[Kernel, Measures]]:
         found = NAME.match(symbol)
         assert found is not None, symbol
         name = KERNELS[int(found[3] or 0)] if found[1] == "sample" else found[1]
-        kernel = Kernel(name, DTYPES[found[2]], target)
+        kernel = Kernel(name, DTYPES.get(found[2], "any"), target)
         yield kernel, measure(code[symbol], int(registers), int(stack) + int(local))
 
 

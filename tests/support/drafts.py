@@ -18,7 +18,10 @@ import fastsample as fs
 
 Tensor = torch.Tensor
 OFFSET = 2**64 - 2  # goes round within a block
-OUTPUTS = ("tokens", "num_accepted", "status", "logprobs", "ranks", "top_ids", "top_logprobs", "path")
+KEPT = {"kept": "bitmask", "kept_mass": True, "entropy": True}
+OF_ROWS = ("tokens", "kept_count", "kept_bitmask", "log_kept_mass", "entropy")
+OF_LOGPROBS = ("logprobs", "ranks", "top_ids", "top_logprobs")
+OUTPUTS = ("num_accepted", "status", *OF_ROWS, *OF_LOGPROBS, "path")
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,11 @@ class Block:
         found: dict[str, list[Any]] = {name: [] for name in OUTPUTS}
         for row in range(self.drafts + 1):
             own = self.of_row(given, request, row, ids[:row])
-            more = {"logprobs": "processed", "top_logprobs": top} if top else {}
+            more = KEPT | ({"logprobs": "processed", "top_logprobs": top} if top else {})
             offset = (OFFSET + row) % 2**64
             drawn = fs.sample(logits[request, row][None], offset=offset, backend="reference", **own, **more)
             found["status"] = [int(drawn.status)]
-            for name in ("tokens", *(("logprobs", "ranks", "top_ids", "top_logprobs") if top else ())):
+            for name in OF_ROWS + (OF_LOGPROBS if top else ()):
                 found[name].append(getattr(drawn, name)[0])
             token = int(drawn.tokens)
             if row == self.drafts or token != ids[row] or token < 0:
@@ -101,7 +104,7 @@ class Block:
 
     def ask(self, backend: str, ids: Tensor, top: int = 3) -> dict[str, Tensor]:
         logits, given = self.build()
-        more = {"logprobs": "processed", "top_logprobs": min(top, self.vocab)} if top else {}
+        more = KEPT | ({"logprobs": "processed", "top_logprobs": min(top, self.vocab)} if top else {})
         out = fs.verify(
             logits, ids, seed=self.seeds, offset=OFFSET, backend=backend, on_invalid="flag", **given, **more
         )

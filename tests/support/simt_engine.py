@@ -108,6 +108,7 @@ class Simt:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.simt_run.restype = ctypes.c_char_p
+        self._library.simt_list.restype = ctypes.c_char_p
         self._library.simt_record.restype = ctypes.POINTER(ctypes.c_char_p)
         index = 0
         while found := self._library.simt_record(index):
@@ -131,6 +132,14 @@ class Simt:
         if failure is not None:
             raise RuntimeError(failure.decode())
 
+    def list_kept(
+        self, bitmask: int, rows: int, words: int, row_ptr: int, ids: int, size: int, device: int, stream: int
+    ) -> None:
+        self._library.simt_settings(ORDERS.index(self.how.order), ctypes.c_uint64(self.seed), None, 0)
+        given = map(ctypes.c_int64, (bitmask, rows, words, row_ptr, ids, size, self.how.threads))
+        if (failure := self._library.simt_list(*given)) is not None:
+            raise RuntimeError(failure.decode())
+
     def plan(self, device: tuple[int, ...], rows: int, vocab: int, itemsize: int, edits: bool) -> tuple[int, ...]:
         """What tuning.h says: policy, blocks per row, threads, rows in flight, bytes of shared memory."""
         chosen = (ctypes.c_int64 * 5)()
@@ -152,9 +161,10 @@ def as_backend(module: Simt) -> Iterator[None]:
     """Within this context, backend "cuda" is the simulated one and serves CPU tensors."""
     ours = CudaEngine(module)
     theirs = engine("cuda")
-    before = {name: getattr(theirs, name) for name in ("why_not", "run", "verify")}
+    before = {name: getattr(theirs, name) for name in ("why_not", "run", "verify", "list_kept")}
     theirs.why_not = lambda logits: None  # type: ignore[method-assign]
-    theirs.run, theirs.verify = ours.run, ours.verify  # type: ignore[method-assign]
+    for name in ("run", "verify", "list_kept"):
+        setattr(theirs, name, getattr(ours, name))
     try:
         yield
     finally:
