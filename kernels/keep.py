@@ -40,7 +40,7 @@ def log_share(ws, record, everything):
     out, total = everything - whole, everything.to(tl.float64)
     # Near 1, what is left out tells more digits than what is kept.
     result = tl.log(divide(whole.to(tl.float64), total))
-    result = tl.where(2 * out < everything, log1p(divide(-out.to(tl.float64), total)), result)
+    result = tl.where(2 * out < everything, log1p(divide((-out).to(tl.float64), total)), result)
     # Where what is kept weighs nothing, its first token stands for the peak.
     result = tl.where(tl.load(ws + PEAK) == tl.load(ws + FIRST), NEG_INF, result)
     return tl.where(is_greedy(param(record, "temperature")), 0.0, result)

@@ -55,7 +55,7 @@ FS_DEVICE double log_share(const RowTask& t, const RowState& state, u64 everythi
   if (!state.total) return -INFINITY;
   const u64 out = everything - state.total;
   // Near 1, what is left out tells more digits than what is kept.
-  if (2 * out < everything) return log1p(-(double)out / (double)everything);
+  if (2 * out < everything) return log1p((double)-(int64_t)out / (double)everything);
   return log((double)state.total / (double)everything);
 }
 

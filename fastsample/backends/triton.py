@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fastsample.backends import Engine, Outputs
+from fastsample.backends import Engine, KeptSets, Outputs
 from fastsample.backends.triton_memory import ARRIVALS, SEMAPHORES, Layout, Memory, State, Table, history_words, kernels
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Bias, Rows
@@ -72,12 +72,12 @@ class TritonEngine(Engine):
             with call.memory.lock:
                 call.run()
 
-    def list_kept(self, out: Outputs, bitmask: Tensor, row_ptr: Tensor, ids: Tensor) -> None:
-        rows, words = bitmask.shape
+    def list_kept(self, sets: KeptSets, row_ptr: Tensor, ids: Tensor) -> None:
+        rows, words = sets.bitmask.shape
         if rows:
             with on(ids.device):
                 kernels("keep").list_ids[(rows,)](
-                    bitmask, words, row_ptr, ids, ids.numel(), WORDS=WORDS, **launch_options(ids.device)
+                    sets.bitmask, words, row_ptr, ids, ids.numel(), WORDS=WORDS, **launch_options(ids.device)
                 )
 
     def layout(self, table: Table) -> Layout:
