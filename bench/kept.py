@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def run(vocab: int, batches: Iterable[int], logits: str, dtype: str, threads: in
         rows = make_logits(logits, batch, vocab, getattr(torch, dtype))
         for mode, fields in MODES.items():
             samplers = [fs.Sampler(batch_size=batch, seed=1, **fields, **more) for more in ({}, *ASKED.values())]
-            steps = [lambda own=sampler: own(rows) for sampler in samplers]
+            steps = [partial(sampler, rows) for sampler in samplers]
             times = np.array(rounds(steps, seconds))
             ratios = np.median(times[:, 1:] / times[:, :1], axis=0)
             kept = samplers[1](rows).kept_count
