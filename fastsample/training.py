@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from fastsample.checks import FLOATS, MAX_VOCAB, count, require_dense, require_tensor
 from fastsample.inputs import pack_params
@@ -74,10 +73,11 @@ def kept_logprobs(
         is -1; NaN in rows with NaN, +inf or nothing above -inf among the kept logits. Every rank gets the whole result.
 
         The gradient by a kept logit is ([it is the token's] - p) / temperature, and 0 by any other. A rank gets its own
-        slice's, and all ranks must pass back the same gradient. A second derivative is refused by torch.
+        slice's, and all ranks must pass back the same gradient.
 
     Raises:
         TypeError, ValueError: bad argument; the message names it, the row and the value. All ranks raise alike.
+        RuntimeError: in a backward pass with create_graph=True, since there is no second derivative.
     """
     check_on_invalid(on_invalid)
     shard = _shard(vocab_start, group)
@@ -113,8 +113,9 @@ class _KeptLogprobs(torch.autograd.Function):
         return torch.where(greedy | ~drawn, 0.0, torch.where(held, law.logprob(scale), -torch.inf))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("kept_logprobs: has no second derivative; call backward without create_graph=True")
         (logits,) = ctx.saved_tensors
         law, (tokens, sets, scale, shard) = ctx.law, ctx.rest
         total = law.total.double()
