@@ -221,7 +221,7 @@ def test_gradcheck(form: str) -> None:
     assert torch.autograd.gradcheck(lambda x: kept_logprobs(x, tokens, kept, temperature), (logits,))
     found = kept_logprobs(logits, tokens, kept, temperature)
     assert found.dtype == torch.float64
-    with pytest.raises(RuntimeError, match="kept_logprobs: .*create_graph"):
+    with pytest.raises(RuntimeError, match=r"kept_logprobs: .*create_graph"):
         torch.autograd.grad(found.sum(), logits, create_graph=True)
 
 
