@@ -185,9 +185,10 @@ def kept_count(dist: Distribution) -> Tensor:
 def kept_bitmask(dist: Distribution) -> Tensor:
     """The kept tokens as the bits of words, the lowest bit first, int32 [B, ceil(V / 32)]."""
     rows, vocab = dist.kept.shape
-    bits = torch.zeros(rows, -(-vocab // 32) * 32, dtype=torch.int64, device=dist.kept.device)
+    count = -(-vocab // 32)
+    bits = torch.zeros(rows, count * 32, dtype=torch.int64, device=dist.kept.device)
     bits[:, :vocab] = dist.kept
-    words: Tensor = (bits.view(rows, -1, 32) << torch.arange(32, device=bits.device)).sum(-1)
+    words: Tensor = (bits.view(rows, count, 32) << torch.arange(32, device=bits.device)).sum(-1)
     return words.to(torch.int32)
 
 
@@ -196,7 +197,7 @@ def log_kept_mass(dist: Distribution) -> Tensor:
     everything, out = dist.alive.sum(-1), (dist.alive * ~dist.kept).sum(-1)
     share = everything - out, everything
     # Near 1, what is left out tells more digits than what is kept.
-    near = torch.log1p(-out.double() / everything.double())
+    near = torch.log1p((-out).double() / everything.double())
     found = torch.where(2 * out < everything, near, (share[0].double() / share[1].double()).log())
     found = torch.where(dist.greedy, 0.0, found)
     return torch.where(dist.status == 0, found, torch.nan)
