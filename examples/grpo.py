@@ -124,7 +124,7 @@ def train(replay: bool, steps: int, seed: int) -> list[dict[str, float]]:
         config = GRPOConfig(
             output_dir=folder, max_steps=steps, seed=seed, learning_rate=3e-4, lr_scheduler_type="constant",
             per_device_train_batch_size=64, num_generations=8, max_completion_length=32, **SAMPLING,
-            use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, report_to=[], logging_steps=1,
+            use_cpu=True, bf16=False, activation_checkpointing=False, disable_tqdm=True, report_to=[], logging_steps=1,
             save_strategy="no",
         )  # fmt: skip
         trainer = Trainer(
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     runs = {name: train(name == "kept sets", args.steps, args.seed) for name in RUNS}
     print_table(runs)
     if args.plot:
