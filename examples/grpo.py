@@ -2,7 +2,7 @@
 
 Rollouts are drawn with top_p = 0.8, and the reward is the share of words without an "e". The model is trained twice
 from the same weights: once TRL takes log-probabilities over the whole vocabulary, once over what the sampler kept
-(`fastsample.training.kept_logprobs`). Nothing is downloaded; a run takes a minute and a half.
+(`fastsample.training.kept_logprobs`). Nothing is downloaded; a run takes about a minute and a quarter of one core.
 
     pip install trl==1.16.0 datasets accelerate matplotlib
     python examples/grpo.py --plot grpo.svg
