@@ -171,7 +171,7 @@ def test_probabilities_as_input(how: How, dtype: torch.dtype, simt: Simt) -> Non
                 outputs = named(fs.sample(p, **common, **draw, backend=backend))
                 outputs["probabilities"] = fs.probabilities(p, **common, backend=backend)
                 outputs["plain"] = fs.sample(p, **common, seed=4, backend=backend).tokens
-                outputs |= ask_kept(p, True, **common, seed=4, backend=backend)
+                outputs |= ask_kept(p, **common, seed=4, backend=backend)
             found.append(outputs)
         assert_agree(found[1], found[0])
 
@@ -215,7 +215,7 @@ def test_what_is_kept_may_weigh_nothing(how: How, simt: Simt) -> None:
                     more = {"num_samples": 8, "logprobs": mode, "top_logprobs": 5}
                     out |= named(fs.sample(given, **common, **more, seed=3), f"{mode}.")
                 out |= named(fs.sample(given, **common, num_samples=8, seed=4), "plain.")
-                out |= ask_kept(given, True, **common, num_samples=8, seed=4)
+                out |= ask_kept(given, **common, num_samples=8, seed=4)
             found.append(out)
         assert_agree(found[1], found[0])
 

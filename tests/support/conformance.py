@@ -20,8 +20,7 @@ def ask(case: Any, backend: str, brief: bool = False, top: int = 6) -> dict[str,
     """Everything that an engine can be asked about a case (tests/support/cases.py), by name.
 
     Args:
-        brief: one mode of log-probabilities and one form of lists will do, in which cases take turns: where calls are
-            slow.
+        brief: one mode of log-probabilities will do, in which cases take turns: where calls are slow.
         top: how many of the most probable tokens to ask for.
     """
     inputs = case.build()
@@ -31,24 +30,27 @@ def ask(case: Any, backend: str, brief: bool = False, top: int = 6) -> dict[str,
         "filter_logits": fs.filter_logits(inputs.logits, **common),
         "probabilities": fs.probabilities(inputs.logits, **common),
     }
+    kept = dict(zip(MODES, forms_of_kept(case.vocab), strict=True))
     for mode in (MODES[case.vocab % 2 == 0],) if brief else MODES:
         more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(top, case.vocab)}
+        more |= kept[mode]
         found |= named(fs.sample(inputs.logits, **common, **inputs.draw, **more), f"{mode}.")
     found |= named(fs.sample(inputs.logits, **common, **inputs.draw), "plain.")  # no log-probabilities: a shorter path
-    found |= ask_kept(inputs.logits, brief, **common, **inputs.draw)
     found |= law(inputs.logits, backend, **inputs.kwargs, **inputs.draw)
     assert torch.equal(bits(inputs.logits), bits(before)), "the logits were written to"
     return found
 
 
-def ask_kept(given: torch.Tensor, brief: bool, **call: Any) -> dict[str, torch.Tensor]:
-    """What is kept and what it weighs, as bits and as lists; lists of any and of a limited size take turns if brief."""
-    found = named(fs.sample(given, **call, kept="bitmask", kept_mass=True, entropy=True), "kept.")
-    if not brief or given.shape[1] % 3:
-        found |= named(fs.sample(given, **call, kept="ids"), "listed.")
-    if not brief or given.shape[1] % 3 == 0:
-        found |= named(fs.sample(given, **call, kept="ids", kept_capacity=7), "limited.")
-    return found
+def forms_of_kept(vocab: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What can be asked about what is kept: bits, and lists of any size or, for a third of all sizes, a limited one."""
+    bits = {"kept": "bitmask", "kept_mass": True, "entropy": True}
+    return bits, {"kept": "ids", "kept_capacity": 7 if vocab % 3 == 0 else 0}
+
+
+def ask_kept(given: torch.Tensor, **call: Any) -> dict[str, torch.Tensor]:
+    """What is kept and what it weighs."""
+    forms = zip(("kept.", "listed."), forms_of_kept(given.shape[1]), strict=True)
+    return {k: v for prefix, form in forms for k, v in named(fs.sample(given, **call, **form), prefix).items()}
 
 
 def law(logits: torch.Tensor, backend: str, params: Any = None, seed: Any = 0, offset: Any = 0, **more: Any) -> Any:

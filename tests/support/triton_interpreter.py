@@ -87,7 +87,7 @@ def ask_of_probs(case: Case, backend: str) -> dict[str, Tensor]:
     more = {"num_samples": 3, "logprobs": mode, "top_logprobs": min(6, case.vocab)}
     found = {"probabilities": fs.probabilities(p, **common)}
     found |= named(fs.sample(p, **common, **inputs.draw, **more), f"{mode}.")
-    return found | named(fs.sample(p, **common, **inputs.draw), "plain.") | ask_kept(p, True, **common, **inputs.draw)
+    return found | named(fs.sample(p, **common, **inputs.draw), "plain.") | ask_kept(p, **common, **inputs.draw)
 
 
 def probabilities_of(inputs: Inputs) -> Tensor:
