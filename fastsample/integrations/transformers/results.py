@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from fastsample.integrations.transformers.step import Progress
 
 
+REPORTS = ("logprobs", "kept", "kept_mass", "entropy")
+"""Options that ask for more of a step than its tokens."""
+
+
 @dataclass
 class Reported:
     """What `fs_generate` adds to the result of `generate`; None where it was not asked for.
@@ -69,8 +73,8 @@ def with_fields(result: Any, more: dict[str, Any]) -> Any:
 
 
 def asked_for(options: Options) -> list[str]:
-    """The options that ask for more of a step than its tokens."""
-    return [name for name in ("logprobs", "kept", "kept_mass", "entropy") if getattr(options, name)]
+    """Those of REPORTS that are asked for."""
+    return [name for name in REPORTS if getattr(options, name)]
 
 
 def reported(steps: list[SampleOutput], progress: Progress, start: int) -> dict[str, torch.Tensor]:
