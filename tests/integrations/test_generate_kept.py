@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import ulps
 from table_model import TableModel
 from transformers import (
     GenerationConfig,
@@ -35,6 +36,7 @@ from fastsample.integrations.transformers import (
     fs_generate,
 )
 from fastsample.integrations.transformers.batching import continuous_batching, generate_batch
+from fastsample.training import kept_logprobs
 
 V, PAD, EOS = 120, 1, 2
 IDS = torch.tensor([[5, 9, 7, 30, 9, 11], [PAD, PAD, 40, 41, 42, 40], [PAD, 8, 3, 17, 100, 3]])
@@ -348,17 +350,22 @@ def test_a_sequence_that_can_have_no_token(table: TableModel) -> None:
 
 
 def test_the_order_is_that_of_a_trainer(table: TableModel) -> None:
-    """Rows of the model's logits, masked by the lists, give the log-probabilities of the tokens and gradients."""
-    out = generate(table)
-    logits = table(out.sequences).logits[:, 5:-1].flatten(0, 1) / FILTERS["temperature"]
-    tokens = out.sequences[:, 6:].flatten()
+    """Rows of the model's logits, masked by the lists, give the log-probabilities of the tokens."""
+    out = generate(table, eos_token_id=int(generate(table).sequences[1, 9]))
+    whole = table(out.sequences).logits[:, 5:-1]
+    logits, past = whole.flatten(0, 1) / FILTERS["temperature"], out.kept_count.flatten() == 0
+    tokens = out.sequences[:, 6:].masked_fill(out.kept_count == 0, -1)
+    now = kept_logprobs(whole, tokens, (out.kept_ids, out.kept_row_ptr), FILTERS["temperature"])
+    assert past.any()
+    assert ulps(now.detach().flatten()[~past], out.logprobs.flatten()[~past]) <= 2
+    logits, tokens = logits[~past], tokens.flatten()[~past]
     kept = torch.full_like(logits, -torch.inf)
-    rows = torch.arange(len(logits)).repeat_interleave(out.kept_row_ptr.diff())
+    rows = torch.arange(len(logits)).repeat_interleave(out.kept_count.flatten()[~past])
     kept = kept.index_put((rows, out.kept_ids.long()), logits[rows, out.kept_ids.long()])
     found = kept.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(found, out.logprobs.flatten(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, out.logprobs.flatten()[~past], rtol=1e-5, atol=1e-6)
     with_all = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(found + out.log_kept_mass.flatten(), with_all, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found + out.log_kept_mass.flatten()[~past], with_all, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

@@ -26,7 +26,8 @@ class Reported:
     """What `fs_generate` adds to the result of `generate`; None where it was not asked for.
 
     B sequences of T new tokens. Token t of sequence b is row `b * T + t` of the lists: that of
-    `logits[:, -T - 1 : -1].flatten(0, 1)`, where the logits are the model's for all ids of the result.
+    `logits[:, -T - 1 : -1].flatten(0, 1)`, where the logits are the model's for all ids of the result. So the lists are
+    the `kept` of `fastsample.training.kept_logprobs`, with tokens set to -1 where kept_count is 0.
 
     Attributes:
         logprobs: float32 [B, T], the natural log-probability of each new token; NaN after a sequence's end.
