@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -215,7 +216,7 @@ class SampleCall(Call):
         self._names = tuple(self._filled)
         self._template: SampleOutput | None = None
         self._own: Outputs | None = None  # for fresh buffers; a Sampler's calls take turns
-        self._last: tuple[SampleOutput, Outputs] | None = None
+        self._last: tuple[SampleOutput, SampleOutput, Outputs] | None = None  # a caller's, a copy, the engine's view
         self._written: Written  # the memory of the last call's buffers
         self._bytes = 0  # bytes from the first logit to the last
         self._made_for_inference = False
@@ -303,7 +304,8 @@ class SampleCall(Call):
             assert outputs.kept_bitmask is not None
             assert result.kept_ids is not None
             assert result.kept_row_ptr is not None
-            sets, capacity = KeptSets(outputs.kept_bitmask.view(self._shape[0], -1)), self.options.kept_capacity
+            words, capacity = outputs.kept_bitmask.shape[-1], self.options.kept_capacity
+            sets = KeptSets(outputs.kept_bitmask.view(self._shape[0], words))
             fill_lists(self._engine, outputs.kept_count, sets, capacity, result.kept_ids, result.kept_row_ptr)
 
     def _fresh(self, device: torch.device) -> SampleOutput:
@@ -346,7 +348,7 @@ class SampleCall(Call):
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
         if self._last is not None and self._last[0] is out and self._same(out, self._last[1]):
             self._written.require_apart_from(table, rows, self._bytes)
-            return self._last[1]
+            return self._last[2]
         if not isinstance(out, SampleOutput):
             raise TypeError(f"out: expected a SampleOutput, got {type(out).__name__}")
         buffers = {f"out.{name}": getattr(out, name) for name in self._wanted}
@@ -362,5 +364,5 @@ class SampleCall(Call):
         outputs = self._outputs(
             out, restore=self.raises and self._engine.restores and self.options.kept in (None, "count")
         )
-        self._last = (out, outputs)
+        self._last = (out, replace(out), outputs)
         return outputs

@@ -124,6 +124,7 @@ def verified(
     out: VerifyOutput | None = None,
 ) -> VerifyOutput:
     """A call of `verify`, or of `verify_tree` where there are parents, as it is made eagerly."""
+    options = options.checked()
     drafts = given.packed(logits)
     rule = given.pack_rule(drafts, logits, options.on_invalid != "flag")
     requests = drafts.ids.shape[0]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asked import BY_ROW, EVERYTHING, LISTS
 
 import fastsample as fs
 from fastsample.inputs import pack_bias, splitmix64
@@ -38,11 +39,14 @@ def same(a: fs.SampleOutput, b: fs.SampleOutput) -> bool:
 @pytest.mark.parametrize("batch", [(), (1,), (4,), (0,)])
 def test_shapes_and_dtypes(batch: tuple[int, ...], n: int, backend: str) -> None:
     x = torch.zeros(*batch, 9)
-    out = fs.sample(x, num_samples=n, logprobs="raw", top_logprobs=3, seed=1, backend=backend)
-    draws = batch if n == 1 else (*batch, n)
+    out = fs.sample(x, num_samples=n, **EVERYTHING, seed=1, backend=backend)
+    draws, rows = batch if n == 1 else (*batch, n), batch[0] if batch else 1
     shapes = {"tokens": draws, "status": batch, "logprobs": draws, "ranks": draws}
-    shapes |= {"top_ids": (*batch, 3), "top_logprobs": (*batch, 3)}
-    kinds = {"tokens": torch.int64, "status": torch.int32, "ranks": torch.int64, "top_ids": torch.int64}
+    shapes |= {"top_ids": (*batch, 2), "top_logprobs": (*batch, 2)}
+    shapes |= {"kept_count": batch, "kept_bitmask": (*batch, 1), "log_kept_mass": batch, "entropy": batch}
+    shapes |= {"kept_ids": (rows * EVERYTHING["kept_capacity"],), "kept_row_ptr": (rows + 1,)}
+    kinds = dict.fromkeys(("tokens", "ranks", "top_ids", "kept_row_ptr"), torch.int64)
+    kinds |= dict.fromkeys(("status", "kept_count", "kept_ids", "kept_bitmask"), torch.int32)
     for name in FIELDS:
         assert getattr(out, name).shape == shapes[name], name
         assert getattr(out, name).dtype == kinds.get(name, torch.float32), name
@@ -70,10 +74,12 @@ def test_one_dimension_is_one_row(backend: str) -> None:
         "bitmask": torch.full((7,), -2, dtype=torch.int32),
         "backend": backend,
     }
-    more = {"seed": 3, "num_samples": 6, "logprobs": "raw", "top_logprobs": 2}
+    more = {"seed": 3, "num_samples": 6, **EVERYTHING}
     flat, table = fs.sample(x[0], **kwargs, **more), fs.sample(x, **kwargs, **more)
-    for name in FIELDS:
+    for name in BY_ROW:
         assert torch.equal(getattr(flat, name), getattr(table, name)[0]), name
+    for name in LISTS:
+        assert torch.equal(getattr(flat, name), getattr(table, name)), name
     for call in (fs.filter_logits, fs.probabilities):
         assert torch.equal(call(x[0], **kwargs), call(x, **kwargs)[0])
 
@@ -187,7 +193,7 @@ def test_draws_do_not_depend_on_their_number(backend: str) -> None:
 def test_out_is_filled_and_returned(batch: tuple[int, ...], on_invalid: str, backend: str) -> None:
     x = logits()[: batch[0]] if batch else logits()[0]
     kwargs = {"on_invalid": on_invalid, "backend": backend}
-    more = {"num_samples": 3, "logprobs": "raw", "top_logprobs": 2}
+    more = {"num_samples": 3, **EVERYTHING}
     out = fs.sample(x, seed=0, **kwargs, **more)
     addresses = [getattr(out, name).data_ptr() for name in FIELDS]
     fresh = fs.sample(x, seed=1, **kwargs, **more)
@@ -203,7 +209,7 @@ def test_out_is_filled_and_returned(batch: tuple[int, ...], on_invalid: str, bac
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_out_keeps_what_it_holds_where_a_row_is_invalid(backend: str) -> None:
-    more = {"num_samples": 3, "logprobs": "raw", "top_logprobs": 2, "backend": backend}
+    more = {"num_samples": 3, **EVERYTHING, "backend": backend}
     sampler, other = (fs.Sampler(batch_size=4, seed=5, **more) for _ in range(2))
     out = sampler(logits()[:4])
     before = copy.deepcopy(out)
@@ -220,11 +226,11 @@ def test_out_keeps_what_it_holds_where_a_row_is_invalid(backend: str) -> None:
 
 @pytest.mark.parametrize("on_invalid", ["raise", "flag"])
 def test_what_was_not_asked_for_is_not_written(on_invalid: str) -> None:
-    out = fs.sample(logits(), seed=0, logprobs="raw", top_logprobs=2)
+    out = fs.sample(logits(), seed=0, **EVERYTHING)
     before = copy.deepcopy(out)
-    fs.sample(logits(), seed=1, out=out, on_invalid=on_invalid)
-    assert torch.equal(out.tokens, fs.sample(logits(), seed=1).tokens)
-    for name in ("logprobs", "ranks", "top_ids", "top_logprobs"):
+    fs.sample(logits(), seed=1, top_k=3, out=out, on_invalid=on_invalid)
+    assert torch.equal(out.tokens, fs.sample(logits(), seed=1, top_k=3).tokens)
+    for name in FIELDS[2:]:
         assert torch.equal(getattr(out, name), getattr(before, name))
     # Nor looked at: these are no buffers for any engine.
     odd = fs.SampleOutput(out.tokens, out.status, logprobs=torch.zeros(1), ranks=torch.zeros(4), top_ids=out.status)
@@ -469,7 +475,7 @@ def test_params_and_output_survive_copy_and_pickle() -> None:
 def test_equal_outputs_are_equal() -> None:
     x = logits()
     x[1, 3] = torch.nan
-    how = {"logprobs": "raw", "top_logprobs": 2, "on_invalid": "flag"}
+    how = {**EVERYTHING, "on_invalid": "flag"}
     out = fs.sample(x, seed=1, **how)
     assert bool(out.logprobs.isnan().any())
     assert out == fs.sample(x, seed=1, **how)
@@ -489,7 +495,7 @@ def test_equal_outputs_are_equal() -> None:
 
 
 def test_output_and_params_load_with_weights_only(tmp_path: Path) -> None:
-    out = fs.sample(logits(), seed=1, logprobs="raw", top_logprobs=2)
+    out = fs.sample(logits(), seed=1, **EVERYTHING)
     params = fs.SamplingParams(top_k=[1, 2], ties="all", temperature=0.3)
     torch.save({"out": out, "params": params, "plain": fs.sample(logits(), seed=2)}, tmp_path / "saved.pt")
     code = """
@@ -497,7 +503,8 @@ import sys, torch
 import fastsample as fs
 found = torch.load(sys.argv[1], weights_only=True)
 x = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
-assert found["out"] == fs.sample(x, seed=1, logprobs="raw", top_logprobs=2)
+kept = {"kept": "ids", "kept_capacity": 6, "kept_mass": True, "entropy": True}
+assert found["out"] == fs.sample(x, seed=1, logprobs="raw", top_logprobs=2, **kept)
 assert found["plain"] == fs.sample(x, seed=2)
 assert found["params"] == fs.SamplingParams(top_k=[1, 2], ties="all", temperature=0.3)
 """

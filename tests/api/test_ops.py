@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from asked import KEPT
 
 import fastsample as fs
 from fastsample import ops
 from fastsample.integrations import flashinfer
+from fastsample.outputs import Options
 from fastsample.params import specs
 
 # Inductor imports torch's own deprecated parts.
@@ -474,11 +476,11 @@ def sample_arguments(**changes: Any) -> tuple[Any, ...]:
         "logits": logits(3),
         "columns": [None] * len(specs()),
         "seed": torch.tensor(1),
-        "wishes": (1, None, 0, "raise", "auto", "logits"),
+        "wishes": Options(),
     }
     given |= changes
     inputs = given.get("inputs", NOTHING)
-    values = ops._params(None, {"top_p": 0.9} if given["wishes"][-1] == "logits" else {"top_a": 0.1})[0]
+    values = ops._params(None, {"top_p": 0.9} if given["wishes"].input == "logits" else {"top_a": 0.1})[0]
     return given["logits"], values, given["columns"], given["seed"], torch.tensor(3), *inputs, *given["wishes"]
 
 
@@ -486,22 +488,22 @@ def sample_arguments(**changes: Any) -> tuple[Any, ...]:
     "arguments",
     [
         sample_arguments(),
-        sample_arguments(logits=logits(1)[0].half(), wishes=(4, "raw", 5, "flag", "reference", "logits")),
+        sample_arguments(logits=logits(1)[0].half(), wishes=Options(4, "raw", 5, "flag", "reference", **KEPT)),
         sample_arguments(
             columns=[torch.rand(3), *[None] * (len(specs()) - 1)],
             seed=torch.arange(3),
-            wishes=(1, "processed", 2, "flag", "cpu", "logits"),
+            wishes=Options(1, "processed", 2, "flag", "cpu", **KEPT),
         ),
         sample_arguments(inputs=(MASK, list(BIAS), IDS, IDS, IDS[0])),
-        sample_arguments(logits=logits(3).exp(), wishes=(2, "raw", 2, "raise", "reference", "probs")),
+        sample_arguments(logits=logits(3).exp(), wishes=Options(2, "raw", 2, "raise", "reference", "probs", "count")),
     ],
 )
 def test_opcheck_sample(arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(torch.ops.fastsample.sample.default, arguments)
 
 
-@pytest.mark.parametrize("wishes", [(1, None, 0, "raise", "auto", "logits"), (3, "raw", 2, "flag", "auto", "probs")])
-def test_opcheck_step(wishes: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("wishes", [Options(), Options(3, "raw", 2, "flag", input="probs", **KEPT)])
+def test_opcheck_step(wishes: Options) -> None:
     records = fs.SamplingParams(top_k=9).pack()
     arguments = (logits(3).exp(), records, torch.arange(3), torch.arange(3), *NOTHING, *wishes)
     torch.library.opcheck(torch.ops.fastsample.sample_step.default, arguments)
@@ -509,7 +511,7 @@ def test_opcheck_step(wishes: tuple[Any, ...]) -> None:
 
 def test_opcheck_rows() -> None:
     records = fs.SamplingParams(top_k=9).pack().repeat(5, 1)
-    wishes = (1, None, 0, "raise", "auto", "logits")
+    wishes = Options(kept="bitmask")
     arguments = (logits(3), records, torch.arange(5), torch.arange(5), SLOTS, *NOTHING, *wishes)
     torch.library.opcheck(torch.ops.fastsample.sample_rows.default, arguments)
 

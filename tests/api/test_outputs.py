@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from asked import KEPT, LISTS
 
 import fastsample as fs
 from fastsample.backends import Outputs
@@ -19,6 +20,8 @@ OPTIONS = [
     for mode in (None, *get_args(LogprobsMode))
     for top in ((0, 5) if mode else (0,))
 ]
+OPTIONS += [Options(1, "raw", 2, "flag", **KEPT), Options(3, on_invalid="flag", kept="bitmask", entropy=True)]
+OPTIONS += [Options(on_invalid="flag", kept="count"), Options(on_invalid="flag", kept_mass=True)]
 
 
 def test_names() -> None:
@@ -44,7 +47,10 @@ def test_sampled(batch: tuple[int, ...], options: Options, variant: str) -> None
         assert (value is not None) == field.wanted(options)
         if value is not None:
             assert (value.shape, value.dtype) == (field.shape(batch, options, VOCAB), field.dtype)
-            assert field.name == "status" or invalid(field, value)
+            if field.name in LISTS:
+                assert value.unique().tolist() == [-1 if field.name == "kept_ids" else 0]
+            else:
+                assert field.name == "status" or invalid(field, value)
 
 
 @pytest.mark.parametrize(("name", "call"), [("filtered", fs.filter_logits), ("probabilities", fs.probabilities)])

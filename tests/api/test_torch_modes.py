@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asked import EVERYTHING, sentinels
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -77,7 +78,7 @@ def everything(backend: str) -> list[torch.Tensor]:
         common = {**fields, **inputs, "backend": backend}
         torch.manual_seed(9)
         for seed in (None, 7, [1, 2, 3], np.arange(B)):
-            out = fs.sample(LOGITS, **common, seed=seed, offset=2, num_samples=2, logprobs="raw", top_logprobs=3)
+            out = fs.sample(LOGITS, **common, seed=seed, offset=2, num_samples=2, **EVERYTHING)
             found += [getattr(out, name) for name in fs.SampleOutput.__slots__]
         found += [fs.sample(LOGITS[0], backend=backend, seed=4).tokens]
         found += [fs.filter_logits(LOGITS, **common), fs.probabilities(LOGITS, **common)]
@@ -343,8 +344,10 @@ def test_a_proxy_is_refused() -> None:
 def test_fake_tensors_in_their_mode_have_shapes() -> None:
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(LOGITS)
-        out = fs.sample(fake, num_samples=4, logprobs="raw", top_logprobs=2)
+        out = fs.sample(fake, num_samples=4, **EVERYTHING)
         assert (out.tokens.shape, out.tokens.dtype) == ((B, 4), torch.int64)
+        assert out.kept_ids is not None
+        assert (out.kept_ids.shape, out.kept_ids.dtype) == ((B * EVERYTHING["kept_capacity"],), torch.int32)
         assert out.top_ids is not None
         assert out.top_ids.shape == (B, 2)
         assert fs.filter_logits(fake.half(), top_k=3).dtype == torch.float32
@@ -448,15 +451,7 @@ def test_seeds_on_another_device_are_fetched() -> None:
 
 
 def buffers(**own: torch.Tensor) -> fs.SampleOutput:
-    made = {
-        "tokens": torch.full((B,), -77),
-        "status": torch.full((B,), -77, dtype=torch.int32),
-        "logprobs": torch.full((B,), -77.0),
-        "ranks": torch.full((B,), -77),
-        "top_ids": torch.full((B, 2), -77),
-        "top_logprobs": torch.full((B, 2), -77.0),
-    }
-    return fs.SampleOutput(**{**made, **own})
+    return sentinels((B,), V, **own)
 
 
 MEMORY = torch.full((64,), -77)
@@ -485,6 +480,16 @@ SHARED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         r"out\.tokens: .* bitmask",
     ),
     "bias": ({"logprobs": FLOATS[2:5]}, {"bias": (*BIAS, FLOATS[:B])}, r"out\.logprobs: .* bias"),
+    "a mask for the next step": (
+        {"kept_bitmask": MEMORY.view(torch.int32)[: 2 * B].view(B, 2)},
+        {"bitmask": MEMORY.view(torch.int32)[: 2 * B].view(B, 2)},
+        r"out\.kept_bitmask: .* bitmask",
+    ),
+    "lists": (
+        {"kept_ids": MEMORY.view(torch.int32)[: 6 * B], "kept_row_ptr": MEMORY[4 : 5 + B]},
+        {},
+        r"out\.kept_row_ptr: .* out\.kept_ids",
+    ),
 }
 
 
@@ -492,7 +497,7 @@ SHARED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
 @pytest.mark.parametrize("on_invalid", ["raise", "flag"])
 def test_buffers_share_no_memory(own: dict[str, Any], inputs: dict[str, Any], says: str, on_invalid: str) -> None:
     """Native code reads the tokens back, and ids twice: what is written there in between would be followed anywhere."""
-    fields = {"logprobs": "raw", "top_logprobs": 2, "on_invalid": on_invalid}
+    fields = {**EVERYTHING, "on_invalid": on_invalid}
     out = buffers(**own)
     MEMORY.fill_(0)
     before = MEMORY.clone()
@@ -526,7 +531,7 @@ def test_buffers_side_by_side_are_fine(variant: str) -> None:
     floats = memory.view(torch.float32)
     out = buffers(tokens=memory[:3], ranks=memory[3:6], top_ids=memory[6:12].view(3, 2), logprobs=floats[24:27])
     x = floats[40 : 40 + B * V].view(B, V)[:, :V].copy_(LOGITS)
-    fields = {"logprobs": "raw", "top_logprobs": 2, "seed": 3, "backend": variant, "on_invalid": "flag"}
+    fields = {**EVERYTHING, "seed": 3, "backend": variant, "on_invalid": "flag"}
     got, want = fs.sample(x, **fields, out=out), fs.sample(LOGITS, **fields)
     assert all(torch.equal(getattr(got, name), getattr(want, name)) for name in fs.SampleOutput.__slots__)
 
@@ -535,7 +540,7 @@ def test_buffers_side_by_side_are_fine(variant: str) -> None:
 def test_buffers_with_a_gradient(on_invalid: str) -> None:
     """Autograd would know nothing of what is written there."""
     out = buffers(logprobs=torch.zeros(B, requires_grad=True))
-    sampler = fs.Sampler(batch_size=B, logprobs="raw", top_logprobs=2, on_invalid=on_invalid)
+    sampler = fs.Sampler(batch_size=B, **EVERYTHING, on_invalid=on_invalid)
     with pytest.raises(ValueError, match=r"out\.logprobs: .* no gradient"):
         sampler(LOGITS, out=out)
     assert sampler.offsets.tolist() == [0] * B

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asked import BY_ROW, EVERYTHING, sentinels
 
 import fastsample as fs
 from fastsample.backends import engine
@@ -35,13 +36,6 @@ def fails(exception: type[Exception], says: tuple[str, ...], call: Callable[[], 
         assert part in str(caught.value)
 
 
-def sentinels() -> fs.SampleOutput:
-    """Buffers for sample(..., logprobs=..., top_logprobs=2), full of what no engine writes."""
-    shapes = {"tokens": ((B,), torch.int64), "status": ((B,), torch.int32), "logprobs": ((B,), torch.float32)}
-    shapes |= {"ranks": ((B,), torch.int64), "top_ids": ((B, 2), torch.int64), "top_logprobs": ((B, 2), torch.float32)}
-    return fs.SampleOutput(**{name: torch.full(shape, -77, dtype=dtype) for name, (shape, dtype) in shapes.items()})
-
-
 def untouched(out: fs.SampleOutput) -> bool:
     return all(bool((getattr(out, name) == -77).all()) for name in fs.SampleOutput.__slots__)
 
@@ -51,8 +45,8 @@ def check_all_calls(
 ) -> None:
     """sample, filter_logits, probabilities and Sampler refuse it alike and leave `out` and the offsets alone."""
     kwargs = {"backend": backend, **kwargs}
-    out = sentinels()
-    own = {"logprobs": "raw", "top_logprobs": 2, "out": out, **kwargs}
+    out = sentinels((B,), V)
+    own = {**EVERYTHING, "out": out, **kwargs}
     fails(exception, says, lambda: fs.sample(x, **own))
     assert untouched(out)
 
@@ -155,15 +149,17 @@ def test_flagged_rows_leave_the_others_alone(fields: dict[str, float], backend: 
     broken[3, 1], broken[1, 4] = -INF, INF
     good = [0, 2, 4, 6]
     kwargs = {**fields, "backend": backend, "on_invalid": "flag"}
-    more = {"seed": 11, "num_samples": 3, "logprobs": "raw", "top_logprobs": 3}
+    more = {"seed": 11, "num_samples": 3, **EVERYTHING}
     clean, out = fs.sample(x, **kwargs, **more), fs.sample(broken, **kwargs, **more)
     assert out.status.tolist() == [0, 1, 0, 2, 0, 3, 0]
     assert bool((out.tokens[1::2] == -1).all())
     assert bool(out.logprobs[1::2].isnan().all())
     assert bool((out.ranks[1::2] == 0).all())
     assert bool((out.top_ids[1::2] == -1).all())
-    for name in fs.SampleOutput.__slots__:
+    for name in BY_ROW:
         assert torch.equal(getattr(out, name)[good], getattr(clean, name)[good]), name
+    listed, wanted = (o.kept_ids[: o.kept_row_ptr[-1]].split(o.kept_row_ptr.diff().tolist()) for o in (out, clean))
+    assert [listed[row].tolist() for row in range(7)] == [wanted[row].tolist() * (row in good) for row in range(7)]
     for call, nothing in ((fs.filter_logits, -INF), (fs.probabilities, 0.0)):
         assert torch.equal(call(broken, **kwargs)[good], call(x, **kwargs)[good])
         assert bool((call(broken, **kwargs)[1::2] == nothing).all())
@@ -494,7 +490,7 @@ def test_arguments(kwargs: dict[str, Any], exception: type[Exception], says: tup
 
 
 def replaced(**fields: Any) -> fs.SampleOutput:
-    return dataclasses.replace(sentinels(), **fields)
+    return dataclasses.replace(sentinels((B,), V), **fields)
 
 
 OUT: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
@@ -509,22 +505,27 @@ OUT: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (replaced(ranks=torch.full((B,), -77.0)), ValueError, ("out.ranks", "torch.float32")),
     (replaced(top_ids=torch.full((B, 3), -77)), ValueError, ("out.top_ids", "[3, 2]", "[3, 3]")),
     (replaced(top_logprobs=torch.full((B,), -77.0)), ValueError, ("out.top_logprobs", "[3, 2]", "[3]")),
+    (replaced(kept_count=torch.full((B,), -77)), ValueError, ("out.kept_count", "torch.int64")),
+    (replaced(kept_ids=torch.full((B * 5,), -77, dtype=torch.int32)), ValueError, ("out.kept_ids", "[18]", "[15]")),
+    (replaced(kept_row_ptr=torch.full((B,), -77)), ValueError, ("out.kept_row_ptr", "[4]", "[3]")),
+    (replaced(kept_bitmask=torch.full((B,), -77, dtype=torch.int32)), ValueError, ("out.kept_bitmask", "[3, 2]")),
+    (replaced(entropy=torch.full((B,), -77.0).half()), ValueError, ("out.entropy", "torch.float16")),
 ]
 
 
 @pytest.mark.parametrize(("out", "exception", "says"), OUT)
 @pytest.mark.parametrize("on_invalid", ["raise", "flag"])
 def test_out(out: Any, exception: type[Exception], says: tuple[str, ...], on_invalid: str) -> None:
-    kwargs = {"logprobs": "raw", "top_logprobs": 2, "out": out, "on_invalid": on_invalid}
+    kwargs = {**EVERYTHING, "out": out, "on_invalid": on_invalid}
     fails(exception, says, lambda: fs.sample(logits(), seed=1, **kwargs))
     buffers = [out] if isinstance(out, torch.Tensor) else [getattr(out, n) for n in fs.SampleOutput.__slots__]
     assert all(bool((torch.as_tensor(b) <= 0).all()) for b in buffers)
 
 
-@pytest.mark.parametrize("name", ["logprobs", "ranks", "top_ids", "top_logprobs", "tokens", "status"])
+@pytest.mark.parametrize("name", fs.SampleOutput.__slots__)
 def test_out_lacks_what_is_asked_for(name: str) -> None:
     out = replaced(**{name: None})
-    kwargs = {"logprobs": "processed", "top_logprobs": 2, "out": out}
+    kwargs = {**EVERYTHING, "out": out}
     fails(TypeError, (f"out.{name}", "NoneType"), lambda: fs.sample(logits(), seed=1, **kwargs))
 
 

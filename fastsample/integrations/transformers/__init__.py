@@ -24,11 +24,24 @@ from fastsample.integrations.grammar.batch import per_row
 from fastsample.integrations.transformers.breakers import Breakers
 from fastsample.integrations.transformers.loop import Loop
 from fastsample.integrations.transformers.plan import HISTORY
+from fastsample.integrations.transformers.results import (
+    Reported,
+    SampledDecoderOnlyOutput,
+    SampledEncoderDecoderOutput,
+)
 from fastsample.integrations.transformers.rows import Streamer, check_backend
-from fastsample.outputs import LogprobsMode, OnInvalid
+from fastsample.outputs import KeptForm, LogprobsMode, OnInvalid
 from fastsample.params import SamplingParams
 
-__all__ = ["FastSampleLogitsProcessor", "GrammarLogitsProcessor", "Streamer", "fs_generate"]
+__all__ = [
+    "FastSampleLogitsProcessor",
+    "GrammarLogitsProcessor",
+    "Reported",
+    "SampledDecoderOnlyOutput",
+    "SampledEncoderDecoderOutput",
+    "Streamer",
+    "fs_generate",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -189,6 +202,9 @@ def fs_generate(
     on_invalid: OnInvalid = "raise",
     tokenizer: Any = None,
     dry_breakers: Breakers | None = None,
+    kept: KeptForm | None = None,
+    kept_mass: bool = False,
+    entropy: bool = False,
     **fields: Any,
 ) -> Callable[..., Any]:
     """The argument `custom_generate` that gives the sampling step of `model.generate` to fastsample.
@@ -229,6 +245,12 @@ def fs_generate(
         logprobs: adds `logprobs` to the result (which takes return_dict_in_generate=True), float32 [B, new tokens]:
             the natural log-probability of each new token, NaN after a sequence's end. "raw" refers to the model's own
             logits, "processed" to the distribution that was drawn from.
+        kept: adds to the result, likewise, which tokens were kept where each new token was drawn, for training: "count"
+            `kept_count`, "ids" that, `kept_ids` and `kept_row_ptr`, "bitmask" `kept_count` and `kept_bitmask`; see
+            `Reported`. Rows go sequence by sequence. Without a filter a set is the whole vocabulary.
+        kept_mass, entropy: add `log_kept_mass` and `entropy` to the result, float32 [B, new tokens], as for
+            `fastsample.sample`. For log_kept_mass, processors of transformers that run before the fused pass and set
+            scores to -inf are masks, filters too.
         on_invalid: what to do with a sequence that can have no token (a NaN, +inf, or nothing above -inf, as when a
             grammar and min_new_tokens contradict each other). "raise" raises; "flag" ends that sequence, pads it, and
             lets the others go on. With "flag" and return_dict_in_generate=True the result has `status` (int32 [B], as
@@ -246,7 +268,8 @@ def fs_generate(
     Raises:
         TypeError, ValueError: bad argument, such as a breaker that no single token contains. From `generate`: a number
             of seeds, offsets, grammars, breakers or fields that is neither that of the sequences nor that of the
-            prompts; strings for breakers, and no tokenizer; fields or logprobs that would have no effect; an
+            prompts; strings for breakers, and no tokenizer; fields that would have no effect; logprobs, kept,
+            kept_mass or entropy without return_dict_in_generate=True, which makes room for them; an
             option that fastsample does not serve (beams, contrastive, paged, ...); drafts for more than one sequence;
             or a sequence that can have no token. The message names the option, or the options that contradict each
             other.
@@ -255,5 +278,17 @@ def fs_generate(
         UserWarning: a seed or an offset has no effect, since do_sample=False draws nothing.
     """
     return Loop(
-        seed, streamer, backend, grammar, fields, offset, tokenizer, logprobs, on_invalid, dry_breakers=dry_breakers
+        seed,
+        streamer,
+        backend,
+        grammar,
+        fields,
+        offset,
+        tokenizer,
+        logprobs,
+        on_invalid,
+        dry_breakers=dry_breakers,
+        kept=kept,
+        kept_mass=kept_mass,
+        entropy=entropy,
     )

@@ -73,7 +73,7 @@ class Verifier(LogitsProcessor):
         self._processors = LogitsProcessorList(processors)
         self._criteria, self._config = criteria, config
         self._scores: tuple[torch.Tensor, ...] | None = (
-            () if config.return_dict_in_generate and config.output_scores and criteria.kept is None else None
+            () if config.return_dict_in_generate and config.output_scores and criteria.filtered is None else None
         )
         self.length = start  # of the text
         self.last: int | None = None  # its last token, once there is a new one
@@ -176,7 +176,7 @@ class Draft(LogitsProcessor):
             offset=draw.offsets + (ids.shape[1] - self._start),
             logprobs="processed" if draw.sampled else "raw",  # greedy search is always sure
             on_invalid="flag",
-            backend=draw.backend,
+            backend=draw.options.backend,
             **self._inputs(ids, table),
         )
         assert out.logprobs is not None

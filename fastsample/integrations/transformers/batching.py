@@ -25,6 +25,7 @@ from fastsample.api import sample
 from fastsample.checks import CPU, whole
 from fastsample.inputs import pack_seeds, splitmix64
 from fastsample.integrations.transformers.plan import HISTORY, make_plan
+from fastsample.integrations.transformers.results import REPORTS
 from fastsample.integrations.transformers.rows import check_backend
 from fastsample.params import SamplingParams, specs
 
@@ -105,7 +106,7 @@ def generate_batch(
     with continuous_batching(model, generation_config, seed=seed, **options) as manager:
         # Checked here: in the manager's thread an error would only fail the request.
         for keywords in each:
-            known = {"seed", *_FIELDS, *HISTORY}
+            known = {"seed", *_FIELDS, *HISTORY, *REPORTS}
             manager.logit_processor.check_kwargs({k: v for k, v in keywords.items() if k in known})
         common = {"max_new_tokens": manager.generation_config.max_new_tokens}
         names = [
@@ -157,6 +158,8 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
         fields = {name: value for name, value in kwargs.items() if name != "seed"}
         if looks_back := sorted(HISTORY & set(fields)):
             raise ValueError(f"{looks_back[0]}: {_NOT_SERVED}")
+        if reports := [name for name in REPORTS if name in fields]:
+            raise ValueError(f"{reports[0]}: not served in continuous batches, whose results are ids alone")
         if unknown := sorted(set(fields) - set(_FIELDS)):
             raise ValueError(f"{unknown[0]}: expected one of {', '.join(_FIELDS)} and seed")
         SamplingParams(**fields)

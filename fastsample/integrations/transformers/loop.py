@@ -28,11 +28,11 @@ from fastsample.integrations.transformers.generate import (
     synced_gpus,
 )
 from fastsample.integrations.transformers.plan import Plan, make_plan
+from fastsample.integrations.transformers.results import asked_for, reported, with_fields
 from fastsample.integrations.transformers.rows import (
     Batch,
     Streamer,
     check_backend,
-    check_modes,
     check_offset,
     check_seed,
     check_streamer,
@@ -42,7 +42,7 @@ from fastsample.integrations.transformers.rows import (
     sequence_seeds,
 )
 from fastsample.integrations.transformers.step import Clean, Criteria, Draw, Followed, Inputs, Progress
-from fastsample.outputs import LogprobsMode, OnInvalid
+from fastsample.outputs import KeptForm, LogprobsMode, OnInvalid, Options
 from fastsample.params import SamplingParams
 
 
@@ -81,11 +81,14 @@ class Loop:
     copies: int = 1  # sequences that each prompt branches into at its first step
     record: Record | None = None
     dry_breakers: Breakers | None = None
+    kept: KeptForm | None = None
+    kept_mass: bool = False
+    entropy: bool = False
 
     def __post_init__(self) -> None:
         """Errors in the arguments alone are raised here, before the model runs."""
         SamplingParams(**self.fields)
-        check_modes(self.logprobs, self.on_invalid)
+        self.options.checked()
         check_backend(self.backend)
         if self.seed is not None:
             check_seed(self.seed)
@@ -98,6 +101,18 @@ class Loop:
             check_grammar(self.grammar)
         if self.streamer is not None:
             check_streamer(self.streamer)
+
+    @property
+    def options(self) -> Options:
+        """What is asked of each step."""
+        return Options(
+            logprobs=self.logprobs,
+            on_invalid=self.on_invalid,
+            backend=self.backend,
+            kept=self.kept,
+            kept_mass=self.kept_mass,
+            entropy=self.entropy,
+        )
 
     @property  # type: ignore[misc]  # an object may set its own
     def __class__(self) -> type[Loop]:
@@ -143,7 +158,7 @@ class Loop:
         processors = plan.own
         if draw is not None:
             processors = [*([] if draw.clean is None else [draw.clean]), *plan.own, draw]
-            draw.kept = criteria.kept = [] if config.return_dict_in_generate and config.output_scores else None
+            draw.filtered = criteria.filtered = [] if config.return_dict_in_generate and config.output_scores else None
         config.do_sample = False  # the step leaves one token to choose, which greedy search then takes
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())  # as `generate` does with its own
@@ -154,8 +169,7 @@ class Loop:
             more = {"assistant_model": assistant_model, "assistant_tokenizer": assistant_tokenizer}
             more |= {"tokenizer": tokenizer, "inputs_tensor": inputs_tensor} | synced | model_kwargs
             result = assisted.run(model, input_ids, processors, criteria, config, self.streamer, drafts, more)
-            self._report(result, draw, criteria, start)
-            return result
+            return self._report(result, draw, criteria, start)
         if self.copies > 1:
             model, input_ids, model_kwargs = _branch(model, input_ids, config, model_kwargs, self.copies)
         result = loop(
@@ -167,8 +181,7 @@ class Loop:
             streamer=self.streamer,
             **synced | model_kwargs,
         )
-        self._report(result, draw, criteria, start)
-        return result
+        return self._report(result, draw, criteria, start)
 
     def _look_for_idle(self, config: Any) -> None:
         """Warn of arguments, or refuse those, that have no effect here."""
@@ -181,9 +194,10 @@ class Loop:
                 UserWarning,
                 stacklevel=2,
             )
-        if self.logprobs is not None and self.record is None and not config.return_dict_in_generate:
+        asked = asked_for(self.options)
+        if asked and self.record is None and not config.return_dict_in_generate:
             raise ValueError(
-                f"fs_generate(logprobs={self.logprobs!r}): the ids alone have no room for them; "
+                f"fs_generate({asked[0]}={getattr(self, asked[0])!r}): the ids alone have no room for it; "
                 "call generate with return_dict_in_generate=True"
             )
 
@@ -239,7 +253,7 @@ class Loop:
         sampled = bool(config.do_sample)
         params = sequence_params(SamplingParams(**plan.fields), batch)
         inputs = Inputs(plan, params, grammar, input_ids, self.copies, breakers)
-        if not (sampled or inputs.needed or self.logprobs or self.on_invalid == "flag"):
+        if not (sampled or inputs.needed or asked_for(self.options) or self.on_invalid == "flag"):
             return None
         return Draw(
             params,
@@ -247,52 +261,41 @@ class Loop:
             sequence_seeds(self.seed if sampled else 0, batch),
             sequence_offsets(self.offset if sampled else 0, lengths, batch),
             progress,
+            self.options,
             sampled,
-            self.backend,
             self.copies,
-            self.logprobs,
             int(config._pad_token_tensor) if self.on_invalid == "flag" else None,
             self.copies > 1 and isinstance(self.grammar, Sequence),
             Clean() if self.logprobs == "raw" and plan.own else None,
         )
 
-    def _report(self, result: Any, draw: Draw | None, criteria: Criteria, start: int) -> None:
-        """Report what the ids do not show: in the record, in the result, or as a warning."""
+    def _report(self, result: Any, draw: Draw | None, criteria: Criteria, start: int) -> Any:
+        """The result, and what the ids do not show: beside them, in the record, or as a warning."""
         progress, plain = criteria.progress, isinstance(result, torch.Tensor)
         steps = (result if plain else result.sequences).shape[1] - start
-        if draw is not None and draw.kept is not None:
-            result.scores = tuple(draw.kept[:steps])
+        if draw is not None and draw.filtered is not None:
+            result.scores = tuple(draw.filtered[:steps])
         truncated = [False] * len(progress.status) if criteria.grammar is None else criteria.grammar.truncated
-        logprobs = (
-            _until_the_end(draw.logprobs[:steps], progress, start) if draw is not None and self.logprobs else None
-        )
+        found = {} if draw is None else reported(draw.steps[:steps], progress, start)
         if self.record is not None:
-            self.record.start, self.record.logprobs = start, logprobs
+            self.record.start, self.record.logprobs = start, found.get("logprobs")
             self.record.lengths = [] if progress.lengths is None else progress.lengths.tolist()
             self.record.truncated, self.record.errors = truncated, progress.errors
-            return
+            return result
         more: dict[str, Any] = {} if self.grammar is None else {"truncated": torch.tensor(truncated)}
         more |= {} if self.on_invalid == "raise" else {"status": progress.status, "errors": progress.errors}
-        more |= {} if logprobs is None else {"logprobs": logprobs}
-        for name, value in more.items() if not plain else ():
-            setattr(result, name, value)
-        for row, reason in progress.reasons.items() if plain else ():
+        if not plain:
+            return with_fields(result, found | more)
+        for row, reason in progress.reasons.items():
             warnings.warn(f"sequence {row} was ended: {reason}", UserWarning, stacklevel=2)
-        if plain and any(truncated):
+        if any(truncated):
             rows = ", ".join(str(row) for row, cut in enumerate(truncated) if cut)
             warnings.warn(
                 f"generation ended before the grammar did: the text of sequence {rows} is truncated",
                 TruncatedWarning,
                 stacklevel=2,
             )
-
-
-def _until_the_end(steps: list[torch.Tensor], progress: Progress, start: int) -> torch.Tensor:
-    """float32 [B, steps], NaN after a sequence's end."""
-    table = torch.stack(steps, dim=1)
-    position = torch.arange(start, start + table.shape[1], device=table.device)
-    assert progress.lengths is not None
-    return table.masked_fill(position >= progress.lengths[:, None].to(table.device), torch.nan)
+        return result
 
 
 # One prefill for several sequences -----------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from fastsample.backends import engine
 from fastsample.checks import CPU, is_one_of
 from fastsample.inputs import pack_offsets, pack_seeds, row_seeds
 from fastsample.integrations.grammar import Grammar
-from fastsample.outputs import check_on_invalid
 from fastsample.params import SamplingParams
 
 
@@ -58,13 +57,6 @@ def check_streamer(streamer: Any) -> None:
     for method in ("put", "end"):
         if not callable(getattr(streamer, method, None)):
             raise TypeError(f"streamer: expected an object with put(ids) and end(), got {type(streamer).__name__}")
-
-
-def check_modes(logprobs: Any, on_invalid: Any) -> None:
-    """ValueError unless these are among the known modes."""
-    if logprobs is not None and not is_one_of(logprobs, "raw", "processed"):
-        raise ValueError(f"logprobs = {logprobs!r}: expected None, 'raw' or 'processed'")
-    check_on_invalid(on_invalid)
 
 
 # One value per sequence ----------------------------------------------------------------------------------------------

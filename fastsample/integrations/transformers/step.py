@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from fastsample.inputs.penalties import active_penalties
 from fastsample.integrations.grammar import GrammarBatch, GrammarError
 from fastsample.integrations.transformers.conflicts import culprits, told
 from fastsample.integrations.transformers.plan import Plan
+from fastsample.integrations.transformers.results import asked_for
 from fastsample.integrations.transformers.rows import repeated, siblings
-from fastsample.outputs import STATUS, LogprobsMode, SampleOutput
+from fastsample.outputs import STATUS, Options, SampleOutput
 from fastsample.params import SamplingParams
 from fastsample.sampler import Sampler
 
@@ -208,10 +209,13 @@ class Draw(LogitsProcessor):
     Attributes:
         params: per prompt if prompts branch (copies > 1), else per sequence.
         seeds, offsets: int64 bits, likewise.
+        options: what is asked of each step.
         sampled: False takes the most probable token, as greedy search does.
         padding: the id given to a sequence that is ended because it can have no token; None makes that an error.
         apart: whether the sequences of a prompt may allow different first tokens.
         clean: holds the logits for "raw" log-probabilities when processors of transformers change them first.
+        filtered: the filtered scores of each step, where they are collected.
+        steps: what each step reported besides its tokens, where something was asked for.
     """
 
     params: SamplingParams
@@ -219,15 +223,14 @@ class Draw(LogitsProcessor):
     seeds: torch.Tensor
     offsets: torch.Tensor
     progress: Progress
+    options: Options
     sampled: bool = True
-    backend: str = "auto"
     copies: int = 1
-    mode: LogprobsMode | None = None
     padding: int | None = None
     apart: bool = False
     clean: Clean | None = None
-    kept: list[torch.Tensor] | None = None
-    logprobs: list[torch.Tensor] = field(default_factory=list)  # float32 [B] of each step, where asked for
+    filtered: list[torch.Tensor] | None = None
+    steps: list[SampleOutput] = field(default_factory=list)
     sampler: Sampler | None = None
     choice: torch.Tensor | None = None  # float32 [B, V]
     chosen: torch.Tensor | None = None  # int64 [B, 1], where it holds a 1
@@ -247,11 +250,12 @@ class Draw(LogitsProcessor):
             tokens = tokens.clamp(min=0)  # of sequences that have ended
         if self.progress.reasons:
             tokens = tokens.where(self.progress.status[:, None] == 0, self.padding or 0)
-        if out.logprobs is not None:
-            self.logprobs.append(out.logprobs.flatten() if self.clean is None else self._raw(tokens))
-        if self.kept is not None:
-            kept = filter_logits(scores, self.params, backend=self.backend, on_invalid="flag", **inputs)
-            self.kept.append(kept)
+        if asked_for(self.options):
+            own = None if out.logprobs is None else out.logprobs.flatten() if self.clean is None else self._raw(tokens)
+            self.steps.append(replace(out, logprobs=own))
+        if self.filtered is not None:
+            backend = self.options.backend
+            self.filtered.append(filter_logits(scores, self.params, backend=backend, on_invalid="flag", **inputs))
         return self._one_hot(tokens, scores)
 
     def _branch(self, scores: torch.Tensor, inputs: dict[str, Any]) -> SampleOutput:
@@ -276,10 +280,7 @@ class Draw(LogitsProcessor):
             batch_size=len(seeds),
             seed=seeds,
             offset=offsets,
-            num_samples=num_samples,
-            logprobs=self.mode,
-            on_invalid="flag",
-            backend=self.backend,
+            **self.options._replace(num_samples=num_samples, on_invalid="flag")._asdict(),
         )
 
     def _end_invalid(self, status: torch.Tensor, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
@@ -320,11 +321,11 @@ class Criteria(StoppingCriteriaList):
         if pads:
             self.append(_Padding())
         self.grammar, self.progress = grammar, progress
-        self.kept: list[torch.Tensor] | None = None
+        self.filtered: list[torch.Tensor] | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         progress = self.progress
-        done = super().__call__(input_ids, scores if self.kept is None else tuple(self.kept), **kwargs)
+        done = super().__call__(input_ids, scores if self.filtered is None else tuple(self.filtered), **kwargs)
         before = torch.zeros_like(done) if progress.done is None else progress.done
         lengths = torch.full_like(done, input_ids.shape[1], dtype=torch.int64)
         over = before
