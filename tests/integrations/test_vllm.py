@@ -409,7 +409,7 @@ def test_another_vllm_than_we_know_is_left_alone(
     plug: Any, said: list[str], monkeypatch: pytest.MonkeyPatch, where: str, why: str
 ) -> None:
     monkeypatch.setattr("vllm.Changed", Changed, raising=False)
-    plug._swap(where, "work", lambda *_: "ours", "work", ("logits", "generators"))
+    plug.swap(where, "work", lambda *_: "ours", "work", ("logits", "generators"))
     assert Changed().work(0, 0) == "theirs"
     assert len(said) == 1
     assert f"{where} cannot be swapped" in said[0]
@@ -418,7 +418,7 @@ def test_another_vllm_than_we_know_is_left_alone(
 
 def test_switched_off(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSAMPLE_VLLM", "0")
-    monkeypatch.setattr(plug, "_swap", lambda *_: pytest.fail("swapped"))
+    monkeypatch.setattr(plug, "swap", lambda *_: pytest.fail("swapped"))
     plug.register()
 
 
