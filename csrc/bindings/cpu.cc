@@ -62,6 +62,9 @@ class Saved {
     each(out_.ranks, out_.num_samples);
     each(out_.top_ids, out_.num_top);
     each(out_.top_logprobs, out_.num_top);
+    each(out_.kept_count, 1);
+    each(out_.log_kept_mass, 1);
+    each(out_.entropy, 1);
   }
 
   const Outputs& out_;
@@ -161,6 +164,19 @@ void advance(const RowArguments& rows) {
   for (int64_t r = 0; r < rows.num_offsets; ++r) offsets[r] = (int64_t)((uint64_t)offsets[r] + 1);
 }
 
+int64_t end_kept_at(int64_t counts, int64_t rows, int64_t capacity, int64_t row_ptr) {
+  return end_kept((const int32_t*)counts, rows, capacity, (int64_t*)row_ptr);
+}
+
+void list_kept_at(int64_t rows, int64_t words, int64_t num_slots, int64_t slots, int64_t bitmask,
+                  int64_t row_ptr, int64_t ids, int64_t room, int threads) {
+  const KeptSets sets = {rows, words, num_slots, (const int32_t*)slots, (const int32_t*)bitmask};
+  Unlocked unlocked;
+  unlocked.begin();
+  list_kept(sets, (const int64_t*)row_ptr, (int32_t*)ids, room, threads);
+  unlocked.end();
+}
+
 }  // namespace
 }  // namespace fastsample
 
@@ -172,6 +188,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
   m.def("verify", &fs::verify,
         "Sample the rows of drafts as far as these are right; returns the number of invalid ones.");
+  m.def("end_kept", &fs::end_kept_at, "Where each row's ids end; returns how many there are.");
+  m.def("list_kept", &fs::list_kept_at, "List the ids of each row's set.");
   m.def("advance", &fs::advance, "Add 1 to every offset.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def(

@@ -121,11 +121,11 @@ struct Outputs {
   const int64_t* given = nullptr;  // [B]
   // What is kept, for calls that draw. A row that keeps at most num_slots tokens may list its ids
   // and leave its bitmask as it is: then its slots are not null.
-  int32_t* kept_count = nullptr;   // [B]
+  int32_t* kept_count = nullptr;    // [B]
   int32_t* kept_bitmask = nullptr;  // [B, ceil(V / 32)]
-  float* log_kept_mass = nullptr;  // [B]
-  float* entropy = nullptr;        // [B]
-  int32_t* kept_slots = nullptr;   // [B, num_slots]
+  float* log_kept_mass = nullptr;   // [B]
+  float* entropy = nullptr;         // [B]
+  int32_t* kept_slots = nullptr;    // [B, num_slots]
   int32_t num_slots = 0;
 };
 

@@ -278,12 +278,41 @@ int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()
   return work.invalid;
 }
 
+int64_t end_kept(const int32_t* counts, int64_t rows, int64_t capacity, int64_t* row_ptr) {
+  int64_t total = row_ptr[0] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!capacity || counts[r] <= capacity) total += counts[r];
+    row_ptr[r + 1] = total;
+  }
+  return total;
+}
+
+void list_kept(const KeptSets& sets, const int64_t* row_ptr, int32_t* ids, int64_t room,
+               int threads) {
+  constexpr int64_t kIdsPerThread = 1 << 16;
+  const int64_t total = row_ptr[sets.rows];
+  const int useful = (int)std::min<int64_t>(threads, total / kIdsPerThread + 1);
+  std::atomic<int64_t> next{0};
+  run_on_threads(useful, [&](int) {
+    for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < sets.rows;) {
+      const int64_t begin = row_ptr[r], n = row_ptr[r + 1] - begin;
+      if (n == 0) continue;
+      if (n <= sets.num_slots) {
+        std::copy_n(sets.slots + r * sets.num_slots, n, ids + begin);
+      } else {
+        kernel().list_bits(sets.bitmask + r * sets.words, sets.words, ids + begin, n);
+      }
+    }
+  });
+  std::fill(ids + total, ids + room, -1);
+}
+
 int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()>& stop) {
   const Drafts& drafts = batch.drafts;
   const int64_t requests = batch.logits.rows / (drafts.count + 1);
   std::fill_n(drafts.num_accepted, requests, (int32_t)drafts.count);
   sample_batch(batch, threads, stop);
-  return pad(drafts, requests, batch.out);
+  return pad(drafts, requests, batch.out, batch.logits.vocab);
 }
 
 }  // namespace fastsample

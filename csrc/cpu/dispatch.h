@@ -31,4 +31,19 @@ int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()
 // row; returns how many results end at an invalid row.
 int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()>& stop = {});
 
+// What sample_batch has left of kept sets: the ids of those that fit in slots, the bits of others.
+struct KeptSets {
+  int64_t rows, words, num_slots;
+  const int32_t* slots;    // [rows, num_slots]
+  const int32_t* bitmask;  // [rows, words]
+};
+
+// Where each row's ids end, row_ptr[rows + 1], and how many there are in all. A row that has more
+// than `capacity`, if that is not 0, lists none.
+int64_t end_kept(const int32_t* counts, int64_t rows, int64_t capacity, int64_t* row_ptr);
+
+// Lists the ids of each row that has a place in row_ptr, and -1 in the rest of ids[room].
+void list_kept(const KeptSets& sets, const int64_t* row_ptr, int32_t* ids, int64_t room,
+               int threads);
+
 }  // namespace fastsample

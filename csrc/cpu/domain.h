@@ -331,6 +331,25 @@ FS_INLINE void add_block(const Domain& d, int b, const Kept<float>& kept, const 
   }
 }
 
+// The mass of each token of block b, whose values are x; 0 where it is not kept.
+template <class Domain, class Weight>
+FS_INLINE void weigh_each(const Domain& d, int b, const float* x, const Kept<float>& kept,
+                          const Weight& weight, uint64_t* mass) {
+  uint32_t hi[kBlock], lo[kBlock];
+  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+    const auto p = load_pack<kAbreast>(x + i);
+    Where<kAbreast> where;
+    FS_EACH(kAbreast) where.m[u] = ranks_within(kept, p.v[u], ids(d, b, i + u * kLanes));
+    const auto q = weight.of(p, where);
+    FS_EACH(kAbreast) {
+      const Halves w = to_fixed(q.v[u]);
+      store(hi + i + u * kLanes, w.hi);
+      store(lo + i + u * kLanes, w.lo);
+    }
+  }
+  for (int i = 0; i < kBlock; ++i) mass[i] = ((uint64_t)hi[i] << kHalfBits) + lo[i];
+}
+
 // The mass of what is kept, in all and in each group, which `group_mass` gets.
 template <class Domain, class W>
 uint64_t weigh_groups(const Domain& d, const Kept<float>& kept, const W& weigher,

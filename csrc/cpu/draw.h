@@ -113,26 +113,10 @@ template <class Domain, class Weight>
 FS_INLINE void add_tokens(const Domain& d, int b, const Kept<float>& kept, const Weight& weight,
                           TableWriter& table) {
   float buffer[kBlock];
-  uint32_t hi[kBlock], lo[kBlock];
-  int32_t id[kBlock];
-  const float* x = values(d, b, buffer);
-  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
-    const auto p = load_pack<kAbreast>(x + i);
-    Where<kAbreast> where;
-    FS_EACH(kAbreast) {
-      const vi here = ids(d, b, i + u * kLanes);
-      store(id + i + u * kLanes, here);
-      where.m[u] = ranks_within(kept, p.v[u], here);
-    }
-    const auto q = weight.of(p, where);
-    FS_EACH(kAbreast) {
-      const Halves w = to_fixed(q.v[u]);
-      store(hi + i + u * kLanes, w.hi);
-      store(lo + i + u * kLanes, w.lo);
-    }
-  }
+  uint64_t mass[kBlock];
+  weigh_each(d, b, values(d, b, buffer), kept, weight, mass);
   TableWriter own = table;  // in registers: to the compiler, a store might change it
-  for (int i = 0; i < kBlock; ++i) own.add(id[i], ((uint64_t)hi[i] << kHalfBits) + lo[i]);
+  for (int i = 0; i < kBlock; ++i) own.add(id_at(d, b, i), mass[i]);
   table.running = own.running;
   table.n = own.n;
 }

@@ -78,6 +78,8 @@ struct Kernel {
   int vector_bytes;
   // Every stage for one row; writes the row's outputs and returns its status.
   Status (*sample_row)(const Batch& batch, int64_t row, Draws draws, const Workspace& workspace);
+  // Lists the bits of n words, of which `total` are set.
+  void (*list_bits)(const int32_t* words, int64_t n, int32_t* ids, int64_t total);
 };
 
 }  // namespace fastsample

@@ -32,19 +32,13 @@ template <class T, class W>
 void write_masses(int64_t* out, const Dense<T>& d, const W& weigher, const Kept<float>& kept) {
   const Weighing weight(weigher, kept.floor);
   float buffer[kBlock];
-  uint32_t hi[kBlock], lo[kBlock];
+  uint64_t mass[kBlock];
   for (int b = 0; b < blocks(d); ++b, out += kBlock) {
     const int n = d.row.vocab - b * kBlock < kBlock ? d.row.vocab - b * kBlock : kBlock;
     memset(out, 0, (size_t)n * sizeof *out);
     if (!may_keep(d, b, kept)) continue;
-    const float* x = values(d, b, buffer);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const vf v = load(x + i);
-      const Halves w = weight.of(v, ranks_within(kept, v, ids(d, b, i)));
-      store(hi + i, w.hi);
-      store(lo + i, w.lo);
-    }
-    for (int i = 0; i < n; ++i) out[i] = (int64_t)(((uint64_t)hi[i] << kHalfBits) + lo[i]);
+    weigh_each(d, b, values(d, b, buffer), kept, weight, mass);
+    memcpy(out, mass, (size_t)n * sizeof *out);
   }
 }
 

@@ -19,16 +19,22 @@ static_assert(2 * kHalfBits == kMassBits, "FixedSum adds up halves of a mass");
 // How far below the maximum a token of at least this mass can lie. The margin is far above all
 // rounding errors.
 struct Reach {
-  double drop;
+  double drop, margin;
 
   Reach(float scale, uint64_t mass)
-      : drop((kMassBits + 1e-3 - log2((double)mass)) / (double)scale) {}
+      : drop((kMassBits + 1e-3 - log2((double)mass)) / (double)scale),
+        margin(2e-3 / (double)scale) {}
 
   // An x that such a token exceeds; rises with the maximum.
   FS_MEMBER float below(float max) const {
     const double x = (double)max - drop;
     const double low = x - fabs(x) * 1e-6;
     return low < -FLT_MAX ? -INFINITY : (float)low;
+  }
+  // An x from which every token has that mass.
+  FS_MEMBER float above(float max) const {
+    const double x = (double)max - drop + margin;
+    return (float)(x + fabs(x) * 1e-6);
   }
 };
 
@@ -46,8 +52,9 @@ struct LogitWeigher {
   FS_MEMBER uint64_t unit() const { return kMassUnit; }
   FS_MEMBER LogitWeigher below(float x) const { return {x, scale, judged_scale}; }
   FS_MEMBER uint64_t mass(float x) const { return mass_of(x, max, scale); }
-  // A value that every token of at least this mass exceeds.
+  // A value that every token of at least this mass exceeds, and one from which all have it.
   FS_MEMBER float lowest(uint64_t mass) const { return Reach(scale, mass).below(max); }
+  FS_MEMBER float surely(uint64_t mass) const { return Reach(scale, mass).above(max); }
 };
 
 // The same for probabilities: a mass is the product of one and a power of two, as two factors,
@@ -73,6 +80,9 @@ struct ProbabilityWeigher {
   FS_MEMBER uint64_t mass(float x) const { return x > 0 ? mass_of_probability(x, shift) : 0; }
   FS_MEMBER float lowest(uint64_t mass) const {
     return nextafterf((float)ldexp((double)mass, -power()), -INFINITY);
+  }
+  FS_MEMBER float surely(uint64_t mass) const {
+    return nextafterf((float)ldexp((double)mass, -power()), INFINITY);
   }
 
  private:

@@ -1,8 +1,8 @@
 // Stage 8 and the outputs of a row.
 #pragma once
 
+#include "cpu/keep.h"
 #include "cpu/law.h"
-#include "cpu/logprobs.h"
 
 namespace fastsample {
 namespace {
@@ -16,7 +16,8 @@ struct Task {
   const Workspace& ws;
   Dense<T> dense;  // the processed row
   W weigher;
-  float divisor;  // temperature, 1 for greedy rows
+  float divisor;       // temperature, 1 for greedy rows
+  bool alone = false;  // whether only one token is left to look at
 };
 
 void write_invalid(const Outputs& out, int64_t r, Draws draws, int32_t vocab) {
@@ -29,6 +30,7 @@ void write_invalid(const Outputs& out, int64_t r, Draws draws, int32_t vocab) {
   write_no_law(out, r, vocab);
   if (draws.begin) return;
   write_no_top(out, r);
+  write_nothing_kept(out, r, vocab);
   for (int i = 0; i < vocab; ++i) {
     if (out.filtered) out.filtered[r * vocab + i] = -INFINITY;
     if (out.probabilities) out.probabilities[r * vocab + i] = 0.0f;
@@ -62,22 +64,16 @@ void write_probabilities(const Task<T, W>& t, const Kept<float>& kept, const Sha
   const int32_t vocab = t.dense.row.vocab;
   const Weighing weight(t.weigher, kept.floor);
   float buffer[kBlock];
-  uint32_t hi[kBlock], lo[kBlock];
+  uint64_t mass[kBlock];
   for (int b = 0; b < blocks(t.dense); ++b) {
     float* out = t.batch.out.probabilities + t.r * vocab + b * kBlock;
     const int n = vocab - b * kBlock < kBlock ? vocab - b * kBlock : kBlock;
     memset(out, 0, (size_t)n * sizeof(float));
     if (!may_keep(t.dense, b, kept)) continue;
     const float* x = values(t.dense, b, buffer);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const vf v = load(x + i);
-      const Halves w = weight.of(v, ranks_within(kept, v, ids(t.dense, b, i)));
-      store(hi + i, w.hi);
-      store(lo + i, w.lo);
-    }
+    weigh_each(t.dense, b, x, kept, weight, mass);
     for (int i = 0; i < n; ++i) {
-      const uint64_t w = ((uint64_t)hi[i] << kHalfBits) + lo[i];
-      out[i] = (float)shares.of(w, Place<float>{x[i], b * kBlock + i});
+      out[i] = (float)shares.of(mass[i], Place<float>{x[i], b * kBlock + i});
     }
   }
 }
@@ -165,6 +161,15 @@ FS_INLINE void add_up(uint64_t* group_mass, int groups) {
   for (int g = 1; g < groups; ++g) group_mass[g] += group_mass[g - 1];
 }
 
+// How much of all mass is kept.
+template <class T, class W>
+void write_kept_mass(const Task<T, W>& t, const Kept<float>& kept, uint64_t total) {
+  const Kept<float> all = alive(t.weigher);
+  const uint64_t mass =
+      equal(kept, all) ? total : weigh_groups(t.dense, all, t.weigher, t.ws, t.ws.rest_mass);
+  t.batch.out.log_kept_mass[t.r] = (float)log_share(total, mass);
+}
+
 // Stage 8 and the outputs: what is kept of a domain. `total` is its mass, where ws.group_mass holds
 // that group by group, else 0. `top` are the tokens that XTC may leave out.
 template <class T, class W, class Domain>
@@ -181,6 +186,7 @@ void finish(const Task<T, W>& t, const Domain& d, const Kept<float>& kept, uint6
   if (!out.tokens) return;
   const Source sources[2] = {{kept, t.ws.group_mass, total},
                              {without(kept, top), t.ws.rest_mass, rest}};
+  if (first) write_kept(t.batch, t.r, t.dense, d, kept, t.weigher, shares, t.ws);
   if (draws_by_table(out, t.ws, blocks(d) * kBlock)) {
     draw_many(t, d, sources, shares);
   } else {
@@ -191,6 +197,7 @@ void finish(const Task<T, W>& t, const Domain& d, const Kept<float>& kept, uint6
   if (out.mode == kProcessedLogprobs && out.num_top && first) {
     write_processed_top(t.batch, t.r, t.ws, t.dense, d, kept, t.weigher, shares);
   }
+  if (out.log_kept_mass && first && !t.alone) write_kept_mass(t, kept, total);
 }
 
 // The one token that stays, which makes all the mass.
@@ -198,8 +205,11 @@ template <class T, class W>
 void finish_alone(const Task<T, W>& t, Place<float> token) {
   t.ws.list_x[0] = token.x;
   t.ws.list_id[0] = token.id;
-  const Task<T, W> own = {t.batch,  t.r, t.draws, t.ws, t.dense, t.weigher.below(token.x),
-                          t.divisor};
+  const Task<T, W> own = {t.batch,   t.r, t.draws, t.ws, t.dense, t.weigher.below(token.x),
+                          t.divisor, true};
+  // Unless it is the row's maximum, of a greedy row, it weighs nothing beside that.
+  float* const log_mass = t.batch.out.log_kept_mass;
+  if (log_mass && t.draws.begin == 0) log_mass[t.r] = token.x == t.weigher.max ? 0 : -INFINITY;
   const Kept<float> only = narrow_below(narrow_above(everything(), token), {token.x, token.id - 1});
   finish(own, list_of(t.ws.list_x, t.ws.list_id, 1), only, 0);
 }

@@ -130,6 +130,6 @@ Status sample_row(const Batch& batch, int64_t r, Draws draws, const Workspace& w
 
 extern const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA);
 const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA) = {FASTSAMPLE_STRING(FASTSAMPLE_ISA),
-                                                  FASTSAMPLE_VECTOR_BYTES, sample_row};
+                                                  FASTSAMPLE_VECTOR_BYTES, sample_row, list_bits};
 
 }  // namespace fastsample

@@ -28,9 +28,9 @@ inline void compare(const Drafts& drafts, int64_t row, int64_t token) {
 }
 
 // Pads the outputs after each result; returns how many results end at an invalid row.
-inline int64_t pad(const Drafts& drafts, int64_t requests, const Outputs& out) {
+inline int64_t pad(const Drafts& drafts, int64_t requests, const Outputs& out, int32_t vocab) {
   int64_t invalid = 0;
-  const int64_t width = drafts.count + 1;
+  const int64_t width = drafts.count + 1, words = (vocab + 31) / 32;
   for (int64_t request = 0; request < requests; ++request) {
     const int64_t last = request * width + drafts.num_accepted[request];
     const int64_t begin = last + 1, end = (request + 1) * width;
@@ -39,6 +39,12 @@ inline int64_t pad(const Drafts& drafts, int64_t requests, const Outputs& out) {
     std::fill(out.tokens + begin, out.tokens + end, (int64_t)-1);
     if (out.logprobs) std::fill(out.logprobs + begin, out.logprobs + end, NAN);
     if (out.ranks) std::fill(out.ranks + begin, out.ranks + end, (int64_t)0);
+    if (out.kept_count) std::fill(out.kept_count + begin, out.kept_count + end, 0);
+    if (out.log_kept_mass) std::fill(out.log_kept_mass + begin, out.log_kept_mass + end, NAN);
+    if (out.entropy) std::fill(out.entropy + begin, out.entropy + end, NAN);
+    if (out.kept_bitmask) {
+      std::fill(out.kept_bitmask + begin * words, out.kept_bitmask + end * words, 0);
+    }
     if (!out.num_top) continue;
     std::fill(out.top_ids + begin * out.num_top, out.top_ids + end * out.num_top, (int64_t)-1);
     std::fill(out.top_logprobs + begin * out.num_top, out.top_logprobs + end * out.num_top, NAN);

@@ -77,6 +77,24 @@ class CpuEngine(Engine):
         invalid: int = _native.verify(packed, call_arguments(table, out), drafts, get_num_threads())
         return invalid
 
+    kept_slots = 1024
+
+    def end_kept(self, counts: torch.Tensor, capacity: int, row_ptr: torch.Tensor) -> int | None:
+        total: int = _native.end_kept(counts.data_ptr(), counts.shape[0], capacity, row_ptr.data_ptr())
+        return total
+
+    def list_kept(self, out: Outputs, bitmask: torch.Tensor, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
+        slots = out.kept_slots
+        _native.list_kept(
+            *bitmask.shape,
+            *((0, 0) if slots is None else (slots.shape[1], slots.data_ptr())),
+            bitmask.data_ptr(),
+            row_ptr.data_ptr(),
+            ids.data_ptr(),
+            ids.shape[0],
+            get_num_threads(),
+        )
+
     def advance(self, rows: Rows) -> None:
         _native.advance(rows.native)  # torch takes longer for this than for a small row
 

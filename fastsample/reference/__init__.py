@@ -196,7 +196,7 @@ def log_kept_mass(dist: Distribution) -> Tensor:
     everything, out = dist.alive.sum(-1), (dist.alive * ~dist.kept).sum(-1)
     share = everything - out, everything
     # Near 1, what is left out tells more digits than what is kept.
-    near = torch.log1p(-out.double() / everything.double())
+    near = torch.log1p((-out).double() / everything.double())
     found = torch.where(2 * out < everything, near, (share[0].double() / share[1].double()).log())
     found = torch.where(dist.greedy, 0.0, found)
     return torch.where(dist.status == 0, found, torch.nan)

@@ -66,6 +66,12 @@ FS_INLINE vd widen(vf v, int half) {
   return __builtin_convertvector(part, vd);
 }
 
+// Integers below 2^52 as doubles.
+FS_INLINE vd to_double(vq v) {
+  constexpr double kShift = 0x1p52;
+  return (vd)(v | (vq)(vd{} + kShift)) - kShift;
+}
+
 // {0, 1, 2, ...}
 FS_INLINE vi iota() {
   vi v;

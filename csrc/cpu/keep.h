@@ -1,0 +1,232 @@
+// What is kept of a row: how many tokens, which, their share of all mass, and the entropy of what
+// is drawn from.
+#pragma once
+
+#include <limits.h>
+
+#include "cpu/logprobs.h"
+
+namespace fastsample {
+namespace {
+
+// Which tokens are kept for sure, and which may be: mass is not quite monotone in x, so that near a
+// floor only the masses themselves can tell.
+struct Reachable {
+  Kept<float> sure, maybe;
+
+  template <class W>
+  Reachable(const Kept<float>& kept, const W& weigher) : sure(kept), maybe(kept) {
+    if (!kept.floor) return;
+    const W judge = weigher.judge();
+    sure = narrow_above(kept, Place<float>{judge.surely(kept.floor), INT32_MAX});
+    maybe = within_reach(kept, weigher);
+  }
+};
+
+// What is kept of block b.
+template <class Domain, class Weight>
+FS_INLINE BlockBits kept_bits(const Domain& d, int b, const Reachable& kept, const Weight& weight) {
+  BlockBits set;
+  with_values(d, b, [&](const auto* x, auto) __attribute__((always_inline)) {
+    set = bits_within(d, b, x, kept.sure);
+    if (!weight.floor) return;
+    const BlockBits maybe = bits_within(d, b, x, kept.maybe);
+    for (int k = 0; k < kBlock / 64; ++k) {
+      for (uint64_t rest = maybe.word[k] & ~set.word[k]; rest; rest &= rest - 1) {
+        const int i = __builtin_ctzll(rest);
+        if (weight.keeps(upcast(x[k * 64 + i]))) set.word[k] |= (uint64_t)1 << i;
+      }
+    }
+  });
+  return set;
+}
+
+// f(block, its bits) for the blocks that may keep tokens. ws.group_mass holds the mass of what is
+// kept, group by group.
+template <class Domain, class W, class F>
+void each_kept(const Domain& d, const Kept<float>& kept, const W& weigher, const Workspace& ws,
+               F f) {
+  const Weighing weight(weigher, kept.floor);
+  const Reachable reachable(kept, weigher);
+  const bool all_weigh = kept.floor && !weigher.judges_apart();
+  for (int g = 0; g < groups(d); ++g) {
+    if (all_weigh && !ws.group_mass[g]) continue;
+    for (int b = g * kGroup; b < group_end(d, g); ++b) {
+      if (may_keep(d, b, reachable.maybe)) f(b, kept_bits(d, b, reachable, weight));
+    }
+  }
+}
+
+// Where a row's set goes: its ids while they fit, or its bits.
+struct KeptWriter {
+  int32_t* ids;
+  int32_t room;
+  uint32_t* words;  // zeros, or null
+  int32_t n = 0;
+
+  template <class Domain>
+  FS_MEMBER void add(const Domain& d, int b, const BlockBits& set) {
+    for (int k = 0; k < kBlock / 64; ++k) {
+      int32_t at = n;
+      n += __builtin_popcountll(set.word[k]);
+      if (n > room) continue;
+      for (uint64_t rest = set.word[k]; rest; rest &= rest - 1) {
+        ids[at++] = id_at(d, b, k * 64 + __builtin_ctzll(rest));
+      }
+    }
+    if (words) add_bits(d, b, set);
+  }
+
+ private:
+  template <class T>
+  FS_MEMBER void add_bits(const Dense<T>& d, int b, const BlockBits& set) {
+    const int left = (d.row.vocab + 31) / 32 - b * (kBlock / 32);
+    memcpy(words + b * (kBlock / 32), set.word,
+           (size_t)(left < kBlock / 32 ? left : kBlock / 32) * sizeof *words);
+  }
+  FS_MEMBER void add_bits(const List& list, int b, const BlockBits& set) {
+    for (int k = 0; k < kBlock / 64; ++k) {
+      for (uint64_t rest = set.word[k]; rest; rest &= rest - 1) {
+        const int32_t id = id_at(list, b, k * 64 + __builtin_ctzll(rest));
+        words[id / 32] |= 1u << id % 32;
+      }
+    }
+  }
+};
+
+template <class T, class W, class Domain>
+void write_kept_set(const Batch& batch, int64_t r, const Dense<T>& dense, const Domain& d,
+                    const Kept<float>& kept, const W& weigher, const Workspace& ws) {
+  const Outputs& out = batch.out;
+  const int64_t words = (dense.row.vocab + 31) / 32;
+  uint32_t* bitmask = out.kept_bitmask ? (uint32_t*)out.kept_bitmask + r * words : nullptr;
+  KeptWriter writer = {nullptr, 0, bitmask};
+  const auto write = [&] {
+    if (writer.words) memset(bitmask, 0, (size_t)words * sizeof *bitmask);
+    each_kept(d, kept, weigher, ws, [&](int b, const BlockBits& set) { writer.add(d, b, set); });
+  };
+  if (out.kept_slots) {
+    writer = {out.kept_slots + r * out.num_slots, out.num_slots, nullptr};
+    write();
+    if (writer.n > out.num_slots) {
+      writer = {nullptr, 0, bitmask};
+      write();
+    }
+  } else {
+    write();
+  }
+  if (out.kept_count) out.kept_count[r] = writer.n;
+}
+
+// The natural logarithms of masses, to 1e-9; of 0 any finite number.
+FS_INLINE vd log_of_masses(vd w) {
+  constexpr double kLn2 = 0x1.62e42fefa39efp-1, kRoot = 0x1.6a09e667f3bcdp+0;
+  const vq bits = (vq)w, lowest = splat((uint64_t)0xFFFFFFFFFFFFF), one = splat((uint64_t)1023);
+  const vd exponent = to_double(bits >> 52) - 1023;
+  const vd m = (vd)((bits & lowest) | (one << 52));  // from 1 to 2
+  // 2 atanh(s), s at most 0.172.
+  const vd s = (m - kRoot) / (m + kRoot), z = s * s;
+  const vd series = (((z * (2 / 9.0) + 2 / 7.0) * z + 2 / 5.0) * z + 2 / 3.0) * z + 2.0;
+  return exponent * kLn2 + (kLn2 / 2 + s * series);
+}
+
+// The entropy of draws by mass, in nats. A token with more than half of all mass is left to the
+// end: of its probability, what it lacks of 1 matters.
+template <class Domain, class W>
+double entropy_by_mass(const Domain& d, const Kept<float>& kept, const W& weigher, uint64_t total,
+                       const Workspace& ws) {
+  const Weighing weight(weigher, kept.floor);
+  const float lowest = weight.lowest();
+  const vd log_total = vd{} + log((double)total), half = vd{} + (double)total / 2;
+  vd sum = {};
+  uint64_t heaviest = 0;
+  float buffer[kBlock];
+  uint64_t mass[kBlock];
+  for (int g = 0; g < groups(d); ++g) {
+    if (!ws.group_mass[g]) continue;
+    for (int b = g * kGroup; b < group_end(d, g); ++b) {
+      if (!may_keep(d, b, kept) || upper_bound(d, b) < lowest) continue;
+      weigh_each(d, b, values(d, b, buffer), kept, weight, mass);
+      for (int i = 0; i < kBlock; i += kWideLanes) {
+        const vd w = to_double(load_as<vq>(mass + i));
+        const vd light = (vd)((vq)(w <= half) & (vq)w);
+        sum = sum + light * (log_total - log_of_masses(w));
+      }
+      for (int i = 0; i < kBlock; ++i) heaviest = mass[i] > heaviest ? mass[i] : heaviest;
+    }
+  }
+  double all = 0;
+  for (int i = 0; i < kWideLanes; ++i) all += sum[i];
+  if (2 * heaviest > total) {
+    all += (double)heaviest * log1p((double)(total - heaviest) / (double)heaviest);
+  }
+  return all / (double)total;
+}
+
+// The same of a mixture of draws.
+template <class Domain, class W>
+double entropy_of_mixture(const Domain& d, const Kept<float>& kept, const W& weigher,
+                          const Shares& shares) {
+  const Weighing weight(weigher, kept.floor);
+  double sum = 0;
+  float buffer[kBlock];
+  uint64_t mass[kBlock];
+  for (int b = 0; b < blocks(d); ++b) {
+    if (!may_keep(d, b, kept)) continue;
+    const float* x = values(d, b, buffer);
+    weigh_each(d, b, x, kept, weight, mass);
+    for (int i = 0; i < kBlock; ++i) {
+      const double p = shares.of(mass[i], Place<float>{x[i], id_at(d, b, i)});
+      if (p > 0) sum -= p * log(p);
+    }
+  }
+  return sum;
+}
+
+// log(kept / all); where little is left out, by that.
+FS_INLINE double log_share(uint64_t kept, uint64_t all) {
+  const uint64_t out = all - kept;
+  return 2 * out < all ? log1p((0.0 - (double)out) / (double)all) : log((double)kept / (double)all);
+}
+
+// All of it, before ws.group_mass becomes running sums.
+template <class T, class W, class Domain>
+void write_kept(const Batch& batch, int64_t r, const Dense<T>& dense, const Domain& d,
+                const Kept<float>& kept, const W& weigher, const Shares& shares,
+                const Workspace& ws) {
+  const Outputs& out = batch.out;
+  if (out.kept_count || out.kept_bitmask) write_kept_set(batch, r, dense, d, kept, weigher, ws);
+  if (!out.entropy) return;
+  out.entropy[r] = (float)(shares.mixed() ? entropy_of_mixture(d, kept, weigher, shares)
+                                          : entropy_by_mass(d, kept, weigher, shares.total, ws));
+}
+
+void write_nothing_kept(const Outputs& out, int64_t r, int32_t vocab) {
+  const int64_t words = (vocab + 31) / 32;
+  if (out.kept_count) out.kept_count[r] = 0;
+  if (out.kept_bitmask && !out.kept_slots) {
+    memset(out.kept_bitmask + r * words, 0, (size_t)words * sizeof *out.kept_bitmask);
+  }
+  if (out.log_kept_mass) out.log_kept_mass[r] = NAN;
+  if (out.entropy) out.entropy[r] = NAN;
+}
+
+// Lists the bits of n words, of which `total` are set.
+void list_bits(const int32_t* words, int64_t n, int32_t* ids, int64_t total) {
+  constexpr int kFew = 6;
+  int64_t at = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    uint32_t word = (uint32_t)words[k];
+    if (__builtin_popcount(word) > kFew && total - at >= 32 + kLanes) {  // whole vectors fit
+      for (int i = 0; i < 32; i += kLanes) {
+        const Mask set = from_bits(word >> i & kAllLanes);
+        at += compress_store(ids + at, iota() + (int32_t)(k * 32 + i), set);
+      }
+      continue;
+    }
+    for (; word; word &= word - 1) ids[at++] = (int32_t)(k * 32 + __builtin_ctz(word));
+  }
+}
+
+}  // namespace
+}  // namespace fastsample
