@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,6 @@ CAPPED: dict[str, Batch] = {
     "wide": ask(PROMPTS[:1], [WIDE], LENGTH, return_sampling_mask=[True]),
     "wide, unasked": ask(PROMPTS[:1], [WIDE], LENGTH),
 }
-UNSEEDED: dict[str, Batch] = {"siblings": ask(PROMPTS[:1], [{"n": 3}], LENGTH + 5)}
 DRAFTED: dict[str, Batch] = {
     name: ask(PROMPTS, PARAMS, 24, return_sampling_mask=ON, sampling_logprobs_mode=SUPPORT) for name in ("new", "known")
 } | {"some": ask(PROMPTS, PARAMS, 24, return_sampling_mask=SOME)}
@@ -75,7 +75,6 @@ def engines(model: Path) -> dict[str, Script]:
     return {
         "ours": run(BATCHES),
         "capped": run(CAPPED, sampling_mask_max_tokens=100),
-        "deterministic": run(UNSEEDED, enable_deterministic_inference=True),
         "theirs": serve(model, [BATCHES["on"]], {}),
         "drafts": serve_cpu(model, list(DRAFTED.values()), {**OURS, **NGRAM}),
         "plain": serve_cpu(model, list(DRAFTED.values()), OURS),
@@ -160,8 +159,11 @@ def test_without_fastsample_sglang_wants_a_top_k(engines: dict[str, Script]) -> 
 def test_drafts_bring_the_masks_that_come_without_them(engines: dict[str, Script]) -> None:
     drafted, plain = (by_batch(engines[name], DRAFTED) for name in ("drafts", "plain"))
     for name in DRAFTED:
-        for field in ("tokens", "masks", "mask_logprobs"):
+        for field in ("tokens", "masks"):
             assert column(drafted[name], field) == column(plain[name], field), (name, field)
+        for found, wanted in zip(drafted[name], plain[name], strict=True):
+            for given, other in zip(found["mask_logprobs"] or (), wanted["mask_logprobs"] or (), strict=True):
+                assert given == pytest.approx(other, abs=1e-5)
     steps = column(drafted["known"], "steps")
     assert min(steps) < 20  # several tokens came out at a time
 
@@ -177,11 +179,6 @@ def test_texts_of_a_seeded_prompt_differ_and_come_again(ours: dict[str, list[dic
     assert column(ours["one of them"], "tokens") == first[:1]
 
 
-def test_they_differ_in_deterministic_mode_without_a_seed(engines: dict[str, Script]) -> None:
-    found = [tuple(request["tokens"]) for request in by_batch(engines["deterministic"], UNSEEDED)["siblings"]]
-    assert len(set(found)) == 3
-
-
 def test_their_seeds_are_those_of_fastsamples_own_candidates(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(model)
     from fastsample.inputs import pack_seeds
@@ -194,3 +191,29 @@ def test_their_seeds_are_those_of_fastsamples_own_candidates(model: Path, monkey
     assert siblings.seed_of(None, 1) is None
     mode.deterministic.enable_deterministic_inference = True
     assert [siblings.seed_of(None, at) for at in range(3)] == [siblings.seed_of(42, at) for at in range(3)]
+
+
+def test_every_text_that_is_sent_has_its_seed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(model)
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    from fastsample.integrations.sglang import siblings
+
+    monkeypatch.setattr(siblings, "is_chosen", lambda: True)
+    sent: list[int | None] = []
+    shared = [SamplingParams(n=3, sampling_seed=seed) for seed in (7, 8)] + [SamplingParams(sampling_seed=9)]
+
+    async def handle() -> Any:
+        for params in [shared[0], shared[1], shared[0], shared[2], shared[0], shared[1]]:
+            request = SimpleNamespace(sampling_params=params)
+            siblings.send(lambda self, request: sent.append(request.sampling_params.sampling_seed), None, request)
+        yield "answer"
+
+    async def ask_twice() -> None:
+        for _ in range(2):
+            assert [answer async for answer in siblings.batch(handle)] == ["answer"]
+
+    asyncio.run(ask_twice())
+    seeds = {seed: [siblings.seed_of(seed, at) for at in range(3)] for seed in (7, 8)}
+    assert sent == [7, 8, seeds[7][1], 9, seeds[7][2], seeds[8][1]] * 2
+    assert [params.sampling_seed for params in shared] == [7, 8, 9]

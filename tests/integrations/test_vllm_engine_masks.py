@@ -47,14 +47,15 @@ def main():
     except Exception as error:
         json.dump(str(error), open(sys.argv[2], "w"))
         return
-    found = []
-    for batch in ask["batches"]:
+    answers = {}
+    for name, batch in ask["batches"].items():
+        found = answers[name] = []
         done = llm.generate([ask["prompt"]] * len(batch), [SamplingParams(**f) for f in batch], use_tqdm=False)
         for out in [candidate for request in done for candidate in request.outputs]:
             finite = [[t for t, p in step.items() if p.logprob > float("-inf")] for step in out.logprobs or ()]
             mask = out.sampling_mask and out.sampling_mask.token_ids
             found.append({"tokens": list(out.token_ids), "mask": mask, "finite": [sorted(ids) for ids in finite]})
-    json.dump(found, open(sys.argv[2], "w"))
+    json.dump(answers, open(sys.argv[2], "w"))
 
 if __name__ == "__main__":
     main()
@@ -66,10 +67,17 @@ def batch(length: int, **more: Any) -> list[dict[str, Any]]:
 
 
 GREEDY = [{"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}] * 2
-BATCHES = [batch(6, logprobs=-1), GREEDY, batch(6), [{"seed": 5, **SIBLINGS}], [{"seed": 5, **SIBLINGS}]]
+BATCHES = {
+    "logprobs": batch(6, logprobs=-1),
+    "greedy": GREEDY,
+    "again": batch(6),
+    "long": batch(24),
+    "siblings": [{"seed": 5, **SIBLINGS}],
+    "siblings again": [{"seed": 5, **SIBLINGS}],
+}
 
 
-def serve(batches: list[list[dict[str, Any]]], multi: bool = False, on: bool = True, **engine: Any) -> Script:
+def serve(batches: dict[str, list[dict[str, Any]]], multi: bool = False, on: bool = True, **engine: Any) -> Script:
     ask = {"engine": ENGINE | engine, "prompt": PROMPT, "batches": batches}
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multi)), "FASTSAMPLE_VLLM": str(int(on))}
     return Script(SCRIPT, ask, **ENVIRONMENT, **environment)
@@ -81,66 +89,64 @@ def engines() -> dict[str, Script]:
     first = [{**fields, "seed": 7, "max_tokens": 1, "logprobs": -1} for fields in map(ASKED.__getitem__, NEUTRAL)]
     return {
         "ours": serve(BATCHES),
-        "apart": serve([batch(6)], multi=True),
-        "drafts": serve([batch(24)], speculative_config=NGRAM),
-        "plain": serve([batch(24)], return_sampling_mask=False),
-        "without drafts": serve([batch(24)]),
-        "theirs": serve([first], on=False, return_sampling_mask=False),
-        "off": serve([], on=False),
+        "apart": serve({"again": batch(6)}, multi=True),
+        "drafts": serve({"long": batch(24)}, speculative_config=NGRAM),
+        "plain": serve({"long": batch(24)}, return_sampling_mask=False),
+        "theirs": serve({"first": first}, on=False, return_sampling_mask=False),
+        "off": serve({}, on=False),
     }
 
 
+Answers = dict[str, list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def ours(engines: dict[str, Script]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = engines["ours"].result
+def ours(engines: dict[str, Script]) -> Answers:
+    found: Answers = engines["ours"].result
     return found
 
 
-def test_masks_are_what_processed_logprobs_leave(ours: list[dict[str, Any]]) -> None:
-    for name, found in zip(ASKED, ours, strict=False):
+def test_masks_are_what_processed_logprobs_leave(ours: Answers) -> None:
+    for name, found in zip(ASKED, ours["logprobs"], strict=True):
         assert len(found["mask"]) == 6
         assert all(token in mask for token, mask in zip(found["tokens"], found["mask"], strict=True)), name
         if name == "greedy":
             assert found["mask"] == [[token] for token in found["tokens"]]
         else:
             assert found["mask"] == found["finite"], name
-    sizes = {name: [len(mask) for mask in found["mask"]] for name, found in zip(ASKED, ours, strict=False)}
+    sizes = {name: [len(mask) for mask in found["mask"]] for name, found in zip(ASKED, ours["logprobs"], strict=True)}
     assert sizes["nothing"] == [VOCAB] * 6
     assert sizes["top_k"] == [7] * 6
     assert 1 < max(sizes["top_p"]) < VOCAB
     assert max(sizes["filters"]) > 1
 
 
-def test_masks_are_those_of_vllms_own_filters(ours: list[dict[str, Any]], engines: dict[str, Script]) -> None:
+def test_masks_are_those_of_vllms_own_filters(ours: Answers, engines: dict[str, Script]) -> None:
     """Of the first token, which follows the same text whatever was drawn."""
-    by_name = dict(zip(ASKED, ours, strict=False))
-    for name, theirs in zip(NEUTRAL, engines["theirs"].result, strict=True):
+    by_name = dict(zip(ASKED, ours["logprobs"], strict=True))
+    for name, theirs in zip(NEUTRAL, engines["theirs"].result["first"], strict=True):
         assert by_name[name]["mask"][0] == theirs["finite"][0], name
 
 
-def test_a_batch_of_greedy_requests_has_masks_too(ours: list[dict[str, Any]]) -> None:
-    for found in ours[len(ASKED) : len(ASKED) + 2]:
+def test_a_batch_of_greedy_requests_has_masks_too(ours: Answers) -> None:
+    for found in ours["greedy"]:
         assert found["mask"] == [[token] for token in found["tokens"]]
 
 
-def test_masks_are_the_same_in_every_process_and_without_logprobs(
-    ours: list[dict[str, Any]], engines: dict[str, Script]
-) -> None:
-    start = len(ASKED) + 2
-    again, apart = ours[start : start + len(ASKED)], engines["apart"].result
-    for first, *others in zip(ours, again, apart, strict=False):
-        assert all(other["tokens"] == first["tokens"] for other in others)
-        assert all(other["mask"] == first["mask"] for other in others)
+def test_masks_are_the_same_in_every_process_and_without_logprobs(ours: Answers, engines: dict[str, Script]) -> None:
+    for other in (ours["again"], engines["apart"].result["again"]):
+        for field in ("tokens", "mask"):
+            assert [found[field] for found in other] == [found[field] for found in ours["logprobs"]]
 
 
-def test_masks_change_no_token_and_nobody_else_gets_any(engines: dict[str, Script]) -> None:
-    plain, masked = engines["plain"].result, engines["without drafts"].result
-    assert [found["tokens"] for found in plain] == [found["tokens"] for found in masked]
+def test_masks_change_no_token_and_nobody_else_gets_any(ours: Answers, engines: dict[str, Script]) -> None:
+    plain = engines["plain"].result["long"]
+    assert [found["tokens"] for found in plain] == [found["tokens"] for found in ours["long"]]
     assert [found["mask"] for found in plain] == [None] * len(ASKED)
 
 
-def test_drafts_bring_the_masks_that_come_without_them(engines: dict[str, Script]) -> None:
-    for name, drafted, wanted in zip(ASKED, engines["drafts"].result, engines["without drafts"].result, strict=True):
+def test_drafts_bring_the_masks_that_come_without_them(ours: Answers, engines: dict[str, Script]) -> None:
+    for name, drafted, wanted in zip(ASKED, engines["drafts"].result["long"], ours["long"], strict=True):
         assert drafted["tokens"] == wanted["tokens"], name
         assert drafted["mask"] == wanted["mask"], name
 
@@ -149,7 +155,7 @@ def test_without_fastsample_vllm_refuses_runner_v1(engines: dict[str, Script]) -
     assert "requires Model Runner V2" in engines["off"].result
 
 
-def test_texts_of_a_seeded_prompt_differ_and_come_again(ours: list[dict[str, Any]]) -> None:
-    first, second = ([found["tokens"] for found in ours[start:][:4]] for start in (-8, -4))
+def test_texts_of_a_seeded_prompt_differ_and_come_again(ours: Answers) -> None:
+    first, second = ([found["tokens"] for found in ours[name]] for name in ("siblings", "siblings again"))
     assert len(set(map(tuple, first))) == 4
     assert first == second
