@@ -90,7 +90,8 @@ class Step:
         **columns: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Kept]:
         """The same tokens, and the set that each was drawn from; an invalid row keeps none."""
-        kept = Kept.empty(select("auto", logits), *logits.shape, logits.device)
+        rows, vocab = logits.shape
+        kept = Kept.empty(select("auto", logits), rows, vocab, logits.device)
         return self._draw(logits, self._rows(logits, seeds, offsets, records, columns), kept), kept
 
     def keep(

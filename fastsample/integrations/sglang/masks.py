@@ -91,7 +91,7 @@ def of_ways(
     statuses.masked_fill_(lengths > limit, SamplingMaskStatus.OVERFLOW)
     statuses.masked_fill_(~selected.isfinite(), SamplingMaskStatus.INVALID)
     support = info.sampling_support_logprobs_capture_indices
-    ids, logprobs = (values[:, :limit].unflatten(0, nodes.shape) for values in (ids, logprobs))
+    ids, logprobs = (values[:, :limit].view(*nodes.shape, -1) for values in (ids, logprobs))
     return SamplingMaskOutput(
         token_ids=ids,
         lengths=lengths.clamp(max=limit).view(nodes.shape),

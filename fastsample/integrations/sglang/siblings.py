@@ -32,7 +32,7 @@ async def batch(theirs: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs:
 def send(theirs: Callable[..., Any], self: Any, request: Any) -> Any:
     """TokenizerManager._send_one_request: the next text of a prompt gets the next seed."""
     params, sent = getattr(request, "sampling_params", None), _sent.get()
-    if sent is not None and getattr(params, "n", 1) > 1 and is_chosen():
+    if sent is not None and params is not None and getattr(params, "n", 1) > 1 and is_chosen():
         seed = seed_of(params.sampling_seed, sent[id(params)])
         sent[id(params)] += 1
         if seed is not None:

@@ -140,16 +140,16 @@ def sample(
     self.topk_topp_sampler._fastsample = asking = asking_of(sampling_metadata)
     answer = theirs(self, logits, sampling_metadata, *more, **named)
     if asking is not None and asking.keeps:
-        _keep_greedy(asking, answer[0], logits.shape[1], sampling_metadata)
+        _keep_greedy(asking, answer[0], logits, sampling_metadata)
     return answer
 
 
-def _keep_greedy(asking: Asking, tokens: torch.Tensor, vocab: int, metadata: Any) -> None:
+def _keep_greedy(asking: Asking, tokens: torch.Tensor, logits: torch.Tensor, metadata: Any) -> None:
     """Greedy rows, which vLLM samples, keep their token."""
     if metadata.all_random:
         return
     if metadata.all_greedy:
-        asking.kept = Kept.empty(select("auto", tokens[:, None].float()), len(tokens), vocab, tokens.device)
+        asking.kept = Kept.empty(select("auto", logits), len(logits), logits.shape[1], logits.device)
         greedy = torch.ones_like(tokens, dtype=torch.bool)
     else:
         greedy = metadata.temperature < GREEDY_BELOW

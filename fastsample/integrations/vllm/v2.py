@@ -130,12 +130,12 @@ def sample_random(
         temperature *= records.view(torch.float32)[:, _TEMPERATURE]
     seeds = states.seeds.gpu[expanded_idx_mapping]
     columns = {"top_k": top_k, "top_p": top_p}
-    rows = processed_logits, seeds, pos.long(), records
+    given: dict[str, Any] = {"records": records, "temperature": temperature, **columns}
     kept = None
     if getattr(self, "return_sampling_mask", False):
-        tokens, kept = STEP.draw_kept(*rows, temperature=temperature, **columns)
+        tokens, kept = STEP.draw_kept(processed_logits, seeds, pos.long(), **given)
     else:
-        tokens = STEP.draw(*rows, temperature=temperature, **columns)
+        tokens = STEP.draw(processed_logits, seeds, pos.long(), **given)
     if self.logprobs_mode in PROCESSED and (top_k is not None or top_p is not None or records is not None):
         processed_logits = STEP.keep(processed_logits, records, **columns)
     return tokens, processed_logits if kept is None else marked(processed_logits, kept)
