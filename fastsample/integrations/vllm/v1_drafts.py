@@ -62,18 +62,14 @@ def forward(
     at, tokens, accepted = accept(sampled.sampled_token_ids[:, 0], drafts, bounds, metadata.max_spec_len)
     count_accepted(sampling_metadata.generators, accepted)
     is_past = torch.arange(metadata.max_spec_len + 1, device=logits.device) > accepted[:, None]
-    _return_kept(asking_of(sampling_metadata), asking_of(by_row), at[~is_past], accepted)
+    batch, of_rows = asking_of(sampling_metadata), asking_of(by_row)
+    if batch is not None and of_rows is not None and of_rows.kept is not None:  # of a CPU, where nothing waits
+        batch.kept = of_rows.kept.of(at[~is_past])
+        batch.ends = [0, *(accepted + 1).cumsum(0).tolist()]
     logprobs = sampled.logprobs_tensors
     if logprobs is not None:
         logprobs = LogprobsTensors(*(column[at.flatten()] for column in logprobs[:3]))
     return SamplerOutput(sampled_token_ids=tokens.masked_fill(is_past, -1), logprobs_tensors=logprobs)
-
-
-def _return_kept(batch: Asking | None, of_rows: Asking | None, rows: torch.Tensor, accepted: torch.Tensor) -> None:
-    """What was kept of the rows whose tokens come out."""
-    if batch is not None and of_rows is not None and of_rows.kept is not None:
-        batch.kept = of_rows.kept.of(rows)
-        batch.ends = [0, *(accepted + 1).cumsum(0).tolist()]
 
 
 class _Rows:
