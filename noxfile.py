@@ -120,6 +120,14 @@ def llama_cpp(session: nox.Session) -> None:
 
 
 @nox.session
+def training(session: nox.Session) -> None:
+    """kept_logprobs, and the example that trains with TRL, at a small size."""
+    requirements = ROOT / "tests" / "requirements" / "training.txt"
+    session.install("-e", ".[hf]", *TOOLS, "-r", str(requirements), *NO_CUDA)
+    session.run("pytest", *ALL, *_test_files(["training", "grpo_example"]), *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks: the pytest-benchmark suite, or what stands after --, e.g. -- compare --section peers."""
     session.install(".[peers]" if "compare" in session.posargs else ".[bench]")

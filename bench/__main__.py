@@ -179,6 +179,24 @@ def draws(
 
 
 @app.command()
+def kept(
+    vocab: Annotated[int, typer.Option(min=2, max=2**20)] = 151_936,
+    batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8 and 64]")] = None,
+    logits: Annotated[str, typer.Option(help="Maker of logits in tests/support/cases.py.")] = "lm",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for each batch size and mode; five turns at least.")] = 2.0,
+) -> None:
+    """What kept sets, their mass and the entropy cost beside a step's tokens."""
+    from bench.kept import run
+    from bench.modes import MAKERS
+
+    known([logits], MAKERS, "--logits")
+    known([dtype], ("float32", "float16", "bfloat16"), "--dtype")
+    run(vocab, batch or [1, 8, 64], logits, dtype, threads, seconds)
+
+
+@app.command()
 def speculate(
     vocab: Annotated[int, typer.Option(min=2, max=2**20)] = 151_936,
     batch: Annotated[Numbers, typer.Option(help="Requests. [default: 1, 8 and 32]")] = None,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from fastsample import repeats
-from fastsample.backends import Engine, Outputs, select
+from fastsample.backends import Engine, KeptSets, Outputs, select
 from fastsample.checks import CPU, check_logits, has_memory
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
@@ -20,7 +20,7 @@ from fastsample.inputs.drafts import History
 from fastsample.inputs.penalties import warn_without_ids
 from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.records import pack
-from fastsample.kept import Scratch, fill_lists, list_ids, scratch_for
+from fastsample.kept import fill_lists, list_ids, scratch_for, worth_keeping
 from fastsample.outputs import (
     FIELD,
     LISTED,
@@ -211,6 +211,8 @@ class SampleCall(Call):
         self._wanted = wanted(self.options)  # names of the buffers to fill
         self._same = unrolled("a.{0} is b.{0}", self._wanted, " and ")
         self._more = [name for name in self._wanted if name not in ("tokens", "status")]
+        self._filled = [name for name in self._more if name not in OF_ALL]  # by an engine's run
+        self._names = tuple(self._filled)
         self._template: SampleOutput | None = None
         self._own: Outputs | None = None  # for fresh buffers; a Sampler's calls take turns
         self._last: tuple[SampleOutput, Outputs] | None = None
@@ -218,7 +220,8 @@ class SampleCall(Call):
         self._bytes = 0  # bytes from the first logit to the last
         self._made_for_inference = False
         self._lists = self.options.kept == "ids"
-        self._scratch: Scratch | None = None  # where lists have no limit
+        self._sets: KeptSets | None = None  # what is listed; scratch where lists have no limit
+        self._exact = self._lists and not self.options.kept_capacity
 
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
         """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
@@ -241,7 +244,7 @@ class SampleCall(Call):
             self._engine.advance(rows)
         if out is None or out is result:
             return result
-        if self._scratch is not None:
+        if self._exact:
             out.kept_ids, out.kept_row_ptr = result.kept_ids, result.kept_row_ptr
         with torch.inference_mode() if self._made_for_inference else nullcontext():
             for name in self._wanted:
@@ -261,6 +264,7 @@ class SampleCall(Call):
         """What `run` gives, with tokens int64 [B] that are given; where one is no token, it is drawn."""
         result = self._fresh(table.device)
         outputs = self._outputs(result)
+        outputs.names = None
         outputs.given, outputs.weights = given, empty((len(given), 2), torch.int64, table.device)
         self.engine.run(table, rows, outputs)
         return result
@@ -278,23 +282,29 @@ class SampleCall(Call):
     def let_go(self) -> None:
         super().let_go()
         self._last = None
-        if self._scratch is not None and not self._scratch.is_small:
-            self._scratch = None
+        if self._sets is not None and not worth_keeping(self._sets):
+            self._sets = None
         if self._own is not None and (ours := self._template) is not None:
             self._own.tokens, self._own.status = ours.tokens, ours.status
-            for name in self._more:
+            for name in self._filled:
                 setattr(self._own, name, getattr(ours, name))
         else:
             self._own = None
 
     def _forget_buffers(self) -> None:
-        self._template = self._last = self._scratch = None
+        self._template = self._last = self._sets = None
 
     def _list_kept(self, outputs: Outputs, result: SampleOutput) -> None:
-        if self._scratch is None:
-            fill_lists(self._engine, outputs, self.options.kept_capacity)
+        assert outputs.kept_count is not None
+        if self._exact:
+            assert self._sets is not None
+            result.kept_ids, result.kept_row_ptr = list_ids(self._engine, outputs.kept_count, self._sets)
         else:
-            list_ids(self._engine, outputs, result)
+            assert outputs.kept_bitmask is not None
+            assert result.kept_ids is not None
+            assert result.kept_row_ptr is not None
+            sets, capacity = KeptSets(outputs.kept_bitmask.view(self._shape[0], -1)), self.options.kept_capacity
+            fill_lists(self._engine, outputs.kept_count, sets, capacity, result.kept_ids, result.kept_row_ptr)
 
     def _fresh(self, device: torch.device) -> SampleOutput:
         """New buffers for each call. Making them like a template takes half the time."""
@@ -314,17 +324,21 @@ class SampleCall(Call):
             options = self.options
             outputs = Outputs(result.status, num_samples=options.num_samples, mode=options.logprobs, restore=restore)
             outputs.num_top, outputs.input = options.top_logprobs, options.input
-        if self._lists and not self.options.kept_capacity:
-            if self._scratch is None:
-                self._scratch = scratch_for(self._engine, *self._shape, result.status.device)
-            self._scratch.lend(outputs)
+            outputs.names = self._names
+        if self._exact:
+            if self._sets is None:
+                self._sets = scratch_for(self._engine, *self._shape, result.status.device)
+            outputs.kept_bitmask, outputs.kept_slots = self._sets.bitmask, self._sets.slots
+            lent = ("kept_bitmask",) if self._sets.slots is None else ("kept_bitmask", "kept_slots")
+            outputs.names = self._names + lent
         if len(self.batch) > 1:  # an engine fills [B * T, ...]
             for name in self._wanted:
                 value = getattr(result, name)
-                setattr(outputs, name, value if name in OF_ALL else value.flatten(0, len(self.batch) - 1))
+                if name not in OF_ALL:
+                    setattr(outputs, name, value.flatten(0, len(self.batch) - 1))
             return outputs
         outputs.status, outputs.tokens = result.status, result.tokens
-        for name in self._more:
+        for name in self._filled:
             setattr(outputs, name, getattr(result, name))
         return outputs
 

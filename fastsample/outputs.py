@@ -229,6 +229,11 @@ def unrolled(each: str, names: tuple[str, ...], join: str) -> Any:
     return eval(f"lambda a, b=None: ({join.join(each.format(name) for name in names)})")
 
 
+def listed(expressions: Sequence[str]) -> Any:
+    """A function of a that gives a tuple of these, likewise."""
+    return eval(f"lambda a: ({', '.join(expressions)},)")
+
+
 def wanted(options: Options) -> tuple[str, ...]:
     """Names of the fields of a SampleOutput that have buffers before the call: all but exact lists of kept ids."""
     return _wanted(options._replace(num_samples=1, on_invalid="flag", backend="auto", input="logits"))

@@ -9,34 +9,35 @@
 namespace fastsample {
 namespace {
 
-// Which tokens are kept for sure, and which may be: mass is not quite monotone in x, so that near a
-// floor only the masses themselves can tell.
+// Which tokens may be kept, and the value from which they are: mass is not quite monotone in x, so
+// that near a floor only the masses themselves can tell.
 struct Reachable {
-  Kept<float> sure, maybe;
+  Kept<float> maybe;
+  float surely;
 
   template <class W>
-  Reachable(const Kept<float>& kept, const W& weigher) : sure(kept), maybe(kept) {
-    if (!kept.floor) return;
-    const W judge = weigher.judge();
-    sure = narrow_above(kept, Place<float>{judge.surely(kept.floor), INT32_MAX});
-    maybe = within_reach(kept, weigher);
-  }
+  Reachable(const Kept<float>& kept, const W& weigher)
+      : maybe(within_reach(kept, weigher)),
+        surely(kept.floor ? weigher.judge().surely(kept.floor) : -INFINITY) {}
 };
 
 // What is kept of block b.
 template <class Domain, class Weight>
 FS_INLINE BlockBits kept_bits(const Domain& d, int b, const Reachable& kept, const Weight& weight) {
+  constexpr int kFew = 16;
   BlockBits set;
   with_values(d, b, [&](const auto* x, auto) __attribute__((always_inline)) {
-    set = bits_within(d, b, x, kept.sure);
+    set = bits_within(d, b, x, kept.maybe);
     if (!weight.floor) return;
-    const BlockBits maybe = bits_within(d, b, x, kept.maybe);
-    for (int k = 0; k < kBlock / 64; ++k) {
-      for (uint64_t rest = maybe.word[k] & ~set.word[k]; rest; rest &= rest - 1) {
-        const int i = __builtin_ctzll(rest);
-        if (weight.keeps(upcast(x[k * 64 + i]))) set.word[k] |= (uint64_t)1 << i;
-      }
+    BlockBits unsure = set;
+    if (count(set) > kFew) {
+      const BlockBits sure = bits_at_least(x, kept.surely);
+      for (int k = 0; k < kBlock / 64; ++k) unsure.word[k] &= ~sure.word[k];
     }
+    each_bit(unsure, [&](int i) {
+      const float value = upcast(x[i]);
+      if (value < kept.surely && !weight.keeps(value)) set.clear(i);
+    });
   });
   return set;
 }
@@ -66,14 +67,9 @@ struct KeptWriter {
 
   template <class Domain>
   FS_MEMBER void add(const Domain& d, int b, const BlockBits& set) {
-    for (int k = 0; k < kBlock / 64; ++k) {
-      int32_t at = n;
-      n += __builtin_popcountll(set.word[k]);
-      if (n > room) continue;
-      for (uint64_t rest = set.word[k]; rest; rest &= rest - 1) {
-        ids[at++] = id_at(d, b, k * 64 + __builtin_ctzll(rest));
-      }
-    }
+    int32_t at = n;
+    n += count(set);
+    if (n <= room) each_bit(set, [&](int i) { ids[at++] = id_at(d, b, i); });
     if (words) add_bits(d, b, set);
   }
 
@@ -85,12 +81,10 @@ struct KeptWriter {
            (size_t)(left < kBlock / 32 ? left : kBlock / 32) * sizeof *words);
   }
   FS_MEMBER void add_bits(const List& list, int b, const BlockBits& set) {
-    for (int k = 0; k < kBlock / 64; ++k) {
-      for (uint64_t rest = set.word[k]; rest; rest &= rest - 1) {
-        const int32_t id = id_at(list, b, k * 64 + __builtin_ctzll(rest));
-        words[id / 32] |= 1u << id % 32;
-      }
-    }
+    each_bit(set, [&](int i) {
+      const int32_t id = id_at(list, b, i);
+      words[id / 32] |= 1u << id % 32;
+    });
   }
 };
 

@@ -99,7 +99,22 @@ struct BlockBits {
   uint64_t word[kBlock / 64];
 
   FS_MEMBER void set(int i, Mask m) { word[i / 64] |= (uint64_t)bits(m) << (i % 64); }
+  FS_MEMBER void clear(int i) { word[i / 64] &= ~((uint64_t)1 << (i % 64)); }
 };
+
+FS_INLINE int count(const BlockBits& set) {
+  int n = 0;
+  for (const uint64_t word : set.word) n += __builtin_popcountll(word);
+  return n;
+}
+
+// f(position) for each bit that is set, the lowest first.
+template <class F>
+FS_INLINE void each_bit(const BlockBits& set, F f) {
+  for (int k = 0; k < kBlock; k += 64) {
+    for (uint64_t rest = set.word[k / 64]; rest; rest &= rest - 1) f(k + __builtin_ctzll(rest));
+  }
+}
 
 template <class T, class Keep>
 FS_INLINE BlockBits block_bits(const T* x, Keep keep) {

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -42,12 +42,22 @@ class Outputs:
     log_kept_mass: torch.Tensor | None = None  # float32 [B]
     entropy: torch.Tensor | None = None  # float32 [B]
     kept_slots: torch.Tensor | None = None  # int32 [B, n], the ids of rows that keep no more: these need no bitmask
-    kept_ids: torch.Tensor | None = None  # int32 and int64 [B + 1], for Engine.list_kept
-    kept_row_ptr: torch.Tensor | None = None
     num_samples: int = 1
     num_top: int = 0
     input: InputKind = "logits"  # what the rows hold
+    names: tuple[str, ...] | None = None  # of the buffers besides status and tokens, where they are known to stay
     restore: bool = False  # put back what they held where a row is invalid; only for engines that can
+
+
+class KeptSets:
+    """Sets of kept tokens, before they are listed: the ids of rows that fit in slots, the bits of others."""
+
+    __slots__ = ("bitmask", "native", "slots")
+
+    def __init__(self, bitmask: torch.Tensor, slots: torch.Tensor | None = None) -> None:
+        self.bitmask = bitmask  # int32 [B, words]
+        self.slots = slots  # int32 [B, n]
+        self.native: Any = None  # the same in native form, if an engine has made it
 
 
 class Engine(Protocol):
@@ -95,26 +105,27 @@ class Engine(Protocol):
     """How many kept ids of a row `run` can list in passing; 0 for an engine that only writes bitmasks."""
 
     def end_kept(self, counts: torch.Tensor, capacity: int, row_ptr: torch.Tensor) -> int | None:
-        """Fill int64 [B + 1] with where each row's ids begin, and end, given int32 [B]; how many there are in all.
+        """Fill int64 [B + 1] with where each row's ids begin, and end, given B counts; how many there are in all.
 
         A row that has more than `capacity`, if that is not 0, lists none. Returns None where to know it would mean
         waiting for the device.
         """
+        counts = counts.view(-1)
         if capacity:
             counts = counts.masked_fill(counts > capacity, 0)
         row_ptr[:1] = 0
         torch.cumsum(counts, 0, out=row_ptr[1:])
         return None if counts.is_cuda else int(row_ptr[-1])
 
-    def list_kept(self, out: Outputs, bitmask: torch.Tensor, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
+    def list_kept(self, sets: KeptSets, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
         """Write the ids of each row's set to ids[row_ptr[i] : row_ptr[i + 1]], ascending, and -1 past the last.
 
         Args:
-            out: what `run` has filled.
-            bitmask: int32 [B, words], the sets of all rows but those that `run` has listed in slots.
+            sets: what `run` has filled.
             row_ptr: int64 [B + 1], what `end_kept` made of the counts; a row without a place is left out.
             ids: int32.
         """
+        bitmask = sets.bitmask
         places = torch.arange(32, dtype=torch.int32, device=bitmask.device)
         bits = ((bitmask[:, :, None] >> places) & 1).flatten(1).bool() & (row_ptr.diff() > 0)[:, None]
         listed = bits.nonzero()[:, 1]

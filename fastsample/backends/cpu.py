@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import Engine, Outputs
+from fastsample.backends import Engine, KeptSets, Outputs
 from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
 from fastsample.inputs import Rows
 from fastsample.threads import get_num_threads
@@ -80,20 +80,15 @@ class CpuEngine(Engine):
     kept_slots = 1024
 
     def end_kept(self, counts: torch.Tensor, capacity: int, row_ptr: torch.Tensor) -> int | None:
-        total: int = _native.end_kept(counts.data_ptr(), counts.shape[0], capacity, row_ptr.data_ptr())
+        total: int = _native.end_kept(counts.data_ptr(), counts.numel(), capacity, row_ptr.data_ptr())
         return total
 
-    def list_kept(self, out: Outputs, bitmask: torch.Tensor, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
-        slots = out.kept_slots
-        _native.list_kept(
-            *bitmask.shape,
-            *((0, 0) if slots is None else (slots.shape[1], slots.data_ptr())),
-            bitmask.data_ptr(),
-            row_ptr.data_ptr(),
-            ids.data_ptr(),
-            ids.shape[0],
-            get_num_threads(),
-        )
+    def list_kept(self, sets: KeptSets, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
+        if sets.native is None:
+            bitmask, slots = sets.bitmask, sets.slots
+            own = (0, 0) if slots is None else (slots.shape[1], slots.data_ptr())
+            sets.native = (*bitmask.shape, *own, bitmask.data_ptr())
+        _native.list_kept(*sets.native, row_ptr.data_ptr(), ids.data_ptr(), ids.numel(), get_num_threads())
 
     def advance(self, rows: Rows) -> None:
         _native.advance(rows.native)  # torch takes longer for this than for a small row

@@ -13,7 +13,7 @@ import torch
 
 from fastsample.backends import DTYPES, INPUTS, MODES, Outputs
 from fastsample.inputs import Rows
-from fastsample.outputs import FIELDS, unrolled
+from fastsample.outputs import FIELDS, listed
 from fastsample.params import specs
 
 ROW_FIELDS = (
@@ -34,10 +34,10 @@ DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
 _NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), 0)
-# So are outputs: status and tokens come first, and most calls want nothing else.
+# So are outputs: status and tokens come first, and most calls want little else.
 _FIRST = ("status", "tokens")
-_HEAD, _TAIL = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q"), Struct(f"{len(OUTPUT_FIELDS) - len(_FIRST)}q")
-_addresses = unrolled("0 if a.{0} is None else a.{0}.data_ptr()", _BUFFERS[len(_FIRST) :], ", ")
+_HEAD = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q")
+_MORE, _NUMBERS = _BUFFERS[len(_FIRST) :], OUTPUT_FIELDS[len(_BUFFERS) :]
 assert OUTPUT_FIELDS[: len(_FIRST)] == _FIRST
 
 
@@ -111,16 +111,25 @@ def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
         out.status.data_ptr(),
         0 if out.tokens is None else out.tokens.data_ptr(),
     )
-    addresses = _addresses(out)
-    if not any(addresses):
-        return head + _nothing_more(out.num_samples)
-    slots = 0 if out.kept_slots is None else out.kept_slots.shape[-1]
-    return head + _TAIL.pack(*addresses, out.num_samples, out.num_top, slots, MODES[out.mode])
+    slots = 0 if out.kept_slots is None else out.kept_slots.shape[1]
+    before, addresses, pack, after = _tail(out.names, out.num_samples, out.num_top, slots, out.mode)
+    return head + after if pack is None else head + before + pack(*addresses(out)) + after
 
 
-@lru_cache(maxsize=16)
-def _nothing_more(num_samples: int) -> bytes:
-    return _TAIL.pack(*[0] * (len(_BUFFERS) - len(_FIRST)), num_samples, 0, 0, MODES[None])
+@lru_cache(maxsize=256)
+def _tail(names: tuple[str, ...] | None, *numbers: Any) -> tuple[bytes, Any, Any, bytes]:
+    """How the rest of the record is made of an Outputs: what stands before the addresses, a function that gives them in
+    a tuple, one that packs them, and what comes after. `names` are of the buffers that it has, None: any."""
+    *counts, mode = numbers
+    end = Struct(f"{len(_NUMBERS)}q").pack(*counts, MODES[mode])
+    places = range(len(_MORE)) if names is None else [i for i, name in enumerate(_MORE) if name in names]
+    if not places:
+        return b"", None, None, bytes(8 * len(_MORE)) + end
+    first, last = min(places), max(places) + 1
+    address = "0 if a.{0} is None else a.{0}.data_ptr()" if names is None else "a.{0}.data_ptr()"
+    given = [address.format(name) if i in places else "0" for i, name in enumerate(_MORE)]
+    pack = Struct(f"{last - first}q").pack
+    return bytes(8 * first), listed(given[first:last]), pack, bytes(8 * (len(_MORE) - last)) + end
 
 
 _DRAFTS = Struct("5q")

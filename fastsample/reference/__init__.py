@@ -185,9 +185,10 @@ def kept_count(dist: Distribution) -> Tensor:
 def kept_bitmask(dist: Distribution) -> Tensor:
     """The kept tokens as the bits of words, the lowest bit first, int32 [B, ceil(V / 32)]."""
     rows, vocab = dist.kept.shape
-    bits = torch.zeros(rows, -(-vocab // 32) * 32, dtype=torch.int64, device=dist.kept.device)
+    count = -(-vocab // 32)
+    bits = torch.zeros(rows, count * 32, dtype=torch.int64, device=dist.kept.device)
     bits[:, :vocab] = dist.kept
-    words: Tensor = (bits.view(rows, -1, 32) << torch.arange(32, device=bits.device)).sum(-1)
+    words: Tensor = (bits.view(rows, count, 32) << torch.arange(32, device=bits.device)).sum(-1)
     return words.to(torch.int32)
 
 

@@ -13,11 +13,14 @@ namespace {
 
 using namespace fastsample;
 
+constexpr int64_t kSlots = 9;
+
 // What one implementation writes, in buffers without a spare element.
 struct Written {
   std::vector<int32_t> status;
   std::vector<int64_t> tokens, ranks, top_ids, weights, masses, given;
-  std::vector<float> filtered, probabilities, logprobs, top_logprobs;
+  std::vector<float> filtered, probabilities, logprobs, top_logprobs, log_kept_mass, entropy;
+  std::vector<int32_t> kept_count, kept_bitmask, kept_slots;
   OutputArguments out = {};
 
   explicit Written(const fuzz::Input& in) {
@@ -40,6 +43,19 @@ struct Written {
       out.weights = fuzz::address(weights);
       out.masses = fuzz::address(masses);
       out.given = fuzz::address(given);
+    }
+    if (in.wants_tokens && in.vocab % 5) {
+      kept_count.assign(rows, -9);
+      kept_bitmask.assign(rows * ((in.vocab + 31) / 32), -9);
+      kept_slots.assign(in.vocab % 5 > 2 ? rows * kSlots : 0, -9);
+      log_kept_mass.assign(rows, -9);
+      entropy.assign(rows, -9);
+      out.kept_count = fuzz::address(kept_count);
+      out.kept_bitmask = fuzz::address(kept_bitmask);
+      out.kept_slots = fuzz::address(kept_slots);
+      out.num_slots = kSlots;
+      out.log_kept_mass = fuzz::address(log_kept_mass);
+      out.entropy = fuzz::address(entropy);
     }
     out.status = fuzz::address(status);
     out.tokens = fuzz::address(tokens);
@@ -82,6 +98,16 @@ const char* difference(const Written& a, const Written& b) {
   if (!same_bits(a.weights, b.weights)) return "weights";
   if (!same_bits(a.masses, b.masses)) return "masses";
   if (!same_bits(a.top_ids, b.top_ids)) return "top_ids";
+  if (!same_bits(a.kept_count, b.kept_count)) return "kept_count";
+  if (!same_bits(a.kept_bitmask, b.kept_bitmask)) return "kept_bitmask";
+  for (size_t r = 0; r < a.kept_slots.size() / kSlots; ++r) {  // where ids do not fit, any are left
+    const auto row = (ptrdiff_t)(r * kSlots);
+    const auto begin = a.kept_slots.begin() + row;
+    if (a.kept_count[r] > kSlots) continue;
+    if (!std::equal(begin, begin + kSlots, b.kept_slots.begin() + row)) return "kept_slots";
+  }
+  if (!same_floats(a.log_kept_mass, b.log_kept_mass, 2)) return "log_kept_mass";
+  if (!same_floats(a.entropy, b.entropy, 2)) return "entropy";
   if (!same_floats(a.logprobs, b.logprobs, 2)) return "logprobs";
   if (!same_floats(a.top_logprobs, b.top_logprobs, 2)) return "top_logprobs";
   return nullptr;

@@ -199,6 +199,24 @@ std::vector<uint64_t> drawn_masses(const std::vector<uint64_t>& w, const Set& s,
   return masses;
 }
 
+// What is kept: its number, its ids where they fit in slots, else its bits.
+inline void write_kept(const Outputs& out, int64_t r, const Set& keep) {
+  const int32_t vocab = (int32_t)keep.size(), words = (vocab + 31) / 32;
+  const int32_t n = (int32_t)std::count(keep.begin(), keep.end(), 1);
+  if (out.kept_count) out.kept_count[r] = n;
+  if (out.kept_slots && n <= out.num_slots) {
+    int32_t* slot = out.kept_slots + r * out.num_slots;
+    for (int32_t i = 0; i < vocab; ++i) {
+      if (keep[i]) *slot++ = i;
+    }
+    return;
+  }
+  if (!out.kept_bitmask) return;
+  uint32_t* bits = (uint32_t*)out.kept_bitmask + r * words;
+  std::fill(bits, bits + words, 0u);
+  for (int32_t i = 0; i < vocab; ++i) bits[i / 32] |= (uint32_t)keep[i] << i % 32;
+}
+
 // Every output of one row; returns its status.
 inline Status sample_row(const Batch& batch, int64_t r) {
   const Outputs& out = batch.out;
@@ -263,6 +281,24 @@ inline Status sample_row(const Batch& batch, int64_t r) {
     const int64_t slot = r * vocab + i;
     if (out.filtered) out.filtered[slot] = keep[i] ? x[i] / temperature : -INFINITY;
     if (out.probabilities) out.probabilities[slot] = keep[i] ? (float)share(i) : 0.0f;
+  }
+
+  write_kept(out, r, keep);
+  if (out.log_kept_mass) {
+    uint64_t all = 0, left_out = 0;
+    for (int32_t i = 0; i < vocab; ++i) all += w[i], left_out += keep[i] ? 0 : w[i];
+    const double part = 2 * left_out < all ? log1p((0.0 - (double)left_out) / (double)all)
+                                           : log((double)(all - left_out) / (double)all);
+    out.log_kept_mass[r] = !valid ? NAN : greedy ? 0.0f : (float)part;
+  }
+  if (out.entropy) {
+    double sum = valid ? 0.0 : NAN;
+    for (int32_t i = 0; i < vocab; ++i) {
+      const double of = (double)whole[i], others = (double)(total - whole[i]);
+      if (!keep[i] || share(i) <= 0) continue;
+      sum += share(i) * (mixed ? -log(share(i)) : log1p(others / of));
+    }
+    out.entropy[r] = (float)sum;
   }
 
   // Log-probabilities are of `of`, log-softmax of the row as given or of what is kept.

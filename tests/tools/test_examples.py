@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "train_tiny_gpt2.py")
+SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in {"grpo", "train_tiny_gpt2"})
 
 
 def run(path: Path) -> list[str]:
