@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsample.backends import Engine, Outputs
+from fastsample.backends import Engine, KeptSets
 
 
 @dataclass
@@ -46,8 +46,7 @@ class Kept:
         if capacity:
             total = len(self.count) * capacity
         ids = torch.empty(int(row_ptr[-1]) if total is None else total, dtype=torch.int32, device=self.count.device)
-        outputs = Outputs(self.count, kept_count=self.count, kept_bitmask=self.bitmask)
-        self.engine.list_kept(outputs, self.bitmask, row_ptr, ids)
+        self.engine.list_kept(KeptSets(self.bitmask), row_ptr, ids)
         return ids, row_ptr
 
     def table(self, width: int) -> torch.Tensor:
