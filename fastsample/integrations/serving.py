@@ -16,6 +16,7 @@ from fastsample.checks import CPU, MAX_VOCAB
 from fastsample.inputs import Rows
 from fastsample.integrations.asked import Asked, Edits, Row
 from fastsample.integrations.extras import Extras, near_misses
+from fastsample.integrations.sets import Kept
 from fastsample.outputs import STATUS
 from fastsample.params import SamplingParams, write_columns
 
@@ -78,17 +79,20 @@ class Step:
             records: int32 [B, fields], where rows have their own; only read.
             **columns: SamplingParams fields, one value per row [B]; None leaves the field as it is.
         """
-        status = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-        tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-        rows = self._rows(logits, seeds, offsets, records, columns)
-        invalid = self._run(logits, rows, Outputs(status, tokens))
-        if invalid == 0:
-            return tokens
-        if invalid is not None:
-            row = int(status.nonzero()[0, 0])
-            reason = STATUS[int(status[row])]
-            self.say(logging.WARNING, f"a row of logits has {reason} (first in row {row}); such rows get token 0")
-        return tokens.clamp_(min=0)
+        return self._draw(logits, self._rows(logits, seeds, offsets, records, columns), None)
+
+    def draw_kept(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        offsets: torch.Tensor,
+        records: torch.Tensor | None = None,
+        **columns: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Kept]:
+        """The same tokens, and the set that each was drawn from; an invalid row keeps none."""
+        rows, vocab = logits.shape
+        kept = Kept.empty(select("auto", logits), rows, vocab, logits.device)
+        return self._draw(logits, self._rows(logits, seeds, offsets, records, columns), kept), kept
 
     def keep(
         self, logits: torch.Tensor, records: torch.Tensor | None = None, **columns: torch.Tensor | None
@@ -145,6 +149,23 @@ class Step:
         write_columns(own, columns)
         return Rows(own, seeds.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
 
+    def _draw(self, logits: torch.Tensor, rows: Rows, kept: Kept | None) -> torch.Tensor:
+        out = Outputs(
+            status=torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device),
+            tokens=torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device),
+        )
+        if kept is not None:
+            out.kept_count, out.kept_bitmask = kept.count, kept.bitmask
+        invalid = self._run(logits, rows, out)
+        assert out.tokens is not None
+        if invalid == 0:
+            return out.tokens
+        if invalid is not None:
+            row = int(out.status.nonzero()[0, 0])
+            reason = STATUS[int(out.status[row])]
+            self.say(logging.WARNING, f"a row of logits has {reason} (first in row {row}); such rows get token 0")
+        return out.tokens.clamp_(min=0)
+
     def _filtered(self, logits: torch.Tensor, rows: Rows) -> torch.Tensor:
         status = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         filtered = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
@@ -154,3 +175,13 @@ class Step:
     def _run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
         table = logits if logits.shape[1] == 1 or logits.stride(1) == 1 else logits.contiguous()
         return select("auto", table).run(table, rows, out)
+
+
+class Seen:
+    """An object of a stack's as one part of the stack is to see it: with some attributes of ours, else as it is."""
+
+    def __init__(self, seen: Any, **ours: Any) -> None:
+        self.__dict__.update(ours, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_seen"], name)

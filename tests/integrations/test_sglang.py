@@ -202,12 +202,16 @@ def test_a_batch_is_drawn_as_fastsample_draws(sampler: Any) -> None:
 
 def test_sampling_masks_are_what_is_kept(sampler: Any) -> None:
     logits, positions, rows = torch.randn(4, VOCAB) * 3, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2])
-    asked = info(ROWS, sampling_mask_batch_indices=rows)
+    asked = info(ROWS, sampling_mask_batch_indices=rows, sampling_mask_top_ks=[30, 1, 1 << 30, 1])
     sampler._drawn = sampler._draw(logits, asked, positions)
     _, capture = sampler._sample_from_probs(logits.softmax(-1), asked, positions, False)
     kept = {"temperature": [0.7, 1.0], "top_k": [30, 0], "top_p": [1.0, 0.8], "min_p": [0.0, 0.01]}
-    torch.testing.assert_close(capture.weights, fs.probabilities(logits[rows], **kept, order="joint"))
-    assert torch.equal(capture.weights > 0, fs.filter_logits(logits[rows], **kept, order="joint").isfinite())
+    wanted = fs.probabilities(logits[rows], **kept, order="joint")
+    assert torch.equal(capture.weights, capture.weights.sort(1, descending=True).values)
+    assert capture.weights.shape[1] == int((wanted > 0).sum(1).max())
+    found = torch.zeros_like(wanted).scatter_add_(1, capture.token_ids.long(), capture.weights)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(found > 0, fs.filter_logits(logits[rows], **kept, order="joint").isfinite())
     assert capture.batch_rows is rows
     assert sampler._drawn is None
 

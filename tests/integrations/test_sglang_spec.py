@@ -91,7 +91,8 @@ def info(rows: list[dict[str, Any]], **more: Any) -> SimpleNamespace:
         "min_ps": torch.tensor([row.get("min_p", 0.0) for row in rows]),
         "sampling_seed": torch.tensor(SEEDS[: len(rows)]),
     }
-    nothing = dict.fromkeys(("acc_additive_penalties", "acc_scaling_penalties", "logit_bias", "_fastsample_penalizers"))
+    names = ("acc_additive_penalties", "acc_scaling_penalties", "logit_bias", "_fastsample_penalizers")
+    nothing = dict.fromkeys((*names, "sampling_mask_batch_indices", "sampling_support_logprobs_capture_indices"))
     no = dict.fromkeys(("is_all_greedy", "has_watermark_candidates", "has_custom_logit_processor"), False)
     return SimpleNamespace(**{**columns, **nothing, **no, **more})
 
@@ -211,6 +212,56 @@ def test_nodes_are_drawn_as_fastsample_draws(ours: Any, kind: str, dtype: torch.
         found = ours.verify(None, given, batch_of(asked), SimpleNamespace(next_token_logits=logits.clone()))
         accepted += check(given, parents, wanted.tokens.view(4, 8).tolist(), found)
     assert accepted > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [1 << 20, 20])
+def test_masks_are_what_was_kept_of_the_nodes_along_the_ways(
+    ours: Any, monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
+) -> None:
+    """Of three requests, the last two of which ask for the probabilities of all ids; some ids are beyond the cap."""
+    monkeypatch.setattr(ours.masks, "cap", lambda: limit)
+    rows, support, statuses = torch.tensor([0, 1, 3]), torch.tensor([1, 2]), set()
+    for trial in range(6):
+        parents, tokens, logits = trees(trial, 4, 8, kind), drafts(trial, 4, 8), sharp(trial, 32)
+        more = {"sampling_mask_batch_indices": rows, "sampling_support_logprobs_capture_indices": support}
+        asked = info(ROWS, **more, sampling_mask_top_ks=[row.get("top_k", 1 << 30) for row in ROWS])
+        output = SimpleNamespace(next_token_logits=logits.clone())
+        predict, lengths, index = ours.verify(None, linked(tokens, parents, starts(), 8), batch_of(asked), output)
+        masks = output.sampling_mask_output
+        assert torch.equal(masks.num_accept_tokens, lengths[rows])
+        fields = {name: [row.get(name, off) for row in ROWS for _ in range(8)] for name, off in FIELDS.items()}
+        wanted = fs.probabilities(logits, **fields, order="joint", backend="reference").double()
+        for row, request in enumerate(rows.tolist()):
+            for at, node in enumerate(index[request, : lengths[request]].tolist()):
+                n, ids = int(masks.lengths[row, at]), masks.token_ids[row, at].long()
+                kept = wanted[node].nonzero()[:, 0].tolist()
+                statuses.add(int(masks.statuses[row, at]))
+                assert masks.statuses[row, at] == int(len(kept) > limit)
+                assert n == min(len(kept), limit)
+                if n == len(kept):
+                    assert sorted(ids[:n].tolist()) == kept
+                chosen = wanted[node, predict[node].long()].log()
+                torch.testing.assert_close(masks.selected_logprobs[row, at].double(), chosen, atol=1e-5, rtol=0)
+                if request != 0:
+                    found = masks.support_logprobs[row - 1, at, :n].double()
+                    torch.testing.assert_close(found, wanted[node, ids[:n]].log(), atol=1e-5, rtol=0)
+    assert statuses == ({0} if limit > VOCAB else {0, 1})
+
+
+def test_masks_of_a_greedy_batch_are_its_tokens(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours.masks, "cap", lambda: 1)
+    rows, output = torch.tensor([0, 2]), SimpleNamespace(next_token_logits=sharp(1, 32))
+    asked = info(ROWS, is_all_greedy=True, sampling_mask_batch_indices=rows)
+    given = linked(drafts(1, 4, 8), trees(1, 4, 8, "any"), starts(), 8)
+    predict, lengths, index = ours.verify(None, given, batch_of(asked), output)
+    masks = output.sampling_mask_output
+    for row, request in enumerate(rows.tolist()):
+        n = int(lengths[request])
+        assert masks.token_ids[row, :n, 0].tolist() == predict[index[request, :n].long()].tolist()
+        assert masks.lengths[row, :n].tolist() == [1] * n
+        assert masks.selected_logprobs[row, :n].tolist() == [0.0] * n
+        assert masks.statuses[row, :n].tolist() == [0] * n
 
 
 def test_a_greedy_batch_takes_the_best(ours: Any) -> None:
@@ -424,7 +475,7 @@ def test_requests_without_a_seed_are_drawn_afresh(ours: Any) -> None:
     def roots() -> list[int]:
         torch.manual_seed(1)
         asked = [info([{}], sampling_seed=None) for _ in range(5)]
-        return [int(ours._draw(logits, one, ours.Tree(given, 1))[0]) for one in asked]
+        return [int(ours._inputs(logits, one, ours.Tree(given, 1)).draw()[0]) for one in asked]
 
     assert len(set(roots())) > 3
     assert roots() == roots()

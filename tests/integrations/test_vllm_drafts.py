@@ -252,7 +252,7 @@ def test_a_part_of_a_sampler_that_we_do_not_know_keeps_drafts_with_vllm(
     for broken, runner, others in ((plug.SAMPLER_V1, "v1", "v2"), (plug.SAMPLER_V2, "v2", "v1")):
         asked: list[str] = []
         with monkeypatch.context() as patch:
-            patch.setattr(plug, "_swap", lambda where, *_: asked.append(where) or where != broken)  # noqa: B023
+            patch.setattr(plug, "swap", lambda where, *_: asked.append(where) or where != broken)  # noqa: B023
             for table in (plug.arrival.SERVED, plug.arrival.VERIFIES):
                 for name in ("v1", "v2"):
                     patch.setitem(table, name, None)

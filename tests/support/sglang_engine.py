@@ -13,10 +13,11 @@ VOCAB = 512
 # SGLang's CPU build imports this module, of which a Llama needs nothing.
 STUB = {"vllm/__init__.py": "", "vllm/_custom_ops.py": "rotary_embedding = rms_norm = fused_add_rms_norm = None\n"}
 
-# A batch is [prompts, params, number of top log-probabilities].
+# A batch is [prompts, params, number of top log-probabilities, what only the server's requests have].
 SCRIPT = """
 import json, sys
 import sglang
+from sglang.srt.managers.io_struct import GenerateReqInput
 
 def main():
     ask = json.load(open(sys.argv[1]))
@@ -26,19 +27,25 @@ def main():
     )
     engine = sglang.Engine(**{**always, **ask["engine"]})
     found = []
-    for prompts, params, logprobs in ask["batches"]:
+    for prompts, params, logprobs, more in ask["batches"]:
         asked = dict(return_logprob=True, top_logprobs_num=logprobs) if logprobs else {}
+        request = GenerateReqInput(input_ids=prompts, sampling_params=params, **asked, **more)
+        answers = engine.tokenizer_manager.generate_request(request, None)
         try:
-            outputs = engine.generate(input_ids=prompts, sampling_params=params, **asked)
+            outputs = engine.loop.run_until_complete(answers.__anext__())
         except ValueError as error:
             found += [{"refused": str(error)}] * len(prompts)
             continue
         for out in outputs:
-            found.append({"tokens": out["output_ids"], "steps": out["meta_info"].get("spec_verify_ct")})
+            meta = out["meta_info"]
+            found.append({"tokens": out["output_ids"], "steps": meta.get("spec_verify_ct")})
+            found[-1]["masks"] = meta.get("output_token_sampling_mask")
+            found[-1]["mask_logprobs"] = meta.get("output_token_sampling_logprobs")
+            found[-1]["finish"] = meta["finish_reason"]
             if logprobs:
-                meta = out["meta_info"]
                 found[-1]["own"] = meta["output_token_logprobs"][0][:2]
-                found[-1]["top"] = [entry[:2] for entry in meta["output_top_logprobs"][0]]
+                found[-1]["tops"] = [[entry[:2] for entry in top] for top in meta["output_top_logprobs"]]
+                found[-1]["top"] = found[-1]["tops"][0]
     engine.shutdown()
     json.dump(found, open(sys.argv[2], "w"))
 
@@ -70,11 +77,11 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-Batch = tuple[list[list[int]], list[dict[str, Any]], int]
+Batch = tuple[list[list[int]], list[dict[str, Any]], int, dict[str, Any]]
 
 
-def ask(prompts: list[list[int]], params: list[dict[str, Any]], length: int, logprobs: int = 0) -> Batch:
-    return prompts, [{"max_new_tokens": length, "ignore_eos": True, **fields} for fields in params], logprobs
+def ask(prompts: list[list[int]], params: list[dict[str, Any]], length: int, logprobs: int = 0, **more: Any) -> Batch:
+    return prompts, [{"max_new_tokens": length, "ignore_eos": True, **fields} for fields in params], logprobs, more
 
 
 def serve(model: Path, batches: list[Batch], engine: dict[str, Any], **environment: str) -> Script:

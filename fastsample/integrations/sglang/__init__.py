@@ -15,7 +15,9 @@ says "fastsample", fastsample is used there too.
 | draw | fastsample |
 | seed | `sampling_seed` of a request, in every mode; offset: position of the last token |
 | seed of other requests | 42 in deterministic mode, as in SGLang; else fresh from torch's default CPU generator |
-| log-probabilities, top log-probabilities, sampling masks | SGLang |
+| seeds of the `n` texts of a prompt | all different (see siblings.py) |
+| log-probabilities, top log-probabilities | SGLang |
+| sampling masks | fastsample, with any top-k (see masks.py); SGLang where the whole batch is greedy |
 | verification of drafts (EAGLE, STANDALONE, NGRAM) | fastsample, by drawing (see speculation.py) |
 | other speculative decoding, `rl_on_policy_target`, watermarks | SGLang; with such drafts, seeds as SGLang has them |
 
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -46,9 +49,9 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from fastsample.inputs import pack_seeds
 from fastsample.integrations.asked import Asked, History, padded
 from fastsample.integrations.extras import Extras, RefusedError, read
-from fastsample.integrations.sglang import penalties, speculation
+from fastsample.integrations.sglang import admission, masks, penalties, siblings, speculation
 from fastsample.integrations.sglang.common import STEP as _STEP
-from fastsample.integrations.sglang.common import columns
+from fastsample.integrations.sglang.common import Inputs, columns
 from fastsample.integrations.sglang.common import is_chosen as _is_chosen
 
 __all__ = ["FastSampler", "register"]
@@ -70,12 +73,17 @@ def register() -> None:
         (SamplingBatchInfo, "copy_for_forward", _copied),
     ):
         setattr(owner, name, functools.partialmethod(ours, getattr(owner, name)))
-    for target, around in (
-        (speculation.TARGET, speculation.verify),
-        (penalties.COUNT, penalties.count),
-        (penalties.FEED, penalties.feed),
-    ):
-        HookRegistry.register(target, around, HookType.AROUND)
+    around: dict[str, Callable[..., Any]] = {
+        speculation.TARGET: speculation.verify,
+        penalties.COUNT: penalties.count,
+        penalties.FEED: penalties.feed,
+        admission.ADMIT: admission.admit,
+        admission.VALIDATE: admission.validate,
+    }
+    if siblings.MANAGER in sys.modules:  # in the process that has the tokenizer
+        around |= {siblings.BATCH: siblings.batch, siblings.SEND: siblings.send}
+    for target, hook in around.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
 
 
 # Requests ------------------------------------------------------------------------------------------------------------
@@ -199,9 +207,9 @@ def _sample(self: Any, theirs: Callable[..., Any], logits_output: Any, forward_b
 class FastSampler(theirs.Sampler):  # type: ignore[misc]
     """SGLang's sampler with temperature, top-k, top-p, min-p and the draw by fastsample.
 
-    Tokens are drawn from the logits as soon as SGLang has preprocessed them. Log-probabilities and sampling masks need
-    SGLang's own forward; it then asks `_sample_from_probs`, which hands out what was drawn: asking for them, or having
-    a neighbour that does, changes no token.
+    Tokens are drawn from the logits as soon as SGLang has preprocessed them. Log-probabilities need SGLang's own
+    forward; it then asks `_sample_from_probs`, which hands out what was drawn: asking for them, or having a neighbour
+    that does, changes no token.
     """
 
     def __init__(self) -> None:
@@ -213,7 +221,9 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
         self._batch: Any = None  # the ForwardBatch of the logits, where it is known
         self._at: torch.Tensor | None = None  # int64 [B], positions of the last tokens
         self._positions: torch.Tensor | None = None  # the same, from `forward` to the draw
-        self._drawn: tuple[torch.Tensor, torch.Tensor | None] | None = None  # tokens int32 [B], weights of the masks
+        self._drawn: tuple[torch.Tensor, Any] | None = None  # tokens int32 [B], the capture of the masks
+        if not self.use_log_softmax_logprob:
+            self.sampling_mask_max_tokens = masks.cap()
 
     def forward(
         self,
@@ -236,14 +246,17 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
             tokens: torch.Tensor = super().forward(*arguments, **kwargs)
             return tokens
         self._positions = positions
-        if return_logprob or sampling_info.sampling_mask_batch_indices is not None:
+        if return_logprob:
             tokens = super().forward(*arguments, **kwargs)
             if self._drawn is not None:
                 raise RuntimeError("fastsample: this SGLang samples by other ways than its Sampler._sample_from_probs")
             return tokens
         self._preprocess_logits(logits_output.next_token_logits, sampling_info)
-        tokens, _ = self._take()
+        tokens, capture = self._take()
         self._sync_token_ids_across_tp(tokens, sampling_info)
+        if capture is not None:
+            support = sampling_info.sampling_support_logprobs_capture_indices
+            logits_output.sampling_mask_output = self._build_sampling_mask_output(tokens, capture, support)
         return tokens
 
     def _preprocess_logits(self, logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:
@@ -273,26 +286,16 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
         places = self._at[where].long().clamp(max=ids.shape[1] - 1)
         return ids.scatter_(1, places[:, None], batch.input_ids[last].long()[:, None])
 
-    def _draw(
-        self, logits: torch.Tensor, info: Any, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _draw(self, logits: torch.Tensor, info: Any, positions: torch.Tensor) -> tuple[torch.Tensor, Any]:
         reason = _STEP.why_not(logits)
         if reason is not None:
             raise RuntimeError(f"--sampling-backend fastsample: {reason}")
-        given = columns(info)
         seeds = pack_seeds(None, len(logits)) if info.sampling_seed is None else info.sampling_seed
         records = _STEP.records(getattr(info, "_fastsample", None), logits)
-        tokens = _STEP.draw(logits, seeds, positions.long(), records, **given)
-        rows = info.sampling_mask_batch_indices
-        weights = None
-        if rows is not None:
-            own = None if records is None else records[rows]
-            weights = _STEP.keep(logits[rows], own, **{name: values[rows] for name, values in given.items()}).softmax(
-                -1
-            )
-        return tokens.int(), weights
+        inputs = Inputs(logits, seeds.to(logits.device, non_blocking=True), positions.long(), records, columns(info))
+        return masks.draw(inputs, info)
 
-    def _take(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _take(self) -> tuple[torch.Tensor, Any]:
         assert self._drawn is not None
         drawn, self._drawn = self._drawn, None
         return drawn
@@ -300,14 +303,10 @@ class FastSampler(theirs.Sampler):  # type: ignore[misc]
     def _sample_from_probs(
         self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
     ) -> tuple[torch.Tensor, Any]:
-        """Tokens int32 [B], and the kept probabilities of the rows that return a sampling mask."""
+        """Tokens int32 [B], and the kept sets of the rows that return a sampling mask."""
         if self._drawn is None:  # on-policy RL, which is left to SGLang
             answer: tuple[torch.Tensor, Any] = super()._sample_from_probs(
                 probs, sampling_info, positions, simple_sampling_case
             )
             return answer
-        tokens, weights = self._take()
-        if weights is None:
-            return tokens, None
-        rows = sampling_info.sampling_mask_batch_indices
-        return tokens, theirs._SamplingMaskCapture(weights, token_ids=None, selected_weight=None, batch_rows=rows)
+        return self._take()

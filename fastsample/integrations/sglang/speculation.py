@@ -23,7 +23,8 @@ from sglang.srt.utils.async_probe import sanitize_nan_logits
 
 from fastsample.inputs import pack_seeds
 from fastsample.integrations.asked import Asked, Edits, padded
-from fastsample.integrations.sglang.common import STEP, columns, is_chosen
+from fastsample.integrations.sglang import masks
+from fastsample.integrations.sglang.common import STEP, Inputs, columns, is_chosen
 from fastsample.integrations.sglang.penalties import Penalties
 from fastsample.integrations.sglang.tree import Tree
 
@@ -76,7 +77,8 @@ def verify(
     STEP.say(logging.INFO, "drafts are verified by drawing: a seeded text is the one without drafts")
     tree = Tree(verify_input, len(batch.seq_lens))
     penalties = _process(logits, info, tree, grammar_mask)
-    drawn = _draw(logits, info, tree).view(tree.tokens.shape)
+    inputs = _inputs(logits, info, tree)
+    drawn = (logits.argmax(-1) if info.is_all_greedy else inputs.draw()).view(tree.tokens.shape)
     predict, accept_index, accepted = _walk(verify_input, tree, drawn, batch.device)
     group = get_parallel().attn_tp_group if is_dp_attention_enabled() else get_parallel().tp_group
     if group.world_size > 1 and (is_hip() or not info.is_all_greedy):  # where SGLang does
@@ -84,6 +86,8 @@ def verify(
             group.broadcast(result, src=0)
     if penalties is not None:
         penalties.advance(tree, accept_index, accepted)
+    if info.sampling_mask_batch_indices is not None:
+        logits_output.sampling_mask_output = masks.of_ways(inputs, info, predict, accept_index, accepted + 1)
     return predict, accepted + 1, accept_index
 
 
@@ -109,10 +113,8 @@ def _walk(given: Any, tree: Tree, drawn: torch.Tensor, device: Any) -> tuple[tor
     return result
 
 
-def _draw(logits: torch.Tensor, info: Any, tree: Tree) -> torch.Tensor:
-    """The token of every node, int64 [B * n], as FastSampler draws it in a plain step."""
-    if info.is_all_greedy:
-        return logits.argmax(-1)
+def _inputs(logits: torch.Tensor, info: Any, tree: Tree) -> Inputs:
+    """What every node is drawn with, as FastSampler does it in a plain step."""
     seeds = info.sampling_seed
     if seeds is None:
         seeds = pack_seeds(None, len(tree.tokens)).to(logits.device, non_blocking=True)
@@ -120,7 +122,7 @@ def _draw(logits: torch.Tensor, info: Any, tree: Tree) -> torch.Tensor:
     if records is not None:
         records = tree.of_nodes(records)
     given = {name: tree.of_nodes(values) for name, values in columns(info).items()}
-    return STEP.draw(logits, tree.of_nodes(seeds), tree.offsets.long(), records, **given)
+    return Inputs(logits, tree.of_nodes(seeds), tree.offsets.long(), records, given)
 
 
 def _process(logits: torch.Tensor, info: Any, tree: Tree, grammar_mask: Any) -> Penalties | None:

@@ -17,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 from fastsample.checks import MAX_VOCAB
 from fastsample.integrations.asked import Row
 from fastsample.integrations.extras import RefusedError, read
+from fastsample.integrations.serving import Seen
 from fastsample.integrations.vllm.common import STEP
 from fastsample.integrations.vllm.drafts import why_not as why_not_drafts
 from fastsample.params import GREEDY_BELOW
@@ -25,6 +26,8 @@ SERVED: dict[str, bool] = {}
 """Whether a model runner, "v1" or "v2", serves extra parameters: register() knows."""
 VERIFIES: dict[str, bool] = {}
 """Whether the drafts of a model runner are verified by us."""
+MASKED: dict[str, bool] = {}
+"""Whether the sampling masks of a model runner are ours (masks.py)."""
 _server: ContextVar[Any] = ContextVar("_server", default=None)  # the InputProcessor that a request is arriving at
 
 
@@ -48,7 +51,7 @@ def validate_spec_decode(theirs: Callable[..., None], self: Any, speculative_con
     server = _server.get()
     if server is None or speculative_config is None or not (self.min_p or self.logit_bias):
         return theirs(self, speculative_config)
-    reason = _why_not(server.vllm_config, server.model_config.get_vocab_size())
+    reason = why_not(server.vllm_config, server.model_config.get_vocab_size())
     if reason is not None:
         STEP.say(logging.WARNING, f"min_p and logit_bias beside drafts stay refused: {reason}")
         theirs(self, speculative_config)
@@ -57,13 +60,15 @@ def validate_spec_decode(theirs: Callable[..., None], self: Any, speculative_con
 def _process(
     theirs: Callable[..., Any], self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    if wants_masks(self.model_config):
+        _let_in(self)
     given = params.extra_args if isinstance(params, SamplingParams) else None
     if not given:
         return theirs(self, request_id, prompt, params, *args, **kwargs)
     STEP.say_near_misses(given, "extra_args")
     try:
         extras = read(given, self.tokenizer, self.model_config.get_vocab_size())
-        reason = None if extras is None else _why_not(self.vllm_config, self.model_config.get_vocab_size())
+        reason = None if extras is None else why_not(self.vllm_config, self.model_config.get_vocab_size())
     except RefusedError as error:
         raise VLLMValidationError(str(error), parameter=error.parameter, value=error.value) from error
     if extras is None:
@@ -76,8 +81,8 @@ def _process(
     return request
 
 
-def _why_not(config: Any, vocab: int) -> str | None:
-    """Why this server cannot serve extra parameters, or min-p and a bias beside drafts; or None."""
+def why_not(config: Any, vocab: int) -> str | None:
+    """Why this server cannot serve extra parameters, or min-p and a bias beside drafts, or masks; or None."""
     runner = "v2" if getattr(config, "use_v2_model_runner", False) else "v1"
     if not SERVED.get(runner):
         return f"this vLLM's model runner ({runner}) is not one that fastsample knows"
@@ -89,6 +94,24 @@ def _why_not(config: Any, vocab: int) -> str | None:
     if getattr(config, "watermark_config", None) is not None:
         return "not with watermarks, which are vLLM's own"
     return None if vocab <= MAX_VOCAB else f"the vocabulary has {vocab} tokens, more than 2^20"
+
+
+def _let_in(server: Any) -> None:
+    """Let an InputProcessor accept requests whose masks only we bound: greedy ones, and those without top_k."""
+    config = server.vllm_config
+    runner = "v2" if config.use_v2_model_runner else "v1"
+    if not MASKED.get(runner):
+        return
+    reason = why_not(config, server.model_config.get_vocab_size())
+    if reason is None:
+        server.model_config = Seen(server.model_config, return_sampling_mask=False)
+    else:
+        STEP.say(logging.WARNING, f"sampling masks are vLLM's own: {reason}")
+
+
+def wants_masks(config: Any) -> bool:
+    """Whether a ModelConfig asks for masks; older ones know none."""
+    return bool(getattr(config, "return_sampling_mask", False))
 
 
 ROW = "fastsample"  # where the parameters that a runner gets carry the request's Row

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from fastsample.backends import select
 from fastsample.checks import CPU
 from fastsample.inputs import pack_seeds
 from fastsample.integrations.asked import Asked, History, Row, padded
+from fastsample.integrations.sets import Kept
 from fastsample.integrations.vllm.arrival import ROW, for_runner, row_of
 from fastsample.integrations.vllm.common import PROCESSED, STEP, left
+from fastsample.params import GREEDY_BELOW
 
 Places = tuple[torch.Tensor, torch.Tensor]
 """Seed and offset of each row, int64 [B]."""
@@ -45,12 +48,15 @@ def forward(
     """
     asking = getattr(self, "_fastsample", None)
     records = None if asking is None else STEP.records(asking.asked, logits)
-    places = None if asking is None else asking.places
-    if left(logits) and records is None and places is None:
+    places, keeps = (None, False) if asking is None else (asking.places, asking.keeps)
+    if left(logits) and records is None and places is None and not keeps:
         answer: tuple[torch.Tensor, torch.Tensor | None] = theirs(logits, generators, k, p)
         return answer
     seeds, offsets = seeds_of(len(logits), generators) if places is None else places
-    tokens = STEP.draw(logits, seeds, offsets, records, top_k=k, top_p=p)
+    if asking is None or not keeps:
+        tokens = STEP.draw(logits, seeds, offsets, records, top_k=k, top_p=p)
+    else:
+        tokens, asking.kept = STEP.draw_kept(logits, seeds, offsets, records, top_k=k, top_p=p)
     if self.logprobs_mode not in PROCESSED:
         return tokens, None
     plain = k is None and p is None and records is None
@@ -62,6 +68,9 @@ class Asking:
     """The Rows of a batch. vLLM takes it for a logits processor, and so tells it which request is in which row."""
 
     places: Places | None = None  # where the generators of the requests are not enough
+    keeps = False  # whether somebody asks for the kept sets
+    kept: Kept | None = None  # those of all tokens of the last step
+    ends: list[int] | None = None  # where the tokens of each request begin, and their number; None: one each
 
     def __init__(self, batch: Any) -> None:
         self.asked: Asked | None = None
@@ -128,8 +137,24 @@ def sample(
     theirs: Callable[..., Any], self: Any, logits: torch.Tensor, sampling_metadata: Any, *more: Any, **named: Any
 ) -> Any:
     """Sampler.sample: TopKTopPSampler gets no metadata, so it is told here what the rows ask for."""
-    self.topk_topp_sampler._fastsample = asking_of(sampling_metadata)
-    return theirs(self, logits, sampling_metadata, *more, **named)
+    self.topk_topp_sampler._fastsample = asking = asking_of(sampling_metadata)
+    answer = theirs(self, logits, sampling_metadata, *more, **named)
+    if asking is not None and asking.keeps:
+        _keep_greedy(asking, answer[0], logits, sampling_metadata)
+    return answer
+
+
+def _keep_greedy(asking: Asking, tokens: torch.Tensor, logits: torch.Tensor, metadata: Any) -> None:
+    """Greedy rows, which vLLM samples, keep their token."""
+    if metadata.all_random:
+        return
+    if metadata.all_greedy:
+        asking.kept = Kept.empty(select("auto", logits), len(logits), logits.shape[1], logits.device)
+        greedy = torch.ones_like(tokens, dtype=torch.bool)
+    else:
+        greedy = metadata.temperature < GREEDY_BELOW
+    assert asking.kept is not None
+    asking.kept.be_single(greedy, tokens.long())
 
 
 def apply_penalties(

@@ -52,7 +52,8 @@ def forward(
     of_requests = seeds_of(len(rows.counts), sampling_metadata.generators)
     seeds, offsets = (column.to(logits.device, non_blocking=True) for column in of_requests)
     places = seeds[rows.of], offsets[rows.of] + rows.position
-    sampled = self.sampler(logits, _by_row(sampling_metadata, rows, metadata, places))
+    by_row = _by_row(sampling_metadata, rows, metadata, places)
+    sampled = self.sampler(logits, by_row)
 
     # vLLM lists a draft with the row that it is compared to; here it goes to the next row, which follows it.
     drafts = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
@@ -61,6 +62,10 @@ def forward(
     at, tokens, accepted = accept(sampled.sampled_token_ids[:, 0], drafts, bounds, metadata.max_spec_len)
     count_accepted(sampling_metadata.generators, accepted)
     is_past = torch.arange(metadata.max_spec_len + 1, device=logits.device) > accepted[:, None]
+    batch, of_rows = asking_of(sampling_metadata), asking_of(by_row)
+    if batch is not None and of_rows is not None and of_rows.kept is not None:  # of a CPU, where nothing waits
+        batch.kept = of_rows.kept.of(at[~is_past])
+        batch.ends = [0, *(accepted + 1).cumsum(0).tolist()]
     logprobs = sampled.logprobs_tensors
     if logprobs is not None:
         logprobs = LogprobsTensors(*(column[at.flatten()] for column in logprobs[:3]))
@@ -197,7 +202,7 @@ class _Asking(Asking):
     """What the rows ask for."""
 
     def __init__(self, batch: Asking | None, metadata: Any, rows: _Rows, places: Places) -> None:
-        self.asked, self.places = None, places
+        self.asked, self.places, self.keeps = None, places, batch is not None and batch.keeps
         self._of_requests, self._metadata, self._spread = batch, metadata, rows
         if batch is not None and batch.asked is not None:
             edited = torch.tensor(rows.of_requests(batch.asked.edited), dtype=torch.int64)

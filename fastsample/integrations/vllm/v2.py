@@ -12,6 +12,7 @@ from fastsample.integrations.asked import Asked, Row
 from fastsample.integrations.vllm.arrival import for_runner, row_of
 from fastsample.integrations.vllm.common import PROCESSED, STEP, left
 from fastsample.integrations.vllm.drafts import Spread, accept, is_left
+from fastsample.integrations.vllm.masks import marked
 from fastsample.params import specs
 
 _TEMPERATURE = [name for name, _ in specs()].index("temperature")
@@ -129,11 +130,15 @@ def sample_random(
         temperature *= records.view(torch.float32)[:, _TEMPERATURE]
     seeds = states.seeds.gpu[expanded_idx_mapping]
     columns = {"top_k": top_k, "top_p": top_p}
-    tokens = STEP.draw(processed_logits, seeds, pos.long(), records, temperature=temperature, **columns)
-    wants_kept = self.logprobs_mode in PROCESSED or getattr(self, "return_sampling_mask", False)
-    if wants_kept and (top_k is not None or top_p is not None or records is not None):
+    given: dict[str, Any] = {"records": records, "temperature": temperature, **columns}
+    kept = None
+    if getattr(self, "return_sampling_mask", False):
+        tokens, kept = STEP.draw_kept(processed_logits, seeds, pos.long(), **given)
+    else:
+        tokens = STEP.draw(processed_logits, seeds, pos.long(), **given)
+    if self.logprobs_mode in PROCESSED and (top_k is not None or top_p is not None or records is not None):
         processed_logits = STEP.keep(processed_logits, records, **columns)
-    return tokens, processed_logits
+    return tokens, processed_logits if kept is None else marked(processed_logits, kept)
 
 
 def verify(
