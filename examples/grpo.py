@@ -28,7 +28,6 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
-import fastsample as fs
 from fastsample.integrations.transformers import fs_generate
 from fastsample.training import kept_logprobs
 
@@ -55,11 +54,6 @@ def without_e(completions: list[str], **_: Any) -> list[float]:
     return [sum("e" not in word for word in own) / max(1, len(own)) for own in words]
 
 
-def kept_bitmasks(logits: torch.Tensor) -> torch.Tensor:
-    """What the sampler keeps of each step's logits [B, T, V], int32 [B, T, words]."""
-    return fs.sample(logits, kept="bitmask", **SAMPLING).kept_bitmask
-
-
 def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     """A continuation of each prompt, with what TRL and we need to know of it."""
     tokenizer = trainer.processing_class
@@ -67,16 +61,15 @@ def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     with torch.no_grad():
         result = trainer.model.generate(
             **inputs, **SAMPLING, do_sample=True, top_k=0, max_new_tokens=trainer.args.max_completion_length,
-            custom_generate=fs_generate(logprobs="processed"), return_dict_in_generate=True, output_logits=True,
+            custom_generate=fs_generate(logprobs="processed", kept="bitmask"), return_dict_in_generate=True,
         )  # fmt: skip
-    kept = kept_bitmasks(torch.stack(result.logits, dim=1))
     new = result.sequences[:, inputs["input_ids"].shape[1] :]
     lengths = (~result.logprobs.isnan()).sum(1).tolist()
     return {
         "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
         "completion_ids": [row[:n].tolist() for row, n in zip(new, lengths, strict=True)],
         "logprobs": [row[:n].tolist() for row, n in zip(result.logprobs, lengths, strict=True)],
-        "kept": [row[:n] for row, n in zip(kept, lengths, strict=True)],
+        "kept": [row[:n] for row, n in zip(result.kept_bitmask, lengths, strict=True)],
     }
 
 
