@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asked import BY_ROW, EVERYTHING
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,6 +146,7 @@ ANYTHING: dict[str, Any] = {
 
 PARAMETERS = [name for name, _ in specs()]
 SAMPLE = ["seed", "offset", "num_samples", "logprobs", "top_logprobs", "input"]
+SAMPLE += ["kept", "kept_capacity", "kept_mass", "entropy"]
 EVERY = ["params", *Inputs._fields, "on_invalid", "backend", "out"]
 CALLS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "sample": (fs.sample, [*EVERY, *SAMPLE, *PARAMETERS]),
@@ -391,8 +393,8 @@ def everything(x: torch.Tensor, bad: list[int], backend: str) -> list[torch.Tens
     common = {**kwargs, "on_invalid": "flag", "backend": backend}
     found = []
     for mode in ("raw", "processed"):
-        out = fs.sample(x, **common, seed=range(ROWS), num_samples=2, logprobs=mode, top_logprobs=4)
-        found += [getattr(out, name) for name in fs.SampleOutput.__slots__]
+        out = fs.sample(x, **common, seed=range(ROWS), num_samples=2, **EVERYTHING | {"logprobs": mode})
+        found += [getattr(out, name) for name in BY_ROW]
     return [*found, fs.filter_logits(x, **common), fs.probabilities(x, **common)]
 
 
