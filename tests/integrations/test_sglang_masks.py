@@ -58,6 +58,7 @@ DRAFTED: dict[str, Batch] = {
     name: ask(PROMPTS, PARAMS, 24, return_sampling_mask=ON, sampling_logprobs_mode=SUPPORT) for name in ("new", "known")
 } | {"some": ask(PROMPTS, PARAMS, 24, return_sampling_mask=SOME)}
 OURS = {"sampling_backend": "fastsample"}
+MEMORY = {"mem_fraction_static": 0.5}  # of what is free while several engines start
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +71,12 @@ def engines(model: Path) -> dict[str, Script]:
     """Engines in processes of their own, started together."""
 
     def run(batches: dict[str, Batch], **engine: Any) -> Script:
-        return serve(model, list(batches.values()), OURS | engine)
+        return serve(model, list(batches.values()), OURS | MEMORY | engine)
 
     return {
         "ours": run(BATCHES),
         "capped": run(CAPPED, sampling_mask_max_tokens=100),
-        "theirs": serve(model, [BATCHES["on"]], {}),
+        "theirs": serve(model, [BATCHES["on"]], MEMORY),
         "drafts": serve_cpu(model, list(DRAFTED.values()), {**OURS, **NGRAM}),
         "plain": serve_cpu(model, list(DRAFTED.values()), OURS),
     }
