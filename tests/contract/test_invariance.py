@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asked import BY_ROW, KEPT
 from cases import EXTRAS, PARAMS
 
 import fastsample as fs
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 
 BACKENDS = ("reference", "cpu")
 ROWS, VOCAB = 24, 9001  # enough for more than two threads
-FIELDS = fs.SampleOutput.__slots__
 
 
 class Batch:
@@ -48,14 +48,14 @@ class Batch:
 
         kwargs = {name: take(value) for name, value in {**self.params, **self.extras}.items()}
         x = take(self.logits) if logits is None else logits
-        kwargs |= {"num_samples": 2, "logprobs": "processed", "top_logprobs": min(4, x.shape[1])}
+        kwargs |= {"num_samples": 2, "logprobs": "processed", "top_logprobs": min(4, x.shape[1]), **KEPT}
         kwargs |= {"backend": "cpu", "on_invalid": "flag", **more}
         return fs.sample(x, **kwargs, seed=self.seeds[order], offset=self.offsets[order])
 
 
 def check(got: fs.SampleOutput, want: fs.SampleOutput, rows: Any = slice(None)) -> None:
     """Equal in everything, the logprobs to the bit: it is the same engine."""
-    for name in FIELDS:
+    for name in BY_ROW:
         a, b = getattr(got, name), getattr(want, name)[rows]
         kind = torch.int32 if a.dtype == torch.float32 else a.dtype
         assert torch.equal(a.view(kind), b.view(kind)), name
