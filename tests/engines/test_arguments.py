@@ -99,8 +99,12 @@ def test_every_output_has_its_words(more: bool) -> None:
     if more:
         out.filtered, out.probabilities, out.mode, out.logprobs = floats[0], floats[1], "processed", floats[2]
         out.ranks, out.top_ids, out.top_logprobs, out.num_top = tokens + 1, tokens + 2, floats[3], 2
+        out.kept_count, out.kept_bitmask, out.kept_slots = status + 1, tokens.int(), torch.zeros(3, 7).int()
+        out.log_kept_mass, out.entropy = floats[4, :, 0].clone(), floats[4, :, 1].clone()
     fields = native.LOGITS_FIELDS + native.OUTPUT_FIELDS
-    tensors = {name: getattr(out, name) for name in native.OUTPUT_FIELDS if hasattr(getattr(out, name), "data_ptr")}
+    given = {name: getattr(out, name, None) for name in native.OUTPUT_FIELDS}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == (13 if more else 2)
     assert words(native.call_arguments(logits, out), fields) == {
         **dict.fromkeys(fields, 0),
         "logits": logits.data_ptr(),
@@ -110,6 +114,7 @@ def test_every_output_has_its_words(more: bool) -> None:
         "dtype": 2,
         "num_samples": 2,
         "num_top": 2 if more else 0,
+        "num_slots": 7 if more else 0,
         "mode": 2 if more else 0,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     }
