@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import warnings
@@ -437,6 +438,14 @@ def wrong(simt: Simt, how: How) -> bool:
         return True
 
 
+def limit_memory() -> None:
+    """Wild numbers ask for wild amounts of memory: this process gets no more than 4 GB on top of what it has."""
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        most = int(pages.read_text().split()[0]) * resource.getpagesize() + 2**32
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
 def found_wrong(simt: Simt, how: How) -> bool:
     """The same in a child process, since a missing barrier may lead to a wild address."""
     for case in PROBES:
@@ -446,7 +455,12 @@ def found_wrong(simt: Simt, how: How) -> bool:
         child = os.fork()
     if child == 0:
         faulthandler.disable()
-        os._exit(wrong(simt, how))
+        found = True
+        try:
+            limit_memory()
+            found = wrong(simt, how)
+        finally:  # whatever was raised: the child must not go on with the parent's tests
+            os._exit(found)
     return os.waitpid(child, 0)[1] != 0
 
 
