@@ -30,7 +30,8 @@ C = TypeVar("C")
 
 def key(kind: str, params: SamplingParams | None, fields: dict[str, Any], options: Options) -> Hashable | None:
     """What equal calls have in common, or None for a call that cannot be repeated. Types count: 1 == 1.0 == True."""
-    if type(options.num_samples) is not int or type(options.top_logprobs) is not int:
+    numbers = type(options.num_samples), type(options.top_logprobs), type(options.kept_capacity)
+    if numbers != (int, int, int) or (type(options.kept_mass), type(options.entropy)) != (bool, bool):
         return None
     if params is None:
         types = tuple(map(type, fields.values()))
