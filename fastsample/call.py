@@ -285,6 +285,8 @@ class SampleCall(Call):
         self._last = None
         if self._sets is not None and not worth_keeping(self._sets):
             self._sets = None
+            if self._own is not None:
+                self._own.kept_bitmask = self._own.kept_slots = None
         if self._own is not None and (ours := self._template) is not None:
             self._own.tokens, self._own.status = ours.tokens, ours.status
             for name in self._filled:
