@@ -377,7 +377,7 @@ def test_flagged_rows() -> None:
 # A divided vocabulary ------------------------------------------------------------------------------------------------
 
 RANK = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 import fastsample as fs
 from fastsample.training import kept_logprobs
 from pathlib import Path
@@ -426,8 +426,9 @@ for tokens, kept in ((ids.clone(), (ids, ptr)), (torch.zeros(12).long(), (ids % 
         refused.append(str(error))
 assert refused[0] == "kept_ids (row 6): expected each of 1 ids in one rank's slice, found 0 there", refused
 assert refused[1] == "tokens = 0 (row 0): expected -1 or one of its 1 kept ids", refused
-print(compared)
+print(compared, flush=True)
 dist.destroy_process_group()
+os._exit(0)  # a thread of Gloo's that still frees a tensor would abort while Python's interpreter ends
 """
 
 
@@ -440,8 +441,12 @@ def test_ranks_that_share_a_vocabulary(cuts: tuple[int, ...], tmp_path: Path) ->
         subprocess.Popen([*command, str(rank), *map(str, cuts)], stdout=-1, stderr=-1, text=True, env=env)
         for rank in range(len(cuts) - 1)
     ]
-    for rank in started:
-        printed, errors = rank.communicate(timeout=120)
+    try:
+        ended = [rank.communicate(timeout=120) for rank in started]
+    finally:
+        for rank in started:
+            rank.kill()
+    for rank, (printed, errors) in zip(started, ended, strict=True):
         assert rank.returncode == 0, errors
         assert printed.split() == ["18"]
 
