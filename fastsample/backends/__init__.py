@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -60,6 +60,7 @@ class KeptSets:
         self.native: Any = None  # the same in native form, if an engine has made it
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One implementation of the contract."""
 
@@ -154,10 +155,12 @@ def _unknown(name: object, said: str = "backend") -> str:
     return f"{said} = {name!r}: expected 'auto' or one of {', '.join(map(repr, ORDER))}"
 
 
-def select(backend: str, logits: torch.Tensor) -> Engine:
+def select(backend: str | Engine, logits: torch.Tensor) -> Engine:
     """The engine for these logits. `auto` takes the first that can; any other name serves or raises with the reason."""
     said = "backend"
     if not isinstance(backend, str):  # may not even be hashable
+        if isinstance(backend, Engine):
+            return backend
         raise ValueError(_unknown(backend, said))
     if backend == "auto" and (wanted := os.environ.get("FASTSAMPLE_BACKEND")):
         backend, said = wanted, "FASTSAMPLE_BACKEND"

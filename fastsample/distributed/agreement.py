@@ -1,0 +1,58 @@
+"""Whether ranks agree about what they sample: found out once, before anything depends on it."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from fastsample.backends import DTYPES, MODES, Outputs
+from fastsample.distributed.wire import Wire
+from fastsample.inputs import Rows
+
+Tensor = torch.Tensor
+
+_BUFFERS = ("kept_count", "kept_bitmask", "log_kept_mass", "entropy")
+
+
+def require_agreement(
+    wire: Wire, start: int, vocab: int, own: Tensor, rows: Rows, out: Outputs, same_seeds: bool
+) -> None:
+    """Compare, in one message, everything that ranks must have in common.
+
+    Raises:
+        ValueError: on every rank alike; the message names the argument and the ranks.
+    """
+    numbers: dict[str, int] = {"vocab_size": vocab, "rows of logits": len(own), "logits.dtype": DTYPES[own.dtype]}
+    numbers |= {"num_samples": out.num_samples, "top_logprobs": out.num_top, "logprobs": MODES[out.mode]}
+    numbers |= {name: getattr(out, name) is not None for name in _BUFFERS}
+    digests: dict[str, Any] = {"the sampling parameters": rows.records, "offset": rows.offsets}
+    digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}
+    digests |= {"prompt_ids": rows.prompt_ids, "output_ids": rows.output_ids, "dry_breakers": rows.breakers}
+    digests |= {"draft_ids": rows.drafted_ids}
+    split = [start, own.shape[1]]
+    words = [*split, *numbers.values(), *map(digest, digests.values())]
+    told = wire.gather(torch.tensor(words, dtype=torch.int64, device=own.device)).tolist()
+    for at, name in enumerate((*numbers, *digests), len(split)):
+        for rank, theirs in enumerate(told):
+            if theirs[at] != told[0][at]:
+                has = f" ({theirs[at]}, and {told[0][at]} on rank 0)" if name in numbers else ""
+                raise ValueError(f"{name}: expected the same on every rank, rank {rank} differs from rank 0{has}")
+    end = 0
+    for rank, (begin, width, *_) in enumerate(told):
+        if begin != end and (width or begin < end):
+            raise ValueError(f"vocab_start = {begin} (rank {rank}): expected {end}, where the tokens before it end")
+        end = begin + width if width else end
+    if end != vocab:
+        raise ValueError(f"vocab_size = {vocab}: expected {end}, where the tokens of the last rank end")
+
+
+def digest(values: Any) -> int:
+    """64 bits that tell tensors from others."""
+    state = blake2b(digest_size=8)
+    for part in values if isinstance(values, tuple) else (values,):
+        if part is not None:
+            state.update(repr((part.dtype, part.shape)).encode())
+            state.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return int.from_bytes(state.digest(), "little", signed=True)

@@ -1,0 +1,164 @@
+"""The ranks of a group as an engine: it is asked about whole rows, of which each rank has a part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import pad
+
+from fastsample.backends import Engine, Outputs, select
+from fastsample.distributed.agreement import require_agreement
+from fastsample.distributed.filters import filters, xtc
+from fastsample.distributed.keys import IDS, everything
+from fastsample.distributed.local import NO_EDITS, is_edited, list_first, process, with_values
+from fastsample.distributed.outputs import Found, compact, translate, write_listed
+from fastsample.distributed.raw import write_raw
+from fastsample.distributed.row import SplitRow, status_of
+from fastsample.distributed.shard import Shard
+from fastsample.distributed.spread import write_spread
+from fastsample.distributed.wire import Wire
+from fastsample.inputs import Rows
+from fastsample.params import GREEDY_BELOW
+from fastsample.reference.process import NAN, POSITIVE_INFINITY, choice, columns
+
+Tensor = torch.Tensor
+
+LISTED = 256
+"""How many of its first tokens a rank tells the others, unless top-k alone decides."""
+MOST_LISTED = 1024
+
+
+@dataclass
+class Plan:
+    """How much of each row the ranks list, and whether that is all there is to know of it."""
+
+    count: int
+    enough: bool
+
+
+def plan_of(rows: Rows, vocab: int, out: Outputs) -> Plan:
+    params = columns(rows)
+    greedy, k = params["temperature"] < GREEDY_BELOW, params["top_k"]
+    cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
+    whole = (params["top_n_sigma"] > 0) | choice(params, "ties", "all")
+    whole = whole | (choice(params, "order", "joint") & (params["top_p"] < 1))
+    enough = greedy | (cut & ~whole)
+    most = int(torch.where(greedy, 1, torch.where(cut, k, 1)).max())
+    if bool(enough.all()) and out.mode != "raw" and out.log_kept_mass is None:
+        return Plan(most, True)
+    return Plan(max(most, LISTED, min(out.num_top, MOST_LISTED)), False)
+
+
+class SplitEngine(Engine):
+    """Rows of which this rank has the tokens from `start` on.
+
+    Args:
+        wire: the ranks.
+        start: the id of this rank's first token.
+        vocab: V, of the whole rows.
+        backend: the engine of this rank's own work.
+    """
+
+    name = "split"
+
+    def __init__(self, wire: Wire, start: int, vocab: int, backend: str) -> None:
+        self.wire, self.start, self.vocab, self._backend = wire, start, vocab, backend
+        self._agreed = False
+        self._own = torch.empty(0, 0)  # [B, V_r], of the next call
+        self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
+        self._same_seeds = True
+
+    def prepare(self, own: Tensor, mask: Tensor | None, same_seeds: bool) -> None:
+        """What this rank has of the next call's rows.
+
+        Args:
+            own: [B, V_r]; columns past the vocabulary are left out.
+            mask: int32 [B or 1, words], of these tokens.
+            same_seeds: whether all ranks have the same seeds, or are to take those of the first rank.
+        """
+        self._own = own[:, : max(0, self.vocab - self.start)]
+        self._mask, self._same_seeds = mask, same_seeds
+
+    def why_not(self, logits: Tensor | None) -> str | None:
+        return None
+
+    @torch.inference_mode()  # in which buffers of any kind may be written to
+    def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
+        if not self._agreed:
+            require_agreement(self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds)
+            self._agreed = True
+        if not len(self._own):
+            return 0
+        engine = select(self._backend, self._own)
+        plan = plan_of(rows, self.vocab, out)
+        x, wrong = self._processed(engine, rows)
+        listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count)
+        row = None if plan.enough else self._row(x, listed, ids, rows)
+        missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
+        listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
+        if row is None:
+            own_rows = Rows(with_values(rows.records, NO_EDITS), rows.seeds, rows.offsets)
+            own = compact(out, listed.shape[1])
+            invalid = engine.run(listed, own_rows, own)
+            translate(own, ids, out)
+            return invalid
+        found = self._decide(row, rows)
+        invalid = write_listed(found, listed, ids, rows, out)
+        if len(index := found.spread().nonzero()[:, 0]):
+            write_spread(found, index, rows, out, self.start)
+        if out.mode == "raw":
+            write_raw(self.wire, self._own, self.start, out)
+        return invalid
+
+    def _processed(self, engine: Engine, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Stages 1 to 3."""
+        if not self._own.shape[1] or not (is_edited(rows) or self._mask is not None):
+            return self._own, None
+        return process(engine, self._own, rows, self._mask, self.start, self.vocab)
+
+    def _exchange(
+        self, engine: Engine, x: Tensor, wrong: Tensor | None, rows: Rows, count: int
+    ) -> tuple[Tensor, Tensor, Rows]:
+        """What all ranks list of each row, in id order: logits float32 [B, N] and ids int64 [B, N], -1 past their ends.
+
+        A row that is invalid has a NaN, or an infinity, in front.
+        """
+        batch = len(x)
+        if x.shape[1]:
+            listed, ids, status = list_first(engine, x, rows, count)
+            status = status if wrong is None else torch.where(wrong > 0, wrong, status)
+            bad = torch.where(status == NAN, torch.nan, torch.inf)
+            listed[:, 0] = torch.where((status == NAN) | (status == POSITIVE_INFINITY), bad, listed[:, 0])
+        else:
+            listed = torch.full((batch, count), -torch.inf, device=x.device)
+            ids = torch.full((batch, count), -1, dtype=torch.int64, device=x.device)
+        words = (listed.view(torch.int32).to(torch.int64) << 32) | torch.where(ids >= 0, ids + self.start, IDS)
+        if not self._same_seeds:
+            words = torch.cat([words, rows.seeds[:, None]], 1)
+        found = self.wire.gather(words)
+        if not self._same_seeds:
+            rows = replace(rows, seeds=found[0, :, -1].clone())
+            found = found[:, :, :-1]
+        found = found.transpose(0, 1).reshape(batch, -1).contiguous()
+        ids = found & IDS
+        return (found >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1), rows
+
+    def _row(self, x: Tensor, listed: Tensor, ids: Tensor, rows: Rows) -> SplitRow:
+        """The rows as filters ask about them."""
+        params, valid = columns(rows), (status_of(listed) == 0)[:, None]
+        last = choice(params, "order", "temperature_last") | (params["temperature"] < GREEDY_BELOW)
+        judged_at = torch.where(last, 1.0, params["temperature"]).expand_as(valid)
+        peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
+        return SplitRow(self.wire, Shard(x, self.start, peak, judged_at), listed, ids, self.vocab)
+
+    def _decide(self, row: SplitRow, rows: Rows) -> Found:
+        """Stage 7."""
+        params = columns(rows)
+        greedy = (params["temperature"] < GREEDY_BELOW).expand_as(row.edge)
+        on = row.valid & ~greedy
+        kept = filters(everything(len(on), on.device), row, params, on)
+        top = xtc(kept, row, params, on)
+        kept = kept._replace(low=torch.where(greedy, row.keys[:, :1], kept.low))
+        drawn_at = torch.where(greedy, 1.0, params["temperature"])
+        return Found(row, kept, top, row.status, greedy, drawn_at, params["xtc_probability"])

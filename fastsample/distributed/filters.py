@@ -1,0 +1,207 @@
+"""Stage 7 for a row that is split over ranks: the contract's filters in terms of what may be asked of such a row.
+
+A filter that is off in a row asks nothing of it: answers may take a collective, which every rank must take part in.
+Each rank has the same parameters and gets the same answers, so all take the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from fastsample.distributed.keys import (
+    HIGHEST,
+    IDS,
+    LOWEST,
+    Kept,
+    from_value,
+    narrow_above,
+    narrow_below,
+    narrow_to_mass,
+    ordinal,
+    value,
+)
+from fastsample.reference.filters import top_p_target
+from fastsample.reference.mass import UNIT, mass_at
+from fastsample.reference.process import Params, choice
+
+Tensor = torch.Tensor
+
+
+class Sums(NamedTuple):
+    """Stage 6b's sums of a set of each row. All are int64 [B, 1]."""
+
+    mass: Tensor  # Z
+    deep_high: Tensor  # EH
+    deep_low: Tensor  # EL
+    square_high: Tensor  # HH
+    square_cross: Tensor  # HL
+    square_low: Tensor  # LL
+
+    def depth(self) -> Tensor:
+        """E, float64 [B, 1]."""
+        return (self.deep_high.double() * 2.0**20 + self.deep_low.double()) / self.mass.double()
+
+    def squares(self) -> Tensor:
+        """Q, float64 [B, 1]."""
+        high = self.square_high.double() * 2.0**20 + (2 * self.square_cross).double()
+        return high * 2.0**20 + self.square_low.double()
+
+
+class Row(Protocol):
+    """What a row must answer, for the rows where `on` [B, 1] holds; elsewhere answers mean nothing."""
+
+    peak: Tensor  # float32 [B, 1], the row's maximum
+    scale: Tensor  # float32 [B, 1], c at the temperature that filters judge at
+    vocab: int
+
+    def sums(self, kept: Kept, on: Tensor) -> Sums: ...
+
+    def heaviest(self, kept: Kept, on: Tensor) -> Tensor:
+        """The largest mass in a set, int64 [B, 1]."""
+
+    def deviation(self, on: Tensor) -> Tensor:
+        """sigma, float64 [B, 1]."""
+
+    def nth(self, n: Tensor, on: Tensor) -> Tensor:
+        """The key of the n-th token above -inf, from 1; the lowest there is where there are fewer."""
+
+    def reach(self, kept: Kept, target: Tensor, on: Tensor) -> Tensor:
+        """The key at which the mass of the set, in rank order, reaches the target."""
+
+    def nearest(self, kept: Kept, mean: Tensor, target: Tensor, on: Tensor) -> Tensor:
+        """The distance from the mean, float32, within which the mass of the set reaches the target."""
+
+    def last(self, kept: Kept, on: Tensor) -> tuple[Tensor, Tensor]:
+        """The last key of a set, and how many tokens it has, int64 [B, 1]."""
+
+
+Filter = Callable[[Kept, Row, Params, Tensor], Kept]
+
+
+def top_n_sigma(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    s = params["top_n_sigma"]
+    if not bool((on := on & (s > 0)).any()):
+        return kept
+    lowest = row.peak - (s.double() * row.deviation(on)).float()
+    return narrow_above(kept, torch.where(on, from_value(lowest), LOWEST))
+
+
+def top_k(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    k = params["top_k"].to(torch.int64).expand_as(kept.low)
+    if not bool((on := on & (k > 0) & (k < row.vocab)).any()):
+        return kept
+    last = row.nth(k, on)
+    last = torch.where(choice(params, "ties", "all"), last & ~IDS, last)
+    return narrow_above(kept, torch.where(on, last, LOWEST))
+
+
+def top_p(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    p = params["top_p"]
+    if not bool((on := on & (p < 1)).any()):
+        return kept
+    target = top_p_target(p, row.sums(kept, on).mass)
+    return narrow_above(kept, torch.where(on, row.reach(kept, target, on), LOWEST))
+
+
+def mass_floors(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    m = params["min_p"]
+    if not bool((on := on & (m > 0)).any()):
+        return kept
+    floor = (m.double() * row.heaviest(kept, on).double()).to(torch.int64)
+    return narrow_to_mass(kept, torch.where(on, floor, 0))
+
+
+def typical(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    t = params["typical_p"]
+    if not bool((on := on & (t < 1)).any()):
+        return kept
+    sums = row.sums(kept, on)
+    mean = (row.peak.double() - (sums.depth() * 2.0**-14) / row.scale.double()).float()
+    mean = torch.where(on, mean, 0)
+    limit = row.nearest(kept, mean, top_p_target(t, sums.mass), on)
+    kept = narrow_below(kept, torch.where(on, from_value(highest_near(mean, limit)) + IDS + 1, HIGHEST))
+    return narrow_above(kept, torch.where(on, from_value(-highest_near(-mean, limit)), LOWEST))
+
+
+def highest_near(mean: Tensor, limit: Tensor) -> Tensor:
+    """The highest float32 at most so far from the mean, as the difference is rounded."""
+    near, far = ordinal(mean), torch.full_like(ordinal(mean), int(ordinal(torch.tensor(torch.inf))))
+    for _ in range(33):
+        middle = (near + far) >> 1
+        within = value(middle) - mean <= limit
+        near, far = torch.where(within, middle, near), torch.where(within, far, middle)
+    return value(near)
+
+
+def measured_floors(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    for floor_of in (epsilon, eta, top_a, p_less):
+        kept = floor_of(kept, row, params, on)
+    return kept
+
+
+def epsilon(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    e = params["epsilon_cutoff"]
+    if not bool((on := on & (e > 0)).any()):
+        return kept
+    return threshold(kept, row, e.double() * row.sums(kept, on).mass.double(), on)
+
+
+def eta(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    e = params["eta_cutoff"].double()
+    if not bool((on := on & (e > 0)).any()):
+        return kept
+    sums = row.sums(kept, on)
+    typical_mass = mass_at(-(sums.depth() * 2.0**-14).float()).double()
+    return threshold(kept, row, torch.minimum(e * sums.mass.double(), e.sqrt() * typical_mass), on)
+
+
+def top_a(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    a, unit = params["top_a"].double(), 2.0**UNIT
+    if not bool((on := on & (a > 0)).any()):
+        return kept
+    return threshold(kept, row, (a * unit) * (unit / row.sums(kept, on).mass.double()), on)
+
+
+def p_less(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    if not bool((on := on & (params["p_less"] != 0)).any()):
+        return kept
+    sums = row.sums(kept, on)
+    return threshold(kept, row, sums.squares() / sums.mass.double(), on)
+
+
+def threshold(kept: Kept, row: Row, floor: Tensor, on: Tensor) -> Kept:
+    """Tokens of at least this mass; the heaviest one in any case."""
+    floor = torch.minimum(torch.where(on, floor, 0.0), row.heaviest(kept, on).double())
+    return narrow_to_mass(kept, torch.where(on, floor.to(torch.int64), 0))
+
+
+def xtc(kept: Kept, row: Row, params: Params, on: Tensor) -> Tensor:
+    """The key above which everything kept is excluded, int64 [B, 1]; the highest where nothing is."""
+    nothing = torch.full_like(kept.low, HIGHEST)
+    if not bool((on := on & (params["xtc_probability"] > 0)).any()):
+        return nothing
+    floor = (params["xtc_threshold"].double() * row.sums(kept, on).mass.double()).to(torch.int64)
+    last, count = row.last(narrow_to_mass(kept, torch.where(on, floor, 0)), on)
+    return torch.where(on & (count >= 2), last, nothing)
+
+
+SEQUENCES: dict[str, tuple[Filter, ...]] = {
+    "top_k_first": (top_n_sigma, top_k, top_p, mass_floors, typical, measured_floors),
+    "min_p_first": (top_n_sigma, mass_floors, top_k, top_p, typical, measured_floors),
+    "joint": (top_p, top_n_sigma, top_k, mass_floors, typical, measured_floors),
+    "temperature_last": (top_n_sigma, top_k, typical, top_p, mass_floors, measured_floors),
+}
+"""The filters of each order, first to last, as in the reference."""
+
+
+def filters(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
+    """Narrow each row's kept set where `on` [B, 1] holds, by its own order."""
+    for order, sequence in SEQUENCES.items():
+        chosen = on & choice(params, "order", order)
+        if bool(chosen.any()):
+            for narrow in sequence:
+                kept = narrow(kept, row, params, chosen)
+    return kept

@@ -1,0 +1,148 @@
+"""Rows as one rank sees them: global ids become its own, and an engine processes and lists its part."""
+
+from __future__ import annotations
+
+import torch
+
+from fastsample.backends import Engine, KeptSets, Outputs
+from fastsample.inputs import Bias, Rows
+from fastsample.kept import fill_lists
+from fastsample.outputs import empty
+from fastsample.params import write_columns
+from fastsample.reference.process import columns
+
+Tensor = torch.Tensor
+
+NO_FILTERS = {
+    **{"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "top_n_sigma": 0, "typical_p": 1},
+    **{"epsilon_cutoff": 0, "eta_cutoff": 0, "top_a": 0, "p_less": 0, "xtc_probability": 0, "ties": 0, "order": 0},
+}
+NO_EDITS = {
+    **{"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0},
+    **{"dry_multiplier": 0, "no_repeat_ngram_size": 0},
+}
+
+
+def with_values(records: Tensor, *values: dict[str, int]) -> Tensor:
+    """Records in which some fields have the same value in every row."""
+    records = records.clone()
+    for columns_ in values:
+        write_columns(records, columns_)
+    return records
+
+
+def is_edited(rows: Rows) -> bool:
+    return bool(rows.lists) or rows.bias is not None or rows.bitmask is not None
+
+
+def slice_mask(mask: Tensor, start: int, width: int) -> Tensor:
+    """The words of tokens start to start + width of a mask int32 [B or 1, words]."""
+    first, shift, words = start // 32, start % 32, -(-width // 32)
+    part = mask[:, first : first + words + 1].to(torch.int64) & (2**32 - 1)
+    if shift:
+        following = torch.nn.functional.pad(part[:, 1:], (0, 1))
+        part = (part >> shift | following << (32 - shift)) & (2**32 - 1)
+    return part[:, :words].to(torch.int32).contiguous()
+
+
+def both_masks(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """What both masks allow; tokens past the last word of either are not allowed."""
+    if one is None or other is None:
+        return other if one is None else one
+    shorter = min(one.shape[1], other.shape[1])
+    return one[:, :shorter] & other[:, :shorter]
+
+
+def slice_bias(bias: Bias, start: int, width: int) -> Bias:
+    """The entries of a bias for tokens start to start + width, by their own ids."""
+    own = (bias.ids >= start) & (bias.ids < start + width)
+    before = torch.nn.functional.pad(own.cumsum(0), (1, 0))
+    return Bias(before[bias.row_ptr], bias.ids[own] - start, bias.values[own], width)
+
+
+class LocalIds:
+    """Global ids as those of a rank's own columns.
+
+    DRY and the ban of n-grams compare all of a history, whichever rank has its tokens: each of the others gets a column
+    behind the rank's own.
+    """
+
+    def __init__(self, rows: Rows, start: int, width: int, vocab: int, compares: bool) -> None:
+        self._start, self._width, self._vocab = start, width, vocab
+        self.others = torch.empty(0, dtype=torch.int64)
+        if compares:
+            given = [ids.flatten() for ids in (*rows.lists, rows.breakers) if ids is not None]
+            everyone = torch.cat(given) if given else self.others
+            other = (everyone >= 0) & (everyone < vocab) & ~self._is_own(everyone)
+            self.others = torch.unique(everyone[other])
+
+    def _is_own(self, ids: Tensor) -> Tensor:
+        return (ids >= self._start) & (ids < self._start + self._width)
+
+    def of(self, ids: Tensor | None) -> Tensor | None:
+        """int64 of the same shape; -1 where an id has no column."""
+        if ids is None:
+            return None
+        if not len(self.others):
+            return torch.where(self._is_own(ids), ids - self._start, -1)
+        at = torch.searchsorted(self.others, ids.contiguous()).clamp(max=len(self.others) - 1)
+        other = torch.where(self.others[at] == ids, self._width + at, -1)
+        return torch.where(self._is_own(ids), ids - self._start, other)
+
+
+def process(
+    engine: Engine, logits: Tensor, rows: Rows, mask: Tensor | None, start: int, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """Stages 1 to 3 of a rank's logits [B, V_r]: float32 [B, V_r], and what is wrong with each row, int32 [B].
+
+    `mask` int32 [B or 1, ceil(V_r / 32)] is of the rank's own tokens, that of `rows` of all.
+    """
+    width = logits.shape[1]
+    params = columns(rows)
+    compares = bool(((params["dry_multiplier"] > 0) | (params["no_repeat_ngram_size"] > 0)).any())
+    local = LocalIds(rows, start, width, vocab, compares)
+    if len(local.others):
+        logits = torch.nn.functional.pad(logits, (0, len(local.others)), value=-torch.inf)
+    own = Rows(
+        with_values(rows.records, NO_FILTERS),
+        rows.seeds,
+        rows.offsets,
+        both_masks(mask, None if rows.bitmask is None else slice_mask(rows.bitmask, start, width)),
+        None if rows.bias is None else slice_bias(rows.bias, start, width),
+        local.of(rows.prompt_ids),
+        local.of(rows.output_ids),
+        local.of(rows.breakers),
+        local.of(rows.drafted_ids),
+        rows.requests,
+    )
+    x = empty(logits.shape, torch.float32, logits.device)
+    status = empty((len(logits),), torch.int32, logits.device)
+    engine.run(logits, own, Outputs(status, filtered=x))
+    return x[:, :width], status
+
+
+def list_first(engine: Engine, x: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first tokens of each row's rank order, in id order: logits float32 [B, count], ids int64, status int32 [B].
+
+    Where there are fewer, logits are -inf and ids -1.
+    """
+    batch, width = x.shape
+    device = x.device
+    records = with_values(rows.records[:1], NO_FILTERS, NO_EDITS, {"top_k": min(count, width)})
+    own = Rows(records, rows.seeds, rows.offsets)
+    out = Outputs(empty((batch,), torch.int32, device), empty((batch,), torch.int64, device))
+    out.kept_count = empty((batch,), torch.int32, device)
+    ids = torch.empty(batch, count, dtype=torch.int32, device=device)
+    if engine.kept_slots:
+        out.kept_slots = ids
+        engine.run(x, own, out)
+    else:
+        out.kept_bitmask = empty((batch, -(-width // 32)), torch.int32, device)
+        engine.run(x, own, out)
+        flat, row_ptr = torch.empty_like(ids).view(-1), empty((batch + 1,), torch.int64, device)
+        fill_lists(engine, out.kept_count, KeptSets(out.kept_bitmask), 0, flat, row_ptr)
+        places = row_ptr[:-1, None] + torch.arange(count, device=device)
+        ids = flat[places.clamp(max=flat.numel() - 1)]
+    ids = torch.where(torch.arange(count, device=device) < out.kept_count[:, None], ids, -1).to(torch.int64)
+    listed = torch.where(ids >= 0, x.gather(1, ids.clamp(min=0)).float(), -torch.inf)
+    return listed, ids, out.status

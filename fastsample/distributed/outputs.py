@@ -1,0 +1,123 @@
+"""Stage 8 and the outputs of rows whose kept tokens are all listed, and what other outputs share with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import pad
+
+from fastsample.backends import Outputs
+from fastsample.backends.reference import write
+from fastsample.distributed.keys import Kept, everything
+from fastsample.distributed.row import SplitRow
+from fastsample.inputs import Rows
+from fastsample.outputs import empty
+from fastsample.reference import Distribution, drawn_masses, first
+from fastsample.reference.mass import UNIT, mass_at, scale_of
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Found:
+    """What stage 7 leaves of rows."""
+
+    row: SplitRow
+    kept: Kept
+    top: Tensor  # int64 [B, 1]: what is kept above that key XTC may exclude
+    status: Tensor  # int32 [B]
+    greedy: Tensor  # bool [B, 1]
+    drawn_at: Tensor  # float32 [B, 1]
+    coin: Tensor  # float32 [B or 1, 1]
+
+    def spread(self) -> Tensor:
+        """Whether a row keeps tokens that are not listed, bool [B]."""
+        row = self.row
+        return (row.valid & ~self.greedy & ~row.lists(self.kept))[:, 0]
+
+    def all_mass(self) -> Tensor:
+        """The mass of all tokens above -inf, as they are drawn, int64 [B, 1]."""
+        row = self.row
+        if torch.equal(row.shard.temperature, self.drawn_at):
+            return row.whole()[:, :1]
+        shard = row.shard.at(self.drawn_at)
+        return row.wire.total(shard.sums(everything(len(row.edge), row.edge.device)))[:, :1]
+
+
+def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
+    """The listed tokens of rows that keep no others as if they were all there are, in id order.
+
+    Args:
+        listed: float32 [B, N].
+        with_rest: whether a last column has the mass of all tokens that are not listed.
+    """
+    row, valid = found.row, (found.status == 0)[:, None]
+    kept = row.held(found.kept) & valid
+    excluded = kept & (row.keys > found.top)
+    kept = kept & ~(excluded & (found.coin == 1))
+    w = mass_at((listed - row.peak) * scale_of(found.drawn_at)) * (listed > -torch.inf)
+    weighs = (kept & (w.gather(1, row.order) > 0)).any(-1, keepdim=True)
+    kept, excluded = torch.where(weighs, kept, first(kept)), excluded & weighs
+    alone = torch.full_like(w, 2**UNIT)
+    whole, rest = (drawn_masses(w, alone, set_, row.order) for set_ in (kept, kept & ~excluded))
+    by_id = torch.zeros_like(kept).scatter(1, row.order, kept)
+    if not with_rest:
+        return Distribution(listed, found.status, by_id, found.greedy[:, 0], whole, rest, w, found.coin)
+    x, by_id, whole, rest = (pad(t, (0, 1)) for t in (listed, by_id, whole, rest))
+    x[:, -1] = -torch.inf
+    w = torch.cat([w, found.all_mass() - w.sum(-1, keepdim=True)], 1)
+    return Distribution(x, found.status, by_id, found.greedy[:, 0], whole, rest, w, found.coin)
+
+
+def compact(out: Outputs, width: int) -> Outputs:
+    """Buffers like those of `out` for rows of fewer tokens: what tells no id is the same buffer."""
+    own = replace(out, kept_bitmask=None, names=None, restore=False)
+    if out.kept_bitmask is not None:
+        own.kept_bitmask = empty((out.status.shape[0], -(-width // 32)), torch.int32, out.status.device)
+    return own
+
+
+def translate(own: Outputs, ids: Tensor, out: Outputs) -> None:
+    """Give `out` the ids [B, N] of the places that `own` has."""
+    for name in ("tokens", "top_ids"):
+        if (places := getattr(own, name)) is not None:
+            table = places.view(len(ids), -1)
+            table.copy_(torch.where(table < 0, -1, ids.gather(1, table.clamp(min=0))))
+    if own.kept_bitmask is not None and out.kept_bitmask is not None:
+        set_bits(out.kept_bitmask, listed_bits(own.kept_bitmask, ids.shape[1]), ids)
+
+
+def listed_bits(words: Tensor, width: int) -> Tensor:
+    """The bits of masks int32 [B, words], bool [B, width]."""
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> places) & 1).flatten(1)[:, :width].bool()
+
+
+def set_bits(words: Tensor, held: Tensor, ids: Tensor) -> None:
+    """Make masks int32 [B, words] of those ids [B, N] that are held."""
+    flat = torch.zeros(words.shape, dtype=torch.int64, device=words.device)
+    flat.view(len(ids), -1).scatter_add_(1, (ids.clamp(min=0) >> 5), held.to(torch.int64) << (ids.clamp(min=0) & 31))
+    words.copy_(flat.to(torch.int32))
+
+
+def write_listed(found: Found, listed: Tensor, ids: Tensor, rows: Rows, out: Outputs) -> int:
+    """The outputs of rows whose kept tokens are all listed; those of others mean nothing yet."""
+    dist = distribution(found, listed, out.log_kept_mass is not None)
+    ids = pad(ids, (0, dist.x.shape[1] - ids.shape[1]), value=-1)
+    own = compact(out, dist.x.shape[1])
+    if out.mode == "raw":
+        own.mode = own.logprobs = own.ranks = own.top_ids = own.top_logprobs = None
+    invalid = write(dist, listed, rows, own)
+    translate(own, ids, out)
+    return invalid
+
+
+def pick(table: Tensor, at: Tensor, here: Tensor, other: float) -> Tensor:
+    return torch.where(here, table.gather(1, at), other) if table.shape[1] else table.new_full(at.shape, other)
+
+
+def put(buffer: Tensor | None, index: Tensor, values: Tensor) -> None:
+    if buffer is not None:
+        rows = buffer.view(-1, *values.shape[1:]) if values.ndim > 1 else buffer.view(-1)
+        rows[index] = values.to(buffer.dtype)

@@ -1,0 +1,64 @@
+"""Messages between the ranks of a group: one packed all-gather per round, and who is at fault where it fails."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+Tensor = torch.Tensor
+
+
+class Wire:
+    """The ranks of a process group; without one, a single rank.
+
+    Attributes:
+        rounds: collectives so far.
+        sent: bytes that this rank has sent in them to each other rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rounds = self.sent = 0
+        if self.rank < 0:
+            raise ValueError("group: expected a process group of which this process is a rank")
+
+    def gather(self, words: Tensor) -> Tensor:
+        """What every rank gives, int64 [R, *shape], given int64 of the same shape on each.
+
+        Raises:
+            RuntimeError: a rank did not answer within the group's timeout; the message says which.
+        """
+        if self.group is None or self.size == 1:
+            return words.unsqueeze(0)
+        words = words.contiguous()
+        found = words.new_empty((self.size, *words.shape))
+        self.rounds += 1
+        self.sent += words.nbytes
+        try:
+            dist.all_gather_into_tensor(found.view(-1), words.view(-1), group=self.group)
+        except RuntimeError as error:
+            lost = self._lost(self.group)
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: no answer from {lost} in round {self.rounds}: {error}"
+            ) from error
+        return found
+
+    def total(self, words: Tensor) -> Tensor:
+        """The sum of what every rank gives, int64."""
+        return self.gather(words).sum(0)
+
+    def _lost(self, group: dist.ProcessGroup) -> str:
+        """Which ranks are gone: each rank that is left finds its connections to them closed."""
+        lost = []
+        for other in range(self.size):
+            if other == self.rank:
+                continue
+            try:
+                dist.send(torch.zeros(1), dist.get_global_rank(group, other), group, tag=1)
+            except RuntimeError:
+                lost.append(other)
+        return f"rank {', '.join(map(str, lost))}" if lost else "some rank"
