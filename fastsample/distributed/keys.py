@@ -16,7 +16,8 @@ HIGHEST = 2**63 - 1
 def ordinal(x: Tensor) -> Tensor:
     """Integers in the order of float32 x, int64; equal for -0.0 and +0.0."""
     bits = x.view(torch.int32).to(torch.int64)
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    found: Tensor = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    return found
 
 
 def value(ordinals: Tensor) -> Tensor:
