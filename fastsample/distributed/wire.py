@@ -30,7 +30,7 @@ class Wire:
         """What every rank gives, int64 [R, *shape], given int64 of the same shape on each.
 
         Raises:
-            RuntimeError: a rank did not answer within the group's timeout; the message says which.
+            RuntimeError: a rank did not answer within the group's timeout; the message says which ranks are gone.
         """
         if self.group is None or self.size == 1:
             return words.unsqueeze(0)
@@ -42,23 +42,22 @@ class Wire:
             dist.all_gather_into_tensor(found.view(-1), words.view(-1), group=self.group)
         except RuntimeError as error:
             lost = self._lost(self.group)
-            raise RuntimeError(
-                f"rank {self.rank} of {self.size}: no answer from {lost} in round {self.rounds}: {error}"
-            ) from error
+            what = f"lost the connection to rank {', '.join(map(str, lost))}" if lost else "no answer from some rank"
+            raise RuntimeError(f"rank {self.rank} of {self.size}: {what} in round {self.rounds}: {error}") from error
         return found
 
     def total(self, words: Tensor) -> Tensor:
         """The sum of what every rank gives, int64."""
         return self.gather(words).sum(0)
 
-    def _lost(self, group: dist.ProcessGroup) -> str:
-        """Which ranks are gone: each rank that is left finds its connections to them closed."""
+    def _lost(self, group: dist.ProcessGroup) -> list[int]:
+        """Which ranks have closed their connections. Gloo refuses to send to them at once; nobody waits for others."""
         lost = []
-        for other in range(self.size):
-            if other == self.rank:
-                continue
-            try:
-                dist.send(torch.zeros(1), dist.get_global_rank(group, other), group, tag=1)
-            except RuntimeError:
-                lost.append(other)
-        return f"rank {', '.join(map(str, lost))}" if lost else "some rank"
+        for other in range(self.size if dist.get_backend(group) == "gloo" else 0):
+            if other != self.rank:
+                try:
+                    dist.isend(torch.zeros(1), dist.get_global_rank(group, other), group, tag=1)
+                except RuntimeError as error:
+                    if "Application timeout" not in str(error):  # then it is this rank that has closed it
+                        lost.append(other)
+        return lost
