@@ -9,9 +9,10 @@ from torch.nn.functional import pad
 
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import require_agreement
-from fastsample.distributed.filters import filters, xtc
+from fastsample.distributed.filters import filters, uses_sums, xtc
 from fastsample.distributed.keys import IDS, everything
 from fastsample.distributed.local import NO_EDITS, is_edited, list_first, process, with_values
+from fastsample.distributed.native import NativeShard
 from fastsample.distributed.outputs import Found, compact, translate, write_listed
 from fastsample.distributed.raw import write_raw
 from fastsample.distributed.row import SplitRow, status_of
@@ -94,7 +95,7 @@ class SplitEngine(Engine):
         plan = plan_of(rows, self.vocab, out)
         x, wrong = self._processed(engine, rows)
         listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count)
-        row = None if plan.enough else self._row(x, listed, ids, rows)
+        row = None if plan.enough else self._row(engine, x, listed, ids, rows)
         missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
         listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
         if row is None:
@@ -144,13 +145,16 @@ class SplitEngine(Engine):
         ids = found & IDS
         return (found >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1), rows
 
-    def _row(self, x: Tensor, listed: Tensor, ids: Tensor, rows: Rows) -> SplitRow:
+    def _row(self, engine: Engine, x: Tensor, listed: Tensor, ids: Tensor, rows: Rows) -> SplitRow:
         """The rows as filters ask about them."""
         params, valid = columns(rows), (status_of(listed) == 0)[:, None]
-        last = choice(params, "order", "temperature_last") | (params["temperature"] < GREEDY_BELOW)
-        judged_at = torch.where(last, 1.0, params["temperature"]).expand_as(valid)
+        drawn_at = torch.where(params["temperature"] < GREEDY_BELOW, 1.0, params["temperature"]).expand_as(valid)
+        judged_at = torch.where(choice(params, "order", "temperature_last"), 1.0, drawn_at)
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
-        return SplitRow(self.wire, Shard(x, self.start, peak, judged_at), listed, ids, self.vocab)
+        products, spread = (bool(on.any()) for on in uses_sums(params))
+        native = engine.name == "cpu" and x.shape[1]
+        shard = (NativeShard if native else Shard)(x, self.start, peak, judged_at, drawn_at)
+        return SplitRow(self.wire, shard, listed, ids, self.vocab, (products, spread))
 
     def _decide(self, row: SplitRow, rows: Rows) -> Found:
         """Stage 7."""
@@ -160,5 +164,4 @@ class SplitEngine(Engine):
         kept = filters(everything(len(on), on.device), row, params, on)
         top = xtc(kept, row, params, on)
         kept = kept._replace(low=torch.where(greedy, row.keys[:, :1], kept.low))
-        drawn_at = torch.where(greedy, 1.0, params["temperature"])
-        return Found(row, kept, top, row.status, greedy, drawn_at, params["xtc_probability"])
+        return Found(row, kept, top, row.status, greedy, params["xtc_probability"])

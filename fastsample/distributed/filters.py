@@ -205,3 +205,9 @@ def filters(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
             for narrow in sequence:
                 kept = narrow(kept, row, params, chosen)
     return kept
+
+
+def uses_sums(params: Params) -> tuple[Tensor, Tensor]:
+    """Which rows' filters may ask for products of masses, and for the deviation of a whole row."""
+    products = (params["typical_p"] < 1) | (params["eta_cutoff"] > 0) | (params["p_less"] != 0)
+    return products, params["top_n_sigma"] > 0

@@ -28,7 +28,6 @@ class Found:
     top: Tensor  # int64 [B, 1]: what is kept above that key XTC may exclude
     status: Tensor  # int32 [B]
     greedy: Tensor  # bool [B, 1]
-    drawn_at: Tensor  # float32 [B, 1]
     coin: Tensor  # float32 [B or 1, 1]
 
     def spread(self) -> Tensor:
@@ -39,10 +38,10 @@ class Found:
     def all_mass(self) -> Tensor:
         """The mass of all tokens above -inf, as they are drawn, int64 [B, 1]."""
         row = self.row
-        if torch.equal(row.shard.temperature, self.drawn_at):
+        if torch.equal(row.shard.judged_at, row.shard.drawn_at):
             return row.whole()[:, :1]
-        shard = row.shard.at(self.drawn_at)
-        return row.wire.total(shard.sums(everything(len(row.edge), row.edge.device)))[:, :1]
+        all_ = everything(len(row.edge), row.edge.device)
+        return row.wire.total(row.shard.as_drawn().sums(all_, products=False))[:, :1]
 
 
 def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
@@ -56,7 +55,7 @@ def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
     kept = row.held(found.kept) & valid
     excluded = kept & (row.keys > found.top)
     kept = kept & ~(excluded & (found.coin == 1))
-    w = mass_at((listed - row.peak) * scale_of(found.drawn_at)) * (listed > -torch.inf)
+    w = mass_at((listed - row.peak) * scale_of(row.shard.drawn_at)) * (listed > -torch.inf)
     weighs = (kept & (w.gather(1, row.order) > 0)).any(-1, keepdim=True)
     kept, excluded = torch.where(weighs, kept, first(kept)), excluded & weighs
     alone = torch.full_like(w, 2**UNIT)
