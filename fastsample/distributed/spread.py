@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
 from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, NO_KEY, narrow_below, value
-from fastsample.distributed.outputs import Found, put
+from fastsample.distributed.outputs import Found, log_share, put
 from fastsample.distributed.shard import Drawn, Shard, mixture
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
@@ -57,7 +57,7 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
         entropy = told[:, :, 2 * n].contiguous().view(torch.float64).sum(0)
         put(out.entropy, index, torch.where(lone.whole[:, 0], 0.0, entropy))
     if out.log_kept_mass is not None:
-        put(out.log_kept_mass, index, _log_share(drawn.total, found.all_mass()[index, 0]))
+        put(out.log_kept_mass, index, log_share(drawn.total, found.all_mass()[index, 0]))
     if out.kept_bitmask is not None:
         put(out.kept_bitmask, index, _all_bits(wire, bits, start, out.kept_bitmask.shape[-1], lone))
     if not reports:
@@ -118,13 +118,6 @@ def _probability(shard: Shard, drawn: Drawn, lone: Lone, keys: Tensor) -> Tensor
     p = mixture(w, torch.where(keys > drawn.top, 0, w), drawn)
     p = torch.where(lone.rest & (keys == lone.first_rest), p + drawn.coin.double(), p)
     return torch.where(lone.whole, 1.0, p)
-
-
-def _log_share(kept: Tensor, everything_: Tensor) -> Tensor:
-    """log(kept / all); where little is left out, by that."""
-    out = everything_ - kept
-    near = torch.log1p((-out).double() / everything_.double())
-    return torch.where(2 * out < everything_, near, (kept.double() / everything_.double()).log())
 
 
 def _all_bits(wire: Wire, bits: Tensor, start: int, words: int, lone: Lone) -> Tensor:
