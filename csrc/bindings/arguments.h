@@ -39,6 +39,10 @@ struct type_caster<fastsample::RowArguments> : record_caster<fastsample::RowArgu
 template <>
 struct type_caster<fastsample::DraftArguments> : record_caster<fastsample::DraftArguments> {};
 template <>
+struct type_caster<fastsample::LogitsArguments> : record_caster<fastsample::LogitsArguments> {};
+template <>
+struct type_caster<fastsample::PartArguments> : record_caster<fastsample::PartArguments> {};
+template <>
 struct type_caster<fastsample::CallArguments> : record_caster<fastsample::CallArguments> {};
 
 }  // namespace pybind11::detail

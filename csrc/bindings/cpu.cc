@@ -158,6 +158,16 @@ int64_t verify(const RowArguments& rows, const CallArguments& call, const DraftA
                      [&](const auto& stop) { return verify_batch(batch, threads, stop); });
 }
 
+void answer(const LogitsArguments& l, const PartArguments& ask, int threads) {
+  const Part part = {{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab,
+                      (DType)l.dtype, (InputKind)l.input},
+                     ask};
+  without_gil(Batch{}, false, [&](const auto&) -> int64_t {
+    answer_part(part, threads);
+    return 0;
+  });
+}
+
 // The next step of every sequence, in offsets that Python owns.
 void advance(const RowArguments& rows) {
   int64_t* offsets = (int64_t*)rows.offsets;
@@ -190,6 +200,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         "Sample the rows of drafts as far as these are right; returns the number of invalid ones.");
   m.def("end_kept", &fs::end_kept_at, "Where each row's ids end; returns how many there are.");
   m.def("list_kept", &fs::list_kept_at, "List the ids of each row's set.");
+  m.def("answer", &fs::answer, "Answer what is asked of a part of rows.");
   m.def("advance", &fs::advance, "Add 1 to every offset.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def(

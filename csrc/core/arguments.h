@@ -60,6 +60,24 @@ FASTSAMPLE_RECORD(DraftArguments,  // of a call that verifies drafts
                   draft_status,    // int32 [requests]
                   arrivals);       // int32 [requests], zeros; 0 for the CPU engine
 
+// Rows that are split over ranks, of which a rank has a part: what it is asked of each.
+FASTSAMPLE_RECORD(PartQuery,            //
+                  high, low, floor,     // of a kept set; places in the rank order as keys
+                  top,                  // of the last token that XTC never excludes, as a key
+                  coin,                 // float: how likely it excludes those before
+                  peak,                 // float: the whole row's maximum
+                  scale, judged_scale,  // floats
+                  total, rest);         // masses of the whole set, and of what XTC leaves of it
+
+FASTSAMPLE_RECORD(PartArguments,   //
+                  queries,         // PartQuery [B]
+                  start,           // the id of the part's first token
+                  question,        // PartQuestion
+                  wants,           // bits, of the question
+                  count, details,  // int64 [B, count]
+                  answers, words,  // int64 [B, words]
+                  bitmask);        // int32 [B, ceil(V / 32)], of the part
+
 #undef FASTSAMPLE_RECORD
 
 // All records, each with its fields: what Python compares with its own.
@@ -68,7 +86,9 @@ constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(
                                        {"ROW_FIELDS", kRowArguments},
                                        {"LOGITS_FIELDS", kLogitsArguments},
                                        {"OUTPUT_FIELDS", kOutputArguments},
-                                       {"DRAFT_FIELDS", kDraftArguments}};
+                                       {"DRAFT_FIELDS", kDraftArguments},
+                                       {"PART_FIELDS", kPartArguments},
+                                       {"PART_QUERY_FIELDS", kPartQuery}};
 #undef FASTSAMPLE_NAME
 
 // What every call passes anew.

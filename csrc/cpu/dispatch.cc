@@ -307,6 +307,27 @@ void list_kept(const KeptSets& sets, const int64_t* row_ptr, int32_t* ids, int64
   std::fill(ids + total, ids + room, -1);
 }
 
+void answer_part(const Part& part, int threads) {
+  constexpr int64_t kLogitsPerThread = 1 << 16;
+  const Logits& l = part.logits;
+  OwnScratch own;
+  if (!own.outermost()) threads = 1;
+  const int64_t useful = std::min(l.rows, l.rows * l.vocab / kLogitsPerThread + 1);
+  std::atomic<int64_t> next{0};
+  const auto work = [&](Scratch& scratch) {
+    const platform::FloatEnvironment environment;
+    const Workspace workspace = scratch.workspace(l.vocab, 0, 0, false);
+    for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < l.rows;) {
+      kernel().answer(part, r, workspace);
+    }
+  };
+  run_on_threads((int)std::min<int64_t>(threads, useful), [&](int thread) {
+    if (thread == 0) return work(own.get());
+    OwnScratch helpers;
+    work(helpers.get());
+  });
+}
+
 int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()>& stop) {
   const Drafts& drafts = batch.drafts;
   const int64_t requests = batch.logits.rows / (drafts.count + 1);

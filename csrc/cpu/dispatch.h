@@ -31,6 +31,9 @@ int64_t sample_batch(const Batch& batch, int threads, const std::function<bool()
 // row; returns how many results end at an invalid row.
 int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()>& stop = {});
 
+// Answers what is asked of each row of a part of rows that are split over ranks.
+void answer_part(const Part& part, int threads);
+
 // What sample_batch has left of kept sets: the ids of those that fit in slots, the bits of others.
 struct KeptSets {
   int64_t rows, words, num_slots;

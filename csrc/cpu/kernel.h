@@ -1,7 +1,7 @@
 // What dispatch.cc and the per-ISA translation units agree on.
 #pragma once
 
-#include "core/rows.h"
+#include "core/arguments.h"
 
 namespace fastsample {
 
@@ -72,6 +72,12 @@ struct Workspace {
   const void* ahead;     // the row that this thread will probably take next, or null
 };
 
+// A rank's part of rows, and what is asked of it (cpu/part.h).
+struct Part {
+  Logits logits;
+  PartArguments ask;
+};
+
 // One per ISA: the only global symbol of its translation unit.
 struct Kernel {
   const char* isa;
@@ -80,6 +86,8 @@ struct Kernel {
   Status (*sample_row)(const Batch& batch, int64_t row, Draws draws, const Workspace& workspace);
   // Lists the bits of n words, of which `total` are set.
   void (*list_bits)(const int32_t* words, int64_t n, int32_t* ids, int64_t total);
+  // Answers what is asked of a row of a part.
+  void (*answer)(const Part& part, int64_t row, const Workspace& workspace);
 };
 
 }  // namespace fastsample

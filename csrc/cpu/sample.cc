@@ -3,6 +3,7 @@
 #include "cpu/candidates.h"
 #include "cpu/filters.h"
 #include "cpu/outputs.h"
+#include "cpu/part.h"
 #include "cpu/plan.h"
 #include "cpu/process.h"
 
@@ -129,7 +130,7 @@ Status sample_row(const Batch& batch, int64_t r, Draws draws, const Workspace& w
 }  // namespace
 
 extern const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA);
-const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA) = {FASTSAMPLE_STRING(FASTSAMPLE_ISA),
-                                                  FASTSAMPLE_VECTOR_BYTES, sample_row, list_bits};
+const Kernel FASTSAMPLE_KERNEL(FASTSAMPLE_ISA) = {
+    FASTSAMPLE_STRING(FASTSAMPLE_ISA), FASTSAMPLE_VECTOR_BYTES, sample_row, list_bits, answer_part};
 
 }  // namespace fastsample

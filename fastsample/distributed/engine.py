@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import require_agreement
-from fastsample.distributed.filters import filters, xtc
-from fastsample.distributed.keys import IDS, everything
-from fastsample.distributed.local import NO_EDITS, is_edited, list_first, process, with_values
+from fastsample.distributed.filters import filters, uses, xtc
+from fastsample.distributed.keys import HIGHEST, IDS, everything
+from fastsample.distributed.local import is_edited, list_first, process, without_edits
+from fastsample.distributed.native import NativeShard
 from fastsample.distributed.outputs import Found, compact, translate, write_listed
 from fastsample.distributed.raw import write_raw
 from fastsample.distributed.row import SplitRow, status_of
@@ -20,7 +21,7 @@ from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 from fastsample.params import GREEDY_BELOW
-from fastsample.reference.process import NAN, POSITIVE_INFINITY, choice, columns
+from fastsample.reference.process import NAN, POSITIVE_INFINITY, choice, columns_of
 
 Tensor = torch.Tensor
 
@@ -29,25 +30,39 @@ LISTED = 256
 MOST_LISTED = 1024
 
 
-@dataclass
 class Plan:
-    """How much of each row the ranks list, and whether that is all there is to know of it."""
+    """What the parameters of rows ask for, which lasts while these stay the same."""
 
-    count: int
-    enough: bool
+    def __init__(self, records: Tensor, vocab: int) -> None:
+        self.records, self.version = records, _version(records)
+        self.params = params = columns_of(records)
+        self.used = uses(params)
+        self.greedy = params["temperature"] < GREEDY_BELOW
+        self.drawn_at = torch.where(self.greedy, 1.0, params["temperature"])
+        self.judged_at = torch.where(choice(params, "order", "temperature_last"), 1.0, self.drawn_at)
+        k = params["top_k"]
+        cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
+        whole = (params["top_n_sigma"] > 0) | choice(params, "ties", "all")
+        whole = whole | (choice(params, "order", "joint") & (params["top_p"] < 1))
+        self.cut_short = bool((self.greedy | (cut & ~whole)).all())
+        self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
+        self.products = any(name in self.used for name in ("typical", "eta", "p_less"))
+
+    def holds(self, records: Tensor) -> bool:
+        return records is self.records and self.version == _version(records) and self.version >= 0
+
+    def is_enough(self, out: Outputs) -> bool:
+        """Whether the first tokens of each rank tell all that is asked."""
+        return self.cut_short and out.mode != "raw" and out.log_kept_mass is None
+
+    def count(self, out: Outputs) -> int:
+        """How many tokens a rank lists."""
+        return self.most if self.is_enough(out) else max(self.most, LISTED, out.num_top)
 
 
-def plan_of(rows: Rows, vocab: int, out: Outputs) -> Plan:
-    params = columns(rows)
-    greedy, k = params["temperature"] < GREEDY_BELOW, params["top_k"]
-    cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
-    whole = (params["top_n_sigma"] > 0) | choice(params, "ties", "all")
-    whole = whole | (choice(params, "order", "joint") & (params["top_p"] < 1))
-    enough = greedy | (cut & ~whole)
-    most = int(torch.where(greedy, 1, torch.where(cut, k, 1)).max())
-    if bool(enough.all()) and out.mode != "raw" and out.log_kept_mass is None:
-        return Plan(most, True)
-    return Plan(max(most, LISTED, min(out.num_top, MOST_LISTED)), False)
+def _version(records: Tensor) -> int:
+    """Which of its values a tensor has; -1 where nobody counts."""
+    return -1 if records.is_inference() else records._version
 
 
 class SplitEngine(Engine):
@@ -65,6 +80,7 @@ class SplitEngine(Engine):
     def __init__(self, wire: Wire, start: int, vocab: int, backend: str) -> None:
         self.wire, self.start, self.vocab, self._backend = wire, start, vocab, backend
         self._agreed = False
+        self._plan: Plan | None = None  # of the last call
         self._own = torch.empty(0, 0)  # [B, V_r], of the next call
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
         self._same_seeds = True
@@ -91,20 +107,21 @@ class SplitEngine(Engine):
         if not len(self._own):
             return 0
         engine = select(self._backend, self._own)
-        plan = plan_of(rows, self.vocab, out)
+        if self._plan is None or not self._plan.holds(rows.records):
+            self._plan = Plan(rows.records, self.vocab)
+        plan = self._plan
         x, wrong = self._processed(engine, rows)
-        listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count)
-        row = None if plan.enough else self._row(x, listed, ids, rows)
-        missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
-        listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
-        if row is None:
-            own_rows = Rows(with_values(rows.records, NO_EDITS), rows.seeds, rows.offsets)
+        listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count(out))
+        if plan.is_enough(out):
+            missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
+            listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
+            own_rows = Rows(without_edits(rows.records), rows.seeds, rows.offsets)
             own = compact(out, listed.shape[1])
             invalid = engine.run(listed, own_rows, own)
             translate(own, ids, out)
             return invalid
-        found = self._decide(row, rows)
-        invalid = write_listed(found, listed, ids, rows, out)
+        found = self._decide(self._row(engine, x, listed, ids, plan), plan)
+        invalid = write_listed(engine, found, listed, ids, rows, out)
         if len(index := found.spread().nonzero()[:, 0]):
             write_spread(found, index, rows, out, self.start)
         if out.mode == "raw":
@@ -144,21 +161,22 @@ class SplitEngine(Engine):
         ids = found & IDS
         return (found >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1), rows
 
-    def _row(self, x: Tensor, listed: Tensor, ids: Tensor, rows: Rows) -> SplitRow:
+    def _row(self, engine: Engine, x: Tensor, listed: Tensor, ids: Tensor, plan: Plan) -> SplitRow:
         """The rows as filters ask about them."""
-        params, valid = columns(rows), (status_of(listed) == 0)[:, None]
-        last = choice(params, "order", "temperature_last") | (params["temperature"] < GREEDY_BELOW)
-        judged_at = torch.where(last, 1.0, params["temperature"]).expand_as(valid)
+        valid = (status_of(listed) == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
-        return SplitRow(self.wire, Shard(x, self.start, peak, judged_at), listed, ids, self.vocab)
+        native = engine.name == "cpu" and x.shape[1]
+        temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
+        shard = (NativeShard if native else Shard)(x, self.start, peak, *temperatures)
+        return SplitRow(self.wire, shard, listed, ids, self.vocab, (plan.products, "top_n_sigma" in plan.used))
 
-    def _decide(self, row: SplitRow, rows: Rows) -> Found:
+    def _decide(self, row: SplitRow, plan: Plan) -> Found:
         """Stage 7."""
-        params = columns(rows)
-        greedy = (params["temperature"] < GREEDY_BELOW).expand_as(row.edge)
+        greedy = plan.greedy.expand_as(row.edge)
         on = row.valid & ~greedy
-        kept = filters(everything(len(on), on.device), row, params, on)
-        top = xtc(kept, row, params, on)
+        kept = filters(everything(len(on), on.device), row, plan.params, on, plan.used)
+        top = torch.full_like(kept.low, HIGHEST)
+        if "xtc" in plan.used:
+            top = xtc(kept, row, plan.params, on & plan.used["xtc"])
         kept = kept._replace(low=torch.where(greedy, row.keys[:, :1], kept.low))
-        drawn_at = torch.where(greedy, 1.0, params["temperature"])
-        return Found(row, kept, top, row.status, greedy, drawn_at, params["xtc_probability"])
+        return Found(row, kept, top, row.status, greedy, plan.params["xtc_probability"])

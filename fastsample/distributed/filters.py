@@ -6,7 +6,7 @@ Each rank has the same parameters and gets the same answers, so all take the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -83,16 +83,13 @@ Filter = Callable[[Kept, Row, Params, Tensor], Kept]
 
 def top_n_sigma(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     s = params["top_n_sigma"]
-    if not bool((on := on & (s > 0)).any()):
-        return kept
     lowest = row.peak - (s.double() * row.deviation(on)).float()
     return narrow_above(kept, torch.where(on, from_value(lowest), LOWEST))
 
 
 def top_k(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     k = params["top_k"].to(torch.int64).expand_as(kept.low)
-    if not bool((on := on & (k > 0) & (k < row.vocab)).any()):
-        return kept
+    on = on & (k < row.vocab)
     last = row.nth(k, on)
     last = torch.where(choice(params, "ties", "all"), last & ~IDS, last)
     return narrow_above(kept, torch.where(on, last, LOWEST))
@@ -100,24 +97,18 @@ def top_k(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
 
 def top_p(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     p = params["top_p"]
-    if not bool((on := on & (p < 1)).any()):
-        return kept
     target = top_p_target(p, row.sums(kept, on).mass)
     return narrow_above(kept, torch.where(on, row.reach(kept, target, on), LOWEST))
 
 
 def mass_floors(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     m = params["min_p"]
-    if not bool((on := on & (m > 0)).any()):
-        return kept
     floor = (m.double() * row.heaviest(kept, on).double()).to(torch.int64)
     return narrow_to_mass(kept, torch.where(on, floor, 0))
 
 
 def typical(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     t = params["typical_p"]
-    if not bool((on := on & (t < 1)).any()):
-        return kept
     sums = row.sums(kept, on)
     mean = (row.peak.double() - (sums.depth() * 2.0**-14) / row.scale.double()).float()
     mean = torch.where(on, mean, 0)
@@ -136,23 +127,13 @@ def highest_near(mean: Tensor, limit: Tensor) -> Tensor:
     return value(near)
 
 
-def measured_floors(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
-    for floor_of in (epsilon, eta, top_a, p_less):
-        kept = floor_of(kept, row, params, on)
-    return kept
-
-
 def epsilon(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     e = params["epsilon_cutoff"]
-    if not bool((on := on & (e > 0)).any()):
-        return kept
     return threshold(kept, row, e.double() * row.sums(kept, on).mass.double(), on)
 
 
 def eta(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     e = params["eta_cutoff"].double()
-    if not bool((on := on & (e > 0)).any()):
-        return kept
     sums = row.sums(kept, on)
     typical_mass = mass_at(-(sums.depth() * 2.0**-14).float()).double()
     return threshold(kept, row, torch.minimum(e * sums.mass.double(), e.sqrt() * typical_mass), on)
@@ -160,14 +141,10 @@ def eta(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
 
 def top_a(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     a, unit = params["top_a"].double(), 2.0**UNIT
-    if not bool((on := on & (a > 0)).any()):
-        return kept
     return threshold(kept, row, (a * unit) * (unit / row.sums(kept, on).mass.double()), on)
 
 
 def p_less(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
-    if not bool((on := on & (params["p_less"] != 0)).any()):
-        return kept
     sums = row.sums(kept, on)
     return threshold(kept, row, sums.squares() / sums.mass.double(), on)
 
@@ -181,27 +158,45 @@ def threshold(kept: Kept, row: Row, floor: Tensor, on: Tensor) -> Kept:
 def xtc(kept: Kept, row: Row, params: Params, on: Tensor) -> Tensor:
     """The key above which everything kept is excluded, int64 [B, 1]; the highest where nothing is."""
     nothing = torch.full_like(kept.low, HIGHEST)
-    if not bool((on := on & (params["xtc_probability"] > 0)).any()):
-        return nothing
     floor = (params["xtc_threshold"].double() * row.sums(kept, on).mass.double()).to(torch.int64)
     last, count = row.last(narrow_to_mass(kept, torch.where(on, floor, 0)), on)
     return torch.where(on & (count >= 2), last, nothing)
 
 
+MEASURED = (epsilon, eta, top_a, p_less)
 SEQUENCES: dict[str, tuple[Filter, ...]] = {
-    "top_k_first": (top_n_sigma, top_k, top_p, mass_floors, typical, measured_floors),
-    "min_p_first": (top_n_sigma, mass_floors, top_k, top_p, typical, measured_floors),
-    "joint": (top_p, top_n_sigma, top_k, mass_floors, typical, measured_floors),
-    "temperature_last": (top_n_sigma, top_k, typical, top_p, mass_floors, measured_floors),
+    "top_k_first": (top_n_sigma, top_k, top_p, mass_floors, typical, *MEASURED),
+    "min_p_first": (top_n_sigma, mass_floors, top_k, top_p, typical, *MEASURED),
+    "joint": (top_p, top_n_sigma, top_k, mass_floors, typical, *MEASURED),
+    "temperature_last": (top_n_sigma, top_k, typical, top_p, mass_floors, *MEASURED),
 }
 """The filters of each order, first to last, as in the reference."""
 
 
-def filters(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
-    """Narrow each row's kept set where `on` [B, 1] holds, by its own order."""
+def uses(params: Params) -> dict[str, Tensor]:
+    """The filters that are on in some rows, with those rows, bool [B or 1, 1], by their names."""
+    rows = {
+        "top_n_sigma": params["top_n_sigma"] > 0,
+        "top_k": params["top_k"] > 0,
+        "top_p": params["top_p"] < 1,
+        "mass_floors": params["min_p"] > 0,
+        "typical": params["typical_p"] < 1,
+        "epsilon": params["epsilon_cutoff"] > 0,
+        "eta": params["eta_cutoff"] > 0,
+        "top_a": params["top_a"] > 0,
+        "p_less": params["p_less"] != 0,
+        "xtc": params["xtc_probability"] > 0,
+    }
+    return {name: on for name, on in rows.items() if bool(on.any())}
+
+
+def filters(kept: Kept, row: Row, params: Params, on: Tensor, used: Mapping[str, Tensor]) -> Kept:
+    """Narrow each row's kept set where `on` [B, 1] holds, by its own order; `used` is what `uses` tells."""
     for order, sequence in SEQUENCES.items():
-        chosen = on & choice(params, "order", order)
-        if bool(chosen.any()):
-            for narrow in sequence:
-                kept = narrow(kept, row, params, chosen)
+        steps = [narrow for narrow in sequence if narrow.__name__ in used]
+        if not steps or not bool((chosen := on & choice(params, "order", order)).any()):
+            continue
+        for narrow in steps:
+            if bool((here := chosen & used[narrow.__name__]).any()):
+                kept = narrow(kept, row, params, here)
     return kept

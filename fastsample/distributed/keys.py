@@ -29,7 +29,8 @@ def value(ordinals: Tensor) -> Tensor:
 
 def key(x: Tensor, ids: Tensor) -> Tensor:
     """int64, of float32 logits and ids below 2^32."""
-    return (ordinal(x) << ID_BITS) + (IDS - ids)
+    found: Tensor = (ordinal(x) << ID_BITS) + (IDS - ids)
+    return found
 
 
 def from_value(x: Tensor) -> Tensor:

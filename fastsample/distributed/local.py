@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from fastsample.backends import Engine, KeptSets, Outputs
 from fastsample.inputs import Bias, Rows
 from fastsample.kept import fill_lists
 from fastsample.outputs import empty
-from fastsample.params import write_columns
+from fastsample.params import SamplingParams, specs
 from fastsample.reference.process import columns
 
 Tensor = torch.Tensor
 
-NO_FILTERS = {
-    **{"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "top_n_sigma": 0, "typical_p": 1},
-    **{"epsilon_cutoff": 0, "eta_cutoff": 0, "top_a": 0, "p_less": 0, "xtc_probability": 0, "ties": 0, "order": 0},
-}
-NO_EDITS = {
-    **{"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0},
-    **{"dry_multiplier": 0, "no_repeat_ngram_size": 0},
-}
+_EDITS = (
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram_size"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_range"),
+)
 
 
-def with_values(records: Tensor, *values: dict[str, int]) -> Tensor:
-    """Records in which some fields have the same value in every row."""
-    records = records.clone()
-    for columns_ in values:
-        write_columns(records, columns_)
-    return records
+@lru_cache(maxsize=64)
+def neutral(top_k: int = 0) -> Tensor:
+    """A record that changes nothing, or keeps the first tokens only, int32 [1, fields]. Not to be written to."""
+    return SamplingParams(top_k=top_k).pack()
+
+
+@lru_cache(maxsize=1)
+def _is_edit() -> Tensor:
+    return torch.tensor([[name in _EDITS for name, _ in specs()]])
+
+
+def only_edits(records: Tensor) -> Tensor:
+    """Records with their penalties and history edits, which filter nothing."""
+    return torch.where(_is_edit().to(records.device), records, neutral().to(records.device))
+
+
+def without_edits(records: Tensor) -> Tensor:
+    """Records for logits that have been edited."""
+    return torch.where(_is_edit().to(records.device), neutral().to(records.device), records)
 
 
 def is_edited(rows: Rows) -> bool:
@@ -104,7 +115,7 @@ def process(
     if len(local.others):
         logits = torch.nn.functional.pad(logits, (0, len(local.others)), value=-torch.inf)
     own = Rows(
-        with_values(rows.records, NO_FILTERS),
+        only_edits(rows.records),
         rows.seeds,
         rows.offsets,
         both_masks(mask, None if rows.bitmask is None else slice_mask(rows.bitmask, start, width)),
@@ -128,11 +139,10 @@ def list_first(engine: Engine, x: Tensor, rows: Rows, count: int) -> tuple[Tenso
     """
     batch, width = x.shape
     device = x.device
-    records = with_values(rows.records[:1], NO_FILTERS, NO_EDITS, {"top_k": min(count, width)})
-    own = Rows(records, rows.seeds, rows.offsets)
+    own = Rows(neutral(min(count, width)).to(device), rows.seeds, rows.offsets)
     out = Outputs(empty((batch,), torch.int32, device), empty((batch,), torch.int64, device))
     out.kept_count = empty((batch,), torch.int32, device)
-    ids = torch.empty(batch, count, dtype=torch.int32, device=device)
+    ids = torch.full((batch, count), -1, dtype=torch.int32, device=device)
     if engine.kept_slots:
         out.kept_slots = ids
         engine.run(x, own, out)
@@ -142,7 +152,8 @@ def list_first(engine: Engine, x: Tensor, rows: Rows, count: int) -> tuple[Tenso
         flat, row_ptr = torch.empty_like(ids).view(-1), empty((batch + 1,), torch.int64, device)
         fill_lists(engine, out.kept_count, KeptSets(out.kept_bitmask), 0, flat, row_ptr)
         places = row_ptr[:-1, None] + torch.arange(count, device=device)
-        ids = flat[places.clamp(max=flat.numel() - 1)]
-    ids = torch.where(torch.arange(count, device=device) < out.kept_count[:, None], ids, -1).to(torch.int64)
+        there = torch.arange(count, device=device) < out.kept_count[:, None]
+        ids = torch.where(there, flat[places.clamp(max=flat.numel() - 1)], -1)
+    ids = ids.to(torch.int64)
     listed = torch.where(ids >= 0, x.gather(1, ids.clamp(min=0)).float(), -torch.inf)
     return listed, ids, out.status

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from fastsample.backends import Outputs
+from fastsample.backends import Engine, Outputs
 from fastsample.backends.reference import write
-from fastsample.distributed.keys import Kept, everything
+from fastsample.distributed.keys import HIGHEST, Kept, everything
+from fastsample.distributed.local import neutral
 from fastsample.distributed.row import SplitRow
 from fastsample.inputs import Rows
 from fastsample.outputs import empty
+from fastsample.params import write_columns
 from fastsample.reference import Distribution, drawn_masses, first
 from fastsample.reference.mass import UNIT, mass_at, scale_of
 
@@ -28,7 +30,6 @@ class Found:
     top: Tensor  # int64 [B, 1]: what is kept above that key XTC may exclude
     status: Tensor  # int32 [B]
     greedy: Tensor  # bool [B, 1]
-    drawn_at: Tensor  # float32 [B, 1]
     coin: Tensor  # float32 [B or 1, 1]
 
     def spread(self) -> Tensor:
@@ -36,13 +37,18 @@ class Found:
         row = self.row
         return (row.valid & ~self.greedy & ~row.lists(self.kept))[:, 0]
 
+    def is_plain(self) -> bool:
+        """Whether all rows keep their maximum, whatever XTC may do, and are drawn from by the masses that judge."""
+        at = self.row.shard.judged_at == self.row.shard.drawn_at
+        return bool((at & (self.top == HIGHEST) & (self.kept.high == HIGHEST)).all())
+
     def all_mass(self) -> Tensor:
         """The mass of all tokens above -inf, as they are drawn, int64 [B, 1]."""
         row = self.row
-        if torch.equal(row.shard.temperature, self.drawn_at):
+        if torch.equal(row.shard.judged_at, row.shard.drawn_at):
             return row.whole()[:, :1]
-        shard = row.shard.at(self.drawn_at)
-        return row.wire.total(shard.sums(everything(len(row.edge), row.edge.device)))[:, :1]
+        all_ = everything(len(row.edge), row.edge.device)
+        return row.wire.total(row.shard.as_drawn().sums(all_, products=False))[:, :1]
 
 
 def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
@@ -56,7 +62,7 @@ def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
     kept = row.held(found.kept) & valid
     excluded = kept & (row.keys > found.top)
     kept = kept & ~(excluded & (found.coin == 1))
-    w = mass_at((listed - row.peak) * scale_of(found.drawn_at)) * (listed > -torch.inf)
+    w = mass_at((listed - row.peak) * scale_of(row.shard.drawn_at)) * (listed > -torch.inf)
     weighs = (kept & (w.gather(1, row.order) > 0)).any(-1, keepdim=True)
     kept, excluded = torch.where(weighs, kept, first(kept)), excluded & weighs
     alone = torch.full_like(w, 2**UNIT)
@@ -101,16 +107,50 @@ def set_bits(words: Tensor, held: Tensor, ids: Tensor) -> None:
     words.copy_(flat.to(torch.int32))
 
 
-def write_listed(found: Found, listed: Tensor, ids: Tensor, rows: Rows, out: Outputs) -> int:
+def write_listed(engine: Engine, found: Found, listed: Tensor, ids: Tensor, rows: Rows, out: Outputs) -> int:
     """The outputs of rows whose kept tokens are all listed; those of others mean nothing yet."""
-    dist = distribution(found, listed, out.log_kept_mass is not None)
-    ids = pad(ids, (0, dist.x.shape[1] - ids.shape[1]), value=-1)
-    own = compact(out, dist.x.shape[1])
+    plain = found.is_plain()
+    dist = None if plain else distribution(found, listed, out.log_kept_mass is not None)
+    ids = ids if dist is None else pad(ids, (0, dist.x.shape[1] - ids.shape[1]), value=-1)
+    own = compact(out, ids.shape[1])
     if out.mode == "raw":
         own.mode = own.logprobs = own.ranks = own.top_ids = own.top_logprobs = None
-    invalid = write(dist, listed, rows, own)
+    if dist is None:
+        write_plain(engine, found, listed, rows, own)
+    else:
+        write(dist, listed, rows, own)
     translate(own, ids, out)
-    return invalid
+    return int((found.status != 0).sum())
+
+
+def write_plain(engine: Engine, found: Found, listed: Tensor, rows: Rows, own: Outputs) -> None:
+    """The outputs of rows that keep their maximum and are drawn from as they are judged: once all else is left out,
+    nothing is left to filter."""
+    row = found.row
+    held = torch.zeros_like(listed, dtype=torch.bool).scatter(1, row.order, row.held(found.kept))
+    kept = torch.where(held, listed, -torch.inf)
+    records = neutral().to(kept.device).repeat(len(kept), 1)
+    write_columns(records, {"temperature": row.shard.drawn_at[:, 0]})
+    engine.run(kept, Rows(records, rows.seeds, rows.offsets), replace(own, log_kept_mass=None))
+    own.status.copy_(found.status)
+    if (
+        own.ranks is not None and own.tokens is not None
+    ):  # among all tokens, since a floor may leave out some that rank above others
+        at = own.tokens.view(len(kept), -1)
+        x = kept.gather(1, at.clamp(min=0))
+        ranks = (listed[:, None, :] > x[:, :, None]).sum(-1) + 1
+        own.ranks.copy_(torch.where(at < 0, 0, ranks).view(own.ranks.shape))
+    if own.log_kept_mass is not None:
+        mass = (row.mass * row.held(found.kept)).sum(-1)
+        share = torch.where(found.greedy[:, 0], 0.0, log_share(mass, found.all_mass()[:, 0]))
+        own.log_kept_mass.copy_(torch.where(found.status == 0, share, torch.nan).view(own.log_kept_mass.shape))
+
+
+def log_share(kept: Tensor, everything_: Tensor) -> Tensor:
+    """log(kept / all), float64; where little is left out, by that."""
+    out = everything_ - kept
+    near = torch.log1p((-out).double() / everything_.double())
+    return torch.where(2 * out < everything_, near, (kept.double() / everything_.double()).log())
 
 
 def pick(table: Tensor, at: Tensor, here: Tensor, other: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from fastsample.distributed.filters import Sums
 from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key
-from fastsample.distributed.shard import LEVELS, SAME, VALUES, Shard, base_of, distance
+from fastsample.distributed.shard import LEVELS, SAME, VALUES, Shard, distance
 from fastsample.distributed.wire import Wire
 from fastsample.reference.mass import UNIT, halves, mass_at, scale_of
 from fastsample.reference.process import NAN, NOTHING_LEFT, POSITIVE_INFINITY
@@ -29,13 +29,13 @@ class SplitRow:
     A row that is invalid lists nothing.
     """
 
-    def __init__(self, wire: Wire, shard: Shard, x: Tensor, ids: Tensor, vocab: int) -> None:
+    def __init__(self, wire: Wire, shard: Shard, x: Tensor, ids: Tensor, vocab: int, wanted: tuple[bool, bool]) -> None:
         self.wire, self.shard, self.vocab = wire, shard, vocab
         self.status = status_of(x)  # int32 [B]
         self.valid = (self.status == 0)[:, None]
         x = torch.where(self.valid & (ids >= 0), x, -torch.inf)
         self.edge = edge_of(x, ids, wire.size)
-        self.peak, self.scale = shard.peak, scale_of(shard.temperature).expand_as(shard.peak)
+        self.peak, self.scale = shard.peak, scale_of(shard.judged_at).expand_as(shard.peak)
         keys = torch.where(x > -torch.inf, key(x, ids), NO_KEY)
         self.keys, self.order = keys.sort(descending=True)
         self.x = x.gather(1, self.order)
@@ -46,6 +46,7 @@ class SplitRow:
         at_edge = mass_at((self._value_at(self.edge) - self.peak) * self.scale)
         # What is not known weighs less than this: masses rise with the logit but for their last bits.
         self.beyond = at_edge + (at_edge >> 18) + 2
+        self.wanted = wanted  # of whole rows' sums: products, spread
         self._whole: Tensor | None = None
 
     def _value_at(self, edge: Tensor) -> Tensor:
@@ -70,14 +71,14 @@ class SplitRow:
         open_ = on & ~self.lists(kept)
         if bool((of_all := open_ & kept.whole()).any()):
             found = torch.where(of_all, self.whole()[:, : found.shape[1]], found)
-        found = self._together(found, open_ & ~kept.whole(), lambda shard, rows: shard.sums(kept.of(rows)))
+        found = self._together(found, open_ & ~kept.whole(), lambda shard, rows: shard.sums(kept.of(rows))[:, :6])
         return Sums(*found.unsqueeze(-1).unbind(1))
 
     def whole(self) -> Tensor:
         """The sums and the spread of all tokens above -inf, int64 [B, 9]."""
         if self._whole is None:
             all_ = everything(len(self.edge), self.edge.device)
-            self._whole = self.wire.total(torch.cat([self.shard.sums(all_), self.shard.spread()], -1))
+            self._whole = self.wire.total(self.shard.sums(all_, *self.wanted))
         return self._whole
 
     def heaviest(self, kept: Kept, on: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class SplitRow:
         """
         shard, kept, target = self.shard.of(rows), kept.of(rows), target[rows]
         mean = None if mean is None else mean[rows]
-        base, before = torch.zeros_like(target), torch.zeros_like(target)
+        base, before = torch.full_like(target, NO_KEY), torch.zeros_like(target)
         missing = torch.zeros_like(target, dtype=torch.bool)
         for level in range(len(LEVELS) if mean is None else VALUES):
             bins = self.wire.total(shard.histogram(kept, base, level, mean))
@@ -168,7 +169,7 @@ class SplitRow:
             missing |= running[:, -1:] < target
             at = (running < target).sum(-1, keepdim=True).clamp(max=bins.shape[1] - 1)
             before = running.gather(1, at) - bins[:, :, of].gather(1, at)
-            base = base_of(at if mean is not None else bins.shape[1] - 1 - at, base, level)
+            base = base + ((at if mean is not None else bins.shape[1] - 1 - at) << LEVELS[level][0])
             if mean is None and level < VALUES and bool((bins[:, :, 1].gather(1, at) <= 1).all()):
                 base = self._only(shard, kept, base, level)
                 break

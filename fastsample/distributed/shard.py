@@ -1,12 +1,12 @@
-"""What a rank finds out about its own part of each row: integer sums, counts and keys, which ranks then add up."""
+"""What a rank finds out about its own part of each row: integer sums, counts and keys, which ranks put together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fastsample.distributed.keys import HIGHEST, LOWEST, Kept, key
+from fastsample.distributed.keys import HIGHEST, NO_KEY, Kept, key
 from fastsample.reference.mass import halves, mass_at, scale_of
 from fastsample.reference.process import NEG_INF
 
@@ -19,6 +19,17 @@ SAME = (2**12 - 1) << 20  # bits of a key in between, which are the same for all
 
 
 @dataclass
+class Drawn:
+    """What draws are from: a kept set, with XTC's top choices and without."""
+
+    kept: Kept
+    top: Tensor  # int64 [B, 1]: what is kept above that key is a top choice
+    coin: Tensor  # float32 [B, 1], how likely a draw leaves those out
+    total: Tensor  # int64 [B], the mass of the set on all ranks, and
+    rest: Tensor  # int64 [B], without the top choices
+
+
+@dataclass
 class Shard:
     """A rank's part of rows, after stages 1 to 3.
 
@@ -26,79 +37,117 @@ class Shard:
         x: float32, float16 or bfloat16 [B, V_r].
         start: the id of its first token.
         peak: float32 [B, 1], the maxima of the whole rows.
-        temperature: float32 [B, 1], at which tokens are weighed.
+        judged_at, drawn_at: float32 [B, 1], the temperatures of the masses that filters judge by, and of draws.
     """
 
     x: Tensor
     start: int
     peak: Tensor
-    temperature: Tensor
+    judged_at: Tensor
+    drawn_at: Tensor
 
     def of(self, rows: Tensor) -> Shard:
-        return Shard(self.x[rows], self.start, self.peak[rows], self.temperature[rows])
+        parts = {name: getattr(self, name)[rows] for name in ("x", "peak", "judged_at", "drawn_at")}
+        return replace(self, **parts)
 
-    def at(self, temperature: Tensor) -> Shard:
-        return Shard(self.x, self.start, self.peak, temperature)
+    def as_drawn(self) -> Shard:
+        """The same, judged by the masses of draws."""
+        return replace(self, judged_at=self.drawn_at)
 
     def logits(self) -> Tensor:
         return self.x.float()
 
-    def ids(self) -> Tensor:
-        return torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device)
-
     def keys(self) -> Tensor:
         """int64 [B, V_r]."""
-        return key(self.logits(), self.ids())
+        return key(self.logits(), torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device))
 
-    def y(self) -> Tensor:
-        return (self.logits() - self.peak) * scale_of(self.temperature)
+    def _y(self, temperature: Tensor) -> Tensor:
+        return (self.logits() - self.peak) * scale_of(temperature)
 
-    def masses(self) -> Tensor:
-        """int64 [B, V_r]."""
-        return mass_at(self.y())
+    def held(self, kept: Kept) -> Tensor:
+        """Which tokens are kept, bool [B, V_r]."""
+        return kept.holds(self.keys(), mass_at(self._y(self.judged_at)))
 
-    def kept(self, kept: Kept) -> tuple[Tensor, Tensor]:
-        """Which tokens are kept, bool [B, V_r], and what those weigh."""
-        w = self.masses()
-        held = kept.holds(self.keys(), w)
-        return held, w * held
+    def drawn(self, kept: Kept) -> Tensor:
+        """What kept tokens weigh in draws, int64 [B, V_r]."""
+        return mass_at(self._y(self.drawn_at)) * self.held(kept)
 
-    def sums(self, kept: Kept) -> Tensor:
-        """Z, EH, EL, HH, HL, LL of a set, int64 [B, 6]."""
-        _, w = self.kept(kept)
-        e = (-self.y().clamp(min=-60) * 2.0**14).to(torch.int64)
+    def sums(self, kept: Kept, products: bool = True, spread: bool = False) -> Tensor:
+        """Z, EH, EL, HH, HL, LL of a set, and n, D1, D2 of all above -inf, int64 [B, 9]; 0 where not asked for."""
+        y = self._y(self.judged_at)
+        w = mass_at(y) * self.held(kept)
+        e = (-y.clamp(min=-60) * 2.0**14).to(torch.int64)
         high, low = halves(w)
-        parts = (w, high * e, low * e, high * high, high * low, low * low)
+        parts = [w, high * e, low * e, high * high, high * low, low * low] if products else [w, *[w * 0] * 5]
+        alive = self.logits() > NEG_INF
+        d = torch.where(alive, ((self.peak - self.logits()) * 2.0**11).clamp(max=2**20 - 1), 0).to(torch.int64)
+        parts += [alive, d, d * d] if spread else [w * 0] * 3
         return torch.stack([part.sum(-1) for part in parts], -1)
 
-    def spread(self) -> Tensor:
-        """n, D1 and D2 of the tokens above -inf, int64 [B, 3]."""
-        x = self.logits()
-        alive = x > NEG_INF
-        d = torch.where(alive, ((self.peak - x) * 2.0**11).clamp(max=2**20 - 1), 0).to(torch.int64)
-        return torch.stack([part.sum(-1) for part in (alive, d, d * d)], -1)
+    def totals(self, drawn: Drawn, first: bool, count: bool, bits: Tensor | None) -> Tensor:
+        """The mass of what is drawn from, with top choices and without, the first key of either, and how many tokens
+        are kept, int64 [B, 5]; NO_KEY and 0 where not asked for. `bits` int32 [B, ceil(V_r / 32)] gets the kept."""
+        w, held = self.drawn(drawn.kept), self.held(drawn.kept)
+        stays = self.keys() <= drawn.top
+        sets = held, held & stays
+        firsts = [_highest(self.keys(), set_) if first else w.new_full((len(w),), NO_KEY) for set_ in sets]
+        if bits is not None:
+            _write_bits(bits, held)
+        return torch.stack([w.sum(-1), (w * stays).sum(-1), *firsts, held.sum(-1) * count], -1)
+
+    def draws(self, drawn: Drawn, thresholds: Tensor, entropy: bool) -> Tensor:
+        """Keys and masses of the tokens at thresholds of the running mass, and this rank's part of the entropy.
+
+        Args:
+            thresholds: int64 [B, n]; t among all that is kept, -2 - t without the top choices, -1 for none.
+
+        Returns:
+            int64 [B, 2 n + 1]: n keys, n masses, and the bits of a float64.
+        """
+        w, keys = self.drawn(drawn.kept), self.keys()
+        rest = w * (keys <= drawn.top)
+        own = torch.zeros(len(w), 1, dtype=torch.float64, device=w.device)
+        if entropy:
+            own = _entropy(w, rest, keys, drawn)[:, None]
+        if not w.shape[1]:
+            nothing = torch.full_like(thresholds, NO_KEY)
+            return torch.cat([nothing, nothing * 0, own.view(torch.int64)], 1)
+        leaves = thresholds < -1
+        at = [torch.searchsorted(t.cumsum(-1), thresholds.clamp(min=0), right=True) for t in (w,)]
+        at += [torch.searchsorted(rest.cumsum(-1), (-2 - thresholds).clamp(min=0), right=True)]
+        place = torch.where(leaves, at[1], at[0]).clamp(max=w.shape[1] - 1)
+        there = thresholds != -1
+        found = torch.where(there, keys.gather(1, place), NO_KEY), torch.where(there, w.gather(1, place), 0)
+        return torch.cat([*found, own.view(torch.int64)], 1)
+
+    def above(self, x: Tensor) -> Tensor:
+        """How many tokens lie above logits, int64 [B, n], given float32 [B, n]."""
+        return (self.logits()[:, None, :] > x[:, :, None]).sum(-1)
+
+    def first(self, kept: Kept, count: int) -> Tensor:
+        """The first kept keys in rank order, int64 [B, count]; NO_KEY past the last."""
+        keys = torch.where(self.held(kept), self.keys(), NO_KEY).topk(min(count, self.x.shape[1])).values
+        return torch.cat([keys, keys.new_full((len(keys), count - keys.shape[1]), NO_KEY)], 1)
 
     def ends(self, kept: Kept) -> Tensor:
         """The first and the last key of a set, the mass of its heaviest token and their number, int64 [B, 4]."""
-        held, w = self.kept(kept)
+        held, w = self.held(kept), mass_at(self._y(self.judged_at))
         if not self.x.shape[1]:
-            return torch.tensor([LOWEST, HIGHEST, 0, 0], device=self.x.device).expand(len(self.x), 4)
-        keys, count = self.keys(), held.sum(-1)
-        first = torch.where(held, keys, LOWEST).amax(-1)
-        last = torch.where(held, keys, HIGHEST).amin(-1)
-        return torch.stack([first, last, w.amax(-1), count], -1)
+            return torch.tensor([NO_KEY, HIGHEST, 0, 0], device=self.x.device).expand(len(self.x), 4)
+        last = torch.where(held, self.keys(), HIGHEST).amin(-1)
+        return torch.stack([_highest(self.keys(), held), last, (w * held).amax(-1), held.sum(-1)], -1)
 
     def histogram(self, kept: Kept, base: Tensor, level: int, mean: Tensor | None = None) -> Tensor:
         """Mass and number of the tokens of a set in each bin of a level, int64 [B, bins, 2].
 
         Args:
-            base: int64 [B, 1], where the bins begin; the first level has them all.
+            base: int64 [B, 1], where the bins begin.
             mean: float32 [B, 1]: go by the distance from it instead of the key.
         """
-        held, w = self.kept(kept)
+        held, w = self.held(kept), mass_at(self._y(self.judged_at))
         places = self.keys() if mean is None else distance(self.logits(), mean) << 32
-        bits = LEVELS[level][1]
-        bins = bin_of(places, base, level)
+        shift, bits = LEVELS[level]
+        bins = (places >> shift) - (base >> shift)
         inside = held & (bins >= 0) & (bins < 2**bits)
         bins = torch.where(inside, bins, 0)
         found = torch.zeros(len(places), 2**bits, 2, dtype=torch.int64, device=places.device)
@@ -107,17 +156,37 @@ class Shard:
         return found
 
 
-def bin_of(places: Tensor, base: Tensor, level: int) -> Tensor:
-    shift, bits = LEVELS[level]
-    return (places >> shift) + 2 ** (bits - 1) if level == 0 else (places - base) >> shift
-
-
-def base_of(bins: Tensor, base: Tensor, level: int) -> Tensor:
-    """Where a bin begins, int64 [B, 1]."""
-    shift, bits = LEVELS[level]
-    return (bins - 2 ** (bits - 1)) << shift if level == 0 else base + (bins << shift)
-
-
 def distance(x: Tensor, mean: Tensor) -> Tensor:
     """The bits of |x - mean| as float32, which are in its order, int64."""
     return (x - mean).abs().view(torch.int32).to(torch.int64)
+
+
+def mixture(w: Tensor, rest: Tensor, drawn: Drawn) -> Tensor:
+    """The probability of tokens, float64 [B, n], by their mass in draws with top choices and without."""
+    total, left = (sum_.double()[:, None] for sum_ in (drawn.total, drawn.rest))
+    coin = drawn.coin.double()
+    mixed = (1 - coin) * w.double() / total + coin * rest.double() / left.clamp(min=1)
+    return torch.where(drawn.total[:, None] != drawn.rest[:, None], mixed, w.double() / total)
+
+
+def _entropy(w: Tensor, rest: Tensor, keys: Tensor, drawn: Drawn) -> Tensor:
+    """float64 [B]."""
+    alone = (drawn.rest[:, None] == 0) & (keys == drawn.top)
+    p = mixture(w, rest, drawn) + torch.where(alone & (drawn.total[:, None] > 0), drawn.coin.double(), 0.0)
+    surprise = torch.log1p((drawn.total[:, None] - w).double() / w.clamp(min=1).double())
+    surprise = torch.where((drawn.total != drawn.rest)[:, None], -p.log(), surprise)
+    return torch.where(p > 0, p * surprise, 0.0).sum(-1)
+
+
+def _highest(keys: Tensor, held: Tensor) -> Tensor:
+    """The highest of the keys that are held, int64 [b]."""
+    if not keys.shape[1]:
+        return torch.full((len(keys),), NO_KEY, device=keys.device)
+    return torch.where(held, keys, NO_KEY).amax(-1)
+
+
+def _write_bits(words: Tensor, held: Tensor) -> None:
+    flat = torch.zeros(words.shape, dtype=torch.int64, device=words.device)
+    ids = torch.arange(held.shape[1], device=held.device)
+    flat.scatter_add_(1, (ids >> 5).expand_as(held), held.to(torch.int64) << (ids & 31))
+    words.copy_(flat.to(torch.int32))

@@ -2,145 +2,132 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
-from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, value
-from fastsample.distributed.outputs import Found, pick, put
+from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, NO_KEY, narrow_below, value
+from fastsample.distributed.outputs import Found, log_share, put
+from fastsample.distributed.shard import Drawn, Shard, mixture
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 from fastsample.reference import multiply_high60, uniform60
 from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN
-from fastsample.reference.mass import UNIT
+from fastsample.reference.mass import mass_at, scale_of
 
 Tensor = torch.Tensor
 
 
-class Spread:
-    """Some of the rows, `index` int64 [b], whose kept tokens are spread over the ranks."""
+@dataclass
+class Lone:
+    """Where all of a set has no mass, since its maximum is gone: its first token is all there is."""
 
-    def __init__(self, found: Found, index: Tensor, rows: Rows) -> None:
-        row = found.row
-        self.wire, self.coin = row.wire, found.coin.expand(len(row.edge), 1)[index]
-        shard, top = row.shard.of(index), found.top[index]
-        self.x, self.keys = shard.logits(), shard.keys()
-        held, _ = shard.kept(found.kept.of(index))
-        held &= ~((self.keys > top) & (self.coin == 1))
-        w, rest = shard.at(found.drawn_at[index]).masses(), held & (self.keys <= top)
-        sets = held, rest
-        parts = [(w * set_).sum(-1) for set_ in sets] + [_highest(self.keys, set_) for set_ in sets]
-        told = self.wire.gather(torch.stack(parts, -1))
-        sums, firsts = told[:, :, :2], told[:, :, 2:]
-        weighs = sums[:, :, :1].sum(0, keepdim=True) > 0
-        sums, firsts = (torch.where(weighs, both, both[:, :, :1]) for both in (sums, firsts))
-        self.held = torch.where(weighs[0], held, self.keys == firsts[:, :, 0].amax(0)[:, None])
-        self.whole, self.of_whole = self._drawn_masses(w * held, sums[:, :, 0], firsts[:, :, 0])
-        self.rest, self.of_rest = self._drawn_masses(w * rest, sums[:, :, 1], firsts[:, :, 1])
-        self.seeds, self.offsets = (t[index if len(t) > 1 else index * 0] for t in (rows.seeds, rows.offsets))
-
-    def _drawn_masses(self, w: Tensor, sums: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
-        """The masses of a set here [b, V_r] and on each rank [R, b]; if they are all 0, its first token has that of a
-        peak."""
-        first_ = firsts.amax(0)
-        weighs = sums.sum(0) > 0
-        alone = (self.keys == first_[:, None]) * 2**UNIT
-        return torch.where(weighs[:, None], w, alone), torch.where(weighs, sums, (firsts == first_) * 2**UNIT)
-
-    def mixture(self) -> Tensor:
-        """The distribution that is drawn from, float64 [b, V_r]."""
-        z, z_rest = (shares.sum(0)[:, None] for shares in (self.of_whole, self.of_rest))
-        whole, rest = self.whole.double(), self.rest.double()
-        coin = self.coin.double()
-        mixed = (1 - coin) * whole / z.double() + coin * rest / z_rest.double()
-        return torch.where(z != z_rest, mixed, whole / z.double())
-
-    def entropy(self, p: Tensor) -> Tensor:
-        """This rank's part of the entropy in nats, float64 [b]."""
-        z, z_rest = (shares.sum(0)[:, None] for shares in (self.of_whole, self.of_rest))
-        surprise = torch.log1p((z - self.whole).double() / self.whole.clamp(min=1).double())
-        surprise = torch.where(z != z_rest, -p.log(), surprise)
-        return torch.where(p > 0, p * surprise, 0.0).sum(-1)
-
-    def draw(self, num_samples: int) -> Tensor:
-        """Which of this rank's tokens are drawn, int64 [b, num_samples]; -1 where another rank's are."""
-        index = torch.arange(num_samples, device=self.x.device)
-        at = self.seeds[:, None], self.offsets[:, None], index[None, :]
-        u, toss = uniform60(*at, PLAIN_DRAW), uniform60(*at, XTC_COIN)
-        leaves = toss < (self.coin * 2.0**60).to(torch.int64)
-        return torch.where(leaves, self._draw(u, self.rest, self.of_rest), self._draw(u, self.whole, self.of_whole))
-
-    def _draw(self, u: Tensor, w: Tensor, shares: Tensor) -> Tensor:
-        threshold = multiply_high60(u, shares.sum(0)[:, None]) - shares[: self.wire.rank].sum(0)[:, None]
-        mine = (threshold >= 0) & (threshold < shares[self.wire.rank][:, None])
-        at = torch.searchsorted(w.cumsum(-1), threshold.clamp(min=0), right=True)
-        return torch.where(mine, at, -1)
-
-    def top(self, p: Tensor, count: int) -> Tensor:
-        """This rank's first kept tokens, int64 [b, 2 count]: their keys, NO_KEY past the last, and the bits of p."""
-        keys = torch.where(self.held, self.keys, NO_KEY)
-        keys, at = keys.topk(min(count, keys.shape[1]))
-        missing = count - keys.shape[1]
-        keys = pad(keys, (0, missing), value=NO_KEY)
-        return torch.cat([keys, pad(p.gather(1, at), (0, missing)).view(torch.int64)], 1)
-
-
-def _highest(keys: Tensor, held: Tensor) -> Tensor:
-    """The highest of the keys that are held, int64 [b]."""
-    if not keys.shape[1]:
-        return torch.full((len(keys),), LOWEST, device=keys.device)
-    return torch.where(held, keys, LOWEST).amax(-1)
+    whole: Tensor  # bool [b, 1], of what is kept, and
+    rest: Tensor  # bool [b, 1], of that without XTC's top choices
+    first: Tensor  # int64 [b, 1], the keys of those tokens
+    first_rest: Tensor
 
 
 def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: int) -> None:
-    """The outputs of those rows: one message for what is drawn, and one for what must be known of it first."""
-    of = Spread(found, index, rows)
-    wire, b, n = of.wire, len(index), out.num_samples
-    reports = out.mode == "processed"
-    p = of.mixture()
-    mine = of.draw(n)
-    here = mine >= 0
-    width = max(of.keys.shape[1], 1)
-    at = mine.clamp(min=0, max=width - 1)
-    keys, ps = (pick(t, at, here, empty_) for t, empty_ in ((of.keys, NO_KEY), (p, 0.0)))
-    parts = [keys, ps.view(torch.int64), of.held.sum(-1, keepdim=True), of.entropy(p)[:, None].view(torch.int64)]
+    """The outputs of rows `index` int64 [b]: one message for what they weigh, and one for what is drawn."""
+    wire, shard = found.row.wire, found.row.shard.of(index)
+    drawn = _drawn_of(found, index)
+    wants_bits, reports = out.kept_bitmask is not None, out.mode == "processed"
+    first = bool((found.row.shard.judged_at != found.row.shard.drawn_at).any() | (drawn.top < HIGHEST).any())
+    first = first or bool((drawn.kept.high < HIGHEST).any())
+    bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
+    told = shard.totals(drawn, first, out.kept_count is not None, bits if wants_bits else None)
+    shares = wire.gather(told)
+    drawn.total, drawn.rest = shares[:, :, :2].sum(0).unbind(1)
+    lone = _lone(drawn, shares)
+    seeds, offsets = (t[index if len(t) > 1 else index * 0] for t in (rows.seeds, rows.offsets))
+    thresholds, leaves = _thresholds(wire, drawn, shares, seeds, offsets, out.num_samples)
+    parts = [shard.draws(drawn, thresholds, out.entropy is not None)]
     if reports and out.num_top:
-        parts.append(of.top(p, out.num_top))
+        parts.append(shard.first(drawn.kept, out.num_top))
     told = wire.gather(torch.cat(parts, 1))
-    keys, owner = told[:, :, :n].max(0)
-    p_drawn = told[:, :, n : 2 * n].gather(0, owner[None])[0].view(torch.float64)
+    n = out.num_samples
+    keys = told[:, :, :n].amax(0)
+    keys = torch.where(lone.whole, lone.first, torch.where(leaves & lone.rest, lone.first_rest, keys))
     put(out.tokens, index, IDS - (keys & IDS))
-    put(out.kept_count, index, told[:, :, 2 * n].sum(0))
-    put(out.entropy, index, told[:, :, 2 * n + 1].contiguous().view(torch.float64).sum(0))
+    put(out.kept_count, index, torch.where(lone.whole[:, 0], 1, shares[:, :, 4].sum(0)))
+    if out.entropy is not None:
+        entropy = told[:, :, 2 * n].contiguous().view(torch.float64).sum(0)
+        put(out.entropy, index, torch.where(lone.whole[:, 0], 0.0, entropy))
     if out.log_kept_mass is not None:
-        put(out.log_kept_mass, index, _log_share(of.of_whole.sum(0), found.all_mass()[index, 0]))
+        put(out.log_kept_mass, index, log_share(drawn.total, found.all_mass()[index, 0]))
     if out.kept_bitmask is not None:
-        put(out.kept_bitmask, index, _all_bits(wire, of.held, start, out.kept_bitmask.shape[-1]))
+        put(out.kept_bitmask, index, _all_bits(wire, bits, start, out.kept_bitmask.shape[-1], lone))
     if not reports:
         return
-    put(out.logprobs, index, p_drawn.log())
+    put(out.logprobs, index, _probability(shard, drawn, lone, keys).log())
     if out.ranks is not None:
-        above = (of.x[:, None, :] > value(keys >> 32)[:, :, None]).sum(-1)
-        put(out.ranks, index, wire.total(above) + 1)
+        put(out.ranks, index, wire.total(shard.above(value(keys >> 32))) + 1)
     if out.num_top:
-        firsts = told[:, :, 2 * n + 2 :].view(wire.size, b, 2, -1).permute(1, 2, 0, 3).reshape(b, 2, -1)
-        top, order = firsts[:, 0].topk(out.num_top)
+        top = told[:, :, 2 * n + 1 :].transpose(0, 1).reshape(len(index), -1).topk(out.num_top).values
+        top = torch.where(lone.whole, pad(lone.first, (0, out.num_top - 1), value=NO_KEY), top)
         there = top >= LOWEST
         put(out.top_ids, index, torch.where(there, IDS - (top & IDS), -1))
-        ps = firsts[:, 1].gather(1, order).contiguous().view(torch.float64)
-        put(out.top_logprobs, index, torch.where(there, ps.log(), -torch.inf))
+        p = _probability(shard, drawn, lone, top)
+        put(out.top_logprobs, index, torch.where(there, p.log(), -torch.inf))
 
 
-def _log_share(kept: Tensor, everything_: Tensor) -> Tensor:
-    """log(kept / all); where little is left out, by that."""
-    out = everything_ - kept
-    near = torch.log1p((-out).double() / everything_.double())
-    return torch.where(2 * out < everything_, near, (kept.double() / everything_.double()).log())
+def _drawn_of(found: Found, index: Tensor) -> Drawn:
+    """What draws are from. Top choices that every draw leaves out are not kept."""
+    coin = found.coin.expand(len(found.row.edge), 1)[index]
+    kept, top = found.kept.of(index), found.top[index]
+    out = (coin == 1) & (top < HIGHEST)
+    kept = narrow_below(kept, torch.where(out, top + 1, HIGHEST))
+    nothing = torch.zeros(len(index), dtype=torch.int64, device=top.device)
+    return Drawn(kept, torch.where(out, HIGHEST, top), coin, nothing, nothing)
 
 
-def _all_bits(wire: Wire, held: Tensor, start: int, words: int) -> Tensor:
-    """Every rank's part of masks int32 [b, words]."""
-    own = torch.zeros(len(held), words, dtype=torch.int64, device=held.device)
-    ids = torch.arange(start, start + held.shape[1], device=held.device)
-    own.scatter_add_(1, (ids >> 5).expand_as(held), held.to(torch.int64) << (ids & 31))
-    return wire.total(own).to(torch.int32)
+def _lone(drawn: Drawn, shares: Tensor) -> Lone:
+    first, first_rest = shares[:, :, 2:4].amax(0)[:, :, None].unbind(1)
+    whole = (drawn.total == 0)[:, None]
+    return Lone(whole, (drawn.rest == 0)[:, None] & ~whole, first, first_rest)
+
+
+def _thresholds(
+    wire: Wire, drawn: Drawn, shares: Tensor, seeds: Tensor, offsets: Tensor, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Where draws fall in this rank's running mass, int64 [b, n] as `Shard.draws` takes them, and which of them leave
+    XTC's top choices out, bool [b, n]."""
+    index = torch.arange(num_samples, device=seeds.device)
+    at = seeds[:, None], offsets[:, None], index[None, :]
+    u = uniform60(*at, PLAIN_DRAW)
+    leaves = torch.zeros_like(u, dtype=torch.bool)
+    if bool((drawn.top < HIGHEST).any()):
+        leaves = uniform60(*at, XTC_COIN) < (drawn.coin * 2.0**60).to(torch.int64)
+    before, own = shares[: wire.rank].sum(0), shares[wire.rank]
+    found = []
+    for i, total in enumerate((drawn.total, drawn.rest)):
+        threshold = multiply_high60(u, total[:, None]) - before[:, i : i + 1]
+        mine = (threshold >= 0) & (threshold < own[:, i : i + 1])
+        found.append(torch.where(mine, threshold, -1))
+    rest = torch.where(found[1] >= 0, -2 - found[1], -1)
+    return torch.where(leaves & (drawn.top < HIGHEST), rest, found[0]), leaves & (drawn.top < HIGHEST)
+
+
+def _probability(shard: Shard, drawn: Drawn, lone: Lone, keys: Tensor) -> Tensor:
+    """Of kept tokens, float64 [b, n]."""
+    x = torch.where(keys >= LOWEST, value(keys >> 32), -torch.inf)
+    w = mass_at((x - shard.peak) * scale_of(shard.drawn_at))
+    p = mixture(w, torch.where(keys > drawn.top, 0, w), drawn)
+    p = torch.where(lone.rest & (keys == lone.first_rest), p + drawn.coin.double(), p)
+    return torch.where(lone.whole, 1.0, p)
+
+
+def _all_bits(wire: Wire, bits: Tensor, start: int, words: int, lone: Lone) -> Tensor:
+    """Every rank's bits int32 [b, ceil(V_r / 32)] as masks of whole rows, int32 [b, words]."""
+    own = pad(torch.where(lone.whole, 0, bits).to(torch.int64) & (2**32 - 1), (1, 1))
+    shift = start % 32
+    part = (own << shift | own.roll(1, -1) >> (32 - shift))[:, 1:] & (2**32 - 1)
+    whole = torch.zeros(len(bits), words + part.shape[1], dtype=torch.int64, device=bits.device)
+    whole[:, start // 32 : start // 32 + part.shape[1]] = part
+    found = wire.total(whole[:, :words])
+    ids = torch.where(lone.whole, IDS - (lone.first & IDS), 0)
+    alone = torch.zeros_like(found).scatter_(1, ids >> 5, torch.ones_like(ids) << (ids & 31))
+    return torch.where(lone.whole, alone, found).to(torch.int32)

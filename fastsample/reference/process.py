@@ -18,9 +18,13 @@ NEG_INF = float("-inf")
 
 def columns(rows: Rows) -> Params:
     """Each parameter as a column [B or 1, 1]."""
+    return columns_of(rows.records)
+
+
+def columns_of(records: Tensor) -> Params:
     columns = {}
     for i, (name, spec) in enumerate(specs()):
-        column = rows.records[:, i : i + 1]
+        column = records[:, i : i + 1]
         columns[name] = column.view(torch.float32) if spec.kind == "float" else column
     return columns
 

@@ -1,0 +1,233 @@
+// A rank's part of a row that is split over ranks: sums, counts and places that ranks put together.
+// The whole row's maximum, and what filters have kept of it so far, come with each question.
+#pragma once
+
+#include "cpu/outputs.h"
+#include "cpu/stats.h"
+
+namespace fastsample {
+namespace {
+
+enum PartQuestion : int32_t {
+  kSums,       // of a set: Z, EH, EL, HH, HL, LL; of all above -inf: n, D1, D2
+  kTotals,     // the mass of a set, and without what XTC may exclude; the first key of either, and
+               // how many it holds; its bits
+  kDraws,      // the tokens at thresholds of the running mass: keys and masses; the entropy's share
+  kAbove,      // how many tokens lie above logits
+  kHistogram,  // mass and number of the tokens of a set in bins of keys
+};
+enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2 };
+enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
+enum DrawsWanted : int64_t { kWantsEntropy = 1 };
+
+constexpr int64_t kHighestKey = INT64_MAX, kNoKey = INT64_MIN, kLastId = UINT32_MAX;
+
+// Places in the rank order as integers, higher for what ranks before: the logit's bits in its
+// order, then the id from high to low.
+FS_INLINE int64_t key_of_place(Place<float> place, int64_t start) {
+  const float x = place.x + 0.0f;  // of -0 too
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const int64_t ordinal = bits < 0 ? -(int64_t)(bits & INT32_MAX) : bits;
+  return ordinal * ((int64_t)1 << 32) + (kLastId - (start + place.id));
+}
+
+FS_INLINE Place<float> place_of_key(int64_t key, int64_t start) {
+  const int64_t ordinal = key >> 32, id = kLastId - (key & kLastId) - start;
+  const uint32_t bits = ordinal < 0 ? 0x80000000u | (uint32_t)-ordinal : (uint32_t)ordinal;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return {x, (int32_t)(id < -1 ? -1 : id > INT32_MAX ? INT32_MAX : id)};
+}
+
+FS_INLINE float float_of(int64_t bits) {
+  const uint32_t low = (uint32_t)bits;
+  float x;
+  memcpy(&x, &low, sizeof x);
+  return x;
+}
+
+template <class T>
+struct PartRow {
+  const PartArguments& ask;
+  const PartQuery& query;
+  int64_t r;
+  const Workspace& ws;
+  Dense<T> dense;
+  LogitWeigher weigher;
+  Kept<float> kept;
+  TopChoices top;
+
+  const int64_t* details() const { return (const int64_t*)ask.details + r * ask.count; }
+  int64_t* answers() const { return (int64_t*)ask.answers + r * ask.words; }
+};
+
+// Everything that kSums may ask for, in one pass.
+struct Products {
+  Depths depths;
+  Squares squares = {};
+
+  FS_MEMBER void add(vf x, const Halves& w) {
+    depths.add(x, w);
+    squares.add(x, w);
+  }
+};
+
+template <class T>
+void answer_sums(const PartRow<T>& p) {
+  int64_t* to = p.answers();
+  memset(to, 0, (size_t)p.ask.words * sizeof *to);
+  const LogitWeigher judge = p.weigher.judge();
+  if (p.ask.wants & kWantsProducts) {
+    Products products = {{judge}};
+    const uint64_t total = measure(p.dense, p.kept, judge, p.ws, products);
+    const DepthSums d = products.depths.sums(total);
+    const SquareSums s = products.squares.sums(total);
+    const uint64_t sums[] = {d.mass, d.high, d.low, s.high, s.cross, s.low};
+    memcpy(to, sums, sizeof sums);
+  } else {
+    to[0] = (int64_t)weigh_groups(p.dense, p.kept, judge, p.ws);
+  }
+  if (p.ask.wants & kWantsSpread) {
+    const SpreadSums s = spread(p.dense, p.weigher.max);
+    const uint64_t sums[] = {s.count, s.sum, s.squares};
+    memcpy(to + 6, sums, sizeof sums);
+  }
+}
+
+template <class T>
+void answer_totals(const PartRow<T>& p) {
+  int64_t* to = p.answers();
+  const auto first = [&](const Kept<float>& kept) {
+    if (!(p.ask.wants & kWantsFirst)) return kNoKey;
+    const Place<float> place = first_of(p.dense, kept, p.weigher.judge());
+    return place.id < 0 ? kNoKey : key_of_place(place, p.ask.start);
+  };
+  const bool excludes = p.top.probability > 0;
+  to[0] = to[1] = (int64_t)weigh_groups(p.dense, p.kept, p.weigher, p.ws);
+  to[2] = to[3] = first(p.kept);
+  int32_t count = 0;
+  if (p.ask.wants & kWantsCount) {
+    Batch batch = {};
+    batch.out.kept_count = &count;
+    if (p.ask.bitmask) {
+      const int64_t words = (p.dense.row.vocab + 31) / 32;
+      batch.out.kept_bitmask = (int32_t*)p.ask.bitmask + p.r * words;
+    }
+    write_kept_set(batch, 0, p.dense, p.dense, p.kept, p.weigher, p.ws);
+  }
+  to[4] = count;
+  if (!excludes) return;
+  const Kept<float> rest = without(p.kept, p.top);
+  to[1] = (int64_t)weigh_groups(p.dense, rest, p.weigher, p.ws);
+  to[3] = first(rest);
+}
+
+// A threshold t of the running mass of what XTC leaves is given as -2 - t; -1 is none.
+template <class T>
+void answer_draws(const PartRow<T>& p) {
+  const Shares shares = {(uint64_t)p.query.total, (uint64_t)p.query.rest, p.top};
+  const Kept<float> rest = without(p.kept, p.top);
+  const int64_t n = p.ask.count;
+  int64_t* to = p.answers();
+  weigh_groups(p.dense, p.kept, p.weigher, p.ws);
+  if (p.ask.wants & kWantsEntropy) {
+    const double own = shares.mixed()
+                           ? entropy_of_mixture(p.dense, p.kept, p.weigher, shares)
+                           : entropy_by_mass(p.dense, p.kept, p.weigher, shares.total, p.ws);
+    memcpy(to + 2 * n, &own, sizeof own);
+  }
+  if (p.top.probability > 0) weigh_groups(p.dense, rest, p.weigher, p.ws, p.ws.rest_mass);
+  add_up(p.ws.group_mass, groups(p.dense));
+  if (p.top.probability > 0) add_up(p.ws.rest_mass, groups(p.dense));
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t threshold = p.details()[j];
+    Drawn token = {-1, 0, 0};
+    if (threshold >= 0) {
+      token = draw(p.dense, p.kept, p.weigher, p.ws.group_mass, (uint64_t)threshold);
+    } else if (threshold < -1) {
+      token = draw(p.dense, rest, p.weigher, p.ws.rest_mass, (uint64_t)(-2 - threshold));
+    }
+    to[j] = token.id < 0 ? kNoKey : key_of_place({token.x, token.id}, p.ask.start);
+    to[n + j] = (int64_t)token.mass;
+  }
+}
+
+template <class T>
+void answer_above(const PartRow<T>& p) {
+  for (int64_t j = 0; j < p.ask.count; ++j) {
+    p.answers()[j] = rank_of(p.dense, float_of(p.details()[j])) - 1;
+  }
+}
+
+// details: where the bins begin; the lowest bit of a bin. The bins are as many as answers are
+// pairs.
+template <class T>
+void answer_histogram(const PartRow<T>& p) {
+  const int64_t base = p.details()[0], shift = p.details()[1], bins = p.ask.words / 2;
+  int64_t* to = p.answers();
+  memset(to, 0, (size_t)p.ask.words * sizeof *to);
+  const LogitWeigher judge = p.weigher.judge();
+  const Weighing weight(judge, p.kept.floor);
+  float buffer[kBlock];
+  uint64_t mass[kBlock];
+  for (int b = 0; b < blocks(p.dense); ++b) {
+    if (!may_keep(p.dense, b, p.kept)) continue;
+    const float* x = values(p.dense, b, buffer);
+    weigh_each(p.dense, b, x, p.kept, weight, mass);
+    for (int i = 0; i < kBlock; ++i) {
+      const Place<float> place = {x[i], id_at(p.dense, b, i)};
+      if (!ranks_within(p.kept, place) || (p.kept.floor && !mass[i])) continue;
+      const int64_t bin = (key_of_place(place, p.ask.start) >> shift) - (base >> shift);
+      if (bin < 0 || bin >= bins) continue;
+      to[2 * bin] += (int64_t)mass[i];
+      to[2 * bin + 1] += 1;
+    }
+  }
+}
+
+template <class T>
+void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
+  const PartArguments& ask = part.ask;
+  const PartQuery& q = ((const PartQuery*)ask.queries)[r];
+  Batch batch = {};
+  batch.logits = part.logits;
+  const Row<T> row = raw_row<T>(batch, r);
+  scan(row, ws.block_max, 0.0f, Nothing());
+  Kept<float> kept = everything();
+  if (q.high != kHighestKey) kept = narrow_below(kept, place_of_key(q.high, ask.start));
+  kept = narrow_above(kept, place_of_key(q.low, ask.start));
+  kept = narrow_to_mass(kept, (uint64_t)q.floor);
+  TopChoices top = kNoTopChoices;
+  if (q.top != kHighestKey) {
+    top = top_choices({2, place_of_key(q.top, ask.start)}, float_of(q.coin));
+  }
+  const LogitWeigher weigher = {float_of(q.peak), float_of(q.scale), float_of(q.judged_scale)};
+  const PartRow<T> p = {ask, q, r, ws, {row, ws.block_max, false}, weigher, kept, top};
+  switch ((PartQuestion)ask.question) {
+    case kSums:
+      return answer_sums(p);
+    case kTotals:
+      return answer_totals(p);
+    case kDraws:
+      return answer_draws(p);
+    case kAbove:
+      return answer_above(p);
+    case kHistogram:
+      return answer_histogram(p);
+  }
+}
+
+void answer_part(const Part& part, int64_t r, const Workspace& ws) {
+  switch (part.logits.dtype) {
+    case kFloat16:
+      return answer_row_of<Half>(part, r, ws);
+    case kBFloat16:
+      return answer_row_of<BFloat>(part, r, ws);
+    default:
+      return answer_row_of<float>(part, r, ws);
+  }
+}
+
+}  // namespace
+}  // namespace fastsample
