@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import ref
+
 import torch
 import torch.distributed as dist
 
 Tensor = torch.Tensor
+
+_all_gather: Any = getattr(dist, "all_gather_single", None)  # what torch 2.13 calls the one below
+if _all_gather is None and dist.is_available():
+    _all_gather = dist.all_gather_into_tensor
 
 
 class Wire:
@@ -19,7 +26,7 @@ class Wire:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
-        self.group = group
+        self._group = None if group is None else ref(group)  # calls that are remembered must not keep it alive
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rounds = self.sent = 0
@@ -32,16 +39,18 @@ class Wire:
         Raises:
             RuntimeError: a rank did not answer within the group's timeout; the message says which ranks are gone.
         """
-        if self.group is None or self.size == 1:
+        if self._group is None or self.size == 1:
             return words.unsqueeze(0)
+        if (group := self._group()) is None:
+            raise RuntimeError("group: expected a process group that has not been destroyed")
         words = words.contiguous()
         found = words.new_empty((self.size, *words.shape))
         self.rounds += 1
         self.sent += words.nbytes
         try:
-            dist.all_gather_into_tensor(found.view(-1), words.view(-1), group=self.group)
+            _all_gather(found.view(-1), words.view(-1), group=group)
         except RuntimeError as error:
-            lost = self._lost(self.group)
+            lost = self._lost(group)
             what = f"lost the connection to rank {', '.join(map(str, lost))}" if lost else "no answer from some rank"
             raise RuntimeError(f"rank {self.rank} of {self.size}: {what} in round {self.rounds}: {error}") from error
         return found
