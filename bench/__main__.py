@@ -197,6 +197,24 @@ def kept(
 
 
 @app.command()
+def ranks(
+    vocab: Annotated[int, typer.Option(min=2, max=2**20)] = 151_936,
+    batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8 and 64]")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Ranks, a process of one thread each.")] = 2,
+    logits: Annotated[str, typer.Option(help="Maker of logits in tests/support/cases.py.")] = "lm",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    seconds: Annotated[float, typer.Option(help="Time for each batch size and mode; three turns at least.")] = 2.0,
+) -> None:
+    """Rows split over the ranks of a process group, against gathering their logits and then sampling."""
+    from bench.modes import MAKERS
+    from bench.ranks import run
+
+    known([logits], MAKERS, "--logits")
+    known([dtype], ("float32", "float16", "bfloat16"), "--dtype")
+    run(vocab, batch or [1, 8, 64], count, logits, dtype, seconds)
+
+
+@app.command()
 def speculate(
     vocab: Annotated[int, typer.Option(min=2, max=2**20)] = 151_936,
     batch: Annotated[Numbers, typer.Option(help="Requests. [default: 1, 8 and 32]")] = None,

@@ -137,16 +137,18 @@ void answer_draws(const PartRow<T>& p) {
                            : entropy_by_mass(p.dense, p.kept, p.weigher, shares.total, p.ws);
     memcpy(to + 2 * n, &own, sizeof own);
   }
-  if (p.top.probability > 0) weigh_groups(p.dense, rest, p.weigher, p.ws, p.ws.rest_mass);
+  const bool excludes = p.top.probability > 0;
+  if (excludes) weigh_groups(p.dense, rest, p.weigher, p.ws, p.ws.rest_mass);
   add_up(p.ws.group_mass, groups(p.dense));
-  if (p.top.probability > 0) add_up(p.ws.rest_mass, groups(p.dense));
+  if (excludes) add_up(p.ws.rest_mass, groups(p.dense));
   for (int64_t j = 0; j < n; ++j) {
     const int64_t threshold = p.details()[j];
+    const bool leaves = threshold < -1;
     Drawn token = {-1, 0, 0};
-    if (threshold >= 0) {
-      token = draw(p.dense, p.kept, p.weigher, p.ws.group_mass, (uint64_t)threshold);
-    } else if (threshold < -1) {
-      token = draw(p.dense, rest, p.weigher, p.ws.rest_mass, (uint64_t)(-2 - threshold));
+    if (threshold != -1) {
+      const uint64_t at = (uint64_t)(leaves ? -2 - threshold : threshold);
+      token = leaves && excludes ? draw(p.dense, rest, p.weigher, p.ws.rest_mass, at)
+                                 : draw(p.dense, p.kept, p.weigher, p.ws.group_mass, at);
     }
     to[j] = token.id < 0 ? kNoKey : key_of_place({token.x, token.id}, p.ask.start);
     to[n + j] = (int64_t)token.mass;

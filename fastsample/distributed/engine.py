@@ -10,17 +10,18 @@ from torch.nn.functional import pad
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import require_agreement
 from fastsample.distributed.filters import filters, uses, xtc
-from fastsample.distributed.keys import HIGHEST, IDS, everything
+from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, everything, value
 from fastsample.distributed.local import is_edited, list_first, process, without_edits
 from fastsample.distributed.native import NativeShard
 from fastsample.distributed.outputs import Found, compact, translate, write_listed
 from fastsample.distributed.raw import write_raw
-from fastsample.distributed.row import SplitRow, status_of
+from fastsample.distributed.row import SplitRow, bound_beyond, edge_of, status_of
 from fastsample.distributed.shard import Shard
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 from fastsample.params import GREEDY_BELOW
+from fastsample.reference.mass import UNIT, scale_of
 from fastsample.reference.process import NAN, POSITIVE_INFINITY, choice, columns_of
 
 Tensor = torch.Tensor
@@ -44,20 +45,36 @@ class Plan:
         cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
         whole = (params["top_n_sigma"] > 0) | choice(params, "ties", "all")
         whole = whole | (choice(params, "order", "joint") & (params["top_p"] < 1))
-        self.cut_short = bool((self.greedy | (cut & ~whole)).all())
+        self.cut = self.greedy | (cut & ~whole)
+        self.cut_short = bool(self.cut.all())
+        # Where min-p comes before all that measures, it may cut everything off that is not listed.
+        last, first_ = (choice(params, "order", order) for order in ("temperature_last", "min_p_first"))
+        floors = (params["min_p"] > 0) & (params["top_n_sigma"] == 0) & ((params["top_p"] == 1) | first_)
+        floors = floors & ~(last & (params["typical_p"] < 1)) & ~((k > MOST_LISTED) & (k < vocab))
+        self.floor_short = bool((self.cut | floors).all())
+        self.floor = (params["min_p"].double() * 2.0**UNIT).to(torch.int64)
         self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
         self.products = any(name in self.used for name in ("typical", "eta", "p_less"))
 
     def holds(self, records: Tensor) -> bool:
         return records is self.records and self.version == _version(records) and self.version >= 0
 
-    def is_enough(self, out: Outputs) -> bool:
-        """Whether the first tokens of each rank tell all that is asked."""
-        return self.cut_short and out.mode != "raw" and out.log_kept_mass is None
-
     def count(self, out: Outputs) -> int:
         """How many tokens a rank lists."""
-        return self.most if self.is_enough(out) else max(self.most, LISTED, out.num_top)
+        return self.most if self.cut_short and _is_of_kept(out) else max(self.most, LISTED, out.num_top)
+
+    def is_enough(self, x: Tensor, ids: Tensor, ranks: int) -> bool:
+        """Whether what ranks list of each row, as `SplitRow` takes it, is all that filters may keep."""
+        if self.cut_short or not self.floor_short:
+            return self.cut_short
+        edge, peak = edge_of(x, ids, ranks), x.amax(-1, keepdim=True)
+        beyond = bound_beyond(torch.where(edge > LOWEST, value(edge >> 32), -torch.inf), peak, scale_of(self.judged_at))
+        return bool((self.cut | (edge <= LOWEST) | (self.floor > beyond)).all())
+
+
+def _is_of_kept(out: Outputs) -> bool:
+    """Whether all that is asked is about kept tokens."""
+    return out.mode != "raw" and out.log_kept_mass is None
 
 
 def _version(records: Tensor) -> int:
@@ -112,7 +129,7 @@ class SplitEngine(Engine):
         plan = self._plan
         x, wrong = self._processed(engine, rows)
         listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count(out))
-        if plan.is_enough(out):
+        if _is_of_kept(out) and plan.is_enough(listed, ids, self.wire.size):
             missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
             listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
             own_rows = Rows(without_edits(rows.records), rows.seeds, rows.offsets)

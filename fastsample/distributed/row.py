@@ -43,9 +43,7 @@ class SplitRow:
         self.mass = mass_at(y)
         self.depth = (-y.clamp(min=-60) * 2.0**14).to(torch.int64)
         self.known = (self.keys >= self.edge) & (self.keys >= LOWEST)
-        at_edge = mass_at((self._value_at(self.edge) - self.peak) * self.scale)
-        # What is not known weighs less than this: masses rise with the logit but for their last bits.
-        self.beyond = at_edge + (at_edge >> 18) + 2
+        self.beyond = bound_beyond(self._value_at(self.edge), self.peak, self.scale)
         self.wanted = wanted  # of whole rows' sums: products, spread
         self._whole: Tensor | None = None
 
@@ -189,6 +187,12 @@ def status_of(listed: Tensor) -> Tensor:
     status = torch.where((listed == -torch.inf).all(-1), NOTHING_LEFT, 0)
     status = torch.where((listed == torch.inf).any(-1), POSITIVE_INFINITY, status)
     return torch.where(listed.isnan().any(-1), NAN, status).to(torch.int32)
+
+
+def bound_beyond(x: Tensor, peak: Tensor, scale: Tensor) -> Tensor:
+    """More than any token at logits x or below weighs: masses rise with the logit but for their last bits."""
+    mass = mass_at((x - peak) * scale)
+    return mass + (mass >> 18) + 2
 
 
 def edge_of(x: Tensor, ids: Tensor, ranks: int) -> Tensor:

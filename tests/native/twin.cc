@@ -17,6 +17,7 @@ const Kernel kernel_baseline = {
       for (int64_t i = 0; i < n * 32; ++i) {
         if ((uint32_t)words[i / 32] >> i % 32 & 1) *ids++ = (int32_t)i;
       }
-    }};
+    },
+    nullptr};  // parts of rows: tests/distributed/test_part.py has another twin
 
 }  // namespace fastsample

@@ -1,0 +1,113 @@
+"""A rank's answers by the CPU engine's own code, against the same in PyTorch: equal to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, MAKERS, finish
+
+from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, key, ordinal, value
+from fastsample.distributed.native import NativeShard
+from fastsample.distributed.shard import LEVELS, Drawn, Shard
+
+Tensor = torch.Tensor
+
+ROWS, START = 7, 4321
+
+
+class Asked:
+    """A part of rows, and kept sets of all kinds: open, between places, above masses, empty."""
+
+    def __init__(self, maker: str, width: int, dtype: str) -> None:
+        g = torch.Generator().manual_seed(width)
+        x = finish(MAKERS[maker](ROWS, width, g), DTYPES[dtype])
+        # Parts may lie anywhere below the maximum.
+        peak = x.float().amax(-1, keepdim=True).clamp(min=-1e30) + torch.tensor([0, 0, 0, 0.5, 3, 20, 60])[:, None]
+        judged = torch.tensor([1, 1, 0.3, 2, 1, 1, 1])[:, None]
+        drawn = torch.where(torch.arange(ROWS)[:, None] == 2, 0.7, judged)
+        self.parts = [kind(x, START, peak, judged, drawn) for kind in (Shard, NativeShard)]
+        keys = key(x.float(), torch.arange(START, START + width))
+        some = keys.gather(1, torch.randint(width, (ROWS, 2), generator=g)).sort(-1).values.clamp(min=LOWEST)
+        open_ = torch.tensor([[True], [False], [True], [False], [True], [True], [False]])
+        low = torch.where(open_, LOWEST, some[:, :1])
+        high = torch.where(
+            torch.tensor([[True], [True], [True], [False], [False], [True], [True]]), HIGHEST, some[:, 1:]
+        )
+        floor = torch.tensor([0, 0, 2**30, 5, 0, 2**39, 1])[:, None]
+        self.kept = Kept(high, low, floor)
+        top = torch.where(torch.arange(ROWS)[:, None] % 3 == 1, some[:, 1:], HIGHEST)
+        coin = torch.linspace(0.1, 0.9, ROWS)[:, None]
+        nothing = torch.zeros(ROWS, dtype=torch.int64)
+        self.drawn = Drawn(self.kept, top, coin, nothing, nothing)
+        self.x = x
+
+    def both(self, question: str, *given: Any) -> None:
+        want, got = (getattr(part, question)(*given) for part in self.parts)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.fixture(params=["f32", "f16", "bf16"])
+def asked(request: pytest.FixtureRequest, maker: str, width: int) -> Asked:
+    return Asked(maker, width, request.param)
+
+
+pytestmark = [
+    pytest.mark.parametrize("width", [1, 31, 256, 257, 2500]),
+    pytest.mark.parametrize("maker", ["flat", "lm", "ties", "half_masked", "equal"]),
+]
+
+
+def test_sums(asked: Asked) -> None:
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        asked.both("sums", asked.kept, *wanted)
+
+
+def test_totals_and_bits(asked: Asked) -> None:
+    for first, count in ((True, True), (False, True), (True, False)):
+        asked.both("totals", asked.drawn, first, count, None)
+    bits = [torch.full((ROWS, -(-asked.x.shape[1] // 32)), 77, dtype=torch.int32) for _ in range(2)]
+    for part, words in zip(asked.parts, bits, strict=True):
+        part.totals(asked.drawn, False, True, words)
+    assert torch.equal(*bits)
+    held = asked.parts[0].held(asked.kept)
+    assert torch.equal(
+        held, (bits[0][:, torch.arange(held.shape[1]) >> 5] >> (torch.arange(held.shape[1]) & 31)) & 1 > 0
+    )
+
+
+def test_draws(asked: Asked) -> None:
+    totals = asked.parts[0].totals(asked.drawn, False, False, None)
+    asked.drawn.total, asked.drawn.rest = totals[:, 0] + 5 * (totals[:, 0] == 0), totals[:, 1]
+    n = 6
+    share = torch.linspace(0, 1, n, dtype=torch.float64)
+    whole, rest = ((totals[:, i : i + 1] * share).long().clamp(max=totals[:, i : i + 1] - 1) for i in range(2))
+    turns = torch.arange(n) % 3
+    thresholds = torch.where(turns == 0, whole, torch.where((turns == 1) & (rest >= 0), -2 - rest, -1))
+    thresholds = torch.where(totals[:, :1] > 0, thresholds, -1)
+    want, got = (part.draws(asked.drawn, thresholds, True) for part in asked.parts)
+    assert torch.equal(got[:, : 2 * n], want[:, : 2 * n])
+    entropies = (t[:, -1].contiguous().view(torch.float64) for t in (got, want))
+    torch.testing.assert_close(*entropies, rtol=1e-8, atol=1e-9)
+
+
+def test_above(asked: Asked) -> None:
+    asked.both("above", torch.cat([asked.x[:, :1].float(), asked.x[:, -1:].float() + 0.25], 1))
+
+
+def test_histograms(asked: Asked) -> None:
+    base = torch.full((ROWS, 1), NO_KEY)
+    for level, (shift, bits) in enumerate(LEVELS):
+        asked.both("histogram", asked.kept, base, level)
+        found = asked.parts[0].histogram(asked.kept, base, level)
+        base = base + (found[:, :, 1].argmax(-1, keepdim=True) << shift)
+        assert found.shape == (ROWS, 2**bits, 2)
+
+
+def test_keys_are_in_the_rank_order(asked: Asked) -> None:
+    x = asked.x.float()
+    keys = key(x, torch.arange(x.shape[1]))
+    order = (x + 0.0).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(keys.sort(-1, descending=True).indices, order)
+    assert torch.equal(value(ordinal(x)), x + 0.0)
