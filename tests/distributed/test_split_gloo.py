@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,19 +165,46 @@ SAYS = (
 )
 
 
-def refusals_and_seeds() -> tuple[list[str | None], list[Any]]:
-    return refusals(), fresh_seeds()
+def counted() -> list[tuple[int, int]]:
+    """Messages and bytes of two greedy steps, of which the first compares."""
+    logits, _ = steps()
+    own, here = slice_of(VOCAB)
+    sampler = fd.ShardedSampler(batch_size=ROWS, seed=1, temperature=0.0, **own)
+    counts = []
+    for _ in range(2):
+        sampler(logits[0][:, here])
+        counts.append((sampler.split.rounds, sampler.split.sent))
+    return counts
 
 
-def test_ranks_that_differ_are_told_where_and_take_the_first_ones_seeds(tmp_path: Path) -> None:
-    found = in_processes(refusals_and_seeds, 3, tmp_path)
+def ended() -> tuple[bool, str]:
+    """Whether nothing keeps a group that is destroyed, and what a sampler that outlives it says."""
+    own, here = slice_of(VOCAB)
+    sampler = fd.ShardedSampler(batch_size=ROWS, seed=1, **own)
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    gc.collect()
+    with pytest.raises(RuntimeError) as caught:
+        sampler(steps()[0][0][:, here])
+    return group() is None, str(caught.value)
+
+
+def life_of_a_group() -> list[Any]:
+    return [refusals(), fresh_seeds(), counted(), ended()]
+
+
+def test_the_life_of_a_group(tmp_path: Path) -> None:
+    found = in_processes(life_of_a_group, 3, tmp_path)
     assert found == [found[0]] * 3
-    said, drawn = found[0]
+    said, drawn, (first, second), end = found[0]
     for text, expected in zip(said, SAYS, strict=True):
         assert text.startswith(expected), text
     torch.manual_seed(0)
     logits, _ = steps()
-    assert drawn[:2] == [fs.sample(logits[0], top_k=k).tokens.tolist() for k in (0, 20)]
+    assert drawn[:2] == [fs.sample(logits[0], top_k=k).tokens.tolist() for k in (0, 20)], "the first rank's seeds"
+    assert first[0] == 2
+    assert second == (first[0] + 1, first[1] + 8 * ROWS)
+    assert end == (True, "group: expected a process group that has not been destroyed")
 
 
 # A rank that is gone -------------------------------------------------------------------------------------------------
