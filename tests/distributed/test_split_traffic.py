@@ -73,8 +73,21 @@ def test_one_round_where_top_k_decides(k: int, how: dict[str, Any], logits: torc
     assert traffic(logits, **how) == Traffic(1, 8 * k)
 
 
-LISTED: dict[str, dict[str, Any]] = {
+FLOORS: dict[str, dict[str, Any]] = {
     "min-p": {"min_p": 0.02},
+    "min-p, top-p": {"min_p": 0.02, "top_p": 0.9, "order": "min_p_first"},
+    "min-p, typical, XTC": {"min_p": 0.02, "typical_p": 0.9, "xtc_probability": 0.5, **IDS, "presence_penalty": 1.0},
+    "rows of min-p, top-k and greedy": {"min_p": [0.02, 0.0, 0.5, 0.1], "top_k": [0, 7, 0, 0]},
+}
+
+
+@pytest.mark.parametrize("how", FLOORS.values(), ids=FLOORS)
+def test_one_round_where_min_p_leaves_listed_tokens(how: dict[str, Any]) -> None:
+    assert traffic(LM, **how) == Traffic(1, LIST)
+    assert traffic(FLAT, **how).rounds > 1
+
+
+LISTED: dict[str, dict[str, Any]] = {
     "top-p": {"top_p": 0.95},
     "typical": {"typical_p": 0.9},
     "epsilon": {"epsilon_cutoff": 1e-3},
