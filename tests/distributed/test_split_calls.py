@@ -13,7 +13,7 @@ from cases import pack_bits
 from conformance import assert_agree, invalid_rows, named
 from drafts import BLOCKS, KEPT
 from ranks import on_ranks
-from split import CUTS
+from split import CUTS, listing
 
 import fastsample as fs
 import fastsample.distributed as fd
@@ -83,6 +83,31 @@ def test_an_invalid_row_raises_on_every_rank(mode: str) -> None:
     with pytest.raises(ValueError, match="row 4") as whole:
         fs.sample(rows, seed=1, **MODES[mode])
     assert everywhere(said, rows) == [str(whole.value)] * 4
+
+
+BESIDE: tuple[dict[str, Any], ...] = (
+    {"top_k": 5, "top_n_sigma": 0.5},
+    {"top_k": 5, "top_p": 0.3},
+    {"top_k": 5, "ties": "all"},
+    {"top_k": 30, "min_p": 0.2},
+    {"min_p": 0.2, "typical_p": 0.3},
+    {"min_p": 0.2, "top_p": 0.3},
+    {"min_p": 0.2, "top_n_sigma": 0.5},
+    {"min_p": 0.2, "eta_cutoff": 0.2},
+    {"min_p": 0.2, "xtc_probability": 0.5, "xtc_threshold": 0.02},
+)
+
+
+@pytest.mark.parametrize("order", ["top_k_first", "min_p_first", "joint", "temperature_last"])
+@pytest.mark.parametrize("fields", BESIDE, ids=str)
+def test_a_filter_that_measures_before_another_cuts(fields: dict[str, Any], order: str) -> None:
+    """It measures the whole row, although the other leaves nothing but listed tokens."""
+    how = {"seed": 3, "order": order, "temperature": 1.3, **fields, "kept": "bitmask", "num_samples": 3}
+    for rows in (LOGITS, (LOGITS / 2).round() / 2):
+        whole = fs.sample(rows, **how)
+        for lists in ((3, 8), (20, 1024)):
+            with listing(*lists):
+                assert_equal(everywhere(fd.sample, rows, **how), whole)
 
 
 @pytest.mark.parametrize("logprobs", ["raw", "processed"])
