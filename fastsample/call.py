@@ -31,6 +31,7 @@ from fastsample.outputs import (
     allocate,
     check_buffer,
     empty,
+    fresh_like,
     raise_if_invalid,
     span,
     unrolled,
@@ -211,6 +212,7 @@ class SampleCall(Call):
         super().__init__(options, slots)
         self._wanted = wanted(self.options)  # names of the buffers to fill
         self._same = unrolled("a.{0} is b.{0}", self._wanted, " and ")
+        self._like = fresh_like(self._wanted)
         self._more = [name for name in self._wanted if name not in ("tokens", "status")]
         self._filled = [name for name in self._more if name not in OF_ALL]  # by an engine's run
         self._names = tuple(self._filled)
@@ -316,11 +318,7 @@ class SampleCall(Call):
             if self.lasts:
                 self._template = allocate(self.batch, self.options, self._shape[1], device)
             return allocate(self.batch, self.options, self._shape[1], device)
-        like = self._template
-        fresh = SampleOutput(torch.empty_like(like.tokens), torch.empty_like(like.status))
-        for name in self._more:
-            setattr(fresh, name, torch.empty_like(getattr(like, name)))
-        return fresh
+        return SampleOutput(*self._like(self._template))
 
     def _outputs(self, result: SampleOutput, outputs: Outputs | None = None, restore: bool = False) -> Outputs:
         """The engine's view of buffers: `outputs`, if given, is an earlier one."""
