@@ -15,7 +15,16 @@ import torch
 from fastsample.inputs import Rows
 from fastsample.outputs import InputKind
 from fastsample.params import GREEDY_BELOW
-from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN, draw_from, low32, multiply_high60, philox4x32, uniform60
+from fastsample.reference.draw import (
+    PLAIN_DRAW,
+    XTC_COIN,
+    draw_at,
+    draw_from,
+    low32,
+    multiply_high60,
+    philox4x32,
+    uniform60,
+)
 from fastsample.reference.filters import filters, is_kept, rank, rank_order, xtc
 from fastsample.reference.mass import LOG2E, POLYNOMIAL, UNIT, depth, mass, mass_of_probs
 from fastsample.reference.process import (
@@ -46,9 +55,14 @@ __all__ = [
     "Distribution",
     "check",
     "check_probs",
+    "depth",
     "distribution",
+    "draw_at",
+    "entropy",
+    "excludes",
     "filter_logits",
     "law",
+    "log_kept_mass",
     "low32",
     "mass",
     "mass_of_probs",

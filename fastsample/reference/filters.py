@@ -156,11 +156,15 @@ def threshold(kept: Kept, row: Ranked, floor: Tensor) -> Kept:
 
 def xtc(kept: Kept, row: Ranked, params: Params) -> Tensor:
     """The position above which everything kept is a top choice but the last, int64 [B, 1]; -1 where nothing is."""
-    floor = (params["xtc_threshold"].double() * total_of(kept_mass(kept, row)).double()).to(torch.int64)
-    top = is_kept(kept, row) & (row.mass >= floor) & (params["xtc_probability"] > 0)
+    top = is_kept(kept, row) & (row.mass >= xtc_floor(kept, row, params)) & (params["xtc_probability"] > 0)
     position = torch.arange(row.x.shape[1], device=row.x.device)
     last = torch.where(top, position, -1).amax(-1, keepdim=True)
     return torch.where(top.sum(-1, keepdim=True) >= 2, last - 1, -1)
+
+
+def xtc_floor(kept: Kept, row: Ranked, params: Params) -> Tensor:
+    """The mass of a top choice, int64 [B, 1]."""
+    return (params["xtc_threshold"].double() * total_of(kept_mass(kept, row)).double()).to(torch.int64)
 
 
 def top_p_target(p: Tensor, total: Tensor) -> Tensor:
