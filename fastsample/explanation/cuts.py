@@ -93,5 +93,6 @@ def limits(name: str, before: Kept, after: Kept, row: Ranked, params: Params) ->
         return {"sigma": sigma, "logit": float(lowest_within(row, params[name]))}
     if name in ("top_p", "typical_p"):
         mean = {"mean_logit": float(mean_logit(judged, row))} if name == "typical_p" else {}
-        return {"target": int(top_p_target(params[name], total_of(judged))), **mean}
+        masses = {"target": top_p_target(params[name], total_of(judged)), "reached": total_of(kept_mass(after, row))}
+        return {key: int(mass) for key, mass in masses.items()} | mean
     return {"floor": int(xtc_floor(before, row, params) if name == "xtc_probability" else after.floor)}

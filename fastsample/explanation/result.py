@@ -38,8 +38,8 @@ class Cut:
         removed: number of tokens that it took.
         mass: mass of the tokens that it left, in units of 2^-40 of the row's maximum.
         removed_mass: mass of those that it took.
-        limits: the numbers that decided: "logit" (the lowest that stays), "target" (the mass to be reached) or "floor"
-            (the mass that a token must have), and what they were made of.
+        limits: the numbers that decided: "logit" (the lowest that stays), "target" and "reached" (the mass that the
+            kept must have together, and have) or "floor" (the mass that each must have), and what they were made of.
         why: the same in words.
     """
 
@@ -185,7 +185,7 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers. What JSON has no number for is a string: "nan", "inf", "-inf"."""
-        return {"prompt": self.prompt, "steps": [_plain(step) for step in self.steps]}
+        return {"prompt": self.prompt, "steps": [plain_of(step) for step in self.steps]}
 
     def to_json(self) -> str:
         """`to_dict` as JSON. Integers have up to 64 bits."""
@@ -216,12 +216,12 @@ class Explanation:
         return plain(self)
 
 
-def _plain(value: Any) -> Any:
+def plain_of(value: Any) -> Any:
     """A value of an explanation as JSON has it."""
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name != "record"}
+        return {f.name: plain_of(getattr(value, f.name)) for f in fields(value) if f.name != "record"}
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain_of(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [plain_of(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -53,17 +52,19 @@ class Words:
 def row_of(rows: Rows, row: int) -> Rows:
     """The inputs of one row as those of a batch."""
 
-    def own(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[min(row, len(values) - 1)][None]
+    def own(values: Tensor) -> Tensor:
+        return values[min(row, len(values) - 1)][None]
 
     bias = rows.bias
     if bias is not None:
         start, end = bias.row_ptr[row : row + 2].tolist()
         ends = torch.tensor([0, end - start], device=bias.ids.device)
         bias = Bias(ends, bias.ids[start:end], bias.values[start:end], bias.vocab)
-    inputs = {name: own(getattr(rows, name)) for name in ("bitmask", "prompt_ids", "output_ids", "breakers")}
-    alone = {name: own(getattr(rows, name)) for name in ("records", "seeds", "offsets")}
-    return replace(rows, **alone, **inputs, bias=bias, native=None, slots=None, workspace=None)
+    found = Rows(own(rows.records), own(rows.seeds), own(rows.offsets), bias=bias)
+    for name in ("bitmask", "prompt_ids", "output_ids", "breakers"):
+        if (values := getattr(rows, name)) is not None:
+            setattr(found, name, own(values))
+    return found
 
 
 def explained(logits: Tensor, rows: Rows, number: int, index: int, top: int, words: Words) -> Step:
