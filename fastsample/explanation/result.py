@@ -60,7 +60,7 @@ class Candidate:
     Attributes:
         token: its id.
         text: its text; None without a tokenizer.
-        rank: its place in the rank order, from 1.
+        rank: its place in the rank order, from 1; 0 where an edit made it -inf.
         given: its logit as given, float32.
         logit: its logit after bitmask, bias, penalties and history edits.
         edits: the names of those that changed it.

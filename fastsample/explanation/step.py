@@ -145,14 +145,11 @@ def banned(edited: list[tuple[str, Tensor]], top: int, words: Words) -> tuple[Ca
     given, x = edited[0][1], edited[-1][1]
     likely = spec.rank_order(torch.where(given.isnan(), spec.NEG_INF, given))[0, :top].tolist()
     lost = [t for t in likely if x[0, t] == spec.NEG_INF and given[0, t] > spec.NEG_INF]
-    rank = {token: at for at, token in enumerate(spec.rank_order(x)[0].tolist(), 1)} if lost else {}
     found = []
     for token in lost:
-        names = edits_of(edited, token)
         by = next(name for name, y in edited[1:] if y[0, token] == spec.NEG_INF)
-        given_logit = float(given[0, token])
-        nothing = (0.0, (), 0.0)
-        found.append(Candidate(token, words(token), rank[token], given_logit, spec.NEG_INF, names, *nothing, by))
+        logits = (float(given[0, token]), spec.NEG_INF)
+        found.append(Candidate(token, words(token), 0, *logits, edits_of(edited, token), 0.0, (), 0.0, by))
     return tuple(found)
 
 

@@ -101,7 +101,7 @@ def _cells(candidate: Candidate, cuts: int) -> list[str]:
     after = candidate.after or (0.0,) * cuts
     chances = (candidate.before, *after, candidate.probability)
     by = "" if candidate.cut_by is None else short(candidate.cut_by)
-    return [str(candidate.rank), *(f"{p:.4f}" if p else "-" for p in chances), by]
+    return [str(candidate.rank or "-"), *(f"{p:.4f}" if p else "-" for p in chances), by]
 
 
 def _aligned(cells: list[str], widths: list[int]) -> str:

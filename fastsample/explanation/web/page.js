@@ -10,7 +10,7 @@
   for (const step of data.steps) {
     if (!step.record) continue;
     const { ids, logits, texts, rest } = step.record;
-    step.row = { vocab: step.vocab, alive: step.alive, ids: new Int32Array(bytes(ids)), logits: new Float32Array(bytes(logits)), texts, rest };
+    step.known = { vocab: step.vocab, alive: step.alive, ids: new Int32Array(bytes(ids)), logits: new Float32Array(bytes(logits)), texts, rest };
   }
 
   /* What can be tried, and the stops of each slider. */
@@ -126,7 +126,7 @@
     } else {
       const stops = [...new Set([...STOPS[key], drawn, value])].sort((a, b) => a - b);
       const slider = element("input", null, { id, type: "range", min: 0, max: stops.length - 1, step: 1 });
-      const output = element("output", String(value), { for: id });
+      const output = element("span", String(value), { class: "value", "aria-hidden": "true" });  // the slider itself says it
       slider.value = stops.indexOf(value);
       slider.setAttribute("aria-valuetext", String(value));
       slider.addEventListener("input", () => {
@@ -144,11 +144,11 @@
   function render() {
     const step = current();
     $("title").textContent = `Step ${state.step + 1} of ${data.steps.length}: ${step.token < 0 ? "an invalid row" : name(step.text, step.token)}`;
-    const valid = step.row !== undefined;
+    const valid = step.known !== undefined;
     document.querySelector("aside").hidden = !valid;
     if (!valid) return renderInvalid(step);
     let found = null, beyond = null;
-    try { found = Law.keep(step.row, parameters()); } catch (error) { if (!(error instanceof Beyond)) throw error; beyond = error.message; }
+    try { found = Law.keep(step.known, parameters()); } catch (error) { if (!(error instanceof Beyond)) throw error; beyond = error.message; }
     const draw = found ? redraw(step, found) : { beyond };
     renderNews(step, found, draw, beyond);
     renderFacts(step, found, beyond);
@@ -160,16 +160,16 @@
 
   /** The draw of the chosen seed; the recorded one where nothing was changed. */
   function redraw(step, found, seed = state.seed ?? BigInt(step.seed)) {
-    try { return Law.draw(step.row, found, seed, BigInt(step.offset), step.index); } catch (error) {
+    try { return Law.draw(step.known, found, seed, BigInt(step.offset), step.index); } catch (error) {
       if (!(error instanceof Beyond)) throw error;
       if (tried() || seed !== BigInt(step.seed) || !step.draw) return { beyond: error.message };
       const { bits, start, end, total, excludes } = step.draw;
-      const at = step.row.ids.indexOf(step.token);
+      const at = step.known.ids.indexOf(step.token);
       return { position: at, token: step.token, bits: BigInt(bits), start: BigInt(start), end: BigInt(end), total: BigInt(total), excludes: excludes === "True" };
     }
   }
 
-  const drawnName = (step, draw) => (draw.position >= 0 ? wordAt(step.row, draw.position) : name(step.text, step.token));
+  const drawnName = (step, draw) => (draw.position >= 0 ? wordAt(step.known, draw.position) : name(step.text, step.token));
 
   function renderInvalid(step) {
     say(`No token: the row has ${step.problem}.`, true);
@@ -214,9 +214,9 @@
     const part = value => Number((value << 60n) / draw.total) / 2 ** 60, u = Number(draw.bits) / 2 ** 60;
     const w = draw.excludes ? found.others : found.whole;
     if (found.restMass === 0n) {
-      const order = w.map((_, i) => i).filter(i => w[i] > 0).sort((i, j) => step.row.ids[i] - step.row.ids[j]);
+      const order = w.map((_, i) => i).filter(i => w[i] > 0).sort((i, j) => step.known.ids[i] - step.known.ids[j]);
       strip.append(...order.map(i => {
-        const piece = element("i", null, { title: wordAt(step.row, i), ...(i === draw.position ? { class: "chosen" } : {}) });
+        const piece = element("i", null, { title: wordAt(step.known, i), ...(i === draw.position ? { class: "chosen" } : {}) });
         piece.style.width = `${100 * w[i] / Number(draw.total)}%`;
         return piece;
       }));
@@ -253,7 +253,7 @@
   const isOn = key => parameters()[key] !== NEUTRAL[key];
 
   function renderTokens(step, found, draw) {
-    const row = step.row, size = row.ids.length, shown = state.all ? size : Math.min(SHOWN, size);
+    const row = step.known, size = row.ids.length, shown = state.all ? size : Math.min(SHOWN, size);
     const lines = Array.from({ length: shown }, (_, i) => i);
     if (draw.position >= shown) lines.push(draw.position);
     const before = found ? found.before : null;
