@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastsample.explanation.result import Explanation, Record, Step, plain_of
-from fastsample.params import specs
+from fastsample.params import SamplingParams, specs
 from fastsample.reference.mass import depth_at, halves, mass_at, scale_of, steps_below
 
 Tensor = torch.Tensor
@@ -22,8 +22,16 @@ TEMPERATURES = tuple(round(0.05 * i, 2) for i in range(1, 41))
 def page(explanation: Explanation) -> str:
     """The text of the page."""
     parts = {name: _file(f"page.{name}") for name in ("html", "css", "js")}
-    ranges = {name: {"meaning": one.meaning, "choices": one.choices} for name, one in specs()}
-    data = {"prompt": explanation.prompt, "parameters": ranges, "steps": [_step(step) for step in explanation.steps]}
+    neutral = SamplingParams()
+    parameters = {
+        name: {"meaning": one.meaning, "choices": one.choices, "neutral": getattr(neutral, name)}
+        for name, one in specs()
+    }
+    data = {
+        "prompt": explanation.prompt,
+        "parameters": parameters,
+        "steps": [_step(step) for step in explanation.steps],
+    }
     # In a script, HTML ends at the first "</script" whatever it stands in.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     filled = {"/* css */": parts["css"], "/* law */": _file("law.js"), "/* page */": parts["js"], "/* data */": text}
@@ -42,7 +50,7 @@ def _step(step: Step) -> dict[str, Any]:
     plain: dict[str, Any] = plain_of(step)
     plain |= {"seed": str(step.seed), "offset": str(step.offset)}
     if step.draw is not None:
-        plain["draw"] = {name: str(value) for name, value in plain["draw"].items()}
+        plain["draw"] = {name: str(v) if type(v) is int else v for name, v in plain["draw"].items()}
     if step.record is not None:
         plain["record"] = _record(step.record, step)
     return plain

@@ -58,12 +58,19 @@ const Law = (() => {
     return kept.high < size && kept.low >= row.alive - 1 && heavy ? "all" : "some";
   }
 
+  const beyondRecorded = (row, name) =>
+    new Beyond(`${name} would have to look at tokens beyond the ${row.logits.length} recorded`);
+
+  function withoutSums(row, name) {
+    const temperature = Number(row.temperature.toPrecision(7));
+    return new Beyond(`${name} needs the mass of all tokens, which is not recorded for temperature ${temperature}`);
+  }
+
   /** Z and the other sums of what is kept. */
   function sumsOf(row, kept, name) {
     const rest = restOf(row, kept), own = isKept(row, kept);
-    if (rest === "some") throw new Beyond(`${name} would have to look at tokens beyond the ${row.logits.length} recorded`);
-    if (rest === "all" && !row.sums)
-      throw new Beyond(`${name} needs the mass of all ${row.alive} tokens, which is not recorded for temperature ${shown(row.temperature)}`);
+    if (rest === "some") throw beyondRecorded(row, name);
+    if (rest === "all" && !row.sums) throw withoutSums(row, name);
     const sums = rest === "all" ? [...row.sums] : [0n, 0n, 0n, 0n, 0n, 0n];
     row.mass.forEach((w, i) => {
       if (!own[i] || !w) return;
@@ -79,7 +86,6 @@ const Law = (() => {
     };
   }
 
-  const shown = value => String(Number(value.toPrecision(7)));
   const above = (kept, low) => ({ ...kept, low: Math.min(kept.low, low) });
   const toMass = (kept, floor) => ({ ...kept, floor: Math.max(kept.floor, Math.trunc(floor)) });
   const count = (row, test) => row.logits.reduce((n, x) => n + (test(x) ? 1 : 0), 0);
@@ -100,13 +106,14 @@ const Law = (() => {
 
   const FILTERS = {
     top_n_sigma(kept, row, p) {
-      const s = p.top_n_sigma, d = Array.from(row.logits, x => Math.trunc(Math.min(2 ** 20 - 1, f32(f32(row.logits[0] - x) * 2048))));
+      const s = p.top_n_sigma, peak = row.logits[0];
       if (s === 0) return kept;
+      const d = Array.from(row.logits, x => Math.trunc(Math.min(2 ** 20 - 1, f32(f32(peak - x) * 2048))));
       const [r1, r2] = row.rest.spread.map(BigInt);
       const d1 = d.reduce((sum, v) => sum + BigInt(v), r1), d2 = d.reduce((sum, v) => sum + BigInt(v) * BigInt(v), r2);
       const a = Number(d1) / row.alive, v = Number(d2) / row.alive - a * a;
       const sigma = Math.sqrt(Math.max(v, 0)) * 2 ** -11;
-      return above(kept, lastAtLeast(row, f32(row.logits[0] - f32(s * sigma))));
+      return above(kept, lastAtLeast(row, f32(peak - f32(s * sigma))));
     },
     top_k(kept, row, p) {
       const size = row.logits.length, k = p.top_k === 0 || p.top_k > row.vocab ? row.vocab : p.top_k;
@@ -124,7 +131,7 @@ const Law = (() => {
     min_p(kept, row, p) {
       if (p.min_p === 0) return kept;
       const first = row.mass.filter((_, i) => kept.high < i && i <= kept.low && row.mass[i] >= kept.floor);
-      if (!first.length) throw new Beyond("min-p would have to look at tokens that are not recorded");
+      if (!first.length) throw beyondRecorded(row, "min-p");
       return toMass(kept, p.min_p * Math.max(...first));
     },
     typical_p(kept, row, p) {
@@ -134,10 +141,13 @@ const Law = (() => {
       const distance = Array.from(row.logits, far), size = row.logits.length;
       const order = distance.map((_, i) => i).sort((i, j) => distance[i] - distance[j] || i - j);
       let running = 0n, at = -1;
-      while (running < goal && at < size - 1) { at++; const i = order[at]; running += own[i] ? BigInt(row.mass[i]) : 0n; }
-      const reach = distance[order[at]], nearest = row.alive === size ? Infinity : mu >= row.rest.first ? far(row.rest.first) : 0;
-      if (rest === "all" && (running < goal || reach >= nearest))
-        throw new Beyond(`typical would have to look at tokens beyond the ${size} recorded`);
+      while (running < goal && at < size - 1) {
+        at++;
+        running += own[order[at]] ? BigInt(row.mass[order[at]]) : 0n;
+      }
+      const reach = distance[order[at]], unknown = row.alive > size;
+      const nearest = !unknown ? Infinity : mu >= row.rest.first ? far(row.rest.first) : 0; // of the rest
+      if (rest === "all" && (running < goal || reach >= nearest)) throw beyondRecorded(row, "typical");
       const high = row.logits.reduce((n, x, i) => n + (distance[i] > reach && x > mu ? 1 : 0), 0) - 1;
       const below = row.logits.reduce((n, x, i) => n + (distance[i] > reach && !(x > mu) ? 1 : 0), 0);
       const low = below > 0 || reach < nearest ? size - 1 - below : kept.low;
@@ -179,7 +189,7 @@ const Law = (() => {
     if (!(p.xtc_probability > 0)) return -1;
     const { own, z, rest } = sumsOf(row, kept, "XTC"), floor = Math.trunc(p.xtc_threshold * Number(z));
     if (rest === "all" && floor <= row.restFirst * (1 + 2 ** -20))
-      throw new Beyond(`XTC's top choices would reach beyond the ${row.logits.length} tokens recorded`);
+      throw beyondRecorded(row, "XTC");
     const top = row.mass.map((w, i) => own[i] && w >= floor);
     return top.filter(Boolean).length >= 2 ? top.lastIndexOf(true) - 1 : -1;
   }
@@ -196,65 +206,66 @@ const Law = (() => {
    * row: {vocab, alive, ids, logits, rest}: ids and logits of the first tokens of the rank order; parameters: as in
    * SamplingParams, one value each. Throws Beyond. */
   function keep(row, parameters) {
-    const p = Object.fromEntries(Object.entries(parameters).map(([k, v]) => [k, typeof v === "number" && k !== "top_k" ? f32(v) : v]));
+    const rounded = ([key, value]) => [key, typeof value === "number" && key !== "top_k" ? f32(value) : value];
+    const p = Object.fromEntries(Object.entries(parameters).map(rounded));
     const greedy = p.temperature < GREEDY, drawnAt = greedy ? 1 : p.temperature;
     const drawn = judged(row, drawnAt), judge = p.order === "temperature_last" ? judged(row, 1) : drawn;
-    let kept = { high: -1, low: row.alive - 1, floor: 0 }, set, out = Array.from(row.logits, () => false), rest = "none";
     const cuts = [], cutBy = Array.from(row.logits, () => null);
-    const blame = (name, left) => left.forEach((is, i) => { if (!is && cutBy[i] === null) cutBy[i] = name; });
-    if (greedy) {
-      set = Array.from(row.logits, (_, i) => i === 0);
-      cuts.push({ name: "temperature", kept: 1, before: row.alive });
-      blame("temperature", set);
-    } else {
-      for (const name of SEQUENCES[p.order]) {
-        const before = sizeOf(judge, kept);
-        kept = FILTERS[name](kept, judge, p);
-        cuts.push({ name, before, kept: sizeOf(judge, kept) });
-        blame(name, isKept(judge, kept));
-      }
-      const last = xtc(kept, judge, p);
-      rest = restOf(judge, kept);
-      if (rest === "some") throw new Beyond(`the kept set has tokens beyond the ${row.logits.length} recorded`);
-      set = isKept(judge, kept);
-      out = set.map((is, i) => is && i <= last);
-      if (p.xtc_probability > 0) cuts.push({ name: "xtc_probability", before: sizeOf(judge, kept), kept: sizeOf(judge, kept) - out.filter(Boolean).length });
-      if (p.xtc_probability === 1) {
-        set = set.map((is, i) => is && !out[i]);
-        out = out.map(() => false);
-        blame("xtc_probability", set);
-      }
+    const tell = (name, before, kept, left) => {
+      cuts.push({ name, kept, removed: before === null || kept === null ? null : before - kept });
+      left.forEach((is, i) => { if (!is && cutBy[i] === null) cutBy[i] = name; });
+    };
+    const none = cutBy.map(() => false), set = { kept: none.map((_, i) => i === 0), excluded: none, rest: "none" };
+    if (greedy) tell("temperature", row.alive, 1, set.kept);
+    else Object.assign(set, filtered(judge, p, tell));
+    return { ...weigh(drawn, p, set, greedy), greedy, cuts, cutBy };
+  }
+
+  /** Which of the recorded tokens the filters keep, which of those XTC excludes at times, and which of the rest. */
+  function filtered(row, p, tell) {
+    let kept = { high: -1, low: row.alive - 1, floor: 0 };
+    for (const name of SEQUENCES[p.order]) {
+      const before = sizeOf(row, kept);
+      kept = FILTERS[name](kept, row, p);
+      tell(name, before, sizeOf(row, kept), isKept(row, kept));
     }
-    return { ...weigh(drawn, p, { set, out, rest, greedy }), cuts, cutBy };
+    const last = xtc(kept, row, p), rest = restOf(row, kept), all = isKept(row, kept);
+    if (rest === "some") throw new Beyond(`the kept set has tokens beyond the ${row.logits.length} recorded`);
+    const out = all.map((is, i) => is && i <= last), left = all.map((is, i) => is && !out[i]);
+    const always = p.xtc_probability === 1, size = sizeOf(row, kept);
+    if (p.xtc_probability > 0) tell("xtc_probability", size, size - out.filter(Boolean).length, always ? left : all);
+    return { kept: always ? left : all, excluded: always ? out.map(() => false) : out, rest };
   }
 
   /** The masses that are drawn from, and the probabilities that they make. */
-  function weigh(row, p, { set, out, rest, greedy }) {
-    const restZ = rest !== "all" ? 0n : row.sums ? row.sums[0] : null;
-    if (restZ === null) throw new Beyond(`probabilities need the mass of all ${row.alive} tokens, which is not recorded for temperature ${shown(row.temperature)}`);
-    const first = of => of.map((is, i) => is && of.indexOf(true) === i);
-    if (!(restZ > 0n || set.some((is, i) => is && row.mass[i] > 0))) { set = first(set); out = out.map(() => false); rest = "none"; }
+  function weigh(row, p, { kept, excluded, rest }, greedy) {
+    if (rest === "all" && !row.sums) throw withoutSums(row, "what is drawn");
+    const restMass = rest === "all" ? row.sums[0] : 0n, first = of => of.map((is, i) => is && of.indexOf(true) === i);
+    if (restMass === 0n && !kept.some((is, i) => is && row.mass[i] > 0)) {
+      kept = first(kept);
+      excluded = kept.map(() => false);
+      rest = "none";
+    }
     const masses = of => {
       const w = row.mass.map((m, i) => (of[i] ? m : 0));
-      return restZ > 0n || w.some(m => m > 0) ? w : first(of).map(is => (is ? UNIT : 0));
+      return restMass > 0n || w.some(m => m > 0) ? w : first(of).map(is => (is ? UNIT : 0));
     };
-    const every = set.map(() => true), left = set.map((is, i) => is && !out[i]);
-    const whole = masses(set), others = masses(left), z = total(whole, every) + restZ, zo = total(others, every) + restZ;
+    const everything = kept.map(() => true), sum = w => total(w, everything) + restMass;
+    const whole = masses(kept), others = masses(kept.map((is, i) => is && !excluded[i]));
     const coin = p.xtc_probability, mixed = whole.some((w, i) => w !== others[i]);
-    const exact = whole.map((w, i) => mixed
-      ? (1 - coin) * w / Number(z || 1n) + coin * others[i] / Number(zo || 1n) : w / Number(z || 1n));
-    const k = mixed ? (1 - coin) / Number(z) + coin / Number(zo) : 1 / Number(z);
-    const entropy = exact.reduce((sum, q) => sum - (q > 0 ? q * Math.log(q) : 0), 0)
-      + (rest === "all" && restZ > 0n ? k * row.surprise - k * Math.log(k) * Number(restZ) : 0);
-    const all = row.sums ? total(row.mass, every) + row.sums[0] : null;
+    const z = Number(sum(whole)), zOthers = Number(sum(others));
+    const exact = whole.map((w, i) => (mixed ? (1 - coin) * w / z + coin * others[i] / zOthers : w / z));
+    const all = row.sums && total(row.mass, everything) + row.sums[0];
+    const perMass = mixed ? (1 - coin) / z + coin / zOthers : 1 / z; // probability of the rest, whose masses are summed
+    const entropyOfRest = restMass > 0n ? perMass * (row.surprise - Math.log(perMass) * Number(restMass)) : 0;
     return {
-      kept: set, excluded: out, rest, greedy, whole, others, coin,
-      count: set.filter(Boolean).length + (rest === "all" ? row.alive - set.length : 0),
+      kept, excluded, whole, others, coin, restMass,
+      count: kept.filter(Boolean).length + (rest === "all" ? row.alive - kept.length : 0),
       probabilities: exact.map(f32),
-      before: all === null ? null : row.mass.map(w => w / Number(all)),
-      filtered: Array.from(row.logits, (x, i) => (set[i] ? f32(x / (greedy ? 1 : p.temperature)) : -Infinity)),
-      keptMass: greedy ? 1 : all === null ? null : Number(total(row.mass, set) + restZ) / Number(all),
-      entropy, restMass: restZ,
+      before: all && row.mass.map(w => w / Number(all)),
+      filtered: Array.from(row.logits, (x, i) => (kept[i] ? f32(x / (greedy ? 1 : p.temperature)) : -Infinity)),
+      keptMass: greedy ? 1 : all && Number(total(row.mass, kept) + restMass) / Number(all),
+      entropy: exact.reduce((h, q) => h - (q > 0 ? q * Math.log(q) : 0), 0) + entropyOfRest,
     };
   }
 
@@ -274,14 +285,15 @@ const Law = (() => {
   }
 
   function uniform60(seed, offset, index, purpose) {
-    const [o0, o1] = philox([offset & MASK32, offset >> 32n, BigInt(index), BigInt(purpose)], [seed & MASK32, seed >> 32n]);
+    const counter = [offset & MASK32, offset >> 32n, BigInt(index), BigInt(purpose)];
+    const [o0, o1] = philox(counter, [seed & MASK32, seed >> 32n]);
     return ((o0 << 32n) | o1) >> 4n;
   }
 
   /** The token that is drawn from what `keep` found; seed and offset are BigInt. Throws Beyond. */
   function draw(row, found, seed, offset, index = 0) {
     if (found.greedy) return { position: 0 };
-    if (found.restMass > 0n) throw new Beyond(`where a draw falls depends on tokens beyond the ${row.logits.length} recorded`);
+    if (found.restMass > 0n) throw beyondRecorded(row, "the draw");
     const bits = uniform60(seed, offset, index, 0), toss = uniform60(seed, offset, index, 1);
     const excludes = toss < BigInt(Math.trunc(found.coin * 2 ** 60)), w = excludes ? found.others : found.whole;
     const z = w.reduce((sum, m) => sum + BigInt(m), 0n), threshold = (bits * z) >> 60n;
