@@ -8,8 +8,9 @@
 
   const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer;
   for (const step of data.steps.filter(step => step.record)) {
-    const { ids, logits, texts, rest } = step.record, { vocab, alive } = step;
-    step.known = { vocab, alive, texts, rest, ids: new Int32Array(bytes(ids)), logits: new Float32Array(bytes(logits)) };
+    const { vocab, alive, record } = step;
+    const ids = new Int32Array(bytes(record.ids)), logits = new Float32Array(bytes(record.logits));
+    step.known = { vocab, alive, ids, logits, texts: record.texts, rest: record.rest };
   }
 
   const state = { step: 0, changed: {}, seed: null, firstSeed: null, all: false };
@@ -326,7 +327,8 @@
       part.style.width = `${100 * value / longest}%`;
       bar.append(part);
     }
-    const before = found.before ? number(found.before[i]) : "?", drawn = found.beyond ? "?" : number(found.probabilities[i]);
+    const before = found.before ? number(found.before[i]) : "?";
+    const drawn = found.beyond ? "?" : number(found.probabilities[i]);
     const classes = `${cut ? "cut" : ""} ${chosen ? "chosen" : ""}`;
     return tableLine(classes, String(i + 1), wordAt(row, i), titleOf(step, i), bar, before, drawn, fate(found, i));
   }
