@@ -108,7 +108,7 @@ def explained(logits: Tensor, rows: Rows, number: int, index: int, top: int, wor
         token=token,
         text=words(token),
         draw=draw,
-        record=Record(recorded, [words(t) for t in recorded.tolist()], row.x[0, :alive].clone()),
+        record=Record(recorded.cpu(), [words(t) for t in recorded.tolist()], row.x[0, :alive].clone().cpu()),
     )
 
 

@@ -124,7 +124,11 @@ def test_each_cut_is_what_its_filters_alone_leave(name: str) -> None:
             assert [cut.name for cut in step.cuts] == ["temperature"]
             continue
         one, given = logits[row : row + 1], {"output_ids": ids["output_ids"][:1], "backend": "cpu"}
-        size, mass = step.alive, None
+        size, mass, before = step.alive, None, torch.ones(VOCAB, dtype=torch.bool)
+        plain = fs.probabilities(one, **prefix(step, 0), **given)[0]
+        assert [torch.tensor(c.before, dtype=torch.float32) for c in step.candidates] == [
+            plain[c.token] for c in step.candidates
+        ]
         for at, cut in enumerate(step.cuts):
             fields = prefix(step, at + 1)
             kept = fs.filter_logits(one, **fields, **given)[0] > -torch.inf
@@ -136,7 +140,10 @@ def test_each_cut_is_what_its_filters_alone_leave(name: str) -> None:
             found[[c.token for c in step.candidates]] = torch.tensor([c.after[at] for c in step.candidates])
             assert torch.equal(found, wanted), cut.name
             assert mass is None or cut.mass + cut.removed_mass == mass
-            size, mass = cut.kept, cut.mass
+            always = cut.name != "xtc_probability" or cut.value == 1
+            gone = {c.token for c in step.candidates if before[c.token] and not kept[c.token] and always}
+            assert {c.token for c in step.candidates if c.cut_by == cut.name} == gone
+            size, mass, before = cut.kept, cut.mass, kept
             if cut.name == "xtc_probability":
                 size += cut.removed
         left = step.kept_count + (step.cuts[-1].removed if step.params["xtc_probability"] == 1 else 0)
