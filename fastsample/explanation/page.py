@@ -12,6 +12,7 @@ import torch
 from fastsample.explanation.result import Explanation, Record, Step, plain_of
 from fastsample.params import SamplingParams, specs
 from fastsample.reference.mass import depth_at, halves, mass_at, scale_of, steps_below
+from fastsample.spec import Spec
 
 Tensor = torch.Tensor
 
@@ -22,14 +23,9 @@ TEMPERATURES = tuple(round(0.05 * i, 2) for i in range(1, 41))
 def page(explanation: Explanation) -> str:
     """The text of the page."""
     parts = {name: _file(f"page.{name}") for name in ("html", "css", "js")}
-    neutral = SamplingParams()
-    parameters = {
-        name: {"meaning": one.meaning, "choices": one.choices, "neutral": getattr(neutral, name)}
-        for name, one in specs()
-    }
     data = {
         "prompt": explanation.prompt,
-        "parameters": parameters,
+        "parameters": {name: _parameter(name, one) for name, one in specs()},
         "steps": [_step(step) for step in explanation.steps],
     }
     # In a script, HTML ends at the first "</script" whatever it stands in.
@@ -39,6 +35,17 @@ def page(explanation: Explanation) -> str:
     for place, part in filled.items():
         found = found.replace(place, part.strip())
     return found
+
+
+def _parameter(name: str, one: Spec) -> dict[str, Any]:
+    """What the page must know of a parameter: whether it is on, and whether the logits it reads have it already."""
+    neutral = getattr(SamplingParams, name)
+    return {
+        "meaning": one.meaning,
+        "choices": one.choices,
+        "neutral": neutral,
+        "edits": bool(one.counts or one.of_history),
+    }
 
 
 def _file(name: str) -> str:

@@ -117,6 +117,21 @@ def test_the_page_computes_what_the_engines_do(maker: str, vocab: int, page: Any
     assert told > len(asked) * (0.99 if vocab <= RECORDED else 0.3)
 
 
+def test_measures_of_a_row_are_exact(page: Any, tmp_path: Path) -> None:
+    """On dense logits the least typical set is one token, which another mean would replace by its neighbour."""
+    rows = 40
+    logits = torch.rand(rows, RECORDED, generator=torch.Generator().manual_seed(3)) * 2
+    opened(page, fs.explain(logits, seed=1), tmp_path)
+    fields = [{"typical_p": 1e-6, "temperature": t / 20} for t in range(10, 41, 2)]
+    fields += [{"p_less": True}, {"eta_cutoff": 0.5}]
+    answers = iter(page.evaluate(LAW, [[row, parameters(own, row, rows)] for own in fields for row in range(rows)]))
+    for own in fields:
+        filtered = fs.filter_logits(logits, **own)
+        for row in range(rows):
+            ids, found, *_ = next(answers)
+            assert torch.equal(torch.tensor(found), filtered[row, ids]), f"{own}, row {row}"
+
+
 # The page in use -----------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +244,18 @@ def test_what_is_not_recorded_is_not_guessed(page: Any, tmp_path: Path) -> None:
     page.get_by_label("top-k").focus()
     page.keyboard.press("ArrowLeft")
     assert page.locator("#news").text_content().startswith("512 tokens of 2,000 can be drawn; ")
+
+
+def test_a_filter_that_the_page_does_not_have_is_not_left_out(page: Any, tmp_path: Path) -> None:
+    """A filter is added in few places, and this page is none of them."""
+    text = fs.explain(logits(), seed=1, **FIELDS).to_html()
+    known = '"parameters": {'
+    assert known in text
+    of_table = '"max_bits": {"meaning": "", "choices": [], "neutral": 0, "edits": false}, '
+    text = text.replace(known, known + of_table).replace('"params": {', '"params": {"max_bits": 3, ')
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    page.goto((tmp_path / "page.html").as_uri())
+    assert "this page has no filter max bits" in page.locator("#news").text_content()
 
 
 def test_everything_kept_is_exact_though_not_all_is_recorded(page: Any, tmp_path: Path) -> None:

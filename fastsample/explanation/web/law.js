@@ -306,5 +306,7 @@ const Law = (() => {
     throw new Error("no token: a bug");
   }
 
-  return { keep, draw, uniform60, massAt, philox };
+  const knows = new Set([...Object.keys(FILTERS), "temperature", "order", "ties", "xtc_probability", "xtc_threshold"]);
+
+  return { keep, draw, knows };
 })();

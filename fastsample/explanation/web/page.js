@@ -18,6 +18,14 @@
   const parameters = () => ({ ...current().params, ...state.changed });
   const isOn = key => parameters()[key] !== data.parameters[key].neutral;
 
+  /** Law's answer for the parameters, unless one of them is a filter that it does not have. */
+  function keep(row) {
+    const filters = Object.keys(data.parameters).filter(key => !data.parameters[key].edits);
+    const foreign = filters.find(key => !Law.knows.has(key) && isOn(key));
+    if (foreign) throw new Beyond(`this page has no filter ${label(foreign)}`);
+    return Law.keep(row, parameters());
+  }
+
   /** What `compute` returns, or {beyond: why it cannot be told}. */
   function attempt(compute) {
     try {
@@ -182,7 +190,7 @@
       renderInvalid(step);
       return;
     }
-    const found = attempt(() => Law.keep(step.known, parameters()));
+    const found = attempt(() => keep(step.known));
     const draw = found.beyond ? found : redraw(step, found);
     renderNews(step, found, draw);
     renderFacts(found);
