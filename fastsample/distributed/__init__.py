@@ -131,6 +131,7 @@ def sample(
         TypeError, ValueError: as for `fastsample.sample`; or in the first call, on every rank, that ranks differ.
         RuntimeError: a rank did not answer within the group's timeout.
     """
+    _refuse_others(options)
     split = _split(vocab_start, vocab_size, group, backend)
     rows = split.whole(logits, bitmask_shard, seed)
     return fs.sample(rows, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
@@ -149,7 +150,7 @@ def verify(
     **options: Any,
 ) -> VerifyOutput:
     """`fastsample.verify`, by the rule "exact", for rows that are split over ranks; as `sample`."""
-    _require_exact(options)
+    _refuse_others(options)
     split = _split(vocab_start, vocab_size, group, backend)
     rows = split.whole(logits, None, seed)
     return fs.verify(rows, draft_ids, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
@@ -175,9 +176,14 @@ def verify_tree(
     return fs.verify_tree(rows, draft_ids, parents, params, seed=seed, backend=engine, **options)
 
 
-def _require_exact(options: dict[str, Any]) -> None:
-    if options.get("rule", "exact") in ("chain", "block"):
-        raise ValueError(f"rule = {options['rule']!r}: expected 'exact' for rows that are split over ranks")
+_OTHERS = {"rule": ("exact", ("chain", "block")), "input": ("logits", ("probs",))}
+
+
+def _refuse_others(options: dict[str, Any]) -> None:
+    """What is served of whole rows only."""
+    for name, (served, others) in _OTHERS.items():
+        if (value := options.get(name, served)) in others:
+            raise ValueError(f"{name} = {value!r}: expected {served!r} for rows that are split over ranks")
 
 
 class ShardedSampler(fs.Sampler):
@@ -187,7 +193,9 @@ class ShardedSampler(fs.Sampler):
         params, batch_size: as for `fastsample.Sampler`.
         vocab_start, vocab_size, group, backend: as for `Split`.
         seed: as for `fastsample.Sampler`; None takes a fresh seed of the first rank.
-        **options: all other arguments of `fastsample.Sampler`.
+        **options: all other arguments of `fastsample.Sampler`, except `input`.
+
+    It cannot be copied or pickled.
     """
 
     def __init__(
@@ -202,10 +210,14 @@ class ShardedSampler(fs.Sampler):
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        _refuse_others(options)
         self.split = Split(vocab_start, vocab_size, group=group, backend=backend)
         engine: Any = self.split.engine
         seed = self.split.fresh_seed() if seed is None else seed
         super().__init__(params, batch_size=batch_size, seed=seed, backend=engine, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("ShardedSampler: cannot be copied or pickled, since it belongs to a process group")
 
     def __call__(self, logits: Tensor, *, bitmask_shard: Tensor | None = None, **inputs: Any) -> SampleOutput:
         """One step, as `fastsample.Sampler`'s, with this rank's logits [B, V_r]."""
@@ -213,5 +225,5 @@ class ShardedSampler(fs.Sampler):
 
     def verify(self, logits: Tensor, draft_ids: Any, **inputs: Any) -> VerifyOutput:
         """Verify drafts by the rule "exact", as `fastsample.Sampler.verify`; logits are this rank's [B, K + 1, V_r]."""
-        _require_exact(inputs)
+        _refuse_others(inputs)
         return super().verify(self.split.whole(logits), draft_ids, **inputs)

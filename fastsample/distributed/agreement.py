@@ -13,7 +13,8 @@ from fastsample.inputs import Rows
 
 Tensor = torch.Tensor
 
-_BUFFERS = ("kept_count", "kept_bitmask", "log_kept_mass", "entropy")
+_REPORTS = {"kept": ("kept_count", "kept_bitmask"), "kept_mass": ("log_kept_mass",), "entropy": ("entropy",)}
+"""Arguments, and the buffers that they ask for."""
 
 
 def require_agreement(
@@ -24,17 +25,18 @@ def require_agreement(
     Raises:
         ValueError: on every rank alike; the message names the argument and the ranks.
     """
-    numbers: dict[str, int] = {"vocab_size": vocab, "rows of logits": len(own), "logits.dtype": DTYPES[own.dtype]}
-    numbers |= {"num_samples": out.num_samples, "top_logprobs": out.num_top, "logprobs": MODES[out.mode]}
-    numbers |= {name: getattr(out, name) is not None for name in _BUFFERS}
+    numbers = {"vocab_size": vocab, "rows of logits": len(own)}
+    numbers |= {"num_samples": out.num_samples, "top_logprobs": out.num_top}
+    codes = {"logits.dtype": DTYPES[own.dtype], "logprobs": MODES[out.mode]}
+    codes |= {name: sum(getattr(out, buffer) is not None for buffer in _REPORTS[name]) for name in _REPORTS}
     digests: dict[str, Any] = {"the sampling parameters": rows.records, "offset": rows.offsets}
     digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}
     digests |= {"prompt_ids": rows.prompt_ids, "output_ids": rows.output_ids, "dry_breakers": rows.breakers}
     digests |= {"draft_ids": rows.drafted_ids}
     split = [start, own.shape[1]]
-    words = [*split, *numbers.values(), *map(digest, digests.values())]
+    words = [*split, *numbers.values(), *codes.values(), *map(digest, digests.values())]
     told = wire.gather(torch.tensor(words, dtype=torch.int64, device=own.device)).tolist()
-    for at, name in enumerate((*numbers, *digests), len(split)):
+    for at, name in enumerate((*numbers, *codes, *digests), len(split)):
         for rank, theirs in enumerate(told):
             if theirs[at] != told[0][at]:
                 has = f" ({theirs[at]}, and {told[0][at]} on rank 0)" if name in numbers else ""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conformance import LOGPROB_ULP, ulps
+from ranks import in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsample as fs
@@ -376,26 +375,20 @@ def test_flagged_rows() -> None:
 
 # A divided vocabulary ------------------------------------------------------------------------------------------------
 
-RANK = """
-import os, sys, torch, torch.distributed as dist
-import fastsample as fs
-from fastsample.training import kept_logprobs
-from pathlib import Path
 
-store, rank, *cuts = sys.argv[1], *map(int, sys.argv[2:])
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(cuts) - 1)
-low, high = cuts[rank : rank + 2]
-generator = torch.Generator().manual_seed(3)
-compared = 0
-for dtype in (torch.float32, torch.bfloat16, torch.float64):
-    x = (3 * torch.randn(12, cuts[-1], generator=generator)).to(dtype)
-    temperature = torch.rand(12, generator=generator) + 0.5
-    weight = torch.randn(12, generator=generator)
-    for form in ("ids", "bitmask"):
-        for options in ({"top_p": 0.9}, {"top_k": 3}, {}):
+def as_one_rank(*cuts: int) -> int:
+    """What a rank finds equal to the undivided form; how often it has compared."""
+    rank = dist.get_rank()
+    low, high = cuts[rank : rank + 2]
+    generator = torch.Generator().manual_seed(3)
+    compared = 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = (3 * torch.randn(12, cuts[-1], generator=generator)).to(dtype)
+        temperature = torch.rand(12, generator=generator) + 0.5
+        weight = torch.randn(12, generator=generator)
+        for form, options in itertools.product(("ids", "bitmask"), ({"top_p": 0.9}, {"top_k": 3}, {})):
             half = x.float() if dtype == torch.float64 else x
-            out = fs.sample(half, seed=1, kept=form, temperature=temperature, **options)
-            kept = (out.kept_ids, out.kept_row_ptr) if form == "ids" else out.kept_bitmask
+            out, kept = sampled(half, form, "auto", temperature=temperature, **options)
             tokens = out.tokens.clone()
             tokens[4] = -1
             whole, part = x.clone().requires_grad_(), x[:, low:high].clone().requires_grad_()
@@ -403,52 +396,31 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
             many = kept_logprobs(part, tokens, kept, temperature, vocab_start=low, group=dist.group.WORLD)
             (one * weight.to(one.dtype)).sum().backward()
             (many * weight.to(many.dtype)).sum().backward()
-            if dtype == torch.float64:  # whose sums depend on their order
-                torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
-                torch.testing.assert_close(part.grad, whole.grad[:, low:high], rtol=1e-12, atol=1e-12)
-            else:
-                assert torch.equal(many, one)
-                assert torch.equal(part.grad, whole.grad[:, low:high])
+            # The sums of float64 depend on their order.
+            near = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(many, one, **near)
+            torch.testing.assert_close(part.grad, whole.grad[:, low:high], **near)
             compared += 1
-
-bad = x.clone()
-bad[2, cuts[-1] - 1] = torch.nan  # in the last rank's slice
-everything = torch.full((12, -(-cuts[-1] // 32)), -1, dtype=torch.int32)
-with_nan = kept_logprobs(bad[:, low:high], torch.zeros(12, dtype=torch.int64), everything, vocab_start=low)
-assert with_nan.isnan().nonzero().tolist() == [[2]]
-
-refused = []
-ids, ptr = torch.arange(12) + cuts[-1] - 6, torch.arange(13)
-for tokens, kept in ((ids.clone(), (ids, ptr)), (torch.zeros(12).long(), (ids % cuts[-1], ptr))):
-    try:
-        kept_logprobs(x[:, low:high], tokens, kept, vocab_start=low)
-    except ValueError as error:
-        refused.append(str(error))
-assert refused[0] == "kept_ids (row 6): expected each of 1 ids in one rank's slice, found 0 there", refused
-assert refused[1] == "tokens = 0 (row 0): expected -1 or one of its 1 kept ids", refused
-print(compared, flush=True)
-dist.destroy_process_group()
-os._exit(0)  # a thread of Gloo's that still frees a tensor would abort while Python's interpreter ends
-"""
+    bad = x.clone()
+    bad[2, cuts[-1] - 1] = torch.nan  # in the last rank's slice
+    everything = torch.full((12, -(-cuts[-1] // 32)), -1, dtype=torch.int32)
+    with_nan = kept_logprobs(bad[:, low:high], torch.zeros(12, dtype=torch.int64), everything, vocab_start=low)
+    assert with_nan.isnan().nonzero().tolist() == [[2]]
+    ids, ptr = torch.arange(12) + cuts[-1] - 6, torch.arange(13)
+    with pytest.raises(
+        ValueError, match=r"kept_ids .row 6.: expected each of 1 ids in one rank's slice, found 0 there"
+    ):
+        kept_logprobs(x[:, low:high], ids.clone(), (ids, ptr), vocab_start=low)
+    with pytest.raises(ValueError, match=r"tokens = 0 .row 0.: expected -1 or one of its 1 kept ids"):
+        kept_logprobs(x[:, low:high], torch.zeros(12).long(), (ids % cuts[-1], ptr), vocab_start=low)
+    return compared
 
 
 @pytest.mark.parametrize("cuts", [(0, 70, 100), (0, 32, 32, 101)], ids=str)
 def test_ranks_that_share_a_vocabulary(cuts: tuple[int, ...], tmp_path: Path) -> None:
     """As the undivided form, to the bit, values and gradients; one rank may have nothing."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path / "store")]
-    started = [
-        subprocess.Popen([*command, str(rank), *map(str, cuts)], stdout=-1, stderr=-1, text=True, env=env)
-        for rank in range(len(cuts) - 1)
-    ]
-    try:
-        ended = [rank.communicate(timeout=120) for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    for rank, (printed, errors) in zip(started, ended, strict=True):
-        assert rank.returncode == 0, errors
-        assert printed.split() == ["18"]
+    ranks = len(cuts) - 1
+    assert in_processes(as_one_rank, ranks, tmp_path, *cuts) == [18] * ranks
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = sorted(path for path in EXAMPLES.glob("*.py") if path.stem not in {"grpo", "train_tiny_gpt2"})
 
 
-def run(path: Path) -> list[str]:
+def run(path: Path, *launcher: str) -> list[str]:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [sys.executable, str(path)]
+    command = [sys.executable, *launcher, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_there_are_three() -> None:
-    assert [path.stem for path in SHORT] == ["best_of_n", "json_output", "sampling"]
+def test_there_are_four() -> None:
+    assert [path.stem for path in SHORT] == ["best_of_n", "json_output", "sampling", "split_head"]
 
 
 @pytest.mark.parametrize("path", SHORT, ids=lambda path: path.stem)
@@ -51,3 +51,11 @@ def test_json() -> None:
     objects = [json.loads(line) for line in run(EXAMPLES / "json_output.py")]
     assert len(objects) == 5
     assert all(set(one) == {"name", "kind", "arguments"} for one in objects)
+
+
+def test_split_head() -> None:
+    """Both ranks get the text of one process."""
+    lines = run(EXAMPLES / "split_head.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert any(line.startswith("Use this function to") for line in lines)
+    told = sorted(line for line in lines if line.startswith("rank"))
+    assert told == [f"rank {rank}, with 2048 of 4096 logits: the same text is True" for rank in (0, 1)]

@@ -1,0 +1,166 @@
+"""What ranks exchange, counted: how many messages a call takes, and how many bytes each rank sends to each other."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import flat, lm
+from ranks import on_ranks
+
+import fastsample as fs
+import fastsample.distributed as fd
+
+ROWS, VOCAB, RANKS = 4, 50257, 4
+CUTS = tuple(VOCAB * rank // RANKS for rank in range(RANKS + 1))
+G = torch.Generator().manual_seed(2)
+LM, FLAT = lm(ROWS, VOCAB, G), flat(ROWS, VOCAB, G)
+OF_LOGITS = 4 * (CUTS[1] - CUTS[0])  # bytes of a row that a rank would send, if logits were gathered
+LIST = 8 * 256  # bytes of a row: a rank's first tokens
+SUMS = 128  # bytes of a row: sums of the whole row
+REFINED = 32 * 1024  # bytes of a row for each level of a search
+IDS = {"output_ids": torch.arange(40).expand(ROWS, 40)}
+
+
+class Traffic(NamedTuple):
+    rounds: int
+    bytes_of_a_row: int
+
+
+def traffic(logits: torch.Tensor, call: Any = None, **how: Any) -> Traffic:
+    """Of a second call, which every rank counts alike; and its tokens are those of the whole rows."""
+    call = call or fs.sample
+
+    def on_rank(wire: Any, begin: int, end: int) -> Traffic:
+        split = fd.Split(begin, VOCAB, group=wire)
+        for _ in range(2):
+            rounds, sent = split.rounds, split.sent
+            out = fs.sample(split.whole(logits[:, begin:end]), backend=split.engine, seed=1, **how)
+        assert torch.equal(out.tokens, expected)
+        return Traffic(split.rounds - rounds, -(-(split.sent - sent) // len(logits)))
+
+    expected = fs.sample(logits, seed=1, **how).tokens
+    found = on_ranks(CUTS, on_rank)
+    assert found == [found[0]] * RANKS
+    return found[0]
+
+
+ENOUGH: dict[str, tuple[int, dict[str, Any]]] = {
+    "greedy": (1, {"temperature": 0.0}),
+    "greedy with penalties": (1, {"temperature": 0.0, "repetition_penalty": 1.5, **IDS}),
+    "greedy with a mask": (1, {"temperature": 0.0, "bitmask": torch.full((1571,), -2, dtype=torch.int32)}),
+    "top-k": (50, {"top_k": 50}),
+    "top-k of 1024": (1024, {"top_k": 1024, "temperature": 1.4}),
+    "top-k, top-p": (50, {"top_k": 50, "top_p": 0.9}),
+    "top-k, min-p": (20, {"top_k": 20, "min_p": 0.1, "order": "min_p_first"}),
+    "top-k, everything": (40, {"top_k": 40, "top_p": 0.9, "typical_p": 0.9, "eta_cutoff": 1e-3, "top_a": 0.01}),
+    "top-k, XTC": (40, {"top_k": 40, "xtc_probability": 0.5, "order": "temperature_last", "min_p": 0.01}),
+    "top-k, penalties, bias": (40, {"top_k": 40, "presence_penalty": 1.0, "bias": {7: 3.0}, **IDS}),
+    "top-k, history": (40, {"top_k": 40, "dry_multiplier": 1.0, "no_repeat_ngram_size": 3, **IDS}),
+    "top-k, draws, reports": (
+        40,
+        {"top_k": 40, "num_samples": 9, "logprobs": "processed", "top_logprobs": 5, "kept": "ids", "entropy": True},
+    ),
+    "rows of top-k and greedy": (30, {"top_k": [30, 5, 9, 0], "temperature": [1.0, 0.5, 1.0, 0.0]}),
+}
+
+
+@pytest.mark.parametrize("logits", [LM, FLAT], ids=["lm", "flat"])
+@pytest.mark.parametrize(("k", "how"), ENOUGH.values(), ids=ENOUGH)
+def test_one_round_where_top_k_decides(k: int, how: dict[str, Any], logits: torch.Tensor) -> None:
+    """8 bytes for each of the k first tokens, and nothing else."""
+    assert traffic(logits, **how) == Traffic(1, 8 * k)
+
+
+FLOORS: dict[str, dict[str, Any]] = {
+    "min-p": {"min_p": 0.02},
+    "min-p, top-p": {"min_p": 0.02, "top_p": 0.9, "order": "min_p_first"},
+    "min-p, typical, XTC": {"min_p": 0.02, "typical_p": 0.9, "xtc_probability": 0.5, **IDS, "presence_penalty": 1.0},
+    "rows of min-p, top-k and greedy": {"min_p": [0.02, 0.0, 0.5, 0.1], "top_k": [0, 7, 0, 0]},
+}
+
+
+@pytest.mark.parametrize("how", FLOORS.values(), ids=FLOORS)
+def test_one_round_where_min_p_leaves_listed_tokens(how: dict[str, Any]) -> None:
+    assert traffic(LM, **how) == Traffic(1, LIST)
+    assert traffic(FLAT, **how).rounds > 1
+
+
+LISTED: dict[str, dict[str, Any]] = {
+    "top-p": {"top_p": 0.95},
+    "typical": {"typical_p": 0.9},
+    "epsilon": {"epsilon_cutoff": 1e-3},
+    "eta": {"eta_cutoff": 1e-3},
+    "top-a": {"top_a": 0.05},
+    "p-less": {"p_less": True},
+    "n-sigma": {"top_n_sigma": 1.0},
+    "top-p, min-p": {"top_p": 0.9, "min_p": 0.05, "order": "min_p_first"},
+    "temperature last": {"top_p": 0.95, "min_p": 0.02, "temperature": 0.7, "order": "temperature_last"},
+    "top-k, ties": {"top_k": 40, "ties": "all"},
+    "top-k, joint": {"top_k": 40, "top_p": 0.9, "order": "joint"},
+    "penalties": {"top_p": 0.95, "frequency_penalty": 0.3, **IDS},
+    "reports": {"top_p": 0.9, "logprobs": "processed", "top_logprobs": 5, "kept": "ids", "entropy": True},
+    "kept mass": {"top_k": 40, "kept": "count", "kept_mass": True},
+}
+
+
+@pytest.mark.parametrize("how", LISTED.values(), ids=LISTED)
+def test_at_most_two_rounds_where_lists_decide(how: dict[str, Any]) -> None:
+    found = traffic(LM, **how)
+    assert found.rounds <= 2
+    assert found.bytes_of_a_row <= LIST + SUMS
+
+
+def test_raw_logprobs_take_two_rounds_more() -> None:
+    """Of the model's own logits; top-k has nothing more to ask."""
+    one, more = (traffic(LM, top_k=40, top_logprobs=top, logprobs="raw") for top in (0, 20))
+    assert one.rounds == more.rounds <= 3
+    assert one.bytes_of_a_row <= LIST + SUMS
+    assert more.bytes_of_a_row == one.bytes_of_a_row + 20 * 8
+
+
+@pytest.mark.parametrize("how", [{"top_p": 0.95}, {"typical_p": 0.9}, {"top_k": 20000}, {"top_k": 2000, "top_p": 0.9}])
+def test_rows_that_need_it_are_refined(how: dict[str, Any]) -> None:
+    """A level of 2048 bins or fewer after the other, and two rounds for what is drawn."""
+    found = traffic(FLAT, **how)
+    assert 2 < found.rounds <= 2 + 2 * 5 + 2
+    assert found.bytes_of_a_row <= LIST + SUMS + 3 * REFINED * (1 + ("top_p" in how and "top_k" in how)) + SUMS
+
+
+def test_only_rows_that_need_it_are_refined() -> None:
+    mixed = torch.cat([LM[:3], FLAT[:1]])
+    found, all_flat = traffic(mixed, top_p=0.95), traffic(FLAT, top_p=0.95)
+    assert found.rounds == all_flat.rounds
+    assert found.bytes_of_a_row < LIST + SUMS + (all_flat.bytes_of_a_row - LIST) // 3
+
+
+def test_flat_rows_without_a_filter_are_drawn_from_in_place() -> None:
+    found = traffic(FLAT, temperature=1.5)
+    assert found.rounds <= 4
+    assert found.bytes_of_a_row <= LIST + 2 * SUMS
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"top_p": 0.95}, {"min_p": 1e-5}, {"typical_p": 0.5}, {"top_p": 0.9, "logprobs": "raw"}]
+)
+def test_never_as_much_as_the_logits(how: dict[str, Any]) -> None:
+    assert traffic(LM, **how).bytes_of_a_row < OF_LOGITS / 10
+    assert traffic(FLAT, **how).bytes_of_a_row < VOCAB * 4 / 2
+
+
+def test_a_first_call_compares_in_one_round_more() -> None:
+    def on_rank(wire: Any, begin: int, end: int) -> list[tuple[int, int]]:
+        split = fd.Split(begin, VOCAB, group=wire)
+        counts = [(0, 0)]
+        for temperature in (0.0, 0.0, 1.0):
+            rows = split.whole(LM[:, begin:end])
+            fs.sample(rows, backend=split.engine, seed=1, temperature=temperature, top_k=3)
+            counts.append((split.rounds, split.sent))
+        return counts
+
+    first, second, third = on_ranks(CUTS, on_rank)[0][1:]
+    assert first[0] == 2
+    assert 0 < first[1] - 8 * ROWS <= 256
+    assert second == (first[0] + 1, first[1] + 8 * ROWS)
+    assert third == (second[0] + 1, second[1] + 3 * 8 * ROWS)
