@@ -98,6 +98,9 @@ class SplitEngine(Engine):
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
         self._same_seeds = True
 
+    def __repr__(self) -> str:
+        return f"Split({self.start}, {self.vocab}, rank {self.wire.rank} of {self.wire.size})"
+
     def prepare(self, own: Tensor, mask: Tensor | None, same_seeds: bool) -> None:
         """What this rank has of the next call's rows.
 

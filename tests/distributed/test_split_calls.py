@@ -411,3 +411,17 @@ def test_a_sampler_of_probabilities_is_refused() -> None:
 def test_without_a_group_there_is_one_rank() -> None:
     out = fd.sample(LOGITS, vocab_start=0, vocab_size=VOCAB, seed=1, top_p=0.9)
     assert_equal([out], fs.sample(LOGITS, seed=1, top_p=0.9))
+
+
+def test_torch_compile_leaves_ranks_alone() -> None:
+    """A graph breaks around a call; what comes out is the same."""
+    sampler = fd.ShardedSampler(batch_size=len(LOGITS), vocab_start=0, vocab_size=VOCAB, seed=1)
+
+    def step(logits: Tensor) -> tuple[Tensor, Tensor]:
+        out = fd.sample(logits * 2, seed=1, vocab_start=0, vocab_size=VOCAB, top_k=5)
+        return out.tokens + 1, sampler(logits * 2).tokens
+
+    compiled = torch.compile(step, backend="eager")(LOGITS)
+    assert torch.equal(compiled[0], fs.sample(LOGITS * 2, seed=1, top_k=5).tokens + 1)
+    assert torch.equal(compiled[1], fs.sample(LOGITS * 2, seed=1).tokens)
+    assert "rank 0 of 1" in repr(sampler)
