@@ -128,6 +128,15 @@ def training(session: nox.Session) -> None:
 
 
 @nox.session
+def page(session: nox.Session) -> None:
+    """The page of an explanation in a real browser: Chromium, on Debian from apt-get install chromium."""
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        session.skip("Chromium is not installed: on Debian, apt-get install chromium")
+    session.install("-e", ".[hf]", *TOOLS, "playwright>=1.49", *NO_CUDA)
+    session.run("pytest", *ALL, *_test_files(["explain_page"]), *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks: the pytest-benchmark suite, or what stands after --, e.g. -- compare --section peers."""
     session.install(".[peers]" if "compare" in session.posargs else ".[bench]")

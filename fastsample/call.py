@@ -31,6 +31,7 @@ from fastsample.outputs import (
     allocate,
     check_buffer,
     empty,
+    fresh_like,
     raise_if_invalid,
     span,
     unrolled,
@@ -211,6 +212,7 @@ class SampleCall(Call):
         super().__init__(options, slots)
         self._wanted = wanted(self.options)  # names of the buffers to fill
         self._same = unrolled("a.{0} is b.{0}", self._wanted, " and ")
+        self._like = fresh_like(self._wanted)
         self._more = [name for name in self._wanted if name not in ("tokens", "status")]
         self._filled = [name for name in self._more if name not in OF_ALL]  # by an engine's run
         self._names = tuple(self._filled)
@@ -295,7 +297,7 @@ class SampleCall(Call):
             self._own = None
 
     def _forget_buffers(self) -> None:
-        self._template = self._last = self._sets = None
+        self._template = self._last = self._sets = self._own = None
 
     def _list_kept(self, outputs: Outputs, result: SampleOutput) -> None:
         assert outputs.kept_count is not None
@@ -316,11 +318,7 @@ class SampleCall(Call):
             if self.lasts:
                 self._template = allocate(self.batch, self.options, self._shape[1], device)
             return allocate(self.batch, self.options, self._shape[1], device)
-        like = self._template
-        fresh = SampleOutput(torch.empty_like(like.tokens), torch.empty_like(like.status))
-        for name in self._more:
-            setattr(fresh, name, torch.empty_like(getattr(like, name)))
-        return fresh
+        return SampleOutput(*self._like(self._template))
 
     def _outputs(self, result: SampleOutput, outputs: Outputs | None = None, restore: bool = False) -> Outputs:
         """The engine's view of buffers: `outputs`, if given, is an earlier one."""
@@ -329,12 +327,8 @@ class SampleCall(Call):
             outputs = Outputs(result.status, num_samples=options.num_samples, mode=options.logprobs, restore=restore)
             outputs.num_top, outputs.input = options.top_logprobs, options.input
             outputs.names = self._names
-        if self._exact:
-            if self._sets is None:
-                self._sets = scratch_for(self._engine, *self._shape, result.status.device)
-            outputs.kept_bitmask, outputs.kept_slots = self._sets.bitmask, self._sets.slots
-            lent = ("kept_bitmask",) if self._sets.slots is None else ("kept_bitmask", "kept_slots")
-            outputs.names = self._names + lent
+        if self._exact and outputs.kept_bitmask is None:
+            self._lend(outputs, result.status.device)
         if len(self.batch) > 1:  # an engine fills [B * T, ...]
             for name in self._wanted:
                 value = getattr(result, name)
@@ -345,6 +339,14 @@ class SampleCall(Call):
         for name in self._filled:
             setattr(outputs, name, getattr(result, name))
         return outputs
+
+    def _lend(self, outputs: Outputs, device: torch.device) -> None:
+        """Give the engine memory for the sets that are listed."""
+        if self._sets is None:
+            self._sets = scratch_for(self._engine, *self._shape, device)
+        outputs.kept_bitmask, outputs.kept_slots = self._sets.bitmask, self._sets.slots
+        lent = ("kept_bitmask",) if self._sets.slots is None else ("kept_bitmask", "kept_slots")
+        outputs.names = self._names + lent
 
     def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""

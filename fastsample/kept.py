@@ -29,9 +29,9 @@ def worth_keeping(sets: KeptSets) -> bool:
 
 def list_ids(engine: Engine, count: Tensor, sets: KeptSets) -> tuple[Tensor, Tensor]:
     """All ids and where each row's end, in fresh tensors, whose size is known only now: on a GPU, this waits for it."""
-    row_ptr = empty((count.numel() + 1,), _ROW_PTR.dtype, count.device)
+    row_ptr = count.new_empty(count.numel() + 1, dtype=_ROW_PTR.dtype)
     total = engine.end_kept(count, 0, row_ptr)
-    ids = empty((int(row_ptr[-1]) if total is None else total,), _IDS.dtype, count.device)
+    ids = count.new_empty(int(row_ptr[-1]) if total is None else total)  # of the counts' dtype, which is the ids'
     engine.list_kept(sets, row_ptr, ids)
     return ids, row_ptr
 

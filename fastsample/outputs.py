@@ -234,6 +234,12 @@ def listed(expressions: Sequence[str]) -> Any:
     return eval(f"lambda a: ({', '.join(expressions)},)")
 
 
+@lru_cache
+def fresh_like(names: tuple[str, ...]) -> Any:
+    """A function of a SampleOutput that gives new buffers like its own, in the order of all fields; None for others."""
+    return listed([f"torch.empty_like(a.{field.name})" if field.name in names else "None" for field in SAMPLED])
+
+
 def wanted(options: Options) -> tuple[str, ...]:
     """Names of the fields of a SampleOutput that have buffers before the call: all but exact lists of kept ids."""
     return _wanted(options._replace(num_samples=1, on_invalid="flag", backend="auto", input="logits"))

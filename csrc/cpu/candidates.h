@@ -99,18 +99,44 @@ FS_INLINE Candidates<T> pick(const Dense<T>& d, int g, typename Candidates<T>::E
   return {(const Value*)to, (int)((next - to) * (sizeof(float) / sizeof(Value)))};
 }
 
+// Weighs tokens and counts those that have a mass.
+struct CountedWeighing : Weighing<LogitWeigher> {
+  int32_t& tokens;
+
+  CountedWeighing(const LogitWeigher& w, uint64_t floor, int32_t& n)
+      : Weighing(w, floor), tokens(n) {}
+
+  struct Sum {
+    MassSum mass;
+    vu tokens = {};
+  };
+
+  template <int N>
+  FS_MEMBER void add(Sum& s, const Pack<N>& q) const {
+    fastsample::add(s.mass, q);
+    FS_EACH(N) s.tokens = add_where(gt(q.v[u], splat(0.0f)), s.tokens, (vu)splat(1));
+  }
+  FS_MEMBER uint64_t total(const Sum& s) const {
+    tokens += (int32_t)reduce_add(s.tokens);
+    return fastsample::total(s.mass);
+  }
+  FS_MEMBER uint64_t equal(int32_t n, float x) const {
+    const uint64_t each = one(x);
+    tokens += each ? n : 0;
+    return (uint64_t)n * each;
+  }
+};
+
 // The mass of a row's tokens that are not below a floor, in all and in each group. Float32 rows
 // have been watched.
-template <class T>
-uint64_t weigh_candidates(const Dense<T>& d, const LogitWeigher& weigher, uint64_t floor,
-                          const Workspace& ws) {
-  const Weighing weight(weigher, floor);
+template <class T, class Weight>
+uint64_t weigh_candidates(const Dense<T>& d, const Weight& weight, const Workspace& ws) {
   const float lowest = weight.lowest();
   uint64_t total = 0;
   const auto weigh = [&](int g, Candidates<T> c) {
     // Rows of equal values, all of which are kept, would take many times as long otherwise.
     ws.group_mass[g] = c.n && all_equal(c.x, c.n)
-                           ? (uint64_t)c.n * weight.one(upcast(*c.x))
+                           ? weight.equal(c.n, upcast(*c.x))
                            : weigh_some(weight, c.x, c.n, [](vf) { return from_bits(kAllLanes); });
     total += ws.group_mass[g];
   };

@@ -21,41 +21,47 @@ struct Reachable {
         surely(kept.floor ? weigher.judge().surely(kept.floor) : -INFINITY) {}
 };
 
-// What is kept of block b.
-template <class Domain, class Weight>
-FS_INLINE BlockBits kept_bits(const Domain& d, int b, const Reachable& kept, const Weight& weight) {
+// Takes those out of a block's set that weigh less than the floor.
+template <class T, class Weight>
+FS_INLINE void leave_out_light(const T* x, float surely, const Weight& weight, BlockBits& set) {
   constexpr int kFew = 16;
-  BlockBits set;
-  with_values(d, b, [&](const auto* x, auto) __attribute__((always_inline)) {
-    set = bits_within(d, b, x, kept.maybe);
-    if (!weight.floor) return;
-    BlockBits unsure = set;
-    if (count(set) > kFew) {
-      const BlockBits sure = bits_at_least(x, kept.surely);
-      for (int k = 0; k < kBlock / 64; ++k) unsure.word[k] &= ~sure.word[k];
-    }
-    each_bit(unsure, [&](int i) {
-      const float value = upcast(x[i]);
-      if (value < kept.surely && !weight.keeps(value)) set.clear(i);
-    });
-  });
-  return set;
+  const auto look_at = [&](int i) __attribute__((always_inline)) {
+    const float value = upcast(x[i]);
+    if (value < surely && !weight.keeps(value)) set.clear(i);
+  };
+  if (count(set) <= kFew) return each_bit(set, look_at);
+  const BlockBits sure = bits_at_least(x, surely);
+  BlockBits unsure;
+  for (int k = 0; k < kBlock / 64; ++k) unsure.word[k] = set.word[k] & ~sure.word[k];
+  each_bit(unsure, look_at);
 }
 
-// f(block, its bits) for the blocks that may keep tokens. ws.group_mass holds the mass of what is
-// kept, group by group.
+// f(block) for the blocks with a value that is not below x; of a list, for all.
+template <class T, class F>
+FS_INLINE void each_block_from(const Dense<T>& d, float x, F f) {
+  for (int first = 0; first < blocks(d); first += kBlock) {  // maxima past the last are -inf
+    each_bit(bits_at_least(d.block_max + first, x), [&](int i) { f(first + i); });
+  }
+}
+template <class F>
+FS_INLINE void each_block_from(const List& l, float, F f) {
+  for (int b = 0; b < blocks(l); ++b) f(b);
+}
+
+// f(block, its bits) for the blocks that may keep tokens. The bits are used where they are made: a
+// copy would be a vector, loaded just after its words were stored one by one.
 template <class Domain, class W, class F>
-void each_kept(const Domain& d, const Kept<float>& kept, const W& weigher, const Workspace& ws,
-               F f) {
+void each_kept(const Domain& d, const Kept<float>& kept, const W& weigher, F f) {
   const Weighing weight(weigher, kept.floor);
   const Reachable reachable(kept, weigher);
-  const bool all_weigh = kept.floor && !weigher.judges_apart();
-  for (int g = 0; g < groups(d); ++g) {
-    if (all_weigh && !ws.group_mass[g]) continue;
-    for (int b = g * kGroup; b < group_end(d, g); ++b) {
-      if (may_keep(d, b, reachable.maybe)) f(b, kept_bits(d, b, reachable, weight));
-    }
-  }
+  each_block_from(d, reachable.maybe.low.x, [&](int b) __attribute__((always_inline)) {
+    if (!may_keep(d, b, reachable.maybe)) return;
+    with_values(d, b, [&](const auto* x, auto) __attribute__((always_inline)) {
+      BlockBits set = bits_within(d, b, x, reachable.maybe);
+      if (kept.floor) leave_out_light(x, reachable.surely, weight, set);
+      f(b, set);
+    });
+  });
 }
 
 // Where a row's set goes: its ids while they fit, or its bits.
@@ -90,14 +96,15 @@ struct KeptWriter {
 
 template <class T, class W, class Domain>
 void write_kept_set(const Batch& batch, int64_t r, const Dense<T>& dense, const Domain& d,
-                    const Kept<float>& kept, const W& weigher, const Workspace& ws) {
+                    const Kept<float>& kept, const W& weigher) {
   const Outputs& out = batch.out;
+  if (!out.kept_count && !out.kept_bitmask) return;
   const int64_t words = (dense.row.vocab + 31) / 32;
   uint32_t* bitmask = out.kept_bitmask ? (uint32_t*)out.kept_bitmask + r * words : nullptr;
   KeptWriter writer = {nullptr, 0, bitmask};
   const auto write = [&] {
     if (writer.words) memset(bitmask, 0, (size_t)words * sizeof *bitmask);
-    each_kept(d, kept, weigher, ws, [&](int b, const BlockBits& set) { writer.add(d, b, set); });
+    each_kept(d, kept, weigher, [&](int b, const BlockBits& set) { writer.add(d, b, set); });
   };
   if (out.kept_slots) {
     writer = {out.kept_slots + r * out.num_slots, out.num_slots, nullptr};
@@ -183,16 +190,13 @@ FS_INLINE double log_share(uint64_t kept, uint64_t all) {
   return 2 * out < all ? log1p((0.0 - (double)out) / (double)all) : log((double)kept / (double)all);
 }
 
-// All of it, before ws.group_mass becomes running sums.
-template <class T, class W, class Domain>
-void write_kept(const Batch& batch, int64_t r, const Dense<T>& dense, const Domain& d,
-                const Kept<float>& kept, const W& weigher, const Shares& shares,
-                const Workspace& ws) {
-  const Outputs& out = batch.out;
-  if (out.kept_count || out.kept_bitmask) write_kept_set(batch, r, dense, d, kept, weigher, ws);
-  if (!out.entropy) return;
-  out.entropy[r] = (float)(shares.mixed() ? entropy_of_mixture(d, kept, weigher, shares)
-                                          : entropy_by_mass(d, kept, weigher, shares.total, ws));
+// Before ws.group_mass becomes running sums.
+template <class W, class Domain>
+void write_entropy(const Batch& batch, int64_t r, const Domain& d, const Kept<float>& kept,
+                   const W& weigher, const Shares& shares, const Workspace& ws) {
+  const double entropy = shares.mixed() ? entropy_of_mixture(d, kept, weigher, shares)
+                                        : entropy_by_mass(d, kept, weigher, shares.total, ws);
+  batch.out.entropy[r] = (float)entropy;
 }
 
 void write_nothing_kept(const Outputs& out, int64_t r, int32_t vocab) {

@@ -16,8 +16,9 @@ struct Task {
   const Workspace& ws;
   Dense<T> dense;  // the processed row
   W weigher;
-  float divisor;       // temperature, 1 for greedy rows
-  bool alone = false;  // whether only one token is left to look at
+  float divisor;         // temperature, 1 for greedy rows
+  bool alone = false;    // whether only one token is left to look at
+  bool counted = false;  // whether what is kept is counted already, and that is all to tell of it
 };
 
 void write_invalid(const Outputs& out, int64_t r, Draws draws, int32_t vocab) {
@@ -186,7 +187,8 @@ void finish(const Task<T, W>& t, const Domain& d, const Kept<float>& kept, uint6
   if (!out.tokens) return;
   const Source sources[2] = {{kept, t.ws.group_mass, total},
                              {without(kept, top), t.ws.rest_mass, rest}};
-  if (first) write_kept(t.batch, t.r, t.dense, d, kept, t.weigher, shares, t.ws);
+  if (first && !t.counted) write_kept_set(t.batch, t.r, t.dense, d, kept, t.weigher);
+  if (first && out.entropy) write_entropy(t.batch, t.r, d, kept, t.weigher, shares, t.ws);
   if (draws_by_table(out, t.ws, blocks(d) * kBlock)) {
     draw_many(t, d, sources, shares);
   } else {

@@ -114,7 +114,7 @@ void answer_totals(const PartRow<T>& p) {
       const int64_t words = (p.dense.row.vocab + 31) / 32;
       batch.out.kept_bitmask = (int32_t*)p.ask.bitmask + p.r * words;
     }
-    write_kept_set(batch, 0, p.dense, p.dense, p.kept, p.weigher, p.ws);
+    write_kept_set(batch, 0, p.dense, p.dense, p.kept, p.weigher);
   }
   to[4] = count;
   if (!excludes) return;

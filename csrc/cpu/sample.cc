@@ -23,9 +23,17 @@ void sample_greedy(const Task<T, W>& t) {
 
 // Stages 7 and 8 where a floor of the mass is the only filter.
 template <class T>
-void sample_candidates(const Task<T, LogitWeigher>& t, uint64_t floor) {
-  const uint64_t total = weigh_candidates(t.dense, t.weigher, floor, t.ws);
-  finish(t, t.dense, narrow_to_mass(everything(), floor), total);
+void sample_candidates(Task<T, LogitWeigher> t, uint64_t floor) {
+  const Kept<float> kept = narrow_to_mass(everything(), floor);
+  const Outputs& out = t.batch.out;
+  if (out.kept_count && !out.kept_bitmask && t.draws.begin == 0) {
+    int32_t& count = out.kept_count[t.r] = 0;
+    t.counted = true;
+    const CountedWeighing weight(t.weigher, floor, count);
+    finish(t, t.dense, kept, weigh_candidates(t.dense, weight, t.ws));
+  } else {
+    finish(t, t.dense, kept, weigh_candidates(t.dense, Weighing(t.weigher, floor), t.ws));
+  }
 }
 
 // Stages 5 to 8 of a valid row, other than by its candidates.

@@ -67,6 +67,7 @@ struct Weighing {
   }
   FS_MEMBER uint64_t total(const Sum& s) const { return fastsample::total(s); }
   FS_MEMBER uint64_t one(float x) const { return keeps(x) ? weigher.mass(x) : 0; }
+  FS_MEMBER uint64_t equal(int32_t n, float x) const { return (uint64_t)n * one(x); }
   // Whether a token is not below the floor.
   FS_MEMBER bool keeps(float x) const { return !floor || weigher.judge().mass(x) >= floor; }
   FS_MEMBER Mask keep(vf x, Mask where) const {
@@ -118,9 +119,14 @@ FS_INLINE void each_bit(const BlockBits& set, F f) {
 
 template <class T, class Keep>
 FS_INLINE BlockBits block_bits(const T* x, Keep keep) {
-  BlockBits set = {};
-  for (int i = 0; i < kBlock; i += kLanes) {
-    set.set(i, keep(load(x + i), i));
+  BlockBits set;
+  for (int k = 0; k < kBlock; k += 64) {
+    uint64_t word = 0;
+    for (int i = 0; i < 64; i += kLanes) {
+      word |= (uint64_t)bits(keep(load(x + k + i), k + i)) << i;
+    }
+    asm("" : "+r"(word));  // else GCC makes the words in a vector, to take each out again
+    set.word[k / 64] = word;
   }
   return set;
 }

@@ -1,4 +1,4 @@
-"""The command line: `fastsample generate` and `fastsample info`. Its parts are imported when it runs."""
+"""The command line: `fastsample generate`, `explain` and `info`. Its parts are imported when it runs."""
 
 from _fastsample_cli import main
 

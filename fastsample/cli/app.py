@@ -1,27 +1,24 @@
-"""The command line: `fastsample generate` and `fastsample info`."""
+"""The command line: `fastsample generate`, `fastsample explain` and `fastsample info`."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
-from pathlib import Path
 from typing import Annotated, Any
-
-import torch
 
 import fastsample as fs
 from _fastsample_cli import main
-from fastsample.backends import ORDER, select
 from fastsample.cli.generate import (
+    breaker_texts,
+    check_engine,
     dry_breakers,
     encode,
     find_model,
+    grammar_texts,
     load,
     load_grammar,
     quiet,
@@ -34,11 +31,8 @@ from fastsample.cli.output import INSTALL, RefusedError, discard, note, take_any
 from fastsample.cli.session import Session
 from fastsample.cli.stats import print_stats
 from fastsample.inputs import pack_seeds, splitmix64
-from fastsample.params import specs
 
 __all__ = ["app", "main", "shipped_model"]
-
-DEFAULTS = {"temperature": 0.8, "top_p": 0.95}  # for readable text; the table's own defaults filter nothing
 
 try:
     import typer
@@ -46,6 +40,22 @@ try:
 except ImportError:
     note(f"the command line needs typer: {INSTALL}")
     raise SystemExit(2) from None
+else:
+    from fastsample.cli.explain import explain
+    from fastsample.cli.options import (
+        Backend,
+        Choice,
+        Choices,
+        DryBreaker,
+        GrammarBackend,
+        JsonSchema,
+        Model,
+        Preset,
+        Prompt,
+        PromptFile,
+        Regex,
+        with_sampling_options,
+    )
 
 # The base class of all usage errors, wherever this version of typer keeps its copy of click.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -104,64 +114,13 @@ def root(
 # fastsample generate -------------------------------------------------------------------------------------------------
 
 
-def _with_sampling_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command with **fields one option per sampling parameter of the table.
-
-    The fields that it gets are those of --preset, or else the defaults, replaced by the options that were given.
-    """
-    signature = inspect.signature(command, eval_str=True)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for name, spec in specs():
-        default = DEFAULTS.get(name, getattr(fs.SamplingParams, name))
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_option(name, spec))
-        )
-
-    @functools.wraps(command)
-    def wrapped(ctx: typer.Context, **kwargs: Any) -> int:
-        if (preset := kwargs["preset"]) is not None:
-            with told((TypeError, ValueError)):
-                params = fs.SamplingParams.preset(utf8("--preset", preset))
-            kwargs |= {name: getattr(params, name) for name, _ in specs() if not _is_given(ctx, name)}
-        return command(**kwargs)
-
-    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    parameters.insert(0, context)
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    vars(wrapped)["__signature__"] = signature.replace(parameters=parameters)
-    return wrapped
-
-
-def _option(name: str, spec: Any) -> Any:
-    """The annotation of a sampling parameter's option."""
-    if spec.kind == "bool":
-        flag = name.replace("_", "-")
-        return Annotated[bool, typer.Option(f"--{flag}/--no-{flag}", help=spec.meaning)]
-    kind, metavar = {"float": (float, "X"), "int": (int, "N"), "choice": (str, "NAME")}[spec.kind]
-    return Annotated[kind, typer.Option(metavar=metavar, help=f"{spec.meaning} ({spec.range})")]
-
-
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether the command line has this option."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
 @app.command()
-@_with_sampling_options
+@with_sampling_options
 def generate(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT", help="The text to continue; may be empty. A - reads standard input."),
-    ] = None,
+    prompt: Prompt = None,
     *,
-    prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Read the prompt from a file, without its last line break.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Folder or hub name of a causal LM [default: tiny-gpt2, which ships]"),
-    ] = None,
+    prompt_file: PromptFile = None,
+    model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens per continuation, at most.")] = 64,
     num: Annotated[int, typer.Option(metavar="N", min=1, help="Number of continuations.")] = 1,
     best_of: Annotated[
@@ -177,45 +136,19 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="End a text before this string; may be given several times."),
     ] = None,
-    json_schema: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="File with a JSON schema; print JSON that validates, without the prompt."),
-    ] = None,
-    regex: Annotated[
-        str | None, typer.Option(metavar="RE", help="Print text that this regular expression matches, likewise.")
-    ] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(metavar="A,B,...", help="Print one of these, likewise; spaces around the commas are left out."),
-    ] = None,
-    choice: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="One of the choices, exactly as it stands; may be given several times."),
-    ] = None,
-    grammar_backend: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="auto, llguidance, xgrammar, outlines-core [default: auto]"),
-    ] = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choices: Choices = None,
+    choice: Choice = None,
+    grammar_backend: GrammarBackend = None,
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="Repeats a run; each continuation gets its own from it."),
     ] = None,
-    backend: Annotated[str, typer.Option(metavar="NAME", help="auto, " + ", ".join(ORDER))] = "auto",
+    backend: Backend = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Measure against transformers' own sampler (stderr).")] = False,
-    dry_breaker: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="With --dry-multiplier: a token that contains this ends a repetition; may be given several times.",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Parameters known by a name, such as neutral or llama.cpp; the options below override them.",
-        ),
-    ] = None,
+    dry_breaker: DryBreaker = None,
+    preset: Preset = None,
     **fields: Any,
 ) -> int:
     """Continue a prompt with a causal language model, token by token.
@@ -225,20 +158,16 @@ def generate(
     """
     text = read_prompt(prompt, prompt_file)
     stops = [utf8("--stop", s) for s in stop or []]
-    picks = [utf8("--choice", c) for c in choice or []]
-    picks += [] if choices is None else [c.strip() for c in utf8("--choices", choices).split(",")]
-    regex = None if regex is None else utf8("--regex", regex)
-    asked = [json_schema is not None, regex is not None, bool(picks)]
-    _check_together(num, best_of, vote, stats, stops, grammar_backend, sum(asked))
-    breakers = [utf8("--dry-breaker", b) for b in dry_breaker or []]
-    if breakers and not fields["dry_multiplier"]:
-        raise RefusedError("--dry-breaker: expected --dry-multiplier with it")
+    regex, picks = grammar_texts(json_schema, regex, choices, choice, grammar_backend)
+    constrained = json_schema is not None or regex is not None or bool(picks)
+    _check_together(num, best_of, vote, stats, stops, constrained)
+    breakers = breaker_texts(dry_breaker, fields)
     with told((re.error, OverflowError), f"--vote {vote}: "):
         ballot = None if vote is None else re.compile(utf8("--vote", vote))
     with told((TypeError, ValueError, RuntimeError)):
         fs.SamplingParams(**fields)
         seeds = _seeds(secrets.randbits(64) if seed is None else seed)
-    _check_engine(backend)
+    check_engine(backend)
     name, local = find_model(model)
     with quiet():
         lm, tokenizer = load(name, local)
@@ -266,38 +195,25 @@ def _seeds(seed: int) -> Iterator[int]:
     return (splitmix64(splitmix64(seed % 2**64) + number) for number in count())
 
 
-def _check_engine(backend: str) -> None:
-    """Refuse, before a model is loaded, an engine that cannot serve."""
-    variable = "FASTSAMPLE_BACKEND: " if backend == "auto" and os.environ.get("FASTSAMPLE_BACKEND") else ""
-    with told((TypeError, ValueError, RuntimeError), variable):
-        logits = torch.zeros(1, 2)
-        select(backend, logits)
-        fs.sample(logits, seed=0, backend=backend)  # finds what an environment variable asks of the engine
-
-
 def _check_together(
     num: int,
     best_of: int,
     vote: str | None,
     stats: bool,
     stops: Sequence[str],
-    grammar_backend: str | None,
-    grammars: int,
+    constrained: bool,
 ) -> None:
-    if grammars > 1:
-        raise RefusedError("--json-schema, --regex and --choices (or --choice): expected one of them")
     if vote is not None and best_of == 1:
         raise RefusedError("--vote needs --best-of")
     if num > 1 and best_of > 1:
         raise RefusedError("--num and --best-of: expected one of them")
-    if stats and (grammars or best_of > 1):
+    if stats and (constrained or best_of > 1):
         raise RefusedError("--stats measures plain sampling, without --best-of, --json-schema, --regex and --choices")
-    if grammar_backend is not None and not grammars:
-        raise RefusedError("--grammar-backend: expected --json-schema, --regex, --choices or --choice with it")
-    if stops and grammars:
+    if stops and constrained:
         raise RefusedError("--stop: a text of --json-schema, --regex or --choices ends where it is whole")
     if not all(stops):
         raise RefusedError("--stop: expected a string that is not empty")
 
 
+app.command()(with_sampling_options(explain))
 app.command()(info)

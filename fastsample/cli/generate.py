@@ -1,4 +1,4 @@
-"""What `fastsample generate` needs before it can continue a prompt: texts, a model, ids, a grammar."""
+"""What a command needs before it can continue a prompt: texts, a model, ids, a grammar."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+import fastsample as fs
+from fastsample.backends import select
 from fastsample.cli.output import INSTALL, RefusedError, note, told
 
 _HUB_SECONDS = 2.0
@@ -70,6 +72,44 @@ def read_prompt(argument: str | None, file: str | None) -> str:
         with told((OSError, UnicodeError), f"--prompt-file {file}: "):
             text = Path(file).read_bytes().decode("utf-8-sig")
     return re.sub(r"\r?\n\Z", "", text)
+
+
+# What goes together ---------------------------------------------------------------------------------------------------
+
+
+def grammar_texts(
+    json_schema: Path | None,
+    regex: str | None,
+    choices: str | None,
+    choice: Sequence[str] | None,
+    grammar_backend: str | None,
+) -> tuple[str | None, list[str]]:
+    """The regular expression and the choices of a grammar, of which the options may ask for one."""
+    picks = [utf8("--choice", c) for c in choice or []]
+    picks += [] if choices is None else [c.strip() for c in utf8("--choices", choices).split(",")]
+    asked = [json_schema is not None, regex is not None, bool(picks)]
+    if sum(asked) > 1:
+        raise RefusedError("--json-schema, --regex and --choices (or --choice): expected one of them")
+    if grammar_backend is not None and not any(asked):
+        raise RefusedError("--grammar-backend: expected --json-schema, --regex, --choices or --choice with it")
+    return None if regex is None else utf8("--regex", regex), picks
+
+
+def breaker_texts(dry_breaker: Sequence[str] | None, fields: dict[str, Any]) -> list[str]:
+    """The texts that end a repetition; without DRY they would have no effect."""
+    breakers = [utf8("--dry-breaker", b) for b in dry_breaker or []]
+    if breakers and not fields["dry_multiplier"]:
+        raise RefusedError("--dry-breaker: expected --dry-multiplier with it")
+    return breakers
+
+
+def check_engine(backend: str) -> None:
+    """Refuse, before a model is loaded, an engine that cannot serve."""
+    variable = "FASTSAMPLE_BACKEND: " if backend == "auto" and os.environ.get("FASTSAMPLE_BACKEND") else ""
+    with told((TypeError, ValueError, RuntimeError), variable):
+        logits = torch.zeros(1, 2)
+        select(backend, logits)
+        fs.sample(logits, seed=0, backend=backend)  # finds what an environment variable asks of the engine
 
 
 # The model -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How `fastsample generate` continues a prompt, and what it prints."""
+"""How a prompt is continued, and what `fastsample generate` prints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Session:
         cut: list[int] = []
         number = 0
         # Sequences that have ended are padded. If only the grammar knows their ends, there is no padding.
-        size = 1 if self.grammar is not None and not self._ends() else BATCH
+        size = 1 if self.grammar is not None and not self.ends() else BATCH
         while batch := list(islice(seeds, size)):
             for text, truncated in self._draw(batch, number + 1):
                 number += 1
@@ -98,12 +98,24 @@ class Session:
 
     def _draw(self, seeds: list[int], first: int, streamer: Any = None) -> list[tuple[str, bool]]:
         """The new text for each seed, and whether it was truncated; `first` is the number of the first one."""
+        out = self.generated(seeds, streamer)
+        decode = Decoder(self.tokenizer, self.ids[0].tolist())
+        texts = []
+        for number, row in enumerate(out.sequences[:, self.ids.shape[1] :].tolist(), first):
+            tokens = up_to(row, self.ends())
+            texts.append(before(decode(tokens), self.stops))
+            self._note_oddities(number, tokens, texts[-1])
+        truncated = [False] * len(seeds) if self.grammar is None else out.truncated.tolist()
+        return list(zip(texts, truncated, strict=True))
+
+    def generated(self, seeds: list[int], streamer: Any = None, **options: Any) -> Any:
+        """What `generate` returns for a continuation of each seed; `options` are more of its own."""
         from fastsample.integrations.transformers import fs_generate
 
         sample = fs_generate(seeds, streamer=streamer, grammar=self.grammar, **self.sampling)
         ids = self.ids.expand(len(seeds), -1)
         with told(_REFUSALS):
-            out = self.lm.generate(
+            return self.lm.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
@@ -111,15 +123,8 @@ class Session:
                 return_dict_in_generate=True,
                 stopping_criteria=self._criteria(),
                 custom_generate=sample,
+                **options,
             )
-        decode = Decoder(self.tokenizer, self.ids[0].tolist())
-        texts = []
-        for number, row in enumerate(out.sequences[:, self.ids.shape[1] :].tolist(), first):
-            tokens = _up_to(row, self._ends())
-            texts.append(before(decode(tokens), self.stops))
-            self._note_oddities(number, tokens, texts[-1])
-        truncated = [False] * len(seeds) if self.grammar is None else out.truncated.tolist()
-        return list(zip(texts, truncated, strict=True))
 
     def _note_oddities(self, number: int, tokens: list[int], text: str) -> None:
         """Note when the text does not show what was drawn."""
@@ -136,7 +141,7 @@ class Session:
     def _criteria(self) -> list[Any]:
         return [StopAt(self.stops, Decoder(self.tokenizer, self.ids[0].tolist()))] if self.stops else []
 
-    def _ends(self) -> list[int]:
+    def ends(self) -> list[int]:
         """The model's end-of-sequence tokens."""
         given = self.lm.generation_config.eos_token_id
         return [] if given is None else [given] if isinstance(given, int) else list(given)
@@ -151,7 +156,7 @@ class Session:
         return answer
 
 
-def _up_to(tokens: list[int], ends: list[int]) -> list[int]:
+def up_to(tokens: list[int], ends: list[int]) -> list[int]:
     """The ids without the padding after an end of sequence."""
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 

@@ -20,6 +20,7 @@ from fastsample.distributed.wire import Wire
 from fastsample.inputs.masks import check_bitmask
 from fastsample.outputs import SampleOutput
 from fastsample.params import SamplingParams
+from fastsample.traced import untraced
 from fastsample.verified import VerifyOutput
 
 Tensor = torch.Tensor
@@ -100,6 +101,7 @@ def _split(vocab_start: int, vocab_size: int, group: Any, backend: str) -> Split
     return known[name]
 
 
+@untraced
 def sample(
     logits: Tensor,
     params: SamplingParams | None = None,
@@ -137,6 +139,7 @@ def sample(
     return fs.sample(rows, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
 
 
+@untraced
 def verify(
     logits: Tensor,
     draft_ids: Any,
@@ -156,6 +159,7 @@ def verify(
     return fs.verify(rows, draft_ids, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
 
 
+@untraced
 def verify_tree(
     logits: Tensor,
     draft_ids: Tensor,
@@ -219,10 +223,12 @@ class ShardedSampler(fs.Sampler):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("ShardedSampler: cannot be copied or pickled, since it belongs to a process group")
 
+    @untraced
     def __call__(self, logits: Tensor, *, bitmask_shard: Tensor | None = None, **inputs: Any) -> SampleOutput:
         """One step, as `fastsample.Sampler`'s, with this rank's logits [B, V_r]."""
         return super().__call__(self.split.whole(logits, bitmask_shard), **inputs)
 
+    @untraced
     def verify(self, logits: Tensor, draft_ids: Any, **inputs: Any) -> VerifyOutput:
         """Verify drafts by the rule "exact", as `fastsample.Sampler.verify`; logits are this rank's [B, K + 1, V_r]."""
         _refuse_others(inputs)

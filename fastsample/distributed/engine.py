@@ -35,8 +35,8 @@ class Plan:
     """What the parameters of rows ask for, which lasts while these stay the same."""
 
     def __init__(self, records: Tensor, vocab: int) -> None:
-        self.records, self.version = records, _version(records)
-        self.params = params = columns_of(records)
+        self.records = records.clone()
+        self.params = params = columns_of(self.records)
         self.used = uses(params)
         self.greedy = params["temperature"] < GREEDY_BELOW
         self.drawn_at = torch.where(self.greedy, 1.0, params["temperature"])
@@ -57,7 +57,8 @@ class Plan:
         self.products = any(name in self.used for name in ("typical", "eta", "p_less"))
 
     def holds(self, records: Tensor) -> bool:
-        return records is self.records and self.version == _version(records) and self.version >= 0
+        """Whether these are still the parameters: a Sampler may have written to its records."""
+        return records.shape == self.records.shape and torch.equal(records, self.records)
 
     def count(self, out: Outputs) -> int:
         """How many tokens a rank lists."""
@@ -75,11 +76,6 @@ class Plan:
 def _is_of_kept(out: Outputs) -> bool:
     """Whether all that is asked is about kept tokens."""
     return out.mode != "raw" and out.log_kept_mass is None
-
-
-def _version(records: Tensor) -> int:
-    """Which of its values a tensor has; -1 where nobody counts."""
-    return -1 if records.is_inference() else records._version
 
 
 class SplitEngine(Engine):
@@ -101,6 +97,9 @@ class SplitEngine(Engine):
         self._own = torch.empty(0, 0)  # [B, V_r], of the next call
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
         self._same_seeds = True
+
+    def __repr__(self) -> str:
+        return f"Split({self.start}, {self.vocab}, rank {self.wire.rank} of {self.wire.size})"
 
     def prepare(self, own: Tensor, mask: Tensor | None, same_seeds: bool) -> None:
         """What this rank has of the next call's rows.

@@ -80,7 +80,7 @@ def compact(out: Outputs, width: int) -> Outputs:
     """Buffers like those of `out` for rows of fewer tokens: what tells no id is the same buffer."""
     own = replace(out, kept_bitmask=None, names=None, restore=False)
     if out.kept_bitmask is not None:
-        own.kept_bitmask = empty((out.status.shape[0], -(-width // 32)), torch.int32, out.status.device)
+        own.kept_bitmask = empty((out.status.numel(), -(-width // 32)), torch.int32, out.status.device)
     return own
 
 
@@ -132,7 +132,7 @@ def write_plain(engine: Engine, found: Found, listed: Tensor, rows: Rows, own: O
     records = neutral().to(kept.device).repeat(len(kept), 1)
     write_columns(records, {"temperature": row.shard.drawn_at[:, 0]})
     engine.run(kept, Rows(records, rows.seeds, rows.offsets), replace(own, log_kept_mass=None))
-    own.status.copy_(found.status)
+    own.status.copy_(found.status.view(own.status.shape))
     if (
         own.ranks is not None and own.tokens is not None
     ):  # among all tokens, since a floor may leave out some that rank above others

@@ -20,7 +20,7 @@ def write_raw(wire: Wire, logits: Tensor, start: int, out: Outputs) -> None:
     assert out.tokens is not None
     tokens = out.tokens.view(rows, -1)
     n = tokens.shape[1]
-    valid = (out.status == 0)[:, None]
+    valid = (out.status.view(-1) == 0)[:, None]
     bad = x.isnan().any(-1) | (x == torch.inf).any(-1)
     most = x.amax(-1) if x.shape[1] else x.new_full((rows,), -torch.inf)
     most = torch.where(bad, torch.inf, most)

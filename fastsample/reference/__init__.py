@@ -15,7 +15,16 @@ import torch
 from fastsample.inputs import Rows
 from fastsample.outputs import InputKind
 from fastsample.params import GREEDY_BELOW
-from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN, draw_from, low32, multiply_high60, philox4x32, uniform60
+from fastsample.reference.draw import (
+    PLAIN_DRAW,
+    XTC_COIN,
+    draw_at,
+    draw_from,
+    low32,
+    multiply_high60,
+    philox4x32,
+    uniform60,
+)
 from fastsample.reference.filters import filters, is_kept, rank, rank_order, xtc
 from fastsample.reference.mass import LOG2E, POLYNOMIAL, UNIT, depth, mass, mass_of_probs
 from fastsample.reference.process import (
@@ -23,6 +32,7 @@ from fastsample.reference.process import (
     NEG_INF,
     NOTHING_LEFT,
     POSITIVE_INFINITY,
+    Params,
     check,
     check_probs,
     choice,
@@ -45,9 +55,14 @@ __all__ = [
     "Distribution",
     "check",
     "check_probs",
+    "depth",
     "distribution",
+    "draw_at",
+    "entropy",
+    "excludes",
     "filter_logits",
     "law",
+    "log_kept_mass",
     "low32",
     "mass",
     "mass_of_probs",
@@ -63,6 +78,7 @@ __all__ = [
     "raw_logprobs",
     "raw_logprobs_of_probs",
     "sample",
+    "temperatures",
     "uniform60",
 ]
 
@@ -87,10 +103,7 @@ def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Dist
     x = process(logits, rows, params) if kind == "logits" else process_probs(logits, rows)
     status = check(x) if kind == "logits" else check_probs(x)
     valid = (status == 0)[:, None]
-    temperature = params["temperature"]
-    greedy = temperature < GREEDY_BELOW
-    drawn_at = torch.where(greedy, torch.ones_like(temperature), temperature)
-    judged_at = torch.where(choice(params, "order", "temperature_last"), torch.ones_like(temperature), drawn_at)
+    greedy, drawn_at, judged_at = temperatures(params)
     sound = torch.where(valid, x, torch.ones_like(x))
     if kind == "logits":
         w, alone = mass(sound, drawn_at), torch.full_like(sound, 2**UNIT, dtype=torch.int64)
@@ -110,6 +123,15 @@ def distribution(logits: Tensor, rows: Rows, kind: InputKind = "logits") -> Dist
     whole, rest = (drawn_masses(w, alone, set_, row.ids) for set_ in (kept, kept & ~out))
     by_id = torch.zeros_like(kept).scatter(1, row.ids, kept)
     return Distribution(x, status, by_id, greedy[:, 0], whole, rest, w, coin)
+
+
+def temperatures(params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a row is greedy, and the temperatures at which it is drawn from and its filters judge it, [B or 1, 1]."""
+    given = params["temperature"]
+    greedy = given < GREEDY_BELOW
+    drawn_at = torch.where(greedy, torch.ones_like(given), given)
+    judged_at = torch.where(choice(params, "order", "temperature_last"), torch.ones_like(given), drawn_at)
+    return greedy, drawn_at, judged_at
 
 
 def first(ranked: Tensor) -> Tensor:

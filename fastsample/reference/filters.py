@@ -69,10 +69,15 @@ def heaviest(kept: Kept, row: Ranked) -> Tensor:
 
 def top_n_sigma(kept: Kept, row: Ranked, params: Params) -> Kept:
     """Logits at most this many standard deviations below the highest."""
-    peak, s = row.x[:, :1], params["top_n_sigma"]
-    lowest = peak - (s.double() * spread(row.x, peak)).float()
-    within = (row.x >= lowest).sum(-1, keepdim=True)
+    s = params["top_n_sigma"]
+    within = (row.x >= lowest_within(row, s)).sum(-1, keepdim=True)
     return narrow_above(kept, torch.where(s == 0, kept.low, within - 1))
+
+
+def lowest_within(row: Ranked, s: Tensor) -> Tensor:
+    """The logit that lies s standard deviations below the highest, float32 [B, 1]."""
+    peak = row.x[:, :1]
+    return peak - (s.double() * spread(row.x, peak)).float()
 
 
 def top_k(kept: Kept, row: Ranked, params: Params) -> Kept:
@@ -93,12 +98,6 @@ def top_p(kept: Kept, row: Ranked, params: Params) -> Kept:
     return narrow_above(kept, torch.where(params["top_p"] == 1, kept.low, last))
 
 
-def mass_floors(kept: Kept, row: Ranked, params: Params) -> Kept:
-    """The filters that keep every token of at least some mass, relative to the heaviest that is kept so far."""
-    kept = min_p(kept, row, params)
-    return kept
-
-
 def min_p(kept: Kept, row: Ranked, params: Params) -> Kept:
     """Tokens at least this fraction as probable as the most probable one."""
     return narrow_to_mass(kept, (params["min_p"].double() * heaviest(kept, row).double()).to(torch.int64))
@@ -107,7 +106,7 @@ def min_p(kept: Kept, row: Ranked, params: Params) -> Kept:
 def typical(kept: Kept, row: Ranked, params: Params) -> Kept:
     """Those nearest to the mean logit, by mass, whose mass reaches the target. An interval of the rank order."""
     w, t = kept_mass(kept, row), params["typical_p"]
-    mean = (row.x[:, :1].double() - (mean_depth(w, row.depth) * 2.0**-14) / row.scale.double()).float()
+    mean = mean_logit(w, row)
     distance = (row.x - mean).abs()
     nearest = distance.sort(dim=-1, stable=True)
     running = w.gather(1, nearest.indices).cumsum(-1)
@@ -120,12 +119,9 @@ def typical(kept: Kept, row: Ranked, params: Params) -> Kept:
     return narrow_above(kept, torch.where(off, kept.low, row.x.shape[1] - below - 1))
 
 
-def measured_floors(kept: Kept, row: Ranked, params: Params) -> Kept:
-    """The filters that keep every token of at least some mass, which is measured on what is kept so far."""
-    kept = epsilon(kept, row, params)
-    kept = eta(kept, row, params)
-    kept = top_a(kept, row, params)
-    return p_less(kept, row, params)
+def mean_logit(w: Tensor, row: Ranked) -> Tensor:
+    """mu of the masses of a set (0 outside of it), float32 [B, 1]."""
+    return (row.x[:, :1].double() - (mean_depth(w, row.depth) * 2.0**-14) / row.scale.double()).float()
 
 
 def epsilon(kept: Kept, row: Ranked, params: Params) -> Kept:
@@ -160,11 +156,15 @@ def threshold(kept: Kept, row: Ranked, floor: Tensor) -> Kept:
 
 def xtc(kept: Kept, row: Ranked, params: Params) -> Tensor:
     """The position above which everything kept is a top choice but the last, int64 [B, 1]; -1 where nothing is."""
-    floor = (params["xtc_threshold"].double() * total_of(kept_mass(kept, row)).double()).to(torch.int64)
-    top = is_kept(kept, row) & (row.mass >= floor) & (params["xtc_probability"] > 0)
+    top = is_kept(kept, row) & (row.mass >= xtc_floor(kept, row, params)) & (params["xtc_probability"] > 0)
     position = torch.arange(row.x.shape[1], device=row.x.device)
     last = torch.where(top, position, -1).amax(-1, keepdim=True)
     return torch.where(top.sum(-1, keepdim=True) >= 2, last - 1, -1)
+
+
+def xtc_floor(kept: Kept, row: Ranked, params: Params) -> Tensor:
+    """The mass of a top choice, int64 [B, 1]."""
+    return (params["xtc_threshold"].double() * total_of(kept_mass(kept, row)).double()).to(torch.int64)
 
 
 def top_p_target(p: Tensor, total: Tensor) -> Tensor:
@@ -185,12 +185,16 @@ def narrow_to_mass(kept: Kept, floor: Tensor) -> Kept:
     return kept._replace(floor=torch.maximum(kept.floor, floor))
 
 
+MASS_FLOORS = (min_p,)
+"""The filters that keep every token of at least some mass, relative to the heaviest that is kept so far."""
+MEASURED_FLOORS = (epsilon, eta, top_a, p_less)
+"""The filters that keep every token of at least some mass, which is measured on what is kept so far."""
 SEQUENCES = {
-    "top_k_first": (top_n_sigma, top_k, top_p, mass_floors, typical, measured_floors),
-    "min_p_first": (top_n_sigma, mass_floors, top_k, top_p, typical, measured_floors),
+    "top_k_first": (top_n_sigma, top_k, top_p, *MASS_FLOORS, typical, *MEASURED_FLOORS),
+    "min_p_first": (top_n_sigma, *MASS_FLOORS, top_k, top_p, typical, *MEASURED_FLOORS),
     # First, top-p measures the whole row, which the others up to typical look at anywhere.
-    "joint": (top_p, top_n_sigma, top_k, mass_floors, typical, measured_floors),
-    "temperature_last": (top_n_sigma, top_k, typical, top_p, mass_floors, measured_floors),
+    "joint": (top_p, top_n_sigma, top_k, *MASS_FLOORS, typical, *MEASURED_FLOORS),
+    "temperature_last": (top_n_sigma, top_k, typical, top_p, *MASS_FLOORS, *MEASURED_FLOORS),
 }
 """The filters of each order, first to last."""
 

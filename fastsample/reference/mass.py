@@ -60,7 +60,11 @@ def mass_of_probs(p: Tensor) -> Tensor:
 
 def depth(x: Tensor, temperature: Tensor) -> Tensor:
     """e = trunc(-y * 2^14), int64 [B, V]; below 2^20 where there is mass, and not meant elsewhere."""
-    y = (x - x.amax(-1, keepdim=True)) * scale_of(temperature)
+    return depth_at((x - x.amax(-1, keepdim=True)) * scale_of(temperature))
+
+
+def depth_at(y: Tensor) -> Tensor:
+    """e of y <= 0, int64."""
     return (-y.clamp(min=-60) * 2.0**14).to(torch.int64)
 
 
@@ -86,10 +90,15 @@ def sum_of_squares(w: Tensor) -> Tensor:
     return (hh.double() * 2.0**20 + (2 * hl).double()) * 2.0**20 + ll.double()
 
 
+def steps_below(x: Tensor, peak: Tensor) -> Tensor:
+    """d: how far a logit lies below the highest, int64 [B, V]; 0 for -inf."""
+    return torch.where(x > NEG_INF, ((peak - x) * 2.0**11).clamp(max=2**20 - 1), 0).to(torch.int64)
+
+
 def spread(x: Tensor, peak: Tensor) -> Tensor:
     """sigma: the standard deviation of what lies above -inf, float64 [B, 1]."""
     alive = x > NEG_INF
-    d = torch.where(alive, ((peak - x) * 2.0**11).clamp(max=2**20 - 1), 0).to(torch.int64)
+    d = steps_below(x, peak)
     n, d1, d2 = (part.sum(-1, keepdim=True).double() for part in (alive, d, d * d))
     a = d1 / n
     return (d2 / n - a * a).clamp(min=0).sqrt() * 2.0**-11

@@ -111,6 +111,17 @@ def test_sets_are_what_filter_logits_shows(seed: int, variant: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sets_of_a_mass_floor_alone(dtype: torch.dtype, variant: str) -> None:
+    """Few of them, all of them, and equal ones, in groups of 2048 tokens."""
+    vocab = 2500
+    table = logits(4, vocab=vocab) * torch.tensor([[4.0], [1.0], [0.2], [0.01]])
+    table = torch.cat([table, torch.full((1, vocab), -2.5), table[1:2].sort().values]).to(dtype)
+    found = forms(table, min_p=0.1, backend=variant)
+    assert found.sum(-1).tolist()[4] == vocab
+    assert torch.equal(found, fs.filter_logits(table, min_p=0.1, backend="reference") > -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 1000, 5003])
 def test_every_vocabulary(vocab: int, dtype: torch.dtype, variant: str) -> None:
     table = logits(4, vocab=vocab).to(dtype)
