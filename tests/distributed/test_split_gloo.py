@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case
-from conformance import disagreements, named
+from conformance import disagreements
 from ranks import in_processes
+from split import named_of
 
 import fastsample as fs
 import fastsample.distributed as fd
@@ -45,12 +46,6 @@ def slice_of(vocab: int) -> tuple[dict[str, Any], slice]:
 
 def compare(ours: Any, whole: Any) -> list[str]:
     return disagreements(named_of(ours), named_of(whole))
-
-
-def named_of(out: Any) -> dict[str, torch.Tensor]:
-    if isinstance(out, fs.SampleOutput):
-        return named(out)
-    return {name: value for name in fs.VerifyOutput.__slots__ if (value := getattr(out, name)) is not None}
 
 
 def parity(backend: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 from cases import Case
-from conformance import MODES, forms_of_kept, named
+from conformance import MODES, assert_agree, forms_of_kept, named
 from ranks import on_ranks
 
 import fastsample as fs
@@ -43,6 +43,11 @@ CUTS: dict[str, Callable[[int], tuple[int, ...]]] = {
 
 LISTS = ((256, 1024), (1, 1024), (3, 8), (20, 1024))
 """How many of its first tokens a rank lists where more than top-k decides, and at most: engine.LISTED, MOST_LISTED."""
+
+UNEVEN = (0, 45, 45, 200, 301)
+"""A cut, of which one rank has nothing, for the rows of tests that have no case."""
+VOCAB = UNEVEN[-1]
+ROWS = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(6)) * 3
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,27 @@ def answers_of(case: Case) -> list[Found]:
     """What `fastsample.sample` answers of the whole rows."""
     logits, questions = questions_of(case)
     return [named(fs.sample(logits, backend="cpu", **question)) for question in questions]
+
+
+def everywhere(
+    call: Callable[..., Any], logits: Tensor, *given: Any, cuts: Sequence[int] = UNEVEN, vocab: int = 0, **more: Any
+) -> list[Any]:
+    """What a call returns on each rank, given its part of the logits."""
+
+    def on_rank(wire: Any, begin: int, end: int) -> Any:
+        part = {"vocab_start": begin, "vocab_size": vocab or logits.shape[-1], "group": wire}
+        return call(logits[..., begin:end], *given, **part, **more)
+
+    return on_ranks(cuts, on_rank)
+
+
+def named_of(out: Any) -> dict[str, Tensor]:
+    return {name: value for name in type(out).__slots__ if (value := getattr(out, name)) is not None}
+
+
+def assert_equal(found: list[Any], whole: Any) -> None:
+    for out in found:
+        assert_agree(named_of(out), named_of(whole))
 
 
 @contextmanager
