@@ -10,28 +10,30 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastsample.distributed import ShardedSampler
+from fastsample.distributed import Split
 from fastsample.integrations.transformers import fs_generate
+
+
+class SplitHead(torch.nn.Module):
+    """The part of a head that is this rank's. What it returns stands for the logits of all."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        begin, end = (len(weight) * rank // dist.get_world_size() for rank in (dist.get_rank(), dist.get_rank() + 1))
+        self.weight, self.split = weight[begin:end].clone(), Split(begin, len(weight))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.split.whole(torch.nn.functional.linear(hidden, self.weight))
+
 
 path = str(files("fastsample") / "models" / "tiny-gpt2")
 tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
-text = tokenizer("Use this function to", return_tensors="pt")["input_ids"]
-how = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
-
-options = {"do_sample": True, "max_new_tokens": 40, "use_cache": False}
-whole = model.generate(text, **how, **options, custom_generate=fs_generate(seed=7))  # what one process says
-
+text = tokenizer("Use this function to", return_tensors="pt")
+how = {"do_sample": True, "max_new_tokens": 40, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
+whole = model.generate(**text, **how, custom_generate=fs_generate(seed=7))  # what one process says
 dist.init_process_group("gloo")
-vocab, rank = model.config.vocab_size, dist.get_rank()
-own = slice(vocab * rank // dist.get_world_size(), vocab * (rank + 1) // dist.get_world_size())
-head = model.lm_head.weight[own]  # all of it that this rank needs
-sampler = ShardedSampler(batch_size=1, seed=7, vocab_start=own.start, vocab_size=vocab, **how)
-with torch.inference_mode():
-    while text.shape[1] < whole.shape[1]:
-        logits = torch.nn.functional.linear(model.transformer(text).last_hidden_state[:, -1], head)  # [1, a part]
-        text = torch.cat([text, sampler(logits, output_ids=text).tokens[:, None]], 1)
-
-if rank == 0:
-    print(tokenizer.decode(text[0]))
-print(f"rank {rank}, with {len(head)} of {vocab} logits: the same text is {torch.equal(text, whole)}", flush=True)
+model.lm_head = SplitHead(model.lm_head.weight.detach())
+split = model.generate(**text, **how, custom_generate=fs_generate(seed=7, backend=model.lm_head.split.engine))
+same, words = torch.equal(split, whole), tokenizer.decode(split[0])
+print(f"rank {dist.get_rank()}: the same text is {same}: {words!r}", flush=True)
 os._exit(0)  # a thread of Gloo's may abort while Python's interpreter ends

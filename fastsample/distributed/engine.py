@@ -73,6 +73,15 @@ class Plan:
         return bool((self.cut | (edge <= LOWEST) | (self.floor > beyond)).all())
 
 
+def _refuse_whole_rows(out: Outputs) -> None:
+    """What has a number for each token of a row is not made of its parts."""
+    for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", out.weights)):
+        if wanted is not None:
+            raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
+    if out.input != "logits":
+        raise ValueError(f"input = {out.input!r}: expected 'logits' for rows that are split over ranks")
+
+
 def _is_of_kept(out: Outputs) -> bool:
     """Whether all that is asked is about kept tokens."""
     return out.mode != "raw" and out.log_kept_mass is None
@@ -117,6 +126,7 @@ class SplitEngine(Engine):
 
     @torch.inference_mode()  # in which buffers of any kind may be written to
     def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
+        _refuse_whole_rows(out)
         if not self._agreed:
             require_agreement(self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds)
             self._agreed = True

@@ -286,3 +286,12 @@ def test_torch_compile_leaves_ranks_alone() -> None:
     assert torch.equal(compiled[0], fs.sample(ROWS * 2, seed=1, top_k=5).tokens + 1)
     assert torch.equal(compiled[1], fs.sample(ROWS * 2, seed=1).tokens)
     assert "rank 0 of 1" in repr(sampler)
+
+
+def test_what_is_as_wide_as_a_row_is_refused() -> None:
+    split = fd.Split(0, VOCAB)
+    for call in (fs.filter_logits, fs.probabilities):
+        with pytest.raises(ValueError, match=rf"{call.__name__}: expected whole rows"):
+            call(split.whole(ROWS), backend=split.engine, top_k=5)
+    with pytest.raises(ValueError, match="input = 'probs': expected 'logits'"):
+        fs.sample(split.whole(ROWS), backend=split.engine, input="probs")

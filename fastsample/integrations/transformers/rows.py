@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fastsample.backends import engine
+from fastsample.backends import Engine, engine
 from fastsample.checks import CPU, is_one_of
 from fastsample.inputs import pack_offsets, pack_seeds, row_seeds
 from fastsample.integrations.grammar import Grammar
@@ -27,7 +27,9 @@ class Streamer(Protocol):
 
 
 def check_backend(backend: Any) -> None:
-    """Raise unless this is "auto" or an engine's name."""
+    """Raise unless this is "auto", an engine's name or, where rows are split over ranks, their engine."""
+    if isinstance(backend, Engine):
+        return
     if not isinstance(backend, str):
         raise TypeError(f"backend = {backend!r}: expected 'auto' or the name of an engine")
     if backend != "auto":
