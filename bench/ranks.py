@@ -22,6 +22,7 @@ from bench.modes import make_logits
 from bench.record import machine
 from bench.timing import duration, three_digits
 from fastsample.distributed import Split
+from fastsample.distributed.wire import all_gather
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -98,7 +99,7 @@ def _rank(
 
 def _gathered(own: torch.Tensor, vocab: int, fields: dict[str, Any]) -> fs.SampleOutput:
     found = own.new_empty(dist.get_world_size(), *own.shape)
-    dist.all_gather_into_tensor(found.view(-1), own.view(-1))
+    all_gather(found.view(-1), own.view(-1))
     return fs.sample(found.transpose(0, 1).reshape(len(own), -1)[:, :vocab], seed=1, **fields)
 
 

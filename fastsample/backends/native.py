@@ -30,6 +30,9 @@ LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
 _BUFFERS = (*(field.name for field in FIELDS), "given", "kept_slots")
 OUTPUT_FIELDS = (*_BUFFERS, "num_samples", "num_top", "num_slots", "mode")
 DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
+PART_FIELDS = ("queries", "start", "question", "wants", "count", "details", "answers", "words", "bitmask")
+PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "judged_scale", "total", "rest")
+"""The last two are of rows that are split over ranks (fastsample/distributed/native.py)."""
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -49,6 +52,8 @@ def mismatch(module: Any) -> str | None:
         ("arguments", "LOGITS_FIELDS", LOGITS_FIELDS),
         ("arguments", "OUTPUT_FIELDS", OUTPUT_FIELDS),
         ("arguments", "DRAFT_FIELDS", DRAFT_FIELDS),
+        ("arguments", "PART_FIELDS", PART_FIELDS),
+        ("arguments", "PART_QUERY_FIELDS", PART_QUERY_FIELDS),
     ):
         if (theirs := getattr(module, record, None)) != ours:
             return f"was built for other {kind}: {theirs}, not {ours}"

@@ -24,7 +24,7 @@ from fastsample.distributed.keys import (
     value,
 )
 from fastsample.reference.filters import top_p_target
-from fastsample.reference.mass import UNIT, mass_at
+from fastsample.reference.mass import UNIT, mass_at, mean_of, squares_of
 from fastsample.reference.process import Params, choice
 
 Tensor = torch.Tensor
@@ -42,12 +42,11 @@ class Sums(NamedTuple):
 
     def depth(self) -> Tensor:
         """E, float64 [B, 1]."""
-        return (self.deep_high.double() * 2.0**20 + self.deep_low.double()) / self.mass.double()
+        return mean_of(self.deep_high, self.deep_low, self.mass)
 
     def squares(self) -> Tensor:
         """Q, float64 [B, 1]."""
-        high = self.square_high.double() * 2.0**20 + (2 * self.square_cross).double()
-        return high * 2.0**20 + self.square_low.double()
+        return squares_of(self.square_high, self.square_cross, self.square_low)
 
 
 class Row(Protocol):

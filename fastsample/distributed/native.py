@@ -9,6 +9,7 @@ import torch
 
 from fastsample.backends import DTYPES
 from fastsample.backends.cpu import native
+from fastsample.backends.native import LOGITS_FIELDS, PART_FIELDS
 from fastsample.distributed.keys import HIGHEST, Kept
 from fastsample.distributed.shard import LEVELS, Drawn, Shard
 from fastsample.reference.mass import scale_of
@@ -17,7 +18,7 @@ from fastsample.threads import get_num_threads
 Tensor = torch.Tensor
 
 SUMS, TOTALS, DRAWS, ABOVE, HISTOGRAM = range(5)
-_LOGITS, _ASK = Struct("6q"), Struct("9q")
+_LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
 
 
 class NativeShard(Shard):
@@ -68,7 +69,7 @@ class NativeShard(Shard):
         return answers
 
     def _queries(self, kept: Kept | None, drawn: Drawn | None) -> Tensor:
-        """PartQuery of each row, int64 [B, 10]."""
+        """PartQuery of each row, int64 [B, fields]."""
         rows = len(self.x)
         floats: list[Any] = [self.peak, scale_of(self.drawn_at), scale_of(self.judged_at)]
         coin = torch.zeros(rows, 1) if drawn is None else drawn.coin

@@ -15,7 +15,7 @@ from fastsample.distributed.row import SplitRow
 from fastsample.inputs import Rows
 from fastsample.outputs import empty
 from fastsample.params import write_columns
-from fastsample.reference import Distribution, drawn_masses, first
+from fastsample.reference import Distribution, drawn_masses, first, log_share
 from fastsample.reference.mass import UNIT, mass_at, scale_of
 
 Tensor = torch.Tensor
@@ -133,9 +133,8 @@ def write_plain(engine: Engine, found: Found, listed: Tensor, rows: Rows, own: O
     write_columns(records, {"temperature": row.shard.drawn_at[:, 0]})
     engine.run(kept, Rows(records, rows.seeds, rows.offsets), replace(own, log_kept_mass=None))
     own.status.copy_(found.status.view(own.status.shape))
-    if (
-        own.ranks is not None and own.tokens is not None
-    ):  # among all tokens, since a floor may leave out some that rank above others
+    if own.ranks is not None and own.tokens is not None:
+        # Among all tokens, since a floor may leave out some that rank above others.
         at = own.tokens.view(len(kept), -1)
         x = kept.gather(1, at.clamp(min=0))
         ranks = (listed[:, None, :] > x[:, :, None]).sum(-1) + 1
@@ -144,13 +143,6 @@ def write_plain(engine: Engine, found: Found, listed: Tensor, rows: Rows, own: O
         mass = (row.mass * row.held(found.kept)).sum(-1)
         share = torch.where(found.greedy[:, 0], 0.0, log_share(mass, found.all_mass()[:, 0]))
         own.log_kept_mass.copy_(torch.where(found.status == 0, share, torch.nan).view(own.log_kept_mass.shape))
-
-
-def log_share(kept: Tensor, everything_: Tensor) -> Tensor:
-    """log(kept / all), float64; where little is left out, by that."""
-    out = everything_ - kept
-    near = torch.log1p((-out).double() / everything_.double())
-    return torch.where(2 * out < everything_, near, (kept.double() / everything_.double()).log())
 
 
 def pick(table: Tensor, at: Tensor, here: Tensor, other: float) -> Tensor:

@@ -13,7 +13,7 @@ from fastsample.distributed.filters import Sums
 from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key
 from fastsample.distributed.shard import LEVELS, SAME, VALUES, Shard, distance
 from fastsample.distributed.wire import Wire
-from fastsample.reference.mass import UNIT, halves, mass_at, scale_of
+from fastsample.reference.mass import UNIT, depth_at, deviation_of, halves, mass_at, scale_of
 from fastsample.reference.process import NAN, NOTHING_LEFT, POSITIVE_INFINITY
 
 Tensor = torch.Tensor
@@ -41,7 +41,7 @@ class SplitRow:
         self.x = x.gather(1, self.order)
         y = (self.x - self.peak) * self.scale
         self.mass = mass_at(y)
-        self.depth = (-y.clamp(min=-60) * 2.0**14).to(torch.int64)
+        self.depth = depth_at(y)
         self.known = (self.keys >= self.edge) & (self.keys >= LOWEST)
         self.beyond = bound_beyond(self._value_at(self.edge), self.peak, self.scale)
         self.wanted = wanted  # of whole rows' sums: products, spread
@@ -86,10 +86,7 @@ class SplitRow:
         return self._most(listed, open_, lambda shard, rows: shard.ends(kept.of(rows))[:, 2:3])
 
     def deviation(self, on: Tensor) -> Tensor:
-        n, d1, d2 = self.whole()[:, -3:, None].double().unbind(1)
-        a = d1 / n
-        found: Tensor = (d2 / n - a * a).clamp(min=0).sqrt() * 2.0**-11
-        return found
+        return deviation_of(*self.whole()[:, -3:, None].unbind(1))
 
     def last(self, kept: Kept, on: Tensor) -> tuple[Tensor, Tensor]:
         held = self.held(kept)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastsample.distributed.keys import HIGHEST, NO_KEY, Kept, key
-from fastsample.reference.mass import halves, mass_at, scale_of
+from fastsample.reference.mass import depth_at, halves, mass_at, scale_of, steps_below
 from fastsample.reference.process import NEG_INF
 
 Tensor = torch.Tensor
@@ -76,11 +76,11 @@ class Shard:
         """Z, EH, EL, HH, HL, LL of a set, and n, D1, D2 of all above -inf, int64 [B, 9]; 0 where not asked for."""
         y = self._y(self.judged_at)
         w = mass_at(y) * self.held(kept)
-        e = (-y.clamp(min=-60) * 2.0**14).to(torch.int64)
+        e = depth_at(y)
         high, low = halves(w)
         parts = [w, high * e, low * e, high * high, high * low, low * low] if products else [w, *[w * 0] * 5]
         alive = self.logits() > NEG_INF
-        d = torch.where(alive, ((self.peak - self.logits()) * 2.0**11).clamp(max=2**20 - 1), 0).to(torch.int64)
+        d = steps_below(self.logits(), self.peak)
         parts += [alive, d, d * d] if spread else [w * 0] * 3
         return torch.stack([part.sum(-1) for part in parts], -1)
 

@@ -9,11 +9,11 @@ from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
 from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, NO_KEY, narrow_below, value
-from fastsample.distributed.outputs import Found, log_share, put
+from fastsample.distributed.outputs import Found, put
 from fastsample.distributed.shard import Drawn, Shard, mixture
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
-from fastsample.reference import multiply_high60, uniform60
+from fastsample.reference import log_share, multiply_high60, uniform60
 from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN
 from fastsample.reference.mass import mass_at, scale_of
 

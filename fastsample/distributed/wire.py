@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 Tensor = torch.Tensor
 
-_all_gather: Any = getattr(dist, "all_gather_single", None)  # what torch 2.13 calls the one below
-if _all_gather is None and dist.is_available():
-    _all_gather = dist.all_gather_into_tensor
+all_gather: Any = getattr(dist, "all_gather_single", None)  # what torch 2.13 calls the one below
+if all_gather is None and dist.is_available():
+    all_gather = dist.all_gather_into_tensor
 
 
 class Wire:
@@ -48,7 +48,7 @@ class Wire:
         self.rounds += 1
         self.sent += words.nbytes
         try:
-            _all_gather(found.view(-1), words.view(-1), group=group)
+            all_gather(found.view(-1), words.view(-1), group=group)
         except RuntimeError as error:
             lost = self._lost(group)
             what = f"lost the connection to rank {', '.join(map(str, lost))}" if lost else "no answer from some rank"

@@ -63,6 +63,7 @@ __all__ = [
     "filter_logits",
     "law",
     "log_kept_mass",
+    "log_share",
     "low32",
     "mass",
     "mass_of_probs",
@@ -217,12 +218,15 @@ def kept_bitmask(dist: Distribution) -> Tensor:
 def log_kept_mass(dist: Distribution) -> Tensor:
     """log of the share that the kept tokens have of the mass of all, float64 [B]; NaN in invalid rows."""
     everything, out = dist.alive.sum(-1), (dist.alive * ~dist.kept).sum(-1)
-    share = everything - out, everything
-    # Near 1, what is left out tells more digits than what is kept.
-    near = torch.log1p((-out).double() / everything.double())
-    found = torch.where(2 * out < everything, near, (share[0].double() / share[1].double()).log())
-    found = torch.where(dist.greedy, 0.0, found)
+    found = torch.where(dist.greedy, 0.0, log_share(everything - out, everything))
     return torch.where(dist.status == 0, found, torch.nan)
+
+
+def log_share(kept: Tensor, everything: Tensor) -> Tensor:
+    """log(kept / everything), float64, of masses. Near 1, what is left out tells more digits than what is kept."""
+    out = everything - kept
+    near = torch.log1p((-out).double() / everything.double())
+    return torch.where(2 * out < everything, near, (kept.double() / everything.double()).log())
 
 
 def entropy(dist: Distribution) -> Tensor:

@@ -79,14 +79,23 @@ def halves(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_depth(w: Tensor, e: Tensor) -> Tensor:
     """E: the mean of e by mass, float64 [B, 1]."""
-    high, low = ((half * e).sum(-1, keepdim=True).double() for half in halves(w))
-    return (high * 2.0**20 + low) / total_of(w).double()
+    high, low = ((half * e).sum(-1, keepdim=True) for half in halves(w))
+    return mean_of(high, low, total_of(w))
+
+
+def mean_of(high: Tensor, low: Tensor, total: Tensor) -> Tensor:
+    """The mean, given the sums of both halves of the masses times what it is of."""
+    return (high.double() * 2.0**20 + low.double()) / total.double()
 
 
 def sum_of_squares(w: Tensor) -> Tensor:
     """Q, float64 [B, 1]."""
     high, low = halves(w)
-    hh, hl, ll = (product.sum(-1, keepdim=True) for product in (high * high, high * low, low * low))
+    return squares_of(*(product.sum(-1, keepdim=True) for product in (high * high, high * low, low * low)))
+
+
+def squares_of(hh: Tensor, hl: Tensor, ll: Tensor) -> Tensor:
+    """The sum of squares, given those of the halves' products."""
     return (hh.double() * 2.0**20 + (2 * hl).double()) * 2.0**20 + ll.double()
 
 
@@ -99,6 +108,11 @@ def spread(x: Tensor, peak: Tensor) -> Tensor:
     """sigma: the standard deviation of what lies above -inf, float64 [B, 1]."""
     alive = x > NEG_INF
     d = steps_below(x, peak)
-    n, d1, d2 = (part.sum(-1, keepdim=True).double() for part in (alive, d, d * d))
+    return deviation_of(*(part.sum(-1, keepdim=True) for part in (alive, d, d * d)))
+
+
+def deviation_of(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """The standard deviation, given n, D1 and D2."""
+    n, d1, d2 = count.double(), total.double(), squares.double()
     a = d1 / n
     return (d2 / n - a * a).clamp(min=0).sqrt() * 2.0**-11

@@ -12,7 +12,10 @@ import fastsample as fs
 from fastsample.backends import Outputs, cpu, native
 from fastsample.inputs import Bias, Rows
 
-RECORDS = ("PARAM_FIELDS", "ROW_FIELDS", "LOGITS_FIELDS", "OUTPUT_FIELDS", "DRAFT_FIELDS")
+RECORDS = (
+    *("PARAM_FIELDS", "ROW_FIELDS", "LOGITS_FIELDS", "OUTPUT_FIELDS", "DRAFT_FIELDS"),
+    *("PART_FIELDS", "PART_QUERY_FIELDS"),
+)
 
 
 def words(packed: bytes, fields: tuple[str, ...]) -> dict[str, int]:
