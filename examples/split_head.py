@@ -35,5 +35,5 @@ dist.init_process_group("gloo")
 model.lm_head = SplitHead(model.lm_head.weight.detach())
 split = model.generate(**text, **how, custom_generate=fs_generate(seed=7, backend=model.lm_head.split.engine))
 same, words = torch.equal(split, whole), tokenizer.decode(split[0])
-print(f"rank {dist.get_rank()}: the same text is {same}: {words!r}", flush=True)
+print(f"rank {dist.get_rank()}: the same text is {same}: {words!r}\n", end="", flush=True)  # in one piece
 os._exit(0)  # a thread of Gloo's may abort while Python's interpreter ends
