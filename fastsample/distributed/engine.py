@@ -2,75 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import require_agreement
-from fastsample.distributed.filters import filters, uses, xtc
-from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, everything, value
-from fastsample.distributed.local import is_edited, list_first, process, without_edits
-from fastsample.distributed.native import NativeShard
+from fastsample.distributed.filters import filters, xtc
+from fastsample.distributed.keys import HIGHEST, everything
+from fastsample.distributed.lists import Lists, list_first, mark_invalid, no_words
+from fastsample.distributed.local import is_edited, process, without_edits
+from fastsample.distributed.native import UNDECIDED, NativeShard, first_words, run_lists, whole_sums
 from fastsample.distributed.outputs import Found, compact, translate, write_listed
+from fastsample.distributed.plan import Plan, is_of_kept
 from fastsample.distributed.raw import write_raw
-from fastsample.distributed.row import SplitRow, bound_beyond, edge_of, status_of
+from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.shard import Shard
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
-from fastsample.params import GREEDY_BELOW
-from fastsample.reference.mass import UNIT, scale_of
-from fastsample.reference.process import NAN, POSITIVE_INFINITY, choice, columns_of
 
 Tensor = torch.Tensor
 
-LISTED = 256
-"""How many of its first tokens a rank tells the others, unless top-k alone decides."""
-MOST_LISTED = 1024
+OPEN = -1
+"""In place of a number of invalid rows: there are rows that lists do not decide."""
 
 
-class Plan:
-    """What the parameters of rows ask for, which lasts while these stay the same."""
+@dataclass
+class Part:
+    """What a rank has of rows.
 
-    def __init__(self, records: Tensor, vocab: int) -> None:
-        self.records = records.clone()
-        self.params = params = columns_of(self.records)
-        self.used = uses(params)
-        self.greedy = params["temperature"] < GREEDY_BELOW
-        self.drawn_at = torch.where(self.greedy, 1.0, params["temperature"])
-        self.judged_at = torch.where(choice(params, "order", "temperature_last"), 1.0, self.drawn_at)
-        k = params["top_k"]
-        cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
-        whole = (params["top_n_sigma"] > 0) | choice(params, "ties", "all")
-        whole = whole | (choice(params, "order", "joint") & (params["top_p"] < 1))
-        self.cut = self.greedy | (cut & ~whole)
-        self.cut_short = bool(self.cut.all())
-        # Where min-p comes before all that measures, it may cut everything off that is not listed.
-        last, first_ = (choice(params, "order", order) for order in ("temperature_last", "min_p_first"))
-        floors = (params["min_p"] > 0) & (params["top_n_sigma"] == 0) & ((params["top_p"] == 1) | first_)
-        floors = floors & ~(last & (params["typical_p"] < 1)) & ~((k > MOST_LISTED) & (k < vocab))
-        self.floor_short = bool((self.cut | floors).all())
-        self.floor = (params["min_p"].double() * 2.0**UNIT).to(torch.int64)
-        self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
-        self.products = any(name in self.used for name in ("typical", "eta", "p_less"))
+    Attributes:
+        engine: does the rank's own work.
+        x: [B, V_r], after stages 1 to 3.
+        wrong: int32 [B], the statuses that these have found; None where nothing is edited.
+    """
 
-    def holds(self, records: Tensor) -> bool:
-        """Whether these are still the parameters: a Sampler may have written to its records."""
-        return records.shape == self.records.shape and torch.equal(records, self.records)
+    engine: Engine
+    x: Tensor
+    wrong: Tensor | None
+    plan: Plan
 
-    def count(self, out: Outputs) -> int:
-        """How many tokens a rank lists."""
-        return self.most if self.cut_short and _is_of_kept(out) else max(self.most, LISTED, out.num_top)
+    @property
+    def is_native(self) -> bool:
+        return self.engine.name == "cpu"
 
-    def is_enough(self, x: Tensor, ids: Tensor, ranks: int) -> bool:
-        """Whether what ranks list of each row, as `SplitRow` takes it, is all that filters may keep."""
-        if self.cut_short or not self.floor_short:
-            return self.cut_short
-        edge, peak = edge_of(x, ids, ranks), x.amax(-1, keepdim=True)
-        beyond = bound_beyond(torch.where(edge > LOWEST, value(edge >> 32), -torch.inf), peak, scale_of(self.judged_at))
-        return bool((self.cut | (edge <= LOWEST) | (self.floor > beyond)).all())
+    def first_words(self, rows: Rows, start: int, count: int) -> Tensor:
+        """What this rank lists of each row, int64 [B, count]."""
+        if not self.x.shape[1]:
+            return no_words(len(self.x), count, self.x.device)
+        if self.is_native:
+            words = first_words(self.x, start, count, self.plan.queries(len(self.x)))
+        else:
+            words = list_first(self.engine, self.x, rows, start, count)
+        return mark_invalid(words, self.wrong)
 
 
 def _refuse_whole_rows(out: Outputs) -> None:
@@ -80,11 +66,6 @@ def _refuse_whole_rows(out: Outputs) -> None:
             raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
     if out.input != "logits":
         raise ValueError(f"input = {out.input!r}: expected 'logits' for rows that are split over ranks")
-
-
-def _is_of_kept(out: Outputs) -> bool:
-    """Whether all that is asked is about kept tokens."""
-    return out.mode != "raw" and out.log_kept_mass is None
 
 
 class SplitEngine(Engine):
@@ -135,21 +116,11 @@ class SplitEngine(Engine):
         engine = select(self._backend, self._own)
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
-        plan = self._plan
-        x, wrong = self._processed(engine, rows)
-        listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count(out))
-        if _is_of_kept(out) and plan.is_enough(listed, ids, self.wire.size):
-            missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
-            listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
-            own_rows = Rows(without_edits(rows.records), rows.seeds, rows.offsets)
-            own = compact(out, listed.shape[1])
-            invalid = engine.run(listed, own_rows, own)
-            translate(own, ids, out)
-            return invalid
-        found = self._decide(self._row(engine, x, listed, ids, plan), plan)
-        invalid = write_listed(engine, found, listed, ids, rows, out)
-        if len(index := found.spread().nonzero()[:, 0]):
-            write_spread(found, index, rows, out, self.start)
+        part = Part(engine, *self._processed(engine, rows), self._plan)
+        lists, rows = self._exchange(part, rows, self._plan.count(out))
+        invalid = self._finish_lists(part, lists, rows, out)
+        if invalid == OPEN:
+            invalid = self._ask(part, lists, rows, out)
         if out.mode == "raw":
             write_raw(self.wire, self._own, self.start, out)
         return invalid
@@ -160,41 +131,55 @@ class SplitEngine(Engine):
             return self._own, None
         return process(engine, self._own, rows, self._mask, self.start, self.vocab)
 
-    def _exchange(
-        self, engine: Engine, x: Tensor, wrong: Tensor | None, rows: Rows, count: int
-    ) -> tuple[Tensor, Tensor, Rows]:
-        """What all ranks list of each row, in id order: logits float32 [B, N] and ids int64 [B, N], -1 past their ends.
-
-        A row that is invalid has a NaN, or an infinity, in front.
-        """
-        batch = len(x)
-        if x.shape[1]:
-            listed, ids, status = list_first(engine, x, rows, count)
-            status = status if wrong is None else torch.where(wrong > 0, wrong, status)
-            bad = torch.where(status == NAN, torch.nan, torch.inf)
-            listed[:, 0] = torch.where((status == NAN) | (status == POSITIVE_INFINITY), bad, listed[:, 0])
-        else:
-            listed = torch.full((batch, count), -torch.inf, device=x.device)
-            ids = torch.full((batch, count), -1, dtype=torch.int64, device=x.device)
-        words = (listed.view(torch.int32).to(torch.int64) << 32) | torch.where(ids >= 0, ids + self.start, IDS)
+    def _exchange(self, part: Part, rows: Rows, count: int) -> tuple[Lists, Rows]:
+        """What all ranks list of each row, and the rows with the seeds that all take."""
+        words = part.first_words(rows, self.start, count)
         if not self._same_seeds:
-            words = torch.cat([words, rows.seeds[:, None]], 1)
+            words = torch.cat([words, rows.seeds[:, None].expand(len(words), 1)], 1)
         found = self.wire.gather(words)
         if not self._same_seeds:
             rows = replace(rows, seeds=found[0, :, -1].clone())
             found = found[:, :, :-1]
-        found = found.transpose(0, 1).reshape(batch, -1).contiguous()
-        ids = found & IDS
-        return (found >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1), rows
+        return Lists(found.transpose(0, 1).reshape(len(words), -1).contiguous()), rows
 
-    def _row(self, engine: Engine, x: Tensor, listed: Tensor, ids: Tensor, plan: Plan) -> SplitRow:
+    def _finish_lists(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+        """The outputs of rows that the lists decide; OPEN where there are others."""
+        plan, engine = part.plan, part.engine
+        if part.is_native and not plan.open:
+            for with_sums in (False, True)[plan.measures(out) :]:
+                if with_sums:
+                    told = whole_sums(part.x, self.start, lists.words, plan.queries(len(part.x)), *plan.wanted)
+                    lists.sums = self.wire.total(told)
+                invalid = run_lists(engine, lists.words, lists.sums, self.wire.size, self.vocab, rows, out)
+                if not invalid or not bool((out.status == UNDECIDED).any()):
+                    return invalid
+            return OPEN
+        if not (plan.cut_short and is_of_kept(out)):
+            return OPEN
+        x, ids = lists.unpacked()
+        missing = max(0, out.num_top - x.shape[1])  # as many are wanted
+        x, ids = pad(x, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
+        own = compact(out, x.shape[1])
+        invalid = engine.run(x, Rows(without_edits(rows.records), rows.seeds, rows.offsets), own)
+        translate(own, ids, out)
+        return invalid
+
+    def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
+        """The outputs of rows which ranks must ask each other about."""
+        x, ids = lists.unpacked()
+        found = self._decide(self._row(part, x, ids, lists.sums), part.plan)
+        invalid = write_listed(part.engine, found, x, ids, rows, out)
+        if len(index := found.spread().nonzero()[:, 0]):
+            write_spread(found, index, rows, out, self.start)
+        return invalid
+
+    def _row(self, part: Part, listed: Tensor, ids: Tensor, sums: Tensor | None) -> SplitRow:
         """The rows as filters ask about them."""
-        valid = (status_of(listed) == 0)[:, None]
+        plan, valid = part.plan, (status_of(listed) == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
-        native = engine.name == "cpu" and x.shape[1]
         temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
-        shard = (NativeShard if native else Shard)(x, self.start, peak, *temperatures)
-        return SplitRow(self.wire, shard, listed, ids, self.vocab, (plan.products, "top_n_sigma" in plan.used))
+        shard = (NativeShard if part.is_native and part.x.shape[1] else Shard)(part.x, self.start, peak, *temperatures)
+        return SplitRow(self.wire, shard, listed, ids, self.vocab, plan.wanted, sums)
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:
         """Stage 7."""
