@@ -1,5 +1,6 @@
-// A rank's part of a row that is split over ranks: sums, counts and places that ranks put together.
-// The whole row's maximum, and what filters have kept of it so far, come with each question.
+// A rank's part of a row that is split over ranks: tokens, sums, counts and places that ranks put
+// together. The whole row's maximum, and what filters have kept of it so far, come with each
+// question.
 #pragma once
 
 #include "cpu/key.h"
@@ -18,7 +19,10 @@ enum PartQuestion : int32_t {
   kDraws,      // the tokens at thresholds of the running mass: keys and masses; the entropy's share
   kAbove,      // how many tokens lie above logits
   kHistogram,  // mass and number of the tokens of a set in bins of keys
+  kOwned,      // what draws from all tokens find here, before all masses are known (cpu/owner.h)
+  kResolved,   // and what they are, once these are
 };
+enum FirstWanted : int64_t { kWantsMass = 1 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2 };
 enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
 enum DrawsWanted : int64_t { kWantsEntropy = 1 };
@@ -39,10 +43,13 @@ struct PartRow {
 };
 
 // As many tokens as there are words, in id order. An invalid row has its status's value instead.
+// Where the mass is wanted, it is the last word: as it would be if this were all of the row.
 template <class T>
-void answer_first(const PartRow<T>& p, Status status) {
+void answer_first(PartRow<T> p, Peak peak) {
   constexpr Place<float> kNone = {-INFINITY, -1};
-  const int64_t words = p.ask.words, vocab = p.dense.row.vocab;
+  const bool weighs = p.ask.wants & kWantsMass;
+  const int64_t words = p.ask.words - weighs, vocab = p.dense.row.vocab;
+  const Status status = peak.status;
   int64_t* to = p.answers();
   int n = 0;
   if (status == kNaN) to[n++] = word_of_token({NAN, -1});
@@ -55,6 +62,9 @@ void answer_first(const PartRow<T>& p, Status status) {
     }
   }
   for (; n < words; ++n) to[n] = word_of_token(kNone);
+  if (!weighs) return;
+  p.weigher.max = peak.max;
+  to[n] = status == kValid ? (int64_t)weigh_groups(p.dense, p.kept, p.weigher, p.ws) : 0;
 }
 
 // Everything that kSums may ask for, in one pass.
@@ -198,53 +208,6 @@ void answer_histogram(const PartRow<T>& p) {
       to[2 * bin] += (int64_t)mass[i];
       to[2 * bin + 1] += 1;
     }
-  }
-}
-
-template <class T>
-void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
-  const PartArguments& ask = part.ask;
-  const PartQuery& q = ((const PartQuery*)ask.queries)[r];
-  Batch batch = {};
-  batch.logits = part.logits;
-  const Row<T> row = raw_row<T>(batch, r);
-  const Peak peak = scan(row, ws.block_max, 0.0f, Nothing());
-  Kept<float> kept = everything();
-  if (q.high != kHighestKey) kept = narrow_below(kept, place_of_key(q.high, ask.start));
-  kept = narrow_above(kept, place_of_key(q.low, ask.start));
-  kept = narrow_to_mass(kept, (uint64_t)q.floor);
-  TopChoices top = kNoTopChoices;
-  if (q.top != kHighestKey) {
-    top = top_choices({2, place_of_key(q.top, ask.start)}, float_of(q.coin));
-  }
-  const LogitWeigher weigher = {float_of(q.peak), float_of(q.scale), float_of(q.judged_scale)};
-  const PartRow<T> p = {ask, q, r, ws, {row, ws.block_max, false}, weigher, kept, top};
-  switch ((PartQuestion)ask.question) {
-    case kFirst:
-      return answer_first(p, peak.status);
-    case kWhole:
-      return answer_whole(p);
-    case kSums:
-      return answer_sums(p);
-    case kTotals:
-      return answer_totals(p);
-    case kDraws:
-      return answer_draws(p);
-    case kAbove:
-      return answer_above(p);
-    case kHistogram:
-      return answer_histogram(p);
-  }
-}
-
-void answer_part(const Part& part, int64_t r, const Workspace& ws) {
-  switch (part.logits.dtype) {
-    case kFloat16:
-      return answer_row_of<Half>(part, r, ws);
-    case kBFloat16:
-      return answer_row_of<BFloat>(part, r, ws);
-    default:
-      return answer_row_of<float>(part, r, ws);
   }
 }
 

@@ -1,10 +1,10 @@
 // The pipeline for one row, from logits to token. Compiled once for each instruction set; exports
 // nothing but its Kernel.
+#include "cpu/answer.h"
 #include "cpu/candidates.h"
 #include "cpu/filters.h"
 #include "cpu/listed.h"
 #include "cpu/outputs.h"
-#include "cpu/part.h"
 #include "cpu/plan.h"
 #include "cpu/process.h"
 

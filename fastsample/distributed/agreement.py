@@ -18,9 +18,12 @@ _REPORTS = {"kept": ("kept_count", "kept_bitmask"), "kept_mass": ("log_kept_mass
 
 
 def require_agreement(
-    wire: Wire, start: int, vocab: int, own: Tensor, rows: Rows, out: Outputs, same_seeds: bool
-) -> None:
+    wire: Wire, start: int, vocab: int, own: Tensor, rows: Rows, out: Outputs, same_seeds: bool, native: bool
+) -> bool:
     """Compare, in one message, everything that ranks must have in common.
+
+    Returns:
+        Whether the CPU engine is every rank's: these exchange other messages, if `native` says that it is this one's.
 
     Raises:
         ValueError: on every rank alike; the message names the argument and the ranks.
@@ -33,7 +36,7 @@ def require_agreement(
     digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}
     digests |= {"prompt_ids": rows.prompt_ids, "output_ids": rows.output_ids, "dry_breakers": rows.breakers}
     digests |= {"draft_ids": rows.drafted_ids}
-    split = [start, own.shape[1]]
+    split = [start, own.shape[1], native]
     words = [*split, *numbers.values(), *codes.values(), *map(digest, digests.values())]
     told = wire.gather(torch.tensor(words, dtype=torch.int64, device=own.device)).tolist()
     for at, name in enumerate((*numbers, *codes, *digests), len(split)):
@@ -48,6 +51,7 @@ def require_agreement(
         end = begin + width if width else end
     if end != vocab:
         raise ValueError(f"vocab_size = {vocab}: expected {end}, where the tokens of the last rank end")
+    return all(theirs[2] for theirs in told)
 
 
 def digest(values: Any) -> int:

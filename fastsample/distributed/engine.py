@@ -11,11 +11,21 @@ from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import require_agreement
 from fastsample.distributed.filters import filters, xtc
 from fastsample.distributed.keys import HIGHEST, everything
-from fastsample.distributed.lists import Lists, list_first, mark_invalid, no_words
+from fastsample.distributed.lists import Lists, by_row, list_first, mark_invalid, no_words
 from fastsample.distributed.local import is_edited, process, without_edits
-from fastsample.distributed.native import UNDECIDED, NativeShard, first_words, run_lists, whole_sums
+from fastsample.distributed.native import (
+    UNDECIDED,
+    UNRESOLVED,
+    NativeShard,
+    first_words,
+    owned,
+    resolved,
+    run_lists,
+    streams_of,
+    whole_sums,
+)
 from fastsample.distributed.outputs import Found, compact, translate, write_listed
-from fastsample.distributed.plan import Plan, is_of_kept
+from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
 from fastsample.distributed.raw import write_raw
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.shard import Shard
@@ -44,16 +54,13 @@ class Part:
     wrong: Tensor | None
     plan: Plan
 
-    @property
-    def is_native(self) -> bool:
-        return self.engine.name == "cpu"
-
-    def first_words(self, rows: Rows, start: int, count: int) -> Tensor:
-        """What this rank lists of each row, int64 [B, count]."""
+    def words(self, rows: Rows, start: int, count: int, with_mass: bool) -> Tensor:
+        """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted."""
         if not self.x.shape[1]:
-            return no_words(len(self.x), count, self.x.device)
-        if self.is_native:
-            words = first_words(self.x, start, count, self.plan.queries(len(self.x)))
+            words = no_words(len(self.x), count, self.x.device)
+            return pad(words, (0, 1)) if with_mass else words
+        if self.engine.name == "cpu":
+            words = first_words(self.x, start, count, self.plan.queries(len(self.x)), with_mass)
         else:
             words = list_first(self.engine, self.x, rows, start, count)
         return mark_invalid(words, self.wrong)
@@ -82,7 +89,7 @@ class SplitEngine(Engine):
 
     def __init__(self, wire: Wire, start: int, vocab: int, backend: str) -> None:
         self.wire, self.start, self.vocab, self._backend = wire, start, vocab, backend
-        self._agreed = False
+        self._agreed = self._all_native = False
         self._plan: Plan | None = None  # of the last call
         self._own = torch.empty(0, 0)  # [B, V_r], of the next call
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
@@ -108,22 +115,36 @@ class SplitEngine(Engine):
     @torch.inference_mode()  # in which buffers of any kind may be written to
     def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
         _refuse_whole_rows(out)
+        engine = select(self._backend, self._own)
         if not self._agreed:
-            require_agreement(self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds)
+            native = engine.name == "cpu"
+            given = self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, native
+            self._all_native = require_agreement(*given)
             self._agreed = True
         if not len(self._own):
             return 0
-        engine = select(self._backend, self._own)
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
         part = Part(engine, *self._processed(engine, rows), self._plan)
-        lists, rows = self._exchange(part, rows, self._plan.count(out))
-        invalid = self._finish_lists(part, lists, rows, out)
-        if invalid == OPEN:
-            invalid = self._ask(part, lists, rows, out)
+        invalid = self._sample(part, rows, out)
         if out.mode == "raw":
             write_raw(self.wire, self._own, self.start, out)
         return invalid
+
+    def _sample(self, part: Part, rows: Rows, out: Outputs) -> int | None:
+        """All but raw log-probabilities."""
+        plan = part.plan
+        native = self._all_native and part.engine.name == "cpu"
+        draws_from_all = native and plan.open and is_of_tokens(out)
+        lists, rows = self._exchange(part, rows, 1 if draws_from_all else plan.count(out), draws_from_all)
+        invalid: int | None = OPEN
+        if draws_from_all:
+            invalid = self._draw_from_all(part, lists, rows, out)
+        elif native and not plan.open:
+            invalid = self._finish_natively(part, lists, rows, out)
+        elif plan.cut_short and is_of_kept(out):
+            invalid = self._finish(part.engine, lists, rows, out)
+        return self._ask(part, lists, rows, out) if invalid == OPEN else invalid
 
     def _processed(self, engine: Engine, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Stages 1 to 3."""
@@ -131,31 +152,32 @@ class SplitEngine(Engine):
             return self._own, None
         return process(engine, self._own, rows, self._mask, self.start, self.vocab)
 
-    def _exchange(self, part: Part, rows: Rows, count: int) -> tuple[Lists, Rows]:
+    def _exchange(self, part: Part, rows: Rows, count: int, with_mass: bool) -> tuple[Lists, Rows]:
         """What all ranks list of each row, and the rows with the seeds that all take."""
-        words = part.first_words(rows, self.start, count)
+        words = part.words(rows, self.start, count, with_mass)
         if not self._same_seeds:
             words = torch.cat([words, rows.seeds[:, None].expand(len(words), 1)], 1)
         found = self.wire.gather(words)
         if not self._same_seeds:
             rows = replace(rows, seeds=found[0, :, -1].clone())
             found = found[:, :, :-1]
-        return Lists(found.transpose(0, 1).reshape(len(words), -1).contiguous()), rows
+        return Lists.of(found, count), rows
 
-    def _finish_lists(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
-        """The outputs of rows that the lists decide; OPEN where there are others."""
-        plan, engine = part.plan, part.engine
-        if part.is_native and not plan.open:
-            for with_sums in (False, True)[plan.measures(out) :]:
-                if with_sums:
-                    told = whole_sums(part.x, self.start, lists.words, plan.queries(len(part.x)), *plan.wanted)
-                    lists.sums = self.wire.total(told)
-                invalid = run_lists(engine, lists.words, lists.sums, self.wire.size, self.vocab, rows, out)
-                if not invalid or not bool((out.status == UNDECIDED).any()):
-                    return invalid
-            return OPEN
-        if not (plan.cut_short and is_of_kept(out)):
-            return OPEN
+    def _finish_natively(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+        """The outputs of rows that lists decide, with sums of the whole rows if it takes these; OPEN where some row
+        remains."""
+        plan = part.plan
+        for with_sums in (False, True)[plan.measures(out) :]:
+            if with_sums:
+                own = whole_sums(part.x, self.start, lists.words, plan.queries(len(part.x)), *plan.wanted)
+                lists.sums = self.wire.total(own)
+            invalid = run_lists(part.engine, lists, self.wire.size, self.vocab, rows, out)
+            if not invalid or not bool((out.status == UNDECIDED).any()):
+                return invalid
+        return OPEN
+
+    def _finish(self, engine: Engine, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+        """The same by any engine, where top-k leaves nothing but listed tokens."""
         x, ids = lists.unpacked()
         missing = max(0, out.num_top - x.shape[1])  # as many are wanted
         x, ids = pad(x, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
@@ -163,6 +185,18 @@ class SplitEngine(Engine):
         invalid = engine.run(x, Rows(without_edits(rows.records), rows.seeds, rows.offsets), own)
         translate(own, ids, out)
         return invalid
+
+    def _draw_from_all(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+        """Tokens of rows that keep all; OPEN where ranks have guessed wrong."""
+        assert out.tokens is not None
+        queries, streams = part.plan.queries(len(part.x)), streams_of(rows, len(part.x))
+        told = torch.cat([lists.with_mass, streams], 1)
+        told = self.wire.gather(owned(part.x, self.start, told, queries, self.wire.rank, out.num_samples))
+        found = resolved(part.x, torch.cat([by_row(told), streams], 1), queries, out.num_samples)
+        out.status.copy_(found[:, 0].view(out.status.shape))
+        out.tokens.copy_(found[:, 1:].view(out.tokens.shape))
+        least = int(found.amin())
+        return OPEN if least == UNRESOLVED else int((found[:, 0] != 0).sum()) if least < 0 else 0
 
     def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
         """The outputs of rows which ranks must ask each other about."""
@@ -178,7 +212,9 @@ class SplitEngine(Engine):
         plan, valid = part.plan, (status_of(listed) == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
         temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
-        shard = (NativeShard if part.is_native and part.x.shape[1] else Shard)(part.x, self.start, peak, *temperatures)
+        shard = (NativeShard if part.engine.name == "cpu" and part.x.shape[1] else Shard)(
+            part.x, self.start, peak, *temperatures
+        )
         return SplitRow(self.wire, shard, listed, ids, self.vocab, plan.wanted, sums)
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:

@@ -23,16 +23,31 @@ class Lists:
 
     Attributes:
         words: int64 [B, N], in id order. A row that is invalid has a NaN, or an infinity, in front of some list.
+        with_mass: int64 [B, ...], the same where each list ends in the mass of the rank's tokens, beside the first of
+            these; otherwise the words themselves.
         sums: int64 [B, 9], `Shard.sums` of the whole rows, once they are known.
     """
 
     words: Tensor
+    with_mass: Tensor
     sums: Tensor | None = None
+
+    @classmethod
+    def of(cls, found: Tensor, count: int) -> Lists:
+        """Of each rank's lists of `count` tokens, int64 [R, B, count or count + 1]."""
+        words = by_row(found[:, :, :count])
+        return cls(words, words if found.shape[2] == count else by_row(found))
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """Logits float32 [B, N], and ids int64 [B, N]; -inf and -1 past the end of each list."""
         ids = self.words & IDS
         return (self.words >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1)
+
+
+def by_row(found: Tensor) -> Tensor:
+    """What ranks have told of each row, int64 [B, R n], given [R, B, n]."""
+    ranks, rows, n = found.shape
+    return found.transpose(0, 1).reshape(rows, ranks * n).contiguous()
 
 
 def words_of(x: Tensor, ids: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from fastsample.backends import DTYPES, Engine, Outputs
 from fastsample.backends.cpu import native
 from fastsample.backends.native import LOGITS_FIELDS, PART_FIELDS
 from fastsample.distributed.keys import HIGHEST, LOWEST, Kept
+from fastsample.distributed.lists import Lists
 from fastsample.distributed.shard import LEVELS, Drawn, Shard
 from fastsample.inputs import Rows
 from fastsample.reference.mass import scale_of
@@ -21,11 +22,14 @@ from fastsample.threads import get_num_threads
 
 Tensor = torch.Tensor
 
-FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, HISTOGRAM = range(7)
+FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, HISTOGRAM, OWNED, RESOLVED = range(9)
 _LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
 
 UNDECIDED = -1
 """In place of a row's status: its lists do not tell what it keeps."""
+UNRESOLVED = -2
+"""In place of a token: no rank has told of the one that is drawn."""
+_WORDS_OF_DRAW = 9  # that a rank tells of a draw from all tokens
 _HEADER, _SUMS = 3, 9  # words of a row of lists: vocab, ranks, whether sums are given; the sums
 
 
@@ -57,9 +61,10 @@ def open_queries(judged_at: Tensor, drawn_at: Tensor) -> Tensor:
     return torch.cat([place, floats.view(torch.int32), torch.zeros(len(floats), 2, dtype=torch.int64)], 1)
 
 
-def first_words(x: Tensor, start: int, count: int, queries: Tensor) -> Tensor:
-    """`fastsample.distributed.lists.list_first`."""
-    return ask(x, start, queries, FIRST, 0, count)
+def first_words(x: Tensor, start: int, count: int, queries: Tensor, with_mass: bool) -> Tensor:
+    """`fastsample.distributed.lists.list_first`; one more column with what this part of the row weighs, if it were all
+    of it."""
+    return ask(x, start, queries, FIRST, int(with_mass), count + with_mass)
 
 
 def whole_sums(x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool) -> Tensor:
@@ -69,15 +74,30 @@ def whole_sums(x: Tensor, start: int, words: Tensor, queries: Tensor, products: 
     return ask(x, start, queries, WHOLE, products + 2 * spread, _SUMS, words)
 
 
-def run_lists(
-    engine: Engine, words: Tensor, sums: Tensor | None, ranks: int, vocab: int, rows: Rows, out: Outputs
-) -> int | None:
-    """Stages 7 and 8 by what all ranks list of each row, as far as that tells; other rows are UNDECIDED.
+def streams_of(rows: Rows, count: int) -> Tensor:
+    """Seed and offset of each of `count` rows, int64 [count, 2]."""
+    return torch.stack([rows.seeds.expand(count), rows.offsets.expand(count)], 1)
+
+
+def owned(x: Tensor, start: int, told: Tensor, queries: Tensor, rank: int, draws: int) -> Tensor:
+    """This rank's mass of each row, and the tokens that draws from all might fall on here, int64 [B, n].
 
     Args:
-        words: int64 [B, N].
-        sums: int64 [B, 9], `Shard.sums` of the whole rows, if they are known.
+        told: what all ranks have told of each row, a token and a mass, and the row's stream.
     """
+    words = 1 + draws * _WORDS_OF_DRAW
+    return ask(x, start, queries, OWNED, rank, words, told) if x.shape[1] else told.new_zeros(len(x), words)
+
+
+def resolved(x: Tensor, told: Tensor, queries: Tensor, draws: int) -> Tensor:
+    """The status of each row and its tokens, int64 [B, 1 + draws], by what all have told of these draws; UNRESOLVED
+    where a token is not among that. `told` ends in the row's stream."""
+    return ask(x, 0, queries, RESOLVED, 0, 1 + draws, told)
+
+
+def run_lists(engine: Engine, lists: Lists, ranks: int, vocab: int, rows: Rows, out: Outputs) -> int | None:
+    """Stages 7 and 8 by what all ranks list of each row, as far as that tells; other rows are UNDECIDED."""
+    words, sums = lists.words, lists.sums
     table = words.new_empty(len(words), _HEADER + _SUMS + words.shape[1])
     table[:, :_HEADER] = _header(vocab, ranks, sums is not None)
     if sums is not None:

@@ -15,6 +15,8 @@ Tensor = torch.Tensor
 LISTED = 256
 """How many of its first tokens a rank tells the others, unless top-k alone decides."""
 MOST_LISTED = 1024
+FEW = 8
+"""Draws, for each of which a rank may tell what it might be before it knows."""
 
 
 class Plan:
@@ -65,3 +67,9 @@ class Plan:
 def is_of_kept(out: Outputs) -> bool:
     """Whether all that is asked is about kept tokens."""
     return out.mode != "raw" and out.log_kept_mass is None
+
+
+def is_of_tokens(out: Outputs) -> bool:
+    """Whether all that is asked is which tokens are drawn, and few of them."""
+    others = (out.kept_count, out.kept_bitmask, out.log_kept_mass, out.entropy)
+    return out.mode != "processed" and all(other is None for other in others) and out.num_samples <= FEW
