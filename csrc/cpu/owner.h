@@ -11,7 +11,7 @@ namespace {
 
 // What a rank tells of a draw: where its first candidate begins in the rank's running mass; then
 // where each ends, and its key.
-constexpr int kCandidates = 4, kWordsOfDraw = 1 + 2 * kCandidates;
+constexpr int kGuesses = 4, kWordsOfDraw = 1 + 2 * kGuesses;
 
 // How far off a place may be, of all mass: more than roundings make of it, but for bad luck.
 constexpr double kOff = 0x1p-20;
@@ -28,7 +28,7 @@ struct Told {
 
 // The tokens from a place of the rank's running mass on, as many as there is room for.
 template <class T>
-void tell_candidates(const PartRow<T>& p, uint64_t from, int64_t* to) {
+void tell_guesses(const PartRow<T>& p, uint64_t from, int64_t* to) {
   const uint64_t* running = p.ws.group_mass;
   int g = 0;
   while (running[g] <= from) ++g;
@@ -50,7 +50,7 @@ void tell_candidates(const PartRow<T>& p, uint64_t from, int64_t* to) {
       at += mass[i];
       to[1 + 2 * n] = (int64_t)at;
       to[2 + 2 * n] = key_of_place({x[i], id_at(p.dense, b, i)}, p.ask.start);
-      if (++n == kCandidates) return;
+      if (++n == kGuesses) return;
     }
   }
 }
@@ -91,7 +91,7 @@ void answer_owned(PartRow<T> p) {
     const double local = (double)place - before, off = all * kOff;
     if (!own || local < -off || local >= (double)own + off) continue;
     const uint64_t from = local > off ? (uint64_t)(local - off) : 0;
-    tell_candidates(p, from < own ? from : own - 1, to + 1 + j * kWordsOfDraw);
+    tell_guesses(p, from < own ? from : own - 1, to + 1 + j * kWordsOfDraw);
   }
 }
 
@@ -118,7 +118,7 @@ void resolve(const PartArguments& ask, int64_t r) {
     const int64_t* owner = told;
     for (; place >= (uint64_t)*owner; owner += width) place -= (uint64_t)*owner;
     const int64_t* of = owner + 1 + j * kWordsOfDraw;
-    for (int i = 0; i < kCandidates && to[1 + j] < 0; ++i) {
+    for (int i = 0; i < kGuesses && to[1 + j] < 0; ++i) {
       const bool reaches = (int64_t)place >= of[0] && (int64_t)place < of[1 + 2 * i];
       if (reaches) to[1 + j] = kLastId - (of[2 + 2 * i] & kLastId);
     }
