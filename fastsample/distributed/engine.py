@@ -159,7 +159,7 @@ class SplitEngine(Engine):
             words = torch.cat([words, rows.seeds[:, None].expand(len(words), 1)], 1)
         found = self.wire.gather(words)
         if not self._same_seeds:
-            rows = replace(rows, seeds=found[0, :, -1].clone())
+            rows = replace(rows, seeds=found[0, :, -1].clone(), native=None, slots=None)
             found = found[:, :, :-1]
         return Lists.of(found, count), rows
 
