@@ -111,6 +111,7 @@ struct ListedBase {
  private:
   // Masses rise with the logit but for their last bits.
   FS_MEMBER uint64_t bound_beyond() const {
+    if (prefix.complete) return 0;
     const uint64_t mass = judge.mass(prefix.last.x);
     return mass + (mass >> 18) + 2;
   }
