@@ -36,7 +36,15 @@ PLAIN: list[Request] = [
     ({"temperature": 0.0, "repetition_penalty": 1.5, "frequency_penalty": -0.3}, [999, 700], [700, 45]),
     ({"logit_bias": {7: 5.0, 700: 6.0, 999: -100.0}, "top_p": 0.9}, [5], [7]),
     ({"allowed_token_ids": [3, 44, 45, 46, 511, 512, 999]}, [5], [7]),
-    ({"bad_words": [[3], [7, 701], [8, 9], [7, 44]], "top_k": 300}, [5], [6, 7]),
+    (
+        {
+            "temperature": 0.0,
+            "bad_words": [[3], [8, 9], [7, 44], [7, 701]],
+            "logit_bias": {3: 50.0, 44: 40.0, 259: 30.0, 701: 60.0},
+        },
+        [5],
+        [6, 7],
+    ),
     ({"min_tokens": 12, "stop_token_ids": [3, 700, 45], "temperature": 0.9}, [5], [6]),
     ({"min_p": 0.01, "extra_args": {"typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.02}}, [5], []),
     ({"temperature": 1.7, "extra_args": {"top_n_sigma": 1.5, "p_less": 1, "order": "temperature_last"}}, [5], []),
@@ -189,6 +197,34 @@ def with_masks(runner: Runner) -> None:
     asking.keeps = True
 
 
+def with_budget(runner: Runner) -> None:
+    runner.batch.thinking_budget_state_holder = SimpleNamespace(
+        has_tracked_requests=lambda: True,
+        sync_batch=lambda update: None,
+        update_state=lambda *_, **__: None,
+        apply_to_logits=lambda logits, *_: logits.index_fill(1, torch.tensor([3, 700]), 20.0),
+    )
+
+
+def with_min_p(runner: Runner) -> None:
+    """A request that vLLM has to cut by itself."""
+    from fastsample.integrations.vllm.v1 import asking_of
+
+    asking = asking_of(runner.batch)
+    assert asking is not None
+    asking.splits = False
+    runner.states.append(runner.add(len(runner.states), ({"min_p": 0.5}, [1], []), 5))
+
+
+def with_grammar(runner: Runner) -> None:
+    from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+
+    for processor in runner.batch.logitsprocs.non_argmax_invariant:
+        if isinstance(processor, MinTokensLogitsProcessor):
+            runner.metadata()
+            processor.restore_logits_slice = processor.logits_slice
+
+
 WHOLE: dict[str, tuple[str, list[Request], dict[str, Any], Callable[[Runner], None] | None]] = {
     "logprobs": ("log-probabilities", PLAIN, {"max_num_logprobs": 3}, None),
     "some logprobs": ("log-probabilities", PLAIN, {"logprob_token_ids": {0: [3, 700], 2: [9]}}, None),
@@ -196,6 +232,9 @@ WHOLE: dict[str, tuple[str, list[Request], dict[str, Any], Callable[[Runner], No
     "n-grams": ("DRY", [*PLAIN, ({"extra_args": {"no_repeat_ngram_size": 2}}, [5, 6, 5], [6])], {}, None),
     "a processor": ("the logits processor SimpleNamespace", PLAIN, {}, with_processor),
     "masks": ("sampling masks", PLAIN, {}, with_masks),
+    "thinking": ("a budget of thinking", PLAIN, {}, with_budget),
+    "min_p": ("the logits processor MinP", PLAIN, {}, with_min_p),
+    "min_tokens beside a grammar": ("the logits processor MinTokens", PLAIN, {}, with_grammar),
 }
 
 
@@ -209,8 +248,9 @@ def test_what_needs_whole_rows_gathers_them_once(plug: Any, said: list[str], nam
             prepare(runner)
         return runner
 
-    logits = rows(len(requests), 3)
-    whole = prepared().step(logits.clone(), **changed)
+    runner = prepared()
+    logits = rows(len(runner.states), 3)
+    whole = runner.step(logits.clone(), **changed)
 
     def on_rank(rank: Rank) -> Any:
         out = prepared().step(rank.of(logits), rank.sample, **changed)
@@ -260,8 +300,8 @@ def _grammar(requests: list[str], mask: np.ndarray[Any, Any]) -> Any:
 
 @pytest.mark.parametrize("cut", ["2 ranks", "uneven"])
 def test_drafts_are_verified_where_they_are(plug: Any, cut: str) -> None:
-    requests = [request for request in PLAIN if not {"min_tokens", "logit_bias"} & request[0].keys()]
-    drafts = [[3, 700], [], [44], [999, 45, 6], [6], [2, 2], [512, 3], [7, 7], [1], [9]]
+    requests = [request for request in PLAIN if "min_tokens" not in request[0]]
+    drafts = [[3, 700], [], [44], [999, 45, 6], [6], [2, 2], [512, 3], [7, 7], [1], [9], [701, 44]]
     logits = rows(sum(map(len, drafts)) + len(drafts), 7)
 
     def step(runner: Runner, logits: Any) -> Any:
@@ -296,6 +336,33 @@ def test_whatever_else_reads_them_gathers_them(plug: Any) -> None:
         assert rank.gathered == 1
 
     on(plug, CUTS["2 ranks"], on_rank)
+
+
+def test_a_head_returns_its_slice_where_only_a_gather_is_left(plug: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    class WithLora(torch.nn.Module):
+        def _get_logits(self) -> None: ...
+
+    def theirs(self: Any, lm_head: Any, hidden: Tensor, bias: Tensor | None, skip_gather: bool) -> Tensor:
+        return hidden[:, :512] if skip_gather else hidden
+
+    def answer(kind: type[torch.nn.Module] = LogitsProcessor, as_input: bool = False, **head: Any) -> Any:
+        self = kind.__new__(kind)
+        torch.nn.Module.__init__(self)
+        self.logits_as_input, self.org_vocab_size = as_input, VOCAB
+        plain = {"tp_size": 2, "num_added_embeddings": 0, "parallel_group": None}
+        return plug.shards.head(theirs, self, SimpleNamespace(**plain | head), torch.zeros(3, PADDED))
+
+    group = SimpleNamespace(rank_in_group=1, device_group=None)
+    monkeypatch.setattr(plug.shards, "get_tp_group", lambda: group)
+    found = answer()
+    assert type(found) is plug.shards.Shards
+    assert (found.start, found.part().shape, found.shape) == (512, (3, VOCAB - 512), (3, VOCAB))
+    others = [{"tp_size": 1}, {"num_added_embeddings": 8}, {"parallel_group": group}]
+    others += [{"as_input": True}, {"kind": WithLora}]
+    for other in others:
+        assert answer(**other).shape == (3, PADDED), other
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None])

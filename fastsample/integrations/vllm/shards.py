@@ -160,18 +160,23 @@ def head(
     skip_gather: bool = False,
 ) -> Any:
     """LogitsProcessor.forward: logits [B, V], scaled and capped; `Shards` where all that is left to do is to gather."""
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-    group = get_tp_group()
-    is_plain = type(self)._get_logits is LogitsProcessor._get_logits  # that of a head with LoRA is not
-    is_split = lm_head.tp_size == group.world_size > 1 and getattr(lm_head, "parallel_group", None) is None
-    if skip_gather or self.logits_as_input or not is_plain or not is_split or lm_head.num_added_embeddings:
+    if skip_gather or not _only_gathers(self, lm_head):
         return theirs(self, lm_head, hidden_states, embedding_bias, skip_gather)
     own = theirs(self, lm_head, hidden_states, embedding_bias, True)
     if not hasattr(self, "_fastsample"):
-        start = group.rank_in_group * own.shape[-1]
-        self._fastsample = Split(start, self.org_vocab_size, group=group.device_group)
+        group = get_tp_group()
+        self._fastsample = Split(group.rank_in_group * own.shape[-1], self.org_vocab_size, group=group.device_group)
     return Shards(own, self._fastsample, self._gather_logits)
+
+
+def _only_gathers(processor: Any, lm_head: Any) -> bool:
+    """Whether a LogitsProcessor puts the slices of a head together, of equal width and in id order, and that is all."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    if processor.logits_as_input or type(processor)._get_logits is not LogitsProcessor._get_logits:  # that of LoRA
+        return False
+    is_of_group = lm_head.tp_size > 1 and getattr(lm_head, "parallel_group", None) is None
+    return is_of_group and not lm_head.num_added_embeddings
 
 
 def apply_bitmask(
