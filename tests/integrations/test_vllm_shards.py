@@ -347,10 +347,12 @@ def test_a_head_returns_its_slice_where_only_a_gather_is_left(plug: Any, monkeyp
     def theirs(self: Any, lm_head: Any, hidden: Tensor, bias: Tensor | None, skip_gather: bool) -> Tensor:
         return hidden[:, :512] if skip_gather else hidden
 
-    def answer(kind: type[torch.nn.Module] = LogitsProcessor, as_input: bool = False, **head: Any) -> Any:
+    def answer(
+        kind: type[torch.nn.Module] = LogitsProcessor, as_input: bool = False, vocab: int = VOCAB, **head: Any
+    ) -> Any:
         self = kind.__new__(kind)
         torch.nn.Module.__init__(self)
-        self.logits_as_input, self.org_vocab_size = as_input, VOCAB
+        self.logits_as_input, self.org_vocab_size = as_input, vocab
         plain = {"tp_size": 2, "num_added_embeddings": 0, "parallel_group": None}
         return plug.shards.head(theirs, self, SimpleNamespace(**plain | head), torch.zeros(3, PADDED))
 
@@ -360,7 +362,7 @@ def test_a_head_returns_its_slice_where_only_a_gather_is_left(plug: Any, monkeyp
     assert type(found) is plug.shards.Shards
     assert (found.start, found.part().shape, found.shape) == (512, (3, VOCAB - 512), (3, VOCAB))
     others = [{"tp_size": 1}, {"num_added_embeddings": 8}, {"parallel_group": group}]
-    others += [{"as_input": True}, {"kind": WithLora}]
+    others += [{"as_input": True}, {"kind": WithLora}, {"vocab": 2**20 + 1}]
     for other in others:
         assert answer(**other).shape == (3, PADDED), other
 

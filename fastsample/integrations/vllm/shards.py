@@ -30,6 +30,8 @@ from vllm.v1.sample.logits_processor.builtin import (
     MinTokensLogitsProcessor,
 )
 
+from fastsample.backends import select
+from fastsample.checks import MAX_VOCAB
 from fastsample.distributed import Split
 from fastsample.integrations.asked import padded
 from fastsample.integrations.vllm import masks
@@ -176,7 +178,7 @@ def _only_gathers(processor: Any, lm_head: Any) -> bool:
     if processor.logits_as_input or type(processor)._get_logits is not LogitsProcessor._get_logits:  # that of LoRA
         return False
     is_of_group = lm_head.tp_size > 1 and getattr(lm_head, "parallel_group", None) is None
-    return is_of_group and not lm_head.num_added_embeddings
+    return is_of_group and not lm_head.num_added_embeddings and processor.org_vocab_size <= MAX_VOCAB
 
 
 def apply_bitmask(
@@ -217,7 +219,8 @@ def sample(
     if reason is not None:
         STEP.say(logging.INFO, f"logits are gathered in some steps: {reason}")
         return theirs(self, logits.whole(), sampling_metadata, predict_bonus_token, logprobs_mode_override)
-    STEP.say(logging.INFO, f"rows of logits stay split over the ranks: {logits.ranks.engine!r}")
+    engine = select("auto", logits).name
+    STEP.say(logging.INFO, f"logits stay split over ranks: {logits.ranks.engine!r}, with engine {engine!r}")
     return SamplerOutput(_tokens(self, logits, sampling_metadata).to(torch.int32)[:, None], logprobs_tensors=None)
 
 
@@ -233,7 +236,7 @@ def _why_whole(logits: Shards, metadata: Any) -> str | None:
         "sampling masks": asking is not None and asking.keeps,
         **{f"the logits processor {type(p).__name__}": not _is_local(p) for p in processors},
     }
-    return next((reason for reason, is_so in reasons.items() if is_so), STEP.why_not(logits))
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
 
 
 def _is_local(processor: Any) -> bool:
@@ -300,7 +303,6 @@ def _of_part(logits: Shards, metadata: Any) -> Any:
 
 def _penalise(part: torch.Tensor, start: int, metadata: Any) -> None:
     """Sampler.apply_penalties, in place; ids that are no columns of the part count as padding, which is its width."""
-
     if metadata.no_penalties:
         return
 
