@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import Outputs, select
+from fastsample.backends import Engine, Outputs, select
 from fastsample.checks import CPU, MAX_VOCAB
 from fastsample.inputs import Rows
 from fastsample.integrations.asked import Asked, Edits, Row
@@ -81,6 +81,18 @@ class Step:
         """
         return self._draw(logits, self._rows(logits, seeds, offsets, records, columns), None)
 
+    def draw_by(
+        self,
+        engine: Engine,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        offsets: torch.Tensor,
+        records: torch.Tensor | None = None,
+        **columns: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same tokens, by an engine that is not chosen by the logits."""
+        return self._draw(logits, self._rows(logits, seeds, offsets, records, columns), None, engine)
+
     def draw_kept(
         self,
         logits: torch.Tensor,
@@ -149,14 +161,14 @@ class Step:
         write_columns(own, columns)
         return Rows(own, seeds.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
 
-    def _draw(self, logits: torch.Tensor, rows: Rows, kept: Kept | None) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, rows: Rows, kept: Kept | None, engine: Engine | None = None) -> torch.Tensor:
         out = Outputs(
             status=torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device),
             tokens=torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device),
         )
         if kept is not None:
             out.kept_count, out.kept_bitmask = kept.count, kept.bitmask
-        invalid = self._run(logits, rows, out)
+        invalid = self._run(logits, rows, out, engine)
         assert out.tokens is not None
         if invalid == 0:
             return out.tokens
@@ -172,9 +184,9 @@ class Step:
         self._run(logits, rows, Outputs(status, filtered=filtered))
         return filtered
 
-    def _run(self, logits: torch.Tensor, rows: Rows, out: Outputs) -> int | None:
+    def _run(self, logits: torch.Tensor, rows: Rows, out: Outputs, engine: Engine | None = None) -> int | None:
         table = logits if logits.shape[1] == 1 or logits.stride(1) == 1 else logits.contiguous()
-        return select("auto", table).run(table, rows, out)
+        return (engine or select("auto", table)).run(table, rows, out)
 
 
 class Seen:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,13 @@ def missing(stack: str, *distributions: str) -> str | None:
 
 
 class Script:
-    """A Python script in its own process; its arguments are the JSON files to read `ask` from and write `result` to."""
+    """A Python script in its own process; its arguments are the JSON files to read `ask` from and write `result` to.
 
-    def __init__(self, source: str, ask: Any, **environment: str) -> None:
+    It has `seconds` from when its result is asked for; then it ends, and whatever it has started.
+    """
+
+    def __init__(self, source: str, ask: Any, seconds: int = 400, **environment: str) -> None:
+        self._seconds = seconds
         folder = Path(tempfile.mkdtemp())
         self._result, self._log = folder / "result.json", folder / "log.txt"
         (folder / "script.py").write_text(source)
@@ -40,6 +46,7 @@ class Script:
                 stderr=subprocess.STDOUT,
                 env=os.environ | environment,
                 cwd=folder,
+                start_new_session=True,
             )
 
     @property
@@ -48,6 +55,10 @@ class Script:
 
     @property
     def result(self) -> Any:
-        code = self._process.wait(timeout=400)
+        try:
+            code = self._process.wait(self._seconds)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         assert code == 0, self.log[-4000:]
         return json.loads(self._result.read_text())

@@ -19,6 +19,7 @@ What is taken over, and what stays vLLM's:
 | seed of any other request | fresh from torch's default CPU generator | the one that vLLM gives it |
 | log-probabilities, ranks, all four modes | vLLM, of the kept set | vLLM, of the kept set |
 | sampling masks (masks.py) | fastsample, on a CPU | fastsample |
+| logits of tensor-parallel ranks | gathered, or left where they are (shards.py, an option) | gathered |
 | drafts that are a function of the text | fastsample (`RejectionSampler.forward`) | fastsample (`._verify`) |
 | drafts drawn at random; block, synthetic and FLy verification | vLLM; the bonus token is drawn by fastsample | vLLM |
 | beam search, watermarks, pooling | vLLM | vLLM |
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 import os
 
-from fastsample.integrations.vllm import arrival, drafts, masks, v1, v1_drafts, v2
+from fastsample.integrations.vllm import arrival, drafts, masks, shards, v1, v1_drafts, v2
 from fastsample.integrations.vllm.common import swap
 
 __all__ = ["register"]
@@ -73,7 +74,7 @@ def register() -> None:
         swap(TOP_K_TOP_P, "__init__", v1.init, "forward_native", ("logits", "generators", "k", "p")),
         swap(SAMPLER_V1, "sample", v1.sample, "sample", ("logits", "sampling_metadata")),
         swap(SAMPLER_V1, "apply_penalties", v1.apply_penalties, "apply_penalties", ("logits", "sampling_metadata")),
-        swap(BATCH_V1, "__init__", masks.init_batch, "add_request", ("request",)),
+        swap(BATCH_V1, "__init__", shards.init_batch, "add_request", ("request",)),
         swap(BATCH_V1, "add_request", v1.add_request, "add_request", ("request",)),
     ]
     known = ("processed_logits", "expanded_idx_mapping", "idx_mapping_np", "pos", "top_k", "top_p")
@@ -98,4 +99,4 @@ def register() -> None:
     rows = ("logits", "cu_num_logits", "num_sampled_tokens", "max_num_kept", "rows_per_request")
     arrival.MASKED.update(v2=swap(MASKS_V2, "from_logits", masks.from_logits, "from_logits", rows))
     check = "_verify_sampling_replay_config"
-    swap(CONFIG, check, masks.verify_config, check, ())
+    swap(CONFIG, check, shards.verify_config, check, ())

@@ -117,9 +117,16 @@ def wants_masks(config: Any) -> bool:
 ROW = "fastsample"  # where the parameters that a runner gets carry the request's Row
 
 
-def row_of(params: Any) -> Row | None:
-    """What a request asks for, as a worker sees it. A batch must go on, so what is still wrong here is left out."""
+def row_of(params: Any, with_min_p: bool = False) -> Row | None:
+    """What a request asks for, as a worker sees it. A batch must go on, so what is still wrong here is left out.
+
+    Args:
+        params: vLLM's SamplingParams.
+        with_min_p: take min-p, for which vLLM sums up whole rows, as one of our filters.
+    """
     given = getattr(params, "extra_args", None)
+    if with_min_p and params.min_p:
+        given = {"order": "min_p_first", **(given or {})}
     if not given:
         return None
     try:
@@ -138,7 +145,7 @@ def row_of(params: Any) -> Row | None:
 def for_runner(params: Any, row: Row) -> Any:
     """A request's parameters for its runner, which leaves the stages to us that our filters go with."""
     copied = copy.copy(params)
-    copied.extra_args = {**params.extra_args, ROW: row}
+    copied.extra_args = {**(params.extra_args or {}), ROW: row}
     if row.filters is not None:
         copied.temperature, copied.min_p = 1.0, 0.0
     return copied

@@ -68,6 +68,7 @@ class Asking:
     """The Rows of a batch. vLLM takes it for a logits processor, and so tells it which request is in which row."""
 
     places: Places | None = None  # where the generators of the requests are not enough
+    splits = False  # whether rows may be split over ranks (shards.py)
     keeps = False  # whether somebody asks for the kept sets
     kept: Kept | None = None  # those of all tokens of the last step
     ends: list[int] | None = None  # where the tokens of each request begin, and their number; None: one each
@@ -108,7 +109,7 @@ def _new_row(params: Any, prompt: list[int] | None, output: list[int]) -> Row | 
 
 
 def asking_of(metadata: Any) -> Asking | None:
-    """Who knows what the rows of SamplingMetadata ask for."""
+    """Who knows what the rows of SamplingMetadata, or of an InputBatch, ask for."""
     processors = metadata.logitsprocs.argmax_invariant
     return next((processor for processor in processors if isinstance(processor, Asking)), None)
 
@@ -123,7 +124,9 @@ def init_batch(theirs: Callable[..., None], self: Any, *args: Any, **kwargs: Any
 
 def add_request(theirs: Callable[..., int], self: Any, request: Any) -> int:
     """InputBatch.add_request, which looks at the request's parameters once."""
-    params, row = request.sampling_params, row_of(request.sampling_params)
+    asking = asking_of(self)
+    params = request.sampling_params
+    row = row_of(params, asking is not None and asking.splits)
     if row is None:
         return theirs(self, request)
     request.sampling_params = for_runner(params, row)

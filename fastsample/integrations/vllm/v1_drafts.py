@@ -135,7 +135,8 @@ def _processors(metadata: Any, rows: _Rows, places: Places) -> LogitsProcessors:
     found = LogitsProcessors()
     for processor in metadata.logitsprocs.non_argmax_invariant:
         if isinstance(processor, MinTokensLogitsProcessor):
-            found.non_argmax_invariant.append(_MinTokens(processor, rows.counts))
+            if processor.min_toks:
+                found.non_argmax_invariant.append(_MinTokens(processor, rows.counts))
         else:
             found.non_argmax_invariant.append(_bias(processor, rows))
     for processor in metadata.logitsprocs.argmax_invariant:
