@@ -169,7 +169,7 @@ SANITIZED = "not processes and not V1048576 and not soak and not laws and not fi
 def sanitize(session: nox.Session) -> None:
     """The fuzzer's check, the pool and the tests of the CPU engine under ASan + UBSan; the threads under TSan.
 
-    CI runs `-- quick`: one instruction set, fewer inputs, and fewer cases in the tests. The fuzzer's check under ASan is
+    CI runs `-- quick`: one instruction set, fewer inputs and fewer cases in the tests. The fuzzer's check under ASan is
     then left to the session `fuzz`, if clang++ can build that.
     """
     clang, built, posargs = _clang(), Path(session.create_tmp()), list(session.posargs)
