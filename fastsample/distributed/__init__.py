@@ -133,7 +133,6 @@ def sample(
         TypeError, ValueError: as for `fastsample.sample`; or in the first call, on every rank, that ranks differ.
         RuntimeError: a rank did not answer within the group's timeout.
     """
-    _refuse_others(options)
     split = _split(vocab_start, vocab_size, group, backend)
     rows = split.whole(logits, bitmask_shard, seed)
     return fs.sample(rows, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
@@ -153,7 +152,6 @@ def verify(
     **options: Any,
 ) -> VerifyOutput:
     """`fastsample.verify`, by the rule "exact", for rows that are split over ranks; as `sample`."""
-    _refuse_others(options)
     split = _split(vocab_start, vocab_size, group, backend)
     rows = split.whole(logits, None, seed)
     return fs.verify(rows, draft_ids, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
@@ -180,16 +178,6 @@ def verify_tree(
     return fs.verify_tree(rows, draft_ids, parents, params, seed=seed, backend=engine, **options)
 
 
-_OTHERS = {"rule": ("exact", ("chain", "block")), "input": ("logits", ("probs",))}
-
-
-def _refuse_others(options: dict[str, Any]) -> None:
-    """What is served of whole rows only."""
-    for name, (served, others) in _OTHERS.items():
-        if (value := options.get(name, served)) in others:
-            raise ValueError(f"{name} = {value!r}: expected {served!r} for rows that are split over ranks")
-
-
 class ShardedSampler(fs.Sampler):
     """`fastsample.Sampler` for rows that are split over ranks.
 
@@ -197,7 +185,7 @@ class ShardedSampler(fs.Sampler):
         params, batch_size: as for `fastsample.Sampler`.
         vocab_start, vocab_size, group, backend: as for `Split`.
         seed: as for `fastsample.Sampler`; None takes a fresh seed of the first rank.
-        **options: all other arguments of `fastsample.Sampler`, except `input`.
+        **options: all other arguments of `fastsample.Sampler`.
 
     It cannot be copied or pickled.
     """
@@ -214,7 +202,6 @@ class ShardedSampler(fs.Sampler):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        _refuse_others(options)
         self.split = Split(vocab_start, vocab_size, group=group, backend=backend)
         engine: Any = self.split.engine
         seed = self.split.fresh_seed() if seed is None else seed
@@ -231,5 +218,4 @@ class ShardedSampler(fs.Sampler):
     @untraced
     def verify(self, logits: Tensor, draft_ids: Any, **inputs: Any) -> VerifyOutput:
         """Verify drafts by the rule "exact", as `fastsample.Sampler.verify`; logits are this rank's [B, K + 1, V_r]."""
-        _refuse_others(inputs)
         return super().verify(self.split.whole(logits), draft_ids, **inputs)

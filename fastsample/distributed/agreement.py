@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import DTYPES, MODES, Outputs
+from fastsample.backends import DTYPES, INPUTS, MODES, Outputs
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 
@@ -27,7 +27,7 @@ def require_agreement(
     """
     numbers = {"vocab_size": vocab, "rows of logits": len(own)}
     numbers |= {"num_samples": out.num_samples, "top_logprobs": out.num_top}
-    codes = {"logits.dtype": DTYPES[own.dtype], "logprobs": MODES[out.mode]}
+    codes = {"logits.dtype": DTYPES[own.dtype], "input": INPUTS[out.input], "logprobs": MODES[out.mode]}
     codes |= {name: sum(getattr(out, buffer) is not None for buffer in _REPORTS[name]) for name in _REPORTS}
     digests: dict[str, Any] = {"the sampling parameters": rows.records, "offset": rows.offsets}
     digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}

@@ -11,17 +11,17 @@ from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import require_agreement
 from fastsample.distributed.filters import filters, uses, xtc
 from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, everything, value
-from fastsample.distributed.local import is_edited, list_first, process, without_edits
+from fastsample.distributed.local import is_edited, list_first, process, process_probs, without_edits
 from fastsample.distributed.native import NativeShard
-from fastsample.distributed.outputs import Found, compact, translate, write_listed
+from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.raw import write_raw
 from fastsample.distributed.row import SplitRow, bound_beyond, edge_of, status_of
-from fastsample.distributed.shard import Shard
+from fastsample.distributed.shard import Shard, mass_of
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
+from fastsample.outputs import InputKind
 from fastsample.params import GREEDY_BELOW
-from fastsample.reference.mass import UNIT, scale_of
 from fastsample.reference.process import NAN, POSITIVE_INFINITY, choice, columns_of
 
 Tensor = torch.Tensor
@@ -52,7 +52,6 @@ class Plan:
         floors = (params["min_p"] > 0) & (params["top_n_sigma"] == 0) & ((params["top_p"] == 1) | first_)
         floors = floors & ~(last & (params["typical_p"] < 1)) & ~((k > MOST_LISTED) & (k < vocab))
         self.floor_short = bool((self.cut | floors).all())
-        self.floor = (params["min_p"].double() * 2.0**UNIT).to(torch.int64)
         self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
         self.products = any(name in self.used for name in ("typical", "eta", "p_less"))
 
@@ -64,13 +63,15 @@ class Plan:
         """How many tokens a rank lists."""
         return self.most if self.cut_short and _is_of_kept(out) else max(self.most, LISTED, out.num_top)
 
-    def is_enough(self, x: Tensor, ids: Tensor, ranks: int) -> bool:
+    def is_enough(self, x: Tensor, ids: Tensor, ranks: int, kind: InputKind) -> bool:
         """Whether what ranks list of each row, as `SplitRow` takes it, is all that filters may keep."""
         if self.cut_short or not self.floor_short:
             return self.cut_short
         edge, peak = edge_of(x, ids, ranks), x.amax(-1, keepdim=True)
-        beyond = bound_beyond(torch.where(edge > LOWEST, value(edge >> 32), -torch.inf), peak, scale_of(self.judged_at))
-        return bool((self.cut | (edge <= LOWEST) | (self.floor > beyond)).all())
+        last = torch.where(edge > LOWEST, value(edge >> 32), -torch.inf)
+        unit, mass = (mass_of(kind, at, peak, self.judged_at) for at in (peak, last))
+        floor = (self.params["min_p"].double() * unit.double()).to(torch.int64)
+        return bool((self.cut | (edge <= LOWEST) | (floor > bound_beyond(mass))).all())
 
 
 def _refuse_whole_rows(out: Outputs) -> None:
@@ -78,8 +79,6 @@ def _refuse_whole_rows(out: Outputs) -> None:
     for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", out.weights)):
         if wanted is not None:
             raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
-    if out.input != "logits":
-        raise ValueError(f"input = {out.input!r}: expected 'logits' for rows that are split over ranks")
 
 
 def _is_of_kept(out: Outputs) -> bool:
@@ -136,17 +135,17 @@ class SplitEngine(Engine):
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
         plan = self._plan
-        x, wrong = self._processed(engine, rows)
+        x, wrong = self._processed(engine, rows, out.input)
         listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count(out))
-        if _is_of_kept(out) and plan.is_enough(listed, ids, self.wire.size):
+        if _is_of_kept(out) and plan.is_enough(listed, ids, self.wire.size, out.input):
             missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
             listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
             own_rows = Rows(without_edits(rows.records), rows.seeds, rows.offsets)
             own = compact(out, listed.shape[1])
-            invalid = engine.run(listed, own_rows, own)
+            invalid = engine.run(as_given(listed, out.input), own_rows, own)
             translate(own, ids, out)
             return invalid
-        found = self._decide(self._row(engine, x, listed, ids, plan), plan)
+        found = self._decide(self._row(engine, x, listed, ids, plan, out.input), plan)
         invalid = write_listed(engine, found, listed, ids, rows, out)
         if len(index := found.spread().nonzero()[:, 0]):
             write_spread(found, index, rows, out, self.start)
@@ -154,8 +153,10 @@ class SplitEngine(Engine):
             write_raw(self.wire, self._own, self.start, out)
         return invalid
 
-    def _processed(self, engine: Engine, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Stages 1 to 3."""
+    def _processed(self, engine: Engine, rows: Rows, kind: InputKind) -> tuple[Tensor, Tensor | None]:
+        """Stages 1 to 3, as a shard takes them."""
+        if kind == "probs":
+            return process_probs(self._own, rows, self._mask, self.start), None
         if not self._own.shape[1] or not (is_edited(rows) or self._mask is not None):
             return self._own, None
         return process(engine, self._own, rows, self._mask, self.start, self.vocab)
@@ -187,13 +188,13 @@ class SplitEngine(Engine):
         ids = found & IDS
         return (found >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1), rows
 
-    def _row(self, engine: Engine, x: Tensor, listed: Tensor, ids: Tensor, plan: Plan) -> SplitRow:
+    def _row(self, engine: Engine, x: Tensor, listed: Tensor, ids: Tensor, plan: Plan, kind: InputKind) -> SplitRow:
         """The rows as filters ask about them."""
         valid = (status_of(listed) == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
-        native = engine.name == "cpu" and x.shape[1]
+        native = engine.name == "cpu" and x.shape[1] and kind == "logits"
         temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
-        shard = (NativeShard if native else Shard)(x, self.start, peak, *temperatures)
+        shard = (NativeShard if native else Shard)(x, self.start, peak, *temperatures, kind)
         return SplitRow(self.wire, shard, listed, ids, self.vocab, (plan.products, "top_n_sigma" in plan.used))
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:

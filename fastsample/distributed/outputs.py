@@ -13,10 +13,9 @@ from fastsample.distributed.keys import HIGHEST, Kept, everything
 from fastsample.distributed.local import neutral
 from fastsample.distributed.row import SplitRow
 from fastsample.inputs import Rows
-from fastsample.outputs import empty
+from fastsample.outputs import InputKind, empty
 from fastsample.params import write_columns
 from fastsample.reference import Distribution, drawn_masses, first, log_share
-from fastsample.reference.mass import UNIT, mass_at, scale_of
 
 Tensor = torch.Tensor
 
@@ -62,10 +61,10 @@ def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
     kept = row.held(found.kept) & valid
     excluded = kept & (row.keys > found.top)
     kept = kept & ~(excluded & (found.coin == 1))
-    w = mass_at((listed - row.peak) * scale_of(row.shard.drawn_at)) * (listed > -torch.inf)
+    w = row.shard.mass_of(listed, row.shard.drawn_at) * (listed > -torch.inf)
     weighs = (kept & (w.gather(1, row.order) > 0)).any(-1, keepdim=True)
     kept, excluded = torch.where(weighs, kept, first(kept)), excluded & weighs
-    alone = torch.full_like(w, 2**UNIT)
+    alone = row.shard.alone(listed)
     whole, rest = (drawn_masses(w, alone, set_, row.order) for set_ in (kept, kept & ~excluded))
     by_id = torch.zeros_like(kept).scatter(1, row.order, kept)
     if not with_rest:
@@ -74,6 +73,11 @@ def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
     x[:, -1] = -torch.inf
     w = torch.cat([w, found.all_mass() - w.sum(-1, keepdim=True)], 1)
     return Distribution(x, found.status, by_id, found.greedy[:, 0], whole, rest, w, found.coin)
+
+
+def as_given(x: Tensor, kind: InputKind) -> Tensor:
+    """Logits, or probabilities with -inf for 0, as an engine takes them."""
+    return torch.where(x == -torch.inf, 0, x) if kind == "probs" else x
 
 
 def compact(out: Outputs, width: int) -> Outputs:
@@ -131,7 +135,8 @@ def write_plain(engine: Engine, found: Found, listed: Tensor, rows: Rows, own: O
     kept = torch.where(held, listed, -torch.inf)
     records = neutral().to(kept.device).repeat(len(kept), 1)
     write_columns(records, {"temperature": row.shard.drawn_at[:, 0]})
-    engine.run(kept, Rows(records, rows.seeds, rows.offsets), replace(own, log_kept_mass=None))
+    own_rows = Rows(records, rows.seeds, rows.offsets)
+    engine.run(as_given(kept, own.input), own_rows, replace(own, log_kept_mass=None))
     own.status.copy_(found.status.view(own.status.shape))
     if own.ranks is not None and own.tokens is not None:
         # Among all tokens, since a floor may leave out some that rank above others.

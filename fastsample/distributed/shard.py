@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastsample.distributed.keys import HIGHEST, NO_KEY, Kept, key
-from fastsample.reference.mass import depth_at, halves, mass_at, scale_of, steps_below
+from fastsample.outputs import InputKind
+from fastsample.reference.mass import depth_at, halves, mass_at, mass_of_probs_at, scale_of, steps_below
 from fastsample.reference.process import NEG_INF
 
 Tensor = torch.Tensor
@@ -34,10 +35,11 @@ class Shard:
     """A rank's part of rows, after stages 1 to 3.
 
     Attributes:
-        x: float32, float16 or bfloat16 [B, V_r].
+        x: float32, float16 or bfloat16 [B, V_r]: logits, or probabilities with -inf for 0.
         start: the id of its first token.
         peak: float32 [B, 1], the maxima of the whole rows.
         judged_at, drawn_at: float32 [B, 1], the temperatures of the masses that filters judge by, and of draws.
+        kind: what x is.
     """
 
     x: Tensor
@@ -45,6 +47,7 @@ class Shard:
     peak: Tensor
     judged_at: Tensor
     drawn_at: Tensor
+    kind: InputKind = "logits"
 
     def of(self, rows: Tensor) -> Shard:
         parts = {name: getattr(self, name)[rows] for name in ("x", "peak", "judged_at", "drawn_at")}
@@ -61,22 +64,30 @@ class Shard:
         """int64 [B, V_r]."""
         return key(self.logits(), torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device))
 
-    def _y(self, temperature: Tensor) -> Tensor:
-        return (self.logits() - self.peak) * scale_of(temperature)
+    def mass_of(self, x: Tensor, temperature: Tensor) -> Tensor:
+        """What tokens at x float32 [B, n] weigh in their rows, int64 [B, n]."""
+        return mass_of(self.kind, x, self.peak, temperature)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """What each would weigh if it were its row's maximum, int64 [B, n]."""
+        return mass_of(self.kind, x, x, self.drawn_at)
+
+    def depth_of(self, x: Tensor) -> Tensor:
+        """e of tokens, int64 [B, n]; of probabilities it means nothing."""
+        return depth_at((x - self.peak) * scale_of(self.judged_at))
 
     def held(self, kept: Kept) -> Tensor:
         """Which tokens are kept, bool [B, V_r]."""
-        return kept.holds(self.keys(), mass_at(self._y(self.judged_at)))
+        return kept.holds(self.keys(), self.mass_of(self.logits(), self.judged_at))
 
     def drawn(self, kept: Kept) -> Tensor:
         """What kept tokens weigh in draws, int64 [B, V_r]."""
-        return mass_at(self._y(self.drawn_at)) * self.held(kept)
+        return self.mass_of(self.logits(), self.drawn_at) * self.held(kept)
 
     def sums(self, kept: Kept, products: bool = True, spread: bool = False) -> Tensor:
         """Z, EH, EL, HH, HL, LL of a set, and n, D1, D2 of all above -inf, int64 [B, 9]; 0 where not asked for."""
-        y = self._y(self.judged_at)
-        w = mass_at(y) * self.held(kept)
-        e = depth_at(y)
+        w = self.mass_of(self.logits(), self.judged_at) * self.held(kept)
+        e = self.depth_of(self.logits())
         high, low = halves(w)
         parts = [w, high * e, low * e, high * high, high * low, low * low] if products else [w, *[w * 0] * 5]
         alive = self.logits() > NEG_INF
@@ -131,7 +142,7 @@ class Shard:
 
     def ends(self, kept: Kept) -> Tensor:
         """The first and the last key of a set, the mass of its heaviest token and their number, int64 [B, 4]."""
-        held, w = self.held(kept), mass_at(self._y(self.judged_at))
+        held, w = self.held(kept), self.mass_of(self.logits(), self.judged_at)
         if not self.x.shape[1]:
             return torch.tensor([NO_KEY, HIGHEST, 0, 0], device=self.x.device).expand(len(self.x), 4)
         last = torch.where(held, self.keys(), HIGHEST).amin(-1)
@@ -144,7 +155,7 @@ class Shard:
             base: int64 [B, 1], where the bins begin.
             mean: float32 [B, 1]: go by the distance from it instead of the key.
         """
-        held, w = self.held(kept), mass_at(self._y(self.judged_at))
+        held, w = self.held(kept), self.mass_of(self.logits(), self.judged_at)
         places = self.keys() if mean is None else distance(self.logits(), mean) << 32
         shift, bits = LEVELS[level]
         bins = (places >> shift) - (base >> shift)
@@ -154,6 +165,13 @@ class Shard:
         for i, weight in enumerate((w * inside, inside.to(torch.int64))):
             found[:, :, i].scatter_add_(1, bins, weight)
         return found
+
+
+def mass_of(kind: InputKind, x: Tensor, peak: Tensor, temperature: Tensor) -> Tensor:
+    """What tokens at x float32 [B, n] weigh, int64 [B, n], given their rows' maxima, float32 [B, 1 or n]."""
+    if kind == "probs":
+        return mass_of_probs_at(torch.where(x > NEG_INF, x, 0), peak)
+    return mass_at((x - peak) * scale_of(temperature))
 
 
 def distance(x: Tensor, mean: Tensor) -> Tensor:

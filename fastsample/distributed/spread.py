@@ -15,7 +15,6 @@ from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 from fastsample.reference import log_share, multiply_high60, uniform60
 from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN
-from fastsample.reference.mass import mass_at, scale_of
 
 Tensor = torch.Tensor
 
@@ -114,7 +113,7 @@ def _thresholds(
 def _probability(shard: Shard, drawn: Drawn, lone: Lone, keys: Tensor) -> Tensor:
     """Of kept tokens, float64 [b, n]."""
     x = torch.where(keys >= LOWEST, value(keys >> 32), -torch.inf)
-    w = mass_at((x - shard.peak) * scale_of(shard.drawn_at))
+    w = shard.mass_of(x, shard.drawn_at)
     p = mixture(w, torch.where(keys > drawn.top, 0, w), drawn)
     p = torch.where(lone.rest & (keys == lone.first_rest), p + drawn.coin.double(), p)
     return torch.where(lone.whole, 1.0, p)
