@@ -18,9 +18,21 @@ _REPORTS = {"kept": ("kept_count", "kept_bitmask"), "kept_mass": ("log_kept_mass
 
 
 def require_agreement(
-    wire: Wire, start: int, vocab: int, own: Tensor, rows: Rows, out: Outputs, same_seeds: bool
+    wire: Wire,
+    start: int,
+    vocab: int,
+    own: Tensor,
+    rows: Rows,
+    out: Outputs,
+    same_seeds: bool,
+    drafts: tuple[int, ...],
 ) -> None:
     """Compare, in one message, everything that ranks must have in common.
+
+    Args:
+        own: [B, V_r], this rank's part of the rows.
+        out: what is asked.
+        drafts: integers that tell rules, kinds of what drafts were drawn from, and their parameters, from others.
 
     Raises:
         ValueError: on every rank alike; the message names the argument and the ranks.
@@ -29,6 +41,7 @@ def require_agreement(
     numbers |= {"num_samples": out.num_samples, "top_logprobs": out.num_top}
     codes = {"logits.dtype": DTYPES[own.dtype], "input": INPUTS[out.input], "logprobs": MODES[out.mode]}
     codes |= {name: sum(getattr(out, buffer) is not None for buffer in _REPORTS[name]) for name in _REPORTS}
+    codes |= dict(zip(("rule", "draft_logits or draft_probs", "draft_params"), drafts, strict=True))
     digests: dict[str, Any] = {"the sampling parameters": rows.records, "offset": rows.offsets}
     digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}
     digests |= {"prompt_ids": rows.prompt_ids, "output_ids": rows.output_ids, "dry_breakers": rows.breakers}

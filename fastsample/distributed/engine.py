@@ -16,6 +16,7 @@ from fastsample.distributed.native import NativeShard
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.raw import write_raw
 from fastsample.distributed.row import SplitRow, bound_beyond, edge_of, status_of
+from fastsample.distributed.rules import SplitRejection
 from fastsample.distributed.shard import Shard, mass_of
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
@@ -75,8 +76,9 @@ class Plan:
 
 
 def _refuse_whole_rows(out: Outputs) -> None:
-    """What has a number for each token of a row is not made of its parts."""
-    for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", out.weights)):
+    """What has a number for each token of a row is not made of its parts. (What laws weigh is told by rules.py.)"""
+    law = None if out.given is not None else out.weights
+    for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", law)):
         if wanted is not None:
             raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
 
@@ -97,13 +99,15 @@ class SplitEngine(Engine):
     """
 
     name = "split"
+    rejection = SplitRejection
 
     def __init__(self, wire: Wire, start: int, vocab: int, backend: str) -> None:
         self.wire, self.start, self.vocab, self._backend = wire, start, vocab, backend
-        self._agreed = False
+        self.agreed = False
         self._plan: Plan | None = None  # of the last call
         self._own = torch.empty(0, 0)  # [B, V_r], of the next call
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
+        self.drafts = torch.empty(0, 0)  # [M, V_r], likewise: what its drafts were drawn from
         self._same_seeds = True
 
     def __repr__(self) -> str:
@@ -117,8 +121,15 @@ class SplitEngine(Engine):
             mask: int32 [B or 1, words], of these tokens.
             same_seeds: whether all ranks have the same seeds, or are to take those of the first rank.
         """
-        self._own = own[:, : max(0, self.vocab - self.start)]
+        self._own = self._without_padding(own)
         self._mask, self._same_seeds = mask, same_seeds
+
+    def prepare_drafts(self, own: Tensor) -> None:
+        """What this rank has [M, V_r] of what the next call's drafts were drawn from."""
+        self.drafts = self._without_padding(own)
+
+    def _without_padding(self, own: Tensor) -> Tensor:
+        return own[:, : max(0, self.vocab - self.start)]
 
     def why_not(self, logits: Tensor | None) -> str | None:
         return None
@@ -126,22 +137,21 @@ class SplitEngine(Engine):
     @torch.inference_mode()  # in which buffers of any kind may be written to
     def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
         _refuse_whole_rows(out)
-        if not self._agreed:
-            require_agreement(self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds)
-            self._agreed = True
+        if not self.agreed:
+            self.agree(rows, out)
         if not len(self._own):
             return 0
         engine = select(self._backend, self._own)
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
         plan = self._plan
-        x, wrong = self._processed(engine, rows, out.input)
+        x, wrong = self._processed(engine, self._own, rows, out.input)
         listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count(out))
         if _is_of_kept(out) and plan.is_enough(listed, ids, self.wire.size, out.input):
             missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
             listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
             own_rows = Rows(without_edits(rows.records), rows.seeds, rows.offsets)
-            own = compact(out, listed.shape[1])
+            own = compact(out, ids)
             invalid = engine.run(as_given(listed, out.input), own_rows, own)
             translate(own, ids, out)
             return invalid
@@ -153,13 +163,28 @@ class SplitEngine(Engine):
             write_raw(self.wire, self._own, self.start, out)
         return invalid
 
-    def _processed(self, engine: Engine, rows: Rows, kind: InputKind) -> tuple[Tensor, Tensor | None]:
+    def agree(self, rows: Rows, out: Outputs, drafts: tuple[int, ...] = (0, 0, 0)) -> None:
+        """Compare what ranks must have in common, as the first call does; `drafts` as for `require_agreement`."""
+        require_agreement(self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, drafts)
+        self.agreed = True
+
+    def decide(self, rows: Rows, own: Tensor | None = None, kind: InputKind = "logits") -> tuple[Found, Rows]:
+        """What filters leave of this rank's part of rows [B, V_r], None for the next call's; and the rows with the
+        seeds that all ranks use."""
+        own = self._own if own is None else own
+        engine, plan = select(self._backend, own), Plan(rows.records, self.vocab)
+        x, wrong = self._processed(engine, own, rows, kind)
+        count = plan.most if plan.cut_short else max(plan.most, LISTED)
+        listed, ids, rows = self._exchange(engine, x, wrong, rows, count)
+        return self._decide(self._row(engine, x, listed, ids, plan, kind), plan), rows
+
+    def _processed(self, engine: Engine, own: Tensor, rows: Rows, kind: InputKind) -> tuple[Tensor, Tensor | None]:
         """Stages 1 to 3, as a shard takes them."""
         if kind == "probs":
-            return process_probs(self._own, rows, self._mask, self.start), None
-        if not self._own.shape[1] or not (is_edited(rows) or self._mask is not None):
-            return self._own, None
-        return process(engine, self._own, rows, self._mask, self.start, self.vocab)
+            return process_probs(own, rows, self._mask, self.start), None
+        if not own.shape[1] or not (is_edited(rows) or self._mask is not None):
+            return own, None
+        return process(engine, own, rows, self._mask, self.start, self.vocab)
 
     def _exchange(
         self, engine: Engine, x: Tensor, wrong: Tensor | None, rows: Rows, count: int

@@ -33,6 +33,11 @@ def key(x: Tensor, ids: Tensor) -> Tensor:
     return found
 
 
+def value_of(keys: Tensor) -> Tensor:
+    """The logit of a token, float32, by its key; -inf of a key that is none's."""
+    return torch.where(keys >= LOWEST, value(keys >> ID_BITS), -torch.inf)
+
+
 def from_value(x: Tensor) -> Tensor:
     """The lowest key that a token of this logit may have."""
     return ordinal(x) << ID_BITS

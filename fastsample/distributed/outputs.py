@@ -80,11 +80,15 @@ def as_given(x: Tensor, kind: InputKind) -> Tensor:
     return torch.where(x == -torch.inf, 0, x) if kind == "probs" else x
 
 
-def compact(out: Outputs, width: int) -> Outputs:
-    """Buffers like those of `out` for rows of fewer tokens: what tells no id is the same buffer."""
+def compact(out: Outputs, ids: Tensor) -> Outputs:
+    """Buffers like those of `out` for rows of the tokens `ids` [B, N] alone: what tells no id is the same buffer."""
     own = replace(out, kept_bitmask=None, names=None, restore=False)
     if out.kept_bitmask is not None:
-        own.kept_bitmask = empty((out.status.numel(), -(-width // 32)), torch.int32, out.status.device)
+        own.kept_bitmask = empty((len(ids), -(-ids.shape[1] // 32)), torch.int32, ids.device)
+    if out.given is not None:
+        at = (ids == out.given[:, None]) & (ids >= 0)
+        own.given = torch.where(at.any(-1), at.to(torch.int32).argmax(-1), -1)
+        own.weights = empty((len(ids), 2), torch.int64, ids.device)  # of what is listed, which nobody reads
     return own
 
 
@@ -116,7 +120,7 @@ def write_listed(engine: Engine, found: Found, listed: Tensor, ids: Tensor, rows
     plain = found.is_plain()
     dist = None if plain else distribution(found, listed, out.log_kept_mass is not None)
     ids = ids if dist is None else pad(ids, (0, dist.x.shape[1] - ids.shape[1]), value=-1)
-    own = compact(out, ids.shape[1])
+    own = compact(out, ids)
     if out.mode == "raw":
         own.mode = own.logprobs = own.ranks = own.top_ids = own.top_logprobs = None
     if dist is None:

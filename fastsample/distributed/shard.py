@@ -64,6 +64,13 @@ class Shard:
         """int64 [B, V_r]."""
         return key(self.logits(), torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device))
 
+    def keys_of(self, ids: Tensor) -> Tensor:
+        """int64 [B, n], of any ids; NO_KEY where this rank does not have the token."""
+        local, width = ids - self.start, self.x.shape[1]
+        here = (local >= 0) & (local < width)
+        x = self.x.gather(1, torch.where(here, local, 0)).float() if width else here.float()
+        return torch.where(here, key(x, torch.where(here, ids, 0)), NO_KEY)
+
     def mass_of(self, x: Tensor, temperature: Tensor) -> Tensor:
         """What tokens at x float32 [B, n] weigh in their rows, int64 [B, n]."""
         return mass_of(self.kind, x, self.peak, temperature)
