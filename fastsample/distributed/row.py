@@ -34,6 +34,7 @@ class SplitRow:
         self.status = status_of(x)  # int32 [B]
         self.valid = (self.status == 0)[:, None]
         x = torch.where(self.valid & (ids >= 0), x, -torch.inf)
+        self.listed, self.ids = x, ids
         self.edge = edge_of(x, ids, wire.size)
         self.peak, self.scale = shard.peak, scale_of(shard.judged_at).expand_as(shard.peak)
         keys = torch.where(x > -torch.inf, key(x, ids), NO_KEY)

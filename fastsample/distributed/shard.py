@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -48,9 +49,10 @@ class Shard:
     judged_at: Tensor
     drawn_at: Tensor
     kind: InputKind = "logits"
+    _of_rows: ClassVar[tuple[str, ...]] = ("x", "peak", "judged_at", "drawn_at")
 
     def of(self, rows: Tensor) -> Shard:
-        parts = {name: getattr(self, name)[rows] for name in ("x", "peak", "judged_at", "drawn_at")}
+        parts = {name: getattr(self, name)[rows] for name in self._of_rows}
         return replace(self, **parts)
 
     def as_drawn(self) -> Shard:
@@ -60,9 +62,13 @@ class Shard:
     def logits(self) -> Tensor:
         return self.x.float()
 
+    def ids(self) -> Tensor:
+        """int64 [B or 1, V_r], ascending."""
+        return torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device)[None]
+
     def keys(self) -> Tensor:
         """int64 [B, V_r]."""
-        return key(self.logits(), torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device))
+        return key(self.logits(), self.ids())
 
     def keys_of(self, ids: Tensor) -> Tensor:
         """int64 [B, n], of any ids; NO_KEY where this rank does not have the token."""

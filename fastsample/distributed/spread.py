@@ -110,20 +110,20 @@ def _thresholds(
     leaves = torch.zeros_like(u, dtype=torch.bool)
     if bool((drawn.top < HIGHEST).any()):
         leaves = uniform60(*at, XTC_COIN) < (drawn.coin * 2.0**60).to(torch.int64)
-    whole, rest = (here(wire, u, shares[:, :, i : i + 1]) for i in (0, 1))
+    whole, rest = (here(wire.rank, u, shares[:, :, i : i + 1]) for i in (0, 1))
     rest = torch.where(rest >= 0, -2 - rest, -1)
     return torch.where(leaves & (drawn.top < HIGHEST), rest, whole), leaves & (drawn.top < HIGHEST)
 
 
-def here(wire: Wire, u: Tensor, shares: Tensor) -> Tensor:
-    """Where draws fall in this rank's running mass, int64 [b, n]; -1 where they fall into another's.
+def here(rank: int, u: Tensor, shares: Tensor) -> Tensor:
+    """Where draws fall in a rank's running mass, int64 [b, n]; -1 where they fall into another's.
 
     Args:
         u: int64 [b, n], 60 uniform bits of each.
         shares: int64 [R, b, 1], the mass that each rank has.
     """
-    threshold = multiply_high60(u, shares.sum(0)) - shares[: wire.rank].sum(0)
-    return torch.where((threshold >= 0) & (threshold < shares[wire.rank]), threshold, -1)
+    threshold = multiply_high60(u, shares.sum(0)) - shares[:rank].sum(0)
+    return torch.where((threshold >= 0) & (threshold < shares[rank]), threshold, -1)
 
 
 def _probability(shard: Shard, drawn: Drawn, lone: Lone, keys: Tensor) -> Tensor:
