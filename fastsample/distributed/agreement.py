@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -13,6 +14,8 @@ from fastsample.inputs import Rows
 
 Tensor = torch.Tensor
 
+DRAFTS = ("rule", "draft_ids", "draft_logits or draft_probs", "draft_params")
+"""What else the rules "chain" and "block" compare, an integer of each; 0 of other calls."""
 _REPORTS = {"kept": ("kept_count", "kept_bitmask"), "kept_mass": ("log_kept_mass",), "entropy": ("entropy",)}
 """Arguments, and the buffers that they ask for."""
 
@@ -25,14 +28,14 @@ def require_agreement(
     rows: Rows,
     out: Outputs,
     same_seeds: bool,
-    drafts: tuple[int, ...],
+    drafts: Sequence[int],
 ) -> None:
     """Compare, in one message, everything that ranks must have in common.
 
     Args:
         own: [B, V_r], this rank's part of the rows.
         out: what is asked.
-        drafts: integers that tell rules, kinds of what drafts were drawn from, and their parameters, from others.
+        drafts: an integer for each of `DRAFTS`.
 
     Raises:
         ValueError: on every rank alike; the message names the argument and the ranks.
@@ -41,7 +44,7 @@ def require_agreement(
     numbers |= {"num_samples": out.num_samples, "top_logprobs": out.num_top}
     codes = {"logits.dtype": DTYPES[own.dtype], "input": INPUTS[out.input], "logprobs": MODES[out.mode]}
     codes |= {name: sum(getattr(out, buffer) is not None for buffer in _REPORTS[name]) for name in _REPORTS}
-    codes |= dict(zip(("rule", "draft_logits or draft_probs", "draft_params"), drafts, strict=True))
+    codes |= dict(zip(DRAFTS, drafts, strict=True))
     digests: dict[str, Any] = {"the sampling parameters": rows.records, "offset": rows.offsets}
     digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}
     digests |= {"prompt_ids": rows.prompt_ids, "output_ids": rows.output_ids, "dry_breakers": rows.breakers}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Engine, Outputs, select
-from fastsample.distributed.agreement import require_agreement
+from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.filters import filters, uses, xtc
 from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, everything, value
 from fastsample.distributed.local import is_edited, list_first, process, process_probs, without_edits
@@ -163,7 +164,7 @@ class SplitEngine(Engine):
             write_raw(self.wire, self._own, self.start, out)
         return invalid
 
-    def agree(self, rows: Rows, out: Outputs, drafts: tuple[int, ...] = (0, 0, 0)) -> None:
+    def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
         """Compare what ranks must have in common, as the first call does; `drafts` as for `require_agreement`."""
         require_agreement(self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, drafts)
         self.agreed = True

@@ -139,7 +139,7 @@ class SplitRejection(Rejection):
         """What ranks must have in common beside the target's rows."""
         proposal = self.proposal
         kind = 1 + len(DTYPES) * INPUTS[proposal.kind] + DTYPES[proposal.table.dtype]
-        return 1 + (self.rule == "block"), kind, digest(self.proposed.records)
+        return 1 + (self.rule == "block"), digest(self.ids), kind, digest(self.proposed.records)
 
     def _gather(self, words: Tensor) -> Tensor:
         """What every rank gives, int64 [R, ...]; R is 1 where each knows all."""

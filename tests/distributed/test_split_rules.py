@@ -25,36 +25,37 @@ REPORTS: tuple[dict[str, Any], ...] = (
 )
 
 
-def asked(block: Block) -> tuple[Tensor, Tensor, str, dict[str, Any]]:
-    """The logits, what the drafts were drawn from and as what it is given, and all other arguments."""
+WIDE = ("logits", "draft_logits", "draft_probs")
+
+
+def asked(block: Block) -> dict[str, Any]:
+    """The arguments of `fastsample.verify`."""
     logits, draft, ids = block.proposed()
     how: dict[str, Any] = {"draft_ids": ids, "rule": block.rule, "seed": block.seeds, "offset": OFFSET}
     if block.packed:
         counts = block.counts()
         logits = torch.cat([logits[b, : n + 1] for b, n in enumerate(counts)])
         draft, how["num_drafts"] = torch.cat([draft[b, :n] for b, n in enumerate(counts)]), counts
-    return logits, draft, "draft_probs" if block.probs else "draft_logits", how | block.build()[1]
+    return how | block.build()[1] | {"logits": logits, "draft_probs" if block.probs else "draft_logits": draft}
 
 
-def everywhere(
-    cuts: tuple[int, ...], logits: Tensor, draft: Tensor, name: str, how: dict[str, Any], backend: str = "cpu"
-) -> list[fs.VerifyOutput]:
-    def on_rank(wire: Any, begin: int, end: int) -> fs.VerifyOutput:
-        own = {"vocab_start": begin, "vocab_size": logits.shape[-1], "group": wire, "backend": backend}
-        return fd.verify(logits[..., begin:end], **own, **how, **{name: draft[..., begin:end]})
+def split(call: Any, cuts: tuple[int, ...], how: dict[str, Any]) -> list[Any]:
+    """What call(**how) returns on each rank, with its part of what is as wide as a row."""
+
+    def on_rank(wire: Any, begin: int, end: int) -> Any:
+        own = {name: how[name][..., begin:end] for name in WIDE if isinstance(how.get(name), Tensor)}
+        return call(**(how | own), vocab_start=begin, vocab_size=how["logits"].shape[-1], group=wire)
 
     return on_ranks(cuts, on_rank)
 
 
-def check(block: Block, number: int, backend: str = "cpu") -> fs.VerifyOutput:
+def check(block: Block, number: int, backend: str = "cpu") -> None:
     """Of a block, with a way to split it, lists and reports that depend on the number."""
     cut, lists = list(CUTS.values())[number % len(CUTS)], LISTS[number // len(CUTS) % len(LISTS)]
-    logits, draft, name, how = asked(block)
-    how |= REPORTS[number % len(REPORTS)] | {"on_invalid": "flag"}
-    whole = fs.verify(logits, **how, **{name: draft}, backend="cpu")
+    how = asked(block) | REPORTS[number % len(REPORTS)] | {"on_invalid": "flag"}
+    whole = fs.verify(**how, backend="cpu")
     with listing(*lists):
-        assert_equal(everywhere(cut(block.vocab), logits, draft, name, how, backend), whole)
-    return whole
+        assert_equal(split(fd.verify, cut(block.vocab), how | {"backend": backend}), whole)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -62,3 +63,181 @@ def test_equals_whole_rows(name: str) -> None:
     number = list(BLOCKS).index(name)
     for turn in (0, 17, 34):
         check(BLOCKS[name], number + turn, "reference" if number % 7 == 0 else "cpu")
+
+
+# Other drafts, and what may be said of them --------------------------------------------------------------------------
+
+B, K, V = 3, 4, 301
+G = torch.Generator().manual_seed(4)
+LOGITS = torch.randn(B, K + 1, V, generator=G) * 2
+DRAFT = LOGITS[:, :K] + torch.randn(B, K, V, generator=G)
+IDS = torch.multinomial(DRAFT.softmax(-1).flatten(0, 1), 1, generator=G).view(B, K)
+GIVEN: dict[str, Any] = {"logits": LOGITS, "draft_ids": IDS, "seed": 3, "offset": 7}
+CUT = (0, 45, 45, 200, V)
+
+KINDS: dict[str, dict[str, Any]] = {
+    "listed": {"draft_logits": DRAFT, "top_k": 9},
+    "spread": {"draft_logits": DRAFT},
+    "spread, of what is listed": {
+        "draft_logits": DRAFT,
+        "draft_params": fs.SamplingParams(temperature=3.0),
+        "top_k": 9,
+    },
+    "listed, of what is spread": {"draft_probs": DRAFT.softmax(-1), "draft_params": fs.SamplingParams(top_p=0.3)},
+    "parameters of each": {
+        "draft_logits": DRAFT,
+        "temperature": [1.0, 0.0, 0.5],
+        "top_p": [0.9, 1.0, 1.0],
+        "draft_params": fs.SamplingParams(top_k=[3, 0, 50], xtc_probability=0.5, xtc_threshold=0.02),
+    },
+    "16 bits of one and of the other": {"logits": LOGITS.half(), "draft_probs": DRAFT.softmax(-1).bfloat16()},
+    "the drafter's own law": {"draft_logits": LOGITS[:, :K], "draft_params": fs.SamplingParams(), "top_p": 0.9},
+    "probabilities of any sum": {"draft_probs": DRAFT.exp() * 1e-3},
+    "penalties and a mask": {
+        "draft_logits": DRAFT,
+        "repetition_penalty": 1.5,
+        "dry_multiplier": 1.0,
+        "no_repeat_ngram_size": 2,
+        "output_ids": [[1, 250, 1], [300], []],
+        "bitmask": torch.randint(-(2**31), 2**31, (B, 10), generator=G).to(torch.int32),
+    },
+    "no requests": {"logits": LOGITS[:0], "draft_ids": IDS[:0], "draft_logits": DRAFT[:0]},
+}
+
+
+@pytest.mark.parametrize("rule", ["chain", "block"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_of_all_kinds(kind: str, rule: str) -> None:
+    how = GIVEN | KINDS[kind] | {"rule": rule, "logprobs": "raw", "top_logprobs": 3, **KEPT}
+    whole = fs.verify(**how)
+    for lists in ((256, 1024), (3, 16)):
+        with listing(*lists):
+            assert_equal(split(fd.verify, CUT, how), whole)
+    assert_equal(split(fd.verify, (0, V), how), whole)
+
+
+@pytest.mark.parametrize("rule", ["chain", "block"])
+@pytest.mark.parametrize("probs", [False, True])
+def test_laws_of_a_single_token(probs: bool, rule: str) -> None:
+    """Where none that is kept has a mass beside a maximum that is not, the first one is all there is."""
+    logits = torch.randn(B, K + 1, V, generator=torch.Generator().manual_seed(1)) * 0.01
+    logits[..., 7] = 3.0
+    typical = {"typical_p": 0.2, "temperature": 0.01, "order": "temperature_last"}
+    drawn = fs.sample(logits, seed=1, **typical).tokens
+    assert bool((drawn != 7).all())
+    how: dict[str, Any] = {"logits": logits, "draft_ids": drawn[:, :K], "seed": 3, "rule": rule, **typical, **KEPT}
+    how |= {"draft_params": fs.SamplingParams(**({"top_p": 0.5} if probs else typical))}
+    how |= {"draft_probs": logits[:, :K].softmax(-1)} if probs else {"draft_logits": logits[:, :K]}
+    whole = fs.verify(**how)
+    assert probs or whole.num_accepted.tolist() == [K] * B
+    for lists in ((256, 1024), (3, 16)):
+        with listing(*lists):
+            assert_equal(split(fd.verify, CUT, how), whole)
+
+
+@pytest.mark.parametrize("rule", ["chain", "block"])
+def test_columns_past_the_vocabulary(rule: str) -> None:
+    padded = {name: torch.nn.functional.pad(GIVEN.get(name, DRAFT), (0, 99), value=torch.nan) for name in WIDE[:2]}
+
+    def cut_off(**how: Any) -> fs.VerifyOutput:
+        return fd.verify(**how | {"vocab_size": V})
+
+    whole = fs.verify(**GIVEN, draft_logits=DRAFT, rule=rule)
+    assert_equal(split(cut_off, (0, 100, 200, 300, 400), GIVEN | padded | {"rule": rule}), whole)
+
+
+@pytest.mark.parametrize("rule", ["chain", "block"])
+def test_a_sampler(rule: str) -> None:
+    how = {"batch_size": B, "seed": 7, "top_p": [0.7, 1.0, 0.9], "presence_penalty": 0.5, "logprobs": "processed"}
+
+    def twice(sampler: fs.Sampler, logits: Tensor, draft: Tensor) -> list[Any]:
+        found: list[Any] = []
+        for drafts in ({"draft_logits": draft}, {"draft_probs": draft.exp()}):
+            found += [sampler.verify(logits, IDS, rule=rule, output_ids=[[1, 250]] * B, **drafts), sampler.offsets]
+        return found
+
+    def on_rank(logits: Tensor, draft_logits: Tensor, **part: Any) -> list[Any]:
+        return twice(fd.ShardedSampler(**how, **part), logits, draft_logits)
+
+    expected = twice(fs.Sampler(**how), LOGITS, DRAFT)
+    for found in split(on_rank, CUT, {"logits": LOGITS, "draft_logits": DRAFT}):
+        for ours, whole in zip(found[::2], expected[::2], strict=True):
+            assert_equal([ours], whole)
+        assert all(torch.equal(*pair) for pair in zip(found[1::2], expected[1::2], strict=True))
+
+
+@pytest.mark.parametrize("rule", ["chain", "block"])
+@pytest.mark.parametrize("fields", [{"top_k": 9}, {"temperature": 2.0}, {"xtc_probability": 0.5}])
+def test_without_a_seed_ranks_take_that_of_the_first(fields: dict[str, Any], rule: str) -> None:
+    """Threads draw from one generator, so each has another seed to begin with."""
+    how = GIVEN | {"seed": None, "draft_logits": DRAFT, "rule": rule, "logprobs": "processed", **fields}
+    found = split(fd.verify, CUT, how)
+    assert_equal(found, found[0])
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def said(call: Any, how: dict[str, Any]) -> str:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(**how)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["logits", "draft_logits", "draft_probs"])
+def test_an_invalid_row_raises_on_every_rank(where: str) -> None:
+    drafts = {"draft_probs": DRAFT.softmax(-1)} if where == "draft_probs" else {"draft_logits": DRAFT}
+    how = GIVEN | drafts | {"rule": "chain"}
+    how[where] = how[where].clone()
+    how[where][1, 0, 299] = torch.nan
+    whole = said(fs.verify, how)
+    assert "request 1" in whole
+    assert split(lambda **own: said(fd.verify, own), CUT, how) == [whole] * 4
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "none": {},
+    "both": {"draft_logits": DRAFT, "draft_probs": DRAFT},
+    "a list": {"draft_logits": [[[0.0]]]},
+    "integers": {"draft_logits": DRAFT.long()},
+    "few rows": {"draft_logits": DRAFT[:, 1:]},
+    "parameters of logits": {"draft_probs": DRAFT.exp(), "draft_params": fs.SamplingParams(typical_p=0.5)},
+    "no parameters": {"draft_logits": DRAFT, "draft_params": {"top_k": 3}},
+    "another rule": {"draft_logits": DRAFT, "rule": "tree"},
+    "a rule that compares tokens": {"draft_logits": DRAFT, "rule": "exact"},
+}
+
+
+@pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
+def test_refusals_are_those_of_whole_rows(given: dict[str, Any]) -> None:
+    how = GIVEN | {"rule": "chain"} | given
+    assert split(lambda **own: said(fd.verify, own), (0, V), how) == [said(fs.verify, how)]
+
+
+def test_drafts_of_other_columns_than_the_logits() -> None:
+    with pytest.raises(ValueError, match=r"draft_probs: expected 301 columns, as .* got shape \[3, 4, 300\]"):
+        fd.verify(**GIVEN, vocab_start=0, vocab_size=V, rule="chain", draft_probs=DRAFT[..., 1:].exp())
+
+
+LATER: dict[str, dict[str, Any]] = {
+    "rule": {"rule": "block"},
+    "rule of tokens": {"rule": "exact", "draft_logits": None},
+    "draft_logits or draft_probs": {"draft_logits": None, "draft_probs": DRAFT},
+    "draft_logits or draft_probs: 16 bits": {"draft_logits": DRAFT.half()},
+    "draft_params": {"draft_params": fs.SamplingParams(top_k=3)},
+    "draft_ids": {"draft_ids": IDS + 1},
+    "logprobs": {"logprobs": "raw"},
+    "kept": {"kept": "bitmask"},
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_ranks_that_differ_in_a_first_call(name: str) -> None:
+    def differs(**how: Any) -> str:
+        last = LATER[name] if how["vocab_start"] == 200 else {}
+        own = {key: v if v is None or key not in WIDE else v[..., 200:] for key, v in last.items()}
+        return said(fd.verify, how | own)
+
+    found = split(differs, CUT, GIVEN | {"rule": "chain", "draft_logits": DRAFT})
+    argument = name.partition(":")[0].removesuffix(" of tokens")
+    assert found == [f"{argument}: expected the same on every rank, rank 3 differs from rank 0"] * 4
