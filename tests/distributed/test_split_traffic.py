@@ -120,6 +120,48 @@ def test_raw_logprobs_take_two_rounds_more() -> None:
     assert more.bytes_of_a_row == one.bytes_of_a_row + 20 * 8
 
 
+def of_rules(logits: torch.Tensor, rule: str, probs: bool, **how: Any) -> Traffic:
+    """Of a second verification of 2 requests with a draft each, so that 4 rows are those of the target and 2 others
+    those that drafts were drawn from."""
+    rows, draft = logits.view(2, 2, VOCAB), logits.view(2, 2, VOCAB)[:, :1] * 1.1
+    ids = torch.multinomial(draft[:, 0].softmax(-1), 1, generator=torch.Generator().manual_seed(0))
+    name, draft = ("draft_probs", draft.softmax(-1)) if probs else ("draft_logits", draft)
+
+    def on_rank(wire: Any, begin: int, end: int) -> Traffic:
+        split, own = fd.Split(begin, VOCAB, group=wire), rows[..., begin:end]
+        for _ in range(2):
+            rounds, sent = split.rounds, split.sent
+            given = split.whole_drafts(own, {name: draft[..., begin:end]})
+            out = fs.verify(split.whole(own), ids, backend=split.engine, seed=1, rule=rule, **given, **how)
+        assert torch.equal(out.tokens, expected)
+        return Traffic(split.rounds - rounds, -(-(split.sent - sent) // 6))
+
+    expected = fs.verify(rows, ids, seed=1, rule=rule, **{name: draft}, **how).tokens
+    found = on_ranks(CUTS, on_rank)
+    assert found == [found[0]] * RANKS
+    return found[0]
+
+
+@pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("rule", ["chain", "block"])
+def test_rules_that_compare_laws_list_each(rule: str, probs: bool) -> None:
+    """The target's rows and the drafts' are listed one after the other, and no more is told of what is listed."""
+    for logits in (LM, FLAT):
+        assert of_rules(logits, rule, probs, top_k=50) == Traffic(2, 8 * 50)
+    found = of_rules(LM, rule, probs, top_p=0.95)
+    assert found.rounds <= 4
+    assert found.bytes_of_a_row <= LIST + SUMS
+
+
+@pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
+@pytest.mark.parametrize("rule", ["chain", "block"])
+def test_laws_that_are_not_listed_are_compared_in_place(rule: str, probs: bool) -> None:
+    """A message for what they weigh, one for what is left of them after each draft, and two for the token."""
+    found = of_rules(FLAT, rule, probs)
+    assert 2 < found.rounds <= 2 + 4
+    assert found.bytes_of_a_row <= LIST + SUMS
+
+
 @pytest.mark.parametrize("how", [{"top_p": 0.95}, {"typical_p": 0.9}, {"top_k": 20000}, {"top_k": 2000, "top_p": 0.9}])
 def test_rows_that_need_it_are_refined(how: dict[str, Any]) -> None:
     """A level of 2048 bins or fewer after the other, and two rounds for what is drawn."""
