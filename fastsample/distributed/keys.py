@@ -15,9 +15,8 @@ HIGHEST = 2**63 - 1
 
 def ordinal(x: Tensor) -> Tensor:
     """Integers in the order of float32 x, int64; equal for -0.0 and +0.0."""
-    bits = x.view(torch.int32).to(torch.int64)
-    found: Tensor = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    return found
+    bits = x.view(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(torch.int64)
 
 
 def value(ordinals: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fastsample.distributed.keys import HIGHEST, IDS, NO_KEY, Kept, key, narrow_
 from fastsample.distributed.outputs import Found
 from fastsample.distributed.row import SplitRow
 from fastsample.distributed.shard import Shard
-from fastsample.distributed.spread import drawn_of, here
+from fastsample.distributed.spread import drawn_of, here, may_be_lone
 from fastsample.inputs import Rows
 from fastsample.reference.draw import PLAIN_DRAW, RESIDUAL, XTC_COIN, uniform60
 from fastsample.rejection import AT_ONCE, Law, Rejection
@@ -88,7 +88,8 @@ class LawPart:
         shard, keys = self._shard, self._shard.keys_of(ids[:, None])
         x = value_of(keys)
         own = shard.mass_of(x, shard.drawn_at) * self._kept.holds(keys, shard.mass_of(x, shard.judged_at))
-        return torch.cat([shard.totals(self._drawn, True, False, None)[:, :4], own], 1)
+        first = may_be_lone(shard, self._drawn)
+        return torch.cat([shard.totals(self._drawn, first, False, None)[:, :4], own], 1)
 
     def heard(self, told: Tensor, ids: Tensor) -> Law:
         """The laws, and what the ids weigh in them, given what each rank has told, int64 [R, N, 5]."""

@@ -34,10 +34,8 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
     wire, shard = found.row.wire, found.row.shard.of(index)
     drawn = drawn_of(found, index)
     wants_bits, reports = out.kept_bitmask is not None, out.mode == "processed"
-    first = bool((found.row.shard.judged_at != found.row.shard.drawn_at).any() | (drawn.top < HIGHEST).any())
-    first = first or bool((drawn.kept.high < HIGHEST).any())
     bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
-    told = shard.totals(drawn, first, out.kept_count is not None, bits if wants_bits else None)
+    told = shard.totals(drawn, may_be_lone(shard, drawn), out.kept_count is not None, bits if wants_bits else None)
     shares = wire.gather(told)
     drawn.total, drawn.rest = shares[:, :, :2].sum(0).unbind(1)
     lone = _lone(drawn, shares)
@@ -91,6 +89,12 @@ def drawn_of(found: Found, index: Tensor) -> Drawn:
     kept = narrow_below(kept, torch.where(out, top + 1, HIGHEST))
     nothing = torch.zeros(len(index), dtype=torch.int64, device=top.device)
     return Drawn(kept, torch.where(out, HIGHEST, top), coin, nothing, nothing)
+
+
+def may_be_lone(shard: Shard, drawn: Drawn) -> bool:
+    """Whether in some row all of a set may have no mass."""
+    without_peak = (drawn.top < HIGHEST) | (drawn.kept.high < HIGHEST)
+    return bool((without_peak | (shard.judged_at != shard.drawn_at)).any())
 
 
 def _lone(drawn: Drawn, shares: Tensor) -> Lone:

@@ -45,23 +45,14 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def mass_of_probs(p: Tensor) -> Tensor:
-    """w = trunc(p * 2^s), the largest of a row in [2^39, 2^40); int64 [B, V]."""
-    at = (p.view(torch.int32) & 0x7FFFFFFF).argmax(-1, keepdim=True)
-    return mass_of_probs_at(p, p.gather(1, at))
-
-
-def mass_of_probs_at(p: Tensor, peak: Tensor) -> Tensor:
-    """The same, given the largest of each row, float32 [B, 1]. From the bits of p >= 0."""
-    exponent, fraction = parts_of(p)
-    top, widest = parts_of(peak)
-    shift = exponent - top + UNIT - widest.double().frexp().exponent
-    return (fraction << shift.clamp(0, 63)) >> (-shift).clamp(0, 63)
-
-
-def parts_of(p: Tensor) -> tuple[Tensor, Tensor]:
-    """e and f, int64: p = f * 2^(e - 150)."""
+    """w = trunc(p * 2^s), the largest of a row in [2^39, 2^40); int64 [B, V]. From the bits of p >= 0."""
     bits = (p.view(torch.int32) & 0x7FFFFFFF).to(torch.int64)
-    return (bits >> 23).clamp(min=1), (bits & 0x7FFFFF) + torch.where(bits >> 23 > 0, 2**23, 0)
+    exponent = (bits >> 23).clamp(min=1)  # p = fraction * 2^(exponent - 150)
+    fraction = (bits & 0x7FFFFF) + torch.where(bits >> 23 > 0, 2**23, 0)
+    at = bits.argmax(-1, keepdim=True)
+    top, width = exponent.gather(1, at), fraction.gather(1, at).double().frexp().exponent
+    shift = exponent - top + UNIT - width
+    return (fraction << shift.clamp(min=0)) >> (-shift).clamp(0, 63)
 
 
 # Stage 6b ------------------------------------------------------------------------------------------------------------
