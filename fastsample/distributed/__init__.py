@@ -71,7 +71,12 @@ class Split:
         return self._in_place_of(logits)
 
     def whole_drafts(self, logits: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a verification of this rank's logits: whole rows stand for what drafts were drawn from too."""
+        """Arguments of `fastsample.verify`, in which whole rows stand for what drafts were drawn from.
+
+        Args:
+            logits: this rank's part of the target's rows, as `whole` takes them.
+            options: where there are `draft_logits` or `draft_probs`, they are of the same columns.
+        """
         found = dict(options)
         for name in ("draft_logits", "draft_probs"):
             if isinstance(own := options.get(name), Tensor):

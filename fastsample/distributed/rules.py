@@ -108,8 +108,9 @@ class LawPart:
     def masses(self, rows: Tensor) -> Tensor:
         """The masses of this rank's tokens in some rows, int64 [n, V_r]."""
         shard = self._shard.of(rows)
-        x = shard.logits()
-        w = torch.where(self._lone[rows], shard.alone(x), shard.mass_of(x, shard.drawn_at))
+        x, lone = shard.logits(), self._lone[rows]
+        w = shard.mass_of(x, shard.drawn_at)
+        w = torch.where(lone, shard.alone(x), w) if bool(lone.any()) else w
         return w * shard.held(self._kept.of(rows))
 
 

@@ -120,46 +120,56 @@ def test_raw_logprobs_take_two_rounds_more() -> None:
     assert more.bytes_of_a_row == one.bytes_of_a_row + 20 * 8
 
 
-def of_rules(logits: torch.Tensor, rule: str, probs: bool, **how: Any) -> Traffic:
-    """Of a second verification of 2 requests with a draft each, so that 4 rows are those of the target and 2 others
-    those that drafts were drawn from."""
-    rows, draft = logits.view(2, 2, VOCAB), logits.view(2, 2, VOCAB)[:, :1] * 1.1
-    ids = torch.multinomial(draft[:, 0].softmax(-1), 1, generator=torch.Generator().manual_seed(0))
-    name, draft = ("draft_probs", draft.softmax(-1)) if probs else ("draft_logits", draft)
+def of_rules(logits: torch.Tensor, rule: str, probs: bool, accepted: int, **how: Any) -> tuple[int, int]:
+    """Rounds and bytes of a second verification of a request, whose drafts after so many are no tokens: 4 rows are
+    those of the target, and 3 others those that drafts were drawn from."""
+    rows = logits.view(1, 4, VOCAB)
+    draft = rows[:, :3]
+    ids = draft.argmax(-1)
+    ids[:, accepted:] = -1
+    given = {"draft_probs": draft.softmax(-1)} if probs else {"draft_logits": draft}
+    whole = fs.verify(rows, ids, seed=1, rule=rule, **given, **how)
+    assert whole.num_accepted.tolist() == [accepted]
 
-    def on_rank(wire: Any, begin: int, end: int) -> Traffic:
+    def on_rank(wire: Any, begin: int, end: int) -> tuple[int, int]:
         split, own = fd.Split(begin, VOCAB, group=wire), rows[..., begin:end]
         for _ in range(2):
             rounds, sent = split.rounds, split.sent
-            given = split.whole_drafts(own, {name: draft[..., begin:end]})
-            out = fs.verify(split.whole(own), ids, backend=split.engine, seed=1, rule=rule, **given, **how)
-        assert torch.equal(out.tokens, expected)
-        return Traffic(split.rounds - rounds, -(-(split.sent - sent) // 6))
+            more = split.whole_drafts(own, {name: rows[..., begin:end] for name, rows in given.items()})
+            out = fs.verify(split.whole(own), ids, backend=split.engine, seed=1, rule=rule, **more, **how)
+        assert torch.equal(out.tokens, whole.tokens)
+        return split.rounds - rounds, split.sent - sent
 
-    expected = fs.verify(rows, ids, seed=1, rule=rule, **{name: draft}, **how).tokens
     found = on_ranks(CUTS, on_rank)
     assert found == [found[0]] * RANKS
     return found[0]
 
 
-@pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
-@pytest.mark.parametrize("rule", ["chain", "block"])
-def test_rules_that_compare_laws_list_each(rule: str, probs: bool) -> None:
-    """The target's rows and the drafts' are listed one after the other, and no more is told of what is listed."""
+OF_LAWS = pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
+OF_RULES = pytest.mark.parametrize("rule", ["chain", "block"])
+
+
+@OF_LAWS
+@OF_RULES
+@pytest.mark.parametrize("accepted", [0, 3])
+def test_laws_that_are_listed_need_no_more(accepted: int, rule: str, probs: bool) -> None:
+    """The target's rows are listed, and then the drafts'."""
     for logits in (LM, FLAT):
-        assert of_rules(logits, rule, probs, top_k=50) == Traffic(2, 8 * 50)
-    found = of_rules(LM, rule, probs, top_p=0.95)
-    assert found.rounds <= 4
-    assert found.bytes_of_a_row <= LIST + SUMS
+        assert of_rules(logits, rule, probs, accepted, top_k=50) == (2, 7 * 8 * 50)
+    rounds, sent = of_rules(LM, rule, probs, accepted, top_p=0.95)
+    assert rounds <= 4
+    assert sent <= 7 * (LIST + SUMS)
 
 
-@pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
-@pytest.mark.parametrize("rule", ["chain", "block"])
-def test_laws_that_are_not_listed_are_compared_in_place(rule: str, probs: bool) -> None:
-    """A message for what they weigh, one for what is left of them after each draft, and two for the token."""
-    found = of_rules(FLAT, rule, probs)
-    assert 2 < found.rounds <= 2 + 4
-    assert found.bytes_of_a_row <= LIST + SUMS
+@OF_LAWS
+@OF_RULES
+@pytest.mark.parametrize("accepted", [0, 3])
+def test_laws_that_are_not_listed_are_compared_in_place(accepted: int, rule: str, probs: bool) -> None:
+    """What each weighs in all, and its draft; what is left after each draft but the last; what is left to draw from; the token."""
+    rounds, sent = of_rules(FLAT, rule, probs, accepted)
+    tested, rejected = rule == "block" and accepted == 3, accepted == 0
+    assert rounds == 2 + 1 + tested + rejected + 1
+    assert sent == 7 * (LIST + 40) + 2 * 8 * tested + 8 * rejected + 8
 
 
 @pytest.mark.parametrize("how", [{"top_p": 0.95}, {"typical_p": 0.9}, {"top_k": 20000}, {"top_k": 2000, "top_p": 0.9}])
