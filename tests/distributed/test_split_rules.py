@@ -117,12 +117,14 @@ def test_drafts_of_all_kinds(kind: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["chain", "block"])
+@pytest.mark.parametrize("xtc", [0.0, 0.9])
 @pytest.mark.parametrize("probs", [False, True])
-def test_laws_of_a_single_token(probs: bool, rule: str) -> None:
+def test_laws_of_a_single_token(probs: bool, xtc: float, rule: str) -> None:
     """Where none that is kept has a mass beside a maximum that is not, the first one is all there is."""
     logits = torch.randn(B, K + 1, V, generator=torch.Generator().manual_seed(1)) * 0.01
     logits[..., 7] = 3.0
     typical = {"typical_p": 0.2, "temperature": 0.01, "order": "temperature_last"}
+    typical |= {"xtc_probability": xtc, "xtc_threshold": 1e-4}
     drawn = fs.sample(logits, seed=1, **typical).tokens
     assert bool((drawn != 7).all())
     how: dict[str, Any] = {"logits": logits, "draft_ids": drawn[:, :K], "seed": 3, "rule": rule, **typical, **KEPT}
@@ -184,12 +186,20 @@ def said(call: Any, how: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("fields", [{}, {"top_k": 9}, {"top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("where", ["logits", "draft_logits", "draft_probs"])
-def test_an_invalid_row_raises_on_every_rank(where: str) -> None:
+def test_an_invalid_row_is_every_ranks(where: str, fields: dict[str, Any]) -> None:
     drafts = {"draft_probs": DRAFT.softmax(-1)} if where == "draft_probs" else {"draft_logits": DRAFT}
-    how = GIVEN | drafts | {"rule": "chain"}
+    how = GIVEN | drafts | {"rule": "chain"} | fields
     how[where] = how[where].clone()
     how[where][1, 0, 299] = torch.nan
+    for rule in ("chain", "block"):
+        flagged = how | {"rule": rule, "on_invalid": "flag", "logprobs": "raw", **KEPT}
+        whole = fs.verify(**flagged)
+        assert bool(whole.status[1] == 1) == (where == "logits")
+        for lists in ((256, 1024), (3, 16)):
+            with listing(*lists):
+                assert_equal(split(fd.verify, CUT, flagged), whole)
     whole = said(fs.verify, how)
     assert "request 1" in whole
     assert split(lambda **own: said(fd.verify, own), CUT, how) == [whole] * 4

@@ -165,7 +165,7 @@ def test_laws_that_are_listed_need_no_more(accepted: int, rule: str, probs: bool
 @OF_RULES
 @pytest.mark.parametrize("accepted", [0, 3])
 def test_laws_that_are_not_listed_are_compared_in_place(accepted: int, rule: str, probs: bool) -> None:
-    """What each weighs in all, and its draft; what is left after each draft but the last; what is left to draw from; the token."""
+    """What each weighs in all, and its draft; what is left after each draft, and to draw from; the token."""
     rounds, sent = of_rules(FLAT, rule, probs, accepted)
     tested, rejected = rule == "block" and accepted == 3, accepted == 0
     assert rounds == 2 + 1 + tested + rejected + 1
