@@ -16,7 +16,7 @@ import torch
 from fastsample.backends import DTYPES, INPUTS
 from fastsample.checks import CPU
 from fastsample.distributed.agreement import digest
-from fastsample.distributed.keys import HIGHEST, IDS, NO_KEY, Kept, key, narrow_above, narrow_below, value_of
+from fastsample.distributed.keys import HIGHEST, IDS, NO_KEY, Kept, key, narrow_below, value_of
 from fastsample.distributed.outputs import Found
 from fastsample.distributed.row import SplitRow
 from fastsample.distributed.shard import Shard
@@ -68,8 +68,6 @@ class LawPart:
         every = torch.arange(len(rows.seeds), device=rows.seeds.device)
         self._status, self._shard = found.status, listed(found.row) if of_list else found.row.shard
         self._drawn = drawn_of(found, every)
-        invalid = (found.status != 0)[:, None]
-        self._drawn.kept = narrow_above(self._drawn.kept, torch.where(invalid, HIGHEST, self._drawn.kept.low))
         toss = uniform60(rows.seeds, rows.offsets, torch.zeros_like(every), XTC_COIN)[:, None]
         self._leaves = (toss < (self._drawn.coin * 2.0**60).to(torch.int64)) & (self._drawn.top < HIGHEST)
         self._kept = narrow_below(self._drawn.kept, torch.where(self._leaves, self._drawn.top + 1, HIGHEST))
@@ -98,11 +96,12 @@ class LawPart:
         shares, first = torch.where(leaves, rest, whole), torch.where(leaves, first_of_rest, first)
         at = first.amax(0)
         lone = shares.sum(0) == 0
-        alone = torch.where(at > NO_KEY, self._shard.alone(value_of(at[:, None]))[:, 0], 0)
-        self.shares = torch.where(lone, alone * (first == at), shares)
+        alone = self._shard.alone(value_of(at[:, None]))[:, 0]
+        valid = self._status == 0
+        self.shares = torch.where(lone, alone * (first == at), shares) * valid
         self._lone, only = lone[:, None], Kept(at[:, None] + 1, at[:, None], torch.zeros_like(at[:, None]))
         self._kept = Kept(*(torch.where(self._lone, *bounds) for bounds in zip(only, self._kept, strict=True)))
-        own = torch.where(lone, alone * (ids == IDS - (at & IDS)), own.sum(0))
+        own = torch.where(lone, alone * (ids == IDS - (at & IDS)), own.sum(0)) * valid
         return Law(ids, self._status, torch.stack([own, self.shares.sum(0)], 1))
 
     def masses(self, rows: Tensor) -> Tensor:
