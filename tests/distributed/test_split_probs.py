@@ -87,6 +87,18 @@ def test_invalid_rows(vocab: int, dtype: torch.dtype) -> None:
         check(invalid_probs(vocab, dtype), 6 * number, **fields)
 
 
+def test_a_floor_is_measured_by_the_largest_mass() -> None:
+    """Which is half of that of a largest logit here: tokens past the lists are above the floor."""
+    p = torch.full((2, 100), 0.075)
+    p[:, 50] = 0.5
+    how = {"seed": 1, "input": "probs", "min_p": 0.1, **KEPT}
+    whole = fs.sample(p, **how)
+    assert whole.kept_count is not None
+    assert whole.kept_count.tolist() == [100, 100]
+    with listing(3, 8):
+        assert_equal(everywhere(fd.sample, p, cuts=(0, 40, 100), **how), whole)
+
+
 def test_a_sampler() -> None:
     p = softmax(4, 301, torch.Generator().manual_seed(5))
     how = {"batch_size": 4, "seed": 7, "input": "probs", "top_p": [0.9, 0.5, 1.0, 0.99], "logprobs": "processed"}

@@ -13,6 +13,12 @@ from split import CUTS, LISTS, assert_equal, listing
 
 import fastsample as fs
 import fastsample.distributed as fd
+from fastsample.backends import engine
+from fastsample.call import SampleCall
+from fastsample.distributed.rules import LawPart
+from fastsample.inputs import Rows, pack_offsets, pack_params, pack_seeds
+from fastsample.outputs import Options
+from fastsample.rejection import weigh
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # of requests without ids
 
@@ -175,6 +181,76 @@ def test_without_a_seed_ranks_take_that_of_the_first(fields: dict[str, Any], rul
     how = GIVEN | {"seed": None, "draft_logits": DRAFT, "rule": rule, "logprobs": "processed", **fields}
     found = split(fd.verify, CUT, how)
     assert_equal(found, found[0])
+
+
+# What they are made of -----------------------------------------------------------------------------------------------
+
+LAWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "filters": {"top_k": 40, "top_p": 0.9},
+    "XTC": {"xtc_probability": 0.5, "xtc_threshold": 0.02},
+    "XTC that leaves one without a mass": {"xtc_probability": 0.5, "xtc_threshold": 1e-30},
+    "greedy": {"temperature": 0.0},
+    "one that has no mass": {
+        "typical_p": 0.2,
+        "temperature": 0.01,
+        "order": "temperature_last",
+    },  # typical needs logits
+}
+
+
+def rows_of(count: int, fields: dict[str, Any]) -> Rows:
+    return Rows(pack_params(None, fields, count), pack_seeds(range(count), count), pack_offsets(5, count))
+
+
+@pytest.mark.parametrize("lists", [(256, 1024), (3, 16)])
+@pytest.mark.parametrize(("name", "kind"), [*((n, "logits") for n in LAWS), *((n, "probs") for n in list(LAWS)[:-1])])
+def test_a_law_weighs_what_it_does_of_whole_rows(name: str, kind: Any, lists: tuple[int, int]) -> None:
+    """In all, and each of its tokens."""
+    x = LOGITS.flatten(0, 1).clone()
+    x[:, 7] = x.amax(-1) + 3
+    x[3, 9], x[4] = torch.nan, -torch.inf
+    fields, x = LAWS[name], x if kind == "logits" else (x * 5).exp()
+    rows, ids = rows_of(len(x), fields), torch.arange(len(x)) * 23 - 1
+    masses = torch.empty(x.shape, dtype=torch.int64)
+    whole = weigh(engine("cpu"), x, rows, ids, kind, masses)
+    wanted = torch.where((ids >= 0) & (ids < V), masses.gather(1, ids.clamp(0, V - 1)[:, None])[:, 0], 0)
+
+    def on_rank(wire: Any, begin: int, end: int) -> None:
+        part = fd.Split(begin, V, group=wire)
+        found, own = part.engine.decide(rows, x[:, begin:end], kind)
+        law = LawPart(found, own, False)
+        told = law.heard(wire.gather(law.told(ids)), ids)
+        valid = told.status == 0
+        assert torch.equal(told.status, whole.status)
+        assert torch.equal(told.weights, torch.stack([wanted, masses.sum(-1)], 1))
+        assert torch.equal(law.masses(valid.nonzero()[:, 0]), masses[valid][:, begin:end])
+        assert torch.equal(law.shares[wire.rank], masses[:, begin:end].sum(-1))
+
+    with listing(*lists):
+        on_ranks(CUT, on_rank)
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 9}, {"top_p": 0.9}, {"temperature": 2.0}], ids=str)
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_what_is_said_of_tokens_that_are_given(mode: Any, fields: dict[str, Any]) -> None:
+    """Where none is, it is drawn, also where lists have room."""
+    x = LOGITS.flatten(0, 1)
+    rows = rows_of(len(x), fields)
+    given = fs.sample(x, seed=99, **fields).tokens
+    given[::3] = -1
+
+    def ask(table: Tensor, backend: Any) -> fs.SampleOutput:
+        call = SampleCall(Options(logprobs=mode, top_logprobs=3, on_invalid="flag", backend=backend))
+        return call.of_tokens(call.table(table), rows, given)
+
+    def on_rank(wire: Any, begin: int, end: int) -> fs.SampleOutput:
+        part = fd.Split(begin, V, group=wire)
+        return ask(part.whole(x[:, begin:end]), part.engine)
+
+    for lists in ((256, 1024), (3, 16)):
+        with listing(*lists):
+            assert_equal(on_ranks(CUT, on_rank), ask(x, "cpu"))
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
