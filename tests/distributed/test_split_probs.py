@@ -91,7 +91,7 @@ def test_a_floor_is_measured_by_the_largest_mass() -> None:
     """Which is half of that of a largest logit here: tokens past the lists are above the floor."""
     p = torch.full((2, 100), 0.075)
     p[:, 50] = 0.5
-    how = {"seed": 1, "input": "probs", "min_p": 0.1, **KEPT}
+    how = {"seed": 1, "input": "probs", "min_p": 0.1, "kept": "bitmask"}
     whole = fs.sample(p, **how)
     assert whole.kept_count is not None
     assert whole.kept_count.tolist() == [100, 100]
