@@ -51,7 +51,8 @@ struct RowParams {
 enum Ties : int32_t { kTiesFirst = 0, kTiesAll = 1 };
 enum Order : int32_t { kTopKFirst = 0, kMinPFirst = 1, kJoint = 2, kTemperatureLast = 3 };
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-enum InputKind : int32_t { kLogits = 0, kProbabilities = 1 };
+// kListed: what the ranks that a row is split over have listed of it, for the CPU engine alone.
+enum InputKind : int32_t { kLogits = 0, kProbabilities = 1, kListed = 2 };
 enum Status : int32_t { kValid = 0, kNaN = 1, kPositiveInfinity = 2, kNothingLeft = 3 };
 enum LogprobsMode : int32_t { kNoLogprobs = 0, kRawLogprobs = 1, kProcessedLogprobs = 2 };
 

@@ -14,6 +14,8 @@ namespace {
 // The base set that a filter is judged on: the row, or once something narrows it, a list of tokens.
 template <class T, class W>
 struct Base {
+  typedef W Weigher;
+
   const Task<T, W>& task;
   W judge = task.weigher.judge();
   bool listed = false;
@@ -253,13 +255,13 @@ Kept<float> p_less(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
 
 // The filters that keep every token of at least some mass, which is measured on what is kept so
 // far.
-template <class T, class W>
-Kept<float> measured_floors(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
+template <class Base>
+Kept<float> measured_floors(Base& base, Kept<float> kept, const RowParams& p) {
   if (p.epsilon_cutoff > 0) {
     const uint64_t total = weigh(base, kept, p);
     kept = narrow_to_floor(base, kept, epsilon_floor(p, total, heaviest(base, kept)));
   }
-  if constexpr (W::kOfLogits) {
+  if constexpr (Base::Weigher::kOfLogits) {
     if (p.eta_cutoff > 0) kept = eta(base, kept, p);
   }
   if (p.top_a > 0) {
@@ -287,14 +289,14 @@ Place<float> first_of(const Base<T, W>& base, const Kept<float>& kept) {
 
 // Top-k and top-n-sigma, in either order: both keep the first tokens of the whole row's rank order,
 // whatever else is kept. Few tokens are left of top-k to compare with top-n-sigma's bounds.
-template <class T, class W>
-Kept<float> heads(Base<T, W>& base, const Kept<float>& kept, const RowParams& p) {
+template <class Base>
+Kept<float> heads(Base& base, const Kept<float>& kept, const RowParams& p) {
   return top_n_sigma(base, top_k(base, kept, p), p);
 }
 
 // What the filters up to XTC leave of the row; in the end, `base` holds all of it.
-template <class T, class W>
-Kept<float> apply_filters(Base<T, W>& base, const RowParams& p) {
+template <class Base>
+Kept<float> apply_filters(Base& base, const RowParams& p) {
   Kept<float> kept = alive(base.judge);
   switch (p.order) {
     case kMinPFirst:

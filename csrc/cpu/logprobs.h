@@ -1,6 +1,8 @@
 // Log-probabilities and top-n of the sampled tokens, from integer masses in float64.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/draw.h"
 #include "cpu/probs.h"
 #include "cpu/ranks.h"
@@ -102,7 +104,7 @@ void write_processed_top(const Batch& batch, int64_t r, const Workspace& ws, con
   const int32_t n = batch.out.num_top;
   const Weighing weight(weigher, kept.floor);
   List top;
-  if (kept.floor || kept.high.x < INFINITY) {
+  if (std::is_same<Domain, List>::value || kept.floor || kept.high.x < INFINITY) {
     // The first n of the row need not be kept, and mass is not quite monotone in x, so that the
     // floor may leave gaps in the rank order: count without those.
     List all = gather(d, within_reach(kept, weigher), ws.list_x, ws.list_id);

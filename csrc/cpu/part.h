@@ -1,7 +1,9 @@
-// A rank's part of a row that is split over ranks: sums, counts and places that ranks put together.
-// The whole row's maximum, and what filters have kept of it so far, come with each question.
+// A rank's part of a row that is split over ranks: tokens, sums, counts and places that ranks put
+// together. The whole row's maximum, and what filters have kept of it so far, come with each
+// question.
 #pragma once
 
+#include "cpu/key.h"
 #include "cpu/outputs.h"
 #include "cpu/stats.h"
 
@@ -9,43 +11,21 @@ namespace fastsample {
 namespace {
 
 enum PartQuestion : int32_t {
+  kFirst,      // the first tokens, as words
+  kWhole,      // kSums of all above -inf; the maximum is that of what ranks have listed
   kSums,       // of a set: Z, EH, EL, HH, HL, LL; of all above -inf: n, D1, D2
   kTotals,     // the mass of a set, and without what XTC may exclude; the first key of either, and
                // how many it holds; its bits
   kDraws,      // the tokens at thresholds of the running mass: keys and masses; the entropy's share
   kAbove,      // how many tokens lie above logits
   kHistogram,  // mass and number of the tokens of a set in bins of keys
+  kOwned,      // what draws from all tokens find here, before all masses are known (cpu/owner.h)
+  kResolved,   // and what they are, once these are
 };
+enum FirstWanted : int64_t { kWantsMass = 1 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2 };
 enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
 enum DrawsWanted : int64_t { kWantsEntropy = 1 };
-
-constexpr int64_t kHighestKey = INT64_MAX, kNoKey = INT64_MIN, kLastId = UINT32_MAX;
-
-// Places in the rank order as integers, higher for what ranks before: the logit's bits in its
-// order, then the id from high to low.
-FS_INLINE int64_t key_of_place(Place<float> place, int64_t start) {
-  const float x = place.x + 0.0f;  // of -0 too
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  const int64_t ordinal = bits < 0 ? -(int64_t)(bits & INT32_MAX) : bits;
-  return ordinal * ((int64_t)1 << 32) + (kLastId - (start + place.id));
-}
-
-FS_INLINE Place<float> place_of_key(int64_t key, int64_t start) {
-  const int64_t ordinal = key >> 32, id = kLastId - (key & kLastId) - start;
-  const uint32_t bits = ordinal < 0 ? 0x80000000u | (uint32_t)-ordinal : (uint32_t)ordinal;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return {x, (int32_t)(id < -1 ? -1 : id > INT32_MAX ? INT32_MAX : id)};
-}
-
-FS_INLINE float float_of(int64_t bits) {
-  const uint32_t low = (uint32_t)bits;
-  float x;
-  memcpy(&x, &low, sizeof x);
-  return x;
-}
 
 template <class T>
 struct PartRow {
@@ -61,6 +41,31 @@ struct PartRow {
   const int64_t* details() const { return (const int64_t*)ask.details + r * ask.count; }
   int64_t* answers() const { return (int64_t*)ask.answers + r * ask.words; }
 };
+
+// As many tokens as there are words, in id order. An invalid row has its status's value instead.
+// Where the mass is wanted, it is the last word: as it would be if this were all of the row.
+template <class T>
+void answer_first(PartRow<T> p, Peak peak) {
+  constexpr Place<float> kNone = {-INFINITY, -1};
+  const bool weighs = p.ask.wants & kWantsMass;
+  const int64_t words = p.ask.words - weighs, vocab = p.dense.row.vocab;
+  const Status status = peak.status;
+  int64_t* to = p.answers();
+  int n = 0;
+  if (status == kNaN) to[n++] = word_of_token({NAN, -1});
+  if (status == kPositiveInfinity) to[n++] = word_of_token({INFINITY, -1});
+  if (status == kValid) {
+    const int32_t most = (int32_t)(words < vocab ? words : vocab);
+    const List list = take_head(p.dense, most, kTiesFirst, p.ws).list;
+    for (; n < list.n; ++n) {
+      to[n] = word_of_token({list.x[n], (int32_t)p.ask.start + list.id[n]});
+    }
+  }
+  for (; n < words; ++n) to[n] = word_of_token(kNone);
+  if (!weighs) return;
+  p.weigher.max = peak.max;
+  to[n] = status == kValid ? (int64_t)weigh_groups(p.dense, p.kept, p.weigher, p.ws) : 0;
+}
 
 // Everything that kSums may ask for, in one pass.
 struct Products {
@@ -121,6 +126,24 @@ void answer_totals(const PartRow<T>& p) {
   const Kept<float> rest = without(p.kept, p.top);
   to[1] = (int64_t)weigh_groups(p.dense, rest, p.weigher, p.ws);
   to[3] = first(rest);
+}
+
+// The maximum of words; not finite where the row is invalid.
+FS_INLINE float peak_of_words(const int64_t* words, int64_t n) {
+  float peak = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = token_of_word(words[i]).x;
+    peak = x > peak || x != x ? x : peak;
+    if (x != x) break;
+  }
+  return peak;
+}
+
+template <class T>
+void answer_whole(PartRow<T> p) {
+  p.weigher.max = peak_of_words(p.details(), p.ask.count);
+  if (fabsf(p.weigher.max) <= FLT_MAX) return answer_sums(p);
+  memset(p.answers(), 0, (size_t)p.ask.words * sizeof(int64_t));
 }
 
 // A threshold t of the running mass of what XTC leaves is given as -2 - t; -1 is none.
@@ -185,49 +208,6 @@ void answer_histogram(const PartRow<T>& p) {
       to[2 * bin] += (int64_t)mass[i];
       to[2 * bin + 1] += 1;
     }
-  }
-}
-
-template <class T>
-void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
-  const PartArguments& ask = part.ask;
-  const PartQuery& q = ((const PartQuery*)ask.queries)[r];
-  Batch batch = {};
-  batch.logits = part.logits;
-  const Row<T> row = raw_row<T>(batch, r);
-  scan(row, ws.block_max, 0.0f, Nothing());
-  Kept<float> kept = everything();
-  if (q.high != kHighestKey) kept = narrow_below(kept, place_of_key(q.high, ask.start));
-  kept = narrow_above(kept, place_of_key(q.low, ask.start));
-  kept = narrow_to_mass(kept, (uint64_t)q.floor);
-  TopChoices top = kNoTopChoices;
-  if (q.top != kHighestKey) {
-    top = top_choices({2, place_of_key(q.top, ask.start)}, float_of(q.coin));
-  }
-  const LogitWeigher weigher = {float_of(q.peak), float_of(q.scale), float_of(q.judged_scale)};
-  const PartRow<T> p = {ask, q, r, ws, {row, ws.block_max, false}, weigher, kept, top};
-  switch ((PartQuestion)ask.question) {
-    case kSums:
-      return answer_sums(p);
-    case kTotals:
-      return answer_totals(p);
-    case kDraws:
-      return answer_draws(p);
-    case kAbove:
-      return answer_above(p);
-    case kHistogram:
-      return answer_histogram(p);
-  }
-}
-
-void answer_part(const Part& part, int64_t r, const Workspace& ws) {
-  switch (part.logits.dtype) {
-    case kFloat16:
-      return answer_row_of<Half>(part, r, ws);
-    case kBFloat16:
-      return answer_row_of<BFloat>(part, r, ws);
-    default:
-      return answer_row_of<float>(part, r, ws);
   }
 }
 

@@ -1,9 +1,10 @@
 // The pipeline for one row, from logits to token. Compiled once for each instruction set; exports
 // nothing but its Kernel.
+#include "cpu/answer.h"
 #include "cpu/candidates.h"
 #include "cpu/filters.h"
+#include "cpu/listed.h"
 #include "cpu/outputs.h"
-#include "cpu/part.h"
 #include "cpu/plan.h"
 #include "cpu/process.h"
 
@@ -125,6 +126,7 @@ Status sample_row_of(const Batch& batch, int64_t r, Draws draws, const Workspace
 }
 
 Status sample_row(const Batch& batch, int64_t r, Draws draws, const Workspace& ws) {
+  if (batch.logits.input == kListed) return sample_listed(batch, r, draws, ws);
   switch (batch.logits.dtype) {
     case kFloat16:
       return sample_row_of<Half>(batch, r, draws, ws);

@@ -17,8 +17,9 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of logits, each with its number in csrc/core/rows.h."""
 MODES: dict[LogprobsMode | None, int] = {None: 0, "raw": 1, "processed": 2}
 """What log-probabilities are of, likewise."""
-INPUTS: dict[InputKind, int] = {"logits": 0, "probs": 1}
-"""What the rows hold, likewise."""
+INPUTS: dict[str, int] = {"logits": 0, "probs": 1, "lists": 2}
+"""What the rows hold, likewise. Lists are those of ranks, of rows that are split over these: for the CPU engine alone
+(fastsample/distributed/native.py)."""
 
 
 @dataclass(slots=True)

@@ -28,14 +28,19 @@ def require_agreement(
     rows: Rows,
     out: Outputs,
     same_seeds: bool,
+    native: bool,
     drafts: Sequence[int],
-) -> None:
+) -> bool:
     """Compare, in one message, everything that ranks must have in common.
 
     Args:
         own: [B, V_r], this rank's part of the rows.
         out: what is asked.
+        native: whether the CPU engine is this rank's.
         drafts: an integer for each of `DRAFTS`.
+
+    Returns:
+        Whether the CPU engine is every rank's: these exchange other messages.
 
     Raises:
         ValueError: on every rank alike; the message names the argument and the ranks.
@@ -49,7 +54,7 @@ def require_agreement(
     digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}
     digests |= {"prompt_ids": rows.prompt_ids, "output_ids": rows.output_ids, "dry_breakers": rows.breakers}
     digests |= {"draft_ids": rows.drafted_ids}
-    split = [start, own.shape[1]]
+    split = [start, own.shape[1], native]
     words = [*split, *numbers.values(), *codes.values(), *map(digest, digests.values())]
     told = wire.gather(torch.tensor(words, dtype=torch.int64, device=own.device)).tolist()
     for at, name in enumerate((*numbers, *codes, *digests), len(split)):
@@ -64,6 +69,7 @@ def require_agreement(
         end = begin + width if width else end
     if end != vocab:
         raise ValueError(f"vocab_size = {vocab}: expected {end}, where the tokens of the last rank end")
+    return all(theirs[2] for theirs in told)
 
 
 def digest(values: Any) -> int:

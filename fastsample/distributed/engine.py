@@ -3,77 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import DRAFTS, require_agreement
-from fastsample.distributed.filters import filters, uses, xtc
-from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, everything, value
-from fastsample.distributed.local import is_edited, list_first, process, process_probs, without_edits
-from fastsample.distributed.native import NativeShard
+from fastsample.distributed.filters import filters, xtc
+from fastsample.distributed.keys import HIGHEST, everything
+from fastsample.distributed.lists import Lists, by_row, list_first, mark_invalid, no_words
+from fastsample.distributed.local import is_edited, process, process_probs, without_edits
+from fastsample.distributed.native import (
+    UNDECIDED,
+    UNRESOLVED,
+    NativeShard,
+    first_words,
+    owned,
+    resolved,
+    run_lists,
+    streams_of,
+    whole_sums,
+)
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
+from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
 from fastsample.distributed.raw import write_raw
-from fastsample.distributed.row import SplitRow, bound_beyond, edge_of, status_of
+from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
-from fastsample.distributed.shard import Shard, mass_of
+from fastsample.distributed.shard import Shard
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 from fastsample.outputs import InputKind
-from fastsample.params import GREEDY_BELOW
-from fastsample.reference.process import NAN, POSITIVE_INFINITY, choice, columns_of
 
 Tensor = torch.Tensor
 
-LISTED = 256
-"""How many of its first tokens a rank tells the others, unless top-k alone decides."""
-MOST_LISTED = 1024
+OPEN = -1
+"""In place of a number of invalid rows: there are rows that lists do not decide."""
 
 
-class Plan:
-    """What the parameters of rows ask for, which lasts while these stay the same."""
+@dataclass
+class Part:
+    """What a rank has of rows.
 
-    def __init__(self, records: Tensor, vocab: int) -> None:
-        self.records = records.clone()
-        self.params = params = columns_of(self.records)
-        self.used = uses(params)
-        self.greedy = params["temperature"] < GREEDY_BELOW
-        self.drawn_at = torch.where(self.greedy, 1.0, params["temperature"])
-        self.judged_at = torch.where(choice(params, "order", "temperature_last"), 1.0, self.drawn_at)
-        k = params["top_k"]
-        cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
-        whole = (params["top_n_sigma"] > 0) | choice(params, "ties", "all")
-        whole = whole | (choice(params, "order", "joint") & (params["top_p"] < 1))
-        self.cut = self.greedy | (cut & ~whole)
-        self.cut_short = bool(self.cut.all())
-        # Where min-p comes before all that measures, it may cut everything off that is not listed.
-        last, first_ = (choice(params, "order", order) for order in ("temperature_last", "min_p_first"))
-        floors = (params["min_p"] > 0) & (params["top_n_sigma"] == 0) & ((params["top_p"] == 1) | first_)
-        floors = floors & ~(last & (params["typical_p"] < 1)) & ~((k > MOST_LISTED) & (k < vocab))
-        self.floor_short = bool((self.cut | floors).all())
-        self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
-        self.products = any(name in self.used for name in ("typical", "eta", "p_less"))
+    Attributes:
+        engine: does the rank's own work.
+        x: [B, V_r], after stages 1 to 3: of logits, or of probabilities with -inf for 0.
+        wrong: int32 [B], the statuses that these have found; None where nothing is edited.
+    """
 
-    def holds(self, records: Tensor) -> bool:
-        """Whether these are still the parameters: a Sampler may have written to its records."""
-        return records.shape == self.records.shape and torch.equal(records, self.records)
+    engine: Engine
+    x: Tensor
+    wrong: Tensor | None
+    plan: Plan
+    kind: InputKind
 
-    def count(self, out: Outputs) -> int:
-        """How many tokens a rank lists."""
-        return self.most if self.cut_short and _is_of_kept(out) else max(self.most, LISTED, out.num_top)
-
-    def is_enough(self, x: Tensor, ids: Tensor, ranks: int, kind: InputKind) -> bool:
-        """Whether what ranks list of each row, as `SplitRow` takes it, is all that filters may keep."""
-        if self.cut_short or not self.floor_short:
-            return self.cut_short
-        edge, peak = edge_of(x, ids, ranks), x.amax(-1, keepdim=True)
-        last = torch.where(edge > LOWEST, value(edge >> 32), -torch.inf)
-        unit, mass = (mass_of(kind, at, peak, self.judged_at) for at in (peak, last))
-        floor = (self.params["min_p"].double() * unit.double()).to(torch.int64)
-        return bool((self.cut | (edge <= LOWEST) | (floor > bound_beyond(mass))).all())
+    def words(self, rows: Rows, start: int, count: int, with_mass: bool) -> Tensor:
+        """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted."""
+        if not self.x.shape[1]:
+            words = no_words(len(self.x), count, self.x.device)
+            return pad(words, (0, 1)) if with_mass else words
+        if self.engine.name == "cpu":
+            words = first_words(self.x, start, count, self.plan.queries(len(self.x)), with_mass)
+        else:
+            words = list_first(self.engine, self.x, rows, start, count)
+        return mark_invalid(words, self.wrong)
 
 
 def _refuse_whole_rows(out: Outputs) -> None:
@@ -82,11 +76,6 @@ def _refuse_whole_rows(out: Outputs) -> None:
     for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", law)):
         if wanted is not None:
             raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
-
-
-def _is_of_kept(out: Outputs) -> bool:
-    """Whether all that is asked is about kept tokens."""
-    return out.mode != "raw" and out.log_kept_mass is None
 
 
 class SplitEngine(Engine):
@@ -104,7 +93,7 @@ class SplitEngine(Engine):
 
     def __init__(self, wire: Wire, start: int, vocab: int, backend: str) -> None:
         self.wire, self.start, self.vocab, self._backend = wire, start, vocab, backend
-        self.agreed = False
+        self.agreed = self._all_native = False
         self._plan: Plan | None = None  # of the last call
         self._own = torch.empty(0, 0)  # [B, V_r], of the next call
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
@@ -142,86 +131,115 @@ class SplitEngine(Engine):
             self.agree(rows, out)
         if not len(self._own):
             return 0
-        engine = select(self._backend, self._own)
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
-        plan = self._plan
-        x, wrong = self._processed(engine, self._own, rows, out.input)
-        listed, ids, rows = self._exchange(engine, x, wrong, rows, plan.count(out))
-        if _is_of_kept(out) and plan.is_enough(listed, ids, self.wire.size, out.input):
-            missing = max(0, out.num_top - listed.shape[1])  # as many are wanted
-            listed, ids = pad(listed, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
-            own_rows = Rows(without_edits(rows.records), rows.seeds, rows.offsets)
-            own = compact(out, ids)
-            invalid = engine.run(as_given(listed, out.input), own_rows, own)
-            translate(own, ids, out)
-            return invalid
-        found = self._decide(self._row(engine, x, listed, ids, plan, out.input), plan)
-        invalid = write_listed(engine, found, listed, ids, rows, out)
-        if len(index := found.spread().nonzero()[:, 0]):
-            write_spread(found, index, rows, out, self.start)
+        invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
         if out.mode == "raw":
             write_raw(self.wire, self._own, self.start, out)
         return invalid
 
     def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
         """Compare what ranks must have in common, as the first call does; `drafts` as for `require_agreement`."""
-        require_agreement(self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, drafts)
+        native = select(self._backend, self._own).name == "cpu"
+        given = self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, native, drafts
+        self._all_native = require_agreement(*given)
         self.agreed = True
 
     def decide(self, rows: Rows, own: Tensor | None = None, kind: InputKind = "logits") -> tuple[Found, Rows]:
         """What filters leave of this rank's part of rows [B, V_r], None for the next call's; and the rows with the
         seeds that all ranks use."""
-        own = self._own if own is None else own
-        engine, plan = select(self._backend, own), Plan(rows.records, self.vocab)
-        x, wrong = self._processed(engine, own, rows, kind)
-        count = plan.most if plan.cut_short else max(plan.most, LISTED)
-        listed, ids, rows = self._exchange(engine, x, wrong, rows, count)
-        return self._decide(self._row(engine, x, listed, ids, plan, kind), plan), rows
+        plan = Plan(rows.records, self.vocab)
+        part = self._part(rows, self._own if own is None else own, plan, kind)
+        lists, rows = self._exchange(part, rows, plan.count(None), False)
+        return self._decide(self._row(part, *lists.unpacked(), None), plan), rows
 
-    def _processed(self, engine: Engine, own: Tensor, rows: Rows, kind: InputKind) -> tuple[Tensor, Tensor | None]:
-        """Stages 1 to 3, as a shard takes them."""
+    def _part(self, rows: Rows, own: Tensor, plan: Plan, kind: InputKind) -> Part:
+        """Stages 1 to 3."""
+        engine, x, wrong = select(self._backend, own), own, None
         if kind == "probs":
-            return process_probs(own, rows, self._mask, self.start), None
-        if not own.shape[1] or not (is_edited(rows) or self._mask is not None):
-            return own, None
-        return process(engine, own, rows, self._mask, self.start, self.vocab)
+            x = process_probs(own, rows, self._mask, self.start)
+        elif own.shape[1] and (is_edited(rows) or self._mask is not None):
+            x, wrong = process(engine, own, rows, self._mask, self.start, self.vocab)
+        return Part(engine, x, wrong, plan, kind)
 
-    def _exchange(
-        self, engine: Engine, x: Tensor, wrong: Tensor | None, rows: Rows, count: int
-    ) -> tuple[Tensor, Tensor, Rows]:
-        """What all ranks list of each row, in id order: logits float32 [B, N] and ids int64 [B, N], -1 past their ends.
+    def _sample(self, part: Part, rows: Rows, out: Outputs) -> int | None:
+        """All but raw log-probabilities."""
+        plan = part.plan
+        native = self._all_native and part.engine.name == "cpu" and part.kind == "logits" and out.given is None
+        draws_from_all = native and plan.open and is_of_tokens(out)
+        lists, rows = self._exchange(part, rows, 1 if draws_from_all else plan.count(out), draws_from_all)
+        invalid: int | None = OPEN
+        if draws_from_all:
+            invalid = self._draw_from_all(part, lists, rows, out)
+        elif native and not plan.open:
+            invalid = self._finish_natively(part, lists, rows, out)
+        elif plan.cut_short and is_of_kept(out):
+            invalid = self._finish(part, lists, rows, out)
+        return self._ask(part, lists, rows, out) if invalid == OPEN else invalid
 
-        A row that is invalid has a NaN, or an infinity, in front.
-        """
-        batch = len(x)
-        if x.shape[1]:
-            listed, ids, status = list_first(engine, x, rows, count)
-            status = status if wrong is None else torch.where(wrong > 0, wrong, status)
-            bad = torch.where(status == NAN, torch.nan, torch.inf)
-            listed[:, 0] = torch.where((status == NAN) | (status == POSITIVE_INFINITY), bad, listed[:, 0])
-        else:
-            listed = torch.full((batch, count), -torch.inf, device=x.device)
-            ids = torch.full((batch, count), -1, dtype=torch.int64, device=x.device)
-        words = (listed.view(torch.int32).to(torch.int64) << 32) | torch.where(ids >= 0, ids + self.start, IDS)
+    def _exchange(self, part: Part, rows: Rows, count: int, with_mass: bool) -> tuple[Lists, Rows]:
+        """What all ranks list of each row, and the rows with the seeds that all take."""
+        words = part.words(rows, self.start, count, with_mass)
         if not self._same_seeds:
-            words = torch.cat([words, rows.seeds[:, None]], 1)
+            words = torch.cat([words, rows.seeds[:, None].expand(len(words), 1)], 1)
         found = self.wire.gather(words)
         if not self._same_seeds:
-            rows = replace(rows, seeds=found[0, :, -1].clone())
+            rows = replace(rows, seeds=found[0, :, -1].clone(), native=None, slots=None)
             found = found[:, :, :-1]
-        found = found.transpose(0, 1).reshape(batch, -1).contiguous()
-        ids = found & IDS
-        return (found >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1), rows
+        return Lists.of(found, count), rows
 
-    def _row(self, engine: Engine, x: Tensor, listed: Tensor, ids: Tensor, plan: Plan, kind: InputKind) -> SplitRow:
+    def _finish_natively(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+        """The outputs of rows that lists decide, with sums of the whole rows if it takes these; OPEN where some row
+        remains."""
+        plan = part.plan
+        for with_sums in (False, True)[plan.measures(out) :]:
+            if with_sums:
+                own = whole_sums(part.x, self.start, lists.words, plan.queries(len(part.x)), *plan.wanted)
+                lists.sums = self.wire.total(own)
+            invalid = run_lists(part.engine, lists, self.wire.size, self.vocab, rows, out)
+            if not invalid or not bool((out.status == UNDECIDED).any()):
+                return invalid
+        return OPEN
+
+    def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+        """The same by any engine, where top-k leaves nothing but listed tokens."""
+        x, ids = lists.unpacked()
+        missing = max(0, out.num_top - x.shape[1])  # as many are wanted
+        x, ids = pad(x, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
+        own, own_rows = compact(out, ids), Rows(without_edits(rows.records), rows.seeds, rows.offsets)
+        invalid = part.engine.run(as_given(x, part.kind), own_rows, own)
+        translate(own, ids, out)
+        return invalid
+
+    def _draw_from_all(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+        """Tokens of rows that keep all; OPEN where ranks have guessed wrong."""
+        assert out.tokens is not None
+        queries, streams = part.plan.queries(len(part.x)), streams_of(rows, len(part.x))
+        told = torch.cat([lists.with_mass, streams], 1)
+        told = self.wire.gather(owned(part.x, self.start, told, queries, self.wire.rank, out.num_samples))
+        found = resolved(part.x, torch.cat([by_row(told), streams], 1), queries, out.num_samples)
+        out.status.copy_(found[:, 0].view(out.status.shape))
+        out.tokens.copy_(found[:, 1:].view(out.tokens.shape))
+        least = int(found.amin())
+        return OPEN if least == UNRESOLVED else int((found[:, 0] != 0).sum()) if least < 0 else 0
+
+    def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
+        """The outputs of rows which ranks must ask each other about."""
+        x, ids = lists.unpacked()
+        found = self._decide(self._row(part, x, ids, lists.sums), part.plan)
+        invalid = write_listed(part.engine, found, x, ids, rows, out)
+        if len(index := found.spread().nonzero()[:, 0]):
+            write_spread(found, index, rows, out, self.start)
+        return invalid
+
+    def _row(self, part: Part, listed: Tensor, ids: Tensor, sums: Tensor | None) -> SplitRow:
         """The rows as filters ask about them."""
-        valid = (status_of(listed) == 0)[:, None]
+        plan, valid = part.plan, (status_of(listed) == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
-        native = engine.name == "cpu" and x.shape[1] and kind == "logits"
         temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
-        shard = (NativeShard if native else Shard)(x, self.start, peak, *temperatures, kind)
-        return SplitRow(self.wire, shard, listed, ids, self.vocab, (plan.products, "top_n_sigma" in plan.used))
+        native = part.engine.name == "cpu" and part.x.shape[1] and part.kind == "logits"
+        shard = (NativeShard if native else Shard)(part.x, self.start, peak, *temperatures, part.kind)
+        return SplitRow(self.wire, shard, listed, ids, self.vocab, plan.wanted, sums)
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:
         """Stage 7."""

@@ -6,9 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from fastsample.backends import Engine, KeptSets, Outputs
+from fastsample.backends import Engine, Outputs
 from fastsample.inputs import Bias, Rows
-from fastsample.kept import fill_lists
 from fastsample.outputs import empty
 from fastsample.params import SamplingParams, specs
 from fastsample.reference.process import apply_bitmask, columns
@@ -144,30 +143,3 @@ def process_probs(probs: Tensor, rows: Rows, mask: Tensor | None, start: int) ->
     size = bits & 0x7FFFFFFF  # from the bits, so that no mode of torch's takes a subnormal number for 0
     x = torch.where(size == 0, -torch.inf, p)
     return torch.where((bits < 0) & (size > 0) & ~p.isnan(), torch.inf, x)
-
-
-def list_first(engine: Engine, x: Tensor, rows: Rows, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first tokens of each row's rank order, in id order: logits float32 [B, count], ids int64, status int32 [B].
-
-    Where there are fewer, logits are -inf and ids -1.
-    """
-    batch, width = x.shape
-    device = x.device
-    own = Rows(neutral(min(count, width)).to(device), rows.seeds, rows.offsets)
-    out = Outputs(empty((batch,), torch.int32, device), empty((batch,), torch.int64, device))
-    out.kept_count = empty((batch,), torch.int32, device)
-    ids = torch.full((batch, count), -1, dtype=torch.int32, device=device)
-    if engine.kept_slots:
-        out.kept_slots = ids
-        engine.run(x, own, out)
-    else:
-        out.kept_bitmask = empty((batch, -(-width // 32)), torch.int32, device)
-        engine.run(x, own, out)
-        flat, row_ptr = torch.empty_like(ids).view(-1), empty((batch + 1,), torch.int64, device)
-        fill_lists(engine, out.kept_count, KeptSets(out.kept_bitmask), 0, flat, row_ptr)
-        places = row_ptr[:-1, None] + torch.arange(count, device=device)
-        there = torch.arange(count, device=device) < out.kept_count[:, None]
-        ids = torch.where(there, flat[places.clamp(max=flat.numel() - 1)], -1)
-    ids = ids.to(torch.int64)
-    listed = torch.where(ids >= 0, x.gather(1, ids.clamp(min=0)).float(), -torch.inf)
-    return listed, ids, out.status

@@ -1,24 +1,118 @@
-"""A rank's answers by the CPU engine's own code (csrc/cpu/part.h)."""
+"""What the CPU engine's own code does for ranks: a rank's answers (csrc/cpu/part.h), and the rows that lists decide
+(csrc/cpu/listed.h)."""
 
 from __future__ import annotations
 
+from copy import copy
+from functools import lru_cache
 from struct import Struct
 from typing import Any
 
 import torch
 
-from fastsample.backends import DTYPES
+from fastsample.backends import DTYPES, Engine, Outputs
 from fastsample.backends.cpu import native
 from fastsample.backends.native import LOGITS_FIELDS, PART_FIELDS
-from fastsample.distributed.keys import HIGHEST, Kept
+from fastsample.distributed.keys import HIGHEST, LOWEST, Kept
+from fastsample.distributed.lists import Lists
 from fastsample.distributed.shard import LEVELS, Drawn, Shard
+from fastsample.inputs import Rows
 from fastsample.reference.mass import scale_of
 from fastsample.threads import get_num_threads
 
 Tensor = torch.Tensor
 
-SUMS, TOTALS, DRAWS, ABOVE, HISTOGRAM = range(5)
+FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, HISTOGRAM, OWNED, RESOLVED = range(9)
 _LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
+
+UNDECIDED = -1
+"""In place of a row's status: its lists do not tell what it keeps."""
+UNRESOLVED = -2
+"""In place of a token: no rank has told of the one that is drawn."""
+_WORDS_OF_DRAW = 9  # that a rank tells of a draw from all tokens
+_HEADER, _SUMS = 3, 9  # words of a row of lists: vocab, ranks, whether sums are given; the sums
+
+
+def ask(
+    x: Tensor,
+    start: int,
+    queries: Tensor,
+    question: int,
+    wants: int,
+    words: int,
+    details: Tensor | None = None,
+    bitmask: Tensor | None = None,
+) -> Tensor:
+    """The answers for each row of a part, int64 [B, words]; `queries` has PartQuery of each, int64 [B, fields]."""
+    rows, vocab = x.shape
+    answers = torch.empty(rows, words, dtype=torch.int64)
+    logits = _LOGITS.pack(x.data_ptr(), x.stride()[0] if rows > 1 else 0, rows, vocab, DTYPES[x.dtype], 0)
+    given = (0, 0) if details is None else (details.shape[1], details.data_ptr())
+    into = answers.data_ptr(), words, 0 if bitmask is None else bitmask.data_ptr()
+    asked = _ASK.pack(queries.data_ptr(), start, question, wants, *given, *into)
+    native().answer(logits, asked, get_num_threads())
+    return answers
+
+
+def open_queries(judged_at: Tensor, drawn_at: Tensor) -> Tensor:
+    """Of all tokens above -inf, where the maximum is not yet known; temperatures float32 [B, 1]."""
+    floats = torch.cat([torch.zeros_like(drawn_at), scale_of(drawn_at), scale_of(judged_at)], 1)
+    place = torch.tensor([[HIGHEST, LOWEST, 0, HIGHEST, 0]]).expand(len(floats), -1)
+    return torch.cat([place, floats.view(torch.int32), torch.zeros(len(floats), 2, dtype=torch.int64)], 1)
+
+
+def first_words(x: Tensor, start: int, count: int, queries: Tensor, with_mass: bool) -> Tensor:
+    """`fastsample.distributed.lists.list_first`; one more column with what this part of the row weighs, if it were all
+    of it."""
+    return ask(x, start, queries, FIRST, int(with_mass), count + with_mass)
+
+
+def whole_sums(x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool) -> Tensor:
+    """`Shard.sums` of all above -inf, given what all ranks list of each row, int64 [B, 9]."""
+    if not x.shape[1]:
+        return words.new_zeros(len(x), _SUMS)
+    return ask(x, start, queries, WHOLE, products + 2 * spread, _SUMS, words)
+
+
+def streams_of(rows: Rows, count: int) -> Tensor:
+    """Seed and offset of each of `count` rows, int64 [count, 2]."""
+    return torch.stack([rows.seeds.expand(count), rows.offsets.expand(count)], 1)
+
+
+def owned(x: Tensor, start: int, told: Tensor, queries: Tensor, rank: int, draws: int) -> Tensor:
+    """This rank's mass of each row, and the tokens that draws from all might fall on here, int64 [B, n].
+
+    Args:
+        told: what all ranks have told of each row, a token and a mass, and the row's stream.
+    """
+    words = 1 + draws * _WORDS_OF_DRAW
+    return ask(x, start, queries, OWNED, rank, words, told) if x.shape[1] else told.new_zeros(len(x), words)
+
+
+def resolved(x: Tensor, told: Tensor, queries: Tensor, draws: int) -> Tensor:
+    """The status of each row and its tokens, int64 [B, 1 + draws], by what all have told of these draws; UNRESOLVED
+    where a token is not among that. `told` ends in the row's stream."""
+    return ask(x, 0, queries, RESOLVED, 0, 1 + draws, told)
+
+
+def run_lists(engine: Engine, lists: Lists, ranks: int, vocab: int, rows: Rows, out: Outputs) -> int | None:
+    """Stages 7 and 8 by what all ranks list of each row, as far as that tells; other rows are UNDECIDED."""
+    words, sums = lists.words, lists.sums
+    table = words.new_empty(len(words), _HEADER + _SUMS + words.shape[1])
+    table[:, :_HEADER] = _header(vocab, ranks, sums is not None)
+    if sums is not None:
+        table[:, _HEADER : _HEADER + _SUMS] = sums
+    table[:, _HEADER + _SUMS :] = words
+    own: Any = copy(out)
+    own.input, own.names, own.restore = "lists", None, False
+    if out.mode == "raw":
+        own.mode = own.logprobs = own.ranks = own.top_ids = own.top_logprobs = None
+    return engine.run(table.view(torch.float32), rows, own)
+
+
+@lru_cache(maxsize=64)
+def _header(*words: int) -> Tensor:
+    return torch.tensor(words)
 
 
 class NativeShard(Shard):
@@ -54,19 +148,9 @@ class NativeShard(Shard):
         details: Tensor | None = None,
         bitmask: Tensor | None = None,
     ) -> Tensor:
-        """int64 [B, words]: the answers for each row."""
-        rows, vocab = self.x.shape
-        answers = torch.empty(rows, words, dtype=torch.int64)
         queries = self._queries(kept, drawn)
         details = None if details is None else details.contiguous()
-        stride = self.x.stride()[0] if rows > 1 else 0
-        logits = _LOGITS.pack(self.x.data_ptr(), stride, rows, vocab, DTYPES[self.x.dtype], 0)
-        given = (0, 0) if details is None else (details.shape[1], details.data_ptr())
-        into = answers.data_ptr(), words, 0 if bitmask is None else bitmask.data_ptr()
-        native().answer(
-            logits, _ASK.pack(queries.data_ptr(), self.start, question, wants, *given, *into), get_num_threads()
-        )
-        return answers
+        return ask(self.x, self.start, queries, question, wants, words, details, bitmask)
 
     def _queries(self, kept: Kept | None, drawn: Drawn | None) -> Tensor:
         """PartQuery of each row, int64 [B, fields]."""

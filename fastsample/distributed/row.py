@@ -25,11 +25,22 @@ class SplitRow:
     Args:
         x: float32 [B, N], what the shard has of the listed tokens, -inf where there is none.
         ids: int64 [B, N]; those of each rank are as many as of any other, -1 past its last.
+        wanted: which sums of whole rows filters need: products, spread.
+        sums: these of whole rows, if they are known already.
 
     A row that is invalid lists nothing.
     """
 
-    def __init__(self, wire: Wire, shard: Shard, x: Tensor, ids: Tensor, vocab: int, wanted: tuple[bool, bool]) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        shard: Shard,
+        x: Tensor,
+        ids: Tensor,
+        vocab: int,
+        wanted: tuple[bool, bool],
+        sums: Tensor | None = None,
+    ) -> None:
         self.wire, self.shard, self.vocab = wire, shard, vocab
         self.status = status_of(x)  # int32 [B]
         self.valid = (self.status == 0)[:, None]
@@ -44,8 +55,8 @@ class SplitRow:
         self.unit = shard.mass_of(self.peak, shard.judged_at)
         self.known = (self.keys >= self.edge) & (self.keys >= LOWEST)
         self.beyond = bound_beyond(shard.mass_of(self._value_at(self.edge), shard.judged_at))
-        self.wanted = wanted  # of whole rows' sums: products, spread
-        self._whole: Tensor | None = None
+        self.wanted = wanted
+        self._whole = sums
 
     def _value_at(self, edge: Tensor) -> Tensor:
         at = torch.where(self.known, self.x, torch.inf).amin(-1, keepdim=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from cases import DTYPES, MAKERS, finish
 
-from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, key, ordinal, value
-from fastsample.distributed.native import NativeShard
+from fastsample import SamplingParams
+from fastsample.backends import engine
+from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key, ordinal, value
+from fastsample.distributed.lists import list_first, words_of
+from fastsample.distributed.native import NativeShard, first_words, open_queries, whole_sums
 from fastsample.distributed.shard import LEVELS, Drawn, Shard
+from fastsample.inputs import Rows
 
 Tensor = torch.Tensor
 
@@ -41,7 +46,8 @@ class Asked:
         coin = torch.linspace(0.1, 0.9, ROWS)[:, None]
         nothing = torch.zeros(ROWS, dtype=torch.int64)
         self.drawn = Drawn(self.kept, top, coin, nothing, nothing)
-        self.x = x
+        self.x, self.queries = x, open_queries(judged, drawn)
+        self.rows = Rows(SamplingParams().pack(), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
 
     def both(self, question: str, *given: Any) -> None:
         want, got = (getattr(part, question)(*given) for part in self.parts)
@@ -57,6 +63,30 @@ pytestmark = [
     pytest.mark.parametrize("width", [1, 31, 256, 257, 2500]),
     pytest.mark.parametrize("maker", ["flat", "lm", "ties", "half_masked", "equal"]),
 ]
+
+
+def test_first_words(asked: Asked) -> None:
+    """What a rank lists, and what it weighs beside its own maximum; a row that is invalid says so."""
+    x = asked.x.clone()
+    x[0, -1], x[1, 0], x[2] = torch.nan, torch.inf, -torch.inf
+    drawn_at = asked.parts[0].drawn_at[3:]
+    valid = Shard(x[3:], START, x[3:].float().amax(-1, keepdim=True), drawn_at, drawn_at)
+    for count in (1, 7, 256):
+        got = first_words(x, START, count, asked.queries, True)
+        assert torch.equal(got[:, :count], list_first(engine("reference"), x, asked.rows, START, count))
+        assert torch.equal(got[3:, -1], valid.drawn(everything(ROWS - 3, x.device)).sum(-1))
+        assert not got[:3, -1].any()
+
+
+def test_sums_of_whole_rows(asked: Asked) -> None:
+    """The maximum is found among what is listed; a row that is invalid has no sums."""
+    words = list_first(engine("reference"), asked.x, asked.rows, START, 3)
+    words[0, 1] = words_of(torch.tensor(torch.nan), torch.tensor(-1))
+    part = replace(asked.parts[0], peak=asked.x.float().amax(-1, keepdim=True))
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        got = whole_sums(asked.x, START, words, asked.queries, *wanted)
+        assert torch.equal(got[1:], part.sums(everything(ROWS, asked.x.device), *wanted)[1:])
+        assert not got[0].any()
 
 
 def test_sums(asked: Asked) -> None:

@@ -191,11 +191,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "XTC": {"xtc_probability": 0.5, "xtc_threshold": 0.02},
     "XTC that leaves one without a mass": {"xtc_probability": 0.5, "xtc_threshold": 1e-30},
     "greedy": {"temperature": 0.0},
-    "one that has no mass": {
-        "typical_p": 0.2,
-        "temperature": 0.01,
-        "order": "temperature_last",
-    },  # typical needs logits
+    "one that has no mass": {"typical_p": 0.2, "temperature": 0.01, "order": "temperature_last"},
 }
 
 
@@ -206,7 +202,7 @@ def rows_of(count: int, fields: dict[str, Any]) -> Rows:
 @pytest.mark.parametrize("lists", [(256, 1024), (3, 16)])
 @pytest.mark.parametrize(("name", "kind"), [*((n, "logits") for n in LAWS), *((n, "probs") for n in list(LAWS)[:-1])])
 def test_a_law_weighs_what_it_does_of_whole_rows(name: str, kind: Any, lists: tuple[int, int]) -> None:
-    """In all, and each of its tokens."""
+    """In all, and each of its tokens. (Typical, of the last, needs logits.)"""
     x = LOGITS.flatten(0, 1).clone()
     x[:, 7] = x.amax(-1) + 3
     x[3, 9], x[4] = torch.nan, -torch.inf

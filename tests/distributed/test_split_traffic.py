@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ranks import on_ranks
 
 import fastsample as fs
 import fastsample.distributed as fd
+from fastsample.distributed.native import first_words
 
 ROWS, VOCAB, RANKS = 4, 50257, 4
 CUTS = tuple(VOCAB * rank // RANKS for rank in range(RANKS + 1))
@@ -187,10 +189,26 @@ def test_only_rows_that_need_it_are_refined() -> None:
     assert found.bytes_of_a_row < LIST + SUMS + (all_flat.bytes_of_a_row - LIST) // 3
 
 
-def test_flat_rows_without_a_filter_are_drawn_from_in_place() -> None:
-    found = traffic(FLAT, temperature=1.5)
-    assert found.rounds <= 4
-    assert found.bytes_of_a_row <= LIST + 2 * SUMS
+@pytest.mark.parametrize("logits", [LM, FLAT], ids=["lm", "flat"])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.5}, {"num_samples": 3}, {"logprobs": "raw"}])
+def test_two_rounds_where_all_is_kept(how: dict[str, Any], logits: torch.Tensor) -> None:
+    """A token and a mass; then the exact mass, and for each draw a place and four tokens with their ends. Raw
+    log-probabilities take two more."""
+    raw = "logprobs" in how
+    expected = Traffic(2 + 2 * raw, 2 * 8 + 8 * (1 + 9 * how.get("num_samples", 1)) + raw * 4 * 8)
+    assert traffic(logits, **how) == expected
+
+
+def test_a_wrong_guess_takes_two_rounds_more() -> None:
+    """Where what ranks have told of their masses first is far from these, nobody has told of the token."""
+
+    def told(*given: Any) -> torch.Tensor:
+        words = first_words(*given)
+        words[:, -1] //= 3
+        return words
+
+    with patch("fastsample.distributed.engine.first_words", told):
+        assert traffic(LM, num_samples=5).rounds == 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-// Fuzzes the native call: all outputs of every instruction set against the twin's, bit for bit.
+// Fuzzes the native call: all outputs of every instruction set against the twin's, bit for bit; and
+// of rows that are split over ranks, against the whole rows'.
 // Runs under libFuzzer (clang++ -fsanitize=fuzzer), or within stress.cc with any compiler.
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,6 +8,7 @@
 
 #include "cpu/dispatch.h"
 #include "inputs.h"
+#include "split.h"
 #include "twin.h"
 
 namespace {
@@ -119,6 +121,54 @@ void check(bool good, const std::string& isa, const char* what) {
   abort();
 }
 
+// What rows ask for that nothing edits.
+RowArguments without_edits(RowArguments rows) {
+  rows.mask_words = -1;
+  rows.bias_row_ptr = rows.prompt_length = rows.output_length = 0;
+  rows.breakers_length = rows.drafted_length = rows.requests = 0;
+  return rows;
+}
+
+// What may be asked of rows that are split over ranks.
+OutputArguments of_ranks(OutputArguments out) {
+  out.filtered = out.probabilities = out.weights = out.masses = out.given = 0;
+  if (out.mode == kRawLogprobs) {
+    out.mode = kNoLogprobs;
+    out.logprobs = out.ranks = out.top_ids = out.top_logprobs = 0;
+  }
+  return out;
+}
+
+bool keeps_all(const RowParams& p, int32_t vocab) {
+  return !is_greedy(p) && !filters_of(p, vocab) && !uses_xtc(p);
+}
+
+void check_split(const fuzz::Input& in, const std::string& isa) {
+  if (in.kind != kLogits || !in.wants_tokens) return;
+  const split::Ranks ranks(in);
+  const RowArguments rows = without_edits(in.row_arguments());
+  Written want(in), got(in);
+  const LogitsArguments logits = in.logits_arguments();
+  sample_batch(batch_of(rows, {logits, of_ranks(want.out)}), 1);
+  ranks.sample(rows, of_ranks(got.out));
+  const auto& status = got.status;
+  if (std::find(status.begin(), status.end(), (int32_t)split::kUndecided) == status.end()) {
+    const char* wrong = difference(want, got);
+    check(!wrong, isa + ", split", wrong);
+  }
+  if (in.num_samples > 4) return;
+  const split::Words drawn = ranks.draw_from_all(in.num_samples);
+  for (int64_t r = 0; r < in.rows; ++r) {
+    if (!keeps_all(ranks.params(r), in.vocab)) continue;
+    const int64_t* own = drawn.data() + r * (1 + in.num_samples);
+    check(own[0] == want.status[r], isa + ", split", "status of draws from all");
+    for (int32_t j = 0; j < in.num_samples; ++j) {
+      const bool good = own[1 + j] == want.tokens[r * in.num_samples + j];
+      check(good || own[1 + j] == split::kUnresolved, isa + ", split", "draws from all");
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -139,6 +189,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
           "number of invalid rows");
     const char* wrong = difference(want, got);
     check(!wrong, isa, wrong);
+    check_split(in, isa);
     check(before == in.logits, isa, "the logits were written to");
   }
   return 0;

@@ -42,7 +42,7 @@ CUTS: dict[str, Callable[[int], tuple[int, ...]]] = {
 """By the number of ranks: where the tokens of each begin, and where they end, in a vocabulary of v."""
 
 LISTS = ((256, 1024), (1, 1024), (3, 8), (20, 1024))
-"""How many of its first tokens a rank lists where more than top-k decides, and at most: engine.LISTED, MOST_LISTED."""
+"""How many of its first tokens a rank lists where more than top-k decides, and at most: plan.LISTED, MOST_LISTED."""
 
 UNEVEN = (0, 45, 45, 200, 301)
 """A cut, of which one rank has nothing, for the rows of tests that have no case."""
@@ -123,7 +123,7 @@ def assert_equal(found: list[Any], whole: Any) -> None:
 def listing(listed: int, most: int) -> Iterator[None]:
     """Within this context, ranks list so many tokens."""
     names = {"LISTED": listed, "MOST_LISTED": most}
-    with patch.multiple("fastsample.distributed.engine", **names):
+    with patch.multiple("fastsample.distributed.plan", **names):
         yield
 
 

@@ -1,0 +1,77 @@
+"""What the parameters of rows ask of the ranks that these are split over."""
+
+from __future__ import annotations
+
+import torch
+
+from fastsample.backends import Outputs
+from fastsample.distributed.filters import uses
+from fastsample.distributed.native import open_queries
+from fastsample.params import GREEDY_BELOW
+from fastsample.reference.process import choice, columns_of
+
+Tensor = torch.Tensor
+
+LISTED = 256
+"""How many of its first tokens a rank tells the others, unless top-k alone decides."""
+MOST_LISTED = 1024
+FEW = 8
+"""Draws, for each of which a rank may tell what it might be before it knows."""
+
+
+class Plan:
+    """What the parameters of rows ask for, which lasts while these stay the same."""
+
+    def __init__(self, records: Tensor, vocab: int) -> None:
+        self.records = records.clone()
+        self.params = params = columns_of(self.records)
+        self.used = uses(params)
+        self.greedy = params["temperature"] < GREEDY_BELOW
+        self.drawn_at = torch.where(self.greedy, 1.0, params["temperature"])
+        self.judged_at = torch.where(choice(params, "order", "temperature_last"), 1.0, self.drawn_at)
+        k = params["top_k"]
+        cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
+        whole = (params["top_n_sigma"] > 0) | choice(params, "ties", "all")
+        whole = whole | (choice(params, "order", "joint") & (params["top_p"] < 1))
+        cut = self.greedy | (cut & ~whole)
+        self.cut_short = bool(cut.all())
+        # Where min-p comes before all that measures, it may cut everything off that is not listed.
+        last, first_ = (choice(params, "order", order) for order in ("temperature_last", "min_p_first"))
+        floors = (params["min_p"] > 0) & (params["top_n_sigma"] == 0) & ((params["top_p"] == 1) | first_)
+        floors = floors & ~(last & (params["typical_p"] < 1)) & ~((k > MOST_LISTED) & (k < vocab))
+        self.lists_may_do = bool((cut | floors).all())
+        self.open = not self.used and not bool(self.greedy.any())  # all rows keep everything
+        self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
+        self.wanted = any(name in self.used for name in ("typical", "eta", "p_less")), "top_n_sigma" in self.used
+        self._queries: Tensor | None = None
+
+    def holds(self, records: Tensor) -> bool:
+        """Whether these are still the parameters: a Sampler may have written to its records."""
+        return records.shape == self.records.shape and torch.equal(records, self.records)
+
+    def count(self, out: Outputs | None) -> int:
+        """How many tokens a rank lists; None where all that counts is what is kept."""
+        if self.cut_short and (out is None or is_of_kept(out)):
+            return self.most
+        return max(self.most, LISTED, 0 if out is None else out.num_top)
+
+    def measures(self, out: Outputs) -> bool:
+        """Whether lists alone cannot tell what some row keeps, or how much that is of all."""
+        return not self.lists_may_do or out.log_kept_mass is not None
+
+    def queries(self, rows: int) -> Tensor:
+        """Questions about whole rows, to the CPU engine."""
+        if self._queries is None or len(self._queries) != rows:
+            self._queries = open_queries(self.judged_at.expand(rows, 1), self.drawn_at.expand(rows, 1))
+        return self._queries
+
+
+def is_of_kept(out: Outputs) -> bool:
+    """Whether all that is asked is about kept tokens."""
+    return out.mode != "raw" and out.log_kept_mass is None
+
+
+def is_of_tokens(out: Outputs) -> bool:
+    """Whether all that is asked is which tokens are drawn, and few of them."""
+    others = (out.kept_count, out.kept_bitmask, out.log_kept_mass, out.entropy)
+    return out.mode != "processed" and all(other is None for other in others) and out.num_samples <= FEW

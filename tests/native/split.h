@@ -1,0 +1,137 @@
+// An input's rows, split over ranks: what their lists decide, and what is drawn from all tokens.
+#pragma once
+
+#include <math.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "core/filters.h"
+#include "cpu/dispatch.h"
+#include "inputs.h"
+
+namespace split {
+
+using namespace fastsample;
+
+// As csrc/cpu/part.h numbers them.
+enum Question : int64_t { kFirst = 0, kWhole = 1, kOwned = 7, kResolved = 8 };
+constexpr int64_t kSums = 9, kHeader = 3, kWordsOfDraw = 9, kUndecided = -1, kUnresolved = -2;
+
+typedef std::vector<int64_t> Words;  // [rows, words]
+
+struct Ranks {
+  const fuzz::Input& in;
+  LogitsArguments whole;
+  int64_t ranks, length;  // length: of a list
+  std::vector<PartQuery> queries;
+
+  explicit Ranks(const fuzz::Input& input)
+      : in(input),
+        whole(input.logits_arguments()),
+        ranks(1 + in.vocab % 4),
+        length(in.vocab % 3 ? 1 + in.vocab % 11 : 256) {
+    const int64_t lowest = -(int64_t)0x7F7FFFFF * ((int64_t)1 << 32);
+    for (int64_t r = 0; r < in.rows; ++r) {
+      const RowParams& p = params(r);
+      const float drawn = is_greedy(p) ? 1.0f : p.temperature;
+      const float judged = is_greedy(p) ? 1.0f : judging_temperature(p);
+      queries.push_back({INT64_MAX, lowest, 0, INT64_MAX, 0, 0, bits(mass_scale(drawn)),
+                         bits(mass_scale(judged)), 0, 0});
+    }
+  }
+
+  const RowParams& params(int64_t r) const { return in.params[in.params.size() > 1 ? r : 0]; }
+  int64_t start(int64_t rank) const { return in.vocab * rank * rank / (ranks * ranks); }
+  static int64_t bits(float x) {
+    int32_t word;
+    memcpy(&word, &x, sizeof word);
+    return word;
+  }
+  static int64_t nothing() { return (int64_t)((uint64_t)bits(-INFINITY) << 32 | UINT32_MAX); }
+
+  // What a rank answers for each row, of which it may have nothing.
+  Words ask(int64_t rank, Question question, int64_t wants, int64_t words,
+            const Words& details = {}) const {
+    const int64_t begin = start(rank), width = start(rank + 1) - begin;
+    Words answers((size_t)(in.rows * words), question == kFirst && !width ? nothing() : 0);
+    if (question == kFirst && !width && wants) {
+      for (int64_t r = 0; r < in.rows; ++r) answers[(r + 1) * words - 1] = 0;
+    }
+    if (!width && question != kResolved) return answers;
+    const int64_t size = in.dtype == kFloat32 ? 4 : 2;
+    Part part = {};
+    part.logits = {(const char*)whole.logits + begin * size, whole.logits_stride, in.rows,
+                   (int32_t)width, in.dtype};
+    part.ask = {(int64_t)queries.data(),
+                begin,
+                question,
+                wants,
+                (int64_t)details.size() / in.rows,
+                (int64_t)details.data(),
+                (int64_t)answers.data(),
+                words,
+                0};
+    answer_part(part, 1);
+    return answers;
+  }
+
+  // All ranks' answers by row, each row followed by `last`.
+  Words gather(const std::vector<Words>& told, const Words& last = {}) const {
+    Words found;
+    const int64_t words = (int64_t)told[0].size() / in.rows;
+    const int64_t more = (int64_t)last.size() / in.rows;
+    for (int64_t r = 0; r < in.rows; ++r) {
+      for (const Words& own : told) {
+        found.insert(found.end(), own.begin() + r * words, own.begin() + (r + 1) * words);
+      }
+      found.insert(found.end(), last.begin() + r * more, last.begin() + (r + 1) * more);
+    }
+    return found;
+  }
+
+  template <class F>
+  std::vector<Words> on_each(F f) const {
+    std::vector<Words> told;
+    for (int64_t rank = 0; rank < ranks; ++rank) told.push_back(f(rank));
+    return told;
+  }
+
+  // Samples by the ranks' lists; rows that these do not decide get kUndecided for a status.
+  void sample(const RowArguments& rows, const OutputArguments& out) const {
+    const Words lists = gather(on_each([&](int64_t q) { return ask(q, kFirst, 0, length); }));
+    const bool with_sums = in.vocab % 5;
+    const auto told = on_each([&](int64_t q) { return ask(q, kWhole, 3, kSums, lists); });
+    const int64_t listed = ranks * length;
+    Words table;
+    for (int64_t r = 0; r < in.rows; ++r) {
+      table.insert(table.end(), {in.vocab, ranks, with_sums});
+      for (int64_t i = 0; i < kSums; ++i) {
+        int64_t sum = 0;
+        for (const Words& own : told) sum += own[r * kSums + i];
+        table.push_back(sum);
+      }
+      table.insert(table.end(), lists.begin() + r * listed, lists.begin() + (r + 1) * listed);
+    }
+    const int64_t words = kHeader + kSums + listed;
+    const LogitsArguments logits = {
+        (int64_t)table.data(), 2 * words, in.rows, 2 * words, kFloat32, kListed};
+    sample_batch(batch_of(rows, {logits, out}), 1);
+  }
+
+  // Status and tokens of each row, drawn from all of it.
+  Words draw_from_all(int64_t draws) const {
+    Words streams;
+    for (int64_t r = 0; r < in.rows; ++r) {
+      streams.push_back(in.seeds[in.seeds.size() > 1 ? r : 0]);
+      streams.push_back(in.offsets[in.offsets.size() > 1 ? r : 0]);
+    }
+    const auto first = on_each([&](int64_t q) { return ask(q, kFirst, 1, 2); });
+    const Words told = gather(first, streams);
+    const int64_t words = 1 + draws * kWordsOfDraw;
+    const auto owned = on_each([&](int64_t q) { return ask(q, kOwned, q, words, told); });
+    return ask(0, kResolved, 0, 1 + draws, gather(owned, streams));
+  }
+};
+
+}  // namespace split
