@@ -272,6 +272,10 @@ class SampleCall(Call):
         self.engine.run(table, rows, outputs)
         return result
 
+    def fresh(self, device: torch.device) -> Outputs:
+        """New buffers for all that is asked, as an engine sees them."""
+        return self._outputs(self._fresh(device))
+
     @property
     def reports(self) -> bool:
         """Whether more is wanted than tokens."""

@@ -10,12 +10,13 @@ there are requests at a time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from fastsample.backends import Engine, Outputs
+from fastsample.call import SampleCall
 from fastsample.checks import CPU, check_logits
 from fastsample.inputs import Bias, Rows
 from fastsample.inputs.bias import select_bias
@@ -136,35 +137,51 @@ def take(rows: Rows, index: Tensor) -> Rows:
 class Rejection:
     """One batch of requests under verification: B requests, K drafts at most, N rows of V logits."""
 
-    def __init__(self, engine: Engine, table: Tensor, rows: Rows, drafts: Drafts, proposal: Proposal) -> None:
-        self.engine, self.table, self.rows, self.proposal = engine, table, rows, proposal
-        self.drafts, self.index = drafts, drafts.rows()  # int64 [B, K + 1]
-        self.ids, self.count = drafts.ids, drafts.count()
-        padded = torch.nn.functional.pad(self.ids, (0, 1), value=-1)  # after its last draft, a request draws plainly
-        target = weigh(engine, table, rows, padded[drafts.request, drafts.position])
+    def __init__(
+        self, rule: str, call: SampleCall, table: Tensor, rows: Rows, drafts: Drafts, proposal: Proposal
+    ) -> None:
+        self.rule, self.call, self.engine = rule, call, call.engine
+        self.table, self.rows, self.proposal = table, rows, proposal
+        self.index, ids = drafts.rows(), drafts.ids  # int64 [B, K + 1] and [B, K]
+        self.ids, self.count = ids, drafts.count()
+        self.width = table.shape[1]  # of what `masses` gives
+        self.proposed = self._rows_of_drafts()
+        padded = torch.nn.functional.pad(ids, (0, 1), value=-1)  # after its last draft, a request draws plainly
+        target, law = self.laws(padded[drafts.request, drafts.position], ids[proposal.request, proposal.step])
         self.drawn = target.tokens
         self.status = target.status[self.index]  # int32 [B, K + 1]
         self.mass, self.total = target.weights[self.index].unbind(-1)  # int64 [B, K + 1]
-        self._propose()
-
-    def _propose(self) -> None:
-        proposal, ids = self.proposal, self.ids
-        of = self.index[proposal.request, proposal.step]
-        self.proposed = take(self.rows, of)
-        if proposal.params is not None:
-            own = pack(proposal.params, {}, len(ids)).records.to(of.device)
-            own = own if len(own) == 1 else own[proposal.request]
-            self.proposed.records = _with_filters(self.proposed.records, own)
-        if proposal.kind == "probs":
-            self.proposed = for_probs(self.proposed, "draft_probs")
-        law = weigh(self.engine, proposal.table, self.proposed, ids[proposal.request, proposal.step], proposal.kind)
         real = torch.arange(ids.shape[1], device=ids.device) < self.count[:, None]
         self.draft_status = torch.where(real, law.status[proposal.row], 0)
         mass, total = law.weights[proposal.row].unbind(-1)
         # A draft that is no token, or whose row is no law, was drawn from nothing that could be taken off.
-        self.known = real & (ids >= 0) & (ids < self.table.shape[1]) & (self.draft_status == 0)
+        self.known = real & (ids >= 0) & (ids < table.shape[1]) & (self.draft_status == 0)
         self.factor = self.total[:, :-1].double() / total.clamp(min=1).double()
         self.scaled = mass.double() * self.factor  # D before it is truncated, float64 [B, K]
+
+    def _rows_of_drafts(self) -> Rows:
+        proposal = self.proposal
+        of = self.index[proposal.request, proposal.step]
+        proposed = take(self.rows, of)
+        if proposal.params is not None:
+            own = pack(proposal.params, {}, len(self.ids)).records.to(of.device)
+            own = own if len(own) == 1 else own[proposal.request]
+            proposed.records = _with_filters(proposed.records, own)
+        return for_probs(proposed, "draft_probs") if proposal.kind == "probs" else proposed
+
+    def laws(self, given: Tensor, drafted: Tensor) -> tuple[Law, Law]:
+        """Of the target's rows and of the drafts', with the mass of a token in each."""
+        proposal = self.proposal
+        target = weigh(self.engine, self.table, self.rows, given)
+        return target, weigh(self.engine, proposal.table, self.proposed, drafted, proposal.kind)
+
+    def masses(self, own: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+        """w_p and w_q in rows of the target and of drafts, int64 [n, V], until the next call."""
+        proposal, shape = self.proposal, (len(own), self.width)
+        p, q = (_scratch(name, shape, torch.int64, own.device) for name in ("p", "q"))
+        weigh(self.engine, self.table[own], take(self.rows, own), None, masses=p)
+        weigh(self.engine, proposal.table[theirs], take(self.proposed, theirs), None, proposal.kind, masses=q)
+        return p, q
 
     # Which drafts are accepted --------------------------------------------------------------------------------------
 
@@ -192,23 +209,30 @@ class Rejection:
         # An invalid row ends the block: what follows the drafts before it is that row's.
         at = torch.arange(steps + 1, device=mass.device)
         end = torch.where(self.status != 0, at, steps + 1).amin(1).minimum(self.count)
+        likely = (at[1:] <= end[:, None]) & (coin < r[:, 1:] * NEARLY_ONE)
+        follows = likely & (at[1:] < end[:, None])
+        left = self.sums_left(follows, r)
         accepted = torch.zeros_like(end)
         for i in range(steps, 0, -1):
             own, toss = r[:, i], coin[:, i - 1]
-            possible = (accepted == 0) & (end >= i) & (toss < own * NEARLY_ONE)
+            possible = (accepted == 0) & likely[:, i - 1]
             heads = toss < own
             if i < steps:
-                heads = torch.where(end == i, heads, toss < self._chance(i, own, possible & (end > i)))
+                s, total = left(i, possible & follows[:, i - 1]).double(), self.total[:, i].double()
+                heads = torch.where(end == i, heads, toss < torch.where(s > 0, s / (s + (1 - own) * total), 0))
             accepted = torch.where(possible & heads, i, accepted)
         return accepted, r.gather(1, accepted[:, None])[:, 0]
 
-    def _chance(self, i: int, r: Tensor, wanted: Tensor) -> Tensor:
-        """h_i of those requests, float64 [B]."""
-        left, total = torch.zeros_like(r), self.total[:, i].double()
-        for some in self._in_parts(wanted):
-            at = torch.full_like(some, i)
-            left[some] = self._left(some, at, r[some])[0].sum(1).double()
-        return torch.where(left > 0, left / (left + (1 - r) * total), 0)
+    def sums_left(self, follows: Tensor, r: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """A function of i and of requests, which are among those that follow [B, K]: their S_i, int64 [B]."""
+
+        def sums(i: int, wanted: Tensor) -> Tensor:
+            found = torch.zeros_like(self.count)
+            for some in self._in_parts(wanted):
+                found[some] = self.left(some, torch.full_like(some, i), r[some, i])[0].sum(1)
+            return found
+
+        return sums
 
     # The token after the accepted drafts ----------------------------------------------------------------------------
 
@@ -222,7 +246,7 @@ class Rejection:
         for some in self._in_parts(rejected):
             own = row[some]
             at = accepted[some].clamp(max=self.ids.shape[1] - 1)
-            left, whole = self._left(some, at, r[some])
+            left, whole = self.left(some, at, r[some])
             running = torch.cumsum(left, 1, out=_scratch("running", tuple(left.shape), torch.int64, left.device))
             u = uniform60(self.rows.seeds[own], self.rows.offsets[own], accepted[some], RESIDUAL)[:, None]
             drawn = torch.where(running[:, -1:] > 0, draw_at(running, u), -1)
@@ -231,25 +255,21 @@ class Rejection:
             tokens[some] = torch.where(rejected[some], drawn[:, 0], tokens[some])
         return tokens
 
-    def _left(self, some: Tensor, at: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    def left(self, some: Tensor, at: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """max(0, trunc(r w_p) - D) and w_p in row `at` of some requests, int64 [n, V], until the next call."""
-        own, theirs = self.index[some, at], self.proposal.row[some, at]
-        shape = len(some), self.table.shape[1]
-        p, q, left = (_scratch(name, shape, torch.int64, some.device) for name in ("p", "q", "left"))
-        exact = _scratch("exact", shape, torch.float64, some.device)
-        weigh(self.engine, self.table[own], take(self.rows, own), None, masses=p)
-        kind = self.proposal.kind
-        weigh(self.engine, self.proposal.table[theirs], take(self.proposed, theirs), None, kind, masses=q)
+        p, q = self.masses(self.index[some, at], self.proposal.row[some, at])
+        left = _scratch("left", (len(some), self.width), torch.int64, some.device)
+        exact = _scratch("exact", (len(some), self.width), torch.float64, some.device)
         factor = torch.where(self.known[some, at], self.factor[some, at], 0)
         q.copy_(exact.copy_(q).mul_(factor[:, None]))  # D: truncated as it is copied
         left.copy_(exact.copy_(p).mul_(r[:, None]))
         return left.sub_(q).clamp_(min=0), p
 
-    def _in_parts(self, wanted: Tensor) -> Iterator[Tensor]:
+    def _in_parts(self, wanted: Tensor) -> Iterable[Tensor]:
         """The requests that are wanted, some at a time; on a GPU all of them, since to know which is to wait."""
         every = torch.arange(len(wanted), device=wanted.device)
         found = every[wanted] if wanted.device == CPU else every
-        size = max(1, AT_ONCE[wanted.device == CPU] // self.table.shape[1])
+        size = max(1, AT_ONCE[wanted.device == CPU] // self.width)
         return (found[i : i + size] for i in range(0, len(found), size))
 
 
@@ -268,9 +288,9 @@ class Found(NamedTuple):
     draft_status: Tensor  # int32 [B, K], of the drafts' rows
 
 
-def verify(rule: str, engine: Engine, table: Tensor, rows: Rows, drafts: Drafts, proposal: Proposal) -> Found:
+def verify(rule: str, call: SampleCall, table: Tensor, rows: Rows, drafts: Drafts, proposal: Proposal) -> Found:
     """Which drafts of each request are accepted, and the token after them."""
-    run = Rejection(engine, table, rows, drafts, proposal)
+    run = (call.engine.rejection or Rejection)(rule, call, table, rows, drafts, proposal)
     accepted, r = run.chain() if rule == "chain" else run.block()
     last = run.last(accepted, r)
     at = torch.arange(run.index.shape[1], device=last.device)

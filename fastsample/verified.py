@@ -189,7 +189,7 @@ class Rule:
         if self.proposal is None:
             sampled = call.run(table, rows, None)
             return _walk(sampled, drafts) if isinstance(drafts, Tree) else accept(sampled, drafts), None
-        found = rejection.verify(self.name, call.engine, table, rows, drafts, self.proposal)
+        found = rejection.verify(self.name, call, table, rows, drafts, self.proposal)
         if self.raises:
             rejection.raise_if_unknown(found, self.proposal)
         fields = {"tokens": found.tokens, "status": found.status}

@@ -103,6 +103,9 @@ class Engine(Protocol):
         """
         raise RuntimeError(f"engine {self.name!r} samples rows, and does not look at drafts")
 
+    rejection: Any = None
+    """What compares laws of rows that only it can read, in place of `fastsample.rejection.Rejection`."""
+
     kept_slots: int = 0
     """How many kept ids of a row `run` can list in passing; 0 for an engine that only writes bitmasks."""
 

@@ -68,22 +68,43 @@ class Split:
         if mask is not None:
             mask = check_bitmask(mask, table)
         self.engine.prepare(table, mask, seed is not None)
-        name = logits.dtype, logits.device
+        return self._in_place_of(logits)
+
+    def whole_drafts(self, logits: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `fastsample.verify`, in which whole rows stand for what drafts were drawn from.
+
+        Args:
+            logits: this rank's part of the target's rows, as `whole` takes them.
+            options: where there are `draft_logits` or `draft_probs`, they are of the same columns.
+        """
+        found = dict(options)
+        for name in ("draft_logits", "draft_probs"):
+            if isinstance(own := options.get(name), Tensor):
+                table = self._table(own, name)
+                if own.shape[-1] != logits.shape[-1]:
+                    has = f"{logits.shape[-1]} columns, as this rank's logits have"
+                    raise ValueError(f"{name}: expected {has}, got shape {list(own.shape)}")
+                self.engine.prepare_drafts(table)
+                found[name] = self._in_place_of(own)
+        return found
+
+    def _in_place_of(self, own: Tensor) -> Tensor:
+        name = own.dtype, own.device
         if name not in self._memory:
             with torch.inference_mode(False):
-                self._memory[name] = torch.empty(self.engine.vocab, dtype=logits.dtype, device=logits.device)
-        return self._memory[name].expand(*logits.shape[:-1], -1)
+                self._memory[name] = torch.empty(self.engine.vocab, dtype=own.dtype, device=own.device)
+        return self._memory[name].expand(*own.shape[:-1], -1)
 
     def fresh_seed(self) -> int:
         """A seed from torch's default CPU generator on the first rank, for all."""
         own = torch.empty(1, dtype=torch.int64).random_()
         return int(self._wire.gather(own)[0])
 
-    def _table(self, logits: Tensor) -> Tensor:
+    def _table(self, logits: Tensor, name: str = "logits") -> Tensor:
         if isinstance(logits, torch.Tensor) and logits.ndim and not logits.shape[-1]:
-            require_tensor("logits", logits, logits.device)
+            require_tensor(name, logits, logits.device)
             return logits.detach().reshape(logits.shape[:-1].numel(), 0)
-        return check_logits(logits).detach()
+        return check_logits(logits, name=name).detach()
 
 
 _splits: WeakKeyDictionary[Any, dict[Any, Split]] = WeakKeyDictionary()
@@ -133,7 +154,6 @@ def sample(
         TypeError, ValueError: as for `fastsample.sample`; or in the first call, on every rank, that ranks differ.
         RuntimeError: a rank did not answer within the group's timeout.
     """
-    _refuse_others(options)
     split = _split(vocab_start, vocab_size, group, backend)
     rows = split.whole(logits, bitmask_shard, seed)
     return fs.sample(rows, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
@@ -152,10 +172,26 @@ def verify(
     seed: Any = None,
     **options: Any,
 ) -> VerifyOutput:
-    """`fastsample.verify`, by the rule "exact", for rows that are split over ranks; as `sample`."""
-    _refuse_others(options)
+    """`fastsample.verify` for rows that are split over ranks, by any rule; every rank must make the same call.
+
+    Args:
+        logits: this rank's, [B, K + 1, V_r] or [N, V_r]; as for `fastsample.verify`.
+        draft_ids: as for `fastsample.verify`; global ids, the same on every rank.
+        params, vocab_start, vocab_size, group, backend, seed: as for `sample`.
+        **options: all other arguments of `fastsample.verify`, and fields of SamplingParams. `draft_logits` or
+            `draft_probs`, for the rules "chain" and "block", are this rank's part of what the drafts were drawn from,
+            [B, K, V_r] or [sum(num_drafts), V_r]: the same columns as those of the logits. Probabilities are relative
+            to their sum over all ranks.
+
+    Returns:
+        VerifyOutput, the same on every rank.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `sample` and `fastsample.verify`.
+    """
     split = _split(vocab_start, vocab_size, group, backend)
     rows = split.whole(logits, None, seed)
+    options = split.whole_drafts(logits, options)
     return fs.verify(rows, draft_ids, params, seed=seed, backend=split.engine, **options)  # type: ignore[arg-type]
 
 
@@ -180,16 +216,6 @@ def verify_tree(
     return fs.verify_tree(rows, draft_ids, parents, params, seed=seed, backend=engine, **options)
 
 
-_OTHERS = {"rule": ("exact", ("chain", "block")), "input": ("logits", ("probs",))}
-
-
-def _refuse_others(options: dict[str, Any]) -> None:
-    """What is served of whole rows only."""
-    for name, (served, others) in _OTHERS.items():
-        if (value := options.get(name, served)) in others:
-            raise ValueError(f"{name} = {value!r}: expected {served!r} for rows that are split over ranks")
-
-
 class ShardedSampler(fs.Sampler):
     """`fastsample.Sampler` for rows that are split over ranks.
 
@@ -197,7 +223,7 @@ class ShardedSampler(fs.Sampler):
         params, batch_size: as for `fastsample.Sampler`.
         vocab_start, vocab_size, group, backend: as for `Split`.
         seed: as for `fastsample.Sampler`; None takes a fresh seed of the first rank.
-        **options: all other arguments of `fastsample.Sampler`, except `input`.
+        **options: all other arguments of `fastsample.Sampler`.
 
     It cannot be copied or pickled.
     """
@@ -214,7 +240,6 @@ class ShardedSampler(fs.Sampler):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        _refuse_others(options)
         self.split = Split(vocab_start, vocab_size, group=group, backend=backend)
         engine: Any = self.split.engine
         seed = self.split.fresh_seed() if seed is None else seed
@@ -230,6 +255,6 @@ class ShardedSampler(fs.Sampler):
 
     @untraced
     def verify(self, logits: Tensor, draft_ids: Any, **inputs: Any) -> VerifyOutput:
-        """Verify drafts by the rule "exact", as `fastsample.Sampler.verify`; logits are this rank's [B, K + 1, V_r]."""
-        _refuse_others(inputs)
-        return super().verify(self.split.whole(logits), draft_ids, **inputs)
+        """Verify drafts, as `fastsample.Sampler.verify`, with this rank's logits [B, K + 1, V_r]; as `verify`."""
+        rows = self.split.whole(logits)
+        return super().verify(rows, draft_ids, **self.split.whole_drafts(logits, inputs))

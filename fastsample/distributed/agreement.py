@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
 import torch
 
-from fastsample.backends import DTYPES, MODES, Outputs
+from fastsample.backends import DTYPES, INPUTS, MODES, Outputs
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 
 Tensor = torch.Tensor
 
+DRAFTS = ("rule", "draft_ids", "draft_logits or draft_probs", "draft_params")
+"""What else the rules "chain" and "block" compare, an integer of each; 0 of other calls."""
 _REPORTS = {"kept": ("kept_count", "kept_bitmask"), "kept_mass": ("log_kept_mass",), "entropy": ("entropy",)}
 """Arguments, and the buffers that they ask for."""
 
 
 def require_agreement(
-    wire: Wire, start: int, vocab: int, own: Tensor, rows: Rows, out: Outputs, same_seeds: bool, native: bool
+    wire: Wire,
+    start: int,
+    vocab: int,
+    own: Tensor,
+    rows: Rows,
+    out: Outputs,
+    same_seeds: bool,
+    native: bool,
+    drafts: Sequence[int],
 ) -> bool:
     """Compare, in one message, everything that ranks must have in common.
 
+    Args:
+        own: [B, V_r], this rank's part of the rows.
+        out: what is asked.
+        native: whether the CPU engine is this rank's.
+        drafts: an integer for each of `DRAFTS`.
+
     Returns:
-        Whether the CPU engine is every rank's: these exchange other messages, if `native` says that it is this one's.
+        Whether the CPU engine is every rank's: these exchange other messages.
 
     Raises:
         ValueError: on every rank alike; the message names the argument and the ranks.
     """
     numbers = {"vocab_size": vocab, "rows of logits": len(own)}
     numbers |= {"num_samples": out.num_samples, "top_logprobs": out.num_top}
-    codes = {"logits.dtype": DTYPES[own.dtype], "logprobs": MODES[out.mode]}
+    codes = {"logits.dtype": DTYPES[own.dtype], "input": INPUTS[out.input], "logprobs": MODES[out.mode]}
     codes |= {name: sum(getattr(out, buffer) is not None for buffer in _REPORTS[name]) for name in _REPORTS}
+    codes |= dict(zip(DRAFTS, drafts, strict=True))
     digests: dict[str, Any] = {"the sampling parameters": rows.records, "offset": rows.offsets}
     digests |= {"seed": rows.seeds if same_seeds else None, "bias": rows.bias and rows.bias.tensors}
     digests |= {"prompt_ids": rows.prompt_ids, "output_ids": rows.output_ids, "dry_breakers": rows.breakers}

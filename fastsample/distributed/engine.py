@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Engine, Outputs, select
-from fastsample.distributed.agreement import require_agreement
+from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.filters import filters, xtc
 from fastsample.distributed.keys import HIGHEST, everything
 from fastsample.distributed.lists import Lists, by_row, list_first, mark_invalid, no_words
-from fastsample.distributed.local import is_edited, process, without_edits
+from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.native import (
     UNDECIDED,
     UNRESOLVED,
@@ -24,14 +25,16 @@ from fastsample.distributed.native import (
     streams_of,
     whole_sums,
 )
-from fastsample.distributed.outputs import Found, compact, translate, write_listed
+from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
 from fastsample.distributed.raw import write_raw
 from fastsample.distributed.row import SplitRow, status_of
+from fastsample.distributed.rules import SplitRejection
 from fastsample.distributed.shard import Shard
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
+from fastsample.outputs import InputKind
 
 Tensor = torch.Tensor
 
@@ -45,7 +48,7 @@ class Part:
 
     Attributes:
         engine: does the rank's own work.
-        x: [B, V_r], after stages 1 to 3.
+        x: [B, V_r], after stages 1 to 3: of logits, or of probabilities with -inf for 0.
         wrong: int32 [B], the statuses that these have found; None where nothing is edited.
     """
 
@@ -53,6 +56,7 @@ class Part:
     x: Tensor
     wrong: Tensor | None
     plan: Plan
+    kind: InputKind
 
     def words(self, rows: Rows, start: int, count: int, with_mass: bool) -> Tensor:
         """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted."""
@@ -67,12 +71,11 @@ class Part:
 
 
 def _refuse_whole_rows(out: Outputs) -> None:
-    """What has a number for each token of a row is not made of its parts."""
-    for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", out.weights)):
+    """What has a number for each token of a row is not made of its parts. (What laws weigh is told by rules.py.)"""
+    law = None if out.given is not None else out.weights
+    for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", law)):
         if wanted is not None:
             raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
-    if out.input != "logits":
-        raise ValueError(f"input = {out.input!r}: expected 'logits' for rows that are split over ranks")
 
 
 class SplitEngine(Engine):
@@ -86,13 +89,15 @@ class SplitEngine(Engine):
     """
 
     name = "split"
+    rejection = SplitRejection
 
     def __init__(self, wire: Wire, start: int, vocab: int, backend: str) -> None:
         self.wire, self.start, self.vocab, self._backend = wire, start, vocab, backend
-        self._agreed = self._all_native = False
+        self.agreed = self._all_native = False
         self._plan: Plan | None = None  # of the last call
         self._own = torch.empty(0, 0)  # [B, V_r], of the next call
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
+        self.drafts = torch.empty(0, 0)  # [M, V_r], likewise: what its drafts were drawn from
         self._same_seeds = True
 
     def __repr__(self) -> str:
@@ -106,8 +111,15 @@ class SplitEngine(Engine):
             mask: int32 [B or 1, words], of these tokens.
             same_seeds: whether all ranks have the same seeds, or are to take those of the first rank.
         """
-        self._own = own[:, : max(0, self.vocab - self.start)]
+        self._own = self._without_padding(own)
         self._mask, self._same_seeds = mask, same_seeds
+
+    def prepare_drafts(self, own: Tensor) -> None:
+        """What this rank has [M, V_r] of what the next call's drafts were drawn from."""
+        self.drafts = self._without_padding(own)
+
+    def _without_padding(self, own: Tensor) -> Tensor:
+        return own[:, : max(0, self.vocab - self.start)]
 
     def why_not(self, logits: Tensor | None) -> str | None:
         return None
@@ -115,26 +127,45 @@ class SplitEngine(Engine):
     @torch.inference_mode()  # in which buffers of any kind may be written to
     def run(self, logits: Tensor, rows: Rows, out: Outputs) -> int | None:
         _refuse_whole_rows(out)
-        engine = select(self._backend, self._own)
-        if not self._agreed:
-            native = engine.name == "cpu"
-            given = self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, native
-            self._all_native = require_agreement(*given)
-            self._agreed = True
+        if not self.agreed:
+            self.agree(rows, out)
         if not len(self._own):
             return 0
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
-        part = Part(engine, *self._processed(engine, rows), self._plan)
-        invalid = self._sample(part, rows, out)
+        invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
         if out.mode == "raw":
             write_raw(self.wire, self._own, self.start, out)
         return invalid
 
+    def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
+        """Compare what ranks must have in common, as the first call does; `drafts` as for `require_agreement`."""
+        native = select(self._backend, self._own).name == "cpu"
+        given = self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, native, drafts
+        self._all_native = require_agreement(*given)
+        self.agreed = True
+
+    def decide(self, rows: Rows, own: Tensor | None = None, kind: InputKind = "logits") -> tuple[Found, Rows]:
+        """What filters leave of this rank's part of rows [B, V_r], None for the next call's; and the rows with the
+        seeds that all ranks use."""
+        plan = Plan(rows.records, self.vocab)
+        part = self._part(rows, self._own if own is None else own, plan, kind)
+        lists, rows = self._exchange(part, rows, plan.count(None), False)
+        return self._decide(self._row(part, *lists.unpacked(), None), plan), rows
+
+    def _part(self, rows: Rows, own: Tensor, plan: Plan, kind: InputKind) -> Part:
+        """Stages 1 to 3."""
+        engine, x, wrong = select(self._backend, own), own, None
+        if kind == "probs":
+            x = process_probs(own, rows, self._mask, self.start)
+        elif own.shape[1] and (is_edited(rows) or self._mask is not None):
+            x, wrong = process(engine, own, rows, self._mask, self.start, self.vocab)
+        return Part(engine, x, wrong, plan, kind)
+
     def _sample(self, part: Part, rows: Rows, out: Outputs) -> int | None:
         """All but raw log-probabilities."""
         plan = part.plan
-        native = self._all_native and part.engine.name == "cpu"
+        native = self._all_native and part.engine.name == "cpu" and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
         lists, rows = self._exchange(part, rows, 1 if draws_from_all else plan.count(out), draws_from_all)
         invalid: int | None = OPEN
@@ -143,14 +174,8 @@ class SplitEngine(Engine):
         elif native and not plan.open:
             invalid = self._finish_natively(part, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
-            invalid = self._finish(part.engine, lists, rows, out)
+            invalid = self._finish(part, lists, rows, out)
         return self._ask(part, lists, rows, out) if invalid == OPEN else invalid
-
-    def _processed(self, engine: Engine, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Stages 1 to 3."""
-        if not self._own.shape[1] or not (is_edited(rows) or self._mask is not None):
-            return self._own, None
-        return process(engine, self._own, rows, self._mask, self.start, self.vocab)
 
     def _exchange(self, part: Part, rows: Rows, count: int, with_mass: bool) -> tuple[Lists, Rows]:
         """What all ranks list of each row, and the rows with the seeds that all take."""
@@ -176,13 +201,13 @@ class SplitEngine(Engine):
                 return invalid
         return OPEN
 
-    def _finish(self, engine: Engine, lists: Lists, rows: Rows, out: Outputs) -> int | None:
+    def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
         """The same by any engine, where top-k leaves nothing but listed tokens."""
         x, ids = lists.unpacked()
         missing = max(0, out.num_top - x.shape[1])  # as many are wanted
         x, ids = pad(x, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
-        own = compact(out, x.shape[1])
-        invalid = engine.run(x, Rows(without_edits(rows.records), rows.seeds, rows.offsets), own)
+        own, own_rows = compact(out, ids), Rows(without_edits(rows.records), rows.seeds, rows.offsets)
+        invalid = part.engine.run(as_given(x, part.kind), own_rows, own)
         translate(own, ids, out)
         return invalid
 
@@ -212,9 +237,8 @@ class SplitEngine(Engine):
         plan, valid = part.plan, (status_of(listed) == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
         temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
-        shard = (NativeShard if part.engine.name == "cpu" and part.x.shape[1] else Shard)(
-            part.x, self.start, peak, *temperatures
-        )
+        native = part.engine.name == "cpu" and part.x.shape[1] and part.kind == "logits"
+        shard = (NativeShard if native else Shard)(part.x, self.start, peak, *temperatures, part.kind)
         return SplitRow(self.wire, shard, listed, ids, self.vocab, plan.wanted, sums)
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:

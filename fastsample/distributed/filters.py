@@ -24,7 +24,7 @@ from fastsample.distributed.keys import (
     value,
 )
 from fastsample.reference.filters import top_p_target
-from fastsample.reference.mass import UNIT, mass_at, mean_of, squares_of
+from fastsample.reference.mass import mass_at, mean_of, squares_of
 from fastsample.reference.process import Params, choice
 
 Tensor = torch.Tensor
@@ -54,6 +54,7 @@ class Row(Protocol):
 
     peak: Tensor  # float32 [B, 1], the row's maximum
     scale: Tensor  # float32 [B, 1], c at the temperature that filters judge at
+    unit: Tensor  # int64 [B, 1], the maximum's mass
     vocab: int
 
     def sums(self, kept: Kept, on: Tensor) -> Sums: ...
@@ -139,7 +140,7 @@ def eta(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
 
 
 def top_a(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
-    a, unit = params["top_a"].double(), 2.0**UNIT
+    a, unit = params["top_a"].double(), row.unit.double()
     return threshold(kept, row, (a * unit) * (unit / row.sums(kept, on).mass.double()), on)
 
 

@@ -15,9 +15,8 @@ HIGHEST = 2**63 - 1
 
 def ordinal(x: Tensor) -> Tensor:
     """Integers in the order of float32 x, int64; equal for -0.0 and +0.0."""
-    bits = x.view(torch.int32).to(torch.int64)
-    found: Tensor = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    return found
+    bits = x.view(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(torch.int64)
 
 
 def value(ordinals: Tensor) -> Tensor:
@@ -31,6 +30,11 @@ def key(x: Tensor, ids: Tensor) -> Tensor:
     """int64, of float32 logits and ids below 2^32."""
     found: Tensor = (ordinal(x) << ID_BITS) + (IDS - ids)
     return found
+
+
+def value_of(keys: Tensor) -> Tensor:
+    """The logit of a token, float32, by its key; -inf of a key that is none's."""
+    return torch.where(keys >= LOWEST, value(keys >> ID_BITS), -torch.inf)
 
 
 def from_value(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from fastsample.backends import Engine, Outputs
 from fastsample.inputs import Bias, Rows
 from fastsample.outputs import empty
 from fastsample.params import SamplingParams, specs
-from fastsample.reference.process import columns
+from fastsample.reference.process import apply_bitmask, columns
 
 Tensor = torch.Tensor
 
@@ -129,3 +129,17 @@ def process(
     status = empty((len(logits),), torch.int32, logits.device)
     engine.run(logits, own, Outputs(status, filtered=x))
     return x[:, :width], status
+
+
+def process_probs(probs: Tensor, rows: Rows, mask: Tensor | None, start: int) -> Tensor:
+    """Stage 1 of a rank's probabilities [B, V_r], with masks as for `process`, float32 [B, V_r].
+
+    They rank and fail as logits do: what is 0 becomes -inf, what is negative +inf.
+    """
+    p, allowed = probs.float(), rows.bitmask
+    mask = both_masks(mask, None if allowed is None else slice_mask(allowed, start, p.shape[1]))
+    p = p if mask is None else apply_bitmask(p, mask, 0.0)
+    bits = p.view(torch.int32)
+    size = bits & 0x7FFFFFFF  # from the bits, so that no mode of torch's takes a subnormal number for 0
+    x = torch.where(size == 0, -torch.inf, p)
+    return torch.where((bits < 0) & (size > 0) & ~p.isnan(), torch.inf, x)

@@ -13,10 +13,9 @@ from fastsample.distributed.keys import HIGHEST, Kept, everything
 from fastsample.distributed.local import neutral
 from fastsample.distributed.row import SplitRow
 from fastsample.inputs import Rows
-from fastsample.outputs import empty
+from fastsample.outputs import InputKind, empty
 from fastsample.params import write_columns
 from fastsample.reference import Distribution, drawn_masses, first, log_share
-from fastsample.reference.mass import UNIT, mass_at, scale_of
 
 Tensor = torch.Tensor
 
@@ -62,10 +61,10 @@ def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
     kept = row.held(found.kept) & valid
     excluded = kept & (row.keys > found.top)
     kept = kept & ~(excluded & (found.coin == 1))
-    w = mass_at((listed - row.peak) * scale_of(row.shard.drawn_at)) * (listed > -torch.inf)
+    w = row.shard.mass_of(listed, row.shard.drawn_at) * (listed > -torch.inf)
     weighs = (kept & (w.gather(1, row.order) > 0)).any(-1, keepdim=True)
     kept, excluded = torch.where(weighs, kept, first(kept)), excluded & weighs
-    alone = torch.full_like(w, 2**UNIT)
+    alone = row.shard.alone(listed)
     whole, rest = (drawn_masses(w, alone, set_, row.order) for set_ in (kept, kept & ~excluded))
     by_id = torch.zeros_like(kept).scatter(1, row.order, kept)
     if not with_rest:
@@ -76,11 +75,20 @@ def distribution(found: Found, listed: Tensor, with_rest: bool) -> Distribution:
     return Distribution(x, found.status, by_id, found.greedy[:, 0], whole, rest, w, found.coin)
 
 
-def compact(out: Outputs, width: int) -> Outputs:
-    """Buffers like those of `out` for rows of fewer tokens: what tells no id is the same buffer."""
+def as_given(x: Tensor, kind: InputKind) -> Tensor:
+    """Logits, or probabilities with -inf for 0, as an engine takes them."""
+    return torch.where(x == -torch.inf, 0, x) if kind == "probs" else x
+
+
+def compact(out: Outputs, ids: Tensor) -> Outputs:
+    """Buffers like those of `out` for rows of the tokens `ids` [B, N] alone: what tells no id is the same buffer."""
     own = replace(out, kept_bitmask=None, names=None, restore=False)
     if out.kept_bitmask is not None:
-        own.kept_bitmask = empty((out.status.numel(), -(-width // 32)), torch.int32, out.status.device)
+        own.kept_bitmask = empty((len(ids), -(-ids.shape[1] // 32)), torch.int32, ids.device)
+    if out.given is not None:
+        at = (ids == out.given[:, None]) & (ids >= 0)
+        own.given = torch.where(at.any(-1), at.to(torch.int32).argmax(-1), -1)
+        own.weights = empty((len(ids), 2), torch.int64, ids.device)  # of what is listed, which nobody reads
     return own
 
 
@@ -112,7 +120,7 @@ def write_listed(engine: Engine, found: Found, listed: Tensor, ids: Tensor, rows
     plain = found.is_plain()
     dist = None if plain else distribution(found, listed, out.log_kept_mass is not None)
     ids = ids if dist is None else pad(ids, (0, dist.x.shape[1] - ids.shape[1]), value=-1)
-    own = compact(out, ids.shape[1])
+    own = compact(out, ids)
     if out.mode == "raw":
         own.mode = own.logprobs = own.ranks = own.top_ids = own.top_logprobs = None
     if dist is None:
@@ -131,7 +139,8 @@ def write_plain(engine: Engine, found: Found, listed: Tensor, rows: Rows, own: O
     kept = torch.where(held, listed, -torch.inf)
     records = neutral().to(kept.device).repeat(len(kept), 1)
     write_columns(records, {"temperature": row.shard.drawn_at[:, 0]})
-    engine.run(kept, Rows(records, rows.seeds, rows.offsets), replace(own, log_kept_mass=None))
+    own_rows = Rows(records, rows.seeds, rows.offsets)
+    engine.run(as_given(kept, own.input), own_rows, replace(own, log_kept_mass=None))
     own.status.copy_(found.status.view(own.status.shape))
     if own.ranks is not None and own.tokens is not None:
         # Among all tokens, since a floor may leave out some that rank above others.

@@ -49,9 +49,11 @@ class Plan:
         """Whether these are still the parameters: a Sampler may have written to its records."""
         return records.shape == self.records.shape and torch.equal(records, self.records)
 
-    def count(self, out: Outputs) -> int:
-        """How many tokens a rank lists."""
-        return self.most if self.cut_short and is_of_kept(out) else max(self.most, LISTED, out.num_top)
+    def count(self, out: Outputs | None) -> int:
+        """How many tokens a rank lists; None where all that counts is what is kept."""
+        if self.cut_short and (out is None or is_of_kept(out)):
+            return self.most
+        return max(self.most, LISTED, 0 if out is None else out.num_top)
 
     def measures(self, out: Outputs) -> bool:
         """Whether lists alone cannot tell what some row keeps, or how much that is of all."""

@@ -8,20 +8,24 @@ from torch.nn.functional import pad
 from fastsample.backends import Outputs
 from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, key, value
 from fastsample.distributed.outputs import pick, put
+from fastsample.distributed.shard import mass_of
 from fastsample.distributed.wire import Wire
-from fastsample.reference.mass import UNIT, mass_at, scale_of
+from fastsample.reference import NAN, NEG_INF, POSITIVE_INFINITY, check, check_probs, order_of_probs
+from fastsample.reference.mass import UNIT
 
 Tensor = torch.Tensor
 
 
 def write_raw(wire: Wire, logits: Tensor, start: int, out: Outputs) -> None:
-    """log-softmax of whole rows as they were given, of which this rank has logits [B, V_r]."""
-    x, rows = logits.float(), len(logits)
+    """log-softmax of whole rows as they were given, or the logarithm of their probabilities; this rank has [B, V_r]."""
+    x, rows, kind = logits.float(), len(logits), out.input
+    status = check(x) if kind == "logits" else check_probs(x)
+    bad = (status == NAN) | (status == POSITIVE_INFINITY)
+    x = x if kind == "logits" else torch.where(order_of_probs(x) > NEG_INF, x, NEG_INF)
     assert out.tokens is not None
     tokens = out.tokens.view(rows, -1)
     n = tokens.shape[1]
     valid = (out.status.view(-1) == 0)[:, None]
-    bad = x.isnan().any(-1) | (x == torch.inf).any(-1)
     most = x.amax(-1) if x.shape[1] else x.new_full((rows,), -torch.inf)
     most = torch.where(bad, torch.inf, most)
     local = tokens - start
@@ -36,16 +40,21 @@ def write_raw(wire: Wire, logits: Tensor, start: int, out: Outputs) -> None:
     peak, own = values[:, :1], values[:, 1:]
     sound = valid & peak.isfinite()
     peak = torch.where(sound, peak, 0)
-    w = mass_at((torch.where(sound, x, 0) - peak) * scale_of(torch.ones_like(peak)))
+    w = mass_of(kind, torch.where(sound, x, 0), peak, torch.ones_like(peak))
     above = (x[:, None, :] > own[:, :, None]).sum(-1)
     sums = wire.total(torch.cat([w.sum(-1, keepdim=True), above], 1))
-    total = (sums[:, :1].double() / 2.0**UNIT).log()
+
+    def logprobs(x: Tensor) -> Tensor:
+        if kind == "probs":
+            return (mass_of(kind, x, peak, torch.ones_like(peak)).double() / sums[:, :1].double()).log()
+        return (x.double() - peak.double()) - (sums[:, :1].double() / 2.0**UNIT).log()
+
     every = torch.arange(rows, device=x.device)
-    put(out.logprobs, every, torch.where(sound, (own.double() - peak.double()) - total, torch.nan))
+    put(out.logprobs, every, torch.where(sound, logprobs(own), torch.nan))
     put(out.ranks, every, torch.where(valid, sums[:, 1:] + 1, 0))
     if out.num_top:
         top = told[:, :, 1 + n :].transpose(0, 1).reshape(rows, -1).topk(out.num_top).values
         there = (top >= LOWEST) & sound
         put(out.top_ids, every, torch.where(there, IDS - (top & IDS), -1))
-        logprobs = torch.where(there, (value(top >> 32).double() - peak.double()) - total, -torch.inf)
-        put(out.top_logprobs, every, torch.where(sound, logprobs, torch.nan))
+        found = torch.where(there, logprobs(value(top >> 32)), -torch.inf)
+        put(out.top_logprobs, every, torch.where(sound, found, torch.nan))

@@ -13,7 +13,7 @@ from fastsample.distributed.filters import Sums
 from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key
 from fastsample.distributed.shard import LEVELS, SAME, VALUES, Shard, distance
 from fastsample.distributed.wire import Wire
-from fastsample.reference.mass import UNIT, depth_at, deviation_of, halves, mass_at, scale_of
+from fastsample.reference.mass import deviation_of, halves, scale_of
 from fastsample.reference.process import NAN, NOTHING_LEFT, POSITIVE_INFINITY
 
 Tensor = torch.Tensor
@@ -23,7 +23,7 @@ class SplitRow:
     """Rows as the filters see them (`fastsample.distributed.filters.Row`).
 
     Args:
-        x: float32 [B, N], logits of the listed tokens, -inf where there is none.
+        x: float32 [B, N], what the shard has of the listed tokens, -inf where there is none.
         ids: int64 [B, N]; those of each rank are as many as of any other, -1 past its last.
         wanted: which sums of whole rows filters need: products, spread.
         sums: these of whole rows, if they are known already.
@@ -45,16 +45,16 @@ class SplitRow:
         self.status = status_of(x)  # int32 [B]
         self.valid = (self.status == 0)[:, None]
         x = torch.where(self.valid & (ids >= 0), x, -torch.inf)
+        self.listed, self.ids = x, ids
         self.edge = edge_of(x, ids, wire.size)
         self.peak, self.scale = shard.peak, scale_of(shard.judged_at).expand_as(shard.peak)
         keys = torch.where(x > -torch.inf, key(x, ids), NO_KEY)
         self.keys, self.order = keys.sort(descending=True)
         self.x = x.gather(1, self.order)
-        y = (self.x - self.peak) * self.scale
-        self.mass = mass_at(y)
-        self.depth = depth_at(y)
+        self.mass, self.depth = shard.mass_of(self.x, shard.judged_at), shard.depth_of(self.x)
+        self.unit = shard.mass_of(self.peak, shard.judged_at)
         self.known = (self.keys >= self.edge) & (self.keys >= LOWEST)
-        self.beyond = bound_beyond(self._value_at(self.edge), self.peak, self.scale)
+        self.beyond = bound_beyond(shard.mass_of(self._value_at(self.edge), shard.judged_at))
         self.wanted = wanted
         self._whole = sums
 
@@ -92,7 +92,7 @@ class SplitRow:
 
     def heaviest(self, kept: Kept, on: Tensor) -> Tensor:
         listed = (self.mass * self.held(kept)).amax(-1, keepdim=True)
-        listed = torch.where(kept.high == HIGHEST, 2**UNIT, listed)
+        listed = torch.where(kept.high == HIGHEST, self.unit, listed)
         open_ = on & (kept.high < HIGHEST) & ~self.lists(kept)
         return self._most(listed, open_, lambda shard, rows: shard.ends(kept.of(rows))[:, 2:3])
 
@@ -197,9 +197,8 @@ def status_of(listed: Tensor) -> Tensor:
     return torch.where(listed.isnan().any(-1), NAN, status).to(torch.int32)
 
 
-def bound_beyond(x: Tensor, peak: Tensor, scale: Tensor) -> Tensor:
-    """More than any token at logits x or below weighs: masses rise with the logit but for their last bits."""
-    mass = mass_at((x - peak) * scale)
+def bound_beyond(mass: Tensor) -> Tensor:
+    """More than any token below one of this mass weighs: masses rise with the logit but for their last bits."""
     return mass + (mass >> 18) + 2
 
 

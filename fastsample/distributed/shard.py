@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from fastsample.distributed.keys import HIGHEST, NO_KEY, Kept, key
-from fastsample.reference.mass import depth_at, halves, mass_at, scale_of, steps_below
+from fastsample.outputs import InputKind
+from fastsample.reference.mass import UNIT, depth_at, halves, mass_at, scale_of, steps_below
 from fastsample.reference.process import NEG_INF
 
 Tensor = torch.Tensor
@@ -34,10 +36,11 @@ class Shard:
     """A rank's part of rows, after stages 1 to 3.
 
     Attributes:
-        x: float32, float16 or bfloat16 [B, V_r].
+        x: float32, float16 or bfloat16 [B, V_r]: logits, or probabilities with -inf for 0.
         start: the id of its first token.
         peak: float32 [B, 1], the maxima of the whole rows.
         judged_at, drawn_at: float32 [B, 1], the temperatures of the masses that filters judge by, and of draws.
+        kind: what x is.
     """
 
     x: Tensor
@@ -45,9 +48,11 @@ class Shard:
     peak: Tensor
     judged_at: Tensor
     drawn_at: Tensor
+    kind: InputKind = "logits"
+    _of_rows: ClassVar[tuple[str, ...]] = ("x", "peak", "judged_at", "drawn_at")
 
     def of(self, rows: Tensor) -> Shard:
-        parts = {name: getattr(self, name)[rows] for name in ("x", "peak", "judged_at", "drawn_at")}
+        parts = {name: getattr(self, name)[rows] for name in self._of_rows}
         return replace(self, **parts)
 
     def as_drawn(self) -> Shard:
@@ -57,43 +62,70 @@ class Shard:
     def logits(self) -> Tensor:
         return self.x.float()
 
+    def ids(self) -> Tensor:
+        """int64 [B or 1, V_r], ascending."""
+        return torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device)[None]
+
     def keys(self) -> Tensor:
         """int64 [B, V_r]."""
-        return key(self.logits(), torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device))
+        return key(self.logits(), self.ids())
 
-    def _y(self, temperature: Tensor) -> Tensor:
-        return (self.logits() - self.peak) * scale_of(temperature)
+    def keys_of(self, ids: Tensor) -> Tensor:
+        """int64 [B, n], of any ids; NO_KEY where this rank does not have the token."""
+        local, width = ids - self.start, self.x.shape[1]
+        here = (local >= 0) & (local < width)
+        x = self.x.gather(1, torch.where(here, local, 0)).float() if width else here.float()
+        return torch.where(here, key(x, torch.where(here, ids, 0)), NO_KEY)
+
+    def mass_of(self, x: Tensor, temperature: Tensor) -> Tensor:
+        """What tokens at x float32 [B, n] weigh in their rows, int64 [B, n]."""
+        return mass_of(self.kind, x, self.peak, temperature)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """What each would weigh if it were its row's maximum, int64 [B, n]."""
+        return mass_of(self.kind, x, x, self.drawn_at)
+
+    def depth_of(self, x: Tensor) -> Tensor:
+        """e of tokens, int64 [B, n]; of probabilities it means nothing."""
+        return depth_at((x - self.peak) * scale_of(self.judged_at))
 
     def held(self, kept: Kept) -> Tensor:
         """Which tokens are kept, bool [B, V_r]."""
-        return kept.holds(self.keys(), mass_at(self._y(self.judged_at)))
+        if bool(kept.whole().all()):
+            return self.logits() > NEG_INF
+        return kept.holds(self.keys(), self.mass_of(self.logits(), self.judged_at))
 
     def drawn(self, kept: Kept) -> Tensor:
         """What kept tokens weigh in draws, int64 [B, V_r]."""
-        return mass_at(self._y(self.drawn_at)) * self.held(kept)
+        return self.mass_of(self.logits(), self.drawn_at) * self.held(kept)
 
     def sums(self, kept: Kept, products: bool = True, spread: bool = False) -> Tensor:
         """Z, EH, EL, HH, HL, LL of a set, and n, D1, D2 of all above -inf, int64 [B, 9]; 0 where not asked for."""
-        y = self._y(self.judged_at)
-        w = mass_at(y) * self.held(kept)
-        e = depth_at(y)
-        high, low = halves(w)
-        parts = [w, high * e, low * e, high * high, high * low, low * low] if products else [w, *[w * 0] * 5]
-        alive = self.logits() > NEG_INF
-        d = steps_below(self.logits(), self.peak)
-        parts += [alive, d, d * d] if spread else [w * 0] * 3
-        return torch.stack([part.sum(-1) for part in parts], -1)
+        w = self.mass_of(self.logits(), self.judged_at) * self.held(kept)
+        found = torch.zeros(len(w), 9, dtype=torch.int64, device=w.device)
+        found[:, 0] = w.sum(-1)
+        if products:
+            e, (high, low) = self.depth_of(self.logits()), halves(w)
+            for i, part in enumerate((high * e, low * e, high * high, high * low, low * low), 1):
+                found[:, i] = part.sum(-1)
+        if spread:
+            d = steps_below(self.logits(), self.peak)
+            for i, part in enumerate((self.logits() > NEG_INF, d, d * d), 6):
+                found[:, i] = part.sum(-1)
+        return found
 
     def totals(self, drawn: Drawn, first: bool, count: bool, bits: Tensor | None) -> Tensor:
         """The mass of what is drawn from, with top choices and without, the first key of either, and how many tokens
         are kept, int64 [B, 5]; NO_KEY and 0 where not asked for. `bits` int32 [B, ceil(V_r / 32)] gets the kept."""
-        w, held = self.drawn(drawn.kept), self.held(drawn.kept)
-        stays = self.keys() <= drawn.top
-        sets = held, held & stays
+        held = self.held(drawn.kept)
+        w = self.mass_of(self.logits(), self.drawn_at) * held
+        chosen = bool((drawn.top < HIGHEST).any())
+        sets = held, held & (self.keys() <= drawn.top) if chosen else held
         firsts = [_highest(self.keys(), set_) if first else w.new_full((len(w),), NO_KEY) for set_ in sets]
         if bits is not None:
             _write_bits(bits, held)
-        return torch.stack([w.sum(-1), (w * stays).sum(-1), *firsts, held.sum(-1) * count], -1)
+        rest = w * sets[1] if chosen else w
+        return torch.stack([w.sum(-1), rest.sum(-1), *firsts, held.sum(-1) * count], -1)
 
     def draws(self, drawn: Drawn, thresholds: Tensor, entropy: bool) -> Tensor:
         """Keys and masses of the tokens at thresholds of the running mass, and this rank's part of the entropy.
@@ -131,11 +163,12 @@ class Shard:
 
     def ends(self, kept: Kept) -> Tensor:
         """The first and the last key of a set, the mass of its heaviest token and their number, int64 [B, 4]."""
-        held, w = self.held(kept), mass_at(self._y(self.judged_at))
         if not self.x.shape[1]:
             return torch.tensor([NO_KEY, HIGHEST, 0, 0], device=self.x.device).expand(len(self.x), 4)
-        last = torch.where(held, self.keys(), HIGHEST).amin(-1)
-        return torch.stack([_highest(self.keys(), held), last, (w * held).amax(-1), held.sum(-1)], -1)
+        keys, w = self.keys(), self.mass_of(self.logits(), self.judged_at)
+        held = kept.holds(keys, w)
+        last = torch.where(held, keys, HIGHEST).amin(-1)
+        return torch.stack([_highest(keys, held), last, (w * held).amax(-1), held.sum(-1)], -1)
 
     def histogram(self, kept: Kept, base: Tensor, level: int, mean: Tensor | None = None) -> Tensor:
         """Mass and number of the tokens of a set in each bin of a level, int64 [B, bins, 2].
@@ -144,8 +177,9 @@ class Shard:
             base: int64 [B, 1], where the bins begin.
             mean: float32 [B, 1]: go by the distance from it instead of the key.
         """
-        held, w = self.held(kept), mass_at(self._y(self.judged_at))
-        places = self.keys() if mean is None else distance(self.logits(), mean) << 32
+        keys, w = self.keys(), self.mass_of(self.logits(), self.judged_at)
+        held = kept.holds(keys, w)
+        places = keys if mean is None else distance(self.logits(), mean) << 32
         shift, bits = LEVELS[level]
         bins = (places >> shift) - (base >> shift)
         inside = held & (bins >= 0) & (bins < 2**bits)
@@ -154,6 +188,15 @@ class Shard:
         for i, weight in enumerate((w * inside, inside.to(torch.int64))):
             found[:, :, i].scatter_add_(1, bins, weight)
         return found
+
+
+def mass_of(kind: InputKind, x: Tensor, peak: Tensor, temperature: Tensor) -> Tensor:
+    """What tokens at x float32 [B, n] weigh, int64 [B, n], given their rows' maxima, float32 [B, 1 or n]."""
+    if kind == "probs":
+        exponent = UNIT - peak.clamp(min=0).double().frexp().exponent.to(torch.int64)
+        power = (exponent + 1023 << 52).view(torch.float64)  # 2^exponent, from its bits
+        return (x.clamp(min=0).double() * power).to(torch.int64)
+    return mass_at((x - peak) * scale_of(temperature))
 
 
 def distance(x: Tensor, mean: Tensor) -> Tensor:

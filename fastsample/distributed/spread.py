@@ -8,14 +8,13 @@ import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
-from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, NO_KEY, narrow_below, value
+from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, NO_KEY, narrow_below, value_of
 from fastsample.distributed.outputs import Found, put
 from fastsample.distributed.shard import Drawn, Shard, mixture
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
 from fastsample.reference import log_share, multiply_high60, uniform60
 from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN
-from fastsample.reference.mass import mass_at, scale_of
 
 Tensor = torch.Tensor
 
@@ -33,12 +32,10 @@ class Lone:
 def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: int) -> None:
     """The outputs of rows `index` int64 [b]: one message for what they weigh, and one for what is drawn."""
     wire, shard = found.row.wire, found.row.shard.of(index)
-    drawn = _drawn_of(found, index)
+    drawn = drawn_of(found, index)
     wants_bits, reports = out.kept_bitmask is not None, out.mode == "processed"
-    first = bool((found.row.shard.judged_at != found.row.shard.drawn_at).any() | (drawn.top < HIGHEST).any())
-    first = first or bool((drawn.kept.high < HIGHEST).any())
     bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
-    told = shard.totals(drawn, first, out.kept_count is not None, bits if wants_bits else None)
+    told = shard.totals(drawn, may_be_lone(shard, drawn), out.kept_count is not None, bits if wants_bits else None)
     shares = wire.gather(told)
     drawn.total, drawn.rest = shares[:, :, :2].sum(0).unbind(1)
     lone = _lone(drawn, shares)
@@ -47,10 +44,14 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
     parts = [shard.draws(drawn, thresholds, out.entropy is not None)]
     if reports and out.num_top:
         parts.append(shard.first(drawn.kept, out.num_top))
+    if out.given is not None:
+        parts.append(shard.keys_of(out.given[index, None]))
     told = wire.gather(torch.cat(parts, 1))
     n = out.num_samples
     keys = told[:, :, :n].amax(0)
     keys = torch.where(lone.whole, lone.first, torch.where(leaves & lone.rest, lone.first_rest, keys))
+    if out.given is not None:
+        keys = torch.where(told[:, :, -1:].amax(0) > NO_KEY, told[:, :, -1:].amax(0), keys)
     put(out.tokens, index, IDS - (keys & IDS))
     put(out.kept_count, index, torch.where(lone.whole[:, 0], 1, shares[:, :, 4].sum(0)))
     if out.entropy is not None:
@@ -64,9 +65,15 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
         return
     put(out.logprobs, index, _probability(shard, drawn, lone, keys).log())
     if out.ranks is not None:
-        put(out.ranks, index, wire.total(shard.above(value(keys >> 32))) + 1)
+        put(out.ranks, index, wire.total(shard.above(value_of(keys))) + 1)
     if out.num_top:
-        top = told[:, :, 2 * n + 1 :].transpose(0, 1).reshape(len(index), -1).topk(out.num_top).values
+        top = (
+            told[:, :, 2 * n + 1 :][:, :, : out.num_top]
+            .transpose(0, 1)
+            .reshape(len(index), -1)
+            .topk(out.num_top)
+            .values
+        )
         top = torch.where(lone.whole, pad(lone.first, (0, out.num_top - 1), value=NO_KEY), top)
         there = top >= LOWEST
         put(out.top_ids, index, torch.where(there, IDS - (top & IDS), -1))
@@ -74,7 +81,7 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
         put(out.top_logprobs, index, torch.where(there, p.log(), -torch.inf))
 
 
-def _drawn_of(found: Found, index: Tensor) -> Drawn:
+def drawn_of(found: Found, index: Tensor) -> Drawn:
     """What draws are from. Top choices that every draw leaves out are not kept."""
     coin = found.coin.expand(len(found.row.edge), 1)[index]
     kept, top = found.kept.of(index), found.top[index]
@@ -82,6 +89,12 @@ def _drawn_of(found: Found, index: Tensor) -> Drawn:
     kept = narrow_below(kept, torch.where(out, top + 1, HIGHEST))
     nothing = torch.zeros(len(index), dtype=torch.int64, device=top.device)
     return Drawn(kept, torch.where(out, HIGHEST, top), coin, nothing, nothing)
+
+
+def may_be_lone(shard: Shard, drawn: Drawn) -> bool:
+    """Whether in some row all of a set may have no mass."""
+    without_peak = (drawn.top < HIGHEST) | (drawn.kept.high < HIGHEST)
+    return bool((without_peak | (shard.judged_at != shard.drawn_at)).any())
 
 
 def _lone(drawn: Drawn, shares: Tensor) -> Lone:
@@ -101,20 +114,25 @@ def _thresholds(
     leaves = torch.zeros_like(u, dtype=torch.bool)
     if bool((drawn.top < HIGHEST).any()):
         leaves = uniform60(*at, XTC_COIN) < (drawn.coin * 2.0**60).to(torch.int64)
-    before, own = shares[: wire.rank].sum(0), shares[wire.rank]
-    found = []
-    for i, total in enumerate((drawn.total, drawn.rest)):
-        threshold = multiply_high60(u, total[:, None]) - before[:, i : i + 1]
-        mine = (threshold >= 0) & (threshold < own[:, i : i + 1])
-        found.append(torch.where(mine, threshold, -1))
-    rest = torch.where(found[1] >= 0, -2 - found[1], -1)
-    return torch.where(leaves & (drawn.top < HIGHEST), rest, found[0]), leaves & (drawn.top < HIGHEST)
+    whole, rest = (here(wire.rank, u, shares[:, :, i : i + 1]) for i in (0, 1))
+    rest = torch.where(rest >= 0, -2 - rest, -1)
+    return torch.where(leaves & (drawn.top < HIGHEST), rest, whole), leaves & (drawn.top < HIGHEST)
+
+
+def here(rank: int, u: Tensor, shares: Tensor) -> Tensor:
+    """Where draws fall in a rank's running mass, int64 [b, n]; -1 where they fall into another's.
+
+    Args:
+        u: int64 [b, n], 60 uniform bits of each.
+        shares: int64 [R, b, 1], the mass that each rank has.
+    """
+    threshold = multiply_high60(u, shares.sum(0)) - shares[:rank].sum(0)
+    return torch.where((threshold >= 0) & (threshold < shares[rank]), threshold, -1)
 
 
 def _probability(shard: Shard, drawn: Drawn, lone: Lone, keys: Tensor) -> Tensor:
     """Of kept tokens, float64 [b, n]."""
-    x = torch.where(keys >= LOWEST, value(keys >> 32), -torch.inf)
-    w = mass_at((x - shard.peak) * scale_of(shard.drawn_at))
+    w = shard.mass_of(value_of(keys), shard.drawn_at)
     p = mixture(w, torch.where(keys > drawn.top, 0, w), drawn)
     p = torch.where(lone.rest & (keys == lone.first_rest), p + drawn.coin.double(), p)
     return torch.where(lone.whole, 1.0, p)

@@ -234,7 +234,6 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "bitmask_shard: few rows": (ValueError, "bitmask", {"bitmask_shard": torch.ones(5, 10, dtype=torch.int32)}),
     "bitmask: few rows": (ValueError, "bitmask", {"bitmask": torch.ones(5, 10, dtype=torch.int32)}),
     "bias: outside": (ValueError, "bias.*301", {"bias": {VOCAB: 1.0}}),
-    "input: probabilities": (ValueError, "input = 'probs': expected 'logits'", {"input": "probs"}),
     "backend: unknown": (ValueError, "backend = 'gpu'", {"backend": "gpu"}),
     "top_p: outside": (ValueError, "top_p = 1.5", {"top_p": 1.5}),
     "top_logprobs: more than there are": (
@@ -251,22 +250,6 @@ def test_refusals(exception: type[Exception], says: str, given: dict[str, Any]) 
     fd.sample(**good)
     with pytest.raises(exception, match=says):
         fd.sample(**good | given)
-
-
-@pytest.mark.parametrize("rule", ["chain", "block"])
-def test_rules_that_need_the_drafters_law(rule: str) -> None:
-    sampler = fd.ShardedSampler(batch_size=6, vocab_start=0, vocab_size=VOCAB)
-    for call in (
-        lambda **how: fd.verify(ROWS[:, None], [[]] * 6, **PART, **how),
-        lambda **how: sampler.verify(ROWS[:, None], [[]] * 6, **how),
-    ):
-        with pytest.raises(ValueError, match=f"rule = '{rule}': expected 'exact'"):
-            call(rule=rule)
-
-
-def test_a_sampler_of_probabilities_is_refused() -> None:
-    with pytest.raises(ValueError, match="input = 'probs': expected 'logits'"):
-        fd.ShardedSampler(batch_size=1, vocab_start=0, vocab_size=9, input="probs")
 
 
 def test_without_a_group_there_is_one_rank() -> None:
@@ -293,5 +276,3 @@ def test_what_is_as_wide_as_a_row_is_refused() -> None:
     for call in (fs.filter_logits, fs.probabilities):
         with pytest.raises(ValueError, match=rf"{call.__name__}: expected whole rows"):
             call(split.whole(ROWS), backend=split.engine, top_k=5)
-    with pytest.raises(ValueError, match="input = 'probs': expected 'logits'"):
-        fs.sample(split.whole(ROWS), backend=split.engine, input="probs")

@@ -69,6 +69,28 @@ def parity(backend: str) -> list[str]:
     drafts = fs.sample(rows, seed=3).tokens[:, :-1]
     out = fd.verify(rows[..., here], drafts, seed=3, **own, backend=backend, top_p=0.97, logprobs="raw")
     wrong += [f"verify: {line}" for line in compare(out, fs.verify(rows, drafts, seed=3, top_p=0.97, logprobs="raw"))]
+    return wrong + parity_of_laws(rows, backend)
+
+
+def parity_of_laws(rows: torch.Tensor, backend: str) -> list[str]:
+    """The same of the rules that compare laws, with what is listed and what is not, and of probabilities."""
+    own, here = slice_of(VOCAB)
+    wrong: list[str] = []
+    draft = rows[:, :-1] + torch.randn(rows[:, :-1].shape, generator=torch.Generator().manual_seed(1))
+    ids = torch.multinomial(draft.softmax(-1).flatten(0, 1), 1, generator=torch.Generator().manual_seed(2))
+    common = {"draft_ids": ids.view(ROWS, -1), "seed": 3, "logprobs": "processed", "kept": "bitmask"}
+    for rule in ("chain", "block"):
+        for name, given in (("draft_logits", draft), ("draft_probs", draft.softmax(-1))):
+            for fields in ({"top_k": 20}, {"temperature": 3.0} if name == "draft_logits" else {"top_p": 0.999}):
+                how = {**common, **fields, "rule": rule}
+                out = fd.verify(rows[..., here], **own, backend=backend, **how, **{name: given[..., here]})
+                found = compare(out, fs.verify(rows, **how, **{name: given}))
+                wrong += [f"{rule}, {name}, {fields}: {line}" for line in found]
+    p = rows[:, 0].softmax(-1)
+    for fields in ({"top_k": 20}, {"top_p": 0.9}, {}):
+        how = {"input": "probs", "seed": 4, "logprobs": "raw", "top_logprobs": 3, "kept": "ids", **fields}
+        out = fd.sample(p[:, here], **own, backend=backend, **how)
+        wrong += [f"probabilities, {fields}: {line}" for line in compare(out, fs.sample(p, **how))]
     return wrong
 
 
@@ -129,6 +151,7 @@ def refusals() -> list[str | None]:
         lambda: fd.sample(x[:, here], **own, seed=1, kept="bitmask" if last else None),
         lambda: fd.sample(x[:, here], **own, seed=1, bias={3: 1.0 + last}),
         lambda: fd.sample(x[:, here], **own, seed=1, output_ids=[[1 + last]] * ROWS, presence_penalty=1.0),
+        lambda: fd.sample(x[:, here].exp(), **own, seed=1, input="probs" if last else "logits"),
     ]
     return [_said(call) for call in others]
 
@@ -157,6 +180,7 @@ SAYS = (
     "kept: expected the same on every rank, rank 2 differs from rank 0",
     "bias: expected the same on every rank, rank 2 differs from rank 0",
     "output_ids: expected the same on every rank, rank 2 differs from rank 0",
+    "input: expected the same on every rank, rank 2 differs from rank 0",
 )
 
 

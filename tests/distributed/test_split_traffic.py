@@ -122,6 +122,58 @@ def test_raw_logprobs_take_two_rounds_more() -> None:
     assert more.bytes_of_a_row == one.bytes_of_a_row + 20 * 8
 
 
+def of_rules(logits: torch.Tensor, rule: str, probs: bool, accepted: int, **how: Any) -> tuple[int, int]:
+    """Rounds and bytes of a second verification of a request, whose drafts after so many are no tokens: 4 rows are
+    those of the target, and 3 others those that drafts were drawn from."""
+    rows = logits.view(1, 4, VOCAB)
+    draft = rows[:, :3]
+    ids = draft.argmax(-1)
+    ids[:, accepted:] = -1
+    given = {"draft_probs": draft.softmax(-1)} if probs else {"draft_logits": draft}
+    whole = fs.verify(rows, ids, seed=1, rule=rule, **given, **how)
+    assert whole.num_accepted.tolist() == [accepted]
+
+    def on_rank(wire: Any, begin: int, end: int) -> tuple[int, int]:
+        split, own = fd.Split(begin, VOCAB, group=wire), rows[..., begin:end]
+        for _ in range(2):
+            rounds, sent = split.rounds, split.sent
+            more = split.whole_drafts(own, {name: rows[..., begin:end] for name, rows in given.items()})
+            out = fs.verify(split.whole(own), ids, backend=split.engine, seed=1, rule=rule, **more, **how)
+        assert torch.equal(out.tokens, whole.tokens)
+        return split.rounds - rounds, split.sent - sent
+
+    found = on_ranks(CUTS, on_rank)
+    assert found == [found[0]] * RANKS
+    return found[0]
+
+
+OF_LAWS = pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
+OF_RULES = pytest.mark.parametrize("rule", ["chain", "block"])
+
+
+@OF_LAWS
+@OF_RULES
+@pytest.mark.parametrize("accepted", [0, 3])
+def test_laws_that_are_listed_need_no_more(accepted: int, rule: str, probs: bool) -> None:
+    """The target's rows are listed, and then the drafts'."""
+    for logits in (LM, FLAT):
+        assert of_rules(logits, rule, probs, accepted, top_k=50) == (2, 7 * 8 * 50)
+    rounds, sent = of_rules(LM, rule, probs, accepted, top_p=0.95)
+    assert rounds <= 4
+    assert sent <= 7 * (LIST + SUMS)
+
+
+@OF_LAWS
+@OF_RULES
+@pytest.mark.parametrize("accepted", [0, 3])
+def test_laws_that_are_not_listed_are_compared_in_place(accepted: int, rule: str, probs: bool) -> None:
+    """What each weighs in all, and its draft; what is left after each draft, and to draw from; the token."""
+    rounds, sent = of_rules(FLAT, rule, probs, accepted)
+    tested, rejected = rule == "block" and accepted == 3, accepted == 0
+    assert rounds == 2 + 1 + tested + rejected + 1
+    assert sent == 7 * (LIST + 40) + 2 * 8 * tested + 8 * rejected + 8
+
+
 @pytest.mark.parametrize("how", [{"top_p": 0.95}, {"typical_p": 0.9}, {"top_k": 20000}, {"top_k": 2000, "top_p": 0.9}])
 def test_rows_that_need_it_are_refined(how: dict[str, Any]) -> None:
     """A level of 2048 bins or fewer after the other, and two rounds for what is drawn."""
