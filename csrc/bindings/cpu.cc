@@ -14,10 +14,12 @@
 #include <exception>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "bindings/arguments.h"
 #include "cpu/dispatch.h"
+#include "cpu/exchange.h"
 
 namespace py = pybind11;
 
@@ -168,6 +170,19 @@ void answer(const LogitsArguments& l, const PartArguments& ask, int threads) {
   });
 }
 
+// Returns what has happened, the rank that is to blame, and the round.
+std::tuple<int, int, int64_t> exchange_at(int64_t memory, int64_t room, int rank, int size,
+                                          int64_t round, int64_t own, int64_t bytes, int64_t found,
+                                          double seconds, const std::vector<int>& processes) {
+  ExchangeResult result = {};
+  without_gil(Batch{}, false, [&](const auto& stop) -> int64_t {
+    result = exchange({(char*)memory, room, rank, size}, &round, (const char*)own, bytes,
+                      (char*)found, seconds, processes, stop);
+    return 0;
+  });
+  return {result.what, result.rank, round};
+}
+
 // The next step of every sequence, in offsets that Python owns.
 void advance(const RowArguments& rows) {
   int64_t* offsets = (int64_t*)rows.offsets;
@@ -201,6 +216,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("end_kept", &fs::end_kept_at, "Where each row's ids end; returns how many there are.");
   m.def("list_kept", &fs::list_kept_at, "List the ids of each row's set.");
   m.def("answer", &fs::answer, "Answer what is asked of a part of rows.");
+  m.def("exchange", &fs::exchange_at, "Exchange messages with the other ranks of this machine.");
+  m.def("exchange_bytes", &fs::SharedPlaces::bytes_of, "How much memory that takes.");
   m.def("advance", &fs::advance, "Add 1 to every offset.");
   m.def("isa", [] { return fs::kernel().isa; }, "Name of the instruction set in use.");
   m.def(
