@@ -51,7 +51,7 @@ class SharedMemory:
             0 and -1; or what has failed, and because of which rank. From then on nothing can be exchanged any more.
         """
         if self._broken:
-            raise RuntimeError("an earlier message has failed")
+            raise RuntimeError("group: an earlier message between its ranks has failed")
         self._broken = True
         at = self._memory.data_ptr(), ROOM, self._rank, len(self._processes), self._round
         message = own.data_ptr(), own.nbytes, found.data_ptr(), self._seconds, self._processes
