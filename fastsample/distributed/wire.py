@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ FAILURES = {
     OTHER_SIZE: "rank {} has sent a message of another size",
     STOPPED: "stopped while it waited for rank {}",
 }
+memories: WeakKeyDictionary[Any, SharedMemory | None] = WeakKeyDictionary()
+"""What the ranks of each group share, since its first message."""
 _TAG = 0x66730  # of messages between two ranks, so that nobody else's are taken for ours
 
 
@@ -42,8 +44,6 @@ class Wire:
             group = dist.group.WORLD
         self._group = None if group is None else ref(group)  # calls that are remembered must not keep it alive
         self._by_gloo = group is not None and "cpu:gloo" in dist.get_backend_config(group)
-        self._shared: SharedMemory | None = None
-        self._looked = False  # whether there is such memory
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rounds = self.sent = 0
@@ -75,13 +75,12 @@ class Wire:
 
     def _through_memory(self, group: dist.ProcessGroup, own: Tensor, found: Tensor) -> None:
         """Give every other rank `own`, and take theirs."""
-        if not self._looked:
+        if group not in memories:
             timeout = group._get_backend(own.device).options._timeout
-            self._shared = open_shared(self.rank, self.size, timeout, lambda words: self._sent(group, words))
-            self._looked = True
-        if self._shared is None:
+            memories[group] = open_shared(self.rank, self.size, timeout, lambda words: self._sent(group, words))
+        if (memory := memories[group]) is None:
             return self._exchange(group, own, found)
-        what, rank = self._shared.exchange(own, found)
+        what, rank = memory.exchange(own, found)
         if what:
             raise RuntimeError(f"rank {self.rank} of {self.size}: {FAILURES[what].format(rank)} in round {self.rounds}")
 

@@ -17,7 +17,7 @@ from ranks import in_processes
 
 from fastsample.backends.cpu import native
 from fastsample.distributed import shared
-from fastsample.distributed.wire import Wire
+from fastsample.distributed.wire import Wire, memories
 
 SECONDS = 3
 BY_GLOO = {"memory": False, "gloo": True}
@@ -64,13 +64,13 @@ def exchanged(by_gloo: bool, room: int) -> list[Any]:
         wire = _wire(by_gloo)
         found = [wire.gather(message(wire.rank, 1 + 37 * turn, turn)) for turn in range(20)]
     left = [name for name in set(os.listdir(shared.FOLDER)) - before if name.startswith("fastsample")]
-    return [found, wire._shared is not None, left, (wire.rounds, wire.sent)]
+    return [found, memories[dist.group.WORLD] is not None, left, (wire.rounds, wire.sent)]
 
 
 def _wire(by_gloo: bool) -> Wire:
-    wire = Wire(None)
-    wire._looked = by_gloo
-    return wire
+    if by_gloo:
+        memories[dist.group.WORLD] = None
+    return Wire(None)
 
 
 @pytest.mark.parametrize("by_gloo", BY_GLOO.values(), ids=BY_GLOO)
@@ -101,7 +101,7 @@ def hindered(what: str) -> list[Any]:
     else:
         found = wire.gather(message(wire.rank, 5, 0))
     left = [name for name in set(os.listdir("/dev/shm")) - before[1] if name.startswith("fastsample")]
-    return [found, wire._shared is None, len(os.listdir("/proc/self/fd")) - before[0], left]
+    return [found, memories[dist.group.WORLD] is None, len(os.listdir("/proc/self/fd")) - before[0], left]
 
 
 @pytest.mark.parametrize("what", ["another machine", "no folder", "no room", "no descriptors"])
