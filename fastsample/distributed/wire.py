@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -76,7 +77,8 @@ class Wire:
     def _through_memory(self, group: dist.ProcessGroup, own: Tensor, found: Tensor) -> None:
         """Give every other rank `own`, and take theirs."""
         if group not in memories:
-            timeout = group._get_backend(own.device).options._timeout
+            options = getattr(group._get_backend(own.device), "options", None)
+            timeout = getattr(options, "_timeout", timedelta(minutes=30))  # torch's default
             memories[group] = open_shared(self.rank, self.size, timeout, lambda words: self._sent(group, words))
         if (memory := memories[group]) is None:
             return self._exchange(group, own, found)
@@ -96,11 +98,10 @@ class Wire:
         waiting: list[tuple[int, Any]] = []
         failed: dict[int, RuntimeError] = {}
         # A rank that is gone is found out at once, and the others must not wait for this one because of it.
-        starts: list[tuple[Any, Any]] = [(group.recv, lambda other: [places[other]]), (group.send, lambda _: given)]
-        for start, tensors in starts:
+        for start, tensors in ((group.recv, [[place] for place in places]), (group.send, [given] * self.size)):
             for other in others:
                 try:
-                    waiting.append((other, start(tensors(other), other, _TAG)))
+                    waiting.append((other, start(tensors[other], other, _TAG)))
                 except RuntimeError as error:
                     failed[other] = error
         places[self.rank].copy_(own)

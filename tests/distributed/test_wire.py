@@ -39,7 +39,7 @@ def test_messages_of_any_length_arrive(size: int, room: int) -> None:
     memory = torch.zeros(native().exchange_bytes(size, room) + 64, dtype=torch.uint8)
     at = (memory.data_ptr() + 63) // 64 * 64
     ended = [os.pidfd_open(os.getpid())] * size
-    lengths = [1, 0, 7, 200, 3, 1024, 1, 1, 1, 50] * 8
+    lengths = [1, 0, 7, 200, 3, 1, 1, 1, 50] * 3
 
     def one(rank: int) -> list[torch.Tensor]:
         turns, found = 0, []
