@@ -40,7 +40,7 @@ class Split:
         backend: what does this rank's own work, as for `fastsample.sample`.
 
     Attributes:
-        rounds, sent: collectives so far, and bytes that this rank has sent in them to each other rank.
+        rounds, sent: how often ranks have exchanged messages so far, and bytes that this rank has sent to each other.
     """
 
     def __init__(

@@ -67,13 +67,8 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
     if out.ranks is not None:
         put(out.ranks, index, wire.total(shard.above(value_of(keys))) + 1)
     if out.num_top:
-        top = (
-            told[:, :, 2 * n + 1 :][:, :, : out.num_top]
-            .transpose(0, 1)
-            .reshape(len(index), -1)
-            .topk(out.num_top)
-            .values
-        )
+        top = told[:, :, 2 * n + 1 :][:, :, : out.num_top].transpose(0, 1).reshape(len(index), -1)
+        top = top.topk(out.num_top).values
         top = torch.where(lone.whole, pad(lone.first, (0, out.num_top - 1), value=NO_KEY), top)
         there = top >= LOWEST
         put(out.top_ids, index, torch.where(there, IDS - (top & IDS), -1))

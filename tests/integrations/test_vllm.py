@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import MAKERS
 from stacks import missing
-from vllm_runners import SLOTS, VOCAB, RunnerV2, prepared, registered
+from vllm_runners import SLOTS, VOCAB, RunnerV2, heard, prepared, registered
 
 import fastsample as fs
 
@@ -30,17 +30,8 @@ def plug() -> Any:
 
 @pytest.fixture
 def said(plug: Any) -> Iterator[list[str]]:
-    """What the adapter logs, as if for the first time."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    plug.common.STEP._said.clear()
-    level = plug.common.logger.level
-    plug.common.logger.setLevel(logging.INFO)
-    plug.common.logger.addHandler(handler)
-    yield lines
-    plug.common.logger.removeHandler(handler)
-    plug.common.logger.setLevel(level)
+    with heard(plug, logging.INFO) as lines:
+        yield lines
 
 
 def rows(maker: str, count: int, seed: int = 0) -> torch.Tensor:

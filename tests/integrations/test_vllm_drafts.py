@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import torch
 from cases import MAKERS
 from stacks import missing
 from vllm_drafts import LENGTH, REQUESTS, SEEDS, guess, model
-from vllm_runners import VOCAB, Request, RunnerV1, drafted, registered
+from vllm_runners import VOCAB, Request, RunnerV1, drafted, heard, registered
 
 import fastsample as fs
 
@@ -28,13 +27,8 @@ def plug() -> Any:
 
 @pytest.fixture
 def said(plug: Any) -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    plug.common.STEP._said.clear()
-    plug.common.logger.addHandler(handler)
-    yield lines
-    plug.common.logger.removeHandler(handler)
+    with heard(plug) as lines:
+        yield lines
 
 
 def plain_texts(requests: list[Request], seeds: list[int]) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from cases import MAKERS
 from stacks import missing
 from vllm_drafts import LENGTH, REQUESTS, SEEDS, guess, model
-from vllm_runners import VOCAB, Request, RunnerV2, prepared, registered
+from vllm_runners import VOCAB, Request, RunnerV2, heard, prepared, registered
 
 import fastsample as fs
 
@@ -27,13 +26,8 @@ def plug() -> Any:
 
 @pytest.fixture
 def said(plug: Any) -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    plug.common.STEP._said.clear()
-    plug.common.logger.addHandler(handler)
-    yield lines
-    plug.common.logger.removeHandler(handler)
+    with heard(plug) as lines:
+        yield lines
 
 
 @pytest.fixture

