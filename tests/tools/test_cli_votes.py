@@ -1,0 +1,79 @@
+"""fastsample generate --best-of: rounds of a vote, and reward models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from typer.testing import CliRunner
+
+import fastsample as fs
+from fastsample.cli import app as cli
+from fastsample.cli.generate import shipped_model
+from fastsample.cli.output import RefusedError
+from fastsample.cli.session import BATCH, Session
+from fastsample.inputs import row_seeds
+from fastsample.integrations.grammar import GrammarCompiler
+
+PROMPT = "The future of AI is"
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    folder = str(shipped_model())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    return Session(PROMPT, lm, tokenizer, ids, 6, None, [], {"temperature": 0.8})
+
+
+def test_a_vote_ends_when_it_is_decided() -> None:
+    options = "--best-of 60 --seed 2 --regex 0[01]|1 --vote ^[01] --max-new-tokens 4 --temperature 0.3".split()
+    result = CliRunner().invoke(cli.app, ["generate", PROMPT, *options])
+    note = re.search(
+        r"fastsample: '([01])' has (\d+) of (\d+) votes; (\d+) more could not change that\n", result.stderr
+    )
+    assert note is not None
+    votes, drawn, left = map(int, note.groups()[1:])
+    assert (drawn % BATCH, drawn + left) == (0, 60)
+    assert votes - (drawn - votes) > left
+    assert result.stdout.startswith(note[1])
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    model = AutoModelForCausalLM.from_pretrained(shipped_model(), dtype="float32")
+    whole = fs.best_of_n(
+        model, PROMPT, 60, vote=lambda text: text[0], tokenizer=tokenizer, max_new_tokens=4, top_k=0, top_p=0.95,
+        seed=[int(row_seeds(2, 1))], grammar=GrammarCompiler(tokenizer).regex("0[01]|1"), temperature=0.3,
+        ties="first",
+    )  # fmt: skip
+    assert whole.answer == note[1]
+
+
+def test_a_reward_model_ranks(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=4096, num_attention_heads=2, num_labels=1, initializer_range=1.0, **sizes)
+    judge = LlamaForSequenceClassification(config).eval()
+    judge.save_pretrained(tmp_path)
+    session.tokenizer.save_pretrained(tmp_path)
+    assert session.best_of(5, 3, None, str(tmp_path)) == []
+    out, err = capsys.readouterr()
+    given: dict[str, Any] = {"tokenizer": session.tokenizer, "seed": [3], "max_new_tokens": 6, "temperature": 0.8}
+    texts = {c.text for c in fs.best_of_n(session.lm, PROMPT, 5, **given).candidates}
+
+    def reward(text: str) -> float:
+        with torch.no_grad():
+            return float(judge(torch.tensor([session.tokenizer(PROMPT + text)["input_ids"]])).logits)
+
+    assert out == PROMPT + max(texts, key=reward) + "\n"
+    rows = [re.split(r"  +", line) for line in err.splitlines() if re.match(r"(draw|\d)", line)]
+    assert rows[0][1] == "reward"
+    assert [float(row[1]) for row in rows[1:]] == pytest.approx(sorted(map(reward, texts), reverse=True), abs=6e-4)
+
+
+def test_a_folder_without_a_reward_model_is_refused(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="^--reward-model .*: .*does not appear to have|config"):
+        session.best_of(2, 3, None, str(tmp_path))
