@@ -32,8 +32,8 @@ def session() -> Session:
 
 
 def test_a_vote_ends_when_it_is_decided() -> None:
-    options = "--best-of 60 --seed 2 --regex 0[01]|1 --vote ^[01] --max-new-tokens 4 --temperature 0.3".split()
-    result = CliRunner().invoke(cli.app, ["generate", PROMPT, *options])
+    options = ["--regex", "[01]", "--vote", ".", "--best-of", "60", "--temperature", "0.1", "--seed", "2"]
+    result = CliRunner().invoke(cli.app, ["generate", PROMPT, *options, "--max-new-tokens", "4"])
     note = re.search(
         r"fastsample: '([01])' has (\d+) of (\d+) votes; (\d+) more could not change that\n", result.stderr
     )
@@ -46,7 +46,7 @@ def test_a_vote_ends_when_it_is_decided() -> None:
     model = AutoModelForCausalLM.from_pretrained(shipped_model(), dtype="float32")
     whole = fs.best_of_n(
         model, PROMPT, 60, vote=lambda text: text[0], tokenizer=tokenizer, max_new_tokens=4, top_k=0, top_p=0.95,
-        seed=[int(row_seeds(2, 1))], grammar=GrammarCompiler(tokenizer).regex("0[01]|1"), temperature=0.3,
+        seed=[int(row_seeds(2, 1))], grammar=GrammarCompiler(tokenizer).regex("[01]"), temperature=0.1,
         ties="first",
     )  # fmt: skip
     assert whole.answer == note[1]
@@ -75,5 +75,5 @@ def test_a_reward_model_ranks(session: Session, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_folder_without_a_reward_model_is_refused(session: Session, tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="^--reward-model .*: .*does not appear to have|config"):
+    with pytest.raises(RefusedError, match=f"^--reward-model {re.escape(str(tmp_path))}: "):
         session.best_of(2, 3, None, str(tmp_path))
