@@ -1,4 +1,4 @@
-"""Best-of-N and self-consistency: eight continuations from one prefill, ranked by a scorer and by a majority vote."""
+"""Best-of-N and self-consistency: continuations from one prefill, ranked by a scorer, and a vote that ends early."""
 
 from importlib.resources import files
 
@@ -17,7 +17,7 @@ def words_per_token(text, tokens, logprobs):
     return len(text.split()) / len(tokens)
 
 
-result = fs.best_of_n(model, "Use this function to", 8, score=words_per_token, **options)
+result = fs.best_of_n(model, "She walked into the room and", 8, score=words_per_token, **options)
 for candidate in result.candidates:
     print(f"{candidate.score:.3f} {candidate.text!r}")
 
@@ -28,5 +28,6 @@ def first_word(text):
     return words[0] if words else None
 
 
-result = fs.best_of_n(model, "The default value is", 8, vote=first_word, **options)
-print(f"most say {result.answer!r}: {result.votes}")
+# Eight at a time, until those that are still to come cannot change the answer.
+result = fs.best_of_n(model, "A good friend is", 64, vote=first_word, round_size=8, progress=True, **options)
+print(f"most say {result.answer!r}, after {result.drawn} of 64: {result.votes}")

@@ -36,8 +36,8 @@ from matplotlib import pyplot as plt
 
 MODEL = str(files("fastsample") / "models" / "tiny-gpt2")
 PROMPTS = [  # of four tokens each: where TRL pads on the left, GPT-2's positions are not those of `generate`
-    "Use this function to", "The default value is", "If the argument is", "When the file is", "The name of the",
-    "Return the number of", "A list of the", "This class is used",
+    "She walked into the", "The children were in", "The name of the", "He said that he", "It is a good",
+    "I do not know", "They went to the", "A friend is a",
 ]  # fmt: skip
 SAMPLING = {"temperature": 1.0, "top_p": 0.8}
 RUNS = {"whole vocabulary": "#94a3b8", "kept sets": "#c2410c"}

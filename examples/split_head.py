@@ -28,7 +28,7 @@ class SplitHead(torch.nn.Module):
 
 path = str(files("fastsample") / "models" / "tiny-gpt2")
 tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
-text = tokenizer("Use this function to", return_tensors="pt")
+text = tokenizer("She walked into the room and", return_tensors="pt")
 how = {"do_sample": True, "max_new_tokens": 40, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1}
 whole = model.generate(**text, **how, custom_generate=fs_generate(seed=7))  # what one process says
 dist.init_process_group("gloo")

@@ -45,12 +45,12 @@ COARSE = re.compile(
 FINITE = frozenset(
     re.findall(
         r"[\w']+",
-        "am is are was were has had have do does did will would can could may might must shall should cannot isn't "
-        "aren't wasn't weren't don't doesn't didn't can't couldn't won't wouldn't hasn't haven't hadn't i'm it's that's "
-        "he's she's they're we're you're i'll i've there's let's became began bought broke brought built came caught "
-        "died fell felt found gave got grew heard held kept knew laughed learned left lived looked lost loved made met "
-        "moved needs played ran said sat saw seemed seems sent showed stood started stopped talked taught thought took "
-        "tried turned waited walked wanted wants went won worked wrote",
+        "am is are was were has had have do does did will would can could may might must shall should cannot "
+        "isn't aren't wasn't weren't don't doesn't didn't can't couldn't won't wouldn't hasn't haven't hadn't i'm "
+        "it's that's he's she's they're we're you're i'll i've there's let's became began bought broke brought "
+        "built came caught died fell felt found gave got grew heard held kept knew laughed learned left lived "
+        "looked lost loved made met moved needs played ran said sat saw seemed seems sent showed stood started "
+        "stopped talked taught thought took tried turned waited walked wanted wants went won worked wrote",
     )
 )
 
@@ -250,7 +250,7 @@ def train(model: GPT2LMHeadModel, ids: torch.Tensor, held_out: torch.Tensor, arg
     rates = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: rate_factor(step, args.steps)) for each in optimizers]
     offsets = torch.arange(CONTEXT)
     model.train()
-    progress = trange(1, args.steps + 1, mininterval=5)
+    progress = trange(1, min(args.steps, args.stop_at or args.steps) + 1, mininterval=5)
     for step in progress:
         starts = torch.randint(len(ids) - CONTEXT, (args.batch, 1))
         loss = batch_loss(model, ids[starts + offsets])
@@ -260,7 +260,7 @@ def train(model: GPT2LMHeadModel, ids: torch.Tensor, held_out: torch.Tensor, arg
             optimizer.step()
             rate.step()
         model.zero_grad()
-        if step % args.eval_every == 0 or step == args.steps:
+        if step % args.eval_every == 0 or step == len(progress):
             held = validation_loss(model, held_out)
             progress.write(f"step {step}: train {loss.item():.3f}, validation {held:.3f}")
             save(model, args.out)
@@ -277,7 +277,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the tiny GPT-2 that fastsample ships.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--packages", type=Path, help="folder with the packages; without it they are downloaded")
-    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--init", type=Path, help="go on with the model in this folder, of a run with the same seed")
+    parser.add_argument("--steps", type=int, default=3600, help="over which the learning rate falls")
+    parser.add_argument("--stop-at", type=int, metavar="STEP", help="end earlier than that")
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {CONTEXT} tokens a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -298,9 +300,15 @@ def main() -> None:
         texts = documents(unpack(args.packages, Path(scratch)))
     random.Random(args.seed).shuffle(texts)
     cut = len(texts) // 20
-    tokenizer = train_tokenizer(texts[cut:], args.vocab_size)
+    if args.init is None:
+        tokenizer = train_tokenizer(texts[cut:], args.vocab_size)
+    else:
+        tokenizer = GPT2TokenizerFast.from_pretrained(args.init)
     held_out, ids = encode(tokenizer, texts[:cut]), encode(tokenizer, texts[cut:])
-    model = build_model(tokenizer, args.layers, args.width)
+    if args.init is None:
+        model = build_model(tokenizer, args.layers, args.width)
+    else:
+        model = GPT2LMHeadModel.from_pretrained(args.init, dtype=torch.float32)
     print(f"{len(texts)} documents, {sum(map(len, texts))} characters")
     print(f"{len(ids)} training and {len(held_out)} held-out tokens")
     print(f"{model.num_parameters()} parameters")

@@ -137,7 +137,8 @@ class Session:
         if foreign := [token for token in tokens if token not in self._known]:
             note(f"continuation {number}: {len(foreign)} of its tokens are not in the tokenizer, like {foreign[0]}")
         elif not text:
-            why = "a stop string came first" if self.stops and len(tokens) > 1 else "the model ended it at once"
+            ended = not self.stops or tokens[0] in self.ends()
+            why = "the model ended it at once" if ended else "a stop string came first"
             note(f"continuation {number} is empty: {why}")
 
     @cached_property

@@ -371,7 +371,9 @@ def containing(tokenizer: Any, *texts: str) -> list[int]:
 
 
 def test_strings_stand_for_the_tokens_that_contain_them(shipped: Any, tokenizer: Any) -> None:
-    batch = tokenizer(["def f(a, b):", "x = [1, 1, 1, 1"], return_tensors="pt", padding=True, padding_side="left")
+    batch = tokenizer(
+        ['"No, no, no,', 'She said, "No, no, no,'], return_tensors="pt", padding=True, padding_side="left"
+    )
     strings = ["\n", ":", '"', "*", ",", 300]
     ids = [*containing(tokenizer, *strings[:-1]), 300]
     expected = drawn(shipped, batch, max_new_tokens=20, given=DRY | {"dry_breakers": ids})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -35,7 +36,7 @@ def test_sampling() -> None:
     text = "\n".join(run(EXAMPLES / "sampling.py"))
     first, second = text.split("\n---\n")
     assert first.startswith("The future of AI is")
-    assert second.startswith("Use this function to")
+    assert second.startswith("She walked into the room and")
     assert len(first) > 60
 
 
@@ -57,6 +58,8 @@ def test_split_head() -> None:
     """Both ranks get the text of one process."""
     lines = run(EXAMPLES / "split_head.py", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     told = sorted(line for line in lines if line.startswith("rank"))
-    starts = [f"rank {rank}: the same text is True: 'Use this function to" for rank in (0, 1)]
     assert len(told) == 2
-    assert all(map(str.startswith, told, starts))
+    for rank, line in enumerate(told):
+        start, text = line.split(": ", 2)[:2], ast.literal_eval(line.split(": ", 2)[2])
+        assert start == [f"rank {rank}", "the same text is True"]
+        assert text.startswith("She walked into the room and")
