@@ -20,6 +20,7 @@ from fastsample.params import SamplingParams
 from fastsample.sampler import Sampler
 
 BYTES = 4  # of a logit
+STEP = 256  # llama.cpp rounds the room of a sequence to multiples of it
 
 
 def logits_of(context: Any, positions: Sequence[int]) -> torch.Tensor:
@@ -211,7 +212,9 @@ def stream(
     max_tokens = count("max_tokens", max_tokens, 1, 2**31 - 1)
     for row, prompt in enumerate(ids):
         if len(prompt) + max_tokens > llm.n_ctx():
-            raise ValueError(f"prompts[{row}]: its {len(prompt)} ids and max_tokens = {max_tokens} exceed {llm.n_ctx()}")
+            raise ValueError(
+                f"prompts[{row}]: its {len(prompt)} ids and max_tokens = {max_tokens} exceed {llm.n_ctx()}"
+            )
     sampler = Sampler(params, batch_size=len(ids), seed=seed, offset=offset, backend=backend, **fields)
     return _steps(llm, ids, max_tokens, Sequences(sampler, dry_breakers))
 
@@ -232,7 +235,7 @@ class Context:
 
     def __init__(self, llm: lc.Llama, sequences: int, length: int) -> None:
         params = type(llm.context_params).from_buffer_copy(llm.context_params)
-        params.n_seq_max, params.n_ctx = sequences, sequences * length
+        params.n_seq_max, params.n_ctx = sequences, sequences * -(-length // STEP) * STEP
         params.n_batch = max(llm.n_batch, sequences)
         self._llm = llm  # which owns the model
         self._context = lc.llama_init_from_model(llm.model, params)
