@@ -90,7 +90,7 @@ class MlxSampler:
             return logits
         ids = np.asarray(tokens).astype(np.int64)
         prompt, output = (torch.from_numpy(part)[None] for part in (ids[: self._prompt], ids[self._prompt :]))
-        history = {"prompt_ids": prompt, "output_ids": output, "dry_breakers": self._breakers}
+        history: dict[str, Any] = {"prompt_ids": prompt, "output_ids": output, "dry_breakers": self._breakers}
         edited = filter_logits(_tensor("logits", logits), **history, **self._edit, backend=self._backend)
         return mx.array(edited.float().numpy()).astype(logits.dtype)
 
@@ -103,8 +103,8 @@ class MlxSampler:
         """
         if logprobs.ndim != 2 or len(logprobs) != 1:
             raise ValueError(
-                f"logprobs: expected shape [1, V], got {tuple(logprobs.shape)}: every sequence of a batch needs a sampler "
-                "of its own (BatchGenerator.insert has samplers=), and a draft model needs logits_processors"
+                f"logprobs: expected shape [1, V], got {tuple(logprobs.shape)}: every sequence of a batch needs a "
+                "sampler of its own (BatchGenerator.insert has samplers=), and a draft model needs logits_processors"
             )
         if self._penalties and self._prompt is None:
             raise ValueError(f"{self._penalties[0]}: expected logits_processors=sampler.logits_processors beside it")

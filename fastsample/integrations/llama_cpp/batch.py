@@ -1,4 +1,4 @@
-"""Several sequences of one llama.cpp context: a step's logits where llama.cpp keeps them, and all its tokens at once."""
+"""Several sequences of a llama.cpp context: a step's logits where llama.cpp keeps them, and all tokens at once."""
 
 from __future__ import annotations
 
@@ -212,9 +212,8 @@ def stream(
     max_tokens = count("max_tokens", max_tokens, 1, 2**31 - 1)
     for row, prompt in enumerate(ids):
         if len(prompt) + max_tokens > llm.n_ctx():
-            raise ValueError(
-                f"prompts[{row}]: its {len(prompt)} ids and max_tokens = {max_tokens} exceed {llm.n_ctx()}"
-            )
+            both = f"{len(prompt)} ids and max_tokens = {max_tokens}"
+            raise ValueError(f"prompts[{row}]: {both}: expected at most llm.n_ctx() = {llm.n_ctx()} together")
     sampler = Sampler(params, batch_size=len(ids), seed=seed, offset=offset, backend=backend, **fields)
     return _steps(llm, ids, max_tokens, Sequences(sampler, dry_breakers))
 

@@ -42,15 +42,16 @@ def sampling(
     backend: str = "auto",
     **fields: Any,
 ) -> Iterator[lc.Llama]:
-    """Inside of this context, `llm(...)`, its `create_completion`, `create_chat_completion` and `generate` draw with us.
+    """Inside of this context, fastsample draws for `llm(...)`, its `create_completion`, `create_chat_completion`, `generate`.
 
     The model, `stop`, streaming, `logprobs`, caches and draft models stay llama-cpp-python's own. A completion's first
     token is drawn at position `offset`, each further one at the next; a draft model does not change the text.
 
     Args:
         llm: a `llama_cpp.Llama`. One context at a time is its innermost.
-        params: how to sample, whatever the call says. Without it the call's own arguments hold (temperature, top_k,
-            top_p, min_p, typical_p, repeat_penalty, frequency_penalty, presence_penalty) in the order "temperature_last".
+        params: how to sample, whatever the call says. Without it the call's own arguments hold, in the order
+            "temperature_last": temperature, top_k, top_p, min_p, typical_p, repeat_penalty, frequency_penalty and
+            presence_penalty.
         fields: fields of SamplingParams, which override both.
         seed: 64-bit, the same for every completion; None takes the call's own `seed=`.
         offset: position of a completion's first token.
