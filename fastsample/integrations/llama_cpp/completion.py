@@ -42,7 +42,7 @@ def sampling(
     backend: str = "auto",
     **fields: Any,
 ) -> Iterator[lc.Llama]:
-    """Inside of this context, fastsample draws for `llm(...)`, its `create_completion`, `create_chat_completion`, `generate`.
+    """In this context fastsample draws for `llm(...)`, `create_completion`, `create_chat_completion` and `generate`.
 
     The model, `stop`, streaming, `logprobs`, caches and draft models stay llama-cpp-python's own. A completion's first
     token is drawn at position `offset`, each further one at the next; a draft model does not change the text.
