@@ -65,6 +65,9 @@ class MlxSampler:
     ) -> None:
         own = None if seed is None else [seed]
         whole = SamplingParams(**fields) if params is None else params.replace(**fields)
+        if several := whole.per_row():
+            name, count = next(iter(several.items()))
+            raise ValueError(f"{name}: expected one value, since a sampler draws one sequence, got {count}")
         neutral = {name: getattr(SamplingParams, name) for name in _HISTORY}
         self._sampler = Sampler(whole.replace(**neutral), batch_size=1, seed=own, offset=offset, backend=backend)
         self._penalties = active_penalties(whole)
