@@ -96,7 +96,7 @@ def bigrams() -> Array:
     return np.log(counts)
 
 
-def write_onnx(folder: Path, table: Array, head: Array | None = None, length: int = 1024) -> None:
+def write_onnx(folder: Path, table: Array, head: Array | None = None, length: int = 1024, threads: int = 0) -> None:
     """A model whose next logits are the last id's row of `table` [V, H], times `head` [H, V] if there is one."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -114,7 +114,7 @@ def write_onnx(folder: Path, table: Array, head: Array | None = None, length: in
     onnx.save(model, folder / "model.onnx")
     decoder = {
         "filename": "model.onnx",
-        "session_options": {"provider_options": []},
+        "session_options": {"provider_options": []} | ({"intra_op_num_threads": threads} if threads else {}),
         "num_hidden_layers": 0,  # no past: the last id says all
         "inputs": {"input_ids": "input_ids"},
         "outputs": {"logits": "logits"},
