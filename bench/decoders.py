@@ -30,6 +30,7 @@ from decoded import tiny_models
 from llama_chain import chain
 
 WIDE = 151936
+SHARP = 5  # makes the logits of random weights deviate by 3 to 5, which is what a language model's do
 MODES: dict[str, dict[str, Any]] = {
     "k40 p.95 m.05": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
     "p.95": {"temperature": 0.8, "top_p": 0.95},
@@ -68,7 +69,7 @@ def wide_gguf(path: Path, width: int = 64, layers: int = 2) -> None:
         for name, (rows, columns) in sizes.items():
             shapes[f"h.{i}.{name}.weight"] = (rows * width, columns * width)
             shapes[f"h.{i}.{name}.bias"] = (columns * width,)
-    named = ((name, weights(*shape)) for name, shape in shapes.items())
+    named = ((name, weights(*shape) * (SHARP if name == "ln_f.weight" else 1)) for name, shape in shapes.items())
     tiny_models().write_gguf(path, config, [f"t{i}" for i in range(WIDE)], ["t 0"], named)
 
 
@@ -128,7 +129,7 @@ def onnx_genai(folder: Path, rows: int, tokens: int) -> Iterator[tuple[str, int,
     place = folder / "onnx"
     if not place.exists():
         place.mkdir()
-        tiny_models().write_onnx(place, weights(WIDE, 64), weights(64, WIDE), threads=1)
+        tiny_models().write_onnx(place, weights(WIDE, 64), weights(64, WIDE) * SHARP, threads=1)
     model = og.Model(str(place))
     for mode, fields in MODES.items():
         # It has no min-p. Without top-k its top_k is the vocabulary: 0 draws past top-p (bench/README.md).
@@ -187,6 +188,7 @@ def mlx_lm(folder: Path, rows: int, tokens: int) -> Iterator[tuple[str, int, str
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2}
     config = llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, vocab_size=WIDE, num_key_value_heads=2, **sizes)
     model = llama.Model(config)
+    model.model.norm.weight *= SHARP
     mx.eval(model.parameters())
     for mode, fields in MODES.items():
         ours = partial(MlxSampler, order="temperature_last", **fields)
