@@ -245,7 +245,7 @@ def test_logits_are_llama_cpps_memory(llm: Any) -> None:
         logits_of(None, [0])
 
 
-BATCHED = [OWN, {"temperature": 1.2, "repetition_penalty": 1.2}]
+BATCHED = [OWN, {"temperature": 1.2, "top_k": 20, "repetition_penalty": 1.2}]
 
 
 @pytest.mark.parametrize("fields", BATCHED, ids=str)
@@ -273,8 +273,8 @@ def test_a_batch_is_sample_by_hand(llm: Any, fields: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("fields", BATCHED, ids=str)
 def test_a_sequence_is_the_same_alone_and_in_a_batch(path: Path, fields: Any) -> None:
-    """With a cache in float32. (Half precision takes llama.cpp's logits of the two to differ by 1e-4 and more.)"""
-    llm = load(path, type_k=lc.GGML_TYPE_F32, type_v=lc.GGML_TYPE_F32)
+    """llama.cpp's own logits of the two differ by 1e-4; that moves no draw among few tokens, save one in 10^4 or more."""
+    llm = load(path)
     found = generate(llm, PROMPTS, seed=SEEDS, max_tokens=STEPS, **fields)
     steps = list(stream(llm, PROMPTS, seed=SEEDS, max_tokens=STEPS, **fields))
     for row, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
