@@ -273,7 +273,7 @@ def test_a_batch_is_sample_by_hand(llm: Any, fields: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("fields", BATCHED, ids=str)
 def test_a_sequence_is_the_same_alone_and_in_a_batch(path: Path, fields: Any) -> None:
-    """llama.cpp's own logits of the two differ by 1e-4; that moves no draw among few tokens, save one in 10^4 or more."""
+    """llama.cpp's own logits of the two differ by 1e-4, which moves next to no draw among as few tokens as are kept."""
     llm = load(path)
     found = generate(llm, PROMPTS, seed=SEEDS, max_tokens=STEPS, **fields)
     steps = list(stream(llm, PROMPTS, seed=SEEDS, max_tokens=STEPS, **fields))

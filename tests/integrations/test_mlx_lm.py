@@ -100,7 +100,7 @@ def test_streaming_is_generating(tiny: Any) -> None:
     assert "".join(part.text for part in parts) == whole
 
 
-@pytest.mark.parametrize("fields", [FILTERS[1], PENALTIES[0]], ids=str)
+@pytest.mark.parametrize("fields", [FILTERS[1], {**PENALTIES[0], "top_k": 20}], ids=str)
 def test_a_sequence_is_the_same_in_a_batch(tiny: Any, fields: dict[str, Any]) -> None:
     from mlx_lm.generate import BatchGenerator
 
@@ -119,7 +119,7 @@ def test_a_sequence_is_the_same_in_a_batch(tiny: Any, fields: dict[str, Any]) ->
         assert found[uid] == ids_of(tiny, alone, prompt, logits_processors=alone.logits_processors)[:length]
 
 
-@pytest.mark.parametrize("fields", [FILTERS[1], {"frequency_penalty": 0.5, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("fields", [FILTERS[1], {"frequency_penalty": 0.5, "temperature": 0.7, "top_k": 20}], ids=str)
 def test_a_draft_model_changes_nothing(tiny: Any, fields: dict[str, Any]) -> None:
     alone, beside = MlxSampler(seed=7, **fields), MlxSampler(seed=7, **fields)
     wanted = ids_of(tiny, alone, logits_processors=alone.logits_processors)
