@@ -31,7 +31,9 @@ from fastsample.sampler import Sampler
 __all__ = ["generate", "stream"]
 
 
-def generate(model: Any, prompts: Sequence[Any], params: SamplingParams | None = None, **options: Any) -> list[Any]:
+def generate(
+    model: Any, prompts: Sequence[Any], params: SamplingParams | None = None, **options: Any
+) -> list[list[int]]:
     """Continue prompts as one batch; the new ids of each, up to and including the end-of-sequence token.
 
     Arguments and errors as for `stream`. `Tokenizer.decode` makes text of ids.

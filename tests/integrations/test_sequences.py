@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,23 @@ def test_a_row_that_cannot_be_sampled_moves_nothing() -> None:
     with pytest.raises(ValueError, match="row 0"):
         sequences.draw(torch.full((1, VOCAB), torch.nan), [0])
     assert [int(sequences.draw(TABLE[:1], [0]).tokens[0])] == drawn(TABLE[:1], 1, 1, [1], presence_penalty=1.0)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "needs", "command"),
+    [
+        ("llama_cpp", "llama_cpp", "pip install llama-cpp-python"),
+        ("onnx_genai", "onnxruntime_genai", "pip install onnxruntime-genai"),
+        ("mlx_lm", "mlx.core", "pip install mlx-lm"),
+    ],
+)
+def test_a_missing_package_is_named(adapter: str, needs: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"fastsample.integrations.{adapter}"
+    for module in [module for module in sys.modules if module.startswith(name)]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, needs, None)
+    with pytest.raises(ModuleNotFoundError, match=f"{name} needs .*: {command}"):
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize(

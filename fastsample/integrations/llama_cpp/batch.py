@@ -167,7 +167,9 @@ class BatchSampler:
             raise ValueError(f"{name} = {slot}: expected a slot that `admit` has given and `release` not taken back")
 
 
-def generate(llm: lc.Llama, prompts: Sequence[Any], params: SamplingParams | None = None, **options: Any) -> list[Any]:
+def generate(
+    llm: lc.Llama, prompts: Sequence[Any], params: SamplingParams | None = None, **options: Any
+) -> list[list[int]]:
     """Continue several prompts as one batch; the new ids of each, up to and including an end-of-generation token.
 
     Arguments and errors as for `stream`. `llm.detokenize` makes bytes of ids.
