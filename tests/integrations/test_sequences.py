@@ -14,7 +14,7 @@ from decoded import drawn
 import fastsample as fs
 from fastsample.integrations.sequences import Sequences, collected, end_ids, prompts_of, token_ids
 
-VOCAB, STEPS = 50, 80  # more steps than a table of ids has room for at first
+VOCAB, STEPS = 50, 20
 TABLE = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 SEEDS = [7, 2**64 - 1, 9]
@@ -35,9 +35,9 @@ def run(prompts: list[list[int]], seeds: list[int], ends: Any = (), steps: int =
     return sequences.run(TABLE[[p[-1] for p in prompts]], lambda new: TABLE[list(new.values())], ends, steps)
 
 
-def by_hand(row: int, **fields: Any) -> list[int]:
+def by_hand(row: int, steps: int = STEPS, **fields: Any) -> list[int]:
     prompt = PROMPTS[row]
-    return drawn(lambda new: TABLE[[*prompt, *new][-1]], STEPS, SEEDS[row], prompt, **fields)
+    return drawn(lambda new: TABLE[[*prompt, *new][-1]], steps, SEEDS[row], prompt, **fields)
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
@@ -46,6 +46,12 @@ def test_a_sequence_is_the_same_in_any_batch(fields: dict[str, Any]) -> None:
     assert collected(run(PROMPTS, SEEDS, **fields), 3) == wanted
     assert collected(run(PROMPTS[::-1], SEEDS[::-1], **fields), 3) == wanted[::-1]
     assert collected(run(PROMPTS[1:2], SEEDS[1:2], **fields), 1) == wanted[1:2]
+
+
+def test_a_text_that_outgrows_its_table() -> None:
+    """The table of ids has room for 64 at first."""
+    found = collected(run(PROMPTS[:1], SEEDS[:1], steps=70, frequency_penalty=0.5), 1)
+    assert found == [by_hand(0, 70, frequency_penalty=0.5)]
 
 
 def test_breakers_reach_dry() -> None:
