@@ -2,7 +2,8 @@
 
 Turns alternate on the same model. Their own: of llama.cpp a chain for each sequence (`llama_sampler_sample`), of ONNX
 Runtime GenAI `generate_next_token`, of MLX-LM `make_sampler`; fastsample's are its adapters. Where sampling cannot be
-timed apart, the decoder's own greedy search beside it shows what the rest of a step takes.
+timed apart, the decoder's own greedy search beside it shows what the rest of a step takes. A turn counts by the median of
+its steps.
 """
 
 from __future__ import annotations
@@ -40,8 +41,16 @@ END = 0  # of a text, in the models made here; next to never drawn
 PACKAGES = ("llama-cpp-python", "onnxruntime-genai", "mlx-lm", "mlx")
 LEAST = 5  # turns
 
-Turn = Callable[[], "tuple[float, float | None]"]
-"""One text of all sequences: seconds, and those of them that sampling took, where that can be told."""
+Turn = Callable[[], "tuple[list[float], list[float]]"]
+"""One text of all sequences: each step's seconds, and those of them that sampling took, where that can be told."""
+
+
+def steps_of(steps: Iterator[Any]) -> tuple[list[float], list[float]]:
+    """A turn of a decoder that yields at each step; the first has the prompt in it."""
+    next(steps)
+    times = [time.perf_counter()]
+    times += [time.perf_counter() for _ in steps]
+    return np.diff(times).tolist(), []
 
 
 def weights(*shape: int, seed: int = 11) -> np.ndarray[Any, Any]:
@@ -79,7 +88,7 @@ def llama_cpp(folder: Path, rows: int, tokens: int) -> Iterator[tuple[str, int, 
     wide = folder / "wide.gguf"
     if not wide.exists():
         wide_gguf(wide)
-    for name, path in (("SmolLM2-135M-Instruct", smollm2()), ("wide", wide)):
+    for name, path in (("SmolLM2-135M", smollm2()), ("wide", wide)):
         if path is not None:
             llm = lc.Llama(str(path), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
             for mode, fields in MODES.items():
@@ -96,7 +105,7 @@ def llama_turn(llm: Any, rows: int, tokens: int, who: str, fields: dict[str, Any
 
     slots = list(range(rows))
 
-    def turn() -> tuple[float, float]:
+    def turn() -> tuple[list[float], list[float]]:
         context = Context(llm, rows, len(PROMPT) + tokens + 1)
         sequences = Sequences(fs.Sampler(batch_size=rows, seed=3, order="temperature_last", **fields))
         chains = [chain(fields, row + 1, draw=True) for row in slots]
@@ -104,18 +113,18 @@ def llama_turn(llm: Any, rows: int, tokens: int, who: str, fields: dict[str, Any
             sequences.start(row, np.array(PROMPT))
             context.prefill(row, PROMPT)
         context.advance(dict.fromkeys(slots, 19))
-        sampling, start = 0.0, time.perf_counter()
+        steps, sampling = [], []
         for _ in range(tokens):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             if who == "fastsample":
                 drawn = sequences.draw(logits_of(context._context, slots), slots).tokens.tolist()
             else:
                 drawn = [lc.llama_sampler_sample(one.chain, context._context, row) for row, one in enumerate(chains)]
-            sampling += time.perf_counter() - begun
+            sampling.append(time.perf_counter() - start)
             context.advance(dict(enumerate(drawn)))
-        seconds = time.perf_counter() - start
+            steps.append(time.perf_counter() - start)
         context.close()
-        return seconds, sampling
+        return steps, sampling
 
     return turn
 
@@ -138,7 +147,7 @@ def onnx_genai(folder: Path, rows: int, tokens: int) -> Iterator[tuple[str, int,
         ways = {
             "fastsample": onnx_ours(model, rows, tokens, fields),
             "onnxruntime-genai": onnx_own(model, rows, tokens, search),
-            "its greedy search": onnx_own(model, rows, tokens, {"do_sample": False}),
+            "its greedy": onnx_own(model, rows, tokens, {"do_sample": False}),
         }
         yield "wide", WIDE, mode, ways
 
@@ -146,13 +155,9 @@ def onnx_genai(folder: Path, rows: int, tokens: int) -> Iterator[tuple[str, int,
 def onnx_ours(model: Any, rows: int, tokens: int, fields: dict[str, Any]) -> Turn:
     from fastsample.integrations.onnx_genai import stream
 
-    def turn() -> tuple[float, None]:
-        steps = stream(model, [PROMPT] * rows, max_new_tokens=tokens + 1, seed=3, eos_token_ids=END, **fields)
-        next(steps)
-        start = time.perf_counter()
-        for _ in steps:
-            pass
-        return time.perf_counter() - start, None
+    def turn() -> tuple[list[float], list[float]]:
+        options: dict[str, Any] = {"max_new_tokens": tokens + 1, "seed": 3, "eos_token_ids": END}
+        return steps_of(stream(model, [PROMPT] * rows, **options, **fields))
 
     return turn
 
@@ -160,18 +165,15 @@ def onnx_ours(model: Any, rows: int, tokens: int, fields: dict[str, Any]) -> Tur
 def onnx_own(model: Any, rows: int, tokens: int, search: dict[str, Any]) -> Turn:
     import onnxruntime_genai as og
 
-    def turn() -> tuple[float, None]:
+    def steps() -> Iterator[None]:
         params = og.GeneratorParams(model)
         params.set_search_options(batch_size=rows, max_length=len(PROMPT) + tokens + 2, **search)
         generator = og.Generator(model, params)
         generator.append_tokens(np.array([PROMPT] * rows, dtype=np.int32))
-        generator.generate_next_token()
-        start = time.perf_counter()
-        for _ in range(tokens):
-            generator.generate_next_token()
-        return time.perf_counter() - start, None
+        for _ in range(tokens + 1):
+            yield generator.generate_next_token()
 
-    return turn
+    return lambda: steps_of(steps())
 
 
 # MLX-LM ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def mlx_lm(folder: Path, rows: int, tokens: int) -> Iterator[tuple[str, int, str
         ways = {
             "fastsample": mlx_turn(model, rows, tokens, ours, each=True),
             "mlx-lm": mlx_turn(model, rows, tokens, own),
-            "its greedy search": mlx_turn(model, rows, tokens, make_sampler),
+            "its greedy": mlx_turn(model, rows, tokens, make_sampler),
         }
         yield "wide", WIDE, mode, ways
 
@@ -216,15 +218,7 @@ def mlx_turn(model: Any, rows: int, tokens: int, make: Callable[[], Any], each: 
             yield responses
         batch.close()
 
-    def turn() -> tuple[float, None]:
-        steps = alone() if rows == 1 else together()
-        next(steps)
-        start = time.perf_counter()
-        for _ in steps:
-            pass
-        return time.perf_counter() - start, None
-
-    return turn
+    return lambda: steps_of(alone() if rows == 1 else together())
 
 
 DECODERS = {"llama.cpp": llama_cpp, "onnxruntime-genai": onnx_genai, "mlx-lm": mlx_lm}
@@ -235,23 +229,24 @@ def measure(ways: dict[str, Turn], rows: int, tokens: int, budget: float) -> Ite
     """One record per sampler; turns alternate, after one that does not count."""
     for turn in ways.values():
         turn()
-    found: dict[str, list[tuple[float, float | None]]] = {who: [] for who in ways}
+    steps: dict[str, list[float]] = {who: [] for who in ways}
+    sampling: dict[str, list[float]] = {who: [] for who in ways}
     others, end = Others(), time.perf_counter() + budget
-    while min(map(len, found.values())) < LEAST or time.perf_counter() < end:
+    while min(map(len, steps.values())) < LEAST or time.perf_counter() < end:
         for who, turn in ways.items():
-            found[who].append(turn())
+            for medians, seconds in zip((steps[who], sampling[who]), turn(), strict=True):
+                medians += [float(np.median(seconds))] if seconds else []
     busy = others.cores()
-    for who, turns in found.items():
+    for who, own in steps.items():
         record: Record = {
             "sampler": who,
-            "tokens_per_second": spread([rows * tokens / seconds for seconds, _ in turns], 1),
-            "step_us": spread([1e6 * seconds / tokens for seconds, _ in turns]),
+            "tokens_per_second": spread([rows / seconds for seconds in own], 1),
+            "step_us": spread([1e6 * seconds for seconds in own]),
         }
-        timed = [(seconds, sampling) for seconds, sampling in turns if sampling is not None]
-        if timed:
-            record["sampling_us"] = spread([1e6 * sampling / tokens for _, sampling in timed])
-            record["sampling_share"] = spread([sampling / seconds for seconds, sampling in timed], 4)
-        yield record | {"turns": len(turns), "others": busy}
+        if sampling[who]:
+            record["sampling_us"] = spread([1e6 * seconds for seconds in sampling[who]])
+            record["sampling_share"] = spread([part / whole for part, whole in zip(sampling[who], own, strict=True)], 4)
+        yield record | {"turns": len(own), "others": busy}
 
 
 def table(records: list[Record]) -> Table:
