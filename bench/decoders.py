@@ -2,8 +2,8 @@
 
 Turns alternate on the same model. Their own: of llama.cpp a chain for each sequence (`llama_sampler_sample`), of ONNX
 Runtime GenAI `generate_next_token`, of MLX-LM `make_sampler`; fastsample's are its adapters. Where sampling cannot be
-timed apart, the decoder's own greedy search beside it shows what the rest of a step takes. A turn counts by the median of
-its steps.
+timed apart, the decoder's own greedy search beside it shows what the rest of a step takes. Of a turn the median of its
+steps counts.
 """
 
 from __future__ import annotations
