@@ -251,7 +251,7 @@ def measure(ways: dict[str, Turn], rows: int, tokens: int, budget: float) -> Ite
 
 def table(records: list[Record]) -> Table:
     columns = ("decoder", "model", "V", "B", "mode", "sampler", "tokens/s", "us a step", "us sampling", "share")
-    found = Table(*columns, title="Decoders on the CPU, one thread")
+    found = Table(*columns, title="Decoders on the CPU; ours, llama.cpp and ONNX Runtime on one thread")
     for r in records:
         timed = "sampling_us" in r
         found.add_row(
