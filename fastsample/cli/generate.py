@@ -18,7 +18,7 @@ import torch
 
 import fastsample as fs
 from fastsample.backends import select
-from fastsample.cli.output import INSTALL, RefusedError, note, told
+from fastsample.cli.output import INSTALL, RefusedError, note, told, utf8
 
 _HUB_SECONDS = 2.0
 
@@ -43,17 +43,6 @@ def _library(name: str) -> Any:
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
-
-
-def utf8(what: str, text: str) -> str:
-    """Text from the command line; bytes that the locale could not decode are read as UTF-8."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        pass
-    with told((UnicodeError,), f"{what}: not UTF-8: "):
-        return os.fsencode(text).decode()
 
 
 def read_prompt(argument: str | None, file: str | None) -> str:

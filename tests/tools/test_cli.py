@@ -16,16 +16,19 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import fastsample as fs
 import fastsample.integrations.transformers as drop_in
+from fastsample.backends import ORDER
 from fastsample.cli import app as cli
 from fastsample.cli import generate as cli_generate
 from fastsample.cli import info as cli_info
 from fastsample.cli import output as cli_output
 from fastsample.cli import session as cli_session
+from fastsample.cli import start as cli_start
 from fastsample.cli import stats as cli_stats
 from fastsample.inputs import row_seeds
 from fastsample.params import specs
@@ -399,10 +402,6 @@ def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_terminal_gets_a_frame() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     stream = Terminal()
     cli_output.print_table([("name", "value"), ("a", "[b]")], header=True, stream=stream)
     assert "name" in stream.getvalue()
@@ -412,7 +411,73 @@ def test_a_terminal_gets_a_frame() -> None:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"fastsample {fs.__version__}\n"
-    assert "generate" in run().stdout
+    for shown in (run().stdout, run("--help").stdout):
+        commands = shown.partition("Commands:\n")[2]
+        assert [line.split()[0] for line in commands.splitlines()] == ["generate", "explain", "info"]
+        assert "..." not in commands
+    assert ", ".join(("auto", *ORDER)) in run("generate", "--help").stdout
+
+
+def test_json_of_continuations() -> None:
+    asked = ("--num", "3", "--seed", "7", "--max-new-tokens", "5", "--top-k", "9")
+    plain = run("generate", PROMPT, *asked).stdout
+    found = json.loads(run("generate", PROMPT, *asked, "--json").stdout)
+    assert (found["prompt"], found["seed"]) == (PROMPT, 7)
+    texts = [f"[{number}] {PROMPT}{each['text']}\n" for number, each in enumerate(found["continuations"], 1)]
+    assert "\n".join(texts) == plain
+    assert [each["seed"] for each in found["continuations"]] == [s % 2**64 for s in row_seeds(7, 3).tolist()]
+    assert all(len(each["tokens"]) == 5 and not each["truncated"] for each in found["continuations"])
+
+
+def test_json_tells_the_seed_that_was_taken() -> None:
+    first = run("generate", PROMPT, "--max-new-tokens", "6", "--json").stdout
+    again = run("generate", PROMPT, "--max-new-tokens", "6", "--json", "--seed", str(json.loads(first)["seed"])).stdout
+    assert again == first
+
+
+def test_json_of_truncated_texts() -> None:
+    result = run("generate", PROMPT, "--regex", "[a-z]{40}", "--max-new-tokens", "3", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["continuations"][0]["truncated"]
+
+
+def test_json_of_info() -> None:
+    found = json.loads(run("info", "--json").stdout)
+    assert found["engines"] == {name: why_not or "ready" for name, why_not in fs.engines().items()}
+    assert found["threads"] == fs.get_num_threads()
+    assert found["torch"] == torch.__version__
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    times = iter(range(1000))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(times)))  # tqdm shows nothing in the first second
+    with cli_output.working("loading"):
+        pass
+    with cli_output.progress(10, "token") as bar:
+        for _ in range(9):
+            bar.update(1)
+        shown = stream.getvalue()
+    assert ("loading" in shown and "9/10" in shown) if terminal else shown == ""
+
+
+def test_a_session_counts_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def spy(total: int, unit: str) -> Any:
+        bars.append(tqdm(total=total, unit=unit, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(cli_session, "progress", spy)
+    assert run("generate", PROMPT, "--num", "3", "--max-new-tokens", "4", "--seed", "1").exit_code == 0
+    assert [(bar.n, bar.total) for bar in bars] == [(12, 12)]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +520,7 @@ def test_refusals_are_one_line(args: list[str], message: str) -> None:
 
 
 def test_an_engine_that_cannot_serve_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", None)
+    monkeypatch.setattr(cli_start, "load", None)
     absent = [name for name, why_not in fs.engines().items() if why_not]
     for name in absent:
         assert f"backend '{name}' cannot serve" in refusal("generate", "x", "--backend", name)

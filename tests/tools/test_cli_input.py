@@ -19,6 +19,7 @@ import fastsample.integrations.transformers as drop_in
 from fastsample.cli import app as cli
 from fastsample.cli import generate as cli_generate
 from fastsample.cli import session as cli_session
+from fastsample.cli import start as cli_start
 from fastsample.inputs import row_seeds
 
 PROMPT = "The future of AI is"
@@ -351,7 +352,7 @@ def test_a_token_that_the_model_lacks_is_refused(shipped: tuple[Any, Any]) -> No
 
 def test_tokens_that_the_tokenizer_lacks_are_said(shipped: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = shipped
-    session = cli_session.Session(PROMPT, model, tokenizer, torch.zeros(1, 1), 1, None, (), {})
+    session = cli_session.Session(PROMPT, model, tokenizer, torch.zeros(1, 1), 1, None, (), {}, 0, iter([0]))
     session._note_oddities(2, [300, 5000, 0], "x")
     assert "continuation 2: 1 of its tokens are not in the tokenizer, like 5000" in capsys.readouterr().err
     session._note_oddities(1, [0], "")
@@ -369,7 +370,7 @@ def test_a_name_that_is_no_folder_fails_at_once_without_a_network(monkeypatch: p
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(cli, "load", None)  # it would not even come to that
+    monkeypatch.setattr(cli_start, "load", None)  # it would not even come to that
     start = time.monotonic()
     message = refusal(PROMPT, "--model", "gpt2")
     assert "no folder of that name here" in message
@@ -403,7 +404,7 @@ def test_votes_that_nobody_casts_are_said() -> None:
 
 
 def test_a_vote_that_is_no_regex_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", None)
+    monkeypatch.setattr(cli_start, "load", None)
     assert "--vote (: " in refusal(PROMPT, "--best-of", "2", "--vote", "(")
 
 
@@ -423,13 +424,13 @@ def test_info_shows_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FASTSAMPLE_BACKEND", "abacus")
     assert "refused: FASTSAMPLE_BACKEND: " in row()
     assert "'abacus'" in row()
-    monkeypatch.setattr(cli, "find_model", None)
+    monkeypatch.setattr(cli_start, "find_model", None)
     assert "FASTSAMPLE_BACKEND: " in refusal(PROMPT)
 
 
 def test_seeds_of_any_number_of_continuations_are_those_of_rows() -> None:
     for seed in (0, 7, -1, 2**64 - 1):
-        seeds = cli._seeds(seed)
+        seeds = cli_start.seeds_of(seed)
         assert [next(seeds) for _ in range(5)] == [s % 2**64 for s in row_seeds(seed % 2**64, 5).tolist()]
     with pytest.raises(ValueError, match="seed"):
-        cli._seeds(2**64)
+        cli_start.seeds_of(2**64)
