@@ -7,12 +7,14 @@ import sys
 import torch
 
 import fastsample as fs
+from fastsample.cli.output import progress
 from fastsample.cli.session import Session, up_to
 
 
 def explained(session: Session, seed: int, top: int) -> fs.Explanation:
     """A continuation as `generate` draws it, explained."""
-    out = session.generated([seed], output_logits=True)
+    with progress(session.steps, "token") as bar:
+        out = session.generated([seed], bar=bar, output_logits=True)
     prompt = session.ids[0].tolist()
     tokens = up_to(out.sequences[0, len(prompt) :].tolist(), session.ends())
     logits = torch.cat(out.logits)[: len(tokens)]
