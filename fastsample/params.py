@@ -20,10 +20,11 @@ from fastsample.presets import PRESETS, preset_name
 from fastsample.spec import Spec, choice, flag, integer, real
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
-Values: TypeAlias = "float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor"
+    from fastsample.arrays import ArrayLike
+
+Values: TypeAlias = "float | Sequence[float] | ArrayLike"
 Ties: TypeAlias = Literal["first", "all"]
 Order: TypeAlias = Literal["top_k_first", "min_p_first", "joint", "temperature_last"]
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsample.checks import CPU, INTEGERS, from_numpy, is_list, require_dense, to_float32
+from fastsample.arrays import as_array, from_numpy
+from fastsample.checks import CPU, INTEGERS, is_list, require_dense, to_float32
 from fastsample.spec import INT32_MAX, Spec
 
 
@@ -23,8 +24,9 @@ def normalise(name: str, spec: Spec, value: Any) -> Any:
     """The validated value: a number or a name, or per row a 1-D tensor or a tuple of names."""
     if type(value) in (float, int, str):  # the usual types first: abstract ones take longer to check
         return _scalar(name, spec, value, "")
+    value = as_array(name, value)
     if isinstance(value, np.ndarray):
-        value = from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
+        value = from_numpy(name, value) if value.dtype.kind in "biuf" else value.tolist()
     if isinstance(value, torch.Tensor):
         require_dense(name, value)
         value = value.item() if value.ndim == 0 else value
