@@ -17,16 +17,13 @@ from fastsample.cli.generate import (
     check_engine,
     dry_breakers,
     encode,
-    find_model,
     grammar_texts,
-    load,
     load_grammar,
-    quiet,
     read_prompt,
-    shipped_model,
     utf8,
 )
 from fastsample.cli.info import info
+from fastsample.cli.model import find_model, load, quiet, shipped_model
 from fastsample.cli.output import INSTALL, RefusedError, discard, note, take_any_text, told
 from fastsample.cli.session import Session
 from fastsample.cli.stats import print_stats
@@ -44,6 +41,7 @@ else:
     from fastsample.cli.explain import explain
     from fastsample.cli.options import (
         Backend,
+        Chat,
         Choice,
         Choices,
         DryBreaker,
@@ -121,6 +119,7 @@ def generate(
     *,
     prompt_file: PromptFile = None,
     model: Model = None,
+    chat: Chat = False,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens per continuation, at most.")] = 64,
     num: Annotated[int, typer.Option(metavar="N", min=1, help="Number of continuations.")] = 1,
     best_of: Annotated[
@@ -172,9 +171,9 @@ def generate(
     with quiet():
         lm, tokenizer = load(name, local)
         grammar = load_grammar(tokenizer, grammar_backend or "auto", json_schema, regex, picks)
-        ids, steps = encode(text, lm, tokenizer, max_new_tokens)
+        ids, steps = encode(text, lm, tokenizer, max_new_tokens, chat)
         sampling = {"backend": backend, **fields, **dry_breakers(tokenizer, breakers)}
-        session = Session(text, lm, tokenizer, ids, steps, grammar, stops, sampling)
+        session = Session("" if chat else text, lm, tokenizer, ids, steps, grammar, stops, sampling)
         first = next(seeds)
         if best_of > 1:
             cut = session.best_of(best_of, first, ballot)

@@ -16,15 +16,14 @@ from fastsample.cli.generate import (
     check_engine,
     dry_breakers,
     encode,
-    find_model,
     grammar_texts,
-    load,
     load_grammar,
-    quiet,
     read_prompt,
 )
+from fastsample.cli.model import find_model, load, quiet
 from fastsample.cli.options import (
     Backend,
+    Chat,
     Choice,
     Choices,
     DryBreaker,
@@ -46,6 +45,7 @@ def explain(
     *,
     prompt_file: PromptFile = None,
     model: Model = None,
+    chat: Chat = False,
     tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to draw, at most.")] = 8,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page that answers for other parameters too.")
@@ -80,7 +80,7 @@ def explain(
     with quiet():
         lm, tokenizer = load(name, local)
         grammar = load_grammar(tokenizer, grammar_backend or "auto", json_schema, regex, picks)
-        ids, steps = encode(text, lm, tokenizer, tokens)
+        ids, steps = encode(text, lm, tokenizer, tokens, chat)
         sampling = {"backend": backend, **fields, **dry_breakers(tokenizer, breakers)}
         explanation = explained(Session(text, lm, tokenizer, ids, steps, grammar, [], sampling), own, top)
     if html is not None:

@@ -13,7 +13,7 @@ import torch
 import fastsample as fs
 from fastsample.backends import select
 from fastsample.backends.cpu import native
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.cli.output import print_table
 
 

@@ -27,7 +27,13 @@ PromptFile: TypeAlias = Annotated[
 ]
 Model: TypeAlias = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Folder or hub name of a causal LM [default: tiny-gpt2, which ships]"),
+    typer.Option(
+        metavar="NAME",
+        help="Folder, GGUF file or hub name of a causal LM, or smollm2 [default: tiny-gpt2, which ships]",
+    ),
+]
+Chat: TypeAlias = Annotated[
+    bool, typer.Option("--chat", help="The prompt is a user's message; print the model's answer, without the prompt.")
 ]
 JsonSchema: TypeAlias = Annotated[
     Path | None,
