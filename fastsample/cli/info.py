@@ -12,7 +12,7 @@ import torch
 
 from fastsample.backends import engines, select
 from fastsample.backends.cpu import native
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.cli.output import print_json, print_table
 from fastsample.threads import get_num_threads
 

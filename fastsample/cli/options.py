@@ -25,7 +25,13 @@ PromptFile: TypeAlias = Annotated[
 ]
 Model: TypeAlias = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Folder or hub name of a causal LM [default: tiny-gpt2, which ships]"),
+    typer.Option(
+        metavar="NAME",
+        help="Folder, GGUF file or hub name of a causal LM, or smollm2 [default: tiny-gpt2, which ships]",
+    ),
+]
+Chat: TypeAlias = Annotated[
+    bool, typer.Option("--chat", help="The prompt is a user's message; print the model's answer, without the prompt.")
 ]
 JsonSchema: TypeAlias = Annotated[
     Path | None,
@@ -77,6 +83,7 @@ class Asked:
     prompt: Prompt = None
     prompt_file: PromptFile = None
     model: Model = None
+    chat: Chat = False
     json_schema: JsonSchema = None
     regex: Regex = None
     choices: Choices = None
@@ -104,7 +111,7 @@ def with_shared_options(command: Callable[..., int]) -> Callable[..., int]:
     _, *own = signature.parameters.values()
     hints = get_type_hints(Asked, include_extras=True)
     shared = {f.name: _keyword(f.name, f.default, hints[f.name]) for f in fields(Asked) if f.name != "params"}
-    first = [shared.pop(name) for name in ("prompt", "prompt_file", "model")]
+    first = [shared.pop(name) for name in ("prompt", "prompt_file", "model", "chat")]
     sampling = {
         name: _keyword(name, DEFAULTS.get(name, getattr(SamplingParams, name)), _option(name, spec))
         for name, spec in specs()

@@ -37,6 +37,7 @@ class Session:
     """A loaded model, an encoded prompt, and how to continue it."""
 
     prompt: str
+    chat: bool  # whether the prompt is what a user says, and not the text to continue
     lm: Any
     tokenizer: Any
     ids: torch.Tensor  # int64 [1, L]
@@ -47,6 +48,11 @@ class Session:
     seed: int
     seeds: Iterator[int]  # those of continuations, made of the seed
 
+    @property
+    def _echo(self) -> str:
+        """What is printed before a continuation."""
+        return "" if self.chat or self.grammar is not None else self.prompt
+
     def one(self, seed: int) -> list[int]:
         """Print a continuation as it is generated; with a grammar, only the new text, once it is complete.
 
@@ -54,7 +60,7 @@ class Session:
         """
         if self.grammar is not None:
             return self.several(iter([seed]), 1)
-        print(self.prompt, end="", flush=True)
+        print(self._echo, end="", flush=True)
         try:
             self._draw([seed], 1, streamer=Writer(self.tokenizer, self.stops))
         finally:
@@ -66,7 +72,7 @@ class Session:
         cut: list[int] = []
         for number, found in enumerate(self._continued(seeds, num), 1):
             between = "\n" if self.grammar is None and number > 1 else ""
-            label = f"{between}[{number}] {self.prompt}" if self.grammar is None else ""
+            label = f"{between}[{number}] {self._echo}" if self.grammar is None else ""
             print(label + found.text, flush=True)
             cut += [number] if found.truncated else []
         return cut
@@ -106,7 +112,7 @@ class Session:
         assert not isinstance(result, list)  # one prompt, one result
         best = result.best
         text = before(best.text, self.stops)
-        print(("" if self.grammar is not None else self.prompt) + text, flush=True)
+        print(self._echo + text, flush=True)
         self._note_oddities(1, best.tokens, text)
         rows = [("draw", "mean logprob", "tokens", *(["answer"] if vote else []), "text")]
         for c in result.candidates:

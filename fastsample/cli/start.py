@@ -12,13 +12,11 @@ from fastsample.cli.generate import (
     check_engine,
     dry_breakers,
     encode,
-    find_model,
     grammar_texts,
-    load,
     load_grammar,
-    quiet,
     read_prompt,
 )
+from fastsample.cli.model import find_model, load, quiet
 from fastsample.cli.options import Asked
 from fastsample.cli.output import told, working
 from fastsample.cli.session import Session
@@ -42,10 +40,10 @@ def opened(asked: Asked, tokens: int, stops: Sequence[str] = ()) -> Iterator[Ses
         with quiet():
             lm, tokenizer = load(name, local)
             grammar = load_grammar(tokenizer, asked.grammar_backend or "auto", asked.json_schema, regex, picks)
-    ids, steps = encode(text, lm, tokenizer, tokens)
+    ids, steps = encode(text, lm, tokenizer, tokens, asked.chat)
     sampling = {"backend": asked.backend, **asked.params, **dry_breakers(tokenizer, breakers)}
     with quiet():
-        yield Session(text, lm, tokenizer, ids, steps, grammar, stops, sampling, seed, seeds)
+        yield Session(text, asked.chat, lm, tokenizer, ids, steps, grammar, stops, sampling, seed, seeds)
 
 
 def seeds_of(seed: int) -> Iterator[int]:

@@ -24,8 +24,8 @@ import fastsample as fs
 import fastsample.integrations.transformers as drop_in
 from fastsample.backends import ORDER
 from fastsample.cli import app as cli
-from fastsample.cli import generate as cli_generate
 from fastsample.cli import info as cli_info
+from fastsample.cli import model as cli_model
 from fastsample.cli import output as cli_output
 from fastsample.cli import session as cli_session
 from fastsample.cli import start as cli_start
@@ -60,7 +60,7 @@ def refusal(*args: str) -> str:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
-    folder = str(cli_generate.shipped_model())
+    folder = str(cli_model.shipped_model())
     return AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -187,14 +187,14 @@ def test_greedy(shipped: tuple[Any, Any]) -> None:
 
 
 def test_the_model_is_loaded_at_a_dtype_that_cpus_are_quick_at() -> None:
-    with cli_generate.quiet():
-        model, _ = cli_generate.load(*cli_generate.find_model(None))
+    with cli_model.quiet():
+        model, _ = cli_model.load(*cli_model.find_model(None))
     assert model.dtype == torch.float32
     assert not model.training
 
 
 def test_a_model_of_ones_own_is_sampled_as_the_options_say(tmp_path: Path) -> None:
-    folder = shutil.copytree(cli_generate.shipped_model(), tmp_path / "own")
+    folder = shutil.copytree(cli_model.shipped_model(), tmp_path / "own")
     config = folder / "generation_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"do_sample": True, "top_k": 1, "typical_p": 0.1}))
     assert text("--seed", "3", "--model", str(folder)) == text("--seed", "3")
@@ -209,7 +209,7 @@ def test_only_a_hub_name_may_reach_for_the_network(monkeypatch: pytest.MonkeyPat
         assert options["use_safetensors"]
         raise OSError("enough\nmore")
 
-    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda hub: None)
+    monkeypatch.setattr(cli_model, "_why_no_hub", lambda hub: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert "enough" in refusal("generate", "x")
     assert "enough" in refusal("generate", "x", "--model", str(tmp_path))
@@ -351,7 +351,7 @@ def test_best_of_prints_the_best_and_shows_all() -> None:
     assert scores == sorted(scores, reverse=True)
     assert result.stdout.startswith(PROMPT)
     seed = [int(row_seeds(4, 1))]
-    folder = str(cli_generate.shipped_model())
+    folder = str(cli_model.shipped_model())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     options = {"tokenizer": tokenizer, "seed": seed, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}
     best = fs.best_of_n(model, PROMPT, 3, top_k=0, ties="first", **options).best

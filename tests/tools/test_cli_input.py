@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import fastsample.integrations.transformers as drop_in
 from fastsample.cli import app as cli
 from fastsample.cli import generate as cli_generate
+from fastsample.cli import model as cli_model
 from fastsample.cli import session as cli_session
 from fastsample.cli import start as cli_start
 from fastsample.inputs import row_seeds
@@ -45,13 +46,13 @@ def refusal(*args: str, stdin: bytes = b"") -> str:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
-    folder = str(cli_generate.shipped_model())
+    folder = str(cli_model.shipped_model())
     return AutoModelForCausalLM.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(cli_generate.shipped_model(), tmp_path / "own"))
+    return Path(shutil.copytree(cli_model.shipped_model(), tmp_path / "own"))
 
 
 # The prompt -----------------------------------------------------------------------------------------------------------
@@ -343,16 +344,16 @@ def test_a_folder_that_is_no_whole_model_is_refused(spoil: Callable[[Path], str]
 
 def test_a_token_that_the_model_lacks_is_refused(shipped: tuple[Any, Any]) -> None:
     model, _ = shipped
-    more = AutoTokenizer.from_pretrained(cli_generate.shipped_model())
+    more = AutoTokenizer.from_pretrained(cli_model.shipped_model())
     more.add_tokens(["<new>"])
-    cli_generate._check_tokenizer("", model, more)  # an added token that nobody uses does no harm
+    cli_model._check_tokenizer("", model, more)  # an added token that nobody uses does no harm
     with pytest.raises(cli_generate.RefusedError, match=r"holds the token '<new>' \(4096\), and the model has 4096"):
         cli_generate.encode("a<new>", model, more, 1)
 
 
 def test_tokens_that_the_tokenizer_lacks_are_said(shipped: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = shipped
-    session = cli_session.Session(PROMPT, model, tokenizer, torch.zeros(1, 1), 1, None, (), {}, 0, iter([0]))
+    session = cli_session.Session(PROMPT, False, model, tokenizer, torch.zeros(1, 1), 1, None, (), {}, 0, iter([0]))
     session._note_oddities(2, [300, 5000, 0], "x")
     assert "continuation 2: 1 of its tokens are not in the tokenizer, like 5000" in capsys.readouterr().err
     session._note_oddities(1, [0], "")
@@ -385,10 +386,10 @@ def test_a_cached_model_of_the_hub_needs_no_network(monkeypatch: pytest.MonkeyPa
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "somewhere/config.json")
-    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda _: "unreachable")
-    assert cli_generate.find_model("someone/something") == ("someone/something", True)
-    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda _: None)
-    assert cli_generate.find_model("someone/something") == ("someone/something", False)
+    monkeypatch.setattr(cli_model, "_why_no_hub", lambda _: "unreachable")
+    assert cli_model.find_model("someone/something") == ("someone/something", True)
+    monkeypatch.setattr(cli_model, "_why_no_hub", lambda _: None)
+    assert cli_model.find_model("someone/something") == ("someone/something", False)
 
 
 # Votes ----------------------------------------------------------------------------------------------------------------
