@@ -95,18 +95,22 @@ class Session:
                     with bar.external_write_mode():
                         yield each
 
-    def best_of(self, n: int, seed: int, vote: re.Pattern[str] | None) -> list[int]:
-        """Print the best of n continuations, and all of them on stderr."""
+    def best_of(self, n: int, seed: int, vote: re.Pattern[str] | None, reward_model: str | None = None) -> list[int]:
+        """Print the best of n continuations, and all that were drawn on stderr: with a vote, until it is decided."""
         sampling = {"seed": [seed], "grammar": self.grammar, "stopping_criteria": self._criteria(), **self.sampling}
-        ballot = None if vote is None else self._ballot(vote)
+        score = "mean_logprob" if reward_model is None else _reward_model(reward_model)
         with told(_REFUSALS):
             result = fs.best_of_n(
                 self.lm,
                 {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)},
                 n,
-                vote=ballot,
+                score=score,
+                vote=None if vote is None else self._ballot(vote),
                 tokenizer=self.tokenizer,
                 max_new_tokens=self.steps,
+                batch_size=BATCH,
+                round_size=None if vote is None else BATCH,
+                progress=sys.stderr.isatty(),
                 **sampling,
             )
         assert not isinstance(result, list)  # one prompt, one result
@@ -114,7 +118,8 @@ class Session:
         text = before(best.text, self.stops)
         print(self._echo + text, flush=True)
         self._note_oddities(1, best.tokens, text)
-        rows = [("draw", "mean logprob", "tokens", *(["answer"] if vote else []), "text")]
+        ranked_by = "mean logprob" if reward_model is None else "reward"
+        rows = [("draw", ranked_by, "tokens", *(["answer"] if vote else []), "text")]
         for c in result.candidates:
             answer = [str(c.answer)] if vote else []
             shown = shorten(before(c.text, self.stops), 60)
@@ -122,9 +127,10 @@ class Session:
         with stderr_may_fail():
             print_table(rows, header=True, stream=sys.stderr)
         if vote and result.answer is not None:
-            note(f"{result.answer!r} has {result.votes[result.answer]} of {n} votes")
+            early = "" if result.drawn == n else f"; {n - result.drawn} more could not change that"
+            note(f"{result.answer!r} has {result.votes[result.answer]} of {result.drawn} votes{early}")
         elif vote:
-            note(f"--vote {vote.pattern}: no candidate matches; printed is the one with the best mean logprob")
+            note(f"--vote {vote.pattern}: no candidate matches; printed is the one with the best {ranked_by}")
         return [1] if best.truncated else []
 
     def _draw(self, seeds: Sequence[int], first: int, streamer: Any = None, bar: Any = None) -> list[Continuation]:
@@ -185,6 +191,13 @@ class Session:
             return matches[-1][1 if vote.groups else 0] if matches else None
 
         return answer
+
+
+def _reward_model(folder: str) -> Any:
+    from fastsample.integrations.best_of_n import RewardModel
+
+    with told((OSError, *_REFUSALS), f"--reward-model {folder}: "):
+        return RewardModel(folder)
 
 
 def up_to(tokens: list[int], ends: list[int]) -> list[int]:
