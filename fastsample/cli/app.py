@@ -98,6 +98,10 @@ def generate(
             metavar="RE", help="With --best-of: majority vote; a text's answer is its last match of this regex."
         ),
     ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="With --best-of: rank by the score of this sequence-classification model."),
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End a text before this string; may be given several times."),
@@ -110,7 +114,7 @@ def generate(
     2, refused, with the reason on stderr; 130, interrupted.
     """
     stops = [utf8("--stop", s) for s in stop or []]
-    _check_together(asked.constrained, num, best_of, vote, stats, stops)
+    _check_together(asked.constrained, num, best_of, vote, reward_model, stats, stops)
     with told((re.error, OverflowError), f"--vote {vote}: "):
         ballot = None if vote is None else re.compile(utf8("--vote", vote))
 
@@ -120,7 +124,7 @@ def generate(
     with opened(asked, max_new_tokens, stops) as session:
         first = next(session.seeds)
         if best_of > 1:
-            cut = session.best_of(best_of, first, ballot)
+            cut = session.best_of(best_of, first, ballot, reward_model, as_json=asked.as_json)
         elif asked.as_json:
             cut = session.as_json(chain([first], session.seeds), num)
         elif num == 1:
@@ -135,10 +139,18 @@ def generate(
 
 
 def _check_together(
-    constrained: bool, num: int, best_of: int, vote: str | None, stats: bool, stops: Sequence[str]
+    constrained: bool,
+    num: int,
+    best_of: int,
+    vote: str | None,
+    reward_model: str | None,
+    stats: bool,
+    stops: Sequence[str],
 ) -> None:
     if vote is not None and best_of == 1:
         raise RefusedError("--vote needs --best-of")
+    if reward_model is not None and best_of == 1:
+        raise RefusedError("--reward-model needs --best-of")
     if num > 1 and best_of > 1:
         raise RefusedError("--num and --best-of: expected one of them")
     if stats and (constrained or best_of > 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 import fastsample as fs
-from fastsample.cli.output import note, print_json, print_table, progress, stderr_may_fail, told
+from fastsample.cli.output import RefusedError, note, print_json, print_table, progress, stderr_may_fail, told
 
 BATCH = 16
 """Continuations that are drawn at once, at most: each has a cache of its own in memory."""
@@ -95,7 +96,9 @@ class Session:
                     with bar.external_write_mode():
                         yield each
 
-    def best_of(self, n: int, seed: int, vote: re.Pattern[str] | None, reward_model: str | None = None) -> list[int]:
+    def best_of(
+        self, n: int, seed: int, vote: re.Pattern[str] | None, reward_model: str | None = None, *, as_json: bool = False
+    ) -> list[int]:
         """Print the best of n continuations, and all that were drawn on stderr: with a vote, until it is decided."""
         sampling = {"seed": [seed], "grammar": self.grammar, "stopping_criteria": self._criteria(), **self.sampling}
         score = "mean_logprob" if reward_model is None else _reward_model(reward_model)
@@ -115,6 +118,10 @@ class Session:
             )
         assert not isinstance(result, list)  # one prompt, one result
         best = result.best
+        if as_json:
+            candidates = [asdict(c) | {"text": before(c.text, self.stops)} for c in result.candidates]
+            print_json({"prompt": self.prompt, "seed": self.seed, "votes": result.votes, "candidates": candidates})
+            return [1] if best.truncated else []
         text = before(best.text, self.stops)
         print(self._echo + text, flush=True)
         self._note_oddities(1, best.tokens, text)
@@ -196,6 +203,8 @@ class Session:
 def _reward_model(folder: str) -> Any:
     from fastsample.integrations.best_of_n import RewardModel
 
+    if not os.path.isdir(folder):
+        raise RefusedError(f"--reward-model {folder}: no such folder")
     with told((OSError, *_REFUSALS), f"--reward-model {folder}: "):
         return RewardModel(folder)
 
