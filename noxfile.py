@@ -98,8 +98,8 @@ def sglang(session: nox.Session) -> None:
 
 @nox.session
 def llama_cpp(session: nox.Session) -> None:
-    """Kept sets, XTC and DRY against llama.cpp's samplers, of which only the library without backends is compiled."""
-    session.install("-e", ".", *TOOLS, "cmake", "ninja", *NO_CUDA)
+    """llama.cpp decoding with fastsample; kept sets, XTC and DRY against its samplers. Only its library is compiled."""
+    session.install("-e", ".", *TOOLS, "cmake", "ninja", "gguf>=0.17", "safetensors>=0.4.3", *NO_CUDA)
     requirements, built = ROOT / "tests" / "requirements" / "llama_cpp.txt", Path(session.create_tmp()) / "llama.cpp"
     shutil.rmtree(built, ignore_errors=True)
     source_only = ("--no-deps", "--no-binary", "llama-cpp-python")  # what builds it comes as wheels
@@ -110,13 +110,27 @@ def llama_cpp(session: nox.Session) -> None:
     session.install(str(source), "-C", "cmake.define.LLAMA_BUILD=OFF")  # the bindings alone
     wanted = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON"}
     unwanted = [f"LLAMA_BUILD_{part}" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
-    options = wanted | dict.fromkeys((*unwanted, "GGML_CPU", "GGML_NATIVE", "GGML_CCACHE"), "OFF")
+    options = wanted | dict.fromkeys((*unwanted, "GGML_NATIVE", "GGML_CCACHE"), "OFF")
     define = [f"-D{name}={value}" for name, value in options.items()]
     folder = str(built / "build")
     session.run("cmake", "-G", "Ninja", "-S", str(source / "vendor" / "llama.cpp"), "-B", folder, *define, silent=True)
     session.run("cmake", "--build", folder, "--target", "llama", silent=True)
     library = {"LLAMA_CPP_LIB_PATH": str(built / "build" / "bin")}
-    session.run("pytest", *ALL, *_test_files(["llama_cpp"]), *session.posargs, env=library)
+    session.run("pytest", *ALL, *_test_files(["llama_cpp", "llama_cpp_decoder"]), *session.posargs, env=library)
+
+
+@nox.session
+def onnx_genai(session: nox.Session) -> None:
+    """ONNX Runtime GenAI decoding with fastsample."""
+    session.install("-e", ".", *TOOLS, "onnxruntime-genai==0.18.0", "onnx>=1.16", *NO_CUDA)
+    session.run("pytest", *ALL, *_test_files(["onnx_genai"]), *session.posargs)
+
+
+@nox.session
+def mlx_lm(session: nox.Session) -> None:
+    """MLX-LM decoding with fastsample, on the CPU."""
+    session.install("-e", ".", *TOOLS, "mlx[cpu]; platform_system == 'Linux'", "mlx-lm==0.32.2", *NO_CUDA)
+    session.run("pytest", *ALL, *_test_files(["mlx_lm"]), *session.posargs)
 
 
 @nox.session

@@ -262,6 +262,21 @@ def speculate(
 
 
 @app.command()
+def decoders(
+    decoder: Annotated[Names, typer.Option(help="llama.cpp, onnxruntime-genai, mlx-lm. [default: all]")] = None,
+    batch: Annotated[Numbers, typer.Option(help="Sequences. [default: 1 and 8]")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence in a turn.")] = 32,
+    seconds: Annotated[float, typer.Option(help="Time for each row of samplers; at least five turns.")] = 6.0,
+    out: Annotated[Path | None, typer.Option(help="JSON. [default: bench/results/...]")] = None,
+) -> None:
+    """Tokens per second of llama.cpp, ONNX Runtime GenAI and MLX-LM, with their own samplers and with fastsample."""
+    from bench.decoders import DECODERS, run
+
+    known(decoder, DECODERS, "--decoder")
+    raise typer.Exit(run(decoder or list(DECODERS), batch or [1, 8], tokens, seconds, out))
+
+
+@app.command()
 def serving(
     vocab: Annotated[int, typer.Option(min=64, max=2**20)] = 128256,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes. [default: 1, 8 and 32]")] = None,
