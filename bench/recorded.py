@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.record import machine
-from fastsample.cli.generate import encode
+from fastsample.cli.start import encode
 from fastsample.integrations.transformers import fs_generate
 
 DATA = Path(__file__).parent / "data"

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 import fastsample.integrations.transformers as drop_in
 from fastsample.cli import app as cli
-from fastsample.cli import generate as cli_generate
 from fastsample.cli import model as cli_model
 from fastsample.cli import session as cli_session
 from fastsample.cli import start as cli_start
@@ -81,7 +80,7 @@ def test_prompts_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_an_argument_that_an_ascii_locale_could_not_decode_is_utf8() -> None:
-    assert cli_generate.utf8("PROMPT", "\udcc3\udca9") == "é"
+    assert cli_start.utf8("PROMPT", "\udcc3\udca9") == "é"
 
 
 def test_a_tokenizer_that_makes_no_tokens_of_a_prompt(shipped: tuple[Any, Any]) -> None:
@@ -91,10 +90,10 @@ def test_a_tokenizer_that_makes_no_tokens_of_a_prompt(shipped: tuple[Any, Any]) 
         def __call__(self, prompt: str, **_: Any) -> dict[str, torch.Tensor]:
             return {"input_ids": torch.zeros(1, 0)}
 
-    ids, _ = cli_generate.encode("", shipped[0], Empty(), 1)
+    ids, _ = cli_start.encode("", shipped[0], Empty(), 1)
     assert ids.tolist() == [[0]]
-    with pytest.raises(cli_generate.RefusedError, match="makes no tokens"):
-        cli_generate.encode("text", shipped[0], Empty(), 1)
+    with pytest.raises(cli_start.RefusedError, match="makes no tokens"):
+        cli_start.encode("text", shipped[0], Empty(), 1)
 
 
 # Choices --------------------------------------------------------------------------------------------------------------
@@ -347,8 +346,8 @@ def test_a_token_that_the_model_lacks_is_refused(shipped: tuple[Any, Any]) -> No
     more = AutoTokenizer.from_pretrained(cli_model.shipped_model())
     more.add_tokens(["<new>"])
     cli_model._check_tokenizer("", model, more)  # an added token that nobody uses does no harm
-    with pytest.raises(cli_generate.RefusedError, match=r"holds the token '<new>' \(4096\), and the model has 4096"):
-        cli_generate.encode("a<new>", model, more, 1)
+    with pytest.raises(cli_start.RefusedError, match=r"holds the token '<new>' \(4096\), and the model has 4096"):
+        cli_start.encode("a<new>", model, more, 1)
 
 
 def test_tokens_that_the_tokenizer_lacks_are_said(shipped: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
