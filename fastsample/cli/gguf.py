@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,7 @@ def require(what: str, *commands: str) -> None:
 
 
 def place(path: str, what: str) -> tuple[str, dict[str, Any]]:
-    """The folder and the options by which `from_pretrained` finds a file; refused if it is no whole language model."""
-    import torch
+    """The folder and the option by which `from_pretrained` finds a file; refused if it is no whole language model."""
     from gguf import GGUFReader
 
     # With a broken file the reader may raise anything; it also cuts out every tensor, so all of them are there.
@@ -62,37 +62,61 @@ def place(path: str, what: str) -> tuple[str, dict[str, Any]]:
     if "tokenizer.ggml.tokens" not in fields:
         raise RefusedError(f"{what}no tokenizer in this file (a {architecture}); expected a language model")
     folder, file = os.path.split(os.path.abspath(path))
-    return folder, {"gguf_file": file, "dtype": torch.float32}
+    return folder, {"gguf_file": file}
 
 
 def _text(fields: dict[str, Any], name: str) -> str | None:
     return str(fields[name].contents()) if name in fields else None
 
 
+def plain() -> dict[str, Any]:
+    """Options with which a model's weights become float32, whatever they are in the file."""
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # which can otherwise keep the blocks of the file
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
+
+
+def forget_file(lm: Any) -> None:
+    """Take off the mark of a quantised model: its weights are plain now, and it may be trained."""
+    if (quantizer := getattr(lm, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(lm)
+
+
 @contextmanager
 def quick() -> Iterator[None]:
-    """Have transformers load such a file in a fifth of the time, and without its own progress bar.
+    """Have transformers load such a file in a fifth of the time, without its own progress bar, and from here alone.
 
     It parses the header anew for the config, the weights and the tokenizer, and makes the table of tensors' names anew
-    for every module of the model. Here the functions of gguf that it calls remember what they returned.
+    for every module of the model. Here the functions of gguf that it calls remember what they returned. For some
+    architectures it would fetch layers from the hub, and run them, where the package kernels is installed.
     """
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as loader
 
-    instead: list[tuple[Any, str, Any]] = [
+    changes = [
         (gguf, "GGUFReader", cache(_quick_reader(gguf.GGUFReader))),
         (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+        (_part("modeling_gguf_pytorch_utils"), "tqdm", lambda tensors, **_: tensors),
+        (_part("integrations.gguf.kernels"), "is_kernels_available", lambda: False),
     ]
-    if hasattr(loader, "tqdm"):
-        instead.append((loader, "tqdm", lambda tensors, **_: tensors))
-    own = [getattr(module, name) for module, name, _ in instead]
+    changes = [(module, name, function) for module, name, function in changes if hasattr(module, name)]
+    own = [getattr(module, name) for module, name, _ in changes]
     try:
-        for module, name, function in instead:
+        for module, name, function in changes:
             setattr(module, name, function)
         yield
     finally:
-        for (module, name, _), function in zip(instead, own, strict=True):
+        for (module, name, _), function in zip(changes, own, strict=True):
             setattr(module, name, function)
+
+
+def _part(name: str) -> Any:
+    """A part of transformers; None in the versions that have it elsewhere."""
+    with suppress(ImportError):
+        return import_module(f"transformers.{name}")
 
 
 def _quick_reader(reader: Any) -> Any:

@@ -105,6 +105,7 @@ def load(name: str, local: bool) -> tuple[Any, Any]:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options,
+                **(gguf.plain() if is_file else {}),
                 **safe,
             )
         with told((Exception,), f"{what}its tokenizer: "):
@@ -113,6 +114,8 @@ def load(name: str, local: bool) -> tuple[Any, Any]:
         raise RefusedError(f"{what}a masked language model; expected a causal one")
     _check_weights(what, found)
     _check_tokenizer(what, lm, tokenizer)
+    if is_file:
+        gguf.forget_file(lm)
     if str(lm.dtype) == "torch.float16":
         lm = lm.float()  # CPUs are slow at float16
     # The command's options alone say how to sample.

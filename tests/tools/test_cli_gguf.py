@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
@@ -111,6 +114,34 @@ def test_the_header_is_parsed_once(file: str, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyError), cli_gguf.quick():
         raise KeyError
     assert gguf.GGUFReader is Reader
+
+
+def test_weights_are_plain_whatever_transformers_could_keep(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("quantization_config"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    model, _ = open_model(file)
+    assert not getattr(model, "is_quantized", False)  # a Trainer would refuse it
+    assert not hasattr(model.config, "quantization_config")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    if hasattr(transformers, "GgufConfig"):
+        assert [config.dequantize for config in asked] == [True]
+
+
+def test_no_layer_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers does so for some architectures, where the package kernels is installed."""
+    parts = pytest.importorskip("transformers.integrations.gguf.kernels", reason="needs a newer transformers")
+    monkeypatch.setattr(parts, "is_kernels_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    with pytest.raises(ImportError):
+        parts.kernelize_ggml_layers(None)
+    with cli_gguf.quick():
+        parts.kernelize_ggml_layers(None)
 
 
 # What is no model -----------------------------------------------------------------------------------------------------
