@@ -150,6 +150,13 @@ def training(session: nox.Session) -> None:
 
 
 @nox.session
+def serve(session: nox.Session) -> None:
+    """transformers' own server, with a model whose folder brings fastsample along."""
+    session.install("-e", ".[hf]", *TOOLS, "transformers[serving]", "accelerate", *NO_CUDA)
+    session.run("pytest", *ALL, *_test_files(["transformers_folder"]), *session.posargs)
+
+
+@nox.session
 def page(session: nox.Session) -> None:
     """The page of an explanation in a real browser: Chromium, on Debian from apt-get install chromium."""
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):

@@ -84,7 +84,7 @@ def judged(index: int, drawn: Drawn, score: float | Exception, vote: Vote | None
     value, answer = -math.inf, None
     if error is None:
         try:
-            value = checked(index, text, score)
+            value = _number(index, text, score)
             answer = None if vote is None else _answer(index, vote, text)
         except (TypeError, ValueError) as failure:
             if on_error == "raise":
@@ -110,7 +110,7 @@ def decided(candidates: Sequence[Candidate], left: int) -> bool:
     return first - second > left
 
 
-def checked(index: int, text: str, score: Any) -> float:
+def _number(index: int, text: str, score: Any) -> float:
     """A score as a number; TypeError or ValueError that names the candidate, where it is none."""
     if isinstance(score, Exception):
         raise ValueError(f"score: raised {type(score).__name__} on candidate {index} ({text!r}): {score}") from score
