@@ -102,6 +102,18 @@ def test_seeds_and_offsets(llm: Any) -> None:
     assert len({by_call[0], by_call[1], other}) == 3
 
 
+def test_a_seed_that_nobody_gave_is_fresh(llm: Any) -> None:
+    """`generate` has no argument for it, and llama.cpp's default means a random one."""
+    ids = llm.tokenize(PROMPT.encode())
+    texts = []
+    llm.set_seed(lc.LLAMA_DEFAULT_SEED)
+    with sampling(llm, temperature=2.0, top_k=0):
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            texts.append([token for token, _ in zip(llm.generate(ids), range(8), strict=False)])
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_greedy_is_llama_cpps_own(llm: Any) -> None:
     own = [text_of(llm(prompt, max_tokens=STEPS, temperature=0)) for prompt in PROMPTS]
     with sampling(llm):
