@@ -197,6 +197,22 @@ def kept(
 
 
 @app.command()
+def rows(
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    count: Annotated[int | None, typer.Option(min=1, help="Only so many rows. [default: all]")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each mode; five turns at least for each row.")] = 10.0,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Make the recorded rows anew, with the model.")] = False,
+) -> None:
+    """The benchmarks' lm logits against recorded ones of SmolLM2: the shape of the distribution, and the time."""
+    from bench import rows as compared
+
+    known([dtype], ("float32", "float16", "bfloat16"), "--dtype")
+    raise typer.Exit(compared.record() if record else compared.run(dtype, count, seconds, threads, out))
+
+
+@app.command()
 def ranks(
     vocab: Annotated[int, typer.Option(min=2, max=2**20)] = 151_936,
     batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8 and 64]")] = None,

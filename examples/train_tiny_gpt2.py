@@ -1,8 +1,9 @@
 """Train the tiny GPT-2 that ships in fastsample/models/tiny-gpt2.
 
-The text is the English that every CPython carries: the language reference behind `help()` and the
-docstrings and comments of the standard library. Nothing is downloaded, and a run with the same
-seed, threads, package versions and CPU gives the same model again.
+The text is plain English from two Debian packages: the example sentences and the definitions of WordNet 3.0
+(wordnet-base), and Jane Austen's novels (r-cran-janeaustenr). `apt-get download` fetches both, or --packages names a
+folder that holds them, packed or unpacked. A run with the same seed, threads, package versions and CPU gives the same
+model again.
 
     python examples/train_tiny_gpt2.py --out fastsample/models/tiny-gpt2
 """
@@ -10,126 +11,149 @@ seed, threads, package versions and CPU gives the same model again.
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
+import copy
 import math
 import random
 import re
-import sysconfig
+import struct
+import subprocess
+import tempfile
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
+PACKAGES = ("wordnet-base", "r-cran-janeaustenr")
 CONTEXT = 256  # tokens
 HEAD_DIM = 32
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-SKIPPED_PACKAGES = {
-    "dist-packages", "idlelib", "idle_test", "lib2to3", "pydoc_data", "site-packages", "test",
-    "tests", "turtledemo",
-}  # fmt: skip
 
-# A paragraph reads like English when enough of its words are these.
-FUNCTION_WORDS = frozenset(
+RARE = 2  # a text with a word that occurs less often in all of it is left out: 4096 tokens can't spell them all
+LONG = 800  # characters after which a document ends
+WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+TO_ASCII = str.maketrans({"‘": "'", "’": "'", "`": "'", "“": '"', "”": '"', "—": "-", "–": "-"})  # noqa: RUF001
+COARSE = re.compile(
+    r"obscen|offensive|slur\b|vulgar|sexual|intercourse|prostitut|disparag|derogat|genital|slang|\brap(e|ist)\b", re.I
+)
+# An example is a sentence, not a phrase, when it has one of these; a verb's examples need none.
+FINITE = frozenset(
     re.findall(
-        r"\w+",
-        "a an and any are as at be been but by can do does each either every for from had has have "
-        "if in into is it its may more most must no not of on one only or other should so some "
-        "such than that the their them then there these they this those to use used using was "
-        "were what when where whether which while who will with without would you your",
+        r"[\w']+",
+        "am is are was were has had have do does did will would can could may might must shall should cannot isn't "
+        "aren't wasn't weren't don't doesn't didn't can't couldn't won't wouldn't hasn't haven't hadn't i'm it's that's "
+        "he's she's they're we're you're i'll i've there's let's became began bought broke brought built came caught "
+        "died fell felt found gave got grew heard held kept knew laughed learned left lived looked lost loved made met "
+        "moved needs played ran said sat saw seemed seems sent showed stood started stopped talked taught thought took "
+        "tried turned waited walked wanted wants went won worked wrote",
     )
 )
-WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
-CODE = re.compile(r">>>|::=|->|==|[{}|\\<>]|\w\([^()]*[=\[(]|https?:|@|\w:\w|\$|%\w|=\S")
-RST_ROLE = re.compile(r":[\w:+.-]+:`~?([^`]+)`")
-RST_QUOTES = re.compile(r"`{1,2}([^`]+)`{1,2}_{0,2}|(?<!\w)\*{1,2}(\w[^*]*)\*{1,2}(?!\w)")
-BULLET = re.compile(r"^\s*(?:[*+-]|\d+[.)]|\([a-z0-9]\))\s+")
-TO_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "-", "–": "-", "…": "..."})  # noqa: RUF001
-UNDERLINE = re.compile(r"^\s*([=\-~^*+#\".])\1{2,}\s*$")
 
 
-def docstring_owners(tree: ast.Module) -> Iterator[list[str]]:
-    """Yield the docstrings that belong together: the module's, then each class's or function's."""
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    yield [ast.get_docstring(tree) or ""]
-    for owner in (node for node in tree.body if isinstance(node, kinds)):
-        nodes = [node for node in ast.walk(owner) if isinstance(node, kinds)]
-        yield [ast.get_docstring(node) or "" for node in nodes]
+def unpack(packages: Path | None, to: Path) -> Path:
+    """Return the folder under which the packages' files lie; without one of one's own they are fetched."""
+    folder = packages or to
+    if packages is None:
+        subprocess.run(["apt-get", "download", *PACKAGES], cwd=to, check=True)
+    for package in sorted(folder.glob("*.deb")):
+        subprocess.run(["dpkg-deb", "-x", package, to], check=True)
+    return to if any(folder.glob("*.deb")) else folder
 
 
-def comments(source: str) -> list[str]:
-    """Return the texts of the comments that stand on lines of their own."""
-    runs = re.findall(r"(?:^[ \t]*#.*\n)+", source, flags=re.MULTILINE)
-    return [re.sub(r"^[ \t]*#+ ?", "", run, flags=re.MULTILINE) for run in runs]
+def r_strings(stored: bytes) -> Iterator[list[str]]:
+    """Yield the character vectors of an R package's lazy-load file: per vector a length, then zlib of R's format 3."""
+    while stored:
+        unpacker = zlib.decompressobj()
+        data = unpacker.decompress(stored[4:])
+        stored = unpacker.unused_data
+        (encoding,) = struct.unpack_from(">i", data, 14)  # "X\n", three versions, the encoding's name
+        count, place = *struct.unpack_from(">i", data, 22 + encoding), 26 + encoding
+        lines = []
+        for _ in range(count):
+            (size,) = struct.unpack_from(">i", data, place + 4)
+            lines.append(data[place + 8 : place + 8 + size].decode())
+            place += 8 + size
+        yield lines
 
 
-def stdlib_texts() -> Iterator[list[str]]:
-    """Yield groups of docstrings and comments from the standard library, in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if SKIPPED_PACKAGES.isdisjoint(path.relative_to(root).parts):
-            with suppress(SyntaxError, UnicodeDecodeError):
-                source = path.read_text(encoding="utf-8")
-                yield from docstring_owners(ast.parse(source))
-                yield comments(source)
+def novels(root: Path) -> Iterator[list[str]]:
+    """Yield each novel's paragraphs, without titles."""
+    for lines in r_strings(next(root.rglob("janeaustenr/data/Rdata.rdb")).read_bytes()):
+        text = "\n".join(lines).translate(TO_ASCII).replace("_", "").replace("--", " - ")
+        paragraphs = (re.sub(r"\s+", " ", part).strip() for part in text.split("\n\n"))
+        yield [part for part in paragraphs if re.fullmatch(r'["A-Z].{40,}[.!?"]', part)]
 
 
-def blocks(text: str) -> Iterator[str]:
-    """Yield the blocks between blank lines, one per bullet, without literal blocks and titles."""
-    literal = False
-    for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
-        lines = block.splitlines()
-        if not lines or any(UNDERLINE.match(line) for line in lines):
-            continue
-        if literal and lines[0][:1].isspace():
-            continue
-        literal = block.rstrip().endswith("::")
-        if literal or block.lstrip().startswith(("..", "|", "+-")):
-            continue
-        starts = [i for i, line in enumerate(lines) if i == 0 or BULLET.match(line)]
-        for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
-            yield "\n".join(lines[start:stop])
+def sentence(text: str) -> str:
+    """Begin with a capital and end with a stop."""
+    text = re.sub(r"\s+", " ", text).strip(" ;,")
+    return text[:1].upper() + text[1:] + ("" if text[-1:] in ".!?" else ".")
 
 
-def unwrap(block: str) -> str:
-    """Join hard-wrapped lines into one and drop the markup."""
-    text = BULLET.sub("", block).translate(TO_ASCII)
-    text = RST_ROLE.sub(r"\1", text)
-    text = RST_QUOTES.sub(lambda match: match[1] or match[2], text)
-    return re.sub(r"\s+", " ", text).replace(" -- ", " - ").strip()
+def definition(noun: str, meaning: str) -> str | None:
+    """Say what a noun means: "A dog is a ..."; None where the meaning's first word fits no such sentence."""
+    first = meaning.partition(" ")[0]
+    if first in {"a", "an", "any", "one", "someone", "something"} and noun.islower():
+        return sentence(f"{'an' if noun[0] in 'aeio' else 'a'} {noun} is {meaning}")
+    return sentence(f"{noun} is {meaning}") if first in {"a", "an", "the"} else None
 
 
-def is_prose(text: str) -> bool:
-    """Tell sentences from code, tables, signatures and fragments."""
-    if not text.isascii() or CODE.search(text) or not re.match(r'["(]?[A-Z]', text):
-        return False
-    if text[-1] not in '.!?)"' or "." not in text[-3:]:
-        return False
-    words = [word.lower() for word in WORD.findall(text)]
-    letters = sum(char.isalpha() or char == " " for char in text)
-    common = sum(word in FUNCTION_WORDS for word in words)
-    return len(words) >= 4 and letters >= 0.85 * len(text) and common >= 0.22 * len(words)
+def synset(line: str, kind: str, common: set[str]) -> list[str]:
+    """Return the sentences of one line of WordNet's data files: a common noun's definition, examples, no quotations."""
+    fields, _, gloss = line.partition(" | ")
+    _, topic, _, _, word, number, *_ = fields.split()
+    meaning, *examples = re.split(r'"([^"]*)"', gloss.translate(TO_ASCII))
+    meaning = re.split("[;:]", re.sub(r"\([^)]*\)", "", meaning))[0].strip()
+    defined = kind == "noun" and meaning and f"{word.lower()}%1:{topic}:{int(number, 16):02}::" in common
+    found = [definition(word.replace("_", " "), meaning)] if defined else []
+    for example, rest in zip(examples[::2], examples[1::2], strict=True):
+        words = WORD.findall(example.lower())
+        clause = kind == "verb" or not FINITE.isdisjoint(words)
+        if clause and len(words) >= 4 and "- " not in rest:  # a dash: what follows is its author
+            found.append(sentence(example))
+    return [text for text in found if text and not COARSE.search(line)]
 
 
-def documents() -> list[str]:
-    """Collect the corpus: one document per topic, module, class or function, no paragraph twice."""
+def examples(root: Path) -> Iterator[list[str]]:
+    """Yield the sentences of each part of WordNet, in the order of the files, where neighbours are alike in meaning."""
+    folder = next(root.rglob("wordnet/cntlist.rev")).parent
+    counts = (folder / "cntlist.rev").read_text(encoding="ascii")  # the meanings that a corpus of running text has
+    common = {line.partition(" ")[0] for line in counts.splitlines()}
+    for kind in ("noun", "verb", "adj", "adv"):
+        lines = (folder / f"data.{kind}").read_text(encoding="ascii").splitlines()
+        yield [text for line in lines if not line.startswith(" ") for text in synset(line, kind, common)]
+
+
+def joined(texts: Iterable[str], between: str) -> Iterator[str]:
+    """Put neighbours together until a document is long enough."""
+    document = ""
+    for text in texts:
+        document += between * bool(document) + text
+        if len(document) > LONG:
+            yield document
+            document = ""
+    if document:
+        yield document
+
+
+def documents(root: Path) -> list[str]:
+    """Collect the corpus: sentences and paragraphs of common words only, no one twice, as documents."""
+    parts = [(" ", part) for part in examples(root)] + [("\n\n", part) for part in novels(root)]
+    count = Counter(word for _, part in parts for text in part for word in WORD.findall(text.lower()))
     seen: set[str] = set()
     found = []
-    for group in [*([text] for _, text in sorted(topics.items())), *stdlib_texts()]:
-        paragraphs = []
-        for block in (block for text in group for block in blocks(text)):
-            paragraph = unwrap(block)
-            if paragraph and paragraph not in seen and is_prose(paragraph):
-                seen.add(paragraph)
-                paragraphs.append(paragraph)
-        if paragraphs:
-            found.append("\n\n".join(paragraphs))
+    for between, part in parts:
+        kept = []
+        for text in part:
+            if text.isascii() and text not in seen and all(count[word] >= RARE for word in WORD.findall(text.lower())):
+                seen.add(text)
+                kept.append(text)
+        found += joined(kept, between)
     return found
 
 
@@ -183,12 +207,15 @@ def build_model(tokenizer: GPT2TokenizerFast, layers: int, width: int) -> GPT2LM
     return model
 
 
-def make_optimizer(model: GPT2LMHeadModel, rate: float) -> torch.optim.AdamW:
-    """Make AdamW that decays the matrices only."""
-    matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
-    vectors = [weight for weight in model.parameters() if weight.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+def make_optimizers(model: GPT2LMHeadModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Make Muon for the layers' matrices, and AdamW for embeddings and vectors."""
+    matrices = [weight for weight in model.transformer.h.parameters() if weight.dim() == 2]
+    rest = set(model.parameters()) - set(matrices)
+    others = [weight for weight in model.parameters() if weight in rest]  # in their order
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -218,9 +245,9 @@ def validation_loss(model: GPT2LMHeadModel, ids: torch.Tensor) -> float:
 
 
 def train(model: GPT2LMHeadModel, ids: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
-    """Train on random windows of the ids, and print the held-out loss now and then."""
-    optimizer = make_optimizer(model, args.rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, args.steps))
+    """Train on random windows of the ids; print the held-out loss and save the weights now and then."""
+    optimizers = make_optimizers(model, args.rate)
+    rates = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: rate_factor(step, args.steps)) for each in optimizers]
     offsets = torch.arange(CONTEXT)
     model.train()
     progress = trange(1, args.steps + 1, mininterval=5)
@@ -229,18 +256,19 @@ def train(model: GPT2LMHeadModel, ids: torch.Tensor, held_out: torch.Tensor, arg
         loss = batch_loss(model, ids[starts + offsets])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.step()
+            rate.step()
+        model.zero_grad()
         if step % args.eval_every == 0 or step == args.steps:
             held = validation_loss(model, held_out)
             progress.write(f"step {step}: train {loss.item():.3f}, validation {held:.3f}")
+            save(model, args.out)
 
 
-def save(model: GPT2LMHeadModel, tokenizer: GPT2TokenizerFast, out: Path) -> None:
-    """Write float16 weights, configs and tokenizer in the layout of `from_pretrained`."""
-    model.half().eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+def save(model: GPT2LMHeadModel, out: Path) -> None:
+    """Write float16 weights and configs in the layout of `from_pretrained`."""
+    copy.deepcopy(model).half().eval().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors lets the owner alone read it
 
 
@@ -248,7 +276,8 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train the tiny GPT-2 that fastsample ships.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--packages", type=Path, help="folder with the packages; without it they are downloaded")
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {CONTEXT} tokens a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -265,7 +294,8 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    texts = documents()
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = documents(unpack(args.packages, Path(scratch)))
     random.Random(args.seed).shuffle(texts)
     cut = len(texts) // 20
     tokenizer = train_tokenizer(texts[cut:], args.vocab_size)
@@ -274,10 +304,10 @@ def main() -> None:
     print(f"{len(texts)} documents, {sum(map(len, texts))} characters")
     print(f"{len(ids)} training and {len(held_out)} held-out tokens")
     print(f"{model.num_parameters()} parameters")
+    tokenizer.save_pretrained(args.out)
     train(model, ids, held_out, args)
     loss = validation_loss(model, held_out)
     print(f"validation loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}")
-    save(model, tokenizer, args.out)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.inputs import pack_seeds, row_seeds
-from fastsample.integrations.best_of_n import BestOfN, Drawn, _rank
+from fastsample.integrations.best_of_n import BestOfN
+from fastsample.integrations.best_of_n.rank import Drawn, judged, ranked
+from fastsample.integrations.best_of_n.reward import scores
 from fastsample.integrations.grammar import GrammarCompiler
 from fastsample.integrations.transformers import fs_generate
 
@@ -380,42 +382,47 @@ def drawn(*texts: str) -> list[Drawn]:
     return [Drawn(text, [1], [-1.0]) for text in texts]
 
 
+def rank(candidates: list[Drawn], score: Any, vote: Any, on_error: Any = "warn") -> BestOfN:
+    values = scores(score, [], candidates)
+    return ranked([judged(i, candidates[i], value, vote, on_error) for i, value in enumerate(values)])
+
+
 def test_a_scorer_ranks_and_equal_scores_keep_the_order() -> None:
-    result = _rank(drawn("b", "aaa", "cc", "dd"), lambda text, tokens, logprobs: len(text), None)
+    result = rank(drawn("b", "aaa", "cc", "dd"), lambda text, tokens, logprobs: len(text), None)
     assert [(c.index, c.score) for c in result.candidates] == [(1, 3.0), (2, 2.0), (3, 2.0), (0, 1.0)]
     assert (result.best.text, result.votes, result.answer) == ("aaa", {}, None)
 
 
 def test_the_majority_comes_first() -> None:
     scores = {"a1": 0.1, "b": 9.0, "a2": 0.2, "c": 5.0, "": 99.0}
-    result = _rank(drawn(*scores), lambda text, *_: scores[text], lambda text: text[:1] or None)
+    result = rank(drawn(*scores), lambda text, *_: scores[text], lambda text: text[:1] or None)
     assert [c.text for c in result.candidates] == ["a2", "a1", "b", "c", ""]
     assert list(result.votes.items()) == [("a", 2), ("b", 1), ("c", 1)]
     assert result.answer == "a"
 
 
 def test_equal_votes_go_to_the_better_candidate_then_to_the_first() -> None:
-    tied = _rank(drawn("a", "b", "b", "a"), lambda text, *_: text == "b", lambda text: text)
+    tied = rank(drawn("a", "b", "b", "a"), lambda text, *_: text == "b", lambda text: text)
     assert tied.answer == "b"
-    assert _rank(drawn("a", "b", "b", "a"), lambda *_: 1.0, lambda text: text).answer == "a"
+    assert rank(drawn("a", "b", "b", "a"), lambda *_: 1.0, lambda text: text).answer == "a"
 
 
 def test_answers_count_by_value() -> None:
-    result = _rank(drawn("1", "2", "1"), "mean_logprob", lambda text: torch.tensor(int(text)))
+    result = rank(drawn("1", "2", "1"), "mean_logprob", lambda text: torch.tensor(int(text)))
     assert (result.answer, result.votes) == (1, {1: 2, 2: 1})
-    nan = _rank(drawn("1", "nan", "nan"), "mean_logprob", float)
+    nan = rank(drawn("1", "nan", "nan"), "mean_logprob", float)
     assert (nan.answer, nan.votes) == (1.0, {1.0: 1})
     assert str(nan.candidates[-1].error) == "vote: expected an answer or None for candidate 2 ('nan'), got NaN"
 
 
 def test_all_abstain() -> None:
-    result = _rank(drawn("a", "b"), lambda *_: 1, lambda text: None)
+    result = rank(drawn("a", "b"), lambda *_: 1, lambda text: None)
     assert (result.answer, result.best.index) == (None, 0)
 
 
 @pytest.mark.parametrize("value", [3, True, 0.5, torch.tensor(2.0), float("-inf")])
 def test_what_counts_as_a_number(value: Any) -> None:
-    assert _rank(drawn("a"), lambda *_: value, None).best.score == float(value)
+    assert rank(drawn("a"), lambda *_: value, None).best.score == float(value)
 
 
 @pytest.mark.parametrize(
@@ -432,8 +439,8 @@ def test_what_counts_as_a_number(value: Any) -> None:
 )
 def test_a_bad_score_names_the_candidate(scorer: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        _rank(drawn("a"), scorer, None, "raise")
-    (kept,) = _rank(drawn("a"), scorer, None).candidates
+        rank(drawn("a"), scorer, None, "raise")
+    (kept,) = rank(drawn("a"), scorer, None).candidates
     assert kept.error is not None
     assert re.search(message, kept.error)
     assert kept.score == -math.inf
@@ -442,8 +449,8 @@ def test_a_bad_score_names_the_candidate(scorer: Any, kind: type[Exception], mes
 @pytest.mark.parametrize(("vote", "name"), [(lambda text: [1], "TypeError"), (int, "ValueError")], ids=["list", "int"])
 def test_a_bad_vote_names_the_candidate(vote: Any, name: str) -> None:
     with pytest.raises(ValueError, match=rf"vote: raised {name} on candidate 0 \('a'\)"):
-        _rank(drawn("a"), "mean_logprob", vote, "raise")
-    result = _rank(drawn("a"), "mean_logprob", vote)
+        rank(drawn("a"), "mean_logprob", vote, "raise")
+    result = rank(drawn("a"), "mean_logprob", vote)
     assert (result.best.score, result.best.answer, result.votes) == (-1.0, None, {})
     assert result.best.error is not None
     assert name in result.best.error
@@ -452,13 +459,13 @@ def test_a_bad_vote_names_the_candidate(vote: Any, name: str) -> None:
 def test_one_failure_costs_one_candidate(table: TableModel, tokenizer: Any) -> None:
     """README's vote, where a candidate has no words."""
     texts = drawn("the yes", "", "a yes", "no")
-    result = _rank(texts, "mean_logprob", lambda text: text.split()[-1])
+    result = rank(texts, "mean_logprob", lambda text: text.split()[-1])
     assert (result.answer, result.votes) == ("yes", {"yes": 2, "no": 1})
     assert [c.index for c in result.candidates] == [0, 2, 3, 1]
     assert "vote: raised IndexError on candidate 1 ('')" in str(result.candidates[-1].error)
-    scored = _rank(texts, lambda text, *_: math.nan if text == "no" else len(text), None)
+    scored = rank(texts, lambda text, *_: math.nan if text == "no" else len(text), None)
     assert [c.index for c in scored.candidates] == [0, 2, 1, 3]
-    voted = _rank(texts, lambda text, *_: 1 / len(text), lambda text: "same")
+    voted = rank(texts, lambda text, *_: 1 / len(text), lambda text: "same")
     assert voted.votes == {"same": 3}  # one whose score failed has no vote
 
 

@@ -26,7 +26,7 @@ def check_breakers(breakers: Any, tokenizer: Any) -> None:
 def sequence_breakers(breakers: Any, batch: Batch, tokenizer: Any) -> torch.Tensor:
     """int64 [L], which all sequences share, or [B, L] padded with -1."""
     lines = [breaker_ids(line, tokenizer) for line in _lines(breakers)]
-    if not _is_per_sequence(breakers):
+    if not is_per_sequence(breakers):
         return lines[0]
     batch.require("dry_breakers", len(lines))
     return pad([line for line in lines for _ in range(batch.sequences // len(lines))], CPU)
@@ -56,7 +56,7 @@ def _lines(breakers: Any) -> list[Any]:
     """The breakers of each sequence, or those of all as the only line."""
     if isinstance(breakers, torch.Tensor):
         breakers = breakers.to(CPU)
-    if _is_per_sequence(breakers):
+    if is_per_sequence(breakers):
         return [() if line is None else _line(line, f" (row {row})") for row, line in enumerate(breakers)]
     return [_line(breakers, "")]
 
@@ -70,7 +70,8 @@ def _line(line: Any, where: str) -> Any:
 _LISTS = (list, tuple, set, frozenset, np.ndarray, torch.Tensor)
 
 
-def _is_per_sequence(breakers: Any) -> bool:
+def is_per_sequence(breakers: Any) -> bool:
+    """Whether these are lists, one for each sequence."""
     if isinstance(breakers, (torch.Tensor, np.ndarray)):
         return breakers.ndim == 2
     return isinstance(breakers, (list, tuple)) and any(one is None or isinstance(one, _LISTS) for one in breakers)

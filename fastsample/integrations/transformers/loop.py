@@ -79,6 +79,7 @@ class Loop:
     logprobs: LogprobsMode | None = None
     on_invalid: OnInvalid = "raise"
     copies: int = 1  # sequences that each prompt branches into at its first step
+    first_copy: int = 0  # their numbers begin here
     record: Record | None = None
     dry_breakers: Breakers | None = None
     kept: KeptForm | None = None
@@ -264,6 +265,7 @@ class Loop:
             self.options,
             sampled,
             self.copies,
+            self.first_copy,
             int(config._pad_token_tensor) if self.on_invalid == "flag" else None,
             self.copies > 1 and isinstance(self.grammar, Sequence),
             Clean() if self.logprobs == "raw" and plan.own else None,

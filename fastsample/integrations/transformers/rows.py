@@ -40,7 +40,7 @@ def check_seed(seed: Any) -> None:
     """Raise unless this is a seed, or one seed for each of some number of rows."""
     if isinstance(seed, (bytes, bytearray, memoryview)):
         raise TypeError(f"seed = {seed!r}: expected an integer or one per sequence; int.from_bytes makes one")
-    count = _count(seed)
+    count = length_of(seed)
     pack_seeds(seed, 1 if count is None else count)
 
 
@@ -50,7 +50,7 @@ def check_offset(offset: Any) -> None:
         return
     if isinstance(offset, str):
         raise ValueError(f"offset = {offset!r}: expected an integer, one per sequence, or 'prompt'")
-    count = _count(offset)
+    count = length_of(offset)
     pack_offsets(offset, 1 if count is None else count)
 
 
@@ -88,7 +88,7 @@ class Batch:
 
 def sequence_seeds(seed: Any, batch: Batch) -> torch.Tensor:
     """int64 bits, one for each sequence."""
-    count = _count(seed)
+    count = length_of(seed)
     if count is None or count == batch.sequences:
         return pack_seeds(seed, batch.sequences)
     batch.require("seed", count)
@@ -106,7 +106,7 @@ def sequence_offsets(offset: Any, lengths: torch.Tensor, batch: Batch) -> torch.
     """int64 bits, one for each sequence; "prompt" means each sequence's length so far."""
     if isinstance(offset, str):
         return lengths.to(CPU, torch.int64)
-    count = _count(offset)
+    count = length_of(offset)
     if count is None or count == batch.sequences:
         return pack_offsets(offset, batch.sequences).expand(batch.sequences)
     batch.require("offset", count)
@@ -139,7 +139,7 @@ def sequence_grammars(grammar: Any, batch: Batch) -> list[Grammar | None]:
     return given if len(given) == batch.sequences else [item for item in given for _ in range(batch.each)]
 
 
-def _count(values: Any) -> int | None:
+def length_of(values: Any) -> int | None:
     """The number of values; None if all sequences share one."""
     if isinstance(values, (torch.Tensor, np.ndarray)):
         return None if values.ndim == 0 else len(values)

@@ -207,10 +207,11 @@ class Draw(LogitsProcessor):
     scores are only read: transformers may hold a reference to them (output_logits).
 
     Attributes:
-        params: per prompt if prompts branch (copies > 1), else per sequence.
+        params: per prompt if prompts branch, else per sequence.
         seeds, offsets: int64 bits, likewise.
         options: what is asked of each step.
         sampled: False takes the most probable token, as greedy search does.
+        copies, first_copy: how many sequences a prompt branches into, and the number of the first of them.
         padding: the id given to a sequence that is ended because it can have no token; None makes that an error.
         apart: whether the sequences of a prompt may allow different first tokens.
         clean: holds the logits for "raw" log-probabilities when processors of transformers change them first.
@@ -226,6 +227,7 @@ class Draw(LogitsProcessor):
     options: Options
     sampled: bool = True
     copies: int = 1
+    first_copy: int = 0
     padding: int | None = None
     apart: bool = False
     clean: Clean | None = None
@@ -236,7 +238,7 @@ class Draw(LogitsProcessor):
     chosen: torch.Tensor | None = None  # int64 [B, 1], where it holds a 1
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        first = self.sampler is None and self.copies > 1
+        first = self.sampler is None and self.first_copy + self.copies > 1
         every = self.copies if first and not self.apart else 1
         inputs = self.inputs(input_ids, scores, every)
         if first:
@@ -260,14 +262,18 @@ class Draw(LogitsProcessor):
 
     def _branch(self, scores: torch.Tensor, inputs: dict[str, Any]) -> SampleOutput:
         """The first step of prompts that branch: draw j is the j-th sequence's. Also makes the later steps' sampler."""
-        own, params = siblings(self.seeds, self.copies), repeated(self.params, self.copies)
+        every, numbers = self.first_copy + self.copies, slice(self.first_copy, None)
+        own = siblings(self.seeds, every).view(-1, every)[:, numbers].flatten()
+        params = repeated(self.params, self.copies)
         offsets = self.offsets.repeat_interleave(self.copies)
         self.sampler = self._new_sampler(params, own, offsets + 1)
         if not self.apart:
-            return self._new_sampler(self.params, self.seeds, self.offsets, self.copies)(scores, **inputs)
+            out = self._new_sampler(self.params, self.seeds, self.offsets, every)(scores, **inputs)
+            drawn = None if out.logprobs is None else out.logprobs[:, numbers]
+            return replace(out, tokens=out.tokens[:, numbers], logprobs=drawn)
         seeds = self.seeds.repeat_interleave(self.copies)
-        out = self._new_sampler(params, seeds, offsets, self.copies)(scores, **inputs)
-        draw = torch.arange(len(seeds), device=scores.device)[:, None] % self.copies
+        out = self._new_sampler(params, seeds, offsets, every)(scores, **inputs)
+        draw = self.first_copy + torch.arange(len(seeds), device=scores.device)[:, None] % self.copies
         return SampleOutput(
             out.tokens.gather(1, draw), out.status, None if out.logprobs is None else out.logprobs.gather(1, draw)
         )
