@@ -66,7 +66,7 @@ def place(path: str, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def _text(fields: dict[str, Any], name: str) -> str | None:
-    return str(fields[name].contents()) if name in fields else None
+    return bytes(fields[name].parts[-1]).decode() if name in fields else None
 
 
 def plain() -> dict[str, Any]:
