@@ -88,7 +88,7 @@ def forget_file(lm: Any) -> None:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Have transformers load such a file in a fifth of the time, without its own progress bar, and from here alone.
+    """Have transformers load such a file in a third of the time, without its own progress bar, and from here alone.
 
     It parses the header anew for the config, the weights and the tokenizer, and makes the table of tensors' names anew
     for every module of the model. Here the functions of gguf that it calls remember what they returned. For some
