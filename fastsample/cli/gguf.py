@@ -47,8 +47,8 @@ def require(what: str, *commands: str) -> None:
         raise RefusedError(f"{what}not everything is installed: {' && '.join(steps)}")
 
 
-def place(path: str, what: str) -> tuple[str, dict[str, Any]]:
-    """The folder and the option by which `from_pretrained` finds a file; refused if it is no whole language model."""
+def place(path: str, what: str) -> tuple[str, str]:
+    """The folder of a file and its name there; refused if it is no whole language model."""
     from gguf import GGUFReader
 
     # With a broken file the reader may raise anything; it also cuts out every tensor, so all of them are there.
@@ -61,8 +61,7 @@ def place(path: str, what: str) -> tuple[str, dict[str, Any]]:
         raise RefusedError(f"{what}this GGUF file names no architecture; expected a language model")
     if "tokenizer.ggml.tokens" not in fields:
         raise RefusedError(f"{what}no tokenizer in this file (a {architecture}); expected a language model")
-    folder, file = os.path.split(os.path.abspath(path))
-    return folder, {"gguf_file": file}
+    return os.path.split(os.path.abspath(path))
 
 
 def _text(fields: dict[str, Any], name: str) -> str | None:
