@@ -69,7 +69,7 @@ def _text(fields: dict[str, Any], name: str) -> str | None:
 
 
 def plain() -> dict[str, Any]:
-    """Options with which a model's weights become float32, whatever they are in the file."""
+    """Options with which a model's weights become float32, whatever they are in the file, as those of any other model."""
     import torch
     import transformers
 
@@ -77,12 +77,6 @@ def plain() -> dict[str, Any]:
     if hasattr(transformers, "GgufConfig"):  # which can otherwise keep the blocks of the file
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options
-
-
-def forget_file(lm: Any) -> None:
-    """Take off the mark of a quantised model: its weights are plain now, and it may be trained."""
-    if (quantizer := getattr(lm, "hf_quantizer", None)) is not None:
-        quantizer.remove_quantization_config(lm)
 
 
 @contextmanager

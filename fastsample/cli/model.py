@@ -123,8 +123,6 @@ def _read(transformers: Any, name: str, local: bool, what: str) -> tuple[Any, di
             lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **weights, **options)
         with told((Exception,), f"{what}its tokenizer: "):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    if is_file:
-        gguf.forget_file(lm)
     return lm, found, tokenizer
 
 
