@@ -69,7 +69,7 @@ def _text(fields: dict[str, Any], name: str) -> str | None:
 
 
 def plain() -> dict[str, Any]:
-    """Options with which a model's weights become float32, whatever they are in the file, as those of any other model."""
+    """Options with which the weights become float32, whatever they are in the file, and the model one like any other."""
     import torch
     import transformers
 
