@@ -69,7 +69,7 @@ def _text(fields: dict[str, Any], name: str) -> str | None:
 
 
 def plain() -> dict[str, Any]:
-    """Options with which the weights become float32, whatever they are in the file, and the model one like any other."""
+    """Options with which the weights become plain float32, whatever they are in the file, and can be trained."""
     import torch
     import transformers
 
