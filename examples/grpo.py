@@ -35,7 +35,7 @@ from fastsample.training import kept_logprobs
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-PROMPTS = [  # of four tokens each: where TRL pads on the left, GPT-2's positions are not those of `generate`
+PROMPTS = [  # four tokens each to the model that ships: its positions go wrong where TRL pads on the left
     "Use this function to", "The default value is", "If the argument is", "When the file is", "The name of the",
     "Return the number of", "A list of the", "This class is used",
 ]  # fmt: skip

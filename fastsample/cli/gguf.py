@@ -47,8 +47,8 @@ def require(what: str, *commands: str) -> None:
         raise RefusedError(f"{what}not everything is installed: {' && '.join(steps)}")
 
 
-def place(path: str, what: str) -> tuple[str, dict[str, Any]]:
-    """The folder and the option by which `from_pretrained` finds a file; refused if it is no whole language model."""
+def place(path: str, what: str) -> tuple[str, str]:
+    """The folder of a file and its name there; refused if it is no whole language model."""
     from gguf import GGUFReader
 
     # With a broken file the reader may raise anything; it also cuts out every tensor, so all of them are there.
@@ -61,16 +61,15 @@ def place(path: str, what: str) -> tuple[str, dict[str, Any]]:
         raise RefusedError(f"{what}this GGUF file names no architecture; expected a language model")
     if "tokenizer.ggml.tokens" not in fields:
         raise RefusedError(f"{what}no tokenizer in this file (a {architecture}); expected a language model")
-    folder, file = os.path.split(os.path.abspath(path))
-    return folder, {"gguf_file": file}
+    return os.path.split(os.path.abspath(path))
 
 
 def _text(fields: dict[str, Any], name: str) -> str | None:
-    return str(fields[name].contents()) if name in fields else None
+    return bytes(fields[name].parts[-1]).decode() if name in fields else None
 
 
 def plain() -> dict[str, Any]:
-    """Options with which a model's weights become float32, whatever they are in the file."""
+    """Options with which the weights become plain float32, whatever they are in the file, and can be trained."""
     import torch
     import transformers
 
@@ -80,15 +79,9 @@ def plain() -> dict[str, Any]:
     return options
 
 
-def forget_file(lm: Any) -> None:
-    """Take off the mark of a quantised model: its weights are plain now, and it may be trained."""
-    if (quantizer := getattr(lm, "hf_quantizer", None)) is not None:
-        quantizer.remove_quantization_config(lm)
-
-
 @contextmanager
 def quick() -> Iterator[None]:
-    """Have transformers load such a file in a fifth of the time, without its own progress bar, and from here alone.
+    """Have transformers load such a file in a third of the time, without its own progress bar, and from here alone.
 
     It parses the header anew for the config, the weights and the tokenizer, and makes the table of tensors' names anew
     for every module of the model. Here the functions of gguf that it calls remember what they returned. For some

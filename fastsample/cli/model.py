@@ -90,32 +90,12 @@ def _why_no_hub(hub: Any) -> str | None:
 def load(name: str, local: bool) -> tuple[Any, Any]:
     """The language model and its tokenizer, from what `find_model` found; in float32 where it was in float16."""
     transformers = library("transformers")
-    # Nothing that comes with a model is executed: no code of its own (told so, transformers does not ask at the
-    # terminal), no pickles.
-    safe = {"local_files_only": local, "trust_remote_code": False}
     what = f"--model {name}: "
-    is_file = os.path.isfile(name)
-    # With broken files transformers and its libraries may raise anything.
-    with gguf.quick() if is_file else nullcontext():
-        folder, options = gguf.place(name, what) if is_file else (name, {})
-        with told((Exception,), what):
-            lm, found = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-                **(gguf.plain() if is_file else {}),
-                **safe,
-            )
-        with told((Exception,), f"{what}its tokenizer: "):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options, **safe)
+    lm, found, tokenizer = _read(transformers, name, local, what)
     if any(name.endswith("ForMaskedLM") for name in lm.config.architectures or []):
         raise RefusedError(f"{what}a masked language model; expected a causal one")
     _check_weights(what, found)
     _check_tokenizer(what, lm, tokenizer)
-    if is_file:
-        gguf.forget_file(lm)
     if str(lm.dtype) == "torch.float16":
         lm = lm.float()  # CPUs are slow at float16
     # The command's options alone say how to sample.
@@ -124,6 +104,26 @@ def load(name: str, local: bool) -> tuple[Any, Any]:
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
     return lm.eval(), tokenizer
+
+
+def _read(transformers: Any, name: str, local: bool, what: str) -> tuple[Any, dict[str, Any], Any]:
+    """The model, what was found of its weights, and the tokenizer.
+
+    Nothing that comes with a model is executed: no code of its own (told so, transformers does not ask at the
+    terminal), no pickles. With broken files transformers and its libraries may raise anything.
+    """
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    is_file = os.path.isfile(name)
+    with gguf.quick() if is_file else nullcontext():
+        if is_file:
+            name, options["gguf_file"] = gguf.place(name, what)
+        weights = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        weights |= gguf.plain() if is_file else {}
+        with told((Exception,), what):
+            lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **weights, **options)
+        with told((Exception,), f"{what}its tokenizer: "):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    return lm, found, tokenizer
 
 
 def open_model(model: str | None = None) -> tuple[Any, Any]:
