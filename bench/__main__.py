@@ -197,6 +197,22 @@ def kept(
 
 
 @app.command()
+def rows(
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    count: Annotated[int | None, typer.Option(min=1, help="Only so many rows. [default: all]")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each mode; five turns at least for each row.")] = 10.0,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Make the recorded rows anew, with the model.")] = False,
+) -> None:
+    """The benchmarks' lm logits against recorded ones of SmolLM2: the shape of the distribution, and the time."""
+    from bench import rows as compared
+
+    known([dtype], ("float32", "float16", "bfloat16"), "--dtype")
+    raise typer.Exit(compared.record() if record else compared.run(dtype, count, seconds, threads, out))
+
+
+@app.command()
 def ranks(
     vocab: Annotated[int, typer.Option(min=2, max=2**20)] = 151_936,
     batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8 and 64]")] = None,
@@ -243,6 +259,21 @@ def speculate(
     if acceptance:
         raise typer.Exit(accepted.run(model, count, drafts, threads, out))
     raise typer.Exit(drafted.run(model, tokens, drafts, threads, seconds, out))
+
+
+@app.command()
+def decoders(
+    decoder: Annotated[Names, typer.Option(help="llama.cpp, onnxruntime-genai, mlx-lm. [default: all]")] = None,
+    batch: Annotated[Numbers, typer.Option(help="Sequences. [default: 1 and 8]")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence in a turn.")] = 32,
+    seconds: Annotated[float, typer.Option(help="Time for each row of samplers; at least five turns.")] = 6.0,
+    out: Annotated[Path | None, typer.Option(help="JSON. [default: bench/results/...]")] = None,
+) -> None:
+    """Tokens per second of llama.cpp, ONNX Runtime GenAI and MLX-LM, with their own samplers and with fastsample."""
+    from bench.decoders import DECODERS, run
+
+    known(decoder, DECODERS, "--decoder")
+    raise typer.Exit(run(decoder or list(DECODERS), batch or [1, 8], tokens, seconds, out))
 
 
 @app.command()

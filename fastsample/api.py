@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastsample import call
+from fastsample.arrays import ArrayLike
 from fastsample.inputs import Allowed, BiasLike, BreakerIds, Seed, TokenIds, gather
 from fastsample.outputs import InputKind, KeptForm, LogprobsMode, OnInvalid, Options, SampleOutput
 from fastsample.params import SamplingParams
@@ -14,13 +15,13 @@ from fastsample.traced import is_traced
 
 
 def sample(
-    logits: torch.Tensor,
+    logits: ArrayLike,
     params: SamplingParams | None = None,
     *,
     seed: Seed | None = None,
     offset: Seed = 0,
     num_samples: int = 1,
-    bitmask: torch.Tensor | None = None,
+    bitmask: ArrayLike | None = None,
     allowed_ids: Allowed | None = None,
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
@@ -45,7 +46,9 @@ def sample(
 
     Args:
         logits: float32, float16 or bfloat16 [B, V], or [V] for a single row (outputs then lose their first dimension).
-            Any row stride, last dimension contiguous, 1 <= V <= 2^20. Never written to. Logits may have more leading
+            Any row stride, last dimension contiguous, 1 <= V <= 2^20. Never written to. Like all tensors here it may be
+            an array of NumPy, MLX, JAX, ONNX Runtime or whatever else has `__dlpack__` or the array interface: its
+            memory is read where it lies. Logits may have more leading
             dimensions, for example [B, T, V]; outputs then have them too. Rows are numbered as in
             `logits.flatten(0, -2)` (a view, or a copy where strides allow none), both for an int seed and in errors.
             Arguments with one entry per row then take one per row of that table, or a tensor or array [B, T, ...], in
@@ -109,10 +112,10 @@ def sample(
 
 
 def filter_logits(
-    logits: torch.Tensor,
+    logits: ArrayLike,
     params: SamplingParams | None = None,
     *,
-    bitmask: torch.Tensor | None = None,
+    bitmask: ArrayLike | None = None,
     allowed_ids: Allowed | None = None,
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
@@ -142,10 +145,10 @@ def filter_logits(
 
 
 def probabilities(
-    logits: torch.Tensor,
+    logits: ArrayLike,
     params: SamplingParams | None = None,
     *,
-    bitmask: torch.Tensor | None = None,
+    bitmask: ArrayLike | None = None,
     allowed_ids: Allowed | None = None,
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,

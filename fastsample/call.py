@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from fastsample import repeats
+from fastsample.arrays import ArrayLike, as_tensor
 from fastsample.backends import Engine, KeptSets, Outputs, select
 from fastsample.checks import CPU, check_logits, has_memory
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
@@ -50,7 +51,7 @@ OTHERS = ("seed", "offset", *Options._fields, *Inputs._fields, "out")
 
 def make(
     kind: Kind,
-    logits: torch.Tensor,
+    logits: ArrayLike,
     params: SamplingParams | None,
     fields: dict[str, Any],
     seed: Seed | None,
@@ -127,8 +128,10 @@ class Call:
         self._copied: torch.Tensor | None = None  # the logits, where the table is no view of them
         self._checked: tuple[Any, ...] | None = None
 
-    def table(self, logits: torch.Tensor) -> torch.Tensor:
+    def table(self, logits: Any) -> torch.Tensor:
         """The logits as [B, V], checked; all checks are of shape, strides, dtype and device, so once is enough."""
+        if not isinstance(logits, torch.Tensor):
+            logits = as_tensor("logits", logits)
         if self._checked is not None and isinstance(logits, torch.Tensor) and logits.layout is torch.strided:
             known = not logits.is_nested and not logits.is_neg() and has_memory(logits)
             if known and self._checked == (logits.shape, logits.stride(), logits.dtype, logits.device):

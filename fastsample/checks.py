@@ -6,12 +6,9 @@ import math
 import numbers
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
-
-Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
 MAX_VOCAB = 2**20
 
@@ -79,15 +76,6 @@ def integer(name: str, value: Any, row: int | None) -> int:
 # Tensors -------------------------------------------------------------------------------------------------------------
 
 
-def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """An array of numbers as a tensor: torch takes neither negative strides nor a foreign byte order.
-
-    A read-only array is copied: torch would warn of it.
-    """
-    array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
 def require_dense(name: str, tensor: torch.Tensor) -> None:
     """ValueError unless a tensor has its values in one strided piece of memory."""
     require_strided(name, tensor)
@@ -127,7 +115,7 @@ def require_tensor(name: str, value: Any, device: torch.device) -> None:
     if plain and not value.is_nested and has_memory(value):
         return  # the usual case, in half the time
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor or an array, got {type(value).__name__}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} like the logits, got one on {value.device}")
     require_dense(name, value)
@@ -146,7 +134,7 @@ def check_logits(logits: torch.Tensor, traced: bool = False, name: str = "logits
     Traced logits have no values yet, so their memory is not looked at.
     """
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(logits).__name__}")
+        raise TypeError(f"{name}: expected a tensor or an array, got {type(logits).__name__}")
     (require_strided if traced else require_dense)(name, logits)
     if logits.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {logits.dtype}")

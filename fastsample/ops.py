@@ -49,7 +49,7 @@ class Slots(Protocol):
 
 
 def sample(
-    logits: Tensor,
+    logits: Any,
     params: SamplingParams | None,
     fields: dict[str, Any],
     seed: Any,
@@ -67,7 +67,7 @@ def sample(
 
 
 def step(
-    sampler: Slots, logits: Tensor, rows: Any, inputs: Inputs, options: Options, out: SampleOutput | None
+    sampler: Slots, logits: Any, rows: Any, inputs: Inputs, options: Options, out: SampleOutput | None
 ) -> SampleOutput:
     """A call of a Sampler in a trace; the operator advances the offsets in place."""
     own = sampler._rows_on(logits.device)
@@ -82,7 +82,7 @@ def step(
 
 def full(
     kind: str,
-    logits: Tensor,
+    logits: Any,
     params: SamplingParams | None,
     fields: dict[str, Any],
     inputs: Inputs,

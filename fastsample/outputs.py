@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ OnInvalid = Literal["raise", "flag"]
 LogprobsMode = Literal["raw", "processed"]
 InputKind = Literal["logits", "probs"]
 KeptForm = Literal["count", "ids", "bitmask"]
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 STATUS = {1: "a NaN logit", 2: "a +inf logit", 3: "no logit above -inf (everything is masked)"}
 """What a non-zero status means, after bitmask, bias and penalties."""
@@ -146,6 +147,23 @@ LISTED = (
 """What is listed after that (kept.py). Without a capacity there are no buffers before the sizes are known."""
 
 
+class SampleArrays(NamedTuple):
+    """A SampleOutput as NumPy arrays, with its names, shapes and dtypes."""
+
+    tokens: Array
+    status: Array
+    logprobs: Array | None
+    ranks: Array | None
+    top_ids: Array | None
+    top_logprobs: Array | None
+    kept_count: Array | None
+    kept_ids: Array | None
+    kept_row_ptr: Array | None
+    kept_bitmask: Array | None
+    log_kept_mass: Array | None
+    entropy: Array | None
+
+
 @dataclass(slots=True, eq=False)
 class SampleOutput:
     """What `sample` returns. B rows, n = num_samples, N = top_logprobs; [B, n] is [B] when num_samples is 1.
@@ -190,6 +208,10 @@ class SampleOutput:
     log_kept_mass: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 
+    def numpy(self) -> SampleArrays:
+        """The same outputs as NumPy arrays: over the same memory on a CPU, copied (which waits) from a GPU."""
+        return SampleArrays(*to_numpy(self))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SampleOutput):
             return NotImplemented
@@ -197,6 +219,12 @@ class SampleOutput:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, name) for name in self.__slots__)
+
+
+def to_numpy(out: Any) -> Iterator[Any]:
+    """Every field of an output as an array, in their order."""
+    for value in (getattr(out, name) for name in out.__slots__):
+        yield None if value is None else value.numpy(force=True)
 
 
 def _same_values(a: Any, b: Any) -> bool:

@@ -3,6 +3,8 @@
 The dataclass below *is* the table. Validation, the packed record that engines read, the command line's options, the
 documentation, the integrations and the tests iterate over it. A new parameter is one more field here, at the end, where
 no caller's positional argument changes its meaning, and one more member of `RowParams` in csrc/core/rows.h.
+
+To read the table takes no torch, for which the command line's help would wait: the first value imports it.
 """
 
 from __future__ import annotations
@@ -12,16 +14,17 @@ import functools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-import numpy as np
-import torch
-
-from fastsample.checks import CPU
 from fastsample.presets import PRESETS, preset_name
-from fastsample.spec import Spec, choice, code, flag, integer, normalise, real
+from fastsample.spec import Spec, choice, flag, integer, real
 
-Values: TypeAlias = "float | Sequence[float] | np.ndarray[Any, Any] | torch.Tensor"
+if TYPE_CHECKING:
+    import torch
+
+    from fastsample.arrays import ArrayLike
+
+Values: TypeAlias = "float | Sequence[float] | ArrayLike"
 Ties: TypeAlias = Literal["first", "all"]
 Order: TypeAlias = Literal["top_k_first", "min_p_first", "joint", "temperature_last"]
 
@@ -231,6 +234,8 @@ class SamplingParams:
     )
 
     def __post_init__(self) -> None:
+        from fastsample.values import normalise
+
         for name, spec in specs():
             object.__setattr__(self, name, normalise(name, spec, getattr(self, name)))
 
@@ -262,23 +267,28 @@ class SamplingParams:
 
     def per_row(self) -> dict[str, int]:
         """Number of values of each field that has one per row. ValueError where two fields disagree."""
-        sizes = {name: len(v) for name, v in self._values() if isinstance(v, (torch.Tensor, tuple))}
+        sizes = {name: len(v) for name, v in self._values() if not isinstance(v, (float, int, str))}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"parameters have different numbers of rows: {sizes}")
         return sizes
 
     def pack(self) -> torch.Tensor:
         """The records that the engines read: int32 [B or 1, number of fields] on the CPU, floats as their bits."""
+        import torch
+
+        from fastsample.checks import CPU
+        from fastsample.values import code
+
         rows = next(iter(self.per_row().values()), None)
         columns = [code(spec, value) for (_, spec), (_, value) in zip(_SPECS, self._values(), strict=True)]
-        shared = [0 if isinstance(column, (torch.Tensor, list)) else column for column in columns]
+        per_row = {i: column for i, column in enumerate(columns) if isinstance(column, (torch.Tensor, list))}
+        shared = [0 if i in per_row else column for i, column in enumerate(columns)]
         bits = struct.unpack(_INTS, struct.pack(_RECORD, *shared))
         record = torch.tensor([bits], dtype=torch.int32, device=CPU)
         if rows is None:
             return record
         records = record.repeat(rows, 1)
-        per_row = [i for i, column in enumerate(columns) if isinstance(column, (torch.Tensor, list))]
-        write_columns(records, {_SPECS[i][0]: torch.as_tensor(columns[i], device=CPU) for i in per_row})
+        write_columns(records, {_SPECS[i][0]: torch.as_tensor(column, device=CPU) for i, column in per_row.items()})
         return records
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -286,7 +296,7 @@ class SamplingParams:
 
     def _key(self) -> tuple[Any, ...]:
         """The values in a form that compares and hashes: a column becomes a tuple, a scalar does not."""
-        return tuple(tuple(v.tolist()) if isinstance(v, torch.Tensor) else v for _, v in self._values())
+        return tuple(v if isinstance(v, (float, int, str, tuple)) else tuple(v.tolist()) for _, v in self._values())
 
 
 def specs() -> tuple[tuple[str, Spec], ...]:
@@ -301,7 +311,9 @@ def write_columns(records: torch.Tensor, columns: Mapping[str, torch.Tensor | fl
         columns: fields of SamplingParams, one value per row [B] or for all; None leaves a field as it is. Integers are
             at most 2^31 - 1; a choice is its position among the choices.
     """
-    floats = records.view(torch.float32)
+    from torch import float32
+
+    floats = records.view(float32)
     for name, values in columns.items():
         if values is not None:
             at, kind = _COLUMNS[name]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsample.arrays import as_tensor
 from fastsample.backends import Engine, Outputs
 from fastsample.call import SampleCall
 from fastsample.checks import CPU, check_logits
@@ -52,8 +53,9 @@ def pack_proposal(drafts: Drafts, logits: Tensor, draft_logits: Any, draft_probs
         raise TypeError(f"draft_params: expected SamplingParams, got {type(params).__name__}")
     name, given = ("draft_probs", draft_probs) if draft_logits is None else ("draft_logits", draft_logits)
     kind: InputKind = "probs" if draft_logits is None else "logits"
+    given = as_tensor(name, given)
     if not isinstance(given, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(given).__name__}")
+        raise TypeError(f"{name}: expected a tensor or an array, got {type(given).__name__}")
     requests, most = drafts.ids.shape
     vocab, device = logits.shape[-1], logits.device
     packed = given.ndim != 3

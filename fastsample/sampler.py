@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastsample.arrays import ArrayLike, as_tensor
 from fastsample.call import SampleCall
 from fastsample.checks import CPU, whole
 from fastsample.inputs import (
@@ -162,10 +163,10 @@ class Sampler:
 
     def __call__(
         self,
-        logits: torch.Tensor,
+        logits: ArrayLike,
         *,
         rows: SlotIndex | None = None,
-        bitmask: torch.Tensor | None = None,
+        bitmask: ArrayLike | None = None,
         allowed_ids: Allowed | None = None,
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
@@ -216,15 +217,15 @@ class Sampler:
     @untraced
     def verify(
         self,
-        logits: torch.Tensor,
+        logits: ArrayLike,
         draft_ids: TokenIds,
         *,
         num_drafts: Any = None,
         rule: RuleName = "exact",
-        draft_logits: torch.Tensor | None = None,
-        draft_probs: torch.Tensor | None = None,
+        draft_logits: ArrayLike | None = None,
+        draft_probs: ArrayLike | None = None,
         draft_params: SamplingParams | None = None,
-        bitmask: torch.Tensor | None = None,
+        bitmask: ArrayLike | None = None,
         bias: BiasLike | None = None,
         prompt_ids: TokenIds | None = None,
         output_ids: TokenIds | None = None,
@@ -236,12 +237,13 @@ class Sampler:
         """
         if self._call.options.num_samples != 1 or self._call.options.input != "logits":
             raise ValueError("verify: expected a Sampler of logits with num_samples = 1")
-        drafts = pack_drafts(logits, draft_ids, num_drafts)
+        given_rows: Any = as_tensor("logits", logits)
+        drafts = pack_drafts(given_rows, draft_ids, num_drafts)
         if len(drafts.ids) != self._batch_size:
             raise ValueError(f"draft_ids: expected {self._batch_size} requests, one per slot, got {len(drafts.ids)}")
         raises = self._call.options.on_invalid != "flag"
         given = Given(draft_ids, num_drafts, None, rule, draft_logits, draft_probs, draft_params)
-        packed = given.pack_rule(drafts, logits, raises)
+        packed = given.pack_rule(drafts, given_rows, raises)
         if self._penalised and output_ids is None:
             self._warn(None, prompt_ids)
         inputs = Inputs(bitmask, None, bias, prompt_ids, output_ids, dry_breakers)
@@ -249,7 +251,7 @@ class Sampler:
             own = self._move_to(drafts.ids.device)
             rows = Rows(own.records[drafts.request], own.seeds, own.offsets, workspace=own.workspace)
             call = SampleCall(self._call.options.of_rows)
-            table = call.table(as_table(logits))
+            table = call.table(as_table(given_rows))
             each, history = split(inputs, drafts)
             each.attach(rows, table)
             if self._penalised:
@@ -259,8 +261,9 @@ class Sampler:
             own.offsets += result.num_accepted + (result.status == 0)
         return result
 
-    def _step_of(self, rows: SlotIndex, logits: torch.Tensor, inputs: Inputs, out: SampleOutput | None) -> SampleOutput:
+    def _step_of(self, rows: SlotIndex, logits: Any, inputs: Inputs, out: SampleOutput | None) -> SampleOutput:
         """A step of some slots. (A step of all slots, which takes but a few microseconds, needs none of this.)"""
+        logits = as_tensor("logits", logits)
         pick, call = self._picked(rows, logits)
         table = call.table(logits)
         own = pick.take(self._move_to(call.device))

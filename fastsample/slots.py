@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from fastsample.checks import CPU, from_numpy, require_dense
+from fastsample.arrays import ArrayLike, as_array, from_numpy
+from fastsample.checks import CPU, require_dense
 from fastsample.inputs import Rows
 from fastsample.params import SamplingParams, specs
 from fastsample.spec import Spec
 
-SlotIndex: TypeAlias = "int | slice | Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
+SlotIndex: TypeAlias = "int | slice | Sequence[int] | ArrayLike"
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -42,8 +43,9 @@ def listed(rows: Any, size: int) -> list[int]:
             return list(range(size)[rows])
         except TypeError as error:
             raise TypeError(f"rows = {rows!r}: expected a slice of integers") from error
+    rows = as_array("rows", rows)
     if isinstance(rows, np.ndarray) and rows.dtype.kind in "biu":
-        rows = from_numpy(rows)
+        rows = from_numpy("rows", rows)
     if isinstance(rows, torch.Tensor):
         return _of_tensor(rows, size)
     if isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)):

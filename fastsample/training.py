@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.distributed as dist
 
+from fastsample.arrays import ArrayLike, as_tensor
 from fastsample.checks import FLOATS, MAX_VOCAB, count, require_dense, require_tensor
 from fastsample.inputs import pack_params
 from fastsample.outputs import OnInvalid, check_on_invalid
@@ -21,17 +22,17 @@ from fastsample.reference.mass import UNIT, mass_at, scale_of
 
 __all__ = ["kept_logprobs"]
 
-Kept: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
+Kept: TypeAlias = "ArrayLike | tuple[ArrayLike, ArrayLike]"
 
 CHUNK = 2**20
 """Kept ids that are looked at together: 50 bytes of scratch each."""
 
 
 def kept_logprobs(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
+    logits: ArrayLike,
+    tokens: ArrayLike,
     kept: Kept,
-    temperature: float | torch.Tensor = 1.0,
+    temperature: float | ArrayLike = 1.0,
     *,
     vocab_start: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -81,15 +82,16 @@ def kept_logprobs(
     """
     check_on_invalid(on_invalid)
     shard = _shard(vocab_start, group)
-    _check_logits(logits, shard)
+    table: Any = as_tensor("logits", logits)
+    _check_logits(table, shard)
     strict = on_invalid == "raise"
-    ids = _check_tokens(tokens, logits)
-    scale, greedy = _check_temperature(temperature, logits)
-    sets = _check_kept(kept, logits, shard, strict)
+    ids = _check_tokens(as_tensor("tokens", tokens), table)
+    scale, greedy = _check_temperature(temperature, table)
+    sets = _check_kept(kept, table, shard, strict)
     result: torch.Tensor = _KeptLogprobs.apply(  # type: ignore[no-untyped-call]
-        logits, ids, sets, scale, greedy, shard, strict
+        table, ids, sets, scale, greedy, shard, strict
     )
-    return result.view(tokens.shape)
+    return result.view(table.shape[:-1])
 
 
 class _KeptLogprobs(torch.autograd.Function):
@@ -276,7 +278,7 @@ def _mass(y: torch.Tensor) -> torch.Tensor:
 
 def _check_logits(logits: torch.Tensor, shard: _Shard) -> None:
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+        raise TypeError(f"logits: expected a tensor or an array, got {type(logits).__name__}")
     require_dense("logits", logits)
     if logits.dtype not in FLOATS | {torch.float64}:
         raise TypeError(f"logits: expected float32, float16, bfloat16 or float64, got {logits.dtype}")
@@ -304,6 +306,7 @@ def _check_tokens(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def _check_temperature(temperature: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors c = log2(e) / T, as stage 6 rounds them or in float64, and whether a row is greedy; [N]."""
+    temperature = as_tensor("temperature", temperature)
     if isinstance(temperature, torch.Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature: gets no gradient here; pass temperature.detach()")
@@ -320,6 +323,7 @@ def _check_temperature(temperature: Any, logits: torch.Tensor) -> tuple[torch.Te
 
 def _check_kept(kept: Any, logits: torch.Tensor, shard: _Shard, strict: bool) -> _Sets:
     batch, last = tuple(logits.shape[:-1]), shard.start + logits.shape[-1]
+    kept = as_tensor("kept", kept)
     if isinstance(kept, torch.Tensor):
         words = -(-last // 32)
         _require("kept (a bitmask)", kept, logits, (torch.int32,))
@@ -329,7 +333,7 @@ def _check_kept(kept: Any, logits: torch.Tensor, shard: _Shard, strict: bool) ->
         return _Masked(kept.reshape(-1, kept.shape[-1]))
     if not isinstance(kept, (tuple, list)) or len(kept) != 2:
         raise TypeError(f"kept: expected (kept_ids, kept_row_ptr) or a bitmask, got {type(kept).__name__}")
-    ids, row_ptr = kept
+    ids, row_ptr = as_tensor("kept_ids", kept[0]), as_tensor("kept_row_ptr", kept[1])
     integers = (torch.int32, torch.int64)
     _require("kept_ids", ids, logits, integers)
     _require("kept_row_ptr", row_ptr, logits, integers, (math.prod(batch) + 1,))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastsample.arrays import ArrayLike
 from fastsample.inputs import BiasLike, BreakerIds, Inputs, Seed, TokenIds, gather
 from fastsample.outputs import KeptForm, LogprobsMode, OnInvalid, Options
 from fastsample.params import SamplingParams
@@ -20,7 +21,7 @@ from fastsample.verified import Given, RuleName, VerifyOutput, verified
 
 
 def verify(
-    logits: torch.Tensor,
+    logits: ArrayLike,
     draft_ids: TokenIds,
     params: SamplingParams | None = None,
     *,
@@ -28,10 +29,10 @@ def verify(
     seed: Seed | None = None,
     offset: Seed = 0,
     rule: RuleName = "exact",
-    draft_logits: torch.Tensor | None = None,
-    draft_probs: torch.Tensor | None = None,
+    draft_logits: ArrayLike | None = None,
+    draft_probs: ArrayLike | None = None,
     draft_params: SamplingParams | None = None,
-    bitmask: torch.Tensor | None = None,
+    bitmask: ArrayLike | None = None,
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
     output_ids: TokenIds | None = None,
@@ -108,14 +109,14 @@ def verify(
 
 
 def verify_tree(
-    logits: torch.Tensor,
+    logits: ArrayLike,
     draft_ids: torch.Tensor,
     parents: torch.Tensor,
     params: SamplingParams | None = None,
     *,
     seed: Seed | None = None,
     offset: Seed = 0,
-    bitmask: torch.Tensor | None = None,
+    bitmask: ArrayLike | None = None,
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,
     output_ids: TokenIds | None = None,

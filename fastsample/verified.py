@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastsample import rejection
+from fastsample.arrays import as_tensor
 from fastsample.call import SampleCall, make
 from fastsample.checks import CPU, is_one_of
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed
@@ -22,6 +23,7 @@ from fastsample.kept import list_verified
 from fastsample.outputs import (
     FIELD,
     WRONG,
+    Array,
     Field,
     Options,
     SampleOutput,
@@ -29,11 +31,31 @@ from fastsample.outputs import (
     check_buffer,
     require_no_capture,
     span,
+    to_numpy,
 )
 from fastsample.params import SamplingParams
 from fastsample.rejection import Proposal, pack_proposal
 
 RuleName: TypeAlias = Literal["exact", "chain", "block"]
+
+
+class VerifyArrays(NamedTuple):
+    """A VerifyOutput as NumPy arrays, with its names, shapes and dtypes."""
+
+    tokens: Array
+    num_accepted: Array
+    status: Array
+    logprobs: Array | None
+    ranks: Array | None
+    top_ids: Array | None
+    top_logprobs: Array | None
+    kept_count: Array | None
+    kept_ids: Array | None
+    kept_row_ptr: Array | None
+    kept_bitmask: Array | None
+    log_kept_mass: Array | None
+    entropy: Array | None
+    path: Array | None
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +91,10 @@ class VerifyOutput:
     log_kept_mass: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     path: torch.Tensor | None = None
+
+    def numpy(self) -> VerifyArrays:
+        """The same outputs as NumPy arrays: over the same memory on a CPU, copied (which waits) from a GPU."""
+        return VerifyArrays(*to_numpy(self))
 
 
 class Given(NamedTuple):
@@ -113,7 +139,7 @@ class Given(NamedTuple):
 
 
 def verified(
-    logits: torch.Tensor,
+    logits: Any,
     given: Given,
     params: SamplingParams | None,
     fields: dict[str, Any],
@@ -125,6 +151,7 @@ def verified(
 ) -> VerifyOutput:
     """A call of `verify`, or of `verify_tree` where there are parents, as it is made eagerly."""
     options = options.checked()
+    logits = as_tensor("logits", logits)
     drafts = given.packed(logits)
     rule = given.pack_rule(drafts, logits, options.on_invalid != "flag")
     requests = drafts.ids.shape[0]
@@ -212,6 +239,7 @@ def of_rows(drafts: Drafts, rows: Rows) -> Rows:
 def split(inputs: Inputs, drafts: Drafts) -> tuple[Inputs, History]:
     """What each row is given, and what those of a request share."""
     mask, bias = inputs.bitmask, inputs.bias
+    mask = as_tensor("bitmask", mask)
     if isinstance(mask, torch.Tensor) and mask.ndim > 1:
         mask = spread("bitmask", mask, drafts)
     if bias is not None:

@@ -1,38 +1,23 @@
-"""The command line: `fastsample generate`, `fastsample explain` and `fastsample info`."""
+"""The command line: `fastsample generate`, `fastsample explain` and `fastsample info`.
+
+What they do is imported when they run: `--version` and `--help` wait for neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import chain, count, islice
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
-import fastsample as fs
 from _fastsample_cli import main
-from fastsample.cli.generate import (
-    breaker_texts,
-    check_engine,
-    dry_breakers,
-    encode,
-    find_model,
-    grammar_texts,
-    load,
-    load_grammar,
-    quiet,
-    read_prompt,
-    shipped_model,
-    utf8,
-)
-from fastsample.cli.info import info
-from fastsample.cli.output import INSTALL, RefusedError, discard, note, take_any_text, told
-from fastsample.cli.session import Session
-from fastsample.cli.stats import print_stats
-from fastsample.inputs import pack_seeds, splitmix64
+from fastsample.cli.output import INSTALL, RefusedError, discard, note, take_any_text, told, utf8
 
-__all__ = ["app", "main", "shipped_model"]
+__all__ = ["app", "main"]
 
 try:
     import typer
@@ -41,21 +26,7 @@ except ImportError:
     note(f"the command line needs typer: {INSTALL}")
     raise SystemExit(2) from None
 else:
-    from fastsample.cli.explain import explain
-    from fastsample.cli.options import (
-        Backend,
-        Choice,
-        Choices,
-        DryBreaker,
-        GrammarBackend,
-        JsonSchema,
-        Model,
-        Preset,
-        Prompt,
-        PromptFile,
-        Regex,
-        with_sampling_options,
-    )
+    from fastsample.cli.options import AsJson, Asked, with_shared_options
 
 # The base class of all usage errors, wherever this version of typer keeps its copy of click.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -106,21 +77,16 @@ def root(
 ) -> None:
     """From logits to token: the same token, to the bit, on every engine."""
     if show_version:
-        print(f"fastsample {fs.__version__}")
+        print(f"fastsample {version('fastsample')}")
     elif ctx.invoked_subcommand is None:
         print(ctx.get_help())
 
 
-# fastsample generate -------------------------------------------------------------------------------------------------
-
-
 @app.command()
-@with_sampling_options
+@with_shared_options
 def generate(
-    prompt: Prompt = None,
+    asked: Asked,
     *,
-    prompt_file: PromptFile = None,
-    model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens per continuation, at most.")] = 64,
     num: Annotated[int, typer.Option(metavar="N", min=1, help="Number of continuations.")] = 1,
     best_of: Annotated[
@@ -132,79 +98,59 @@ def generate(
             metavar="RE", help="With --best-of: majority vote; a text's answer is its last match of this regex."
         ),
     ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="With --best-of: rank by the score of this sequence-classification model."),
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End a text before this string; may be given several times."),
     ] = None,
-    json_schema: JsonSchema = None,
-    regex: Regex = None,
-    choices: Choices = None,
-    choice: Choice = None,
-    grammar_backend: GrammarBackend = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Repeats a run; each continuation gets its own from it."),
-    ] = None,
-    backend: Backend = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Measure against transformers' own sampler (stderr).")] = False,
-    dry_breaker: DryBreaker = None,
-    preset: Preset = None,
-    **fields: Any,
 ) -> int:
-    """Continue a prompt with a causal language model, token by token.
+    """Continue a prompt with a causal language model.
 
     Exit status: 0, done; 1, --max-new-tokens ended a text before it matched --json-schema, --regex or --choices;
     2, refused, with the reason on stderr; 130, interrupted.
     """
-    text = read_prompt(prompt, prompt_file)
     stops = [utf8("--stop", s) for s in stop or []]
-    regex, picks = grammar_texts(json_schema, regex, choices, choice, grammar_backend)
-    constrained = json_schema is not None or regex is not None or bool(picks)
-    _check_together(num, best_of, vote, stats, stops, constrained)
-    breakers = breaker_texts(dry_breaker, fields)
+    _check_together(asked.constrained, num, best_of, vote, reward_model, stats, stops)
     with told((re.error, OverflowError), f"--vote {vote}: "):
         ballot = None if vote is None else re.compile(utf8("--vote", vote))
-    with told((TypeError, ValueError, RuntimeError)):
-        fs.SamplingParams(**fields)
-        seeds = _seeds(secrets.randbits(64) if seed is None else seed)
-    check_engine(backend)
-    name, local = find_model(model)
-    with quiet():
-        lm, tokenizer = load(name, local)
-        grammar = load_grammar(tokenizer, grammar_backend or "auto", json_schema, regex, picks)
-        ids, steps = encode(text, lm, tokenizer, max_new_tokens)
-        sampling = {"backend": backend, **fields, **dry_breakers(tokenizer, breakers)}
-        session = Session(text, lm, tokenizer, ids, steps, grammar, stops, sampling)
-        first = next(seeds)
+
+    from fastsample.cli.start import opened
+    from fastsample.cli.stats import print_stats
+
+    with opened(asked, max_new_tokens, stops) as session:
+        first = next(session.seeds)
         if best_of > 1:
-            cut = session.best_of(best_of, first, ballot)
+            cut = session.best_of(best_of, first, ballot, reward_model, as_json=asked.as_json)
+        elif asked.as_json:
+            cut = session.as_json(chain([first], session.seeds), num)
         elif num == 1:
             cut = session.one(first)
         else:
-            cut = session.several(islice(chain([first], seeds), num), labels=grammar is None)
+            cut = session.several(chain([first], session.seeds), num)
         if stats:
-            print_stats(lm, ids, steps, first, sampling)
+            print_stats(session.lm, session.ids, session.steps, first, session.sampling)
     if cut:
-        note(f"truncated at {steps} tokens: continuation {', '.join(map(str, cut))}; try --max-new-tokens")
+        note(f"truncated at {session.steps} tokens: continuation {', '.join(map(str, cut))}; try --max-new-tokens")
     return int(bool(cut))
 
 
-def _seeds(seed: int) -> Iterator[int]:
-    """`row_seeds` of any number of continuations, one at a time."""
-    pack_seeds(seed, 1)  # refuses what is no seed
-    return (splitmix64(splitmix64(seed % 2**64) + number) for number in count())
-
-
 def _check_together(
+    constrained: bool,
     num: int,
     best_of: int,
     vote: str | None,
+    reward_model: str | None,
     stats: bool,
     stops: Sequence[str],
-    constrained: bool,
 ) -> None:
     if vote is not None and best_of == 1:
         raise RefusedError("--vote needs --best-of")
+    if reward_model is not None and best_of == 1:
+        raise RefusedError("--reward-model needs --best-of")
     if num > 1 and best_of > 1:
         raise RefusedError("--num and --best-of: expected one of them")
     if stats and (constrained or best_of > 1):
@@ -215,5 +161,45 @@ def _check_together(
         raise RefusedError("--stop: expected a string that is not empty")
 
 
-app.command()(with_sampling_options(explain))
-app.command()(info)
+@app.command()
+@with_shared_options
+def explain(
+    asked: Asked,
+    *,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to draw, at most.")] = 8,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page that answers for other parameters too.")
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Tell of so many tokens at each step.")] = 10,
+) -> int:
+    """Continue a prompt, and tell why each token was drawn.
+
+    For each it shows what was cut before the draw, by what, and where the draw fell.
+    The text is that of generate with this seed. Exit status: 0, done; 2, refused, with the reason on stderr; 130,
+    interrupted.
+    """
+    from fastsample.cli.explain import explained, show
+    from fastsample.cli.start import opened
+
+    with opened(asked, tokens) as session:
+        explanation = explained(session, next(session.seeds), top)
+    if html is not None:
+        with told((OSError,), f"--html {html}: "):
+            explanation.to_html(html)
+        note(f"{html}: {len(explanation.steps)} steps, for a browser")
+    if asked.as_json:
+        print(explanation.to_json())
+    elif html is None:
+        show(explanation)
+    return 0
+
+
+@app.command()
+def info(*, as_json: AsJson = False) -> None:
+    """Print what can run on this machine.
+
+    Engines, instruction set, threads, versions, and the model that ships.
+    """
+    from fastsample.cli.info import print_info
+
+    print_info(as_json)

@@ -1,4 +1,4 @@
-"""`fastsample info`: what can run on this machine."""
+"""What `fastsample info` prints: what can run on this machine."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from pathlib import Path
 
 import torch
 
-import fastsample as fs
-from fastsample.backends import select
+from fastsample.backends import engines, select
 from fastsample.backends.cpu import native
-from fastsample.cli.generate import shipped_model
-from fastsample.cli.output import print_table
+from fastsample.cli.model import shipped_model
+from fastsample.cli.output import print_json, print_table
+from fastsample.threads import get_num_threads
 
 
-def info() -> None:
-    """Print what can run here: engines, instruction set, threads, versions and the model that ships."""
-    rows = [("fastsample", fs.__version__)]
-    rows += [(f"engine {name}", why_not or "ready") for name, why_not in fs.engines().items()]
-    rows.append(("backend auto", _auto()))
-    rows.append(("instruction set", _isa()))
-    rows.append(("threads", str(fs.get_num_threads())))
-    rows.append(("python", platform.python_version()))
-    rows += [(name, _version(name)) for name in ("torch", "numpy", "transformers", "triton")]
-    rows.append(("model", _describe(shipped_model())))
-    print_table(rows)
+def print_info(as_json: bool) -> None:
+    """Engines, instruction set, threads, versions and the model that ships."""
+    ready = {name: why_not or "ready" for name, why_not in engines().items()}
+    other = {
+        "backend auto": _auto(),
+        "instruction set": _isa(),
+        "threads": get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "numpy", "transformers", "triton")},
+        "model": _describe(shipped_model()),
+    }
+    if as_json:
+        print_json({"fastsample": version("fastsample"), "engines": ready, **other})
+        return
+    named = {f"engine {name}": state for name, state in ready.items()}
+    print_table([(name, str(value)) for name, value in {"fastsample": version("fastsample"), **named, **other}.items()])
 
 
 def _auto() -> str:

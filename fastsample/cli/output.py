@@ -1,10 +1,11 @@
-"""Shared by the commands: one-line notes and refusals, tables, and an output that takes any text."""
+"""Shared by the commands: one-line notes and refusals, tables, progress, and an output that takes any text."""
 
 from __future__ import annotations
 
 import codecs
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +43,17 @@ def note(message: str) -> None:
         print("fastsample:", line, file=sys.stderr)
 
 
+def utf8(what: str, text: str) -> str:
+    """Text from the command line; bytes that the locale could not decode are read as UTF-8."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        pass
+    with told((UnicodeError,), f"{what}: not UTF-8: "):
+        return os.fsencode(text).decode()
+
+
 @contextmanager
 def stderr_may_fail() -> Iterator[None]:
     """Ignore a closed stderr: the output on stdout still counts."""
@@ -76,6 +88,19 @@ def _note_escapes(encoding: str) -> None:
     note(rf"standard output is {encoding}: characters that it lacks are printed as \uXXXX")
 
 
+def print_json(value: Any) -> None:
+    """Print an object for other programs; a number that JSON lacks becomes null."""
+    print(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(_finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_table(rows: Sequence[tuple[str, ...]], *, header: bool = False, stream: Any = None) -> None:
     """Aligned columns; with colours and a frame on a terminal."""
     stream = stream or sys.stdout
@@ -100,3 +125,25 @@ def _print_rich(rows: Iterable[tuple[str, ...]], header: bool, stream: Any) -> N
     for row in rows:
         table.add_row(*map(Text, row))  # without markup: a reason may contain [brackets]
     Console(file=stream).print(table)
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say what takes a while, beside a spinner, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(file=sys.stderr).status(what):
+        yield
+
+
+def progress(total: int, unit: str) -> Any:
+    """A tqdm bar on stderr, if that is a terminal, from the first second on; nothing is left of it at the end."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, delay=1, leave=False, file=sys.stderr, disable=not sys.stderr.isatty())

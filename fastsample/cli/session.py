@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from textwrap import shorten
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 import fastsample as fs
-from fastsample.cli.output import note, print_table, stderr_may_fail, told
+from fastsample.cli.output import RefusedError, note, print_json, print_table, progress, stderr_may_fail, told
 
 BATCH = 16
 """Continuations that are drawn at once, at most: each has a cache of its own in memory."""
@@ -23,10 +24,21 @@ _REFUSALS = (ValueError, TypeError, RuntimeError)
 
 
 @dataclass
+class Continuation:
+    """A continuation of the prompt, as --json shows it."""
+
+    seed: int
+    text: str  # the new text
+    tokens: list[int]
+    truncated: bool  # whether it is not a whole text of the grammar
+
+
+@dataclass
 class Session:
     """A loaded model, an encoded prompt, and how to continue it."""
 
     prompt: str
+    chat: bool  # whether the prompt is what a user says, and not the text to continue
     lm: Any
     tokenizer: Any
     ids: torch.Tensor  # int64 [1, L]
@@ -34,6 +46,13 @@ class Session:
     grammar: Any
     stops: Sequence[str]
     sampling: dict[str, Any]  # backend and SamplingParams fields
+    seed: int
+    seeds: Iterator[int]  # those of continuations, made of the seed
+
+    @property
+    def _echo(self) -> str:
+        """What is printed before a continuation."""
+        return "" if self.chat or self.grammar is not None else self.prompt
 
     def one(self, seed: int) -> list[int]:
         """Print a continuation as it is generated; with a grammar, only the new text, once it is complete.
@@ -41,30 +60,45 @@ class Session:
         Returns the numbers, from 1, of truncated continuations, as do the two methods below.
         """
         if self.grammar is not None:
-            return self.several(iter([seed]), labels=False)
-        print(self.prompt, end="", flush=True)
+            return self.several(iter([seed]), 1)
+        print(self._echo, end="", flush=True)
         try:
             self._draw([seed], 1, streamer=Writer(self.tokenizer, self.stops))
         finally:
             print(flush=True)
         return []
 
-    def several(self, seeds: Iterator[int], *, labels: bool) -> list[int]:
-        """Print a continuation for each seed, in order, batch by batch."""
+    def several(self, seeds: Iterator[int], num: int) -> list[int]:
+        """Print a continuation for each of `num` seeds, batch by batch; where there is no grammar, with its number."""
         cut: list[int] = []
-        number = 0
-        # Sequences that have ended are padded. If only the grammar knows their ends, there is no padding.
-        size = 1 if self.grammar is not None and not self.ends() else BATCH
-        while batch := list(islice(seeds, size)):
-            for text, truncated in self._draw(batch, number + 1):
-                number += 1
-                between = "\n" if labels and number > 1 else ""
-                label = f"{between}[{number}] {self.prompt}" if labels else ""
-                print(label + text, flush=True)
-                cut += [number] if truncated else []
+        for number, found in enumerate(self._continued(seeds, num), 1):
+            between = "\n" if self.grammar is None and number > 1 else ""
+            label = f"{between}[{number}] {self._echo}" if self.grammar is None else ""
+            print(label + found.text, flush=True)
+            cut += [number] if found.truncated else []
         return cut
 
-    def best_of(self, n: int, seed: int, vote: re.Pattern[str] | None, reward_model: str | None = None) -> list[int]:
+    def as_json(self, seeds: Iterator[int], num: int) -> list[int]:
+        """Print a continuation for each of `num` seeds as JSON, all at once."""
+        found = list(self._continued(seeds, num))
+        print_json({"prompt": self.prompt, "seed": self.seed, "continuations": list(map(asdict, found))})
+        return [number for number, each in enumerate(found, 1) if each.truncated]
+
+    def _continued(self, seeds: Iterator[int], num: int) -> Iterator[Continuation]:
+        # Sequences that have ended are padded. If only the grammar knows their ends, there is no padding.
+        size = 1 if self.grammar is not None and not self.ends() else BATCH
+        with progress(num * self.steps, "token") as bar:
+            for start in range(0, num, size):
+                batch = list(islice(seeds, min(size, num - start)))
+                found = self._draw(batch, start + 1, bar=bar)
+                bar.update((start + len(batch)) * self.steps - bar.n)  # some may have ended early
+                for each in found:
+                    with bar.external_write_mode():
+                        yield each
+
+    def best_of(
+        self, n: int, seed: int, vote: re.Pattern[str] | None, reward_model: str | None = None, *, as_json: bool = False
+    ) -> list[int]:
         """Print the best of n continuations, and all that were drawn on stderr: with a vote, until it is decided."""
         sampling = {"seed": [seed], "grammar": self.grammar, "stopping_criteria": self._criteria(), **self.sampling}
         score = "mean_logprob" if reward_model is None else _reward_model(reward_model)
@@ -84,8 +118,12 @@ class Session:
             )
         assert not isinstance(result, list)  # one prompt, one result
         best = result.best
+        if as_json:
+            candidates = [asdict(c) | {"text": before(c.text, self.stops)} for c in result.candidates]
+            print_json({"prompt": self.prompt, "seed": self.seed, "votes": result.votes, "candidates": candidates})
+            return [1] if best.truncated else []
         text = before(best.text, self.stops)
-        print(("" if self.grammar is not None else self.prompt) + text, flush=True)
+        print(self._echo + text, flush=True)
         self._note_oddities(1, best.tokens, text)
         ranked_by = "mean logprob" if reward_model is None else "reward"
         rows = [("draw", ranked_by, "tokens", *(["answer"] if vote else []), "text")]
@@ -102,23 +140,23 @@ class Session:
             note(f"--vote {vote.pattern}: no candidate matches; printed is the one with the best {ranked_by}")
         return [1] if best.truncated else []
 
-    def _draw(self, seeds: list[int], first: int, streamer: Any = None) -> list[tuple[str, bool]]:
-        """The new text for each seed, and whether it was truncated; `first` is the number of the first one."""
-        out = self.generated(seeds, streamer)
+    def _draw(self, seeds: Sequence[int], first: int, streamer: Any = None, bar: Any = None) -> list[Continuation]:
+        """The continuation for each seed; `first` is the number of the first one."""
+        out = self.generated(seeds, streamer, bar)
         decode = Decoder(self.tokenizer, self.ids[0].tolist())
-        texts = []
-        for number, row in enumerate(out.sequences[:, self.ids.shape[1] :].tolist(), first):
-            tokens = up_to(row, self.ends())
-            texts.append(before(decode(tokens), self.stops))
-            self._note_oddities(number, tokens, texts[-1])
         truncated = [False] * len(seeds) if self.grammar is None else out.truncated.tolist()
-        return list(zip(texts, truncated, strict=True))
+        drawn = []
+        for seed, row, cut in zip(seeds, out.sequences[:, self.ids.shape[1] :].tolist(), truncated, strict=True):
+            tokens = up_to(row, self.ends())
+            drawn.append(Continuation(seed, before(decode(tokens), self.stops), tokens, cut))
+            self._note_oddities(first + len(drawn) - 1, tokens, drawn[-1].text)
+        return drawn
 
-    def generated(self, seeds: list[int], streamer: Any = None, **options: Any) -> Any:
+    def generated(self, seeds: Sequence[int], streamer: Any = None, bar: Any = None, **options: Any) -> Any:
         """What `generate` returns for a continuation of each seed; `options` are more of its own."""
         from fastsample.integrations.transformers import fs_generate
 
-        sample = fs_generate(seeds, streamer=streamer, grammar=self.grammar, **self.sampling)
+        sample = fs_generate(list(seeds), streamer=streamer, grammar=self.grammar, **self.sampling)
         ids = self.ids.expand(len(seeds), -1)
         with told(_REFUSALS):
             return self.lm.generate(
@@ -127,7 +165,7 @@ class Session:
                 do_sample=True,
                 max_new_tokens=self.steps,
                 return_dict_in_generate=True,
-                stopping_criteria=self._criteria(),
+                stopping_criteria=[*self._criteria(), *([] if bar is None else [Counted(bar)])],
                 custom_generate=sample,
                 **options,
             )
@@ -166,6 +204,8 @@ class Session:
 def _reward_model(folder: str) -> Any:
     from fastsample.integrations.best_of_n import RewardModel
 
+    if not os.path.isdir(folder):
+        raise RefusedError(f"--reward-model {folder}: no such folder")
     with told((OSError, *_REFUSALS), f"--reward-model {folder}: "):
         return RewardModel(folder)
 
@@ -209,6 +249,17 @@ class StopAt:
         texts = map(self._decode, input_ids[:, self._prompt :].tolist())
         found = [any(stop in text for stop in self._stops) for text in texts]
         return torch.tensor(found, device=input_ids.device)
+
+
+class Counted:
+    """A stopping criterion that never stops, but moves a progress bar by a token of each sequence."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._bar.update(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class Writer:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from itertools import product
 from typing import Any
 
 import torch
 
 import fastsample as fs
-from fastsample.cli.output import RefusedError, print_table, told
+from fastsample.cli.output import RefusedError, print_table, progress, told
 from fastsample.params import specs
 
 
@@ -54,9 +55,10 @@ def print_stats(lm: Any, ids: torch.Tensor, steps: int, seed: int, given: dict[s
     sample = {"do_sample": True, "custom_generate": fs_generate(seed=[seed], **given)}
     ways: dict[str, dict[str, Any]] = {"fastsample": sample, "transformers": options}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ways}
-    for turn in range(6):
-        for name, way in ways.items():
+    with progress(6 * len(ways), "text") as bar:
+        for turn, (name, way) in product(range(6), ways.items()):
             clock = _time(lm, ids, steps, way)
+            bar.update()
             if turn:
                 times[name][0].extend(clock.steps)
                 times[name][1].extend(clock.sampling)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import fastsample as fs
+from fastsample.arrays import ArrayLike, as_tensor
 from fastsample.checks import MAX_VOCAB, check_logits, count, require_tensor, whole
 from fastsample.distributed.engine import SplitEngine
 from fastsample.distributed.wire import Wire
@@ -62,15 +63,16 @@ class Split:
     def sent(self) -> int:
         return self._wire.sent
 
-    def whole(self, logits: Tensor, mask: Tensor | None = None, seed: Any = 0) -> Tensor:
+    def whole(self, logits: ArrayLike, mask: ArrayLike | None = None, seed: Any = 0) -> Tensor:
         """What stands for the whole rows in a call: it has their shape, and memory that nobody reads."""
-        table = self._table(logits)
+        own: Any = as_tensor("logits", logits)
+        table = self._table(own)
         if mask is not None:
             mask = check_bitmask(mask, table)
         self.engine.prepare(table, mask, seed is not None)
-        return self._in_place_of(logits)
+        return self._in_place_of(own)
 
-    def whole_drafts(self, logits: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    def whole_drafts(self, logits: Any, options: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `fastsample.verify`, in which whole rows stand for what drafts were drawn from.
 
         Args:
@@ -79,7 +81,7 @@ class Split:
         """
         found = dict(options)
         for name in ("draft_logits", "draft_probs"):
-            if isinstance(own := options.get(name), Tensor):
+            if isinstance(own := as_tensor(name, options.get(name)), Tensor):
                 table = self._table(own, name)
                 if own.shape[-1] != logits.shape[-1]:
                     has = f"{logits.shape[-1]} columns, as this rank's logits have"
@@ -124,13 +126,13 @@ def _split(vocab_start: int, vocab_size: int, group: Any, backend: str) -> Split
 
 @untraced
 def sample(
-    logits: Tensor,
+    logits: ArrayLike,
     params: SamplingParams | None = None,
     *,
     vocab_start: int,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    bitmask_shard: Tensor | None = None,
+    bitmask_shard: ArrayLike | None = None,
     backend: str = "auto",
     seed: Any = None,
     **options: Any,
@@ -161,7 +163,7 @@ def sample(
 
 @untraced
 def verify(
-    logits: Tensor,
+    logits: ArrayLike,
     draft_ids: Any,
     params: SamplingParams | None = None,
     *,
@@ -197,7 +199,7 @@ def verify(
 
 @untraced
 def verify_tree(
-    logits: Tensor,
+    logits: ArrayLike,
     draft_ids: Tensor,
     parents: Tensor,
     params: SamplingParams | None = None,
@@ -249,12 +251,12 @@ class ShardedSampler(fs.Sampler):
         raise TypeError("ShardedSampler: cannot be copied or pickled, since it belongs to a process group")
 
     @untraced
-    def __call__(self, logits: Tensor, *, bitmask_shard: Tensor | None = None, **inputs: Any) -> SampleOutput:
+    def __call__(self, logits: ArrayLike, *, bitmask_shard: ArrayLike | None = None, **inputs: Any) -> SampleOutput:
         """One step, as `fastsample.Sampler`'s, with this rank's logits [B, V_r]."""
         return super().__call__(self.split.whole(logits, bitmask_shard), **inputs)
 
     @untraced
-    def verify(self, logits: Tensor, draft_ids: Any, **inputs: Any) -> VerifyOutput:
+    def verify(self, logits: ArrayLike, draft_ids: Any, **inputs: Any) -> VerifyOutput:
         """Verify drafts, as `fastsample.Sampler.verify`, with this rank's logits [B, K + 1, V_r]; as `verify`."""
         rows = self.split.whole(logits)
         return super().verify(rows, draft_ids, **self.split.whole_drafts(logits, inputs))

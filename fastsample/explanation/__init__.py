@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastsample import call
+from fastsample.arrays import ArrayLike
 from fastsample.checks import count
 from fastsample.explanation.result import Candidate, Cut, Draw, Edit, Explanation, Step
 from fastsample.explanation.step import Words, explained, row_of
@@ -18,13 +19,13 @@ __all__ = ["Candidate", "Cut", "Draw", "Edit", "Explanation", "Step", "explain"]
 
 
 def explain(
-    logits: torch.Tensor,
+    logits: ArrayLike,
     params: SamplingParams | None = None,
     *,
     seed: Seed | None = None,
     offset: Seed = 0,
     draw: int = 0,
-    bitmask: torch.Tensor | None = None,
+    bitmask: ArrayLike | None = None,
     allowed_ids: Allowed | None = None,
     bias: BiasLike | None = None,
     prompt_ids: TokenIds | None = None,

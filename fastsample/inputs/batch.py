@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsample.arrays import as_array
 from fastsample.checks import require_dense
 
 
@@ -17,6 +18,7 @@ def flat(name: str, value: Any, batch: Sequence[int], trailing: int = 0) -> Any:
 
     A dimension of 1 is shared along the logits' dimension: `offset=start[:, None] + torch.arange(T)`.
     """
+    value = as_array(name, value)
     if not isinstance(value, (torch.Tensor, np.ndarray)) or value.ndim != len(batch) + trailing:
         return value
     if isinstance(value, torch.Tensor):

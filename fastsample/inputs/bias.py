@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from fastsample.arrays import ArrayLike, as_tensor
 from fastsample.checks import CPU, integer, is_list, require_tensor, to_float32
 
 BiasDict: TypeAlias = Mapping[int, float]
 BiasTensors: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-BiasLike: TypeAlias = "BiasDict | Sequence[BiasDict | None] | BiasTensors | Bias"
+BiasLike: TypeAlias = "BiasDict | Sequence[BiasDict | None] | tuple[ArrayLike, ArrayLike, ArrayLike] | Bias"
 
 
 class Bias(NamedTuple):
@@ -43,6 +44,7 @@ def pack_bias(bias: BiasLike, logits: torch.Tensor) -> Bias:
         if bias.ids.is_cuda:
             return bias
         bias = bias.tensors
+    bias = tensors_of(bias)
     if isinstance(bias, tuple) and any(isinstance(part, torch.Tensor) for part in bias):
         parts = _bias_tensors(bias, rows, logits.device)
     else:
@@ -134,6 +136,11 @@ def _check_bias(row_ptr: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, 
     if bool(twice.any()):
         key = int(keys[1:][twice][0])
         raise ValueError(f"bias id {key % vocab} (row {key // vocab}): expected once per row, got it twice")
+
+
+def tensors_of(bias: Any) -> Any:
+    """A bias whose parts are arrays with tensors in their place; any other form as it is."""
+    return tuple(as_tensor("bias", part) for part in bias) if type(bias) is tuple else bias
 
 
 def as_tensors(bias: Any) -> BiasTensors | None:

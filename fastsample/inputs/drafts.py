@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from fastsample.checks import INTEGERS, from_numpy, is_list, require_dense, require_tensor
-from fastsample.inputs.bias import Bias, select_bias
+from fastsample.arrays import as_array, from_numpy
+from fastsample.checks import INTEGERS, is_list, require_dense, require_tensor
+from fastsample.inputs.bias import Bias, select_bias, tensors_of
 from fastsample.inputs.ids import pack_breakers, pack_token_ids, row_of_ids
 from fastsample.inputs.rows import Rows
 
@@ -72,7 +73,7 @@ class Drafts:
 def pack_drafts(logits: torch.Tensor, draft_ids: Any, num_drafts: Any) -> Drafts:
     """Drafts of logits [B, K + 1, V], or packed [N, V] with `num_drafts`, checked."""
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+        raise TypeError(f"logits: expected a tensor or an array, got {type(logits).__name__}")
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits: expected [B, K + 1, V], or [N, V] with num_drafts, got shape {tuple(logits.shape)}")
     if logits.ndim == 3 and logits.shape[1] < 1:
@@ -147,7 +148,7 @@ class Tree(Drafts):
 def pack_tree(logits: torch.Tensor, draft_ids: Any, parents: Any) -> Tree:
     """A tree of drafts of logits [B, n, V], checked; parents on a GPU are not."""
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"logits: expected a torch.Tensor, got {type(logits).__name__}")
+        raise TypeError(f"logits: expected a tensor or an array, got {type(logits).__name__}")
     if logits.ndim != 3 or logits.shape[1] < 1:
         raise ValueError(f"logits: expected [B, n, V], a row for each node, got shape {tuple(logits.shape)}")
     (requests, nodes), device = logits.shape[:2], logits.device
@@ -183,8 +184,9 @@ def _dense(requests: int, rows: int, device: torch.device) -> tuple[torch.Tensor
 def _table(name: str, given: Any, num_drafts: Any, device: torch.device) -> torch.Tensor:
     """Integers as int64 [B, K]. A list of lists, or those of all requests in one [sum(num_drafts)], are padded."""
     if not isinstance(given, torch.Tensor):  # the usual type first: the others take longer to tell
+        given = as_array(name, given)
         if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
-            given = from_numpy(given).to(device)
+            given = from_numpy(name, given).to(device)
         elif is_list(given) and not (len(given) and isinstance(given[0], numbers.Number)):
             return pack_token_ids(name, given, torch.empty(len(given), 0, device=device))
         elif is_list(given):
@@ -210,6 +212,7 @@ def _table(name: str, given: Any, num_drafts: Any, device: torch.device) -> torc
 
 def _counts(num_drafts: Any, requests: int | None, most: int | None) -> np.ndarray[Any, Any]:
     """The number of drafts of each request, int64 [B]. Those on a GPU are waited for."""
+    num_drafts = as_array("num_drafts", num_drafts)
     if isinstance(num_drafts, torch.Tensor):
         require_dense("num_drafts", num_drafts)
         num_drafts = num_drafts.cpu().numpy()
@@ -232,8 +235,9 @@ def _counts(num_drafts: Any, requests: int | None, most: int | None) -> np.ndarr
 def spread(name: str, value: Any, drafts: Drafts) -> Any:
     """A value per row [N], of one per request [B] or per row, [N] or [B, K + 1]; anything else as it is."""
     requests, rows = drafts.ids.shape[0], len(drafts.request)
+    value = as_array(name, value)
     if isinstance(value, np.ndarray) and value.ndim:
-        value = list(value) if value.dtype.kind == "O" else from_numpy(value)
+        value = list(value) if value.dtype.kind == "O" else from_numpy(name, value)
     if isinstance(value, torch.Tensor) and value.ndim:
         require_dense(name, value)
         if drafts.dense and value.ndim > 1 and tuple(value.shape[:2]) == drafts.shape:
@@ -249,6 +253,7 @@ def spread_bias(bias: Any, drafts: Drafts) -> Any:
     requests, rows = drafts.ids.shape[0], len(drafts.request)
     if isinstance(bias, Bias):
         bias = bias.tensors
+    bias = tensors_of(bias)
     if not isinstance(bias, tuple) or not all(isinstance(part, torch.Tensor) for part in bias):
         return spread("bias", bias, drafts)
     if len(bias) != 3 or len(bias[0]) != requests + 1 or requests == rows:

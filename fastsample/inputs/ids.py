@@ -11,18 +11,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from fastsample.arrays import ArrayLike, as_array, from_numpy
 from fastsample.checks import (
     CPU,
     INTEGERS,
-    Array,
-    from_numpy,
     integer,
     is_list,
     last_contiguous,
     require_tensor,
 )
 
-TokenIds: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
+TokenIds: TypeAlias = "ArrayLike | Sequence[Sequence[int] | ArrayLike | None] | Sequence[int]"
 
 BreakerIds: TypeAlias = "TokenIds"
 
@@ -30,9 +29,10 @@ MAX_IDS = 2**29
 """Token ids per row: prompt, output and bias together are counted in 32 bits."""
 
 
-def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tensor:
+def pack_token_ids(name: str, ids: Any, logits: torch.Tensor) -> torch.Tensor:
     """Token ids as int64 [B, L], padded with -1. Ids outside the vocabulary stay: engines ignore them."""
     rows = logits.shape[0]
+    ids = as_array(name, ids)
     if isinstance(ids, np.ndarray):
         ids = ids.tolist() if ids.dtype.kind == "O" else _from_array(name, ids).to(logits.device)
     if not isinstance(ids, torch.Tensor):
@@ -48,12 +48,13 @@ def pack_token_ids(name: str, ids: TokenIds, logits: torch.Tensor) -> torch.Tens
     return last_contiguous(table if table.dtype is torch.int64 else table.to(torch.int64))
 
 
-def pack_breakers(ids: BreakerIds, logits: torch.Tensor) -> torch.Tensor:
+def pack_breakers(ids: Any, logits: torch.Tensor) -> torch.Tensor:
     """DRY's breakers as int64 [1, L], which all rows share, or [B, L] padded with -1.
 
     Ids outside the vocabulary stay: engines ignore them.
     """
     name, rows = "dry_breakers", logits.shape[0]
+    ids = as_array(name, ids)
     if isinstance(ids, np.ndarray) and ids.dtype.kind == "O":
         ids = ids.tolist()
     if isinstance(ids, torch.Tensor):
@@ -84,6 +85,7 @@ def rows_of_ids(name: str, ids: Any, rows: int, device: torch.device) -> list[to
 def row_of_ids(name: str, line: Any, row: int | None, device: torch.device) -> torch.Tensor:
     """Ids of a row, or of all where `row` is None, as int64 [L] on the CPU; those of a tensor stay on `device`."""
     where = name if row is None else f"{name} (row {row})"
+    line = as_array(where, line)
     if isinstance(line, (np.ndarray, torch.Tensor)):
         if isinstance(line, np.ndarray):
             line = _from_array(where, line)
@@ -143,7 +145,7 @@ def _numbers(name: str, line: Any, row: int | None) -> np.ndarray[Any, Any]:
 def _from_array(name: str, ids: np.ndarray[Any, Any]) -> torch.Tensor:
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got an array of {ids.dtype}")
-    return from_numpy(ids)
+    return from_numpy(name, ids)
 
 
 def _require_integers(name: str, ids: torch.Tensor) -> None:

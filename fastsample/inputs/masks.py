@@ -8,12 +8,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from fastsample.arrays import ArrayLike, as_array, as_tensor, from_numpy
 from fastsample.checks import (
     CPU,
     INTEGERS,
     MAX_VOCAB,
-    Array,
-    from_numpy,
     is_list,
     last_contiguous,
     require_dense,
@@ -22,7 +21,7 @@ from fastsample.checks import (
 )
 from fastsample.inputs.ids import row_of_ids
 
-Allowed: TypeAlias = "Array | Sequence[Sequence[int] | Array | None] | Sequence[int]"
+Allowed: TypeAlias = "ArrayLike | Sequence[Sequence[int] | ArrayLike | None] | Sequence[int]"
 
 
 def pack_bitmask(allowed: Allowed, vocab_size: int, *, device: torch.device | str | None = None) -> torch.Tensor:
@@ -46,13 +45,15 @@ def pack_bitmask(allowed: Allowed, vocab_size: int, *, device: torch.device | st
     vocab = whole("vocab_size", vocab_size)
     if not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"vocab_size = {vocab}: expected 1 <= vocab_size <= 2^20")
+    allowed = as_array("allowed", allowed)
     if device is None:
         device = allowed.device if isinstance(allowed, torch.Tensor) else CPU
     return _words("allowed", allowed, vocab).to(device)
 
 
-def check_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def check_bitmask(bitmask: Any, logits: torch.Tensor) -> torch.Tensor:
     """A mask of int32 words as [B or 1, words]; a 1-D mask is shared by every row."""
+    bitmask = as_tensor("bitmask", bitmask)
     require_tensor("bitmask", bitmask, logits.device)
     if bitmask.dtype != torch.int32:
         raise TypeError(f"bitmask: expected int32 words, got {bitmask.dtype}")
@@ -64,6 +65,7 @@ def check_bitmask(bitmask: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def restrict(bitmask: torch.Tensor | None, allowed: Allowed, logits: torch.Tensor) -> torch.Tensor:
     """The mask of logits [B, V], int32 [B or 1, words], that allows what both allow."""
+    allowed = as_array("allowed_ids", allowed)
     if isinstance(allowed, torch.Tensor):
         require_tensor("allowed_ids", allowed, logits.device)
     words = _words("allowed_ids", allowed, logits.shape[1]).to(logits.device)
@@ -81,11 +83,12 @@ def _words(name: str, allowed: Any, vocab: int) -> torch.Tensor:
     if isinstance(allowed, Set):
         allowed = list(allowed)
     if isinstance(allowed, np.ndarray) and allowed.dtype.kind in "biu":
-        allowed = from_numpy(allowed)
+        allowed = from_numpy(name, allowed)
     if isinstance(allowed, torch.Tensor):
         return _of_tensor(name, allowed, vocab)
     if not is_list(allowed):
         raise TypeError(f"{name}: expected token ids or a tensor of bools, got {type(allowed).__name__}")
+    allowed = [as_array(name, line) for line in allowed]
     rows = (type(None), Sequence, Set, np.ndarray, torch.Tensor)
     if not any(issubclass(kind, rows) for kind in set(map(type, allowed))):
         return _of_rows([_ids(name, allowed, None, vocab)], vocab)[0]

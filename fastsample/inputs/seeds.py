@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from fastsample.checks import CPU, INTEGERS, Array, from_numpy, is_list, require_dense, require_memory
+from fastsample.arrays import ArrayLike, as_array, from_numpy
+from fastsample.checks import CPU, INTEGERS, is_list, require_dense, require_memory
 
-Seed: TypeAlias = "int | Sequence[int] | Array"
+Seed: TypeAlias = "int | Sequence[int] | ArrayLike"
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -62,6 +63,7 @@ def pack_seeds(seed: Seed | None, rows: int) -> torch.Tensor:
     if seed is None:
         # torch's default CPU generator: torch.manual_seed makes a program repeatable, no device is asked.
         seed = int(torch.empty(1, dtype=torch.int64, device=CPU).random_())
+    seed = as_array("seed", seed)
     if isinstance(seed, (torch.Tensor, np.ndarray)) and seed.ndim == 0:
         seed = int(_SEED.column(seed, rows))
     # The usual type first: a check against an abstract class takes longer.
@@ -105,6 +107,7 @@ class _Words:
 
     def column(self, values: Any, rows: int) -> torch.Tensor:
         """One word per row as int64 bits [B], or [1] of a 0-D tensor."""
+        values = as_array(self.name, values)
         if isinstance(values, np.ndarray):
             values = self._from_array(values)
         if is_list(values):
@@ -128,7 +131,7 @@ class _Words:
         """An array's values, of which the signed are numbers."""
         if values.dtype.kind not in "biuf":
             return values.tolist()
-        tensor = from_numpy(values)
+        tensor = from_numpy(self.name, values)
         if values.dtype.kind == "i":
             self._refuse_negative(tensor)
         return tensor

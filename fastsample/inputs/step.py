@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastsample.arrays import ArrayLike
 from fastsample.inputs.batch import flat
 from fastsample.inputs.bias import BiasLike, pack_bias
 from fastsample.inputs.ids import BreakerIds, TokenIds, pack_breakers, pack_token_ids
@@ -17,7 +18,7 @@ from fastsample.inputs.rows import Rows
 class Inputs(NamedTuple):
     """The arguments of a step as the caller gave them. A new one goes here, into `attach` and into `DETAILS`."""
 
-    bitmask: torch.Tensor | None = None
+    bitmask: ArrayLike | None = None
     allowed_ids: Allowed | None = None
     bias: BiasLike | None = None
     prompt_ids: TokenIds | None = None
@@ -61,7 +62,7 @@ NO_INPUTS = Inputs()
 
 
 def gather(
-    bitmask: torch.Tensor | None,
+    bitmask: ArrayLike | None,
     allowed_ids: Allowed | None,
     bias: BiasLike | None,
     prompt_ids: TokenIds | None,

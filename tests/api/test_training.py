@@ -289,12 +289,12 @@ IDS, PTR = torch.tensor([1, 5, 2, 39], dtype=torch.int32), torch.tensor([0, 2, 3
 WORDS = torch.full((3, 2), -1, dtype=torch.int32)
 
 WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "logits: a list": (TypeError, "logits: expected a torch.Tensor, got list", {"logits": [[0.0]]}),
+    "logits: a list": (TypeError, "logits: expected a tensor or an array, got list", {"logits": [[0.0]]}),
     "logits: integers": (TypeError, "logits: expected float32, .* got torch.int64", {"logits": X.long()}),
     "logits: one row": (ValueError, r"logits: expected shape \[N, V\].*\(40,\)", {"logits": X[0]}),
     "logits: no vocabulary": (ValueError, "logits: expected 1 <= V <= 2.20, got V = 0", {"logits": X[:, :0]}),
     "logits: meta": (ValueError, "logits: expected a dense tensor", {"logits": X.to("meta")}),
-    "tokens: a list": (TypeError, "tokens: expected a torch.Tensor, got list", {"tokens": [1, 2, 3]}),
+    "tokens: a list": (TypeError, "tokens: expected a tensor or an array, got list", {"tokens": [1, 2, 3]}),
     "tokens: floats": (TypeError, "tokens: expected torch.int64 or torch.int32", {"tokens": TOKENS.float()}),
     "tokens: too few": (ValueError, r"tokens: expected shape \(3,\), got \(2,\)", {"tokens": TOKENS[:2]}),
     "tokens: not kept": (

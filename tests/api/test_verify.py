@@ -210,7 +210,7 @@ def test_a_hundred_thousand_requests() -> None:
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rule": ({"rule": "fastest"}, ValueError, "rule = 'fastest': expected 'exact'"),
-    "no logits": ({"logits": 3}, TypeError, "logits: expected a torch.Tensor, got int"),
+    "no logits": ({"logits": 3}, TypeError, "logits: expected a tensor or an array, got int"),
     "one row": ({"logits": LOGITS[0, 0]}, ValueError, r"logits: expected \[B, K \+ 1, V\], or \[N, V\]"),
     "no number": ({"logits": LOGITS[0]}, ValueError, "num_drafts: expected the number of drafts of each request"),
     "too few drafts": ({"ids": DRAFTS[:, :2]}, ValueError, r"draft_ids: expected shape \[3, 4\].*got \[3, 2\]"),

@@ -90,7 +90,7 @@ ERRORS = {
     "both": ({"draft_probs": DRAFT.softmax(-1), "draft_logits": DRAFT}, ValueError, "expected one of them"),
     "shape": ({"draft_logits": DRAFT[:, :2]}, ValueError, r"draft_logits: expected shape \[3, 4, 90\] on cpu, got"),
     "vocab": ({"draft_logits": DRAFT[..., :50]}, ValueError, r"expected shape \[3, 4, 90\] on cpu, got \[3, 4, 50\]"),
-    "list": ({"draft_logits": DRAFT.tolist()}, TypeError, "draft_logits: expected a torch.Tensor, got list"),
+    "list": ({"draft_logits": DRAFT.tolist()}, TypeError, "draft_logits: expected a tensor or an array, got list"),
     "dtype": ({"draft_logits": DRAFT.double()}, TypeError, "draft_logits: expected float32, float16 or bfloat16"),
     "params": ({"draft_params": {"top_k": 3}}, TypeError, "draft_params: expected SamplingParams, got dict"),
     "measured": (

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.inputs import pack_seeds, row_seeds
 from fastsample.integrations.best_of_n import BestOfN
 from fastsample.integrations.best_of_n.rank import Drawn, judged, ranked

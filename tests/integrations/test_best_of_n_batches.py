@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.best_of_n.rank import Candidate, decided, ranked
 from fastsample.integrations.grammar import GrammarCompiler
 

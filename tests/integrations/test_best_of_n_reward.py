@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.best_of_n import RewardModel
 
 PROMPTS = ["The future of AI is", "Use this"]

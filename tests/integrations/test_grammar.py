@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.grammar import (
     Grammar,
     GrammarBatch,

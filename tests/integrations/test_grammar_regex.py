@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.grammar import GrammarCompiler, formats
 from fastsample.integrations.grammar.engines import ENGINES
 from fastsample.integrations.grammar.regex import Chars, Either, Node, Repeat, Sequence, matches, parse

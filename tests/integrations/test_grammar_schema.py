@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 from typing_extensions import TypedDict
 
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.grammar import Grammar, GrammarBatch, GrammarCompiler
 from fastsample.integrations.grammar.engines import ENGINES, LLGuidance
 

@@ -35,7 +35,7 @@ from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, assisted, fs_generate, loop
 
 V = 120

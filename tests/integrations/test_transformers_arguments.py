@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.inputs import row_seeds
 from fastsample.integrations.grammar import GrammarBatch, GrammarCompiler, GrammarError
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, fs_generate

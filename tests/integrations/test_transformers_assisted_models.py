@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.best_of_n import best_of_n
 from fastsample.integrations.grammar import GrammarCompiler
 from fastsample.integrations.transformers import assisted, fs_generate

@@ -21,7 +21,7 @@ import transformers.dynamic_module_utils
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations.transformers import fs_generate
 from fastsample.integrations.transformers.folder import export
 

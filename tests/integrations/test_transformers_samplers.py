@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation import logits_process
 
 import fastsample as fs
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.integrations import breakers as lookup
 from fastsample.integrations.transformers import FastSampleLogitsProcessor, breakers, fs_generate
 from fastsample.params import specs

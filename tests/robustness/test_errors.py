@@ -74,8 +74,8 @@ def check_all_calls(
 # Logits ---------------------------------------------------------------------------------------------------------------
 
 LOGITS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
-    "list": ([[1.0, 2.0]], TypeError, ("logits", "torch.Tensor", "list")),
-    "numpy": (np.zeros((B, V), np.float32), TypeError, ("logits", "torch.Tensor", "ndarray")),
+    "list": ([[1.0, 2.0]], TypeError, ("logits", "a tensor or an array", "list")),
+    "float64 of numpy": (np.zeros((B, V)), TypeError, ("logits", "float32", "torch.float64")),
     "none": (None, TypeError, ("logits", "NoneType")),
     "float64": (logits(torch.float64), TypeError, ("logits", "float32", "torch.float64")),
     "int64": (logits(torch.int64), TypeError, ("logits", "torch.int64")),
@@ -345,7 +345,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"eta_cutoff": [0.5, 1.0, 0.5]}, ValueError, ("eta_cutoff = 1.0 (row 1)", "value < 1")),
     ({"epsilon_cutoff": 1 - 1e-9}, ValueError, ("epsilon_cutoff = 0.999999999", "value < 1")),  # 1 as a float32
     # bitmask
-    ({"bitmask": [[1]]}, TypeError, ("bitmask", "torch.Tensor", "list")),
+    ({"bitmask": [[1]]}, TypeError, ("bitmask", "a tensor or an array", "list")),
     ({"bitmask": INT32.long()}, TypeError, ("bitmask", "int32", "torch.int64")),
     ({"bitmask": INT32.bool()}, TypeError, ("bitmask", "int32", "torch.bool")),
     ({"bitmask": INT32.float()}, TypeError, ("bitmask", "int32", "torch.float32")),

@@ -130,7 +130,7 @@ def test_wrong_options(args):
 
 @torch.inference_mode()
 def test_branches_are_the_models_own_rows():
-    model, tokenizer = models.tiny()
+    model, tokenizer = models.MODELS["tiny"]()
     text = tokenizer(acceptance.PROMPT, return_tensors="pt").input_ids[0]
     at = torch.tensor([3, 9, len(text)])
     branches = acceptance.Branches(model, text, at)
@@ -144,7 +144,7 @@ def test_branches_are_the_models_own_rows():
 
 @torch.inference_mode()
 def test_rows_of_first_layers_are_those_of_a_model_without_the_others():
-    model, _ = models.tiny()
+    model, _ = models.MODELS["tiny"]()
     ids = torch.arange(9)[None]
     states = model(ids, output_hidden_states=True).hidden_states
     short = models.first_layers(model, 2)

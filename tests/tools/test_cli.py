@@ -16,16 +16,19 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import fastsample as fs
 import fastsample.integrations.transformers as drop_in
+from fastsample.backends import ORDER
 from fastsample.cli import app as cli
-from fastsample.cli import generate as cli_generate
 from fastsample.cli import info as cli_info
+from fastsample.cli import model as cli_model
 from fastsample.cli import output as cli_output
 from fastsample.cli import session as cli_session
+from fastsample.cli import start as cli_start
 from fastsample.cli import stats as cli_stats
 from fastsample.inputs import row_seeds
 from fastsample.params import specs
@@ -57,7 +60,7 @@ def refusal(*args: str) -> str:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
-    folder = str(cli_generate.shipped_model())
+    folder = str(cli_model.shipped_model())
     return AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -184,14 +187,14 @@ def test_greedy(shipped: tuple[Any, Any]) -> None:
 
 
 def test_the_model_is_loaded_at_a_dtype_that_cpus_are_quick_at() -> None:
-    with cli_generate.quiet():
-        model, _ = cli_generate.load(*cli_generate.find_model(None))
+    with cli_model.quiet():
+        model, _ = cli_model.load(*cli_model.find_model(None))
     assert model.dtype == torch.float32
     assert not model.training
 
 
 def test_a_model_of_ones_own_is_sampled_as_the_options_say(tmp_path: Path) -> None:
-    folder = shutil.copytree(cli_generate.shipped_model(), tmp_path / "own")
+    folder = shutil.copytree(cli_model.shipped_model(), tmp_path / "own")
     config = folder / "generation_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"do_sample": True, "top_k": 1, "typical_p": 0.1}))
     assert text("--seed", "3", "--model", str(folder)) == text("--seed", "3")
@@ -206,7 +209,7 @@ def test_only_a_hub_name_may_reach_for_the_network(monkeypatch: pytest.MonkeyPat
         assert options["use_safetensors"]
         raise OSError("enough\nmore")
 
-    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda hub: None)
+    monkeypatch.setattr(cli_model, "_why_no_hub", lambda hub: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert "enough" in refusal("generate", "x")
     assert "enough" in refusal("generate", "x", "--model", str(tmp_path))
@@ -348,7 +351,7 @@ def test_best_of_prints_the_best_and_shows_all() -> None:
     assert scores == sorted(scores, reverse=True)
     assert result.stdout.startswith(PROMPT)
     seed = [int(row_seeds(4, 1))]
-    folder = str(cli_generate.shipped_model())
+    folder = str(cli_model.shipped_model())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     options = {"tokenizer": tokenizer, "seed": seed, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 6}
     best = fs.best_of_n(model, PROMPT, 3, top_k=0, ties="first", **options).best
@@ -399,10 +402,6 @@ def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_terminal_gets_a_frame() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     stream = Terminal()
     cli_output.print_table([("name", "value"), ("a", "[b]")], header=True, stream=stream)
     assert "name" in stream.getvalue()
@@ -412,7 +411,73 @@ def test_a_terminal_gets_a_frame() -> None:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"fastsample {fs.__version__}\n"
-    assert "generate" in run().stdout
+    for shown in (run().stdout, run("--help").stdout):
+        commands = shown.partition("Commands:\n")[2]
+        assert [line.split()[0] for line in commands.splitlines()] == ["generate", "explain", "info"]
+        assert "..." not in commands
+    assert ", ".join(("auto", *ORDER)) in run("generate", "--help").stdout
+
+
+def test_json_of_continuations() -> None:
+    asked = ("--num", "3", "--seed", "7", "--max-new-tokens", "5", "--top-k", "9")
+    plain = run("generate", PROMPT, *asked).stdout
+    found = json.loads(run("generate", PROMPT, *asked, "--json").stdout)
+    assert (found["prompt"], found["seed"]) == (PROMPT, 7)
+    texts = [f"[{number}] {PROMPT}{each['text']}\n" for number, each in enumerate(found["continuations"], 1)]
+    assert "\n".join(texts) == plain
+    assert [each["seed"] for each in found["continuations"]] == [s % 2**64 for s in row_seeds(7, 3).tolist()]
+    assert all(len(each["tokens"]) == 5 and not each["truncated"] for each in found["continuations"])
+
+
+def test_json_tells_the_seed_that_was_taken() -> None:
+    first = run("generate", PROMPT, "--max-new-tokens", "6", "--json").stdout
+    again = run("generate", PROMPT, "--max-new-tokens", "6", "--json", "--seed", str(json.loads(first)["seed"])).stdout
+    assert again == first
+
+
+def test_json_of_truncated_texts() -> None:
+    result = run("generate", PROMPT, "--regex", "[a-z]{40}", "--max-new-tokens", "3", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["continuations"][0]["truncated"]
+
+
+def test_json_of_info() -> None:
+    found = json.loads(run("info", "--json").stdout)
+    assert found["engines"] == {name: why_not or "ready" for name, why_not in fs.engines().items()}
+    assert found["threads"] == fs.get_num_threads()
+    assert found["torch"] == torch.__version__
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    times = iter(range(1000))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(times)))  # tqdm shows nothing in the first second
+    with cli_output.working("loading"):
+        pass
+    with cli_output.progress(10, "token") as bar:
+        for _ in range(9):
+            bar.update(1)
+        shown = stream.getvalue()
+    assert ("loading" in shown and "9/10" in shown) if terminal else shown == ""
+
+
+def test_a_session_counts_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def spy(total: int, unit: str) -> Any:
+        bars.append(tqdm(total=total, unit=unit, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(cli_session, "progress", spy)
+    assert run("generate", PROMPT, "--num", "3", "--max-new-tokens", "4", "--seed", "1").exit_code == 0
+    assert [(bar.n, bar.total) for bar in bars] == [(12, 12)]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +520,7 @@ def test_refusals_are_one_line(args: list[str], message: str) -> None:
 
 
 def test_an_engine_that_cannot_serve_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", None)
+    monkeypatch.setattr(cli_start, "load", None)
     absent = [name for name, why_not in fs.engines().items() if why_not]
     for name in absent:
         assert f"backend '{name}' cannot serve" in refusal("generate", "x", "--backend", name)

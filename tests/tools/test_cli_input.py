@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 import fastsample.integrations.transformers as drop_in
 from fastsample.cli import app as cli
-from fastsample.cli import generate as cli_generate
+from fastsample.cli import model as cli_model
 from fastsample.cli import session as cli_session
+from fastsample.cli import start as cli_start
 from fastsample.inputs import row_seeds
 
 PROMPT = "The future of AI is"
@@ -44,13 +45,13 @@ def refusal(*args: str, stdin: bytes = b"") -> str:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
-    folder = str(cli_generate.shipped_model())
+    folder = str(cli_model.shipped_model())
     return AutoModelForCausalLM.from_pretrained(folder).float().eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(cli_generate.shipped_model(), tmp_path / "own"))
+    return Path(shutil.copytree(cli_model.shipped_model(), tmp_path / "own"))
 
 
 # The prompt -----------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def test_prompts_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_an_argument_that_an_ascii_locale_could_not_decode_is_utf8() -> None:
-    assert cli_generate.utf8("PROMPT", "\udcc3\udca9") == "é"
+    assert cli_start.utf8("PROMPT", "\udcc3\udca9") == "é"
 
 
 def test_a_tokenizer_that_makes_no_tokens_of_a_prompt(shipped: tuple[Any, Any]) -> None:
@@ -89,10 +90,10 @@ def test_a_tokenizer_that_makes_no_tokens_of_a_prompt(shipped: tuple[Any, Any]) 
         def __call__(self, prompt: str, **_: Any) -> dict[str, torch.Tensor]:
             return {"input_ids": torch.zeros(1, 0)}
 
-    ids, _ = cli_generate.encode("", shipped[0], Empty(), 1)
+    ids, _ = cli_start.encode("", shipped[0], Empty(), 1)
     assert ids.tolist() == [[0]]
-    with pytest.raises(cli_generate.RefusedError, match="makes no tokens"):
-        cli_generate.encode("text", shipped[0], Empty(), 1)
+    with pytest.raises(cli_start.RefusedError, match="makes no tokens"):
+        cli_start.encode("text", shipped[0], Empty(), 1)
 
 
 # Choices --------------------------------------------------------------------------------------------------------------
@@ -342,16 +343,16 @@ def test_a_folder_that_is_no_whole_model_is_refused(spoil: Callable[[Path], str]
 
 def test_a_token_that_the_model_lacks_is_refused(shipped: tuple[Any, Any]) -> None:
     model, _ = shipped
-    more = AutoTokenizer.from_pretrained(cli_generate.shipped_model())
+    more = AutoTokenizer.from_pretrained(cli_model.shipped_model())
     more.add_tokens(["<new>"])
-    cli_generate._check_tokenizer("", model, more)  # an added token that nobody uses does no harm
-    with pytest.raises(cli_generate.RefusedError, match=r"holds the token '<new>' \(4096\), and the model has 4096"):
-        cli_generate.encode("a<new>", model, more, 1)
+    cli_model._check_tokenizer("", model, more)  # an added token that nobody uses does no harm
+    with pytest.raises(cli_start.RefusedError, match=r"holds the token '<new>' \(4096\), and the model has 4096"):
+        cli_start.encode("a<new>", model, more, 1)
 
 
 def test_tokens_that_the_tokenizer_lacks_are_said(shipped: tuple[Any, Any], capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = shipped
-    session = cli_session.Session(PROMPT, model, tokenizer, torch.zeros(1, 1), 1, None, (), {})
+    session = cli_session.Session(PROMPT, False, model, tokenizer, torch.zeros(1, 1), 1, None, (), {}, 0, iter([0]))
     session._note_oddities(2, [300, 5000, 0], "x")
     assert "continuation 2: 1 of its tokens are not in the tokenizer, like 5000" in capsys.readouterr().err
     session._note_oddities(1, [0], "")
@@ -369,7 +370,7 @@ def test_a_name_that_is_no_folder_fails_at_once_without_a_network(monkeypatch: p
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(cli, "load", None)  # it would not even come to that
+    monkeypatch.setattr(cli_start, "load", None)  # it would not even come to that
     start = time.monotonic()
     message = refusal(PROMPT, "--model", "gpt2")
     assert "no folder of that name here" in message
@@ -384,10 +385,10 @@ def test_a_cached_model_of_the_hub_needs_no_network(monkeypatch: pytest.MonkeyPa
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "somewhere/config.json")
-    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda _: "unreachable")
-    assert cli_generate.find_model("someone/something") == ("someone/something", True)
-    monkeypatch.setattr(cli_generate, "_why_no_hub", lambda _: None)
-    assert cli_generate.find_model("someone/something") == ("someone/something", False)
+    monkeypatch.setattr(cli_model, "_why_no_hub", lambda _: "unreachable")
+    assert cli_model.find_model("someone/something") == ("someone/something", True)
+    monkeypatch.setattr(cli_model, "_why_no_hub", lambda _: None)
+    assert cli_model.find_model("someone/something") == ("someone/something", False)
 
 
 # Votes ----------------------------------------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def test_votes_that_nobody_casts_are_said() -> None:
 
 
 def test_a_vote_that_is_no_regex_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load", None)
+    monkeypatch.setattr(cli_start, "load", None)
     assert "--vote (: " in refusal(PROMPT, "--best-of", "2", "--vote", "(")
 
 
@@ -423,13 +424,13 @@ def test_info_shows_what_the_environment_asks_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FASTSAMPLE_BACKEND", "abacus")
     assert "refused: FASTSAMPLE_BACKEND: " in row()
     assert "'abacus'" in row()
-    monkeypatch.setattr(cli, "find_model", None)
+    monkeypatch.setattr(cli_start, "find_model", None)
     assert "FASTSAMPLE_BACKEND: " in refusal(PROMPT)
 
 
 def test_seeds_of_any_number_of_continuations_are_those_of_rows() -> None:
     for seed in (0, 7, -1, 2**64 - 1):
-        seeds = cli._seeds(seed)
+        seeds = cli_start.seeds_of(seed)
         assert [next(seeds) for _ in range(5)] == [s % 2**64 for s in row_seeds(seed % 2**64, 5).tolist()]
     with pytest.raises(ValueError, match="seed"):
-        cli._seeds(2**64)
+        cli_start.seeds_of(2**64)

@@ -52,6 +52,14 @@ def test_the_console_script_loads_no_torch_before_it_is_ready_for_control_c() ->
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=HERE) == "False False\n"
 
 
+@pytest.mark.parametrize("args", ["--version", "--help", "generate --help", "explain --help", "generate --top-k 1.5"])
+def test_help_does_not_wait_for_torch(args: str) -> None:
+    code = "import atexit, sys; atexit.register(lambda: print(*{'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code + "; from _fastsample_cli import main; main()", *args.split()]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=300).stdout
+    assert shown.splitlines()[-1] == ""
+
+
 @pytest.mark.parametrize("args", [("info",), ("generate", PROMPT, "--max-new-tokens", "200")], ids=lambda a: a[0])
 def test_a_closed_pipe_ends_it_quietly(args: tuple[str, ...]) -> None:
     with process(*args) as child:
@@ -158,7 +166,7 @@ def test_an_instruction_set_that_is_none_is_said() -> None:
 
 
 def test_a_bug_is_one_line_unless_asked_for_more() -> None:
-    code = "from fastsample.cli import app as cli; cli.find_model = None; cli.main()"
+    code = "from fastsample.cli import app, start; start.find_model = None; app.main()"
     for variables in ({}, {"FASTSAMPLE_TRACEBACK": "1"}):
         command = [sys.executable, "-c", code, "generate", "x"]
         done = subprocess.run(

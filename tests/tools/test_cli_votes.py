@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import fastsample as fs
 from fastsample.cli import app as cli
-from fastsample.cli.generate import shipped_model
+from fastsample.cli.model import shipped_model
 from fastsample.cli.output import RefusedError
 from fastsample.cli.session import BATCH, Session
 
@@ -26,7 +27,7 @@ def session() -> Session:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    return Session(PROMPT, lm, tokenizer, ids, 6, None, [], {"temperature": 0.8})
+    return Session(PROMPT, False, lm, tokenizer, ids, 6, None, [], {"temperature": 0.8}, 3, iter([3]))
 
 
 def test_a_vote_ends_when_it_is_decided() -> None:
@@ -37,6 +38,22 @@ def test_a_vote_ends_when_it_is_decided() -> None:
     *rows, last = result.stderr.splitlines()
     assert last == f"fastsample: 'a' has {drawn} of {drawn} votes; {60 - drawn} more could not change that"
     assert sorted(int(row.split()[0]) for row in rows[1:]) == list(range(drawn))
+
+
+def test_json_of_votes() -> None:
+    options = ["--regex", "a[01]|b", "--vote", ".", "--best-of", "9", "--seed", "2", "--max-new-tokens", "4", "--json"]
+    result = CliRunner().invoke(cli.app, ["generate", PROMPT, *options])
+    found = json.loads(result.stdout)
+    assert found["seed"] == 2
+    assert sum(found["votes"].values()) == len(found["candidates"]) == 9
+    assert sorted(each["index"] for each in found["candidates"]) == list(range(9))
+    assert found["candidates"][0]["answer"] == max(found["votes"], key=found["votes"].get)
+    assert "draw" not in result.stderr
+
+
+def test_a_reward_model_needs_candidates() -> None:
+    result = CliRunner().invoke(cli.app, ["generate", PROMPT, "--reward-model", "."])
+    assert (result.exit_code, result.stderr) == (2, "fastsample: --reward-model needs --best-of\n")
 
 
 def test_a_reward_model_ranks(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

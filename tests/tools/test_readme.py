@@ -47,7 +47,8 @@ def test_every_engine_is_shown():
 
 
 def test_readme_is_short():
-    assert len(README.splitlines()) <= 150
+    body, _ = README.split("\n[architecture]: ", 1)  # what people read, without the addresses of its links
+    assert len(body.splitlines()) <= 135
 
 
 def test_links_of_readme():

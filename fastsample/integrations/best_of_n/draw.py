@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.utils import ALL_CACHE_NAMES

@@ -49,7 +49,7 @@ class RewardModel:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            model = AutoModelForSequenceClassification.from_pretrained(model)
+            model = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True)
         if tokenizer is None:
             raise ValueError("tokenizer: expected the reward model's, since it comes without a folder")
         if whole("batch_size", batch_size) < 1:

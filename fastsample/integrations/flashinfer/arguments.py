@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastsample.arrays import as_tensor
 from fastsample.checks import check_logits
 from fastsample.inputs import pack_offsets, pack_params, pack_seeds
 from fastsample.integrations.flashinfer.bits import exactly, is_negative, rounded
@@ -27,6 +28,7 @@ _RANGES = {
 
 def table(name: str, values: Any) -> Tensor:
     """Logits or probabilities [B, V], checked; float64 becomes float32, as in FlashInfer."""
+    values = as_tensor(name, values)
     if isinstance(values, Tensor):
         if values.ndim != 2:
             raise ValueError(f"{name}: expected shape [B, V], got {tuple(values.shape)}")
@@ -58,6 +60,7 @@ def limits(given: dict[str, Any], rows: int) -> tuple[Limit, ...]:
 def _limit(name: str, value: Any, rows: int) -> Limit:
     """A checked parameter. A tensor on a GPU is not read: bad values make their rows invalid."""
     kind: Any = numbers.Integral if name == "top_k" else numbers.Real
+    value = as_tensor(name, value)
     if not isinstance(value, Tensor):
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{name} = {value!r}: expected a number, {_RANGES[name]}, or a tensor [{rows}] of them")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastsample import reference as spec
+from fastsample.arrays import as_tensor
 from fastsample.integrations.flashinfer.arguments import pack, pack_seed_offset, raise_where, table
 from fastsample.integrations.flashinfer.bits import exactly, excess
 from fastsample.integrations.flashinfer.eager import eager
@@ -121,6 +122,7 @@ def _tables(draft_probs: Any, draft_token_ids: Any, target_probs: Any) -> tuple[
 
 
 def _table(name: str, probs: Any, batch: int, count: int) -> Tensor:
+    probs = as_tensor(name, probs)
     if not isinstance(probs, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(probs).__name__}")
     if probs.ndim != 3 or probs.shape[:2] != (batch, count):

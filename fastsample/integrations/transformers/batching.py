@@ -103,11 +103,11 @@ def generate_batch(
     each = [{} for _ in inputs] if requests is None else list(requests)
     if len(each) != len(inputs):
         raise ValueError(f"requests: expected {len(inputs)} (one per prompt), got {len(each)}")
+    # Checked here: in the manager's thread an error would only fail the request.
+    for keywords in each:
+        known = {"seed", *_FIELDS, *HISTORY, *REPORTS}
+        _check_request({k: v for k, v in keywords.items() if k in known})
     with continuous_batching(model, generation_config, seed=seed, **options) as manager:
-        # Checked here: in the manager's thread an error would only fail the request.
-        for keywords in each:
-            known = {"seed", *_FIELDS, *HISTORY, *REPORTS}
-            manager.logit_processor.check_kwargs({k: v for k, v in keywords.items() if k in known})
         common = {"max_new_tokens": manager.generation_config.max_new_tokens}
         names = [
             manager.add_request(list(ids), **common | keywords) for ids, keywords in zip(inputs, each, strict=True)
@@ -142,6 +142,19 @@ def _defaults(model: Any, config: Any, batching: Any) -> dict[str, Any]:
     return {name: fields.get(name, getattr(SamplingParams, name)) for name in _FIELDS}
 
 
+def _check_request(kwargs: dict[str, Any]) -> None:
+    """An error unless these are what a request may ask for."""
+    fields = {name: value for name, value in kwargs.items() if name != "seed"}
+    if looks_back := sorted(HISTORY & set(fields)):
+        raise ValueError(f"{looks_back[0]}: {_NOT_SERVED}")
+    if reports := [name for name in REPORTS if name in fields]:
+        raise ValueError(f"{reports[0]}: not served in continuous batches, whose results are ids alone")
+    if unknown := sorted(set(fields) - set(_FIELDS)):
+        raise ValueError(f"{unknown[0]}: expected one of {', '.join(_FIELDS)} and seed")
+    SamplingParams(**fields)
+    pack_seeds([kwargs.get("seed", 0)], 1)
+
+
 class _FusedStep(ContinuousBatchingLogitsProcessorList):
     """A manager's list of processors as one call; its arguments are columns of int32 words, one per request."""
 
@@ -155,15 +168,7 @@ class _FusedStep(ContinuousBatchingLogitsProcessorList):
         """Nothing to forget."""
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        fields = {name: value for name, value in kwargs.items() if name != "seed"}
-        if looks_back := sorted(HISTORY & set(fields)):
-            raise ValueError(f"{looks_back[0]}: {_NOT_SERVED}")
-        if reports := [name for name in REPORTS if name in fields]:
-            raise ValueError(f"{reports[0]}: not served in continuous batches, whose results are ids alone")
-        if unknown := sorted(set(fields) - set(_FIELDS)):
-            raise ValueError(f"{unknown[0]}: expected one of {', '.join(_FIELDS)} and seed")
-        SamplingParams(**fields)
-        pack_seeds([kwargs.get("seed", 0)], 1)
+        _check_request(kwargs)
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.copy_(_pack([self.defaults], [0], [0]))
