@@ -88,7 +88,7 @@ def keep(
         word = chunk * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
         bits = tl.reshape(kept.to(tl.int32), [BLOCK // 32, 32]) << tl.arange(0, 32)[None, :]
         tl.store(bitmask + row * words + word, tl.sum(bits, 1), mask=word < words)
-    if COUNT or MASS or ENTROPY:
+    if (COUNT or MASS) or ENTROPY:  # Triton 3.3 knows no longer chains
         sums = ws + CHUNK_SUMS  # free again
         if drawn != judged:
             w = mass_of(value, peak, drawn)

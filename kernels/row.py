@@ -77,3 +77,25 @@ def find_chunk(row, sums, threshold, CHUNKS: tl.constexpr):
     sums = tl.load(sums + index, mask=index < row.chunks, other=0)
     chunk = tl.sum((tl.cumsum(sums, 0) <= threshold).to(tl.int32))
     return chunk, tl.sum(tl.where(index < chunk, sums, 0))
+
+
+@triton.jit
+def sums_of_each(blocks, BITS: tl.constexpr):
+    """The sums of 2^BITS blocks of one size.
+
+    In one reduction, which costs the barriers of one; and until Triton 3.7 each reduction in a loop, as all are in the
+    one over phases, takes a register for the whole of the loop.
+    """
+    size: tl.constexpr = blocks[0].shape[0]
+    for n in tl.static_range(BITS):
+        blocks = joined(blocks, 1 << (BITS - 1 - n))
+    return tl.sum(tl.reshape(blocks[0], [size, 1 << BITS]), 0)
+
+
+@triton.jit
+def joined(blocks, HALF: tl.constexpr):
+    """Half as many blocks: each with that which comes HALF later, along one dimension more."""
+    pairs = ()
+    for j in tl.static_range(HALF):
+        pairs = pairs + (tl.join(blocks[j], blocks[j + HALF]),)
+    return pairs

@@ -258,8 +258,8 @@ def after_scan(
     on = phases_on(row.record, row.vocab, ROUNDS) | phase_bits("weigh", ROUNDS)
     if PROBS:
         on |= phase_bits("mass_floors", ROUNDS)
-    on = tl.where(is_filtered(row, best), on, 0) | phase_bits("draw", ROUNDS)
-    for number in range(first, last):
+    on = tl.where(is_filtered(row, best), on, 0)
+    for number in range(first, tl.minimum(last, first_phase("draw", ROUNDS))):
         phase = in_order(number, typical_first, ROUNDS)
         if (on >> phase) & 1 != 0:
             if PROBS and phase < first_phase("top_n_sigma", ROUNDS):
@@ -279,11 +279,11 @@ def after_scan(
                 narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of(peak, peak, scale), SPLIT)
             elif phase < first_phase("weigh", ROUNDS):
                 xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
-            elif phase < first_phase("draw", ROUNDS):
+            else:
                 weigh(row, peak, scale, PROBS, BLOCK)
                 meet(row, SPLIT)
-            else:
-                finish(row, draws, PROBS, CHUNKS, BLOCK)
+    if last == first_phase("end", ROUNDS):
+        finish(row, draws, PROBS, CHUNKS, BLOCK)
 
 
 @triton.jit

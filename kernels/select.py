@@ -10,7 +10,7 @@ import triton.language as tl
 from .kept import Place, keeps, load_kept, narrow_above, place_at, store_kept
 from .keys import INT_MAX, INT_MIN, key_of
 from .mass import mass_of
-from .row import find_chunk, load_chunk, meet
+from .row import find_chunk, load_chunk, meet, sums_of_each
 from .workspace import ABOVE, BITS, CUT, DIGITS, LOW, NTH, SUMS
 
 
@@ -75,9 +75,8 @@ def add_above(
             for j in tl.static_range(DIGITS):
                 more = more + (total[j] + tl.sum(tl.where(key >= low + j * (one << shift), weight, 0), 1),)
             total = more
-    sums = selection + SUMS + turn * DIGITS
-    for j in tl.static_range(DIGITS):
-        tl.atomic_add(sums + j, tl.sum(total[j]).to(tl.int64), sem="relaxed")
+    sums = selection + SUMS + turn * DIGITS + tl.arange(0, DIGITS)
+    tl.atomic_add(sums, sums_of_each(total, BITS).to(tl.int64), sem="relaxed")
 
 
 @triton.jit

@@ -5,7 +5,9 @@ python triton_gates.py    # the table of all kernels and targets
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -110,9 +113,9 @@ def compile_kernel(kernel: Kernel, target: str, **options: Any) -> Any:
     source = ASTSource(kernel.fn, signature, kernel.constants, aligned)
     gpu = TARGETS[target]
     chosen = compile_options(gpu.warp_size, gpu.backend == "cuda") | options
-    with triton.knobs.compilation.scope():
-        # A hit in the user's cache may name the source files of another checkout.
-        triton.knobs.compilation.always_compile = True
+    # A hit in the user's cache may name the source files of another checkout.
+    # What is linked for AMD is not looked at, and Triton 3.3 and 3.4 come without a linker.
+    with patch.dict(os.environ, TRITON_ALWAYS_COMPILE="1", TRITON_HIP_LLD_PATH=str(shutil.which("true"))):
         return triton.compile(source, target=gpu, options=chosen)
 
 
@@ -160,7 +163,7 @@ def _source(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
 
 
-DIVIDES = re.compile(r"div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(")
+DIVIDES = re.compile(r"div\.rn|div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(")
 LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
 TWO_TO_32 = "0x4f800000"
