@@ -14,7 +14,7 @@ from .keys import KEY_NEG_INF, from_key
 from .mass import LOW30, MASS_BITS, mass_of
 from .record import choice, param
 from .row import meet
-from .select import add_above, cut_at, cut_equal, settle
+from .select import add_above, cut_at, settle
 from .workspace import SUMS, TARGET, TOP_K, TOP_P, phase_bits
 
 
@@ -61,50 +61,43 @@ def bits_where(flag, BITS: tl.constexpr):
 
 
 @triton.jit
-def top_k(
-    row, phase,
-    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One of this filter's phases, numbered from 0. Keeps the k highest."""
+def top_k(row, phase, ROUNDS: tl.constexpr, SPLIT: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """One of this filter's phases but the last, numbered from 0. Keeps the k highest."""
     k = param(row.record, "top_k")
     selection = row.ws + TOP_K
     if phase < ROUNDS:
         low, _, _ = settle(row, selection, phase, k)
         add_above(row, selection, phase, low, VEC, BLOCK)
-        meet(row, SPLIT)
-    elif phase == ROUNDS:
+    else:
         key, above, reached = settle(row, selection, ROUNDS, k)
         ties = param(row.record, "ties")
         tied = (reached > k) & (key > KEY_NEG_INF) & (ties != choice("ties", "all"))
         cut_at(row, selection, key, tl.where(tied, k - above, 0), BLOCK)
-        meet(row, SPLIT)
-    else:
-        cut_equal(row, selection, SPLIT, CHUNKS, BLOCK)
+    meet(row, SPLIT)
 
 
 @triton.jit
 def top_p(
-    row, phase, peak, scale,
-    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One of this filter's phases, numbered from 0. Keeps the shortest prefix whose mass reaches the target."""
+    row, phase, peak, scale, ROUNDS: tl.constexpr, SPLIT: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One of this filter's phases but the last, numbered from 0.
+
+    Keeps the shortest prefix whose mass reaches the target.
+    """
     selection = row.ws + TOP_P
     if phase < ROUNDS:
         target = top_p_target(row, selection, phase)
         low, _, _ = settle(row, selection, phase, target)
         base = top_p_base(load_kept(row.ws), param(row.record, "order"))
         add_above(row, selection, phase, low, VEC, BLOCK, base, peak, scale)
-        meet(row, SPLIT)
-    elif phase == ROUNDS:
+    else:
         target = top_p_target(row, selection, ROUNDS)
         key, above, reached = settle(row, selection, ROUNDS, target)
         w = mass_of(from_key(key), peak, scale)
         nth = (target - above + w - 1) // w
         tied = above + nth * w < reached
         cut_at(row, selection, key, tl.where(tied, nth, 0), BLOCK)
-        meet(row, SPLIT)
-    else:
-        cut_equal(row, selection, SPLIT, CHUNKS, BLOCK)
+    meet(row, SPLIT)
 
 
 @triton.jit

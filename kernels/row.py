@@ -28,15 +28,21 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def load_chunk(row, chunk, BLOCK: tl.constexpr):
-    """Ids and logits of a chunk.
+def ids_of(row, chunk, BLOCK: tl.constexpr):
+    """Ids of a chunk, in rows of those that one thread loads at once.
 
     A thread's ids are one that it computes here and constants from there on, so that none of them lives in a register
     beyond the chunk.
     """
     vec: tl.constexpr = 128 // row.x.dtype.element_ty.primitive_bitwidth
     first = chunk * BLOCK + vec * tl.arange(0, BLOCK // vec)
-    ids = first[:, None] + tl.arange(0, vec)[None, :]
+    return first[:, None] + tl.arange(0, vec)[None, :]
+
+
+@triton.jit
+def load_chunk(row, chunk, BLOCK: tl.constexpr):
+    """Ids and logits of a chunk."""
+    ids = ids_of(row, chunk, BLOCK)
     return tl.reshape(ids, [BLOCK]), tl.reshape(load_x(row.x, ids, row.vocab), [BLOCK])
 
 

@@ -66,6 +66,12 @@ def measuring_bits(rounds):
     return sum(1 << first_phase(step, rounds) for step in steps)
 
 
+@constexpr_function
+def cutting_bits(rounds):
+    """The phases that cut among tokens of equal keys."""
+    return sum(1 << (first_phase(after(step), rounds) - 1) for step in ("top_k", "top_p"))
+
+
 # A row's slots, int64 each.
 HIGH_KEY, HIGH_ID, LOW_KEY, LOW_ID, FLOOR = map(tl.constexpr, range(5))  # what the filters keep (kept.py)
 PEAK, TOTAL = tl.constexpr(5), tl.constexpr(6)  # the packed maximum; the kept mass
