@@ -92,10 +92,10 @@ def sums_of_each(blocks, BITS: tl.constexpr):
     In one reduction, which costs the barriers of one; and until Triton 3.7 each reduction in a loop, as all are in the
     one over phases, takes a register for the whole of the loop.
     """
-    size: tl.constexpr = blocks[0].shape[0]
-    for n in tl.static_range(BITS):
-        blocks = joined(blocks, 1 << (BITS - 1 - n))
-    return tl.sum(tl.reshape(blocks[0], [size, 1 << BITS]), 0)
+    shape: tl.constexpr = [blocks[0].shape[0], len(blocks)]
+    for _ in tl.static_range(BITS):
+        blocks = joined(blocks, len(blocks) // 2)
+    return tl.sum(tl.reshape(blocks[0], shape), 0)
 
 
 @triton.jit
