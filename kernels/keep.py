@@ -116,6 +116,14 @@ def keep(
                 tl.store(entropy + row, tl.where(good, tl.sum(found), NAN).to(tl.float32))
 
 
+@triton.jit
+def ones_in(bits):
+    """How many bits of uint32 are 1 (Warren 2012, Hacker's Delight, 5-1)."""
+    pairs = bits - ((bits >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return ((((nibbles + (nibbles >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["size"])
 def list_ids(
     bitmask,  # int32 [B, words]
@@ -131,13 +139,13 @@ def list_ids(
     there = at < tl.load(row_ptr + row + 1)
     for first in range(0, tl.where(there, words, 0), WORDS):
         word = first + tl.arange(0, WORDS)
-        bits = tl.load(bitmask + row * words + word, mask=word < words, other=0)
+        bits = tl.load(bitmask + row * words + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
         if tl.max((bits != 0).to(tl.int32)) > 0:
-            place = tl.arange(0, 32)[None, :]
-            kept = tl.reshape((bits[:, None] >> place) & 1, [WORDS * 32])
-            token = tl.reshape(word[:, None] * 32 + place, [WORDS * 32])
-            tl.store(ids + at + tl.cumsum(kept, 0) - 1, token, mask=kept > 0)
-            at += tl.sum(kept)
+            count, bit = ones_in(bits), tl.arange(0, 32)[None, :]
+            below = ones_in(bits[:, None] & ((tl.full([], 1, tl.uint32) << bit.to(tl.uint32)) - 1))
+            place = (tl.cumsum(count, 0) - count)[:, None] + below
+            tl.store(ids + at + place, word[:, None] * 32 + bit, mask=((bits[:, None] >> bit.to(tl.uint32)) & 1) != 0)
+            at += tl.sum(count)
     for first in range(tl.load(row_ptr + rows) + row * WORDS, size, rows * WORDS):
         past = first + tl.arange(0, WORDS)
         tl.store(ids + past, tl.full([WORDS], -1, tl.int32), mask=past < size)

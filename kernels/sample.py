@@ -27,7 +27,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .filters import floors_are_late, mass_floors, phases_on, top_k, top_p
+from .filters import cut, floors_are_late, mass_floors, phases_on, top_k, top_p
 from .kept import (
     Place,
     drawn_from,
@@ -49,7 +49,6 @@ from .philox import draw_threshold, xtc_excludes
 from .process import load_x, penalise, repeat, uses_history
 from .record import choice, param
 from .row import Row, find_chunk, ids_of, load_chunk, may_hold, meet, sum_of_chunks
-from .select import cut_equal
 from .stats import measure
 from .verify import settle
 from .workspace import (
@@ -270,12 +269,11 @@ def filter_row(
             elif phase < first_phase("top_k", ROUNDS):
                 top_n_sigma(row, phase - first_phase("top_n_sigma", ROUNDS), peak, SPLIT, VEC, BLOCK)
             elif (tl.full([], cutting_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
-                selection = row.ws + tl.where(phase < first_phase("top_p", ROUNDS), TOP_K, TOP_P)
-                cut_equal(row, selection, SPLIT, CHUNKS, BLOCK)
+                cut(row, phase, peak, scale, ROUNDS, SPLIT, CHUNKS, BLOCK)
             elif phase < first_phase("top_p", ROUNDS):
-                top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, VEC, BLOCK)
+                top_k(row, phase - first_phase("top_k", ROUNDS), SPLIT, VEC, BLOCK)
             elif phase < first_phase("typical", ROUNDS):
-                top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, VEC, BLOCK)
+                top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
             elif (tl.full([], measuring_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
                 measure(row, measure_at(phase, ROUNDS), peak, scale, PROBS, VEC, BLOCK)
                 meet(row, SPLIT)

@@ -53,9 +53,8 @@ def add_above(
     """
     weighted: tl.constexpr = base is not None
     centred: tl.constexpr = mean is not None
-    shift = 32 - BITS * (turn + 1)
+    shift = tl.full([], 32, tl.int32) - BITS * (turn + 1)
     total = (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),) * DIGITS
-    one = tl.full([], 1, tl.int32)
     lowest = base.low.key if centred else tl.maximum(low, base.low.key) if weighted else low
     for chunk in range(row.begin, row.end):
         # What lies below every pivot, or below the base set, adds nothing.
@@ -69,11 +68,14 @@ def add_above(
                 weight = tl.full([BLOCK], 1, tl.int32)
             if centred:
                 key = -tl.abs(value - mean).to(tl.int32, bitcast=True)  # the order of the bits is that of the distance
+            # The digit, or more where a key is above this round's bracket: compared with constants, not with 16 pivots.
+            digit = (key.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)) >> shift.to(tl.uint32)
+            weight = tl.where(key >= low, weight, 0)
             # The VEC neighbours that one thread loads are added without leaving it.
-            key, weight = tl.reshape(key, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
+            digit, weight = tl.reshape(digit, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
             more = ()
             for j in tl.static_range(DIGITS):
-                more = more + (total[j] + tl.sum(tl.where(key >= low + j * (one << shift), weight, 0), 1),)
+                more = more + (total[j] + tl.sum(tl.where(digit >= j, weight, 0), 1),)
             total = more
     sums = selection + SUMS + turn * DIGITS + tl.arange(0, DIGITS)
     tl.atomic_add(sums, sums_of_each(total, BITS).to(tl.int64), sem="relaxed")

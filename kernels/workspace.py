@@ -68,8 +68,8 @@ def measuring_bits(rounds):
 
 @constexpr_function
 def cutting_bits(rounds):
-    """The phases that cut among tokens of equal keys."""
-    return sum(1 << (first_phase(after(step), rounds) - 1) for step in ("top_k", "top_p"))
+    """The phases after the rounds of top-k and top-p."""
+    return sum(3 << (first_phase(after(step), rounds) - 2) for step in ("top_k", "top_p"))
 
 
 # A row's slots, int64 each.
