@@ -257,11 +257,11 @@ def filter_row(
     peak = from_key(key_in(best))
     scale = judged_scale(row.record, peak, PROBS)
     typical_first = param(row.record, "order") == choice("order", "temperature_last")
-    on = phases_on(row.record, row.vocab, ROUNDS) | phase_bits("weigh", ROUNDS)
+    on, weighing = phases_on(row.record, row.vocab, ROUNDS), first_phase("weigh", ROUNDS)
     if PROBS:
         on |= phase_bits("mass_floors", ROUNDS)
     on = tl.where(is_filtered(row, best), on, 0)
-    for number in range(first, tl.minimum(last, first_phase("draw", ROUNDS))):
+    for number in range(first, tl.minimum(last, weighing)):
         phase = in_order(number, typical_first, ROUNDS)
         if (on >> phase) & 1 != 0:
             if PROBS and phase < first_phase("top_n_sigma", ROUNDS):
@@ -281,11 +281,11 @@ def filter_row(
                 typical(row, phase - first_phase("typical", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
             elif phase < first_phase("xtc", ROUNDS):
                 narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of(peak, peak, scale), SPLIT)
-            elif phase < first_phase("weigh", ROUNDS):
-                xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
             else:
-                weigh(row, peak, scale, PROBS, BLOCK)
-                meet(row, SPLIT)
+                xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
+    if is_filtered(row, best) & (first <= weighing) & (last > weighing):
+        weigh(row, peak, scale, PROBS, BLOCK)
+        meet(row, SPLIT)
 
 
 @triton.jit
