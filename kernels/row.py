@@ -81,8 +81,10 @@ def find_chunk(row, sums, threshold, CHUNKS: tl.constexpr):
     """The first chunk whose running sum exceeds the threshold, and the sum of those before it."""
     index = tl.arange(0, CHUNKS)
     sums = tl.load(sums + index, mask=index < row.chunks, other=0)
-    chunk = tl.sum((tl.cumsum(sums, 0) <= threshold).to(tl.int32))
-    return chunk, tl.sum(tl.where(index < chunk, sums, 0))
+    passed = tl.cumsum(sums, 0) <= threshold
+    found = sums_of_each((passed.to(tl.int64), tl.where(passed, sums, 0)), 1)
+    at = tl.arange(0, 2)
+    return tl.sum(tl.where(at == 0, found, 0)).to(tl.int32), tl.sum(tl.where(at == 1, found, 0))
 
 
 @triton.jit
