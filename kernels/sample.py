@@ -310,6 +310,7 @@ def finish(row, draws, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def in_order(number, typical_first, ROUNDS: tl.constexpr):
     """The phase that comes at a number: in "temperature_last", those of typical come before top-p's."""
+    number = tl.full([], 0, tl.int32) + number  # the interpreter's is no tensor
     begin, middle = first_phase("top_p", ROUNDS), first_phase("typical", ROUNDS)
     end = first_phase("late_floors", ROUNDS)
     later = number - (end - middle)

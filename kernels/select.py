@@ -54,7 +54,9 @@ def add_above(
     weighted: tl.constexpr = base is not None
     centred: tl.constexpr = mean is not None
     shift = tl.full([], 32, tl.int32) - BITS * (turn + 1)
-    total = (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),) * DIGITS
+    total = ()
+    for _ in tl.static_range(DIGITS):
+        total = total + (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),)
     lowest = base.low.key if centred else tl.maximum(low, base.low.key) if weighted else low
     for chunk in range(row.begin, row.end):
         # What lies below every pivot, or below the base set, adds nothing.

@@ -46,5 +46,5 @@ def mark(module: ModuleType, text: str) -> None:
     """
     digest = hashlib.sha256(text.encode()).hexdigest()
     for fn in vars(module).values():
-        if isinstance(fn, triton.JITFunction):
+        if isinstance(fn, triton.JITFunction) and fn.__module__ == module.__name__:
             fn._unsafe_update_src(f"{fn.src}\n# {digest}")
