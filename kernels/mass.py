@@ -1,6 +1,6 @@
 """Stage 6: integer probability mass, and exact arithmetic on sums of it (stem of csrc/core/mass.h).
 
-The kernels are compiled with enable_fp_fusion=False, so that each float operation below is rounded by itself.
+Each float operation below is rounded by itself: rounded.py says how.
 """
 
 import triton

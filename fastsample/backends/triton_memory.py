@@ -21,7 +21,7 @@ def kernels(stem: str) -> Any:
     """The module fastsample.kernels.<stem>; imports triton."""
     module, versions = (import_module(f"fastsample.kernels.{name}") for name in (stem, "versions"))
     if versions.OLD:
-        folder = Path(module.__file__).parent
+        folder = Path(str(module.__file__)).parent
         versions.mark(module, "".join(path.read_text() for path in sorted(folder.glob("*.py"))) + repr(specs()))
     return module
 

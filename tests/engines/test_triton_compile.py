@@ -38,7 +38,11 @@ def test_gates(name: str, target: str) -> None:
     assert found.broken(KERNELS[name], target) == [], found
 
 
-FUSED = {"sm_90": ["write kept", "keep", "sample f32"], "sm_120": ["write kept"], "gfx942": ["write kept", "sample f32"]}
+FUSED = {
+    "sm_90": ["write kept", "keep", "sample f32"],
+    "sm_120": ["write kept"],
+    "gfx942": ["write kept", "sample f32"],
+}
 
 
 @pytest.mark.parametrize(("target", "name"), [(target, name) for target, names in FUSED.items() for name in names])

@@ -43,8 +43,8 @@ POINTERS = {
     "count": "i32", "bitmask": "i32", "log_kept_mass": "fp32", "entropy": "fp32", "ids": "i32",
     "drafts": "i64", "accepted": "i32", "ends": "i32", "arrivals": "i32",
 }  # fmt: skip
-# Until Triton 3.7, each reduction in a loop holds a register for all of the loop, and the one over phases has many: some
-# kernels for some targets then have a few loads of local memory a phase, none of them for each logit.
+# Until Triton 3.7, each reduction in a loop holds a register for all of the loop, and that over phases has many: some
+# kernels then have a few loads of local memory a phase, none of them for each logit.
 SPILLS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64
 ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
 
