@@ -5,7 +5,6 @@ import triton.language as tl
 
 from .kept import Place, keeps, load_kept
 from .keys import from_key, key_in, key_of
-from .logprobs import NAN
 from .mass import drawn_scale, is_greedy, judged_scale, mass_of
 from .outputs import share
 from .process import NEG_INF, load_x
@@ -110,10 +109,10 @@ def keep(
                 tl.store(count + row, tl.sum(found_in(sums, chunks, CHUNKS)).to(tl.int32))
             if MASS:
                 found = log_share(ws, record, tl.sum(found_in(sums + chunks, chunks, CHUNKS)))
-                tl.store(log_kept_mass + row, tl.where(good, found, NAN).to(tl.float32))
+                tl.store(log_kept_mass + row, tl.where(good, found, float("nan")).to(tl.float32))
             if ENTROPY:
                 found = found_in(sums + 2 * chunks, chunks, CHUNKS).to(tl.float64, bitcast=True)
-                tl.store(entropy + row, tl.where(good, tl.sum(found), NAN).to(tl.float32))
+                tl.store(entropy + row, tl.where(good, tl.sum(found), float("nan")).to(tl.float32))
 
 
 @triton.jit

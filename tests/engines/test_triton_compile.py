@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
 import triton.language as tl
-from triton_gates import KERNELS, TARGETS, Measures, compile_kernel, dump, instructions, measure, table
+from triton_gates import KERNELS, TARGETS, Measures, changed, compile_kernel, dump, instructions, measure, table
 
 from fastsample.kernels import rounded
 from fastsample.kernels.versions import builtin
@@ -36,6 +36,16 @@ def report(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_gates(name: str, target: str) -> None:
     FOUND[name, target] = found = measure(KERNELS[name], target)
     assert found.broken(KERNELS[name], target) == [], found
+
+
+def test_no_constant_changes_between_launches() -> None:
+    assert [name for kernel in KERNELS.values() for name in changed(kernel)] == []
+
+
+def test_a_constant_that_is_no_number_seems_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = KERNELS["arrange raw"]
+    monkeypatch.setitem(kernel.fn.__globals__, "NEG_INF", tl.constexpr(float("nan")))
+    assert "NEG_INF" in changed(kernel)
 
 
 FUSED = {
