@@ -46,7 +46,7 @@ def penalise(x, count, repetition, frequency, presence):
     # Blocks, since Triton's interpreter cannot broadcast a comparison of scalars.
     zero = tl.zeros_like(x)
     repetition, frequency, presence = zero + repetition, zero + frequency, zero + presence
-    repeated = tl.where(x > 0, div(x, repetition), x * repetition)
+    repeated = tl.where(x > 0, div(x, repetition), mul(x, repetition))
     x = tl.where(seen & (repetition != 1.0), repeated, x)
     x = tl.where((count > 0) & (frequency != 0.0), x - mul(frequency, count.to(tl.float32)), x)
     return tl.where((count > 0) & (presence != 0.0), x - presence, x)

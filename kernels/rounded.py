@@ -1,7 +1,7 @@
-"""Products, quotients and roots rounded as IEEE 754 has it, whatever the compiler and its options.
+"""Products and quotients rounded as IEEE 754 has it, whatever the compiler and its options.
 
 A product whose sum is next may be fused with it, and is then never rounded. Triton's `enable_fp_fusion=False` forbids
-that, but not everywhere: 3.6 still fuses pairs of products for sm_100 and sm_120. Nothing else need be done for sums.
+that, but not everywhere: 3.6 still fuses pairs of products for sm_120. Nothing else need be done for sums.
 """
 
 import triton
