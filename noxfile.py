@@ -320,7 +320,7 @@ def triton_versions(session: nox.Session) -> None:
 
 def _beside(session: nox.Session, *wanted: str) -> dict[str, str]:
     """An environment where these packages come before those that are installed."""
-    folder = str(Path(session.create_tmp()) / wanted[0])
+    folder = str(Path(session.create_tmp()).resolve() / wanted[0])
     session.run("pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder, *wanted)
     return {"PYTHONPATH": folder}
 

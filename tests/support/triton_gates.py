@@ -180,7 +180,7 @@ LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
 TWO_TO_32 = "0x4f800000"
 COPIES = ("MOV", "UMOV", "IMAD.MOV.U32", "R2UR")
-DIVISION_LENGTH = 64  # instructions that a division may span when it is scheduled among others
+DIVISION_LENGTH = 128  # instructions that a division may span when it is scheduled among others
 
 
 def instructions(sass: str) -> Iterator[tuple[str, bool]]:
@@ -193,7 +193,8 @@ def instructions(sass: str) -> Iterator[tuple[str, bool]]:
     lines: list[str] = []
     fresh, subroutine = True, False
     refining: dict[str, int] = {}  # register -> where its reciprocal was estimated
-    for at, line in enumerate(sass.splitlines()):
+    at = 0
+    for line in sass.splitlines():
         if line.startswith(("$__internal", ".text.")):
             subroutine = line.startswith("$__internal")
         elif found := LINE.match(line):
@@ -201,7 +202,7 @@ def instructions(sass: str) -> Iterator[tuple[str, bool]]:
             fresh = False
             lines.append(_source(found[1])[int(found[2]) - 1])
         elif found := INSTRUCTION.match(line):
-            fresh = True
+            fresh, at = True, at + 1
             opcode, registers = found[1], re.findall(r"\bU?R\d+\b", found[2])
             target, sources = (registers[0], registers[1:]) if registers else ("", [])
             born = at if opcode == "MUFU.RCP" else max((refining.get(r, -1) for r in sources), default=-1)
@@ -241,12 +242,13 @@ def _measure_amd(compiled: Any) -> Measures:
         for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
     # A division refines a reciprocal with fused multiply-adds, and conversions to and from 64 bits use one.
-    fused, reciprocal = 0, -DIVISION_LENGTH - 1
-    for at, line in enumerate(text.splitlines()):
+    fused, length = 0, DIVISION_LENGTH // 2  # nothing but the distance tells them apart here
+    reciprocal = -length - 1
+    for at, line in enumerate(re.findall(r"^\s+[a-z]+_.*", text, re.MULTILINE)):
         if "v_rcp_f32" in line or "v_div_scale_f32" in line:
             reciprocal = at
         if re.search(r"\bv_(pk_)?(fma|fmac|fmamk|fmaak)_f32", line) and "|" not in line and TWO_TO_32 not in line:
-            fused += "v_pk_" in line or at - reciprocal > DIVISION_LENGTH
+            fused += "v_pk_" in line or at - reciprocal > length
     # Mode 3 keeps subnormal numbers.
     inexact = len(re.findall(r"\.amdhsa_float_denorm_mode_(?:32|16_64) [^3]", text))
     wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
