@@ -342,6 +342,27 @@ def newest(session: nox.Session) -> None:
     session.run("pytest", "-n", "auto", *ALL, *session.posargs)
 
 
+@nox.session
+def triton_versions(session: nox.Session) -> None:
+    """Kernels of the oldest Triton that serves, of 3.6 and of the newest: the gates on binaries for every target.
+
+    Then a few cases in the interpreter of 3.4, the oldest that can run them. Arguments after -- go to the gates.
+    """
+    session.install("-e", ".", *TOOLS, *NO_CUDA)
+    for triton in ("triton==3.3.1", "triton==3.6.0", "triton"):
+        session.run("python", "tests/support/triton_gates.py", *session.posargs, env=_beside(session, triton))
+    cases = "equals_reference and (all-hf-V300 or xtc-any or llama) and not 1048576"
+    env = _beside(session, "triton==3.4.0", "numpy<2.4")
+    session.run("pytest", "-q", *_test_files(["triton"]), "-k", cases, env=env)
+
+
+def _beside(session: nox.Session, *wanted: str) -> dict[str, str]:
+    """An environment where these packages come before those that are installed."""
+    folder = str(Path(session.create_tmp()).resolve() / wanted[0])
+    session.run("pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder, *wanted)
+    return {"PYTHONPATH": folder}
+
+
 BUILT_FROM = (
     "CMakeLists.txt",
     "LICENSE",

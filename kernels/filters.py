@@ -15,7 +15,7 @@ from .mass import LOW30, MASS_BITS, mass_of
 from .record import choice, param
 from .row import meet
 from .select import add_above, cut_at, cut_equal, settle
-from .workspace import SUMS, TARGET, TOP_K, TOP_P, phase_bits
+from .workspace import SUMS, TARGET, TOP_K, TOP_P, first_phase, phase_bits
 
 
 @triton.jit
@@ -61,50 +61,46 @@ def bits_where(flag, BITS: tl.constexpr):
 
 
 @triton.jit
-def top_k(
-    row, phase,
-    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One of this filter's phases, numbered from 0. Keeps the k highest."""
-    k = param(row.record, "top_k")
-    selection = row.ws + TOP_K
-    if phase < ROUNDS:
-        low, _, _ = settle(row, selection, phase, k)
-        add_above(row, selection, phase, low, VEC, BLOCK)
-        meet(row, SPLIT)
-    elif phase == ROUNDS:
-        key, above, reached = settle(row, selection, ROUNDS, k)
-        ties = param(row.record, "ties")
-        tied = (reached > k) & (key > KEY_NEG_INF) & (ties != choice("ties", "all"))
-        cut_at(row, selection, key, tl.where(tied, k - above, 0), BLOCK)
-        meet(row, SPLIT)
-    else:
-        cut_equal(row, selection, SPLIT, CHUNKS, BLOCK)
+def top_k(row, phase, SPLIT: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """One of this filter's rounds, numbered from 0. Keeps the k highest."""
+    low, _, _ = settle(row, row.ws + TOP_K, phase, param(row.record, "top_k"))
+    add_above(row, row.ws + TOP_K, phase, low, VEC, BLOCK)
+    meet(row, SPLIT)
 
 
 @triton.jit
-def top_p(
-    row, phase, peak, scale,
-    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One of this filter's phases, numbered from 0. Keeps the shortest prefix whose mass reaches the target."""
+def top_p(row, phase, peak, scale, SPLIT: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """One of this filter's rounds, numbered from 0. Keeps the shortest prefix whose mass reaches the target."""
     selection = row.ws + TOP_P
-    if phase < ROUNDS:
-        target = top_p_target(row, selection, phase)
-        low, _, _ = settle(row, selection, phase, target)
-        base = top_p_base(load_kept(row.ws), param(row.record, "order"))
-        add_above(row, selection, phase, low, VEC, BLOCK, base, peak, scale)
-        meet(row, SPLIT)
-    elif phase == ROUNDS:
-        target = top_p_target(row, selection, ROUNDS)
+    low, _, _ = settle(row, selection, phase, top_p_target(row, selection, phase))
+    base = top_p_base(load_kept(row.ws), param(row.record, "order"))
+    add_above(row, selection, phase, low, VEC, BLOCK, base, peak, scale)
+    meet(row, SPLIT)
+
+
+@triton.jit
+def cut(
+    row, phase, peak, scale,
+    ROUNDS: tl.constexpr, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One of the two phases of top-k or top-p that follow the rounds: the lowest key, then the last of its tokens."""
+    of_top_p = phase >= first_phase("top_p", ROUNDS)
+    selection = row.ws + tl.where(of_top_p, TOP_P, TOP_K)
+    if (phase == first_phase("top_p", ROUNDS) - 1) | (phase == first_phase("typical", ROUNDS) - 1):
+        cut_equal(row, selection, SPLIT, CHUNKS, BLOCK)
+    else:
+        target = param(row.record, "top_k").to(tl.int64)
+        if of_top_p:
+            target = top_p_target(row, selection, ROUNDS)
         key, above, reached = settle(row, selection, ROUNDS, target)
-        w = mass_of(from_key(key), peak, scale)
-        nth = (target - above + w - 1) // w
-        tied = above + nth * w < reached
+        nth = target - above
+        tied = (reached > target) & (key > KEY_NEG_INF) & (param(row.record, "ties") != choice("ties", "all"))
+        if of_top_p:
+            w = mass_of(from_key(key), peak, scale)
+            nth = (nth + w - 1) // w
+            tied = above + nth * w < reached
         cut_at(row, selection, key, tl.where(tied, nth, 0), BLOCK)
         meet(row, SPLIT)
-    else:
-        cut_equal(row, selection, SPLIT, CHUNKS, BLOCK)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from .record import param
+from .rounded import div, mul
+from .versions import constexpr_function
 
 LENGTH, UNBROKEN, IDS = map(tl.constexpr, range(3))  # slots of a history, int32: the numbers of ids and of
 # those after the last breaker, then the ids
@@ -20,7 +22,7 @@ AT_ONCE = tl.constexpr(1024)  # ids at a time
 STEPS = tl.constexpr(8)  # comparisons of each id at a time
 
 
-@triton.constexpr_function
+@constexpr_function
 def words(ids):
     """Size of the memory for a row's history, int32."""
     return PARTS.value * (IDS.value + ids)
@@ -70,7 +72,7 @@ def collect(token_ids, length, breakers, num_breakers, history, record, vocab):
 def enough(record):
     """A length from which on repetitions weigh the same: csrc/core/history.h says why."""
     above_one = param(record, "dry_base") - 1.0
-    steps = 128.0 * (tl.div_rn(2.0 + 0.0 * above_one, tl.where(above_one > 0.0, above_one, 1.0)) + 1.0)
+    steps = 128.0 * (div(tl.zeros_like(above_one) + 2.0, tl.where(above_one > 0.0, above_one, 1.0)) + 1.0)
     length = tl.where(above_one > 0.0, steps, 0.0).to(tl.int64) + param(record, "dry_allowed_length")
     return tl.minimum(length, BANNED).to(tl.int32)
 
@@ -119,5 +121,5 @@ def after_repetition(x, longest, record):
     for i in range(tl.max(exponent)):
         following = power * base
         power = tl.where((exponent > i) & (following <= FLT_MAX), following, power)
-    x = tl.where(longest > 0, x - multiplier * power, x)
+    x = tl.where(longest > 0, x - mul(multiplier, power), x)
     return tl.where(longest == BANNED, float("-inf"), x)

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from .kept import Place, keeps, load_kept
 from .keys import from_key, key_in, key_of
-from .logprobs import NAN
 from .mass import drawn_scale, is_greedy, judged_scale, mass_of
 from .outputs import share
 from .process import NEG_INF, load_x
@@ -88,7 +87,7 @@ def keep(
         word = chunk * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
         bits = tl.reshape(kept.to(tl.int32), [BLOCK // 32, 32]) << tl.arange(0, 32)[None, :]
         tl.store(bitmask + row * words + word, tl.sum(bits, 1), mask=word < words)
-    if COUNT or MASS or ENTROPY:
+    if (COUNT or MASS) or ENTROPY:  # Triton 3.3 knows no longer chains
         sums = ws + CHUNK_SUMS  # free again
         if drawn != judged:
             w = mass_of(value, peak, drawn)
@@ -110,10 +109,18 @@ def keep(
                 tl.store(count + row, tl.sum(found_in(sums, chunks, CHUNKS)).to(tl.int32))
             if MASS:
                 found = log_share(ws, record, tl.sum(found_in(sums + chunks, chunks, CHUNKS)))
-                tl.store(log_kept_mass + row, tl.where(good, found, NAN).to(tl.float32))
+                tl.store(log_kept_mass + row, tl.where(good, found, float("nan")).to(tl.float32))
             if ENTROPY:
                 found = found_in(sums + 2 * chunks, chunks, CHUNKS).to(tl.float64, bitcast=True)
-                tl.store(entropy + row, tl.where(good, tl.sum(found), NAN).to(tl.float32))
+                tl.store(entropy + row, tl.where(good, tl.sum(found), float("nan")).to(tl.float32))
+
+
+@triton.jit
+def ones_in(bits):
+    """How many bits of uint32 are 1 (Warren 2012, Hacker's Delight, 5-1)."""
+    pairs = bits - ((bits >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return ((((nibbles + (nibbles >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -131,13 +138,13 @@ def list_ids(
     there = at < tl.load(row_ptr + row + 1)
     for first in range(0, tl.where(there, words, 0), WORDS):
         word = first + tl.arange(0, WORDS)
-        bits = tl.load(bitmask + row * words + word, mask=word < words, other=0)
+        bits = tl.load(bitmask + row * words + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
         if tl.max((bits != 0).to(tl.int32)) > 0:
-            place = tl.arange(0, 32)[None, :]
-            kept = tl.reshape((bits[:, None] >> place) & 1, [WORDS * 32])
-            token = tl.reshape(word[:, None] * 32 + place, [WORDS * 32])
-            tl.store(ids + at + tl.cumsum(kept, 0) - 1, token, mask=kept > 0)
-            at += tl.sum(kept)
+            count, bit = ones_in(bits), tl.arange(0, 32)[None, :]
+            below = ones_in(bits[:, None] & ((tl.full([], 1, tl.uint32) << bit.to(tl.uint32)) - 1))
+            place = (tl.cumsum(count, 0) - count)[:, None] + below
+            tl.store(ids + at + place, word[:, None] * 32 + bit, mask=((bits[:, None] >> bit.to(tl.uint32)) & 1) != 0)
+            at += tl.sum(count)
     for first in range(tl.load(row_ptr + rows) + row * WORDS, size, rows * WORDS):
         past = first + tl.arange(0, WORDS)
         tl.store(ids + past, tl.full([WORDS], -1, tl.int32), mask=past < size)

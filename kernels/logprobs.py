@@ -11,8 +11,6 @@ from .process import NEG_INF, load_x, to_float32
 from .sample import status_of
 from .workspace import PEAK, TOTAL
 
-NAN = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def logprob(x, ids, ws, record, RAW: tl.constexpr, PROBS: tl.constexpr):
@@ -44,7 +42,8 @@ def sampled(
     token = tl.load(tokens + row * num_samples + j)
     value = to_float32(tl.load(x + row * x_stride + tl.maximum(token, 0)))
     good = (token >= 0) & sound(ws)
-    own = tl.where(good, logprob(value, token.to(tl.int32), ws, records + row * record_stride, RAW, PROBS), NAN)
+    own = logprob(value, token.to(tl.int32), ws, records + row * record_stride, RAW, PROBS)
+    own = tl.where(good, own, float("nan"))  # no constant: Triton would find that a NaN has changed
     tl.store(logprobs + row * num_samples + j, own)
     tl.store(ranks + row * num_samples + j, (token >= 0).to(tl.int64))
     if j == 0:
@@ -103,7 +102,7 @@ def arrange(
     place = tl.where(there, place, here)
     value = logprob(from_key(key_in(own)), id_in(own), ws, records + row * record_stride, RAW, PROBS)
     good = sound(ws) & (tl.load(tokens + row * num_samples) >= 0)
-    value = tl.where(there, value, tl.where(good, NEG_INF, NAN))
+    value = tl.where(there, value, tl.where(good, NEG_INF, float("nan")))
     token = tl.where(there, id_in(own), -1)
     tl.store(top_ids + row * num_top + place, token.to(tl.int64), mask=here < num_top)
     tl.store(top_logprobs + row * num_top + place, value, mask=here < num_top)

@@ -1,6 +1,6 @@
 """Stage 6: integer probability mass, and exact arithmetic on sums of it (stem of csrc/core/mass.h).
 
-The kernels are compiled with enable_fp_fusion=False, so that each float operation below is rounded by itself.
+Each float operation below is rounded by itself: rounded.py says how.
 """
 
 import triton
@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .keys import INT_MAX
 from .record import choice, param
+from .rounded import div, mul
 
 LOG2E = tl.constexpr(float.fromhex("0x1.715476p+0"))
 GREEDY_BELOW = tl.constexpr(1e-5)
@@ -32,7 +33,7 @@ def is_greedy(temperature):
 def mass_scale(temperature):
     """What (x - max) is multiplied by; a greedy row counts as T = 1."""
     t = tl.where(is_greedy(temperature), 1.0, temperature)
-    return tl.div_rn(tl.full([], LOG2E, tl.float32), t)
+    return div(tl.full([], LOG2E, tl.float32), t)
 
 
 @triton.jit
@@ -57,11 +58,11 @@ def judged_scale(record, peak, PROBS: tl.constexpr):
 @triton.jit
 def exp2_polynomial(f):
     """exp2(f) for |f| <= 1/2."""
-    p = f * C5 + C4
-    p = p * f + C3
-    p = p * f + C2
-    p = p * f + C1
-    return p * f + 1.0
+    p = mul(f, C5) + C4
+    p = mul(p, f) + C3
+    p = mul(p, f) + C2
+    p = mul(p, f) + C1
+    return mul(p, f) + 1.0
 
 
 @triton.jit

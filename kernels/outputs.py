@@ -8,6 +8,7 @@ from .keys import from_key, key_in, key_of
 from .mass import drawn_scale, is_greedy, judged_scale, mass_of
 from .process import NEG_INF, load_x
 from .record import param
+from .rounded import div
 from .stats import divide
 from .workspace import PEAK, REST, TOTAL
 
@@ -47,7 +48,7 @@ def write(
     elif WHAT == FILTERED:
         temperature = param(record, "temperature")
         divisor = tl.zeros_like(value) + tl.where(is_greedy(temperature), 1.0, temperature)
-        result = tl.where(kept, tl.div_rn(value, divisor), NEG_INF)
+        result = tl.where(kept, div(value, divisor), NEG_INF)
     else:
         result = tl.where(kept, value, 0.0 if PROBS else NEG_INF)
     tl.store(out + row * vocab + ids, result, mask=ids < vocab)

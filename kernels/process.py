@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .history import PARTS, after_repetition, clear_history, collect, find_repetitions, uses_history
+from .rounded import div, mul
 
 NEG_INF = tl.constexpr(float("-inf"))
 IN_PROMPT = tl.constexpr(1 << 30)  # bit of a token's count word; the bits below count its occurrences in the output
@@ -45,9 +46,9 @@ def penalise(x, count, repetition, frequency, presence):
     # Blocks, since Triton's interpreter cannot broadcast a comparison of scalars.
     zero = tl.zeros_like(x)
     repetition, frequency, presence = zero + repetition, zero + frequency, zero + presence
-    repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
+    repeated = tl.where(x > 0, div(x, repetition), mul(x, repetition))
     x = tl.where(seen & (repetition != 1.0), repeated, x)
-    x = tl.where((count > 0) & (frequency != 0.0), x - frequency * count.to(tl.float32), x)
+    x = tl.where((count > 0) & (frequency != 0.0), x - mul(frequency, count.to(tl.float32)), x)
     return tl.where((count > 0) & (presence != 0.0), x - presence, x)
 
 
@@ -175,7 +176,7 @@ def edit(
         count_ids(drafted, drafted_length, counts, vocab, part, parts, False, BLOCK)
     if HAS_PROMPT:
         count_ids(prompt, prompt_length, counts, vocab, part, parts, True, BLOCK)
-    if HAS_PROMPT or HAS_OUTPUT or HAS_DRAFTS:
+    if (HAS_PROMPT or HAS_OUTPUT) or HAS_DRAFTS:  # Triton 3.3 knows no longer chains
         record = records + row * record_stride
         if (part < PARTS) & uses_history(record):
             history += row * history_stride + part * (history_stride // PARTS)

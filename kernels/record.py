@@ -5,23 +5,25 @@ import triton.language as tl
 
 from fastsample.params import specs
 
+from .versions import constexpr_function
+
 # (name, kind, choices) of each column. A constexpr is part of the key under which Triton caches a kernel, so a kernel
 # that was compiled for another table is never found.
 COLUMNS = tl.constexpr(tuple((name, spec.kind, spec.choices) for name, spec in specs()))
 
 
-@triton.constexpr_function
+@constexpr_function
 def column(name):
     """A parameter's position in the record."""
     return [known for known, _, _ in COLUMNS.value].index(name)
 
 
-@triton.constexpr_function
+@constexpr_function
 def is_float(name):
     return COLUMNS.value[column(name)][1] == "float"
 
 
-@triton.constexpr_function
+@constexpr_function
 def choice(name, value):
     """The number that stands for a choice of a parameter."""
     return COLUMNS.value[column(name)][2].index(value)

@@ -28,15 +28,21 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def load_chunk(row, chunk, BLOCK: tl.constexpr):
-    """Ids and logits of a chunk.
+def ids_of(row, chunk, BLOCK: tl.constexpr):
+    """Ids of a chunk, in rows of those that one thread loads at once.
 
     A thread's ids are one that it computes here and constants from there on, so that none of them lives in a register
     beyond the chunk.
     """
     vec: tl.constexpr = 128 // row.x.dtype.element_ty.primitive_bitwidth
     first = chunk * BLOCK + vec * tl.arange(0, BLOCK // vec)
-    ids = first[:, None] + tl.arange(0, vec)[None, :]
+    return first[:, None] + tl.arange(0, vec)[None, :]
+
+
+@triton.jit
+def load_chunk(row, chunk, BLOCK: tl.constexpr):
+    """Ids and logits of a chunk."""
+    ids = ids_of(row, chunk, BLOCK)
     return tl.reshape(ids, [BLOCK]), tl.reshape(load_x(row.x, ids, row.vocab), [BLOCK])
 
 
@@ -75,5 +81,29 @@ def find_chunk(row, sums, threshold, CHUNKS: tl.constexpr):
     """The first chunk whose running sum exceeds the threshold, and the sum of those before it."""
     index = tl.arange(0, CHUNKS)
     sums = tl.load(sums + index, mask=index < row.chunks, other=0)
-    chunk = tl.sum((tl.cumsum(sums, 0) <= threshold).to(tl.int32))
-    return chunk, tl.sum(tl.where(index < chunk, sums, 0))
+    passed = tl.cumsum(sums, 0) <= threshold
+    found = sums_of_each((passed.to(tl.int64), tl.where(passed, sums, 0)), 1)
+    at = tl.arange(0, 2)
+    return tl.sum(tl.where(at == 0, found, 0)).to(tl.int32), tl.sum(tl.where(at == 1, found, 0))
+
+
+@triton.jit
+def sums_of_each(blocks, BITS: tl.constexpr):
+    """The sums of 2^BITS blocks of one size.
+
+    In one reduction, which costs the barriers of one; and until Triton 3.7 each reduction in a loop, as all are in the
+    one over phases, takes a register for the whole of the loop.
+    """
+    shape: tl.constexpr = [blocks[0].shape[0], len(blocks)]
+    for _ in tl.static_range(BITS):
+        blocks = joined(blocks, len(blocks) // 2)
+    return tl.sum(tl.reshape(blocks[0], shape), 0)
+
+
+@triton.jit
+def joined(blocks, HALF: tl.constexpr):
+    """Half as many blocks: each with that which comes HALF later, along one dimension more."""
+    pairs = ()
+    for j in tl.static_range(HALF):
+        pairs = pairs + (tl.join(blocks[j], blocks[j + HALF]),)
+    return pairs

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .filters import floors_are_late, mass_floors, phases_on, top_k, top_p
+from .filters import cut, floors_are_late, mass_floors, phases_on, top_k, top_p
 from .kept import (
     Place,
     drawn_from,
@@ -46,9 +46,9 @@ from .keys import INT_MAX, KEY_INF, KEY_NAN, KEY_NEG_INF, LONG_MIN, from_key, id
 from .mass import MASS_BITS, drawn_scale, is_greedy, judged_scale, mass_of
 from .measured import narrow_by_measure, top_n_sigma, typical, xtc
 from .philox import draw_threshold, xtc_excludes
-from .process import penalise, repeat, uses_history
+from .process import load_x, penalise, repeat, uses_history
 from .record import choice, param
-from .row import Row, find_chunk, load_chunk, may_hold, meet, sum_of_chunks
+from .row import Row, find_chunk, ids_of, load_chunk, may_hold, meet, sum_of_chunks
 from .stats import measure
 from .verify import settle
 from .workspace import (
@@ -70,6 +70,7 @@ from .workspace import (
     TYPICAL,
     XTC,
     XTC_TOPS,
+    cutting_bits,
     first_phase,
     measuring_bits,
     phase_bits,
@@ -95,14 +96,15 @@ def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, PROBS: tl.constexpr, B
     presence = param(row.record, "presence_penalty")
     repeats = uses_history(row.record)
     for chunk in range(row.begin, row.end):
-        ids, value = load_chunk(row, chunk, BLOCK)
+        ids = ids_of(row, chunk, BLOCK)
+        value = load_x(row.x, ids, row.vocab)
         if HAS_COUNTS:
             count = tl.load(counts + ids, mask=ids < row.vocab, other=0)
             value = penalise(value, count, repetition, frequency, presence)
             if repeats:
                 value = repeat(value, ids, row.vocab, counts, x_stride, row.record)
             tl.store(row.x + ids, value, mask=ids < row.vocab)
-        key = key_of(value)
+        ids, key = tl.reshape(ids, [BLOCK]), key_of(tl.reshape(value, [BLOCK]))
         if PROBS:
             key = checked(key, ids, row.vocab)
         best = tl.maximum(best, ranked(key, ids))
@@ -245,31 +247,33 @@ def is_filtered(row, best):
 
 
 @triton.jit
-def after_scan(
-    row, draws, first, last,
+def filter_row(
+    row, first, last,
     ROUNDS: tl.constexpr, SPLIT: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stages 5 to 8: phases first to last - 1."""
+    """Stages 6 and 7, and what is kept weighed: phases first to last - 1, but for the draw."""
     best = best_of(row)
     peak = from_key(key_in(best))
     scale = judged_scale(row.record, peak, PROBS)
     typical_first = param(row.record, "order") == choice("order", "temperature_last")
-    on = phases_on(row.record, row.vocab, ROUNDS) | phase_bits("weigh", ROUNDS)
+    on, weighing = phases_on(row.record, row.vocab, ROUNDS), first_phase("weigh", ROUNDS)
     if PROBS:
         on |= phase_bits("mass_floors", ROUNDS)
-    on = tl.where(is_filtered(row, best), on, 0) | phase_bits("draw", ROUNDS)
-    for number in range(first, last):
+    on = tl.where(is_filtered(row, best), on, 0)
+    for number in range(first, tl.minimum(last, weighing)):
         phase = in_order(number, typical_first, ROUNDS)
         if (on >> phase) & 1 != 0:
             if PROBS and phase < first_phase("top_n_sigma", ROUNDS):
                 probability_floors(row, peak, scale, SPLIT)
             elif phase < first_phase("top_k", ROUNDS):
                 top_n_sigma(row, phase - first_phase("top_n_sigma", ROUNDS), peak, SPLIT, VEC, BLOCK)
+            elif (tl.full([], cutting_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
+                cut(row, phase, peak, scale, ROUNDS, SPLIT, CHUNKS, BLOCK)
             elif phase < first_phase("top_p", ROUNDS):
-                top_k(row, phase - first_phase("top_k", ROUNDS), ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+                top_k(row, phase - first_phase("top_k", ROUNDS), SPLIT, VEC, BLOCK)
             elif phase < first_phase("typical", ROUNDS):
-                top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, ROUNDS, SPLIT, CHUNKS, VEC, BLOCK)
+                top_p(row, phase - first_phase("top_p", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
             elif (tl.full([], measuring_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
                 measure(row, measure_at(phase, ROUNDS), peak, scale, PROBS, VEC, BLOCK)
                 meet(row, SPLIT)
@@ -277,13 +281,11 @@ def after_scan(
                 typical(row, phase - first_phase("typical", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
             elif phase < first_phase("xtc", ROUNDS):
                 narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of(peak, peak, scale), SPLIT)
-            elif phase < first_phase("weigh", ROUNDS):
-                xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
-            elif phase < first_phase("draw", ROUNDS):
-                weigh(row, peak, scale, PROBS, BLOCK)
-                meet(row, SPLIT)
             else:
-                finish(row, draws, PROBS, CHUNKS, BLOCK)
+                xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
+    if is_filtered(row, best) & (first <= weighing) & (last > weighing):
+        weigh(row, peak, scale, PROBS, BLOCK)
+        meet(row, SPLIT)
 
 
 @triton.jit
@@ -308,6 +310,7 @@ def finish(row, draws, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def in_order(number, typical_first, ROUNDS: tl.constexpr):
     """The phase that comes at a number: in "temperature_last", those of typical come before top-p's."""
+    number = tl.full([], 0, tl.int32) + number  # the interpreter's is no tensor
     begin, middle = first_phase("top_p", ROUNDS), first_phase("typical", ROUNDS)
     end = first_phase("late_floors", ROUNDS)
     later = number - (end - middle)
@@ -372,12 +375,13 @@ def sample(
     if first == 0:
         scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, BLOCK)
         meet(row, SPLIT)
-    request, step = at, tl.full([], 0, tl.int64)
-    if VERIFIES:
-        request, step = at // width, at % width
-    seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
-    draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
-    after_scan(row, draws, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)
-    if VERIFIES:
-        drawn = (part == 0) & (last == first_phase("end", ROUNDS))
-        settle(drawn, at, width, drafts, tokens, status, accepted, ends, arrivals)
+    filter_row(row, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)
+    if last == first_phase("end", ROUNDS):
+        request, step = at, tl.full([], 0, tl.int64)
+        if VERIFIES:
+            request, step = at // width, at % width
+        seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
+        draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
+        finish(row, draws, PROBS, CHUNKS, BLOCK)
+        if VERIFIES:
+            settle(part == 0, at, width, drafts, tokens, status, accepted, ends, arrivals)

@@ -10,7 +10,7 @@ import triton.language as tl
 from .kept import Place, keeps, load_kept, narrow_above, place_at, store_kept
 from .keys import INT_MAX, INT_MIN, key_of
 from .mass import mass_of
-from .row import find_chunk, load_chunk, meet
+from .row import find_chunk, load_chunk, meet, sums_of_each
 from .workspace import ABOVE, BITS, CUT, DIGITS, LOW, NTH, SUMS
 
 
@@ -53,9 +53,10 @@ def add_above(
     """
     weighted: tl.constexpr = base is not None
     centred: tl.constexpr = mean is not None
-    shift = 32 - BITS * (turn + 1)
-    total = (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),) * DIGITS
-    one = tl.full([], 1, tl.int32)
+    shift = tl.full([], 32, tl.int32) - BITS * (turn + 1)
+    total = ()
+    for _ in tl.static_range(DIGITS):
+        total = total + (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),)
     lowest = base.low.key if centred else tl.maximum(low, base.low.key) if weighted else low
     for chunk in range(row.begin, row.end):
         # What lies below every pivot, or below the base set, adds nothing.
@@ -69,15 +70,17 @@ def add_above(
                 weight = tl.full([BLOCK], 1, tl.int32)
             if centred:
                 key = -tl.abs(value - mean).to(tl.int32, bitcast=True)  # the order of the bits is that of the distance
+            # The digit, or more where a key is above this round's bracket: compared with constants, not with 16 pivots.
+            digit = (key.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)) >> shift.to(tl.uint32)
+            weight = tl.where(key >= low, weight, 0)
             # The VEC neighbours that one thread loads are added without leaving it.
-            key, weight = tl.reshape(key, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
+            digit, weight = tl.reshape(digit, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
             more = ()
             for j in tl.static_range(DIGITS):
-                more = more + (total[j] + tl.sum(tl.where(key >= low + j * (one << shift), weight, 0), 1),)
+                more = more + (total[j] + tl.sum(tl.where(digit >= j, weight, 0), 1),)
             total = more
-    sums = selection + SUMS + turn * DIGITS
-    for j in tl.static_range(DIGITS):
-        tl.atomic_add(sums + j, tl.sum(total[j]).to(tl.int64), sem="relaxed")
+    sums = selection + SUMS + turn * DIGITS + tl.arange(0, DIGITS)
+    tl.atomic_add(sums, sums_of_each(total, BITS).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -109,7 +112,7 @@ def cut_equal(row, selection, SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: 
             chunk, before = find_chunk(row, row.chunk_sums, nth - 1, CHUNKS)
             ids, value = load_chunk(row, chunk, BLOCK)
             same = (key_of(value) == key) & (ids < row.vocab)
-            running = before + tl.cumsum(same.to(tl.int64), 0)
-            last = chunk * BLOCK + tl.sum((running < nth).to(tl.int32))
+            running = tl.cumsum(same.to(tl.int32), 0)
+            last = chunk * BLOCK + tl.sum((running < (nth - before).to(tl.int32)).to(tl.int32))
             store_kept(row.ws, narrow_above(load_kept(row.ws), place_at(key, last)))
         meet(row, SPLIT)

@@ -11,7 +11,8 @@ from .kept import Place, keeps, load_kept
 from .keys import key_of
 from .mass import MASS_FLOOR, mass_of
 from .process import NEG_INF
-from .row import load_chunk, may_hold
+from .rounded import mul
+from .row import load_chunk, may_hold, sums_of_each
 from .workspace import (
     COUNT,
     DISTANCES,
@@ -63,10 +64,7 @@ def measure(row, which, peak, scale, PROBS: tl.constexpr, VEC: tl.constexpr, BLO
             squares += by_thread(lower * lower, VEC, BLOCK)
             heaviest = tl.maximum(heaviest, tl.max(tl.reshape(w, [BLOCK // VEC, VEC]), 1))
     sums = sums_of(row.ws, which)
-    tl.atomic_add(sums + MASS, tl.sum(mass), sem="relaxed")
-    tl.atomic_add(sums + HIGH_SUM, tl.sum(high), sem="relaxed")
-    tl.atomic_add(sums + LOW_SUM, tl.sum(low), sem="relaxed")
-    tl.atomic_add(sums + LOW_SQUARES, tl.sum(squares), sem="relaxed")
+    tl.atomic_add(sums + MASS + tl.arange(0, 4), sums_of_each((mass, high, low, squares), 2), sem="relaxed")
     tl.atomic_max(sums + HEAVIEST, tl.max(heaviest), sem="relaxed")
 
 
@@ -81,7 +79,7 @@ def depth_of(x, peak, scale):
 def mean_depth(sums):
     """E, float64."""
     high, low = tl.load(sums + HIGH_SUM).to(tl.float64), tl.load(sums + LOW_SUM).to(tl.float64)
-    return divide(high * 1048576.0 + low, tl.load(sums + MASS).to(tl.float64))
+    return divide(mul(high, 1048576.0) + low, tl.load(sums + MASS).to(tl.float64))
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def mean_logit(sums, peak, scale):
 def sum_of_squares(sums):
     """Q, float64."""
     high, cross = tl.load(sums + HIGH_SUM).to(tl.float64), (2 * tl.load(sums + LOW_SUM)).to(tl.float64)
-    return (high * 1048576.0 + cross) * 1048576.0 + tl.load(sums + LOW_SQUARES).to(tl.float64)
+    return mul(mul(high, 1048576.0) + cross, 1048576.0) + tl.load(sums + LOW_SQUARES).to(tl.float64)
 
 
 @triton.jit
@@ -111,9 +109,9 @@ def measure_spread(row, peak, VEC: tl.constexpr, BLOCK: tl.constexpr):
         distances += by_thread(d, VEC, BLOCK)
         squares += by_thread(d * d, VEC, BLOCK)
     sums = sums_of(row.ws, TOP_N_SIGMA)
-    tl.atomic_add(sums + COUNT, tl.sum(count), sem="relaxed")
-    tl.atomic_add(sums + DISTANCES, tl.sum(distances), sem="relaxed")
-    tl.atomic_add(sums + SQUARES, tl.sum(squares), sem="relaxed")
+    nothing = tl.zeros_like(count)
+    found = sums_of_each((count, distances, squares, nothing), 2)
+    tl.atomic_add(sums + COUNT + tl.arange(0, 4), found, sem="relaxed")
 
 
 @triton.jit
@@ -121,7 +119,7 @@ def deviation(sums):
     """sigma, the standard deviation of the logits, float64."""
     count = tl.load(sums + COUNT).to(tl.float64)
     mean = divide(tl.load(sums + DISTANCES).to(tl.float64), count)
-    variance = divide(tl.load(sums + SQUARES).to(tl.float64), count) - mean * mean
+    variance = divide(tl.load(sums + SQUARES).to(tl.float64), count) - mul(mean, mean)
     return tl.sqrt(tl.where(variance > 0, variance, 0.0)) * 0.00048828125
 
 

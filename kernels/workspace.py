@@ -1,7 +1,8 @@
 """The phases of `sample` and the slots of a row's workspace, for the kernels and for the host that launches them."""
 
-import triton
 import triton.language as tl
+
+from .versions import constexpr_function
 
 BITS = tl.constexpr(4)  # of a key, which one round of a selection resolves
 DIGITS = tl.constexpr(16)
@@ -33,7 +34,7 @@ STEPS = tl.constexpr(
 )
 
 
-@triton.constexpr_function
+@constexpr_function
 def first_phase(step, rounds):
     """Number of a step's first phase, where a selection takes that many rounds."""
     phase = 0
@@ -44,25 +45,31 @@ def first_phase(step, rounds):
     raise KeyError(step)
 
 
-@triton.constexpr_function
+@constexpr_function
 def after(step):
     """The step that follows."""
     names = [name for name, _, _ in STEPS.value]
     return names[names.index(step) + 1]
 
 
-@triton.constexpr_function
+@constexpr_function
 def phase_bits(step, rounds):
     """A step's phases, as bits."""
     first, end = first_phase(step, rounds), first_phase(after(step), rounds)
     return (1 << end) - (1 << first)
 
 
-@triton.constexpr_function
+@constexpr_function
 def measuring_bits(rounds):
     """The phases that measure what a filter needs to know of the tokens kept so far."""
     steps = ("typical", "late_floors", "epsilon", "eta", "top_a", "p_less", "xtc")
     return sum(1 << first_phase(step, rounds) for step in steps)
+
+
+@constexpr_function
+def cutting_bits(rounds):
+    """The phases after the rounds of top-k and top-p."""
+    return sum(3 << (first_phase(after(step), rounds) - 2) for step in ("top_k", "top_p"))
 
 
 # A row's slots, int64 each.
@@ -77,7 +84,7 @@ CHUNK_SUMS = tl.constexpr(192 + 3 * 192 + 256)  # [2, chunks], then the chunks' 
 
 # What is measured, by its row in MEASURES.
 TOP_N_SIGMA, TYPICAL, LATE_FLOORS, EPSILON, ETA, TOP_A, P_LESS, XTC, XTC_TOPS = map(tl.constexpr, range(9))
-# Sums of a set (stats.py); of top-n-sigma and XTC's top choices, others.
+# Sums of a set (stats.py), the first four in this order; of top-n-sigma and XTC's top choices, others.
 MASS, HIGH_SUM, LOW_SUM, LOW_SQUARES, HEAVIEST = map(tl.constexpr, range(5))
 COUNT, DISTANCES, SQUARES, LAST = map(tl.constexpr, range(4))
 
@@ -87,7 +94,7 @@ LOW, ABOVE = tl.constexpr(128), tl.constexpr(128 + 16)  # [9], before each round
 TARGET, CUT, NTH = tl.constexpr(160), tl.constexpr(161), tl.constexpr(162)
 
 
-@triton.constexpr_function
+@constexpr_function
 def words(chunks):
     """Size of a row's workspace."""
     return CHUNK_SUMS.value + 3 * chunks

@@ -24,7 +24,7 @@ PROGRAMS_PER_SM = 2  # as many as fit at once, which the barrier relies on (test
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
 ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits each, from the top: what its keys need
 EDIT_PARTS = 8
-OLDEST = (3, 7)  # supported version of Triton
+OLDEST = (3, 3)  # version of Triton that has cooperative launches, and tuples in kernels
 MIN_CHUNKS = 128  # smaller sizes are not worth a kernel of their own
 WORDS = 128  # of a kept set that are listed at once
 
@@ -138,7 +138,7 @@ def _why_not_kernels() -> str | None:
     try:
         found = import_module("triton").__version__
         if tuple(map(int, found.split(".")[:2])) < OLDEST:
-            return f"Triton {found} is too old: before {'.'.join(map(str, OLDEST))} its divisions flush denormals to 0"
+            return f"Triton {found} is too old: before {'.'.join(map(str, OLDEST))} it has no cooperative launches"
         kernels("sample")
     except ImportError as error:
         return f"the kernels cannot be imported: {error}"

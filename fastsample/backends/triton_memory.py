@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
-from fastsample.params import SamplingParams
+from fastsample.params import SamplingParams, specs
 
 Tensor = torch.Tensor
 
@@ -18,7 +19,11 @@ Tensor = torch.Tensor
 @cache
 def kernels(stem: str) -> Any:
     """The module fastsample.kernels.<stem>; imports triton."""
-    return import_module(f"fastsample.kernels.{stem}")
+    module, versions = (import_module(f"fastsample.kernels.{name}") for name in (stem, "versions"))
+    if versions.OLD:
+        folder = Path(str(module.__file__)).parent
+        versions.mark(module, "".join(path.read_text() for path in sorted(folder.glob("*.py"))) + repr(specs()))
+    return module
 
 
 def history_words(ids: int) -> int:

@@ -126,7 +126,8 @@ def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor
         str(folder / "jobs.json"),
         str(folder / "out.pt"),
     ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))  # which may have another Triton
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "out.pt")
@@ -398,9 +399,9 @@ def test_a_broken_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_old_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("triton.__version__", "3.5.1")
+    monkeypatch.setattr("triton.__version__", "3.2.0")
     monkeypatch.setattr(adapter, "_why_not_kernels", cache(adapter._why_not_kernels.__wrapped__))
-    reason = "Triton 3.5.1 is too old: before 3.7 its divisions flush denormals to 0"
+    reason = "Triton 3.2.0 is too old: before 3.3 it has no cooperative launches"
     assert engine("triton").why_not(torch.zeros(1, 9)) == reason
 
 
@@ -439,6 +440,21 @@ print(record.column("temperature"), *(kernel.cache_key for kernel in kernels))
     assert one == again
     assert (int(one[0]), int(other[0])) == (0, len(specs()) - 1)
     assert not set(one) & set(other)
+
+
+def test_old_tritons_too_find_no_kernel_of_other_constants() -> None:
+    """Their keys have no constexprs, so what the kernels are made of is put into their sources."""
+    code = """
+from fastsample.backends import triton_memory
+from fastsample.kernels import outputs, versions
+versions.OLD = True
+if NO_TABLE:
+    triton_memory.specs = lambda: ()
+print(triton_memory.kernels("outputs").write.cache_key)
+"""
+    one, again, other = (python(f"NO_TABLE = {flag}" + code) for flag in (False, False, True))
+    assert one == again
+    assert one != other
 
 
 def test_the_kernels_read_every_parameter() -> None:

@@ -118,7 +118,7 @@ def patch_once() -> None:
         if modules not in done:
             done.add(modules)
             patch(fn)
-        return interpreter._LangPatchScope()
+        return getattr(interpreter, "_LangPatchScope", lambda: None)()  # which Triton 3.4 and 3.5 do not have
 
     interpreter._patch_lang = once
     object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
