@@ -46,9 +46,8 @@ POINTERS = {
 # Bytes of spilled registers that are let pass: a few loads of local memory a phase, none of them for each logit. Until
 # Triton 3.7, each reduction in a loop holds a register for all of the loop, and that over phases has many; and ptxas
 # spills for sm_120 at a pressure that it bears elsewhere.
-SPILLS = dict.fromkeys(TARGETS, 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64) | {
-    "sm_120": 64
-}
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+SPILLS = {target: 64 if OLD or target == "sm_120" else 0 for target in TARGETS}
 ALIGNED = ("x_stride", "stride", "vocab")  # as they are when a vocabulary is a multiple of 16
 
 
