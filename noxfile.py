@@ -143,6 +143,13 @@ def mlx_lm(session: nox.Session) -> None:
 
 
 @nox.session
+def arrays(session: nox.Session) -> None:
+    """Arrays of JAX, MLX and ONNX Runtime where a call takes a tensor."""
+    install(session, "", *TOOLS, "jax", "mlx[cpu]; platform_system == 'Linux'", "onnxruntime")
+    session.run("pytest", *ALL, *_test_files(["arrays"]), *session.posargs)
+
+
+@nox.session
 def smollm2(session: nox.Session) -> None:
     """A real model from PyPI: what the commands make of it, and the recorded rows made anew."""
     install(session, "[gguf,grammar,bench]", *TOOLS)
