@@ -48,7 +48,7 @@ def with_value(value: float, x: torch.Tensor = X) -> torch.Tensor:
 Row = tuple[str, str, dict[str, Any]]  # argument, what is sent, how
 
 REFUSED: list[Row] = [
-    ("logits", "a list, an array", {"logits": [[1.0]]}),
+    ("logits", "a list", {"logits": [[1.0]]}),
     ("logits", "float64 (integers, bool, complex, float8)", {"logits": X.double()}),
     ("logits", "sparse", {"logits": X.to_sparse()}),
     ("logits", "nested", {"logits": torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged)}),
@@ -152,6 +152,13 @@ SERVED: list[tuple[str, str, str, Callable[[], torch.Tensor], Callable[[torch.Te
         "rows apart, expanded, in shared memory",
         "served, not copied",
         plain(X.repeat(1, 2)[:, :V]),
+        same_as(plain()),
+    ),
+    (
+        "logits",
+        "an array of NumPy, MLX, JAX, ..., read-only, in any byte order",
+        "read where it lies, if torch can",
+        plain(X.numpy().astype(">f4")),
         same_as(plain()),
     ),
     ("logits", "[0, V]", "empty results", plain(X[:0]), lambda got: got.shape == (0, V)),
