@@ -24,7 +24,7 @@ from fastsample.integrations.transformers import fs_generate
 
 DATA = Path(__file__).parent / "data"
 ROWS, STORY = "smollm2-bfloat16.xz", "smollm2-bfloat16.json"
-EACH, TOKENS, SEED = 8, 64, 11
+EACH, TOKENS, SEED = 13, 64, 11
 OPENINGS = {  # the kind, and whether it is a user's message
     "documentation": [
         "A sampler must read each logit once. The ratio to that time says what a step costs beyond it. From memory, "

@@ -32,9 +32,9 @@ _PROTOCOLS = ("__dlpack__", "__array_interface__", "__array__", "__cuda_array_in
 
 
 def as_array(name: str, value: Any) -> Any:
-    """An array of another library as one of NumPy's, or where that has no such thing as a tensor; all else as it is.
+    """An array of another library as a tensor, or as one of NumPy's where it holds integers; all else as it is.
 
-    Numbers on a CPU become an array, since integers of a tensor may mean 64 bits, which those of an array never do.
+    Integers of a tensor may stand for the bits of 64-bit words, which those of an array never do.
     """
     kind = type(value)
     if kind in _PLAIN or isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
@@ -43,7 +43,7 @@ def as_array(name: str, value: Any) -> Any:
     if not any(hasattr(kind, protocol) or protocol in own for protocol in _PROTOCOLS):
         return value
     found = _shared(name, value)
-    if isinstance(found, torch.Tensor) and found.device.type == "cpu" and found.dtype != torch.bfloat16:
+    if isinstance(found, torch.Tensor) and found.device.type == "cpu" and not found.is_floating_point():
         return found.numpy()
     return found
 
