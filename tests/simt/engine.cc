@@ -31,6 +31,7 @@ struct Launch {
     const int64_t blocks = (int64_t)plan.teams * plan.parts;
     const int cluster = plan.policy == kClusterPolicy ? plan.parts : 1;
     const int64_t together = plan.policy == kGridPolicy ? blocks : cluster;
+    simt::settings.parts = plan.parts;
     failure =
         simt::run(blocks, plan.threads, (size_t)plan.shared, together, cluster, call.run, &call);
     return failure ? 1 : 0;
@@ -101,6 +102,11 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
   const int64_t itemsize = l.dtype == kFloat32 ? 4 : 2;
   simt::settings.logits_begin = (const char*)l.data;
   simt::settings.logits_end = (const char*)l.data + ((l.rows - 1) * l.stride + l.vocab) * itemsize;
+  const int64_t vectors = vectors_per_block(shape_of(batch), plan.parts, plan.threads);
+  simt::settings.held_begin = sizeof(Shared);
+  simt::settings.held_end = sizeof(Shared) + (plan.policy == kClusterPolicy ? 16 * vectors : 0);
+  simt::settings.semaphores = (const char*)ws.semaphores;
+  simt::settings.semaphores_end = simt::settings.semaphores + (ws.semaphores ? kSemaphoreBytes : 0);
   simt::counters = {};
   failure = nullptr;
   if (l.rows == 0) return nullptr;

@@ -53,6 +53,7 @@ namespace simt {
 Settings settings;
 Counters counters;
 Place* here;
+void (*warp_met)(void* warp);
 
 namespace {
 
@@ -74,6 +75,7 @@ struct Block {
   Meeting* cluster;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> shared;
+  size_t shared_size;
   Block* first_of_cluster;
   Index index;
 };
@@ -106,6 +108,7 @@ Body body;
 const void* body_context;
 const char* failure;
 std::vector<char*> free_stacks;
+std::vector<Block>* blocks_running;
 
 void to_scheduler() {
   Fiber* self = current;
@@ -165,16 +168,23 @@ void resume(Fiber* fiber) {
 #endif
 }
 
-void wait(Meeting& meeting) {
+// Returns whether the calling thread was the last to come.
+bool wait(Meeting& meeting) {
   const uint64_t seen = meeting.generation;
   if (++meeting.arrived == meeting.members) {
     meeting.arrived = 0;
     ++meeting.generation;
-    return;
+    return true;
   }
   current->waits_for = &meeting.generation;
   current->seen = seen;
   to_scheduler();
+  return false;
+}
+
+void met(Block& block) {
+  if (!warp_met) return;
+  for (Warp& warp : block.warps) warp_met(&warp);
 }
 
 char* take_stack() {
@@ -261,6 +271,7 @@ void run_together(int64_t first, int64_t blocks, int64_t grid, int threads, size
     block.warps.resize((size_t)threads / 32);
     for (Warp& warp : block.warps) warp.meeting.members = 32;
     block.shared.reset(new char[shared]);
+    block.shared_size = shared;
     memset(block.shared.get(), 0xA5, shared);  // nothing may rely on zeros
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[(size_t)(b * threads + t)];
@@ -277,7 +288,9 @@ void run_together(int64_t first, int64_t blocks, int64_t grid, int threads, size
     }
   }
   arrange(order, random);
+  blocks_running = &all;
   schedule(std::move(order));
+  for (Block& block : all) met(block);
 }
 
 bool skipped(const char* file, int line) {
@@ -291,12 +304,16 @@ bool skipped(const char* file, int line) {
 void block_barrier(const char* file, int line) {
   if (skipped(file, line)) return;
   if (threadIdx.x == 0) ++counters.barriers;
-  wait(current->block->meeting);
+  Block& block = *current->block;
+  if (wait(block.meeting)) met(block);
 }
 
 void cluster_barrier() {
-  if (threadIdx.x == 0) ++counters.barriers;
-  wait(*current->block->cluster);
+  Block* first = current->block->first_of_cluster;
+  Meeting& cluster = *current->block->cluster;
+  if (!wait(cluster)) return;
+  ++counters.team_barriers;
+  for (int i = 0; i < cluster.members / (int)blockDim.x; ++i) met(first[i]);
 }
 
 void pause() {
@@ -313,7 +330,7 @@ uint64_t exchange(uint64_t mine, int from) {
   uint64_t* given = warp.given[warp.meeting.generation & 1];
   given[threadIdx.x & 31] = mine;
   ++counters.warp_operations;
-  wait(warp.meeting);
+  if (wait(warp.meeting) && warp_met) warp_met(&warp);
   return given[from];
 }
 
@@ -322,7 +339,7 @@ uint32_t vote(bool mine) {
   uint64_t* given = warp.given[warp.meeting.generation & 1];
   given[threadIdx.x & 31] = mine;
   ++counters.warp_operations;
-  wait(warp.meeting);
+  if (wait(warp.meeting) && warp_met) warp_met(&warp);
   uint32_t bits = 0;
   for (int i = 0; i < 32; ++i) bits |= (uint32_t)given[i] << i;
   return bits;
@@ -334,15 +351,39 @@ void count_read(const void* p, size_t bytes) {
   (logits ? counters.logit_bytes : counters.other_bytes) += (int64_t)bytes;
 }
 
+bool is_shared(const void* p) {
+  for (const Block& block : *blocks_running) {
+    const char* begin = block.shared.get();
+    if (p >= begin && p < begin + block.shared_size) return true;
+  }
+  return false;
+}
+
+void count_atomic(const void* p, size_t bytes) {
+  ++counters.atomics;
+  counters.wide_shared_atomics += bytes == 8 && is_shared(p);
+  // The team's first block adds the most, which the others' cannot be told from: each counts its part.
+  static int64_t parts = 0;
+  if (p < settings.semaphores || p >= settings.semaphores_end) return;
+  if (++parts % settings.parts == 0) ++counters.team_barriers;
+}
+
+Running running() {
+  Block& block = *current->block;
+  return Running{current->warp, block.shared.get(), block.shared_size, simt_lane()};
+}
+
 const char* run(int64_t grid, int threads, size_t shared, int64_t together, int cluster, Body b,
                 const void* context) {
   std::mt19937_64 random(settings.seed);
+  ++counters.launches;
   failure = nullptr;
   body = b;
   body_context = context;
   for (int64_t first = 0; first < grid && !failure; first += together) {
     run_together(first, std::min(together, grid - first), grid, threads, shared, cluster, random);
   }
+  here = nullptr;
   return failure;
 }
 

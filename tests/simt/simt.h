@@ -27,14 +27,22 @@ struct Index {
 
 enum Order : int { kAscending = 0, kDescending = 1, kShuffled = 2, kWarpByWarp = 3 };
 
-// What a launch did.
+// What the launches of a call did.
 struct Counters {
+  int64_t launches;
   int64_t logit_bytes;    // read from the logits
   int64_t other_bytes;    // read from other device memory through load_global
   int64_t written_bytes;  // through store_global
-  int64_t barriers;       // once for each block that passes
+  int64_t barriers;       // of blocks, once for each block that passes
+  int64_t team_barriers;  // of clusters, and of a grid's teams
   int64_t warp_operations;
   int64_t atomics;
+  int64_t wide_shared_atomics;  // of 64 bits, in shared memory, which hardware does not have
+  // Of the library that counts (counts.cc) alone:
+  int64_t held_bytes;  // read from the row that shared memory holds
+  int64_t remote;      // accesses to another block's shared memory, each lane's
+  int64_t phases;      // a warp's accesses to its own: 1 for 4 bytes a lane, 2 for 8, 4 for 16
+  int64_t wavefronts;  // what those take: as many as the words that one bank has of a phase
 };
 
 struct Settings {
@@ -44,6 +52,9 @@ struct Settings {
   int skip_line;
   const char* logits_begin;
   const char* logits_end;
+  size_t held_begin, held_end;           // within a block's shared memory: the row
+  const char *semaphores, *semaphores_end;  // of a grid's teams
+  int parts;                             // blocks of a team
 };
 
 extern Settings settings;
@@ -73,6 +84,19 @@ const char* run(int64_t grid, int block, size_t shared, int64_t together, int cl
                 const void* context);
 
 void count_read(const void* p, size_t bytes);
+void count_atomic(const void* p, size_t bytes);
+
+// What counts.cc needs to know of the running thread.
+struct Running {
+  void* warp;
+  char* shared;  // of its block
+  size_t shared_size;
+  int lane;
+};
+Running running();
+bool is_shared(const void* p);  // by any block
+// Called when all lanes of a warp have met: what they have done till then lies side by side.
+extern void (*warp_met)(void* warp);
 
 }  // namespace simt
 
@@ -118,25 +142,25 @@ inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long
 // One fiber runs at a time, so plain operations are atomic.
 template <class T>
 inline T atomicAdd(T* p, T value) {
-  ++simt::counters.atomics;
+  simt::count_atomic(p, sizeof *p);
   const T before = *p;
   *p = (T)(before + value);
   return before;
 }
 inline uint32_t atomicOr(uint32_t* p, uint32_t value) {
-  ++simt::counters.atomics;
+  simt::count_atomic(p, sizeof *p);
   const uint32_t before = *p;
   *p |= value;
   return before;
 }
 inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
-  ++simt::counters.atomics;
+  simt::count_atomic(p, sizeof *p);
   const uint32_t before = *p;
   if (value > before) *p = value;
   return before;
 }
 inline int32_t atomicCAS(int32_t* p, int32_t expected, int32_t value) {
-  ++simt::counters.atomics;
+  simt::count_atomic(p, sizeof *p);
   const int32_t before = *p;
   if (before == expected) *p = value;
   return before;

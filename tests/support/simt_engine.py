@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ HERE = Path(__file__).parents[1]
 CSRC = HERE.parent / "csrc"
 FLAGS = ("-std=c++17", "-O2", "-g1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
 QUIET = ("-Wno-unknown-pragmas", "-Wno-psabi")
+COUNTED = ("-O1", "-fsanitize=thread")  # calls at every access, to the functions of counts.cc
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 POLICIES = {"auto": -1, "cluster": 0, "block": 1, "grid": 2}
 ORDERS = ("ascending", "descending", "shuffled", "warp by warp")
@@ -41,23 +42,20 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-def build(folder: Path, sanitize: bool = False) -> Path:
-    """The library, compiled from the same .cuh files that nvcc gets."""
+def build(folder: Path, sanitize: bool = False, count: bool = False) -> Path:
+    """The library, compiled from the same .cuh files that nvcc gets; `count`: with all of `Counters`."""
     chosen = compiler()
     assert chosen is not None, "there is no C++ compiler"
-    target = folder / ("simt-sanitized.so" if sanitize else "simt.so")
-    sources = [str(HERE / "simt" / name) for name in ("simt.cc", "engine.cc")]
-    command = [
-        chosen,
-        *FLAGS,
-        *QUIET,
-        *(SANITIZERS if sanitize else ()),
-        f"-I{CSRC}",
-        f"-I{HERE / 'simt'}",
-        "-o",
-        str(target),
-    ]
-    done = subprocess.run([*command, *sources], capture_output=True, text=True)
+    target = folder / ("simt-sanitized.so" if sanitize else "simt-counted.so" if count else "simt.so")
+    flags = [*FLAGS, *QUIET, *(SANITIZERS if sanitize else ()), f"-I{CSRC}", f"-I{HERE / 'simt'}"]
+    objects = []
+    for name in ("simt", "engine", *(("counts",) if count else ())):
+        objects.append(folder / f"{target.stem}-{name}.o")
+        more = COUNTED if count and name == "engine" else ()
+        command = [chosen, *flags, *more, "-c", str(HERE / "simt" / f"{name}.cc"), "-o", str(objects[-1])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    done = subprocess.run([chosen, *flags, "-o", target, *objects], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return target
 
@@ -77,14 +75,21 @@ class How:
 
 @dataclass(frozen=True)
 class Counters:
-    """What the last launch did."""
+    """What the last call did: see simt.h. The last four are of a library that counts."""
 
+    launches: int
     logit_bytes: int
     other_bytes: int
     written_bytes: int
     barriers: int
+    team_barriers: int
     warp_operations: int
     atomics: int
+    wide_shared_atomics: int
+    held_bytes: int
+    remote: int
+    phases: int
+    wavefronts: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class Simt:
         return tuple(chosen)
 
     def counters(self) -> Counters:
-        found = (ctypes.c_int64 * 6)()
+        found = (ctypes.c_int64 * len(fields(Counters)))()
         self._library.simt_counters(found)
         return Counters(*found)
 
