@@ -19,9 +19,11 @@ constexpr uint32_t kWholeWarp = 0xffffffffu;
 
 FS_DEVICE int lane() { return (int)(threadIdx.x & 31); }
 FS_DEVICE int warp() { return (int)(threadIdx.x >> 5); }
-FS_DEVICE int warps() { return (int)(blockDim.x >> 5); }
 
 #if defined(__CUDACC__)
+
+// Every launch has as many, so that loops over a block's threads divide by a constant.
+FS_DEVICE int threads() { return kThreads; }
 
 FS_DEVICE char* shared_memory() {
   extern __shared__ Vec16 fastsample_shared[];
@@ -69,5 +71,7 @@ FS_DEVICE T* of_cluster_block(T* mine, int) {
 #endif
 
 #endif  // __CUDACC__
+
+FS_DEVICE int warps() { return threads() / 32; }
 
 }  // namespace fastsample

@@ -49,11 +49,11 @@ FS_DEVICE Breakers read_breakers(const Batch& batch, int64_t r, uint32_t* bits) 
   if (!given.data) return Breakers{};
   const Breakers breakers = {ids_of(given, r), given.length, bits, vocab <= Breakers::kBits};
 #pragma unroll 1
-  for (int32_t i = (int32_t)threadIdx.x; i < Breakers::kBits / 32; i += (int32_t)blockDim.x) {
+  for (int32_t i = (int32_t)threadIdx.x; i < Breakers::kBits / 32; i += threads()) {
     bits[i] = 0;
   }
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < given.length; i += blockDim.x) {
+  for (int64_t i = threadIdx.x; i < given.length; i += threads()) {
     const int64_t id = load_global(breakers.ids + i);
     if (id < 0 || id >= vocab) continue;
     const int32_t bit = (int32_t)id % Breakers::kBits;
@@ -70,7 +70,7 @@ FS_DEVICE History collect_history(const Batch& batch, int64_t r, const RowParams
   const int32_t vocab = batch.logits.vocab;
   const auto inside = [&](int64_t id) { return id >= 0 && id < vocab; };
   const Breakers breakers = p.dry_multiplier > 0.0f ? read_breakers(batch, r, bits) : Breakers{};
-  const int64_t all = ids_of_a_row(rows), each = ceil_div(all, blockDim.x);
+  const int64_t all = ids_of_a_row(rows), each = ceil_div(all, threads());
   const int64_t begin = each * threadIdx.x, end = begin + each < all ? begin + each : all;
   u64 count = 0, total;
   for (int64_t i = begin; i < end; ++i) count += inside(id_from_end(rows, r, i));
@@ -92,7 +92,7 @@ FS_DEVICE History collect_history(const Batch& batch, int64_t r, const RowParams
   if (unbroken < search.unbroken) search.unbroken = unbroken;
   const bool bans_all = search.before == 0;
   u64 returns = 0;
-  for (int32_t j = (int32_t)threadIdx.x; j < search.length; j += (int32_t)blockDim.x) {
+  for (int32_t j = (int32_t)threadIdx.x; j < search.length; j += threads()) {
     returns += bans_all || ids[j] == ids[0];
   }
   history.returns = (int32_t)block_sum(returns, own.scratch);
@@ -118,7 +118,7 @@ FS_DEVICE void find_repetitions(const History& history, const RowParams& p, cons
   const int32_t* ids = history.ids;
   const int32_t n = history.search.length;
   if (history.search.before == 0) {
-    for (int32_t j = (int32_t)threadIdx.x; j < n; j += (int32_t)blockDim.x) {
+    for (int32_t j = (int32_t)threadIdx.x; j < n; j += threads()) {
       const int32_t id = token_of(ids[j]);
       if (s.owns(id)) atomicMax(&table.claim(id).count, (uint32_t)kBanned);
     }

@@ -11,7 +11,7 @@ static __global__ void __launch_bounds__(kThreads)
   const int64_t r = blockIdx.x;
   int64_t at = lists.row_ptr[r];
   if (at < lists.row_ptr[r + 1]) {
-    for (int32_t first = 0; first < lists.words; first += (int32_t)blockDim.x) {
+    for (int32_t first = 0; first < lists.words; first += threads()) {
       const int32_t word = first + (int32_t)threadIdx.x;
       const int32_t* own = lists.bitmask + r * lists.words;
       uint32_t bits = word < lists.words ? (uint32_t)load_global(own + word) : 0;
@@ -23,8 +23,8 @@ static __global__ void __launch_bounds__(kThreads)
       at += (int64_t)count;
     }
   }
-  const int64_t end = lists.row_ptr[lists.rows], step = (int64_t)gridDim.x * blockDim.x;
-  for (int64_t i = end + r * blockDim.x + threadIdx.x; i < lists.size; i += step) {
+  const int64_t end = lists.row_ptr[lists.rows], step = (int64_t)gridDim.x * threads();
+  for (int64_t i = end + r * threads() + threadIdx.x; i < lists.size; i += step) {
     store_global(lists.ids + i, -1);
   }
 }

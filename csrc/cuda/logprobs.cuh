@@ -50,7 +50,7 @@ FS_DEVICE void sort_descending(long long* list, int64_t length) {
   for (int64_t span = 2; span <= length; span *= 2) {
     for (int64_t step = span / 2; step; step /= 2) {
       __syncthreads();
-      for (int64_t i = threadIdx.x; i < length; i += blockDim.x) {
+      for (int64_t i = threadIdx.x; i < length; i += threads()) {
         const int64_t other = i ^ step;
         if (other < i) continue;
         const long long a = list[i], b = list[other];
@@ -69,7 +69,7 @@ FS_DEVICE void sort_descending(long long* list, int64_t length) {
 template <class S>
 FS_DEVICE void list_top(const Team<kBlockPolicy>& team, const S& slice, const LogRow& row,
                         int32_t n, long long* list, int64_t length) {
-  for (int64_t i = threadIdx.x; i < length; i += blockDim.x) list[i] = LLONG_MIN;
+  for (int64_t i = threadIdx.x; i < length; i += threads()) list[i] = LLONG_MIN;
   if (threadIdx.x == 0) team.own->listed = 0;
   const auto counts = [&](float x, int32_t, int32_t id) -> u64 { return row.listed(x, id); };
   u64 mine = 0;
@@ -96,7 +96,7 @@ FS_DEVICE void write_top(const Batch& batch, const Workspace& ws, int64_t r,
   const int32_t n = out.num_top;
   long long* list = ws.lists + blockIdx.x * ws.list_length;
   list_top(team, slice, row, n, list, ws.list_length);
-  for (int32_t i = (int32_t)threadIdx.x; i < n; i += (int32_t)blockDim.x) {
+  for (int32_t i = (int32_t)threadIdx.x; i < n; i += threads()) {
     const bool there = list[i] != LLONG_MIN;
     const KeyPlace place = place_of(list[i]);
     const float none = row.sound ? -INFINITY : NAN;

@@ -33,11 +33,11 @@ FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll], int sums) {
     for (int j = 1; j < kAll; ++j) mine[j - 1] = mine[j];
   }
   __syncthreads();
-  Board& board = *team.board();
+  Board& board = team.board();
 #pragma unroll 1
   for (int i = warp(); i < kAll; i += warps()) {
     const u64 value = reduce(i, of(i, warps(), own.running + i * warps()));
-    if (lane() == 0) board.measures[own.turn][i][team.rank] = value;
+    team.publish(&board.measures[own.turn][i][team.rank], value);
   }
   team.sync();
 #pragma unroll 1

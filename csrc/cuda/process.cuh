@@ -13,14 +13,14 @@ FS_DEVICE void each_edit(const Batch& batch, int64_t r, const RowParams& p, cons
   const Rows& rows = batch.rows;
   if (rows.bias.row_ptr) {
     const int64_t begin = rows.bias.row_ptr[r], end = rows.bias.row_ptr[r + 1];
-    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    for (int64_t i = begin + threadIdx.x; i < end; i += threads()) {
       const int64_t id = load_global(rows.bias.ids + i);
       if (s.owns(id)) f((int32_t)id, kHasBias, load_global(rows.bias.values + i));
     }
   }
   const auto each_id = [&](const TokenIds& ids, uint32_t flag) {
     const int64_t* own = ids_of(ids, r);
-    for (int64_t i = threadIdx.x; i < ids.length; i += blockDim.x) {
+    for (int64_t i = threadIdx.x; i < ids.length; i += threads()) {
       const int64_t id = load_global(own + i);
       if (s.owns(id)) f((int32_t)id, flag, 0.0f);
     }
@@ -56,7 +56,7 @@ FS_DEVICE int64_t table_offset(const Batch& batch, int64_t r) {
 template <class S>
 FS_DEVICE void settle_edits(const RowParams& p, const EditTable& table, uint32_t* bitmap,
                             const S& s) {
-  for (uint32_t i = threadIdx.x; i < table.size; i += blockDim.x) {
+  for (uint32_t i = threadIdx.x; i < table.size; i += threads()) {
     Edit& edit = table.edits[i];
     const int32_t id = *(volatile int32_t*)&edit.id;
     if (id < 0 || !s.owns(id)) continue;
@@ -74,7 +74,7 @@ FS_DEVICE void settle_edits(const RowParams& p, const EditTable& table, uint32_t
 template <class S>
 FS_DEVICE void settle_repetitions(const RowParams& p, const EditTable& table, uint32_t* bitmap,
                                   const S& s) {
-  for (uint32_t i = threadIdx.x; i < table.size; i += blockDim.x) {
+  for (uint32_t i = threadIdx.x; i < table.size; i += threads()) {
     Edit& edit = table.edits[i];
     const int32_t id = *(volatile int32_t*)&edit.id, length = (int32_t)edit.count;
     if (id < 0 || !s.owns(id) || length == 0) continue;
@@ -106,9 +106,9 @@ FS_DEVICE void make_table(const Batch& batch, int64_t r, const RowParams& p, int
   Edit* edits = own ? memory.near : memory.far + table_offset(batch, r);
   const EditTable table = {edits, (uint32_t)(2 * n)};
   const int32_t words = warps() * s.per_warp * S::kWidth / 32;
-  for (int32_t i = (int32_t)threadIdx.x; i < words; i += (int32_t)blockDim.x) memory.bitmap[i] = 0;
-  const uint32_t start = (own ? 0 : team.rank * blockDim.x) + threadIdx.x;
-  const uint32_t step = (own ? 1 : team.parts) * blockDim.x;
+  for (int32_t i = (int32_t)threadIdx.x; i < words; i += threads()) memory.bitmap[i] = 0;
+  const uint32_t start = (own ? 0 : team.rank * threads()) + threadIdx.x;
+  const uint32_t step = (own ? 1 : team.parts) * threads();
   for (uint32_t i = start; i < table.size; i += step) table.edits[i] = Edit{-1, 0, 0.0f};
   own ? __syncthreads() : team.sync();
 

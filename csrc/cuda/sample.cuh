@@ -71,7 +71,7 @@ template <Policy kPolicy>
 FS_DEVICE void write_same_token(const Outputs& out, int64_t r, const Team<kPolicy>& team,
                                 int64_t token) {
   if (!out.tokens || !team.leads()) return;
-  for (int32_t j = (int32_t)threadIdx.x; j < out.num_samples; j += (int32_t)blockDim.x) {
+  for (int32_t j = (int32_t)threadIdx.x; j < out.num_samples; j += threads()) {
     store_global(out.tokens + r * out.num_samples + j, token);
   }
 }

@@ -124,14 +124,13 @@ FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, Ro
   __syncthreads();
   if (warp() == 0) {
     peaks = combine(own.best, own.warp_low, own.lane_low, warps());
-    if (lane() == 0) {
-      team.board()->best[team.rank] = peaks.best;
-      team.board()->warp_low[team.rank] = peaks.warp_low;
-      team.board()->lane_low[team.rank] = peaks.lane_low;
-    }
+    Board& board = team.board();
+    team.publish(&board.best[team.rank], peaks.best);
+    team.publish(&board.warp_low[team.rank], peaks.warp_low);
+    team.publish(&board.lane_low[team.rank], peaks.lane_low);
   }
   team.sync();
-  const Board& board = *team.board();
+  const Board& board = team.board();
   peaks = combine(board.best, board.warp_low, board.lane_low, team.parts);
   set_peak(t, place_of(peaks.best));
   t.k_bound = key_reached_by(top_k, slice, peaks);

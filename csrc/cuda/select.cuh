@@ -8,13 +8,18 @@
 
 namespace fastsample {
 
+// A thread sums up a run of bins, and the threads' runs lie side by side: all banks of shared memory
+// are busy at once.
+constexpr int kRun = 8, kRuns = kBins / kRun;
+FS_DEVICE int slot_of(uint32_t bin) { return (int)(bin % kRun * kRuns + bin / kRun); }
+
 // One pass over the slice: adds weight(x, key, id) to the bins of the bracket [low, low + width].
 // A mass is added up over all tokens too in the first round, whether in the bracket or not.
 // kRare: less code rather than speed.
 template <bool kMass, bool kRare, Policy kPolicy, class S, class Key, class Weight>
 FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low, uint32_t width,
                          int shift, bool first, Key key_in, Weight weight) {
-  uint32_t* bins = team.own->board.bins;
+  u64* bins = team.own->board.bins;
   u64 total = 0;
   const auto add = [&](float x, int32_t id) {
     const int32_t key = key_in(x);
@@ -24,11 +29,11 @@ FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low,
     const u64 w = weight(x, key, id);
     if (kMass) total += w;
     if (!inside || !w) return;
-    uint32_t* bin = bins + 2 * (distance >> shift);
+    u64* bin = bins + slot_of(distance >> shift);
     if (kMass) {
       add_wide(bin, w);
     } else {
-      atomicAdd(bin, 1u);
+      atomicAdd((uint32_t*)bin, 1u);
     }
   };
   if constexpr (kRare) {
@@ -38,7 +43,7 @@ FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low,
   }
   if (kMass && first) {
     total = warp_sum(total);
-    if (lane() == 0) atomicAdd((u64*)&team.board()->total, total);
+    if (lane() == 0) add_wide(team.of_leader(&team.board().total), total);
   }
 }
 
@@ -47,11 +52,11 @@ FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low,
 template <Policy kPolicy, class Target>
 FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, int32_t high,
                           int shift, Target target_of) {
-  Board& board = *team.board();
-  const int each = (kBins + (int)blockDim.x - 1) / (int)blockDim.x;
+  Board& board = team.board();
+  const int each = (kRuns + threads() - 1) / threads() * kRun;
   const int top = kBins - 1 - (int)threadIdx.x * each;
   u64 sum = 0;
-  for (int bin = top; bin > top - each && bin >= 0; --bin) sum += wide(board.bins + 2 * bin);
+  for (int bin = top; bin > top - each && bin >= 0; --bin) sum += board.bins[slot_of(bin)];
   const u64 total = first ? board.total : board.bracket.total;
   const u64 target = target_of(total);
   u64 above = first ? 0 : board.bracket.above;
@@ -59,15 +64,15 @@ FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, in
   above += block_scan(sum, team.own->scratch, all);
   const bool mine = above < target && above + sum >= target;
   for (int bin = top; bin > top - each && bin >= 0; --bin) {
-    const u64 here = wide(board.bins + 2 * bin);
-    board.bins[2 * bin] = board.bins[2 * bin + 1] = 0;
+    const u64 here = board.bins[slot_of(bin)];
+    board.bins[slot_of(bin)] = 0;
     if (!mine || above >= target) continue;
     if (above + here >= target) {
       const uint32_t least = (uint32_t)low + ((uint32_t)bin << shift);
       const uint32_t most = least + (((uint32_t)1 << shift) - 1);
       const bool cut_off = (uint32_t)high - least < ((uint32_t)1 << shift);
-      board.bracket =
-          Bracket{(int32_t)least, cut_off ? high : (int32_t)most, above, above + here, total};
+      team.tell(&board.bracket, Bracket{(int32_t)least, cut_off ? high : (int32_t)most, above,
+                                        above + here, total});
     }
     above += here;
   }
@@ -90,9 +95,9 @@ FS_DEVICE Bracket select_by(const Team<kPolicy>& team, const S& slice, int unuse
     team.merge();
     if (team.leads()) choose_bin(team, first, low, high, shift, target_of);
     team.sync();
-    if (shift == unused) return team.board()->bracket;
-    low = team.board()->bracket.low;
-    high = team.board()->bracket.high;
+    if (shift == unused) return team.board().bracket;
+    low = team.board().bracket.low;
+    high = team.board().bracket.high;
   }
 }
 
@@ -112,13 +117,13 @@ FS_DEVICE u64 sum_segments(const Team<kPolicy>& team, const S& slice, Weight wei
   u64 sum = 0;
   each(slice, [&](float x, int32_t id) { sum += weight(x, id); });
   sum = warp_sum(sum);
-  if (lane() == 0) team.board()->sums[team.rank * warps() + warp()] = sum;
+  team.publish(&team.board().sums[team.rank * warps() + warp()], sum);
   team.sync();
   const int segments = team.parts * warps();
   u64 before = 0;
-  for (int i = 0; i < segments; i += (int)blockDim.x) {
+  for (int i = 0; i < segments; i += threads()) {
     const int segment = i + (int)threadIdx.x;
-    const u64 here = segment < segments ? team.board()->sums[segment] : 0;
+    const u64 here = segment < segments ? team.board().sums[segment] : 0;
     u64 total;
     const u64 running = before + block_scan(here, team.own->scratch, total) + here;
     if (segment < segments) team.own->running[segment] = running;
@@ -157,7 +162,7 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
   const int32_t end =
       begin + slice.per_warp < slice.vectors ? begin + slice.per_warp : slice.vectors;
   constexpr int kN = S::kWidth;
-  for (int32_t v = begin; v < end; v += (int32_t)blockDim.x) {
+  for (int32_t v = begin; v < end; v += threads()) {
     const int32_t mine = v + (int32_t)threadIdx.x;
     float x[kN];
     u64 sum = 0;
@@ -191,9 +196,9 @@ FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, KeyPlace 
     return key_of(x) == key && id > after && id < slice.vocab;
   };
   sum_segments(team, slice, equal);
-  locate(team, slice, nth - 1, equal, [&](int32_t id) { team.board()->id = id; });
+  locate(team, slice, nth - 1, equal, [&](int32_t id) { team.tell(&team.board().id, id); });
   team.sync();
-  return team.board()->id;
+  return team.board().id;
 }
 
 // The nth (from 1) token, in rank order, of those that `counts` counts, which are in `among` or

@@ -56,14 +56,13 @@ FS_DEVICE u64 block_sum(u64 value, u64* scratch) {
 
 // 64-bit sums as two 32-bit atomics, which shared memory has on every GPU: of the additions that
 // make the lower half wrap, each sees its own wrap and carries 1.
-FS_DEVICE void add_wide(uint32_t* halves, u64 value) {
+FS_DEVICE void add_wide(u64* sum, u64 value) {
+  uint32_t* halves = (uint32_t*)sum;
   const uint32_t low = (uint32_t)value;
   const uint32_t before = atomicAdd(halves, low);
   const uint32_t high = (uint32_t)(value >> 32) + (before + low < before ? 1 : 0);
   if (high) atomicAdd(halves + 1, high);
 }
-FS_DEVICE u64 wide(const uint32_t* halves) { return (u64)halves[1] << 32 | halves[0]; }
-
 // What one thread makes of measures, for all of its block.
 struct Verdict {
   u64 floor;
@@ -72,7 +71,7 @@ struct Verdict {
 
 // A block's own shared memory, as far as its size does not depend on the row's.
 struct alignas(16) Shared {
-  Board board;  // of the whole row in the first block of a cluster, or in a block alone
+  Board board;  // a grid's is in device memory, but for the block's own bins
   u64 running[kMaxSegments];
   u64 scratch[32];
   long long best[32];
@@ -109,16 +108,43 @@ struct Team {
   Board* grid_board;  // kGridPolicy only
   int rank, parts;
 
-  // The team's board. A cluster's is looked up each time, which costs less than the registers that
-  // would hold it.
-  FS_METHOD Board* board() const {
-    if constexpr (kPolicy == kGridPolicy) return grid_board;
-    if constexpr (kPolicy == kClusterPolicy) return of_cluster_block(&own->board, 0);
-    return &own->board;
+  FS_METHOD bool leads() const { return rank == 0; }
+
+  // Where the calling block reads what all blocks are told, and where it lies for the leader.
+  FS_METHOD Board& board() const {
+    if constexpr (kPolicy == kGridPolicy) return *grid_board;
+    return own->board;
   }
 
-  FS_METHOD bool leads() const { return rank == 0; }
-  FS_METHOD bool shares_board() const { return kPolicy == kGridPolicy || !leads(); }
+  // An object of a board, in the leader's. It is looked up each time, which costs less than the
+  // registers that would hold it.
+  template <class V>
+  FS_METHOD V* of_leader(V* mine) const {
+    if constexpr (kPolicy == kClusterPolicy) return of_cluster_block(mine, 0);
+    return mine;
+  }
+
+  // Tells all blocks a value: it is at `mine` of every board after the team's next barrier. For one
+  // thread.
+  template <class V>
+  FS_METHOD void tell(V* mine, const V& value) const {
+    if constexpr (kPolicy == kClusterPolicy) {
+#pragma unroll 1
+      for (int i = 0; i < parts; ++i) *of_cluster_block(mine, i) = value;
+    } else {
+      *mine = value;
+    }
+  }
+
+  // The same by all lanes of a warp at once.
+  template <class V>
+  FS_METHOD void publish(V* mine, V value) const {
+    if constexpr (kPolicy == kClusterPolicy) {
+      if (lane() < parts) *of_cluster_block(mine, lane()) = value;
+    } else {
+      if (lane() == 0) *mine = value;
+    }
+  }
 
   FS_METHOD void sync() const {
     if constexpr (kPolicy == kBlockPolicy) {
@@ -130,16 +156,16 @@ struct Team {
     }
   }
 
-  // Adds the blocks' bins up on the board.
+  // Adds the blocks' bins up on the leader's board.
   FS_METHOD void merge() const {
     if constexpr (kPolicy != kBlockPolicy) {
       __syncthreads();
-      uint32_t* mine = own->board.bins;
-      if (shares_board()) {
-        for (int bin = (int)threadIdx.x; bin < kBins; bin += (int)blockDim.x) {
-          const u64 value = wide(mine + 2 * bin);
-          if (value) add_wide(board()->bins + 2 * bin, value);
-          mine[2 * bin] = mine[2 * bin + 1] = 0;
+      if (kPolicy == kGridPolicy || !leads()) {
+        u64* bins = kPolicy == kGridPolicy ? grid_board->bins : of_leader(own->board.bins);
+        for (int slot = (int)threadIdx.x; slot < kBins; slot += threads()) {
+          u64& mine = own->board.bins[slot];
+          if (mine) add_wide(bins + slot, mine);
+          mine = 0;
         }
       }
     }
@@ -149,11 +175,10 @@ struct Team {
 
 // Zeroes what must be 0 before the first selection; the scan's barrier comes in between. A grid's
 // board is 0 already.
-template <int kUnroll = 4, Policy kPolicy>
+template <int kUnroll = 2, Policy kPolicy>
 FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
-  uint32_t* bins = team.own->board.bins;
 #pragma unroll kUnroll
-  for (int i = (int)threadIdx.x; i < 2 * kBins; i += (int)blockDim.x) bins[i] = 0;
+  for (int i = (int)threadIdx.x; i < kBins; i += threads()) team.own->board.bins[i] = 0;
   if (threadIdx.x == 0) team.own->board.total = team.own->turn = 0;
 }
 

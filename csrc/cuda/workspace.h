@@ -34,9 +34,10 @@ enum Measure : int32_t {
   kMeasures
 };
 
-// What the blocks of a row tell each other.
+// What the blocks of a row tell each other. A cluster has a board in every block: bins and total are
+// the first one's, and what all blocks read is published to each.
 struct Board {
-  uint32_t bins[2 * kBins];               // 64-bit sums in halves; 0 between selections
+  u64 bins[kBins];                        // in the order of slot_of; 0 between selections
   u64 total;                              // 0 between selections
   u64 sums[kMaxSegments];                 // of each warp's segment, in id order
   u64 measures[2][kMeasures][kMaxParts];  // of each block; passes take turns

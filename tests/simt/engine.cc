@@ -124,7 +124,7 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
   const Board* board = ws.boards;
   for (int32_t i = 0; ws.boards && i < plan.teams && !failure; ++i) {
     bool clean = board[i].total == 0;
-    for (uint32_t bin : board[i].bins) clean &= bin == 0;
+    for (u64 bin : board[i].bins) clean &= bin == 0;
     if (!clean) failure = "a board is not zero after the launch";
   }
   const Drafts& d = batch.drafts;

@@ -171,6 +171,8 @@ namespace fastsample {
 
 constexpr bool kHasClusters = true;
 
+inline int threads() { return (int)blockDim.x; }
+
 inline char* shared_memory() { return simt::shared_memory(); }
 inline Vec16 load_global16(const void* p) {
   simt::count_read(p, 16);
