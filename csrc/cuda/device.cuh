@@ -35,6 +35,14 @@ FS_DEVICE Vec16 load_global16(const void* p) {
   const uint4 v = __ldg((const uint4*)p);
   return Vec16{{v.x, v.y, v.z, v.w}};
 }
+// 16 bytes of shared memory at once.
+FS_DEVICE Vec16 load_shared16(const Vec16* p) {
+  const uint4 v = *(const uint4*)p;
+  return Vec16{{v.x, v.y, v.z, v.w}};
+}
+FS_DEVICE void store_shared16(Vec16* p, const Vec16& v) {
+  *(uint4*)p = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
 template <class T>
 FS_DEVICE T load_global(const T* p) {
   return __ldg(p);

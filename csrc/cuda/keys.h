@@ -35,10 +35,15 @@ FS_HD float from_bits(uint32_t bits) {
   return x;
 }
 
+FS_HD uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 // Order-preserving integers; -0.0 and +0.0 share key 0.
 FS_HD int32_t key_of(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
+  const int32_t bits = (int32_t)to_bits(x);
   return bits < 0 ? -(bits & INT32_MAX) : bits;
 }
 

@@ -100,27 +100,26 @@ struct Slice {
   }
   FS_METHOD Vec16 fetch_edge(int32_t vector) const {
     const int32_t id = vector * kVec<T> - shift;
-    Vec16 v;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) v.word[w] = 0;
+    Vec16 v = {};
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {
       const bool is = id + i >= 0 && id + i < vocab;
       if constexpr (sizeof(T) == 4) {
-        const uint32_t none = nothing < 0 ? 0xff800000u : 0;
-        v.word[i] = is ? load_global((const uint32_t*)row + id + i) : none;
+        v.word[i] = is ? load_global((const uint32_t*)row + id + i) : nothing_bits();
       } else {
-        const uint32_t none = nothing == 0 ? 0 : kLowBits<T> == 16 ? 0xff80u : 0xfc00u;
-        const uint32_t bits = is ? load_global((const uint16_t*)row + id + i) : none;
+        const uint32_t bits = is ? load_global((const uint16_t*)row + id + i) : nothing_bits();
         v.word[i / 2] |= bits << 16 * (i & 1);
       }
     }
     return v;
   }
+  FS_METHOD uint32_t nothing_bits() const {
+    return nothing == 0 ? 0 : sizeof(T) == 4 ? 0xff800000u : kLowBits<T> == 16 ? 0xff80u : 0xfc00u;
+  }
 
   // One vector of a row that has been read before.
   FS_METHOD Vec16 raw(int32_t vector) const {
-    if constexpr (kResident) return held[vector - first];
+    if constexpr (kResident) return load_shared16(held + vector - first);
     return inside(vector) ? fetch_inside(vector) : fetch_edge(vector);
   }
 
@@ -150,22 +149,42 @@ struct Slice {
     }
   }
 
-  // The raw logits upcast, with the mask and the edits applied.
-  FS_METHOD void process(const Vec16& v, int32_t vector, float (&x)[kVec<T>]) const {
+  // The raw logits upcast, with the mask and the edits applied. What is held has been through the
+  // scan, which left in it what its dtype can hold.
+  FS_METHOD void process(Vec16 v, int32_t vector, float (&x)[kVec<T>]) const {
+    if (!kResident && overlay && overlay->mask) apply_mask(vector, v);
     unpack<T>(v, x);
-    if (!overlay) return;
-    if (overlay->mask) apply_mask(vector, x);
-    if (overlay->edited) apply_edits(vector, x);
+    if constexpr (kResident && sizeof(T) == 4) return;
+    if (overlay && overlay->edited) apply_edits(vector, x);
   }
 
-  FS_METHOD void apply_mask(int32_t vector, float (&x)[kVec<T>]) const {
+  // The same in the scan of a row that is held from then on: every dtype can hold that a token is
+  // masked, but only float32 an edited logit.
+  FS_METHOD void process_held(int32_t vector, float (&x)[kVec<T>]) const {
+    Vec16 v = load_shared16(held + vector - first);
+    if (overlay->mask) apply_mask(vector, v);
+    unpack<T>(v, x);
+    if (overlay->edited) apply_edits(vector, x);
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v.word[i] = to_bits(x[i]);
+    }
+    store_shared16(held + vector - first, v);
+  }
+
+  FS_METHOD void apply_mask(int32_t vector, Vec16& v) const {
     const int32_t id = vector * kVec<T> - shift;
     const int32_t word = id >> 5, bit = id & 31;
     uint32_t allowed = overlay->mask_word(word) >> bit;
     if (bit + kVec<T> > 32) allowed |= overlay->mask_word(word + 1) << (32 - bit);
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {
-      if (!(allowed >> i & 1)) x[i] = nothing;
+      if (allowed >> i & 1) continue;
+      if constexpr (sizeof(T) == 4) {
+        v.word[i] = nothing_bits();
+      } else {
+        v.word[i / 2] = (v.word[i / 2] & 0xffffu << 16 * (~i & 1)) | nothing_bits() << 16 * (i & 1);
+      }
     }
   }
 
@@ -221,53 +240,79 @@ FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank
   return s;
 }
 
-// Calls f(x, id) for every position of the slice, with several loads ahead; x is `nothing` outside
-// the row. kFirst: the logits have not been read before.
-template <bool kFirst, class T, bool kResident, class F>
-FS_DEVICE void each_maybe_first(const Slice<T, kResident>& s, F f) {
-  // Logits that a lane reads in one go: many where they come from device memory, so that the loads
-  // overlap.
+// Calls f(x, id) for the positions of one vector.
+template <class S, class F>
+FS_DEVICE void each_of(const S& s, int32_t vector, const float (&x)[S::kWidth], F f) {
+#pragma unroll
+  for (int i = 0; i < S::kWidth; ++i) f(x[i], vector * S::kWidth + i - s.shift);
+}
+
+// Calls f(x, id) for every position of the slice, whose logits have not been read before; x is
+// `nothing` outside the row. Many loads are under way at once, and all are stored, where the row is
+// held, before any is looked at. What lies over a row is much code, which is there once.
+template <class T, bool kResident, class F>
+FS_DEVICE void each_first(const Slice<T, kResident>& s, F f) {
+  constexpr int kAhead = 8;
+  const int32_t end = s.end();
+#pragma unroll 1
+  for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
+    Vec16 raw[kAhead];
+    s.fetch(v, end, raw);
+    if constexpr (kResident) {
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (v + 32 * u < end) store_shared16(s.held + v + 32 * u - s.first, raw[u]);
+      }
+    }
+    float x[kVec<T>];
+    if (!s.overlay) {
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (v + 32 * u >= end) continue;
+        unpack<T>(raw[u], x);
+        each_of(s, v + 32 * u, x, f);
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (int32_t at = v; at < end && at < v + 32 * kAhead; at += 32) {
+      if constexpr (kResident) {
+        s.process_held(at, x);
+      } else {
+        s.process(raw[0], at, x);
+#pragma unroll
+        for (int u = 1; u < kAhead; ++u) raw[u - 1] = raw[u];
+      }
+      each_of(s, at, x, f);
+    }
+  }
+}
+
+// The same in later passes: from shared memory, or with some loads ahead from the L2 cache.
+template <class T, bool kResident, class F>
+FS_DEVICE void each(const Slice<T, kResident>& s, F f) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   constexpr int kFromCache = kVec<T>;  // where more would spill registers
 #else
   constexpr int kFromCache = 8;
 #endif
-  constexpr int kAtOnce = kFirst ? 16 : kResident ? kVec<T> : kFromCache;
-  constexpr int kAhead = kAtOnce / kVec<T>;
+  constexpr int kAhead = kResident ? 1 : kFromCache / kVec<T>;
   const int32_t end = s.end();
   for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
     Vec16 raw[kAhead];
-    if constexpr (kFirst || !kResident) s.fetch(v, end, raw);
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (kResident && v + 32 * u < end) {
-        Vec16& held = s.held[v + 32 * u - s.first];
-        if (kFirst) {
-          held = raw[u];
-        } else {
-          raw[u] = held;
-        }
-      }
+    if constexpr (kResident) {
+      raw[0] = load_shared16(s.held + v - s.first);
+    } else {
+      s.fetch(v, end, raw);
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      if (v + 32 * u < end) {
-        float x[kVec<T>];
-        s.process(raw[u], v + 32 * u, x);
-#pragma unroll
-        for (int i = 0; i < kVec<T>; ++i) f(x[i], (v + 32 * u) * kVec<T> + i - s.shift);
-      }
+      if (v + 32 * u >= end) continue;
+      float x[kVec<T>];
+      s.process(raw[u], v + 32 * u, x);
+      each_of(s, v + 32 * u, x, f);
     }
   }
-}
-
-template <class T, bool kResident, class F>
-FS_DEVICE void each_first(const Slice<T, kResident>& s, F f) {
-  each_maybe_first<true>(s, f);
-}
-template <class T, bool kResident, class F>
-FS_DEVICE void each(const Slice<T, kResident>& s, F f) {
-  each_maybe_first<false>(s, f);
 }
 
 // The same for the passes of rare filters: a loop around one call of f, which is far less code, and
