@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/arguments.h"
@@ -43,7 +46,25 @@ Device query(int index) {
   return d;
 }
 
-// Makes a device current, and the caller's again at the end.
+// Whether a device has a context already, which making it current would create. Unknown counts as
+// no.
+bool has_context(int device) {
+  typedef int State(int device, unsigned* flags, int* active);  // cuDevicePrimaryCtxGetState
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found,
+                                                             12000, cudaEnableDefault, &status);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &status);
+#endif
+  unsigned flags = 0;
+  int active = 0;
+  return !error && found && !((State*)found)(device, &flags, &active) && active;
+}
+
+// Makes a device current, and the caller's again at the end if that creates nothing there.
 class OnDevice {
  public:
   explicit OnDevice(int index) {
@@ -52,7 +73,7 @@ class OnDevice {
     if (changed_) check(cudaSetDevice(index), "cudaSetDevice");
   }
   ~OnDevice() {
-    if (changed_) (void)cudaSetDevice(before_);
+    if (changed_ && has_context(before_)) (void)cudaSetDevice(before_);
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
@@ -62,28 +83,70 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// A device's properties, asked for once. It must be current.
-const Device& device_at(int index) {
-  static std::mutex mutex;
-  static std::vector<std::unique_ptr<Device>> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() <= (size_t)index) known.resize((size_t)index + 1);
-  std::unique_ptr<Device>& device = known[(size_t)index];
-  if (!device) {
-    const Device found = query(index);
-    for (const Launches* launches : {&launches_float32, &launches_float16, &launches_bfloat16}) {
-      check(launches->prepare(found), "preparing the kernels");
-    }
-    device = std::make_unique<Device>(found);
-  }
-  return *device;
-}
+// Lets this thread do what a capture forbids and what does not belong to it: load kernels, ask for
+// occupancies.
+class OutsideCapture {
+ public:
+  OutsideCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  OutsideCapture(const OutsideCapture&) = delete;
+  OutsideCapture& operator=(const OutsideCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 const Launches& launches_for(DType dtype) {
   return dtype == kFloat32   ? launches_float32
          : dtype == kFloat16 ? launches_float16
                              : launches_bfloat16;
 }
+
+std::atomic<int32_t> tuned_parts{0};
+
+// A device as the driver describes it, asked for once.
+class Known {
+ public:
+  // It must be current.
+  static Known& at(int index) {
+    static std::mutex mutex;
+    static std::vector<std::unique_ptr<Known>> all;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (all.size() <= (size_t)index) all.resize((size_t)index + 1);
+    if (!all[(size_t)index]) all[(size_t)index].reset(new Known(index));
+    return *all[(size_t)index];
+  }
+
+  Device device() const {
+    Device d = device_;
+    d.parts = tuned_parts.load(std::memory_order_relaxed);
+    return d;
+  }
+
+  int64_t resident(DType dtype, const Plan& plan) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto key = std::make_tuple(dtype, plan.policy, plan.parts, plan.shared);
+    const auto found = resident_.find(key);
+    if (found != resident_.end()) return found->second;
+    const OutsideCapture here;
+    int teams = 0;
+    // A cluster that no group of multiprocessors can hold is an error on some devices: 0 either way.
+    if (launches_for(dtype).resident(device_, plan, &teams) != cudaSuccess) teams = 0;
+    return resident_[key] = teams;
+  }
+
+ private:
+  explicit Known(int index) : device_(query(index)) {
+    const OutsideCapture here;
+    for (const Launches* launches : {&launches_float32, &launches_float16, &launches_bfloat16}) {
+      check(launches->prepare(device_), "preparing the kernels");
+    }
+  }
+
+  const Device device_;
+  std::mutex mutex_;
+  std::map<std::tuple<DType, Policy, int32_t, int32_t>, int64_t> resident_;
+};
 
 using Lent = std::pair<uintptr_t, int64_t>;  // address, bytes
 
@@ -95,16 +158,25 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
                                                const std::optional<DraftArguments>& drafts) {
   const py::gil_scoped_release unlocked;
   const OnDevice current(device_index);
-  const Device& device = device_at(device_index);
+  Known& known = Known::at(device_index);
+  const Device device = known.device();
   const Batch batch = batch_of(rows, call, drafts ? &*drafts : nullptr);
-  const Layout layout = layout_for(device, batch, rows.bias_entries, plan(device, shape_of(batch)));
+  const Shape shape = shape_of(batch);
+  Layout layout = layout_for(device, batch, rows.bias_entries,
+                             plan(device, shape, [&](const Plan& candidate) {
+                               return known.resident(batch.logits.dtype, candidate);
+                             }));
   if (layout.workspace > workspace.second || layout.boards > boards.second) {
     return std::make_pair(layout.workspace, layout.boards);
   }
   Workspace ws;
   lay_out(batch, layout, (char*)workspace.first, (char*)boards.first, ws);
   const Launches& launches = launches_for(batch.logits.dtype);
-  check(launches.sample(batch, layout.sample, ws, (cudaStream_t)stream), "launching the sampler");
+  cudaError_t error = launches.sample(batch, layout.sample, ws, (cudaStream_t)stream);
+  while (error == cudaErrorCooperativeLaunchTooLarge && shrink(device, shape, layout.sample)) {
+    error = launches.sample(batch, layout.sample, ws, (cudaStream_t)stream);
+  }
+  check(error, "launching the sampler");
   if (wants_kept(batch.out)) {
     check(launches.keep(batch, layout.outputs, ws, (cudaStream_t)stream), "launching what is kept");
   }
@@ -138,12 +210,27 @@ std::optional<std::string> why_not() {
   return std::nullopt;
 }
 
+// Also prepares the device's kernels, so that no later call has to.
 std::optional<std::string> why_not_device(int index) {
   const int arch = query(index).arch;
-  if (arch >= kOldestArch) return std::nullopt;
+  if (arch >= kOldestArch) {
+    const OnDevice current(index);
+    (void)Known::at(index);
+    return std::nullopt;
+  }
   return "GPU " + std::to_string(index) + " has compute capability " + std::to_string(arch / 10) +
          "." + std::to_string(arch % 10) + ", and " + std::to_string(kOldestArch / 10) + "." +
          std::to_string(kOldestArch % 10) + " is the oldest it is built for";
+}
+
+void tune(int32_t parts, int32_t threads) {
+  const bool power_of_two = parts >= 0 && parts <= kMaxParts && !(parts & (parts - 1));
+  if (!power_of_two || (threads != 0 && threads != kThreads)) {
+    throw std::invalid_argument("tune(parts, threads): parts is 0 or a power of two up to " +
+                                std::to_string(kMaxParts) + ", threads 0 or " +
+                                std::to_string(kThreads));
+  }
+  tuned_parts = parts;
 }
 
 }  // namespace
@@ -151,11 +238,12 @@ std::optional<std::string> why_not_device(int index) {
 
 PYBIND11_MODULE(_cuda, m) {
   namespace fs = fastsample;
-  m.doc() = "The CUDA engine: see fastsample.backends.cuda, its only caller.";
+  m.doc() = "The CUDA engine: see fastsample.backends.cuda, its only caller but for tuning sweeps.";
   fs::add_fields(m);
   m.attr("CUDA_VERSION") = CUDART_VERSION;
   m.def("run", &fs::run, "Launch and return None, or the bytes of memory that it needs first.");
   m.def("list_kept", &fs::list, "Launch what makes lists of ids of bitmasks.");
   m.def("why_not", &fs::why_not, "Why no GPU can be used, or None.");
   m.def("why_not_device", &fs::why_not_device, "Why this GPU cannot be used, or None.");
+  m.def("tune", &fs::tune, "Blocks per row for this process, and threads per block; 0: as planned.");
 }

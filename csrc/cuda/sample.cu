@@ -11,14 +11,12 @@ namespace {
 
 typedef FASTSAMPLE_TYPE T;
 
-struct Launch {
-  cudaStream_t stream;
+// How a plan is launched.
+struct Config {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
 
-  template <class... Parameters, class... Arguments>
-  int operator()(void (*kernel)(Parameters...), const Plan& plan,
-                 const Arguments&... arguments) const {
-    cudaLaunchAttribute attribute = {};
-    cudaLaunchConfig_t config = {};
+  Config(const Plan& plan, cudaStream_t stream) {
     config.gridDim = dim3((unsigned)(plan.teams * plan.parts));
     config.blockDim = dim3((unsigned)plan.threads);
     config.dynamicSmemBytes = (size_t)plan.shared;
@@ -34,7 +32,18 @@ struct Launch {
       attribute.val.cooperative = 1;
       config.numAttrs = 1;
     }
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  Config(const Config&) = delete;  // it points into itself
+};
+
+struct Launch {
+  cudaStream_t stream;
+
+  template <class... Parameters, class... Arguments>
+  int operator()(void (*kernel)(Parameters...), const Plan& plan,
+                 const Arguments&... arguments) const {
+    const Config how(plan, stream);
+    const cudaError_t error = cudaLaunchKernelEx(&how.config, kernel, arguments...);
     return error == cudaSuccess ? error : cudaGetLastError();  // which also clears it
   }
 };
@@ -55,7 +64,24 @@ cudaError_t prepare(const Device& device) {
   if (!error && device.largest_cluster > kPortableCluster) {
     error = cudaFuncSetAttribute(kernels[0], cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
+  if (!error) {  // as much as two blocks have, rather than a larger first cache
+    error = cudaFuncSetAttribute(kernels[0], cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
   return error;
+}
+
+cudaError_t resident(const Device& device, const Plan& plan, int* teams) {
+  cudaError_t error;
+  if (plan.policy == kClusterPolicy) {
+    const Config how(plan, nullptr);
+    error = cudaOccupancyMaxActiveClusters(teams, sample_kernel<T, kClusterPolicy>, &how.config);
+  } else {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(teams, sample_kernel<T, kGridPolicy>,
+                                                          plan.threads, (size_t)plan.shared);
+    *teams = *teams * device.multiprocessors / plan.parts;
+  }
+  return error == cudaSuccess ? error : cudaGetLastError();
 }
 
 cudaError_t sample(const Batch& batch, const Plan& plan, const Workspace& ws, cudaStream_t stream) {
@@ -77,6 +103,7 @@ cudaError_t outputs(const Batch& batch, const Plan& plan, const Workspace& ws,
 
 }  // namespace
 
-extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, sample, keep, law, outputs};
+extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, resident, sample,
+                                                                keep,    law,      outputs};
 
 }  // namespace fastsample

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/rows.h"
+#include "cuda/tuned.h"
 
 namespace fastsample {
 
@@ -34,6 +35,7 @@ struct Device {
   int32_t shared_block;     // bytes of shared memory that a block may have
   int32_t shared_sm;        // bytes of shared memory in a multiprocessor
   int32_t largest_cluster;  // blocks; 1 without clusters
+  int32_t parts;            // blocks per row that a sweep wants; 0: those of the table, or an estimate
 };
 
 struct Shape {
@@ -47,7 +49,7 @@ struct Plan {
   Policy policy;
   int32_t parts;    // blocks per row
   int32_t threads;  // per block
-  int32_t teams;    // rows in flight
+  int32_t teams;    // rows in flight: what the GPU can hold, or fewer where that balances them
   int32_t shared;   // bytes of dynamic shared memory per block
   bool far_bitmap;  // the marks of edited tokens do not fit there
 };
@@ -91,13 +93,27 @@ constexpr int32_t at_most(int64_t value, int64_t limit) {
 
 constexpr int64_t kMaxTeams = 4096;  // more than there are multiprocessors by far
 
+// A plan with as many teams as are resident at once, or fewer that all get the same number of rows,
+// but for one.
+constexpr Plan with_teams(Plan plan, int64_t rows, int64_t resident) {
+  const int64_t most = resident < 1 ? 1 : resident < kMaxTeams ? resident : kMaxTeams;
+  if (rows < 1) rows = 1;
+  plan.teams = (int32_t)ceil_div(rows, ceil_div(rows, most));
+  return plan;
+}
+
+// How many teams of a plan are resident at once if nothing but the size of multiprocessors limits
+// it. Clusters have to lie in a group of multiprocessors each, which only the driver knows.
+constexpr int64_t resident_teams(const Device& d, const Plan& plan) {
+  return (int64_t)d.multiprocessors * blocks_per_sm(d, plan.shared) / plan.parts;
+}
+
 // The plan for a given policy and number of blocks per row.
 constexpr Plan make_plan(const Device& d, const Shape& s, Policy policy, int32_t parts,
                          int32_t threads = kThreads) {
   const int64_t shared = shared_bytes(s, policy == kClusterPolicy, parts, threads);
-  const int64_t at_once = (int64_t)d.multiprocessors * blocks_per_sm(d, shared) / parts;
-  const int64_t teams = at_most(at_most(s.rows, kMaxTeams), at_once > 0 ? at_once : 1);
-  return Plan{policy, parts, threads, (int32_t)(teams > 0 ? teams : 1), (int32_t)shared, false};
+  const Plan plan = {policy, parts, threads, 1, (int32_t)shared, false};
+  return with_teams(plan, s.rows, resident_teams(d, plan));
 }
 
 // The plan of the second kernel, for filter_logits, probabilities and log-probabilities: one block
@@ -124,8 +140,20 @@ constexpr bool fits(const Device& d, const Shape& s, bool resident, int32_t part
   return shared_bytes(s, resident, parts, kThreads) <= d.shared_block;
 }
 
+// Blocks per row that have been measured to be fastest, or are asked for; 0 where there are none.
+constexpr int32_t known_parts(const Device& d, const Shape& s) {
+  if (d.parts) return d.parts;
+  for (const Tuned& t : kTuned) {
+    if (t.arch == d.arch && t.itemsize == s.itemsize && s.rows <= t.rows && s.vocab <= t.vocab) {
+      return t.parts;
+    }
+  }
+  return 0;
+}
+
 // Blocks per row that keep every multiprocessor busy, as long as each block has enough to do.
 constexpr int32_t wanted_parts(const Device& d, const Shape& s, int32_t limit) {
+  if (const int32_t known = known_parts(d, s)) return known < limit ? known : limit;
   const int64_t share = (int64_t)d.multiprocessors * kBlocksPerSM / (s.rows > 0 ? s.rows : 1);
   const int64_t work = ceil_div(s.vocab, kMinLogitsPerBlock);
   int32_t parts = 1;
@@ -133,24 +161,52 @@ constexpr int32_t wanted_parts(const Device& d, const Shape& s, int32_t limit) {
   return parts;
 }
 
-constexpr Plan plan(const Device& d, const Shape& s) {
-  // A cluster that holds the row: portable, and with blocks so small that two share a
-  // multiprocessor. Failing that, any that holds it.
-  const auto small = [&](int32_t parts) {
+// A cluster that holds the row: portable, and with blocks so small that two share a multiprocessor.
+// Failing that, any that holds it. 0 blocks if there is none.
+constexpr int32_t cluster_parts(const Device& d, const Shape& s) {
+  if (d.arch < 90) return 0;
+  const int32_t small = fewest(kPortableCluster, [&](int32_t parts) {
     return blocks_per_sm(d, shared_bytes(s, true, parts, kThreads)) == kBlocksPerSM;
-  };
-  int32_t holding = d.arch >= 90 ? fewest(kPortableCluster, small) : 0;
-  if (d.arch >= 90 && !holding) {
-    holding = fewest(d.largest_cluster, [&](int32_t parts) { return fits(d, s, true, parts); });
-  }
-  if (holding) {
-    const int32_t wanted = wanted_parts(d, s, kPortableCluster);
-    return make_plan(d, s, kClusterPolicy, wanted > holding ? wanted : holding);
-  }
+  });
+  const int32_t holding = small ? small : fewest(d.largest_cluster, [&](int32_t parts) {
+    return fits(d, s, true, parts);
+  });
+  const int32_t wanted = wanted_parts(d, s, kPortableCluster);
+  return holding && wanted > holding ? wanted : holding;
+}
+
+constexpr Plan plan_without_clusters(const Device& d, const Shape& s) {
   const int32_t needed = fewest(kMaxParts, [&](int32_t parts) { return fits(d, s, false, parts); });
   const int32_t wanted = wanted_parts(d, s, kMaxParts);
   const int32_t parts = wanted > needed ? wanted : needed;
   return make_plan(d, s, parts > 1 ? kGridPolicy : kBlockPolicy, parts);
+}
+
+// resident(plan) is how many of its teams the GPU can hold at once; perhaps none, of a cluster that
+// is larger than a group of multiprocessors has left.
+template <class Resident>
+constexpr Plan plan(const Device& d, const Shape& s, Resident resident) {
+  if (const int32_t parts = cluster_parts(d, s)) {
+    const Plan found = make_plan(d, s, kClusterPolicy, parts);
+    const int64_t teams = resident(found);
+    if (teams > 0) return with_teams(found, s.rows, teams);
+  }
+  const Plan found = plan_without_clusters(d, s);
+  return found.policy == kGridPolicy ? with_teams(found, s.rows, resident(found)) : found;
+}
+
+// What to try where a grid does not fit after all, since others have a share of the GPU: half as
+// many teams, then half as many blocks. False when nothing is left to try.
+inline bool shrink(const Device& d, const Shape& s, Plan& plan) {
+  if (plan.policy != kGridPolicy) return false;
+  if (plan.teams > 1) {
+    plan.teams /= 2;
+    return true;
+  }
+  if (plan.parts == 1 || !fits(d, s, false, plan.parts / 2)) return false;
+  plan = make_plan(d, s, kGridPolicy, plan.parts / 2);
+  plan.teams = 1;
+  return true;
 }
 
 }  // namespace fastsample

@@ -11,7 +11,7 @@ import torch
 
 from fastsample.backends import Engine, KeptSets, Outputs
 from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
-from fastsample.backends.workspaces import Workspaces
+from fastsample.backends.workspaces import Workspaces, capturing
 from fastsample.inputs import Rows
 
 Tensor = torch.Tensor
@@ -41,27 +41,40 @@ def _why_left_out() -> str:
 
 
 class Buffers:
-    """Device memory that a launch uses and nothing else may use meanwhile; it grows and is kept."""
+    """Device memory that a launch uses and nothing else may use meanwhile; it grows and is kept.
+
+    What it has grown out of is kept too, since a captured graph may hold its address. Each growth at least doubles it, so
+    that is never more than what is in use.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.lock = Lock()  # the launches of one call, of which the second reads what the first has left
         self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
         self.boards = self.workspace
-        self.arrivals = torch.empty(0, dtype=torch.int32, device=device)
+        self.arrivals = torch.empty(0, dtype=torch.int32, device=device)  # a counter for each request
+        self._retired: list[Tensor] = []
 
-    def arrivals_of(self, requests: int) -> int:
-        """The address of a counter for each request; they begin as zeros, and every launch leaves them so."""
-        if requests > self.arrivals.numel():
-            self.arrivals = torch.zeros(requests, dtype=torch.int32, device=self.device)
-        return self.arrivals.data_ptr()
+    def with_room(self, workspace: int, boards: int, arrivals: int) -> Buffers:
+        """Buffers of at least so many bytes, bytes and counters: these, perhaps grown.
 
-    def grow(self, workspace: int, boards: int) -> None:
-        """At least this many bytes; the boards begin as zeros, and every launch leaves them so."""
-        if workspace > self.workspace.numel():
-            self.workspace = torch.empty(workspace, dtype=torch.uint8, device=self.device)
-        if boards > self.boards.numel():
-            self.boards = torch.zeros(boards, dtype=torch.uint8, device=self.device)
+        A capture gets its own where these would have to grow: it only records that they are filled with zeros, so a
+        launch outside of the graph would find something else there.
+        """
+        asked = {"workspace": workspace, "boards": boards, "arrivals": arrivals}
+        small = {name: size for name, size in asked.items() if size > getattr(self, name).numel()}
+        if small and capturing(self.device):
+            return Buffers(self.device)._grown(asked)
+        return self._grown(small)
+
+    def _grown(self, sizes: dict[str, int]) -> Buffers:
+        """Boards and counters begin as zeros, and every launch leaves them so."""
+        for name, size in sizes.items():
+            old = getattr(self, name)
+            self._retired.append(old)
+            make = torch.empty if name == "workspace" else torch.zeros
+            setattr(self, name, make(max(size, 2 * old.numel()), dtype=old.dtype, device=self.device))
+        return self
 
 
 class CudaEngine(Engine):
@@ -106,23 +119,20 @@ class CudaEngine(Engine):
         packed, call = row_arguments(rows), call_arguments(logits, out)
         stream = _stream(logits.device)
         buffers = self._buffers.of(logits.device, stream, rows)
+        requests = 0 if verified is None else len(verified[0])
         with buffers.lock:
-            drafts = None
-            if verified is not None:
-                drafts = draft_arguments(*verified, buffers.arrivals_of(len(verified[0])))
-            while True:
-                needed = module.run(
-                    packed,
-                    call,
-                    logits.device.index or 0,
-                    stream,
-                    (buffers.workspace.data_ptr(), buffers.workspace.numel()),
-                    (buffers.boards.data_ptr(), buffers.boards.numel()),
-                    drafts,
+            buffers = buffers.with_room(0, 0, requests)
+            drafts = None if verified is None else draft_arguments(*verified, buffers.arrivals.data_ptr())
+
+            def launch(memory: Buffers) -> tuple[int, int] | None:
+                lent = [(part.data_ptr(), part.numel()) for part in (memory.workspace, memory.boards)]
+                needed: tuple[int, int] | None = module.run(
+                    packed, call, logits.device.index or 0, stream, *lent, drafts
                 )
-                if needed is None:
-                    break
-                buffers.grow(*needed)  # nothing was launched
+                return needed
+
+            if (needed := launch(buffers)) is not None:  # nothing was launched
+                launch(buffers.with_room(*needed, 0))
 
 
 def _stream(device: torch.device) -> int:

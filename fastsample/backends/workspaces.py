@@ -12,6 +12,11 @@ from fastsample.inputs import Rows
 Memory = TypeVar("Memory")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream's work is being recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Workspaces(Generic[Memory]):
     """An engine's workspaces: each call gets one that nothing else can be using while its launches run.
 
@@ -29,7 +34,6 @@ class Workspaces(Generic[Memory]):
         key = (self._engine, device, stream)
         kept = self._shared if rows.workspace is None else rows.workspace
         found: Memory | None = kept.get(key)
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and (found is None or kept is self._shared):
+        if capturing(device) and (found is None or kept is self._shared):
             return self._make(device)
         return kept.setdefault(key, self._make(device)) if found is None else found

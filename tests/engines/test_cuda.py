@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -193,12 +194,53 @@ def test_nothing_is_allocated_where_nothing_is_needed(step: Callable[..., None])
 
 def test_memory_grows_and_boards_begin_as_zeros() -> None:
     buffers = cuda.Buffers(torch.device("cpu"))
-    buffers.grow(100, 4096)
+    assert buffers.with_room(100, 4096, 3) is buffers
     first = buffers.workspace.data_ptr()
-    buffers.grow(50, 10)
+    assert buffers.with_room(50, 10, 3) is buffers
     assert buffers.workspace.data_ptr() == first
-    assert buffers.boards.numel() == 4096
-    assert int(buffers.boards.sum()) == 0
+    assert (buffers.boards.numel(), buffers.arrivals.numel()) == (4096, 3)
+    assert not buffers.boards.any()
+    assert not buffers.arrivals.any()
+
+
+def test_memory_that_a_graph_may_hold_is_never_freed() -> None:
+    buffers = cuda.Buffers(torch.device("cpu"))
+    seen = []
+    for size in (100, 101, 5000):
+        buffers.with_room(size, size, size)
+        seen += [weakref.ref(t) for t in (buffers.workspace, buffers.boards, buffers.arrivals)]
+    assert all(ref() is not None for ref in seen)
+    assert buffers.workspace.numel() == 5000
+    assert sum(t.numel() for t in buffers._retired) <= 3 * 5000
+
+
+def test_a_capture_never_changes_memory_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its zeros are only recorded: they are there when the graph runs, and not before."""
+    buffers = cuda.Buffers(torch.device("cpu")).with_room(100, 64, 2)
+    before = buffers.workspace, buffers.boards, buffers.arrivals
+    monkeypatch.setattr(cuda, "capturing", lambda device: True)
+    assert buffers.with_room(100, 64, 2) is buffers
+    own = buffers.with_room(10, 65, 0)
+    assert own is not buffers
+    assert (own.workspace.numel(), own.boards.numel()) == (10, 65)
+    assert all(a is b for a, b in zip(before, (buffers.workspace, buffers.boards, buffers.arrivals), strict=True))
+
+
+def test_a_launch_in_a_capture_gets_all_of_its_memory_anew(
+    step: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, own = Recorder(1000, 64), dict[Any, Any]()
+    chosen = cuda.CudaEngine(recorder)
+    step(chosen, make_rows(own))
+    recorder.needs = (1000, 8192)
+    monkeypatch.setattr(cuda, "capturing", lambda device: True)
+    step(chosen, make_rows(own))
+    monkeypatch.undo()
+    recorder.needs = (1000, 64)
+    step(chosen, make_rows(own))
+    before, captured, after = (launch[2:] for launch in recorder.launches)
+    assert before == after
+    assert not set(before) & set(captured)
 
 
 # Gates read from the binaries -----------------------------------------------------------------------------------------

@@ -398,6 +398,34 @@ def test_the_other_policies_read_no_more_than_their_passes(simt: Simt) -> None:
         assert logits.nbytes <= simt.counters().logit_bytes <= 9 * logits.nbytes
 
 
+@pytest.mark.parametrize(
+    ("rows", "resident", "teams"),
+    [(256, 32, 32), (256, 33, 32), (64, 32, 32), (65, 32, 22), (33, 32, 17), (256, 31, 29), (8, 32, 8), (1, 1, 1)],
+)
+def test_teams_are_resident_and_get_the_same_number_of_rows(rows: int, resident: int, teams: int, simt: Simt) -> None:
+    """An H100's groups of multiprocessors hold 32 clusters of 8: a 33rd would start when the others end."""
+    plan = simt.plan(H100, rows, 128256, 4, False, resident=resident)
+    assert plan[:4] == (0, 8, 256, teams)
+
+
+def test_clusters_that_do_not_fit_become_a_grid(simt: Simt) -> None:
+    policy, parts, _, teams, _ = simt.plan(H100, 4, 128256, 4, False, resident=0)
+    assert (policy, parts, teams) == (2, 32, 4)
+
+
+def test_a_grid_that_does_not_fit_shrinks_until_nothing_is_left_to_try(simt: Simt) -> None:
+    found = [simt.plan(A100, 5, 128256, 4, False, shrinks=n)[:4] for n in range(9)]
+    assert found[:4] == [(2, 32, 256, 5), (2, 32, 256, 2), (2, 32, 256, 1), (2, 16, 256, 1)]
+    assert found[7:] == [(2, 1, 256, 1), (0, 0, 0, 0)]
+
+
+def test_blocks_per_row_can_be_asked_for(simt: Simt) -> None:
+    for parts, expected in ((1, 8), (16, 8), (0, 8)):  # a row needs 8 blocks of a cluster; more than 8 are not portable
+        assert simt.plan(H100, 64, 128256, 4, False, parts=parts)[1] == expected
+    assert [simt.plan(H100, 64, 32000, 2, False, parts=parts)[1] for parts in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert [simt.plan(A100, 64, 128256, 4, False, parts=parts)[1] for parts in (1, 8, 32)] == [1, 8, 32]
+
+
 # The harness finds what it is there to find ---------------------------------------------------------------------------
 
 

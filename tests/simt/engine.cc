@@ -48,12 +48,21 @@ void run(const Batch& batch, const Layout& layout, const Workspace& ws) {
 
 struct PlanArguments {
   int64_t arch, multiprocessors, shared_block, shared_sm, largest_cluster;
-  int64_t policy;  // -1: what tuning.h says
+  int64_t resident;  // teams at once, as the driver would say; -1: as tuning.h estimates
+  int64_t policy;    // -1: what tuning.h says
   int64_t parts, threads, teams;
 };
 
+Plan planned(const Device& device, const Shape& shape, int64_t resident) {
+  return plan(device, shape, [&](const Plan& candidate) {
+    // What the driver says of clusters alone: a grid without clusters is not cut up.
+    const bool told = resident >= 0 && candidate.policy == kClusterPolicy;
+    return told ? resident : resident_teams(device, candidate);
+  });
+}
+
 Plan plan_of(const Device& device, const Batch& batch, const PlanArguments& a) {
-  if (a.policy < 0) return plan(device, shape_of(batch));
+  if (a.policy < 0) return planned(device, shape_of(batch), a.resident);
   Plan p =
       make_plan(device, shape_of(batch), (Policy)a.policy, (int32_t)a.parts, (int32_t)a.threads);
   p.teams = at_most(a.teams, batch.logits.rows);
@@ -76,7 +85,7 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
   const Batch batch = batch_of(*rows, *call, drafts);
   const PlanArguments& a = *plan_arguments;
   const Device device = {(int32_t)a.arch, (int32_t)a.multiprocessors, (int32_t)a.shared_block,
-                         (int32_t)a.shared_sm, (int32_t)a.largest_cluster};
+                         (int32_t)a.shared_sm, (int32_t)a.largest_cluster, 0};
   const Plan plan = plan_of(device, batch, a);
   Layout layout = layout_for(device, batch, rows->bias_entries, plan);
   if (layout.outputs.teams && a.policy >= 0) {
@@ -146,11 +155,18 @@ const char* simt_list(const int32_t* bitmask, int64_t rows, int64_t words, const
   return failure;
 }
 
-// The plan for a device that need not be there: policy, parts, threads, teams, shared memory.
+// The plan for a device that need not be there, whose fields `d` has, and after them `resident`:
+// policy, parts, threads, teams, shared memory. And what a grid that does not fit becomes, again and
+// again: `shrinks` times.
 void simt_plan(const int64_t* d, int64_t rows, int64_t vocab, int64_t itemsize, int64_t edits,
-               int64_t* chosen) {
-  const Device device = {(int32_t)d[0], (int32_t)d[1], (int32_t)d[2], (int32_t)d[3], (int32_t)d[4]};
-  const Plan p = plan(device, Shape{rows, (int32_t)vocab, (int32_t)itemsize, edits != 0});
+               int64_t shrinks, int64_t* chosen) {
+  const Device device = {(int32_t)d[0], (int32_t)d[1], (int32_t)d[2],
+                         (int32_t)d[3], (int32_t)d[4], (int32_t)d[5]};
+  const Shape shape = {rows, (int32_t)vocab, (int32_t)itemsize, edits != 0};
+  Plan p = planned(device, shape, d[6]);
+  while (shrinks-- > 0) {
+    if (!shrink(device, shape, p)) p = Plan{};
+  }
   const int64_t out[] = {p.policy, p.parts, p.threads, p.teams, p.shared};
   memcpy(chosen, out, sizeof out);
 }

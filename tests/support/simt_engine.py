@@ -70,6 +70,7 @@ class How:
     teams: int = 2
     order: str = "ascending"
     device: tuple[int, ...] = H100
+    resident: int = -1  # clusters at once, as a driver would say
     skip: tuple[str, int] | None = None  # a barrier that is left out
 
 
@@ -130,7 +131,7 @@ class Simt:
         how = self.how
         skip = (None, 0) if how.skip is None else (how.skip[0].encode(), how.skip[1])
         self._library.simt_settings(ORDERS.index(how.order), ctypes.c_uint64(self.seed), *skip)
-        plan = (*how.device, POLICIES[how.policy], how.parts, how.threads, how.teams)
+        plan = (*how.device, how.resident, POLICIES[how.policy], how.parts, how.threads, how.teams)
         chosen = (ctypes.c_int64 * 9)()
         failure = self._library.simt_run(rows, call, drafts, _array(plan), chosen)
         self.chosen = Chosen(*chosen)
@@ -145,10 +146,21 @@ class Simt:
         if (failure := self._library.simt_list(*given)) is not None:
             raise RuntimeError(failure.decode())
 
-    def plan(self, device: tuple[int, ...], rows: int, vocab: int, itemsize: int, edits: bool) -> tuple[int, ...]:
+    def plan(
+        self,
+        device: tuple[int, ...],
+        rows: int,
+        vocab: int,
+        itemsize: int,
+        edits: bool,
+        parts: int = 0,
+        resident: int = -1,
+        shrinks: int = 0,
+    ) -> tuple[int, ...]:
         """What tuning.h says: policy, blocks per row, threads, rows in flight, bytes of shared memory."""
         chosen = (ctypes.c_int64 * 5)()
-        self._library.simt_plan(_array(device), *map(ctypes.c_int64, (rows, vocab, itemsize, edits)), chosen)
+        given = map(ctypes.c_int64, (rows, vocab, itemsize, edits, shrinks))
+        self._library.simt_plan(_array((*device, parts, resident)), *given, chosen)
         return tuple(chosen)
 
     def counters(self) -> Counters:
