@@ -123,15 +123,15 @@ class Known {
     return d;
   }
 
-  int64_t resident(DType dtype, const Plan& plan) {
+  int64_t resident(DType dtype, const Plan& plan, bool plain) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto key = std::make_tuple(dtype, plan.policy, plan.parts, plan.shared);
+    const auto key = std::make_tuple(dtype, plan.policy, plan.parts, plan.shared, plain);
     const auto found = resident_.find(key);
     if (found != resident_.end()) return found->second;
     const OutsideCapture here;
     int teams = 0;
     // A cluster that no group of multiprocessors can hold is an error on some devices: 0 either way.
-    if (launches_for(dtype).resident(device_, plan, &teams) != cudaSuccess) teams = 0;
+    if (launches_for(dtype).resident(device_, plan, plain, &teams) != cudaSuccess) teams = 0;
     return resident_[key] = teams;
   }
 
@@ -145,7 +145,7 @@ class Known {
 
   const Device device_;
   std::mutex mutex_;
-  std::map<std::tuple<DType, Policy, int32_t, int32_t>, int64_t> resident_;
+  std::map<std::tuple<DType, Policy, int32_t, int32_t, bool>, int64_t> resident_;
 };
 
 using Lent = std::pair<uintptr_t, int64_t>;  // address, bytes
@@ -164,7 +164,7 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
   const Shape shape = shape_of(batch);
   Layout layout = layout_for(device, batch, rows.bias_entries,
                              plan(device, shape, [&](const Plan& candidate) {
-                               return known.resident(batch.logits.dtype, candidate);
+                               return known.resident(batch.logits.dtype, candidate, is_plain(batch.rows));
                              }));
   if (layout.workspace > workspace.second || layout.boards > boards.second) {
     return std::make_pair(layout.workspace, layout.boards);

@@ -62,7 +62,8 @@ FS_DEVICE void pause() { __nanosleep(32); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kHasClusters = true;
-FS_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+FS_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+FS_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 FS_DEVICE int cluster_rank() { return (int)cooperative_groups::this_cluster().block_rank(); }
 template <class T>
 FS_DEVICE T* of_cluster_block(T* mine, int rank) {
@@ -70,7 +71,8 @@ FS_DEVICE T* of_cluster_block(T* mine, int rank) {
 }
 #else
 constexpr bool kHasClusters = false;
-FS_DEVICE void cluster_sync() {}
+FS_DEVICE void cluster_arrive() {}
+FS_DEVICE void cluster_wait() {}
 FS_DEVICE int cluster_rank() { return 0; }
 template <class T>
 FS_DEVICE T* of_cluster_block(T* mine, int) {
@@ -79,6 +81,11 @@ FS_DEVICE T* of_cluster_block(T* mine, int) {
 #endif
 
 #endif  // __CUDACC__
+
+FS_DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
 
 FS_DEVICE int warps() { return threads() / 32; }
 

@@ -20,17 +20,6 @@ FS_DEVICE KeptKeys top_n_sigma(const Team<kPolicy>& team, const S& slice, const 
   return narrow_above(kept, {key_of(v.low), INT32_MAX});
 }
 
-// The first k tokens of the whole row, in every order.
-template <Policy kPolicy, class S>
-FS_DEVICE KeptKeys top_k(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                         KeptKeys kept) {
-  const RowParams& p = *t.params;
-  if (!uses_top_k(p, slice.vocab)) return kept;
-  const auto one = [](float, int32_t, int32_t) -> u64 { return 1; };
-  return narrow_above(kept, nth_place(team, slice, everything(t), t.k_bound, t.peak_key,
-                                      (u64)p.top_k, p.ties == kTiesAll, one));
-}
-
 // Tokens that each weigh less than this weigh less, together, than what top-p leaves out of a set;
 // 0 where it is not known how much the set weighs.
 FS_DEVICE u64 too_light(const RowTask& t, const KeptKeys& base, int32_t vocab) {
@@ -40,53 +29,66 @@ FS_DEVICE u64 too_light(const RowTask& t, const KeptKeys& base, int32_t vocab) {
   return t.factor ? light >> 1 : light;  // the heaviest probability has half of 2^40 at least
 }
 
-// The shortest prefix of the base set with enough of its mass.
-template <Policy kPolicy, class S>
-FS_DEVICE KeptKeys top_p(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                         const KeptKeys& base, KeptKeys kept) {
-  const float top_p = t.params->top_p;
-  if (!uses_top_p(*t.params)) return kept;
-  const u64 light = too_light(t, base, slice.vocab);
-  const int32_t low = lowest_key(t, base, light > base.floor ? light : base.floor);
-  const auto weight = [&](float x, int32_t key, int32_t id) -> u64 {
-    return kept_mass(t, base, x, KeyPlace{key, id});
-  };
-  const auto target_of = [top_p](u64 total) -> u64 { return top_p_target(top_p, total); };
-  const Bracket b = select<true>(team, slice, low, t.peak_key, weight, target_of);
-  // Of the tokens at the last key, each of mass w, as many as the target takes.
-  const u64 w = mass_in(t, from_key(b.low));
-  const u64 nth = (target_of(b.total) - b.above + w - 1) / w;
-  const bool all = b.above + nth * w >= b.reached;
-  const int32_t last = all ? INT32_MAX : nth_equal(team, slice, base.high, b.low, nth);
-  return narrow_above(kept, {b.low, last});
-}
+// Filters that keep the tokens up to one at which a count, or a mass, reaches a target.
+enum Cut { kTopKCut, kTopPCut, kTypicalCut };
 
-// Those nearest to the mean logit with enough of the mass, all that are equally near included: an
-// interval of the rank order.
-template <Policy kPolicy, class S>
-FS_DEVICE KeptKeys typical(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                           KeptKeys kept) {
-  const float typical_p = t.params->typical_p;
-  if (!uses_typical(*t.params)) return kept;
-  measure(team, slice, t, kept);
-  const float mean = decide(team, [&](const u64* m, Verdict& found) {
-                       found.low = mean_logit(mean_depth(depth_sums(m)), t.peak, t.scale);
-                     }).low;
-  // The nearest has the highest key.
-  const auto nearness = [mean](float x) { return key_of(-fabsf(x - mean)); };
-  const auto weight = [&](float x, int32_t, int32_t id) -> u64 {
-    return kept_mass(t, kept, x, KeyPlace{key_of(x), id});
-  };
-  const auto target_of = [typical_p](u64 total) -> u64 { return top_p_target(typical_p, total); };
-  const Bracket b =
-      select_by<true, true>(team, slice, 0, kKeyMinusInfinity, 0, nearness, weight, target_of);
+// Of those nearest to the mean logit, the farthest that is kept is at `limit`: an interval of the
+// rank order, with all that are equally near.
+template <Policy kPolicy>
+FS_DEVICE KeptKeys keep_near(const Team<kPolicy>& team, const RowTask& t, KeptKeys kept, float mean,
+                             float limit) {
   const Verdict& v = decide(team, [&](const u64*, Verdict& found) {
-    const float limit = -from_key(b.low);
     found.high = highest_near(mean, limit);
     found.low = -highest_near(-mean, limit);
   });
   kept = narrow_above(kept, {key_of(v.low), INT32_MAX});
   return v.high < t.peak ? narrow_below(kept, {key_of(v.high), -1}) : kept;
+}
+
+// Top-k: the first k tokens of the whole row, in every order. Top-p: the shortest prefix of the base
+// set with enough of its mass. Typical: those nearest to the mean logit with enough of the mass.
+// They share the code, which is much.
+template <Policy kPolicy, class S>
+FS_DEVICE KeptKeys cut(const Team<kPolicy>& team, const S& slice, const RowTask& t, Cut which,
+                       const KeptKeys& base, const KeptKeys& kept) {
+  const RowParams& p = *t.params;
+  int32_t low = t.k_bound, high = t.peak_key;
+  float mean = 0.0f;
+  if (which == kTypicalCut) {
+    measure(team, slice, t, base);
+    mean = decide(team, [&](const u64* m, Verdict& found) {
+             found.low = mean_logit(mean_depth(depth_sums(m)), t.peak, t.scale);
+           }).low;
+    low = kKeyMinusInfinity;  // the nearest has the highest key
+    high = 0;
+  } else if (which == kTopPCut) {
+    const u64 light = too_light(t, base, slice.vocab);
+    low = lowest_key(t, base, light > base.floor ? light : base.floor);
+  }
+  const auto key_in = [&](float x) {
+    return key_of(which == kTypicalCut ? -fabsf(x - mean) : x);
+  };
+  const auto weight = [&](float x, int32_t, int32_t id) -> u64 {
+    return which == kTopKCut ? 1 : kept_mass(t, base, x, KeyPlace{key_of(x), id});
+  };
+  const float share = which == kTypicalCut ? p.typical_p : p.top_p;
+  const auto target_of = [&](u64 total) -> u64 {
+    return which == kTopKCut ? (u64)p.top_k : top_p_target(share, total);
+  };
+  const int unused = which == kTypicalCut ? 0 : low_bits(slice);
+  const Bracket b =
+      select(team, slice, unused, low, high, which != kTopKCut, key_in, weight, target_of);
+  if (which == kTypicalCut) return keep_near(team, t, kept, mean, -from_key(b.low));
+  if (b.low < base.low.x) return kept;  // fewer than k tokens
+  // Of the tokens at the last key, each of weight w, as many as the target takes.
+  const u64 w = which == kTopKCut ? 1 : mass_in(t, from_key(b.low));
+  const u64 nth = (target_of(b.total) - b.above + w - 1) / w;
+  const bool ties = which == kTopKCut && p.ties == kTiesAll;
+  int32_t last = INT32_MAX;
+  if (!ties && b.above + nth * w < b.reached) {
+    last = nth_equal(team, slice, base.high, b.low, nth);
+  }
+  return narrow_above(kept, {b.low, last});
 }
 
 // Whether the mass floors are measured like those below, since the heaviest token may be gone. They
@@ -97,29 +99,39 @@ FS_DEVICE bool measures_mass_floors(const RowTask& t, const KeptKeys& kept) {
 }
 
 // Floors that are measured on what is kept so far, one after the other.
+enum Floors { kMassFloors, kEpsilonFloor, kEtaFloor, kTopAFloor, kPLessFloor, kFloorsEnd };
+
+FS_DEVICE bool uses_floor(const RowParams& p, int which) {
+  const float value = which == kEpsilonFloor ? p.epsilon_cutoff
+                      : which == kEtaFloor   ? p.eta_cutoff
+                      : which == kTopAFloor  ? p.top_a
+                      : which == kPLessFloor ? (float)p.p_less
+                                             : 1.0f;
+  return value != 0.0f;
+}
+
+FS_DEVICE u64 floor_of(const RowTask& t, int which, u64 total, const DepthSums& depths,
+                       const SquareSums& squares, u64 heaviest) {
+  const RowParams& p = *t.params;
+  return which == kMassFloors     ? mass_floor(p, heaviest)
+         : which == kEpsilonFloor ? epsilon_floor(p, total, heaviest)
+         : which == kEtaFloor     ? eta_floor(p, depths, heaviest)
+         : which == kTopAFloor    ? top_a_floor(p, total, unit_of(t), heaviest)
+                                  : p_less_floor(squares, heaviest);
+}
+
 template <Policy kPolicy, class S>
 FS_DEVICE KeptKeys measured_floors(const Team<kPolicy>& team, const S& slice, const RowTask& t,
                                    KeptKeys kept) {
-  const RowParams& p = *t.params;
   const bool mass_too = measures_mass_floors(t, kept);
-  if (!mass_too && !uses_measured_floors(p)) return kept;
-  enum { kMassFloors, kEpsilon, kEta, kTopA, kPLess, kEnd };
+  if (!mass_too && !uses_measured_floors(*t.params)) return kept;
 #pragma unroll 1  // one pass in the code serves them all
-  for (int which = mass_too ? kMassFloors : kEpsilon; which < kEnd; ++which) {
-    const float value = which == kMassFloors ? 1.0f
-                        : which == kEpsilon  ? p.epsilon_cutoff
-                        : which == kEta      ? p.eta_cutoff
-                        : which == kTopA     ? p.top_a
-                                             : (float)p.p_less;
-    if (value == 0.0f) continue;
+  for (int which = mass_too ? kMassFloors : kEpsilonFloor; which < kFloorsEnd; ++which) {
+    if (!uses_floor(*t.params, which)) continue;
     measure(team, slice, t, kept);
     const Verdict& v = decide(team, [&](const u64* m, Verdict& found) {
-      const u64 heaviest = m[kHeaviest];
-      found.floor = which == kMassFloors ? mass_floor(p, heaviest)
-                    : which == kEpsilon  ? epsilon_floor(p, m[kMassSum], heaviest)
-                    : which == kEta      ? eta_floor(p, depth_sums(m), heaviest)
-                    : which == kTopA     ? top_a_floor(p, m[kMassSum], unit_of(t), heaviest)
-                                         : p_less_floor(square_sums(m), heaviest);
+      found.floor =
+          floor_of(t, which, m[kMassSum], depth_sums(m), square_sums(m), m[kHeaviest]);
     });
     kept = narrow_to_mass(kept, v.floor);
   }
@@ -155,21 +167,34 @@ FS_DEVICE KeptKeys top_p_base(const RowTask& t, const KeptKeys& kept) {
   return t.params->order == kJoint ? everything(t) : kept;
 }
 
+// What is kept before top-k: by n-sigma, and where the order has them there by the mass floors.
 template <Policy kPolicy, class S>
-FS_DEVICE Drawable apply_filters(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
+FS_DEVICE KeptKeys before_top_k(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
+  const KeptKeys kept = top_n_sigma(team, slice, t, everything(t));
+  return t.params->order == kMinPFirst ? mass_floors(kept, *t.params, unit_of(t)) : kept;
+}
+
+// The filters from top-k on.
+template <Policy kPolicy, class S>
+FS_DEVICE Drawable apply_filters(const Team<kPolicy>& team, const S& slice, const RowTask& t,
+                                 KeptKeys kept) {
   const RowParams& p = *t.params;
-  KeptKeys kept = everything(t);
-  kept = top_n_sigma(team, slice, t, kept);
-  if (p.order == kMinPFirst) kept = mass_floors(kept, p, unit_of(t));
-  kept = top_k(team, slice, t, kept);
-  // "temperature_last" has typical first, the others last.
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    if ((i == 0) == (p.order == kTemperatureLast)) {
-      kept = typical(team, slice, t, kept);
-    } else {
-      kept = top_p(team, slice, t, top_p_base(t, kept), kept);
-      if (!measures_mass_floors(t, kept)) kept = mass_floors(kept, p, unit_of(t));
+  // "temperature_last" has typical before top-p, the others have it last.
+  const bool typical_first = p.order == kTemperatureLast;
+#pragma unroll 1  // one pass in the code serves them all
+  for (int i = 0; i < 3; ++i) {
+    const Cut which = i == 0 ? kTopKCut : (i == 1) == typical_first ? kTypicalCut : kTopPCut;
+    const bool wanted = which == kTopKCut      ? uses_top_k(p, slice.vocab)
+                        : which == kTypicalCut ? uses_typical(p)
+                                               : uses_top_p(p);
+    if (wanted) {
+      const KeptKeys base = which == kTopKCut   ? everything(t)
+                            : which == kTopPCut ? top_p_base(t, kept)
+                                                : kept;
+      kept = cut(team, slice, t, which, base, kept);
+    }
+    if (which == kTopPCut && !measures_mass_floors(t, kept)) {
+      kept = mass_floors(kept, p, unit_of(t));
     }
   }
   kept = measured_floors(team, slice, t, kept);

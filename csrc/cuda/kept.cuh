@@ -6,6 +6,11 @@
 
 namespace fastsample {
 
+// The mass of all that is kept, and of what XTC leaves of it.
+struct Totals {
+  u64 all, rest;
+};
+
 // A token's mass as filters judge it.
 FS_DEVICE u64 mass_in(const RowTask& t, float x) {
   return t.factor ? (u64)(x * t.scale * t.factor) : mass_of(x, t.peak, t.scale);

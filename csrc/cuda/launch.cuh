@@ -7,19 +7,31 @@
 
 namespace fastsample {
 
+// Calls f(kernel) with the one that serves a plan.
+template <class T, bool kPlain, class F>
+auto with_sample_kernel(Policy policy, F f) {
+  switch (policy) {
+    case kClusterPolicy:
+      return f(sample_kernel<T, kClusterPolicy, kPlain>);
+    case kGridPolicy:
+      return f(sample_kernel<T, kGridPolicy, kPlain>);
+    default:
+      return f(sample_kernel<T, kBlockPolicy, kPlain>);
+  }
+}
+template <class T, class F>
+auto with_sample_kernel(Policy policy, bool plain, F f) {
+  return plain ? with_sample_kernel<T, true>(policy, f) : with_sample_kernel<T, false>(policy, f);
+}
+
 // launch(kernel, plan, arguments...) starts plan.teams * plan.parts blocks; it returns 0 or an
 // error.
 template <class T, class Launch>
 int launch_sample(const Batch& batch, const Plan& plan, Workspace ws, Launch launch) {
   ws.bitmaps = nullptr;
-  switch (plan.policy) {
-    case kClusterPolicy:
-      return launch(sample_kernel<T, kClusterPolicy>, plan, batch, ws, plan.parts);
-    case kGridPolicy:
-      return launch(sample_kernel<T, kGridPolicy>, plan, batch, ws, plan.parts);
-    default:
-      return launch(sample_kernel<T, kBlockPolicy>, plan, batch, ws, plan.parts);
-  }
+  return with_sample_kernel<T>(plan.policy, is_plain(batch.rows), [&](auto kernel) {
+    return launch(kernel, plan, batch, ws, plan.parts);
+  });
 }
 
 template <class T, class Launch>

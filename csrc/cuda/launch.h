@@ -12,7 +12,7 @@ struct Launches {
   // device.
   cudaError_t (*prepare)(const Device&);
   // How many teams of a plan with clusters or a grid the current device can hold at once.
-  cudaError_t (*resident)(const Device&, const Plan&, int* teams);
+  cudaError_t (*resident)(const Device&, const Plan&, bool plain, int* teams);
   cudaError_t (*sample)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
   cudaError_t (*keep)(const Batch&, const Plan&, const Workspace&, cudaStream_t);
   cudaError_t (*law)(const Batch&, const Plan&, const Workspace&, cudaStream_t);

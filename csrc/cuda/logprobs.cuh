@@ -33,7 +33,7 @@ FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice, con
   row.task.lowest = t.lowest;
   row.raw = true;
   row.kept = everything(t);
-  scan(team, slice, 0, row.task);
+  scan(team, slice, 0, row.task, false);
   row.sound = row.task.status == kValid;
   if (!row.sound) return row;
   set_scales(row.task, 1.0f);
@@ -76,7 +76,7 @@ FS_DEVICE void list_top(const Team<kBlockPolicy>& team, const S& slice, const Lo
   if (row.sound) each(slice, [&](float x, int32_t id) { mine += row.listed(x, id); });
   KeyPlace last = row.kept.low;
   if (block_sum(mine, team.own->scratch) > (u64)n) {
-    last = nth_place(team, slice, row.kept, last.x, row.task.peak_key, (u64)n, false, counts);
+    last = nth_place(team, slice, row.kept, last.x, row.task.peak_key, (u64)n, counts);
   }
   if (row.sound) {
     each(slice, [&](float x, int32_t id) {
@@ -123,7 +123,7 @@ FS_DEVICE void write_logprobs(const Batch& batch, const Workspace& ws, int64_t r
   const bool valid = out.tokens[r * out.num_samples] >= 0;
   LogRow row = {t, state.drawable.kept, &state, false, valid, 0.0};
   if (out.mode == kRawLogprobs) {
-    slice.overlay = nullptr;
+    slice.lies_over = nullptr;
     if (valid) row = raw_log_row(team, slice, t);
   }
   for (int32_t j = 0; j < out.num_samples; ++j) {

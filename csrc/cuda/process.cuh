@@ -153,20 +153,21 @@ FS_DEVICE void make_edits(const Batch& batch, int64_t r, const RowParams& p,
 
 // A block's shared memory holds Shared, then the slice's logits if they are resident, then, where
 // any row may have edits, their table and the marks.
-template <class T, Policy kPolicy, bool kResident>
+template <class T, Policy kPolicy, class How>
 FS_DEVICE void process_row(const Batch& batch, const Workspace& ws, int64_t r, const RowParams& p,
-                           const Team<kPolicy>& team, Slice<T, kResident>& slice) {
+                           const Team<kPolicy>& team, Slice<T, How>& slice) {
   slice.held = (Vec16*)(team.own + 1);
+  if constexpr (How::kPlain) return;
   const Bitmask& mask = batch.rows.bitmask;
-  if (!mask.data && !has_edits(batch.rows)) return;
+  if (is_plain(batch.rows)) return;
   Overlay& overlay = team.own->overlay;
   if (threadIdx.x == 0) {
     overlay = Overlay{mask.data ? mask.data + r * mask.stride : nullptr, mask.words, nullptr, {}};
   }
   __syncthreads();
-  slice.overlay = &overlay;
+  slice.lies_over = &overlay;
   if (!has_edits(batch.rows)) return;
-  Edit* near = (Edit*)(slice.held + (kResident ? warps() * slice.per_warp : 0));
+  Edit* near = (Edit*)(slice.held + (How::kResident ? warps() * slice.per_warp : 0));
   uint32_t* bitmap = (uint32_t*)((char*)near + kTableBytes);
   if (kPolicy == kBlockPolicy && ws.bitmaps) bitmap = ws.bitmaps + blockIdx.x * ws.bitmap_words;
   make_edits(batch, r, p, team, EditMemory{near, ws.tables, bitmap, ws.histories}, slice);

@@ -67,10 +67,18 @@ struct Overlay {
   }
 };
 
+// Where a row is read after its first pass: held in shared memory, or from the L2 cache. And whether
+// anything may lie over it. The code for a plain row is far less.
+template <bool kHeld, bool kBare>
+struct Reading {
+  static constexpr bool kResident = kHeld, kPlain = kBare;
+};
+
 // The part of a row that one block works on. Positions count from the last 16-byte boundary at or
 // before the row's begin: id = position - shift. A vector is kVec positions.
-template <class T, bool kResident>
+template <class T, class How>
 struct Slice {
+  static constexpr bool kResident = How::kResident;
   static constexpr int kWidth = kVec<T>, kUnusedBits = kLowBits<T>;
   const T* row;
   int32_t vocab;
@@ -79,8 +87,10 @@ struct Slice {
   int32_t per_warp;        // vectors
   int32_t first;           // vector
   Vec16* held;             // resident only: [warps * per_warp] raw logits
-  const Overlay* overlay;  // null: the logits are used as they are
+  const Overlay* lies_over;  // null: the logits are used as they are
   float nothing;           // what stands outside the row and for masked tokens: -inf, or 0
+
+  FS_METHOD const Overlay* overlay() const { return How::kPlain ? nullptr : lies_over; }
 
   FS_METHOD bool owns(int64_t id) const {
     if (id < 0 || id >= vocab) return false;
@@ -119,7 +129,7 @@ struct Slice {
 
   // One vector of a row that has been read before.
   FS_METHOD Vec16 raw(int32_t vector) const {
-    if constexpr (kResident) return load_shared16(held + vector - first);
+    if constexpr (How::kResident) return load_shared16(held + vector - first);
     return inside(vector) ? fetch_inside(vector) : fetch_edge(vector);
   }
 
@@ -152,19 +162,19 @@ struct Slice {
   // The raw logits upcast, with the mask and the edits applied. What is held has been through the
   // scan, which left in it what its dtype can hold.
   FS_METHOD void process(Vec16 v, int32_t vector, float (&x)[kVec<T>]) const {
-    if (!kResident && overlay && overlay->mask) apply_mask(vector, v);
+    if (!kResident && overlay() && overlay()->mask) apply_mask(vector, v);
     unpack<T>(v, x);
     if constexpr (kResident && sizeof(T) == 4) return;
-    if (overlay && overlay->edited) apply_edits(vector, x);
+    if (overlay() && overlay()->edited) apply_edits(vector, x);
   }
 
   // The same in the scan of a row that is held from then on: every dtype can hold that a token is
   // masked, but only float32 an edited logit.
   FS_METHOD void process_held(int32_t vector, float (&x)[kVec<T>]) const {
     Vec16 v = load_shared16(held + vector - first);
-    if (overlay->mask) apply_mask(vector, v);
+    if (overlay()->mask) apply_mask(vector, v);
     unpack<T>(v, x);
-    if (overlay->edited) apply_edits(vector, x);
+    if (overlay()->edited) apply_edits(vector, x);
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) v.word[i] = to_bits(x[i]);
@@ -175,8 +185,8 @@ struct Slice {
   FS_METHOD void apply_mask(int32_t vector, Vec16& v) const {
     const int32_t id = vector * kVec<T> - shift;
     const int32_t word = id >> 5, bit = id & 31;
-    uint32_t allowed = overlay->mask_word(word) >> bit;
-    if (bit + kVec<T> > 32) allowed |= overlay->mask_word(word + 1) << (32 - bit);
+    uint32_t allowed = overlay()->mask_word(word) >> bit;
+    if (bit + kVec<T> > 32) allowed |= overlay()->mask_word(word + 1) << (32 - bit);
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {
       if (allowed >> i & 1) continue;
@@ -191,11 +201,11 @@ struct Slice {
   FS_METHOD void apply_edits(int32_t vector, float (&x)[kVec<T>]) const {
     const int32_t id = vector * kVec<T> - shift;
     const int32_t position = (vector - first) * kVec<T>;
-    uint32_t marks = overlay->edited[position >> 5] >> (position & 31) & ((1u << kVec<T>)-1);
+    uint32_t marks = overlay()->edited[position >> 5] >> (position & 31) & ((1u << kVec<T>)-1);
     // A loop around one look-up is less code than a look-up for each logit.
     for (; marks; marks &= marks - 1) {
       const int edited = __ffs((int)marks) - 1;
-      const float value = overlay->table.x_of(id + edited);
+      const float value = overlay()->table.x_of(id + edited);
 #pragma unroll
       for (int i = 0; i < kVec<T>; ++i) x[i] = i == edited ? value : x[i];
     }
@@ -203,15 +213,15 @@ struct Slice {
 
   // One logit after stage 1.
   FS_METHOD float masked(int32_t id) const {
-    const bool gone = overlay && overlay->mask && !allowed(overlay->mask, overlay->mask_words, id);
+    const bool gone = overlay() && overlay()->mask && !allowed(overlay()->mask, overlay()->mask_words, id);
     return gone ? nothing : logit(row, id);
   }
 
   // One processed logit of this slice.
   FS_METHOD float value(int32_t id) const {
-    if (overlay && overlay->edited) {
+    if (overlay() && overlay()->edited) {
       const int32_t position = position_of(id);
-      if (overlay->edited[position >> 5] >> (position & 31) & 1) return overlay->table.x_of(id);
+      if (overlay()->edited[position >> 5] >> (position & 31) & 1) return overlay()->table.x_of(id);
     }
     return masked(id);
   }
@@ -226,10 +236,10 @@ struct Slice {
   }
 };
 
-template <class T, bool kResident>
-FS_DEVICE Slice<T, kResident> make_slice(const Batch& batch, int64_t r, int rank, int parts) {
+template <class T, class How>
+FS_DEVICE Slice<T, How> make_slice(const Batch& batch, int64_t r, int rank, int parts) {
   const Logits& l = batch.logits;
-  Slice<T, kResident> s = {};
+  Slice<T, How> s = {};
   s.row = (const T*)l.data + r * l.stride;
   s.vocab = l.vocab;
   s.nothing = l.input == kProbabilities ? 0.0f : -INFINITY;
@@ -250,22 +260,22 @@ FS_DEVICE void each_of(const S& s, int32_t vector, const float (&x)[S::kWidth], 
 // Calls f(x, id) for every position of the slice, whose logits have not been read before; x is
 // `nothing` outside the row. Many loads are under way at once, and all are stored, where the row is
 // held, before any is looked at. What lies over a row is much code, which is there once.
-template <class T, bool kResident, class F>
-FS_DEVICE void each_first(const Slice<T, kResident>& s, F f) {
+template <class T, class How, class F>
+FS_DEVICE void each_first(const Slice<T, How>& s, F f) {
   constexpr int kAhead = 8;
   const int32_t end = s.end();
 #pragma unroll 1
   for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
     Vec16 raw[kAhead];
     s.fetch(v, end, raw);
-    if constexpr (kResident) {
+    if constexpr (How::kResident) {
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         if (v + 32 * u < end) store_shared16(s.held + v + 32 * u - s.first, raw[u]);
       }
     }
     float x[kVec<T>];
-    if (!s.overlay) {
+    if (!s.overlay()) {
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
         if (v + 32 * u >= end) continue;
@@ -276,7 +286,7 @@ FS_DEVICE void each_first(const Slice<T, kResident>& s, F f) {
     }
 #pragma unroll 1
     for (int32_t at = v; at < end && at < v + 32 * kAhead; at += 32) {
-      if constexpr (kResident) {
+      if constexpr (How::kResident) {
         s.process_held(at, x);
       } else {
         s.process(raw[0], at, x);
@@ -288,19 +298,20 @@ FS_DEVICE void each_first(const Slice<T, kResident>& s, F f) {
   }
 }
 
-// The same in later passes: from shared memory, or with some loads ahead from the L2 cache.
-template <class T, bool kResident, class F>
-FS_DEVICE void each(const Slice<T, kResident>& s, F f) {
+// Later passes, from shared memory, or with some loads ahead from the L2 cache: calls f(x, id) for
+// every vector of the slice, with the id of its first position.
+template <class T, class How, class F>
+FS_DEVICE void each_vector(const Slice<T, How>& s, F f) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   constexpr int kFromCache = kVec<T>;  // where more would spill registers
 #else
   constexpr int kFromCache = 8;
 #endif
-  constexpr int kAhead = kResident ? 1 : kFromCache / kVec<T>;
+  constexpr int kAhead = How::kResident ? 1 : kFromCache / kVec<T>;
   const int32_t end = s.end();
   for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
     Vec16 raw[kAhead];
-    if constexpr (kResident) {
+    if constexpr (How::kResident) {
       raw[0] = load_shared16(s.held + v - s.first);
     } else {
       s.fetch(v, end, raw);
@@ -310,15 +321,24 @@ FS_DEVICE void each(const Slice<T, kResident>& s, F f) {
       if (v + 32 * u >= end) continue;
       float x[kVec<T>];
       s.process(raw[u], v + 32 * u, x);
-      each_of(s, v + 32 * u, x, f);
+      f(x, (v + 32 * u) * kVec<T> - s.shift);
     }
   }
 }
 
+// Calls f(x, id) for every position of the slice.
+template <class T, class How, class F>
+FS_DEVICE void each(const Slice<T, How>& s, F f) {
+  each_vector(s, [&](const float(&x)[kVec<T>], int32_t id) {
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) f(x[i], id + i);
+  });
+}
+
 // The same for the passes of rare filters: a loop around one call of f, which is far less code, and
 // little slower where f does much.
-template <class T, bool kResident, class F>
-FS_DEVICE void each_rolled(const Slice<T, kResident>& s, F f) {
+template <class T, class How, class F>
+FS_DEVICE void each_rolled(const Slice<T, How>& s, F f) {
   const int32_t end = s.end();
 #pragma unroll 1
   for (int32_t v = s.begin() + lane(); v < end; v += 32) {
@@ -336,7 +356,7 @@ FS_DEVICE void each_rolled(const Slice<T, kResident>& s, F f) {
 // How many low bits of every key in the slice are 0.
 template <class S>
 FS_DEVICE int low_bits(const S& slice) {
-  return slice.overlay && slice.overlay->edited ? 0 : S::kUnusedBits;
+  return slice.overlay() && slice.overlay()->edited ? 0 : S::kUnusedBits;
 }
 
 }  // namespace fastsample

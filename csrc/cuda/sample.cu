@@ -48,39 +48,48 @@ struct Launch {
   }
 };
 
-cudaError_t prepare(const Device& device) {
-  const void* kernels[] = {(const void*)sample_kernel<T, kClusterPolicy>,
-                           (const void*)sample_kernel<T, kBlockPolicy>,
-                           (const void*)sample_kernel<T, kGridPolicy>,
-                           (const void*)keep_kernel<T>,
-                           (const void*)law_kernel<T>,
-                           (const void*)outputs_kernel<T>};
-  cudaError_t error = cudaSuccess;
-  for (const void* kernel : kernels) {
-    if (error) break;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 device.shared_block);
-  }
+cudaError_t prepare_kernel(const void* kernel, Policy policy, const Device& device) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           device.shared_block);
+  if (policy != kClusterPolicy) return error;
   if (!error && device.largest_cluster > kPortableCluster) {
-    error = cudaFuncSetAttribute(kernels[0], cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
-  if (!error) {  // as much as two blocks have, rather than a larger first cache
-    error = cudaFuncSetAttribute(kernels[0], cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+  // As much as two blocks have, rather than a larger first cache.
+  return error ? error
+               : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared);
+}
+
+cudaError_t prepare(const Device& device) {
+  cudaError_t error = cudaSuccess;
+  for (const Policy policy : {kClusterPolicy, kBlockPolicy, kGridPolicy}) {
+    for (const bool plain : {false, true}) {
+      if (error) return error;
+      error = with_sample_kernel<T>(policy, plain, [&](auto kernel) {
+        return prepare_kernel((const void*)kernel, policy, device);
+      });
+    }
+  }
+  const void* others[] = {(const void*)keep_kernel<T>, (const void*)law_kernel<T>,
+                          (const void*)outputs_kernel<T>};
+  for (const void* kernel : others) {
+    if (!error) error = prepare_kernel(kernel, kBlockPolicy, device);
   }
   return error;
 }
 
-cudaError_t resident(const Device& device, const Plan& plan, int* teams) {
-  cudaError_t error;
-  if (plan.policy == kClusterPolicy) {
-    const Config how(plan, nullptr);
-    error = cudaOccupancyMaxActiveClusters(teams, sample_kernel<T, kClusterPolicy>, &how.config);
-  } else {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(teams, sample_kernel<T, kGridPolicy>,
-                                                          plan.threads, (size_t)plan.shared);
+cudaError_t resident(const Device& device, const Plan& plan, bool plain, int* teams) {
+  const cudaError_t error = with_sample_kernel<T>(plan.policy, plain, [&](auto kernel) {
+    if (plan.policy == kClusterPolicy) {
+      const Config how(plan, nullptr);
+      return cudaOccupancyMaxActiveClusters(teams, kernel, &how.config);
+    }
+    const cudaError_t found = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        teams, kernel, plan.threads, (size_t)plan.shared);
     *teams = *teams * device.multiprocessors / plan.parts;
-  }
+    return found;
+  });
   return error == cudaSuccess ? error : cudaGetLastError();
 }
 

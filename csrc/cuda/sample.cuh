@@ -12,7 +12,7 @@
 #pragma once
 
 #include "core/philox.h"
-#include "cuda/filters.cuh"
+#include "cuda/listed.cuh"
 #include "cuda/verify.cuh"
 
 namespace fastsample {
@@ -44,10 +44,6 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
   }
   return total;
 }
-
-struct Totals {
-  u64 all, rest;
-};
 
 // All draws. With top choices, those draws come first that take them.
 template <Policy kPolicy, class S>
@@ -81,26 +77,42 @@ FS_DEVICE Drawable only(const RowTask& t, KeyPlace token) {
   return Drawable{narrow_above(kept, token), everything(t).high};
 }
 
-template <class T, Policy kPolicy>
+// Stages 7 and 8 of a valid row that is not greedy. Where its candidates do, the leading block
+// finishes it, and the others are free.
+template <Policy kPolicy, class S>
+FS_DEVICE Totals filter_and_draw(const Batch& batch, int64_t r, const Team<kPolicy>& team,
+                                 const S& slice, RowTask& t, Drawable& found) {
+  const KeptKeys before = before_top_k(team, slice, t);
+  if (uses_candidates(t, slice.vocab)) {
+    const Listed list = list_candidates(team, slice, t);
+    if (list.size >= 0) {
+      return team.leads() ? finish_listed(batch, r, team, t, list, before, found) : Totals{1, 1};
+    }
+  }
+  found = apply_filters(team, slice, t, before);
+  set_drawn_scale(t);
+  const Totals totals = draw(batch, r, team, slice, t, found);
+  // What is kept weighs nothing: its first token counts for everything, as if it were the peak.
+  if (!totals.all) {
+    const KeyPlace first = first_kept(team, slice, t, found.kept);
+    t.peak_key = first.x;
+    t.argmax = first.id;
+  }
+  return totals;
+}
+
+template <class T, Policy kPolicy, bool kPlain>
 FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
-                          const Team<kPolicy>& team) {
-  constexpr bool kResident = kPolicy == kClusterPolicy;
-  auto slice = make_slice<T, kResident>(batch, r, team.rank, team.parts);
+                          const Team<kPolicy>& team, bool starts) {
+  typedef Reading<kPolicy == kClusterPolicy, kPlain> How;
+  auto slice = make_slice<T, How>(batch, r, team.rank, team.parts);
   RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
   process_row(batch, ws, r, *t.params, team, slice);
-  scan(team, slice, t.params->top_k, t);
+  scan(team, slice, t.params->top_k, t, starts);
   Drawable found = {};
   Totals totals = {0, 0};
   if (t.status == kValid && !t.greedy) {
-    found = apply_filters(team, slice, t);
-    set_drawn_scale(t);
-    totals = draw(batch, r, team, slice, t, found);
-    // What is kept weighs nothing: its first token counts for everything, as if it were the peak.
-    if (!totals.all) {
-      const KeyPlace first = first_kept(team, slice, t, found.kept);
-      t.peak_key = first.x;
-      t.argmax = first.id;
-    }
+    totals = filter_and_draw(batch, r, team, slice, t, found);
   }
   if (!totals.all) {
     found = only(t, {t.peak_key, t.argmax});
@@ -112,16 +124,18 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   }
 }
 
-// Persistent over rows: team i takes rows i, i + teams, ...
-template <class T, Policy kPolicy>
+// Persistent over rows: team i takes rows i, i + teams, ... Between two rows nothing has to wait for
+// another block: what the next row's scan publishes has a place of its own, and all else is told
+// after the barrier that ends it.
+template <class T, Policy kPolicy, bool kPlain>
 FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t parts) {
   Shared* own = (Shared*)shared_memory();
-  Team<kPolicy> team = {own, nullptr, 0, parts};
+  Team<kPolicy> team = {own, nullptr, 0, parts, 0};
   const uint32_t index = blockIdx.x / (uint32_t)parts, teams = gridDim.x / (uint32_t)parts;
   clear_bins(team);
   if constexpr (kPolicy == kClusterPolicy) {
     team.rank = cluster_rank();
-    team.sync();  // from here on the other blocks' shared memory exists
+    cluster_arrive();
   }
   if constexpr (kPolicy == kGridPolicy) {
     team.rank = (int)(blockIdx.x % (uint32_t)parts);
@@ -129,18 +143,22 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
     if (threadIdx.x == 0) own->semaphore = ws.semaphores + index;
   }
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
-    sample_row<T>(batch, ws, r, team);
-    team.sync();  // this row's shared memory is free, and its token is written
-    if (batch.drafts.num_accepted && team.leads() && threadIdx.x == 0) settle(batch, r);
+    sample_row<T, kPolicy, kPlain>(batch, ws, r, team, r == index);
+    if (batch.drafts.num_accepted) {
+      team.sync();  // the row's token is written
+      if (team.leads() && threadIdx.x == 0) settle(batch, r);
+    }
+    __syncthreads();  // this row's shared memory is free
+    team.turn ^= 1;
   }
 }
 
-template <class T, Policy kPolicy>
+template <class T, Policy kPolicy, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     sample_kernel(const __grid_constant__ Batch batch, const __grid_constant__ Workspace ws,
                   int32_t parts) {
   if constexpr (kPolicy != kClusterPolicy || kHasClusters) {
-    sample_rows<T, kPolicy>(batch, ws, parts);
+    sample_rows<T, kPolicy, kPlain>(batch, ws, parts);
   }
 }
 

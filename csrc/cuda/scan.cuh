@@ -20,7 +20,7 @@ struct RowTask {
   float drawn_scale;  // of those that draws are made by
   float factor;       // of probabilities, which weigh p * scale * factor; 0 for logits
   int32_t lowest;     // the key of the lowest token that can be kept at all
-  int32_t k_bound;    // top-k's last key is no lower
+  int32_t k_bound;    // top-k's last key is no lower; kKeyMinusInfinity where k is large
 };
 
 FS_DEVICE RowTask make_task(const RowParams& params, InputKind input) {
@@ -68,72 +68,93 @@ FS_DEVICE void set_drawn_scale(RowTask& t) {
   t.drawn_scale = last ? mass_scale(t.params->temperature) : t.scale;
 }
 
-// Of some threads' tokens: the first in rank order, and the lowest of the warps' and of the lanes'
-// maxima.
-struct Peaks {
-  long long best;
-  int32_t warp_low, lane_low;
-};
-
-// The calling warp's; every lane gets them.
+// The first token in rank order of the calling lane's.
 template <class S>
-FS_DEVICE Peaks scan_segment(const S& slice) {
-  int32_t key = kKeyMinusInfinity, at = 0;
+FS_DEVICE KeyPlace scan_lane(const S& slice) {
+  KeyPlace best = {kKeyMinusInfinity, 0};
   each_first(slice, [&](float x, int32_t id) {
-    int32_t k = key_of(x);
-    if (!(x >= slice.nothing)) k = x != x ? kKeyNaN : kKeyInfinity;
-    if (k > key) {
-      key = k;
-      at = id;
-    }
+    int32_t key = key_of(x);
+    if (!(x >= slice.nothing)) key = x != x ? kKeyNaN : kKeyInfinity;
+    // A lane sees ascending ids, so the first of its maxima has the lowest.
+    if (key > best.x) best = {key, id};
   });
-  // A lane sees ascending ids, so the first of its maxima has the lowest.
-  const bool any = slice.begin() + lane() < slice.end();
-  const long long best = warp_max(any ? ranked({key, at}) : LLONG_MIN);
-  const int32_t warp_low = slice.begin() < slice.end() ? place_of(best).x : INT32_MAX;
-  return Peaks{best, warp_low, warp_min(any ? key : INT32_MAX)};
+  return best;
 }
 
-// Those of n warps or blocks, as the calling warp finds them in shared or device memory.
-FS_DEVICE Peaks combine(const long long* best, const int32_t* warp_low, const int32_t* lane_low,
-                        int n) {
-  const bool has = lane() < n;
-  const int32_t warps_low = warp_min(has ? warp_low[lane()] : INT32_MAX);
-  const int32_t lanes_low = warp_min(has ? lane_low[lane()] : INT32_MAX);
-  return Peaks{warp_max(has ? best[lane()] : LLONG_MIN), warps_low, lanes_low};
+// Top-k's last key is bounded by the k-th of the highest keys of disjoint groups of lanes: at least
+// k tokens reach it. With a quarter more groups than k, few others do.
+constexpr int32_t kGroupsPer4K = 5;
+
+// Groups per warp; 0 where k is too large for them.
+FS_DEVICE int32_t groups_of_warp(int32_t k, int parts) {
+  const int32_t segments = parts * warps();
+  for (int32_t groups = 1; groups <= 32 && groups * segments <= kMaxGroups; groups *= 2) {
+    if (4 * groups * segments >= kGroupsPer4K * k) return groups;
+  }
+  return 0;
 }
 
-// A key that at least k tokens reach: the lowest of k or more maxima of disjoint parts of the row.
-template <class S>
-FS_DEVICE int32_t key_reached_by(int32_t k, const S& slice, const Peaks& peaks) {
-  const int32_t busy_warps = (slice.vectors + slice.per_warp - 1) / slice.per_warp;
-  const int32_t rest = slice.vectors - (busy_warps - 1) * slice.per_warp;
-  const int32_t busy_lanes = (busy_warps - 1) * 32 + (rest < 32 ? rest : 32);
-  return k <= busy_warps ? peaks.warp_low : k <= busy_lanes ? peaks.lane_low : kKeyMinusInfinity;
-}
-
-template <Policy kPolicy, class S>
-FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, RowTask& t) {
-  Shared& own = *team.own;
-  Peaks peaks = scan_segment(slice);
-  if (lane() == 0) {
-    own.best[warp()] = peaks.best;
-    own.warp_low[warp()] = peaks.warp_low;
-    own.lane_low[warp()] = peaks.lane_low;
+// The k-th highest of n keys, in shared memory, for all threads of a block.
+FS_DEVICE int32_t nth_highest(const int32_t* keys, int32_t n, int32_t k, Shared& own) {
+  for (int32_t i = (int32_t)threadIdx.x; i < n; i += threads()) {
+    const int32_t mine = keys[i];
+    int32_t before = 0;
+#pragma unroll 4
+    for (int32_t j = 0; j < n; ++j) before += keys[j] > mine || (keys[j] == mine && j < i);
+    if (before == k - 1) own.k_bound = mine;
   }
   __syncthreads();
-  if (warp() == 0) {
-    peaks = combine(own.best, own.warp_low, own.lane_low, warps());
-    Board& board = team.board();
-    team.publish(&board.best[team.rank], peaks.best);
-    team.publish(&board.warp_low[team.rank], peaks.warp_low);
-    team.publish(&board.lane_low[team.rank], peaks.lane_low);
+  return own.k_bound;
+}
+
+// Tells every block the highest keys of this one's groups of lanes.
+template <Policy kPolicy>
+FS_DEVICE void note_groups(const Team<kPolicy>& team, int32_t key, int32_t groups) {
+  const int32_t width = 32 / groups;
+  for (int32_t step = 1; step < width; step *= 2) {
+    const int32_t other = __shfl_xor_sync(kWholeWarp, key, step);
+    if (other > key) key = other;
   }
+  if (lane() % width == 0) team.own->groups[warp() * groups + lane() / width] = key;
+}
+
+template <Policy kPolicy>
+FS_DEVICE int32_t bound_of(const Team<kPolicy>& team, int32_t k, int32_t groups) {
+  const int32_t* keys = team.board().groups[team.turn];
+  const int32_t n = groups * warps() * team.parts;
+  if constexpr (kPolicy == kGridPolicy) {  // from device memory, once
+    for (int32_t i = (int32_t)threadIdx.x; i < n; i += threads()) team.own->groups[i] = keys[i];
+    __syncthreads();
+    keys = team.own->groups;
+  }
+  return nth_highest(keys, n, k, *team.own);
+}
+
+// `starts`: this is the launch's first row, whose cluster has not met yet.
+template <Policy kPolicy, class S>
+FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, RowTask& t,
+                    bool starts) {
+  Shared& own = *team.own;
+  const int32_t groups = top_k > 0 && top_k < slice.vocab ? groups_of_warp(top_k, team.parts) : 0;
+  const KeyPlace mine = scan_lane(slice);
+  const bool any = slice.begin() + lane() < slice.end();
+  const long long best = warp_max(any ? ranked(mine) : LLONG_MIN);
+  if (lane() == 0) own.best[warp()] = best;
+  if (groups) note_groups(team, mine.x, groups);
+  if (threadIdx.x == 0) own.listed = 0;
+  __syncthreads();
+  if (starts) team.meet();
+  Board& board = team.board();
+  if (warp() == 0) {
+    const long long all = warp_max(lane() < warps() ? own.best[lane()] : LLONG_MIN);
+    team.publish(&board.best[team.turn][team.rank], all);
+  }
+  const int32_t per_block = groups * warps();
+  if (groups) team.tell_all(board.groups[team.turn] + team.rank * per_block, own.groups, per_block);
   team.sync();
-  const Board& board = team.board();
-  peaks = combine(board.best, board.warp_low, board.lane_low, team.parts);
-  set_peak(t, place_of(peaks.best));
-  t.k_bound = key_reached_by(top_k, slice, peaks);
+  const long long* found = board.best[team.turn];
+  set_peak(t, place_of(warp_max(lane() < team.parts ? found[lane()] : LLONG_MIN)));
+  t.k_bound = groups && t.status == kValid ? bound_of(team, top_k, groups) : kKeyMinusInfinity;
 }
 
 }  // namespace fastsample

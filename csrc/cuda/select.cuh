@@ -13,38 +13,23 @@ namespace fastsample {
 constexpr int kRun = 8, kRuns = kBins / kRun;
 FS_DEVICE int slot_of(uint32_t bin) { return (int)(bin % kRun * kRuns + bin / kRun); }
 
-// One pass over the slice: adds weight(x, key, id) to the bins of the bracket [low, low + width].
-// A mass is added up over all tokens too in the first round, whether in the bracket or not.
-// kRare: less code rather than speed.
-template <bool kMass, bool kRare, Policy kPolicy, class S, class Key, class Weight>
+// One pass over the slice: adds weight(x, key, id) to the bins of the bracket [low, low + width],
+// and, if `sums`, over all tokens to the board's total, whether in the bracket or not.
+template <Policy kPolicy, class S, class Key, class Weight>
 FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low, uint32_t width,
-                         int shift, bool first, Key key_in, Weight weight) {
+                         int shift, bool sums, Key key_in, Weight weight) {
   u64* bins = team.own->board.bins;
   u64 total = 0;
-  const auto add = [&](float x, int32_t id) {
+  each(slice, [&](float x, int32_t id) {
     const int32_t key = key_in(x);
     const uint32_t distance = (uint32_t)key - (uint32_t)low;
     const bool inside = distance <= width;
-    if (!inside && !(kMass && first)) return;
+    if (!inside && !sums) return;
     const u64 w = weight(x, key, id);
-    if (kMass) total += w;
-    if (!inside || !w) return;
-    u64* bin = bins + slot_of(distance >> shift);
-    if (kMass) {
-      add_wide(bin, w);
-    } else {
-      atomicAdd((uint32_t*)bin, 1u);
-    }
-  };
-  if constexpr (kRare) {
-    each_rolled(slice, add);
-  } else {
-    each(slice, add);
-  }
-  if (kMass && first) {
-    total = warp_sum(total);
-    if (lane() == 0) add_wide(team.of_leader(&team.board().total), total);
-  }
+    total += w;
+    if (inside && w) add_wide(bins + slot_of(distance >> shift), w);
+  });
+  if (sums) add_on_board(team, total);
 }
 
 // The leading block narrows the bracket to the bin at which the weight, from the top, reaches the
@@ -81,17 +66,18 @@ FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, in
 
 // The key at which the weight of the tokens, from the highest key down, reaches target_of(total).
 // It must lie in [low, high]. key_in(x) is a token's key, of which the `unused` lowest bits are 0;
-// weight(x, key, id) is 1 for one that counts, or (kMass) a mass. A round resolves kDigitBits bits,
-// so the number of rounds depends on the width of the bracket alone and is at most 3.
-template <bool kMass, bool kRare, Policy kPolicy, class S, class Key, class Weight, class Target>
-FS_DEVICE Bracket select_by(const Team<kPolicy>& team, const S& slice, int unused, int32_t low,
-                            int32_t high, Key key_in, Weight weight, Target target_of) {
+// weight(x, key, id) is an integer. With `sums`, total is that of all tokens. A round resolves
+// kDigitBits bits, so the number of rounds depends on the width of the bracket alone and is at most 3.
+template <Policy kPolicy, class S, class Key, class Weight, class Target>
+FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int unused, int32_t low,
+                         int32_t high, bool sums, Key key_in, Weight weight, Target target_of) {
   low &= -(1 << unused);
+#pragma unroll 1
   for (bool first = true;; first = false) {
     const uint32_t width = (uint32_t)high - (uint32_t)low;
     const int bits = 32 - __clz((int)width) - kDigitBits;
     const int shift = bits > unused ? bits : unused;
-    fill_bins<kMass, kRare>(team, slice, low, width, shift, first, key_in, weight);
+    fill_bins(team, slice, low, width, shift, sums && first, key_in, weight);
     team.merge();
     if (team.leads()) choose_bin(team, first, low, high, shift, target_of);
     team.sync();
@@ -99,15 +85,6 @@ FS_DEVICE Bracket select_by(const Team<kPolicy>& team, const S& slice, int unuse
     low = team.board().bracket.low;
     high = team.board().bracket.high;
   }
-}
-
-// The same by the tokens' keys in the rank order.
-template <bool kMass, Policy kPolicy, class S, class Weight, class Target>
-FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int32_t low, int32_t high,
-                         Weight weight, Target target_of) {
-  return select_by<kMass, false>(
-      team, slice, low_bits(slice), low, high, [](float x) { return key_of(x); }, weight,
-      target_of);
 }
 
 // Sums weight(x, id) over each warp's segment. Afterwards every block has the running sums; returns
@@ -164,11 +141,22 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
   constexpr int kN = S::kWidth;
   for (int32_t v = begin; v < end; v += threads()) {
     const int32_t mine = v + (int32_t)threadIdx.x;
-    float x[kN];
-    u64 sum = 0;
+    const int32_t first = mine * kN - slice.shift;
+    u64 w[kN] = {}, sum = 0;
     if (mine < end) {
+      float x[kN];
       slice.process(slice.raw(mine), mine, x);
-      for (int i = 0; i < kN; ++i) sum += weight(x[i], mine * kN + i - slice.shift);
+#pragma unroll 1  // one weight in the code serves them all
+      for (int i = 0; i < kN; ++i) {
+        const u64 here = weight(x[0], first + i);
+        sum += here;
+#pragma unroll
+        for (int j = 1; j < kN; ++j) {
+          x[j - 1] = x[j];
+          w[j - 1] = w[j];
+        }
+        w[kN - 1] = here;
+      }
     }
     u64 total;
     u64 at = before + block_scan(sum, team.own->scratch, total);
@@ -176,9 +164,8 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
       int32_t id = -1;
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
-        const u64 w = weight(x[i], mine * kN + i - slice.shift);
-        if (threshold >= at && threshold < at + w) id = mine * kN + i - slice.shift;
-        at += w;
+        if (threshold >= at && threshold < at + w[i]) id = first + i;
+        at += w[i];
       }
       found(id);
     }
@@ -202,14 +189,15 @@ FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, KeyPlace 
 }
 
 // The nth (from 1) token, in rank order, of those that `counts` counts, which are in `among` or
-// below it; its key lies between `low` and `peak`. With `all_ties`, the last token that equals it.
-// Where `among` holds fewer than n, its last place.
+// below it; its key lies between `low` and `peak`. Where `among` holds fewer than n, its last place.
 template <Policy kPolicy, class S, class Counts>
 FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, const KeptKeys& among,
-                             int32_t low, int32_t peak, u64 n, bool all_ties, Counts counts) {
-  const Bracket b = select<false>(team, slice, low, peak, counts, [n](u64) { return n; });
+                             int32_t low, int32_t peak, u64 n, Counts counts) {
+  const Bracket b = select(
+      team, slice, low_bits(slice), low, peak, false, [](float x) { return key_of(x); }, counts,
+      [n](u64) { return n; });
   if (b.low < among.low.x) return among.low;
-  if (all_ties || b.reached == n) return KeyPlace{b.low, INT32_MAX};
+  if (b.reached == n) return KeyPlace{b.low, INT32_MAX};
   return KeyPlace{b.low, nth_equal(team, slice, among.high, b.low, n - b.above)};
 }
 

@@ -6,9 +6,11 @@
 
 namespace fastsample {
 
-// Reductions over a warp; every lane gets the result.
+// Reductions over a warp; every lane gets the result. Not unrolled: a shuffle of 64 bits is much code
+// and waits for the one before in any case.
 template <class T, class Op>
 FS_DEVICE T warp_reduce(T value, Op op) {
+#pragma unroll 1
   for (int step = 16; step; step >>= 1) {
     value = op(value, (T)__shfl_xor_sync(kWholeWarp, value, step));
   }
@@ -27,6 +29,7 @@ FS_DEVICE int32_t warp_min(int32_t value) {
 // The sum of the values in lower lanes; `total` is the whole warp's.
 FS_DEVICE u64 warp_scan(u64 value, u64& total) {
   u64 running = value;
+#pragma unroll 1
   for (int step = 1; step < 32; step <<= 1) {
     const u64 below = __shfl_up_sync(kWholeWarp, running, step);
     if (lane() >= step) running += below;
@@ -72,17 +75,22 @@ struct Verdict {
 // A block's own shared memory, as far as its size does not depend on the row's.
 struct alignas(16) Shared {
   Board board;  // a grid's is in device memory, but for the block's own bins
-  u64 running[kMaxSegments];
+  u64 running[kMaxListed];  // sums over segments or candidates; or the masses of candidates
   u64 scratch[32];
   long long best[32];
-  int32_t warp_low[32], lane_low[32];
+  int32_t groups[kMaxGroups];  // of this block; a grid's block has a copy of all here in the end
+  int32_t warp_low[32];
+  int32_t k_bound;
   int32_t listed;
+  u64 sorted[kMaxListed];  // candidates in rank order
+  int32_t kept_end, choices;  // how many of them are kept, and are XTC's top choices
   int32_t turn;         // of Board::measures
   uint32_t* semaphore;  // kGridPolicy only; for the first thread
   u64 measures[kMeasures];
   Verdict verdict;
   Overlay overlay;
 };
+static_assert(kMaxListed >= kMaxSegments, "running has room for both");
 static_assert(sizeof(Shared) <= kFixedShared, "tuning.h plans with less");
 
 // A barrier in device memory, for blocks that all run at once. The word's sign flips when all have
@@ -107,6 +115,7 @@ struct Team {
   Shared* own;
   Board* grid_board;  // kGridPolicy only
   int rank, parts;
+  int turn;  // of the row, for what is published in its scan
 
   FS_METHOD bool leads() const { return rank == 0; }
 
@@ -136,7 +145,18 @@ struct Team {
     }
   }
 
-  // The same by all lanes of a warp at once.
+  // The same for n values by a whole block.
+  template <class V>
+  FS_METHOD void tell_all(V* mine, const V* values, int n) const {
+    const int boards = kPolicy == kClusterPolicy ? parts : 1;
+    for (int i = (int)threadIdx.x; i < n * boards; i += threads()) {
+      V* to = mine + i % n;
+      if constexpr (kPolicy == kClusterPolicy) to = of_cluster_block(to, i / n);
+      *to = values[i % n];
+    }
+  }
+
+  // The same for one value by all lanes of a warp at once.
   template <class V>
   FS_METHOD void publish(V* mine, V value) const {
     if constexpr (kPolicy == kClusterPolicy) {
@@ -144,6 +164,11 @@ struct Team {
     } else {
       if (lane() == 0) *mine = value;
     }
+  }
+
+  // Waits until the other blocks of a cluster have started: only then does their memory exist.
+  FS_METHOD void meet() const {
+    if constexpr (kPolicy == kClusterPolicy) cluster_wait();
   }
 
   FS_METHOD void sync() const {
@@ -172,6 +197,13 @@ struct Team {
     sync();
   }
 };
+
+// Adds the sum over the calling block's threads to the board's total.
+template <Policy kPolicy>
+FS_DEVICE void add_on_board(const Team<kPolicy>& team, u64 value) {
+  value = warp_sum(value);
+  if (lane() == 0) add_wide(team.of_leader(&team.board().total), value);
+}
 
 // Zeroes what must be 0 before the first selection; the scan's barrier comes in between. A grid's
 // board is 0 already.

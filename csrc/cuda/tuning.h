@@ -25,6 +25,8 @@ constexpr int kLargestCluster = 16;  // where the GPU allows more
 constexpr int kDigitBits = 11;       // bits of a key that one round of selection resolves
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kMaxSegments = kMaxParts * kThreads / 32;  // of a row, one per warp
+constexpr int kMaxGroups = 256;           // of lanes, whose highest keys bound the k-th of a row
+constexpr int kMaxListed = 512;           // candidates that one block sorts
 constexpr int kPrivateEdits = 1024;       // edits that the table in shared memory has room for
 constexpr int kMinLogitsPerBlock = 4096;  // fewer are not worth another block
 
@@ -74,7 +76,7 @@ FS_HD constexpr int64_t bitmap_bytes(int64_t vectors, int32_t itemsize) {
   return round_up(vectors * (16 / itemsize), 128) / 8;
 }
 constexpr int64_t kTableBytes = 2 * kPrivateEdits * 12;
-constexpr int64_t kFixedShared = 26 * 1024;  // checked where Shared is defined
+constexpr int64_t kFixedShared = 35 * 1024;  // checked where Shared is defined
 
 constexpr int64_t shared_bytes(const Shape& s, bool resident, int32_t parts, int32_t threads) {
   const int64_t vectors = vectors_per_block(s, parts, threads);

@@ -35,14 +35,18 @@ enum Measure : int32_t {
 };
 
 // What the blocks of a row tell each other. A cluster has a board in every block: bins and total are
-// the first one's, and what all blocks read is published to each.
+// the first one's, and what all blocks read is published to each. Rows take turns where one block
+// may be a row ahead of another.
 struct Board {
-  u64 bins[kBins];                        // in the order of slot_of; 0 between selections
+  // In the order of slot_of; or candidates, as ranked() makes integers of them, an equal share for
+  // each block. 0 between selections.
+  u64 bins[kBins];
   u64 total;                              // 0 between selections
   u64 sums[kMaxSegments];                 // of each warp's segment, in id order
   u64 measures[2][kMeasures][kMaxParts];  // of each block; passes take turns
-  long long best[kMaxParts];
-  int32_t warp_low[kMaxParts], lane_low[kMaxParts];
+  long long best[2][kMaxParts];
+  int32_t groups[2][kMaxGroups];  // the highest key of each
+  int32_t counts[kMaxParts];      // of candidates that each block has found
   Bracket bracket;
   int32_t id;
 };
@@ -118,6 +122,9 @@ inline bool wants_kept(const Outputs& out) {
 inline bool wants_more(const Outputs& out) {
   return wants_outputs(out) || wants_kept(out) || out.weights;
 }
+
+// Whether nothing lies over the logits of any row.
+FS_HD bool is_plain(const Rows& rows) { return !rows.bitmask.data && !has_edits(rows); }
 
 inline Shape shape_of(const Batch& batch) {
   const Logits& l = batch.logits;

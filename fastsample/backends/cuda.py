@@ -43,8 +43,8 @@ def _why_left_out() -> str:
 class Buffers:
     """Device memory that a launch uses and nothing else may use meanwhile; it grows and is kept.
 
-    What it has grown out of is kept too, since a captured graph may hold its address. Each growth at least doubles it, so
-    that is never more than what is in use.
+    What it has grown out of is kept too, since a captured graph may hold its address. Each growth at least doubles it,
+    so that is never more than what is in use.
     """
 
     def __init__(self, device: torch.device) -> None:

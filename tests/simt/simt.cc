@@ -86,6 +86,7 @@ struct Fiber {
   Warp* warp;
   const uint64_t* waits_for = nullptr;  // runs again once this differs from `seen`
   uint64_t seen = 0;
+  uint64_t cluster_seen = 0;  // when the thread arrived at its cluster's barrier
   bool paused = false, done = false;
   char* stack = nullptr;
   void* sp = nullptr;
@@ -308,12 +309,21 @@ void block_barrier(const char* file, int line) {
   if (wait(block.meeting)) met(block);
 }
 
-void cluster_barrier() {
+void cluster_arrive() {
   Block* first = current->block->first_of_cluster;
   Meeting& cluster = *current->block->cluster;
-  if (!wait(cluster)) return;
+  current->cluster_seen = cluster.generation;
+  if (++cluster.arrived < cluster.members) return;
+  cluster.arrived = 0;
+  ++cluster.generation;
   ++counters.team_barriers;
   for (int i = 0; i < cluster.members / (int)blockDim.x; ++i) met(first[i]);
+}
+
+void cluster_wait() {
+  current->waits_for = &current->block->cluster->generation;
+  current->seen = current->cluster_seen;
+  if (*current->waits_for == current->seen) to_scheduler();
 }
 
 void pause() {

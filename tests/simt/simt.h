@@ -68,7 +68,8 @@ struct Place {
 extern Place* here;
 
 void block_barrier(const char* file, int line);
-void cluster_barrier();
+void cluster_arrive();
+void cluster_wait();
 void pause();
 char* shared_memory();
 char* shared_memory_of(int cluster_rank);
@@ -217,7 +218,8 @@ inline float half_to_float(uint16_t bits) {
 }
 
 inline void pause() { simt::pause(); }
-inline void cluster_sync() { simt::cluster_barrier(); }
+inline void cluster_arrive() { simt::cluster_arrive(); }
+inline void cluster_wait() { simt::cluster_wait(); }
 inline int cluster_rank() { return simt::here->cluster_rank; }
 template <class T>
 inline T* of_cluster_block(T* mine, int rank) {

@@ -1,0 +1,142 @@
+// Top-k's candidates: the tokens that reach a key which at least k tokens reach. One pass over the
+// row hands them to the leading block, which sorts them. Stem of csrc/cpu/candidates.h.
+#pragma once
+
+#include "cuda/kept.cuh"
+
+namespace fastsample {
+
+// Whether everything that is kept of the row is among the candidates of its top-k, and can be told
+// from their order. Typical goes by another order.
+FS_DEVICE bool uses_candidates(const RowTask& t, int32_t vocab) {
+  return t.k_bound != kKeyMinusInfinity && uses_top_k(*t.params, vocab) &&
+         !uses_typical(*t.params);
+}
+
+struct Listed {
+  int32_t size;  // candidates; -1 where there are too many
+  u64 total;     // the mass of the whole row, where top-p goes by it
+};
+
+// The candidates of the calling block, to the leader's board: its share of the bins has room for so
+// many.
+template <Policy kPolicy, class S>
+FS_DEVICE u64 push_candidates(const Team<kPolicy>& team, const S& slice, const RowTask& t,
+                              bool weighs, int32_t room) {
+  constexpr int kN = S::kWidth;
+  const float bound = from_key(t.k_bound > t.lowest ? t.k_bound : t.lowest);
+  const KeptKeys all = everything(t);
+  u64* to = team.of_leader(team.board().bins) + team.rank * room;
+  u64 total = 0;
+  each_vector(slice, [&](const float(&x)[kN], int32_t first) {
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) found |= (uint32_t)(x[i] >= bound) << i;
+    if (weighs) {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) total += kept_mass(t, all, x[i], {key_of(x[i]), first + i});
+    }
+    for (; found; found &= found - 1) {
+      const int at = __ffs((int)found) - 1;
+      float mine = x[0];
+#pragma unroll
+      for (int i = 1; i < kN; ++i) mine = i == at ? x[i] : mine;
+      const int32_t slot = atomicAdd(&team.own->listed, 1);
+      if (slot < room) to[slot] = (u64)ranked({key_of(mine), first + at});
+    }
+  });
+  return total;
+}
+
+// How many candidates all blocks have found, or -1 where a block's are too many for its share or
+// all of them for one block to sort. For a warp.
+template <Policy kPolicy>
+FS_DEVICE int32_t count_candidates(const Team<kPolicy>& team, int32_t room) {
+  const int32_t mine = lane() < team.parts ? team.board().counts[lane()] : 0;
+  if (__ballot_sync(kWholeWarp, mine > room)) return -1;
+  const int32_t all = warp_reduce(mine, [](int32_t a, int32_t b) { return a + b; });
+  return all <= kMaxListed ? all : -1;
+}
+
+// Calls done(e, sum), by one thread, with the sum of term(e, j) over the elements j from `begin` on,
+// for each element e of them. Where threads are many, several share an element.
+template <class Term, class Done>
+FS_DEVICE void each_with_sum(int32_t begin, int32_t end, Term term, Done done) {
+  const int32_t n = end - begin;
+  int32_t share = 1;
+  while (share < 32 && 2 * share * n <= threads()) share *= 2;
+  const int32_t at_once = threads() / share, part = (int32_t)threadIdx.x % share;
+  for (int32_t first = begin; first < end; first += at_once) {
+    const int32_t e = first + (int32_t)threadIdx.x / share;
+    u64 sum = 0;
+    if (e < end) {
+#pragma unroll 4
+      for (int32_t j = begin + part; j < end; j += share) sum += term(e, j);
+    }
+#pragma unroll 1
+    for (int step = 1; step < share; step *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, step);
+    if (e < end && part == 0) done(e, sum);
+  }
+}
+
+// Zeroes what lies on the leader's board, for selections; for the leading block. With `to`, it moves
+// there, one block's after the other's.
+template <Policy kPolicy>
+FS_DEVICE void take_candidates(const Team<kPolicy>& team, int32_t room, u64* to) {
+  const int32_t mine = lane() < team.parts ? team.board().counts[lane()] : 0;
+  u64 total;
+  const u64 before = warp_scan((u64)mine, total);
+#pragma unroll 1
+  for (int part = warp(); part < team.parts; part += warps()) {
+    const int32_t found = __shfl_sync(kWholeWarp, mine, part);
+    u64* into = to + __shfl_sync(kWholeWarp, before, part);
+    u64* from = team.board().bins + part * room;
+    for (int32_t i = lane(); i < found && i < room; i += 32) {
+      if (to) into[i] = from[i];
+      from[i] = 0;
+    }
+  }
+}
+
+// Sorts the n candidates by the leading block.
+template <Policy kPolicy>
+FS_DEVICE void sort_candidates(const Team<kPolicy>& team, int32_t n, int32_t room) {
+  Shared& own = *team.own;
+  const u64* taken = own.running;  // free until there are sums
+  take_candidates(team, room, own.running);
+  __syncthreads();
+  each_with_sum(
+      0, n, [&](int32_t e, int32_t j) -> u64 { return (long long)taken[j] > (long long)taken[e]; },
+      [&](int32_t e, u64 before) { own.sorted[before] = taken[e]; });
+  __syncthreads();
+}
+
+// One pass over the row and one barrier. Afterwards the leader has the candidates in rank order, or
+// there are too many, and the board is as before.
+template <Policy kPolicy, class S>
+FS_DEVICE Listed list_candidates(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
+  const int32_t room = kBins / team.parts;
+  const bool weighs = t.params->order == kJoint && uses_top_p(*t.params);
+  const u64 mine = push_candidates(team, slice, t, weighs, room);
+  if (weighs) add_on_board(team, mine);
+  __syncthreads();
+  if (warp() == 0) team.publish(&team.board().counts[team.rank], team.own->listed);
+  team.sync();
+  Listed list = {count_candidates(team, room), 0};
+  if (team.leads()) {
+    if (weighs) {
+      list.total = team.board().total;
+      __syncthreads();
+      if (threadIdx.x == 0) team.board().total = 0;
+    }
+    if (list.size < 0) {
+      take_candidates(team, room, nullptr);
+    } else {
+      sort_candidates(team, list.size, room);
+    }
+  }
+  if (list.size < 0) team.sync();  // the bins are zeros again
+  return list;
+}
+
+}  // namespace fastsample
