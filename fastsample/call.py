@@ -238,15 +238,21 @@ class SampleCall(Call):
             outputs = self._own = self._outputs(result, self._own)
         else:
             result = out
+        in_passing = outputs.advance = advance and self._engine.advances
         invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
             if outputs.restore:
                 result = self._fresh(table.device)
                 self._engine.run(table, rows, self._outputs(result))
-            raise_if_invalid(result.status, self.batch, self.options.input)
+            try:
+                raise_if_invalid(result.status, self.batch, self.options.input)
+            except ValueError:
+                if in_passing:
+                    rows.offsets -= 1
+                raise
         if self._lists:
             self._list_kept(outputs, result)
-        if advance:
+        if advance and not in_passing:
             self._engine.advance(rows)
         if out is None or out is result:
             return result

@@ -151,11 +151,12 @@ class Known {
 using Lent = std::pair<uintptr_t, int64_t>;  // address, bytes
 
 // Launches and returns None; or launches nothing and returns how many bytes of workspace and boards
-// it needs.
+// it needs. With `advance`, each row's offset is one more afterwards; nothing else may read it.
 std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const CallArguments& call,
                                                int device_index, uintptr_t stream, Lent workspace,
                                                Lent boards,
-                                               const std::optional<DraftArguments>& drafts) {
+                                               const std::optional<DraftArguments>& drafts,
+                                               bool advance) {
   const py::gil_scoped_release unlocked;
   const OnDevice current(device_index);
   Known& known = Known::at(device_index);
@@ -171,6 +172,7 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
   }
   Workspace ws;
   lay_out(batch, layout, (char*)workspace.first, (char*)boards.first, ws);
+  if (advance) ws.offsets = (int64_t*)rows.offsets;
   const Launches& launches = launches_for(batch.logits.dtype);
   cudaError_t error = launches.sample(batch, layout.sample, ws, (cudaStream_t)stream);
   while (error == cudaErrorCooperativeLaunchTooLarge && shrink(device, shape, layout.sample)) {

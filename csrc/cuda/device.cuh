@@ -64,6 +64,14 @@ FS_DEVICE void pause() { __nanosleep(32); }
 constexpr bool kHasClusters = true;
 FS_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 FS_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// One thread's fence serves the block: a fence is a round trip to the L2 cache.
+FS_DEVICE void cluster_sync() {
+  __syncthreads();
+  if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  cluster_wait();
+}
 FS_DEVICE int cluster_rank() { return (int)cooperative_groups::this_cluster().block_rank(); }
 template <class T>
 FS_DEVICE T* of_cluster_block(T* mine, int rank) {
@@ -73,6 +81,7 @@ FS_DEVICE T* of_cluster_block(T* mine, int rank) {
 constexpr bool kHasClusters = false;
 FS_DEVICE void cluster_arrive() {}
 FS_DEVICE void cluster_wait() {}
+FS_DEVICE void cluster_sync() {}
 FS_DEVICE int cluster_rank() { return 0; }
 template <class T>
 FS_DEVICE T* of_cluster_block(T* mine, int) {
@@ -81,11 +90,6 @@ FS_DEVICE T* of_cluster_block(T* mine, int) {
 #endif
 
 #endif  // __CUDACC__
-
-FS_DEVICE void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
 
 FS_DEVICE int warps() { return threads() / 32; }
 

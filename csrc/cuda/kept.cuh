@@ -6,11 +6,6 @@
 
 namespace fastsample {
 
-// The mass of all that is kept, and of what XTC leaves of it.
-struct Totals {
-  u64 all, rest;
-};
-
 // A token's mass as filters judge it.
 FS_DEVICE u64 mass_in(const RowTask& t, float x) {
   return t.factor ? (u64)(x * t.scale * t.factor) : mass_of(x, t.peak, t.scale);
@@ -67,6 +62,17 @@ FS_DEVICE int32_t lowest_drawn_key(const RowTask& t, const KeptKeys& kept) {
   const u64 mass = t.drawn_scale == t.scale ? kept.floor : 0;
   const int32_t key = key_reaching(t, mass, t.drawn_scale);
   return key > kept.low.x ? key : kept.low.x;
+}
+
+// The mass of all that is kept, and of what XTC leaves of it.
+struct Totals {
+  u64 all, rest;
+};
+
+// For later kernels.
+FS_DEVICE void write_state(const Workspace& ws, int64_t r, const RowTask& t, const Drawable& found,
+                           const Totals& totals) {
+  if (ws.states) ws.states[r] = RowState{t.status, t.peak_key, found, totals.all, totals.rest};
 }
 
 }  // namespace fastsample

@@ -29,8 +29,10 @@ auto with_sample_kernel(Policy policy, bool plain, F f) {
 template <class T, class Launch>
 int launch_sample(const Batch& batch, const Plan& plan, Workspace ws, Launch launch) {
   ws.bitmaps = nullptr;
+  const int32_t warps = plan.parts * plan.threads / 32;
+  const int32_t per_warp = vectors_per_warp(batch.logits.vocab, (int32_t)sizeof(T), warps);
   return with_sample_kernel<T>(plan.policy, is_plain(batch.rows), [&](auto kernel) {
-    return launch(kernel, plan, batch, ws, plan.parts);
+    return launch(kernel, plan, batch, ws, plan.parts, per_warp);
   });
 }
 

@@ -155,7 +155,7 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
   const u64 total = block_sum(mine, own.scratch);
   const Outputs& out = batch.out;
   if (!out.tokens || (!total && !excluding)) return total;
-  const Stream stream = stream_of(batch, r);
+  const Stream& stream = own.stream;
   const auto each_draw = [&](auto f) {
     for (int32_t j = 0; j < out.num_samples; ++j) {
       const float coin = t.params->xtc_probability;
@@ -182,21 +182,21 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
   return total;
 }
 
-// Filters and draws. `before`: what is kept already.
+// Filters and draws. `before`: what is kept already. Returns whether anything that is kept has mass;
+// where not, `first` is its first token.
 template <Policy kPolicy>
-FS_DEVICE Totals finish_listed(const Batch& batch, int64_t r, const Team<kPolicy>& team,
-                               RowTask& t, const Listed& list, const KeptKeys& before,
-                               Drawable& found) {
+FS_DEVICE bool finish_listed(const Batch& batch, const Workspace& ws, int64_t r,
+                             const Team<kPolicy>& team, RowTask& t, const Listed& list,
+                             const KeptKeys& before, KeyPlace& first) {
   Shared& own = *team.own;
   filter_list(team, t, list, before);
-  found = drawable_of(own, t);
   set_drawn_scale(t);
   for (int32_t e = (int32_t)threadIdx.x; e < own.kept_end; e += threads()) {
     own.running[e] = drawn_mass(t, from_key(candidate(own, e).x));
   }
   __syncthreads();
-  const bool all = found.top.x == kKeyInfinity;
   const int32_t rest = own.choices < 2 ? 0 : own.choices - 1;
+  const bool all = !rest || t.params->xtc_probability == 1.0f;
   const int32_t begin = all ? rest : 0;
   Totals totals = {0, 0};
 #pragma unroll 1  // one copy of the code serves both
@@ -205,11 +205,9 @@ FS_DEVICE Totals finish_listed(const Batch& batch, int64_t r, const Team<kPolicy
     if (!excluding) totals.all = totals.rest;
     if (all || excluding || !totals.all) break;
   }
-  if (!totals.all) {
-    t.peak_key = candidate(own, begin).x;
-    t.argmax = candidate(own, begin).id;
-  }
-  return totals;
+  first = candidate(own, begin);
+  if (totals.all && threadIdx.x == 0) write_state(ws, r, t, drawable_of(own, t), totals);
+  return totals.all;
 }
 
 }  // namespace fastsample

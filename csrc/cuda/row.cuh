@@ -237,7 +237,7 @@ struct Slice {
 };
 
 template <class T, class How>
-FS_DEVICE Slice<T, How> make_slice(const Batch& batch, int64_t r, int rank, int parts) {
+FS_DEVICE Slice<T, How> make_slice(const Batch& batch, int64_t r, int rank, int32_t per_warp) {
   const Logits& l = batch.logits;
   Slice<T, How> s = {};
   s.row = (const T*)l.data + r * l.stride;
@@ -245,7 +245,7 @@ FS_DEVICE Slice<T, How> make_slice(const Batch& batch, int64_t r, int rank, int 
   s.nothing = l.input == kProbabilities ? 0.0f : -INFINITY;
   s.shift = (int32_t)((uintptr_t)s.row % 16 / sizeof(T));
   s.vectors = (s.shift + s.vocab + kVec<T> - 1) / kVec<T>;
-  s.per_warp = vectors_per_warp(s.vocab, (int32_t)sizeof(T), parts * warps());
+  s.per_warp = per_warp;
   s.first = rank * warps() * s.per_warp;
   return s;
 }
@@ -262,7 +262,7 @@ FS_DEVICE void each_of(const S& s, int32_t vector, const float (&x)[S::kWidth], 
 // held, before any is looked at. What lies over a row is much code, which is there once.
 template <class T, class How, class F>
 FS_DEVICE void each_first(const Slice<T, How>& s, F f) {
-  constexpr int kAhead = 8;
+  constexpr int kAhead = How::kResident ? 8 : 4;  // where 8 would spill registers
   const int32_t end = s.end();
 #pragma unroll 1
   for (int32_t v = s.begin() + lane(); v < end; v += 32 * kAhead) {
@@ -326,12 +326,19 @@ FS_DEVICE void each_vector(const Slice<T, How>& s, F f) {
   }
 }
 
-// Calls f(x, id) for every position of the slice.
+// Calls f(x, id) for every position of the slice. Four calls are side by side in the code: more would
+// take more registers than there are.
 template <class T, class How, class F>
 FS_DEVICE void each(const Slice<T, How>& s, F f) {
-  each_vector(s, [&](const float(&x)[kVec<T>], int32_t id) {
+  constexpr int kN = kVec<T>, kSide = 4;
+  each_vector(s, [&](float(&x)[kN], int32_t id) {
+#pragma unroll 1
+    for (int from = 0; from < kN; from += kSide) {
 #pragma unroll
-    for (int i = 0; i < kVec<T>; ++i) f(x[i], id + i);
+      for (int i = 0; i < kSide; ++i) f(x[i], id + from + i);
+#pragma unroll
+      for (int i = kSide; i < kN; ++i) x[i - kSide] = x[i];
+    }
   });
 }
 

@@ -32,7 +32,7 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
   if (!out.tokens || (!total && !excluding)) return total;
   // Seed, offset and total are loaded again for each draw rather than held in registers.
   for (int32_t j = 0; j < out.num_samples; ++j) {
-    const auto [seed, offset] = stream_of(batch, r);
+    const auto [seed, offset] = team.own->stream;
     const float coin = t.params->xtc_probability;
     if (!all && xtc_excludes(seed, offset, (uint32_t)j, coin) != excluding) continue;
     const u64 sum = team.own->running[team.parts * warps() - 1];
@@ -45,30 +45,20 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
   return total;
 }
 
-// All draws. With top choices, those draws come first that take them.
+// All draws. With top choices, those draws come first that take them, and `from` is what is left for
+// the others in the end.
 template <Policy kPolicy, class S>
 FS_DEVICE Totals draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
-                      const RowTask& t, const Drawable& from) {
-  KeptKeys kept = from.kept;
+                      const RowTask& t, Drawable& from) {
   const bool all = from.top.x == kKeyInfinity;
   Totals totals = {0, 0};
 #pragma unroll 1  // one pass in the code serves both
   for (bool excluding = false;; excluding = true) {
-    totals.rest = draw_from(batch, r, team, slice, t, kept, all, excluding);
+    totals.rest = draw_from(batch, r, team, slice, t, from.kept, all, excluding);
     if (!excluding) totals.all = totals.rest;
     if (all || excluding || !totals.all) return totals;
-    kept = narrow_below(kept, from.top);
+    from.kept = narrow_below(from.kept, from.top);
     team.sync();  // the board's sums are free
-  }
-}
-
-// The same token for every draw, or -1 in an invalid row.
-template <Policy kPolicy>
-FS_DEVICE void write_same_token(const Outputs& out, int64_t r, const Team<kPolicy>& team,
-                                int64_t token) {
-  if (!out.tokens || !team.leads()) return;
-  for (int32_t j = (int32_t)threadIdx.x; j < out.num_samples; j += threads()) {
-    store_global(out.tokens + r * out.num_samples + j, token);
   }
 }
 
@@ -77,60 +67,91 @@ FS_DEVICE Drawable only(const RowTask& t, KeyPlace token) {
   return Drawable{narrow_above(kept, token), everything(t).high};
 }
 
+// The same token for every draw: one that counts for everything, as if it were the peak, or that of
+// an invalid row.
+template <Policy kPolicy>
+FS_DEVICE void take_only(const Batch& batch, const Workspace& ws, int64_t r,
+                         const Team<kPolicy>& team, Status status, RowTask& t, KeyPlace token) {
+  if (!team.leads()) return;
+  const Outputs& out = batch.out;
+  const int64_t id = status == kValid ? token.id : -1;
+  for (int32_t j = (int32_t)threadIdx.x; out.tokens && j < out.num_samples; j += threads()) {
+    store_global(out.tokens + r * out.num_samples + j, id);
+  }
+  if (threadIdx.x) return;
+  t.peak_key = token.x;
+  write_state(ws, r, t, only(t, token), Totals{0, 0});
+}
+
 // Stages 7 and 8 of a valid row that is not greedy. Where its candidates do, the leading block
-// finishes it, and the others are free.
+// finishes it, and the others are free. If nothing that is kept has mass, its first token counts for
+// everything.
 template <Policy kPolicy, class S>
-FS_DEVICE Totals filter_and_draw(const Batch& batch, int64_t r, const Team<kPolicy>& team,
-                                 const S& slice, RowTask& t, Drawable& found) {
+FS_DEVICE void filter_and_draw(const Batch& batch, const Workspace& ws, int64_t r,
+                               const Team<kPolicy>& team, const S& slice, RowTask& t) {
   const KeptKeys before = before_top_k(team, slice, t);
+  KeyPlace first;
   if (uses_candidates(t, slice.vocab)) {
     const Listed list = list_candidates(team, slice, t);
     if (list.size >= 0) {
-      return team.leads() ? finish_listed(batch, r, team, t, list, before, found) : Totals{1, 1};
+      if (team.leads() && !finish_listed(batch, ws, r, team, t, list, before, first)) {
+        take_only(batch, ws, r, team, kValid, t, first);
+      }
+      return;
     }
   }
-  found = apply_filters(team, slice, t, before);
+  Drawable found = apply_filters(team, slice, t, before);
   set_drawn_scale(t);
+  const bool writes = ws.states && team.leads() && threadIdx.x == 0;
+  if (writes) write_state(ws, r, t, found, Totals{0, 0});
   const Totals totals = draw(batch, r, team, slice, t, found);
-  // What is kept weighs nothing: its first token counts for everything, as if it were the peak.
   if (!totals.all) {
-    const KeyPlace first = first_kept(team, slice, t, found.kept);
-    t.peak_key = first.x;
-    t.argmax = first.id;
+    first = first_kept(team, slice, t, found.kept);
+    take_only(batch, ws, r, team, kValid, t, first);
+  } else if (writes) {
+    ws.states[r].total = totals.all;
+    ws.states[r].rest = totals.rest;
   }
-  return totals;
+}
+
+// Brings to shared memory what a row is drawn with: it arrives while the logits are on their way.
+// After the team's next barrier nobody reads the offset any more.
+FS_DEVICE void bring(const Batch& batch, int64_t r, Shared& own) {
+  const int32_t* words = (const int32_t*)&at(batch.rows.params, r);
+  for (int i = (int)threadIdx.x; i < (int)(sizeof(RowParams) / 4); i += threads()) {
+    ((int32_t*)&own.params)[i] = words[i];
+  }
+  if (threadIdx.x == 0) own.stream = stream_of(batch, r);
 }
 
 template <class T, Policy kPolicy, bool kPlain>
 FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
-                          const Team<kPolicy>& team, bool starts) {
+                          const Team<kPolicy>& team, int32_t per_warp, bool starts) {
   typedef Reading<kPolicy == kClusterPolicy, kPlain> How;
-  auto slice = make_slice<T, How>(batch, r, team.rank, team.parts);
-  RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
+  const int32_t top_k = at(batch.rows.params, r).top_k;
+  bring(batch, r, *team.own);
+  auto slice = make_slice<T, How>(batch, r, team.rank, per_warp);
+  RowTask t = make_task(team.own->params, batch.logits.input);
   process_row(batch, ws, r, *t.params, team, slice);
-  scan(team, slice, t.params->top_k, t, starts);
-  Drawable found = {};
-  Totals totals = {0, 0};
-  if (t.status == kValid && !t.greedy) {
-    totals = filter_and_draw(batch, r, team, slice, t, found);
+  scan(team, slice, top_k, t, starts);
+  const bool leader = team.leads() && threadIdx.x == 0;
+  if (leader) store_global(batch.out.status + r, (int32_t)t.status);
+  if (t.status != kValid || t.greedy) {
+    take_only(batch, ws, r, team, t.status, t, {t.peak_key, t.argmax});
+  } else {
+    filter_and_draw(batch, ws, r, team, slice, t);
   }
-  if (!totals.all) {
-    found = only(t, {t.peak_key, t.argmax});
-    write_same_token(batch.out, r, team, t.status == kValid ? t.argmax : -1);
-  }
-  if (team.leads() && threadIdx.x == 0) {
-    store_global(batch.out.status + r, (int32_t)t.status);
-    if (ws.states) ws.states[r] = RowState{t.status, t.peak_key, found, totals.all, totals.rest};
-  }
+  if (leader && ws.offsets) ws.offsets[r] = (int64_t)(team.own->stream.offset + 1);
 }
 
 // Persistent over rows: team i takes rows i, i + teams, ... Between two rows nothing has to wait for
 // another block: what the next row's scan publishes has a place of its own, and all else is told
 // after the barrier that ends it.
 template <class T, Policy kPolicy, bool kPlain>
-FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t parts) {
+FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t parts,
+                           int32_t per_warp) {
   Shared* own = (Shared*)shared_memory();
-  Team<kPolicy> team = {own, nullptr, 0, parts, 0};
+  Team<kPolicy> team = {own, 0, parts, 0};
   const uint32_t index = blockIdx.x / (uint32_t)parts, teams = gridDim.x / (uint32_t)parts;
   clear_bins(team);
   if constexpr (kPolicy == kClusterPolicy) {
@@ -139,11 +160,13 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
   }
   if constexpr (kPolicy == kGridPolicy) {
     team.rank = (int)(blockIdx.x % (uint32_t)parts);
-    team.grid_board = ws.boards + index;
-    if (threadIdx.x == 0) own->semaphore = ws.semaphores + index;
+    if (threadIdx.x == 0) {
+      own->semaphore = ws.semaphores + index;
+      own->far_board = ws.boards + index;
+    }
   }
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
-    sample_row<T, kPolicy, kPlain>(batch, ws, r, team, r == index);
+    sample_row<T, kPolicy, kPlain>(batch, ws, r, team, per_warp, r == index);
     if (batch.drafts.num_accepted) {
       team.sync();  // the row's token is written
       if (team.leads() && threadIdx.x == 0) settle(batch, r);
@@ -156,9 +179,9 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
 template <class T, Policy kPolicy, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     sample_kernel(const __grid_constant__ Batch batch, const __grid_constant__ Workspace ws,
-                  int32_t parts) {
+                  int32_t parts, int32_t per_warp) {
   if constexpr (kPolicy != kClusterPolicy || kHasClusters) {
-    sample_rows<T, kPolicy, kPlain>(batch, ws, parts);
+    sample_rows<T, kPolicy, kPlain>(batch, ws, parts, per_warp);
   }
 }
 

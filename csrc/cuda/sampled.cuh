@@ -9,10 +9,11 @@ namespace fastsample {
 // when the row was drawn from.
 template <class T, class F>
 FS_DEVICE void each_sampled_row(const Batch& batch, const Workspace& ws, F f) {
-  const Team<kBlockPolicy> team = {(Shared*)shared_memory(), nullptr, 0, 1, 0};
+  const Team<kBlockPolicy> team = {(Shared*)shared_memory(), 0, 1, 0};
   clear_bins(team);
+  const int32_t per_warp = vectors_per_warp(batch.logits.vocab, (int32_t)sizeof(T), warps());
   for (int64_t r = blockIdx.x; r < batch.logits.rows; r += gridDim.x) {
-    auto slice = make_slice<T, Reading<false, false>>(batch, r, 0, 1);
+    auto slice = make_slice<T, Reading<false, false>>(batch, r, 0, per_warp);
     RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
     const RowState& state = ws.states[r];
     set_peak(t, {state.peak_key, 0});

@@ -142,34 +142,31 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
   for (int32_t v = begin; v < end; v += threads()) {
     const int32_t mine = v + (int32_t)threadIdx.x;
     const int32_t first = mine * kN - slice.shift;
-    u64 w[kN] = {}, sum = 0;
-    if (mine < end) {
-      float x[kN];
-      slice.process(slice.raw(mine), mine, x);
+    float x[kN];
+    if (mine < end) slice.process(slice.raw(mine), mine, x);
+    u64 sum = 0, at = before;
+    int32_t id = -1;
 #pragma unroll 1  // one weight in the code serves them all
-      for (int i = 0; i < kN; ++i) {
-        const u64 here = weight(x[0], first + i);
-        sum += here;
-#pragma unroll
-        for (int j = 1; j < kN; ++j) {
-          x[j - 1] = x[j];
-          w[j - 1] = w[j];
-        }
-        w[kN - 1] = here;
+    for (int i = 0; i < 2 * kN; ++i) {
+      if (i == kN) {
+        u64 total;
+        at += block_scan(sum, team.own->scratch, total);
+        before += total;
+        if (at > threshold || threshold >= at + sum) break;
       }
-    }
-    u64 total;
-    u64 at = before + block_scan(sum, team.own->scratch, total);
-    if (at <= threshold && threshold < at + sum) {
-      int32_t id = -1;
-#pragma unroll
-      for (int i = 0; i < kN; ++i) {
-        if (threshold >= at && threshold < at + w[i]) id = first + i;
-        at += w[i];
+      const u64 w = mine < end ? weight(x[0], first + i % kN) : 0;
+      if (i < kN) {
+        sum += w;
+      } else {
+        if (threshold >= at && threshold < at + w) id = first + i % kN;
+        at += w;
       }
-      found(id);
+      const float seen = x[0];
+#pragma unroll
+      for (int j = 1; j < kN; ++j) x[j - 1] = x[j];
+      x[kN - 1] = seen;
     }
-    before += total;
+    if (id >= 0) found(id);
     if (before > threshold) return;
   }
 }

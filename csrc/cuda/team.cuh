@@ -86,9 +86,12 @@ struct alignas(16) Shared {
   int32_t kept_end, choices;  // how many of them are kept, and are XTC's top choices
   int32_t turn;         // of Board::measures
   uint32_t* semaphore;  // kGridPolicy only; for the first thread
+  Board* far_board;     // kGridPolicy only: the team's, in device memory
   u64 measures[kMeasures];
   Verdict verdict;
   Overlay overlay;
+  RowParams params;
+  Stream stream;
 };
 static_assert(kMaxListed >= kMaxSegments, "running has room for both");
 static_assert(sizeof(Shared) <= kFixedShared, "tuning.h plans with less");
@@ -113,7 +116,6 @@ FS_DEVICE void grid_sync(const Shared& own, int rank, int parts) {
 template <Policy kPolicy>
 struct Team {
   Shared* own;
-  Board* grid_board;  // kGridPolicy only
   int rank, parts;
   int turn;  // of the row, for what is published in its scan
 
@@ -121,7 +123,7 @@ struct Team {
 
   // Where the calling block reads what all blocks are told, and where it lies for the leader.
   FS_METHOD Board& board() const {
-    if constexpr (kPolicy == kGridPolicy) return *grid_board;
+    if constexpr (kPolicy == kGridPolicy) return *own->far_board;
     return own->board;
   }
 
@@ -186,7 +188,7 @@ struct Team {
     if constexpr (kPolicy != kBlockPolicy) {
       __syncthreads();
       if (kPolicy == kGridPolicy || !leads()) {
-        u64* bins = kPolicy == kGridPolicy ? grid_board->bins : of_leader(own->board.bins);
+        u64* bins = kPolicy == kGridPolicy ? own->far_board->bins : of_leader(own->board.bins);
         for (int slot = (int)threadIdx.x; slot < kBins; slot += threads()) {
           u64& mine = own->board.bins[slot];
           if (mine) add_wide(bins + slot, mine);

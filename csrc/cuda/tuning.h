@@ -76,7 +76,7 @@ FS_HD constexpr int64_t bitmap_bytes(int64_t vectors, int32_t itemsize) {
   return round_up(vectors * (16 / itemsize), 128) / 8;
 }
 constexpr int64_t kTableBytes = 2 * kPrivateEdits * 12;
-constexpr int64_t kFixedShared = 35 * 1024;  // checked where Shared is defined
+constexpr int64_t kFixedShared = 36 * 1024;  // checked where Shared is defined
 
 constexpr int64_t shared_bytes(const Shape& s, bool resident, int32_t parts, int32_t threads) {
   const int64_t vectors = vectors_per_block(s, parts, threads);

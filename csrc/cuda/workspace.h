@@ -86,6 +86,7 @@ struct Workspace {
   int64_t list_length;  // a power of two
   uint32_t* bitmaps;    // [teams, bitmap_words], for the outputs where shared memory is too small
   int64_t bitmap_words;
+  int64_t* offsets;      // [B], to advance by 1 once their rows are drawn; null if they stay
   Board* boards;         // kGridPolicy only: [teams], zero between launches
   uint32_t* semaphores;  // kGridPolicy only: [teams], the low 31 bits zero between launches
 };
@@ -165,6 +166,7 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   const int64_t vectors = vectors_per_block(shape, 1, more.threads ? more.threads : kThreads);
   ws.bitmap_words = more.far_bitmap ? bitmap_bytes(vectors, shape.itemsize) / 4 : 0;
   ws.bitmaps = (uint32_t*)part(more.teams * ws.bitmap_words * 4);
+  ws.offsets = nullptr;
   const bool grid = layout.sample.policy == kGridPolicy;
   ws.semaphores = grid ? (uint32_t*)boards : nullptr;
   ws.boards = grid ? (Board*)(boards + kSemaphoreBytes) : nullptr;

@@ -47,6 +47,7 @@ class Outputs:
     num_top: int = 0
     input: InputKind = "logits"  # what the rows hold
     names: tuple[str, ...] | None = None  # of the buffers besides status and tokens, where they are known to stay
+    advance: bool = False  # add 1 to every row's offset in passing; only for engines that do
     restore: bool = False  # put back what they held where a row is invalid; only for engines that can
 
 
@@ -68,6 +69,9 @@ class Engine(Protocol):
     name: str
     restores: bool = False
     """Whether it can put back what buffers held."""
+
+    advances: bool = False
+    """Whether `run` can advance offsets in passing, which saves a launch."""
 
     def why_not(self, logits: torch.Tensor | None) -> str | None:
         """Why this engine cannot serve these logits (None: any at all), or None when it can."""

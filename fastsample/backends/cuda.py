@@ -82,6 +82,7 @@ class CudaEngine(Engine):
 
     name = "cuda"
     verifies = True
+    advances = True
 
     def __init__(self, module: Any = None) -> None:
         self._module = module  # tests/simt lends one that needs no GPU
@@ -127,7 +128,7 @@ class CudaEngine(Engine):
             def launch(memory: Buffers) -> tuple[int, int] | None:
                 lent = [(part.data_ptr(), part.numel()) for part in (memory.workspace, memory.boards)]
                 needed: tuple[int, int] | None = module.run(
-                    packed, call, logits.device.index or 0, stream, *lent, drafts
+                    packed, call, logits.device.index or 0, stream, *lent, drafts, out.advance
                 )
                 return needed
 

@@ -119,7 +119,15 @@ class Recorder:
         self.launches: list[tuple[Any, ...]] = []
 
     def run(
-        self, rows: bytes, call: bytes, device: int, stream: int, workspace: Any, boards: Any, drafts: bytes | None
+        self,
+        rows: bytes,
+        call: bytes,
+        device: int,
+        stream: int,
+        workspace: Any,
+        boards: Any,
+        drafts: bytes | None,
+        advance: bool,
     ) -> Any:
         if workspace[1] < self.needs[0] or boards[1] < self.needs[1]:
             return self.needs

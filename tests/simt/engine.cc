@@ -80,8 +80,8 @@ const char* const* simt_record(int index) {
 
 // Returns null or what went wrong. `chosen` gets policy, parts, threads, teams and shared memory.
 const char* simt_run(const RowArguments* rows, const CallArguments* call,
-                     const DraftArguments* drafts, const PlanArguments* plan_arguments,
-                     int64_t* chosen) {
+                     const DraftArguments* drafts, int64_t advance,
+                     const PlanArguments* plan_arguments, int64_t* chosen) {
   const Batch batch = batch_of(*rows, *call, drafts);
   const PlanArguments& a = *plan_arguments;
   const Device device = {(int32_t)a.arch, (int32_t)a.multiprocessors, (int32_t)a.shared_block,
@@ -103,6 +103,7 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
   std::vector<char> boards((size_t)layout.boards, 0);
   std::copy_n(left.begin(), std::min(boards.size(), left.size()), boards.begin());
   lay_out(batch, layout, workspace.data(), boards.data(), ws);
+  if (advance) ws.offsets = (int64_t*)rows->offsets;
   const int64_t out[] = {plan.policy,   plan.parts,           plan.threads,
                          plan.teams,    plan.shared,          layout.workspace,
                          layout.boards, layout.outputs.teams, layout.outputs.far_bitmap};

@@ -220,6 +220,10 @@ inline float half_to_float(uint16_t bits) {
 inline void pause() { simt::pause(); }
 inline void cluster_arrive() { simt::cluster_arrive(); }
 inline void cluster_wait() { simt::cluster_wait(); }
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
 inline int cluster_rank() { return simt::here->cluster_rank; }
 template <class T>
 inline T* of_cluster_block(T* mine, int rank) {

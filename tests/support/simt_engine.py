@@ -126,14 +126,22 @@ class Simt:
         self.chosen: Chosen | None = None
 
     def run(
-        self, rows: bytes, call: bytes, device: int, stream: int, workspace: Any, boards: Any, drafts: bytes | None
+        self,
+        rows: bytes,
+        call: bytes,
+        device: int,
+        stream: int,
+        workspace: Any,
+        boards: Any,
+        drafts: bytes | None,
+        advance: bool,
     ) -> None:
         how = self.how
         skip = (None, 0) if how.skip is None else (how.skip[0].encode(), how.skip[1])
         self._library.simt_settings(ORDERS.index(how.order), ctypes.c_uint64(self.seed), *skip)
         plan = (*how.device, how.resident, POLICIES[how.policy], how.parts, how.threads, how.teams)
         chosen = (ctypes.c_int64 * 9)()
-        failure = self._library.simt_run(rows, call, drafts, _array(plan), chosen)
+        failure = self._library.simt_run(rows, call, drafts, ctypes.c_int64(advance), _array(plan), chosen)
         self.chosen = Chosen(*chosen)
         if failure is not None:
             raise RuntimeError(failure.decode())
