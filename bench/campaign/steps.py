@@ -1,0 +1,61 @@
+"""The steps of a campaign in their order, each with the seconds that it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from bench.campaign.site import Site
+
+Outcome: TypeAlias = "dict[str, Any]"
+"""Figures; or why there are none: `refused`, `skipped` or `failed`. `replaced` says what a rehearsal did without."""
+
+Point: TypeAlias = "tuple[dict[str, Any], Callable[[], Outcome]]"
+"""What is asked, in words and whole numbers, and what answers it."""
+
+PER_COMMAND, IN_ALL = 600, 1800  # seconds that a loan usually allows
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the campaign that has a process of its own."""
+
+    name: str
+    seconds: int  # at most; its process is then stopped
+    answers: str
+    divisible: bool = False  # whether it is worth starting with less time, to be continued by the next call
+    timed: bool = False  # whether its times mean nothing after failed parity
+
+    def points(self, site: Site) -> Iterator[Point]:
+        """Its questions, the most valuable first."""
+        module, _, function = WHERE[self.name].partition(":")
+        found: Iterator[Point] = getattr(import_module(f"bench.campaign.{module}"), function)(site)
+        return found
+
+
+WHERE = {
+    "install": "install:points",
+    "micro": "micro:points",
+    "parity": "checks:parity",
+    "tests": "checks:tests",
+    "sanitizers": "checks:sanitizers",
+    "times": "headline:points",
+    "tuning": "tuning:points",
+    "counters": "counters:points",
+    "uses": "uses:points",
+}
+STEPS = (
+    Step("install", 180, "does it build here, for this card alone, without a network?"),
+    Step("micro", 60, "what do barriers, atomics, bank conflicts and a plain read cost on this card?"),
+    Step("parity", 60, "are both engines' tokens the reference's?", divisible=True),
+    Step("tests", 240, "which of the gpu tests fail?"),
+    Step("sanitizers", 240, "do memcheck, synccheck, initcheck and racecheck find anything?", divisible=True),
+    Step("times", 330, "how long is a step, beside others and beside one read?", divisible=True, timed=True),
+    Step("tuning", 240, "which layout is fastest for which shape?", divisible=True, timed=True),
+    Step("counters", 180, "what do the hardware's counters say of three shapes?", divisible=True, timed=True),
+    Step("uses", 240, "graphs, streams, torch.compile and generate: right, and what are they worth?", True, True),
+)
+BY_NAME = {step.name: step for step in STEPS}
