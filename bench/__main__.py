@@ -119,7 +119,7 @@ def gpu(
     dry: Annotated[bool, typer.Option("--dry", help="Rehearse all of it on a CPU. [--out: gpu-dry.json]")] = False,
 ) -> None:
     """A campaign on a GPU, step by step, each bounded; call it again until all are done."""
-    from bench.campaign.run import HEADLINE, Plan, run, select
+    from bench.campaign.run import HEADLINE, Plan, run
     from bench.campaign.steps import BY_NAME
 
     known(step, BY_NAME, "--step")
@@ -127,7 +127,7 @@ def gpu(
         from bench.modes import BY_NAME as MODES
 
         known(mode, MODES, "--mode")
-    plan = Plan(select(step or ()), minutes, out, resume, again, dry, tuple(mode or HEADLINE))
+    plan = Plan(tuple(step or ()), minutes, out, resume, again, dry, tuple(mode or HEADLINE))
     raise typer.Exit(run(plan))
 
 

@@ -153,7 +153,11 @@ class Machine:
 
 def results_in(folder: Path) -> list[Path]:
     """The JSON files of a folder that `load` reads; other commands may keep files there too."""
-    return [path for path in sorted(folder.glob("*.json")) if json.loads(path.read_text()).get("kind") in KINDS]
+
+    def readable(data: dict[str, Any]) -> bool:
+        return data.get("kind") in KINDS and not data["machine"].get("dry")  # a rehearsal has no figures
+
+    return [path for path in sorted(folder.glob("*.json")) if readable(json.loads(path.read_text()))]
 
 
 def load(files: Iterable[Path]) -> list[Machine]:

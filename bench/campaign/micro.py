@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.campaign.site import CSRC, Site
-from bench.campaign.steps import Outcome, Point
-from bench.record import Record
+from bench.campaign.steps import Outcome, Point, Record, found_in
 
 SOURCE = Path(__file__).with_name("micro.cu")
 SAMPLE = Path(__file__).with_name("samples") / "micro.jsonl"
@@ -66,7 +65,7 @@ def bytes_of(rows: int, vocab: int, dtype: str) -> int:
 def read_floor(records: list[Record], size: int) -> float | None:
     """Microseconds that a plain kernel takes to read so many bytes from device memory, where this was measured."""
     for record in records:
-        for constant in record.get("constants", ()) if record["step"] == "micro" else ():
+        for constant in found_in(record).get("constants", ()) if record["step"] == "micro" else ():
             if (constant["what"], constant.get("bytes")) == ("read", size) and "figures" in constant:
                 return float(constant["figures"]["us"])
     return None

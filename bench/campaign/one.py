@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from bench.campaign.site import Site
-from bench.campaign.steps import Outcome, Step
-from bench.record import Record, Results
+from bench.campaign.steps import Outcome, Record, Step, wrong_engines
+from bench.record import Results
 
 TIME_TO_STOP = 5.0  # seconds of a step's time in which no question is begun
 DONE, UNFINISHED, LOST = 0, 3, 4  # exit statuses: all asked; out of time; the device no longer answers
@@ -56,23 +56,10 @@ def alive(site: Site) -> bool:
 
 
 def record_of(site: Site, step: Step, key: dict[str, Any], outcome: Outcome) -> Record:
-    """The record. What a rehearsal finds lies under `dry`, where nobody looks for a GPU's figures."""
+    """The record; in a rehearsal with what stood in for what."""
     if site.dry:
         replaced = outcome.pop("replaced", STAND_INS.get(key.get("engine", "")))
         return {**key, **({"replaced": replaced} if replaced else {}), "dry": outcome}
     if step.timed and wrong_engines(site.records) & {key.get("engine"), "all"}:
         outcome["meaningless"] = "parity failed before this was timed"
-    return {**key, **outcome}
-
-
-def wrong_engines(records: list[Record]) -> set[str]:
-    """Engines whose parity failed; "all" where a failed test of parity names none."""
-    found = {r["engine"] for r in records if r["step"] == "parity" and answer_of(r).get("passed") is False}
-    tests = [r for r in records if r["step"] == "tests"]
-    return found | {engine for r in tests for engine in answer_of(r).get("parity_failed", ())}
-
-
-def answer_of(record: Record) -> Outcome:
-    """The outcome in a record, whether of a rehearsal or not."""
-    found: Outcome = record.get("dry", record)
-    return found
+    return {**key, "found": outcome}

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.campaign.one import DONE, LOST, UNFINISHED, wrong_engines
+from bench.campaign.one import DONE, LOST, UNFINISHED
 from bench.campaign.site import HEADLINE, ROOT, machine, tree
-from bench.campaign.steps import STEPS, Step
+from bench.campaign.steps import STEPS, Outcome, Step, answer_of, place_of, wrong_engines
 from bench.record import RESULTS, Results, console, slug
 
 WORTH_STARTING = 45.0  # seconds for a part of a step
@@ -41,7 +40,7 @@ class Budget:
 class Plan:
     """What a call was asked for."""
 
-    steps: tuple[Step, ...] = STEPS
+    names: tuple[str, ...] = ()  # of the steps; all where none is named
     minutes: float = 10.0
     out: Path | None = None
     resume: bool = True
@@ -56,34 +55,47 @@ def run(plan: Plan) -> int:
     if not plan.dry and not torch.cuda.is_available():
         screen.print(NOTHING)
         return 1
-    where = machine(plan.dry)
-    out = (plan.out or (Path("gpu-dry.json") if plan.dry else RESULTS / f"gpu-{slug(where)}.json")).resolve()
-    results = Results(out, "gpu", where, plan.resume)
-    results.data["runs"][-1]["sources"] = tree()
-    states: dict[str, Any] = results.data.setdefault("steps", {})
-    results.write()
-    for step in plan.steps:
+    results = open_results(plan)
+    assert results.path is not None
+    for step in (step for step in STEPS if not plan.names or step.name in plan.names):
         if plan.again:
-            results.records[:] = [r for r in results.records if r["step"] != step.name]
-            states.pop(step.name, None)
-        # A build may have been made on another machine than this one: `install` looks for itself.
-        if states.get(step.name, {}).get("state") in ("done", "failed") and step.name != "install":
-            screen.print(f"{step.name:11}was {states[step.name]['state']} before", markup=False)
+            forget(results, step)
+        before = results.data["steps"].get(step.name, {}).get("state")
+        # A step that is named may have new questions; `install` looks whether its build is on this machine.
+        if before in ("done", "failed") and step.name not in ("install", *plan.names):
+            screen.print(f"{step.name:11}was {before} before", markup=False)
             continue
         if budget.left < (WORTH_STARTING if step.divisible else min(step.seconds, 60 * plan.minutes - 1)):
             screen.print(f"{step.name:11}is left for the next call: {budget.left:.0f} s are not enough", markup=False)
             break
         results.write()
-        state = take(step, plan, out, min(float(step.seconds), budget.left))
-        results.data = json.loads(out.read_text())
-        states = results.data.setdefault("steps", {})
-        states[step.name] = state
+        state = take(step, plan, results.path, min(float(step.seconds), budget.left))
+        results.data = json.loads(results.path.read_text())
+        own = [answer_of(r) for r in results.records if r["step"] == step.name]
+        if not step.divisible and own and "failed" in own[-1]:
+            state["state"] = "failed"
+        results.data["steps"][step.name] = state
         results.write()
-        screen.print(f"{step.name:11}{line_of(step, state, results)}", markup=False)
+        screen.print(f"{step.name:11}{line_of(state, own)}", markup=False)
         if step.name == "install" and state["state"] == "failed":
             screen.print("without an installed fastsample there is nothing to measure")
             break
     return conclude(results, screen)
+
+
+def open_results(plan: Plan) -> Results:
+    """The campaign's file, which holds what earlier calls have found."""
+    where = machine(plan.dry)
+    default = Path("gpu-dry.json") if plan.dry else RESULTS / f"gpu-{slug(where)}.json"
+    results = Results((plan.out or default).resolve(), "gpu", where, plan.resume)
+    results.data["runs"][-1]["sources"] = tree()
+    results.data.setdefault("steps", {})
+    return results
+
+
+def forget(results: Results, step: Step) -> None:
+    results.records[:] = [r for r in results.records if r["step"] != step.name]
+    results.data["steps"].pop(step.name, None)
 
 
 def take(step: Step, plan: Plan, out: Path, seconds: float) -> dict[str, Any]:
@@ -92,7 +104,8 @@ def take(step: Step, plan: Plan, out: Path, seconds: float) -> dict[str, Any]:
     status, text = LOST, ""
     while status == LOST and budget.left > 1:
         status, text = process(command(step, plan, out, budget.left), environment(plan.dry), budget.left)
-        reason = f"no answer when {seconds:.0f} s were over" if status == UNFINISHED else f"its process died: {text}"
+        died = f"its process ended with status {status}: {text}"
+        reason = f"no answer when {seconds:.0f} s were over" if status == UNFINISHED else died
         if note_failure(out, reason) and status != UNFINISHED:
             status = LOST
     state = {DONE: "done", LOST: "unfinished", UNFINISHED: "unfinished"}.get(status, "failed")
@@ -130,14 +143,13 @@ def note_failure(out: Path, reason: str) -> bool:
     data = json.loads(out.read_text())
     if (key := data.pop("asking", None)) is None:
         return False
-    data["results"].append({**key, "failed": reason[-400:]})
+    data["results"].append({**key, "found": {"failed": reason[-400:]}})
     out.write_text(json.dumps(data, indent=1))
     return True
 
 
-def line_of(step: Step, state: dict[str, Any], results: Results) -> str:
+def line_of(state: dict[str, Any], own: list[Outcome]) -> str:
     """What became of a step, in a line."""
-    own = [r.get("dry", r) for r in results.records if r["step"] == step.name]
     counts = {word: sum(word in r for r in own) for word in ("failed", "refused", "skipped", "inconclusive")}
     counts["wrong"] = sum(r.get("passed") is False for r in own)
     remarks = "".join(f", {count} {word}" for word, count in counts.items() if count)
@@ -146,19 +158,14 @@ def line_of(step: Step, state: dict[str, Any], results: Results) -> str:
 
 
 def conclude(results: Results, screen: Console) -> int:
-    states, wrong = results.data["steps"], wrong_engines(results.records)
+    """Print what is wrong and where all is written."""
+    wrong = wrong_engines(results.records)
     for engine in sorted(wrong):
         screen.print(f"PARITY FAILED ({engine}): its times mean nothing", style="red", markup=False)
     for record in results.records:
-        found = record.get("dry", record)
         for word in ("failed", "refused"):
-            if word in found and record["step"] != "tuning":  # where a layout that does not fit is no news
-                key = ", ".join(str(value) for name, value in record.items() if name not in ("dry", "replaced", word))
-                screen.print(f"{word.upper()}, no figure: {key}: {found[word]}", markup=False, style="red")
+            if word in (found := answer_of(record)) and record["step"] != "tuning":  # where many layouts do not fit
+                words = f"{word.upper()}, no figure: {record['step']}, {place_of(record)}: {found[word]}"
+                screen.print(words, markup=False, style="red")
     screen.print(f"written: {results.path}\npython -m bench report {results.path}", markup=False, soft_wrap=True)
-    return int(bool(wrong) or any(s["state"] == "failed" for s in states.values()))
-
-
-def select(names: Sequence[str]) -> tuple[Step, ...]:
-    """These steps, in the campaign's order; all where none is named."""
-    return tuple(step for step in STEPS if not names or step.name in names)
+    return int(bool(wrong) or any(state["state"] == "failed" for state in results.data["steps"].values()))

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 Outcome: TypeAlias = "dict[str, Any]"
 """Figures; or why there are none: `refused`, `skipped` or `failed`. `replaced` says what a rehearsal did without."""
 
+Record: TypeAlias = "dict[str, Any]"
+"""A step's name, what was asked, and the outcome under `found`. A rehearsal's lies under `dry`: nobody takes it for a
+GPU's."""
+
 Point: TypeAlias = "tuple[dict[str, Any], Callable[[], Outcome]]"
 """What is asked, in words and whole numbers, and what answers it."""
 
@@ -34,6 +38,30 @@ class Step:
         module, _, function = WHERE[self.name].partition(":")
         found: Iterator[Point] = getattr(import_module(f"bench.campaign.{module}"), function)(site)
         return found
+
+
+def found_in(record: Record) -> Outcome:
+    """What a GPU has answered; {} in a rehearsal."""
+    outcome: Outcome = record.get("found", {})
+    return outcome
+
+
+def answer_of(record: Record) -> Outcome:
+    """The outcome, whether of a rehearsal or not."""
+    outcome: Outcome = record.get("dry", record.get("found", {}))
+    return outcome
+
+
+def place_of(record: Record) -> str:
+    """What was asked, in words."""
+    return ", ".join(str(v) for k, v in record.items() if k not in ("step", "found", "dry", "replaced") and v != "")
+
+
+def wrong_engines(records: list[Record]) -> set[str]:
+    """Engines whose parity failed; "all" where a failed test of parity names none."""
+    parity = {r["engine"] for r in records if r["step"] == "parity" and answer_of(r).get("passed") is False}
+    tests = [r for r in records if r["step"] == "tests"]
+    return parity | {engine for r in tests for engine in answer_of(r).get("parity_failed", ())}
 
 
 WHERE = {

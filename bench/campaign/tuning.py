@@ -13,9 +13,8 @@ from bench.campaign.clock import timed
 from bench.campaign.headline import inputs_of
 from bench.campaign.micro import ITEMSIZE
 from bench.campaign.site import Site
-from bench.campaign.steps import Outcome, Point
+from bench.campaign.steps import Outcome, Point, Record, found_in
 from bench.modes import BY_NAME, prepare
-from bench.record import Record
 
 MODE = "k50 p.95"
 GAIN = 0.03  # a layout that saves less than this share of the time is no winner: it may be noise
@@ -99,18 +98,18 @@ def measure(site: Site, tuner: Tuner, layout: Layout, shape: tuple[int, int, str
 
 def winners(records: list[Record], engine: str) -> list[dict[str, Any]]:
     """For each shape the fastest layout, where it beats the engine's own choice by more than GAIN."""
-    own = [r for r in records if r["step"] == "tuning" and r["engine"] == engine and "cold_us" in r]
-    own = [r for r in own if "meaningless" not in r]
-    found = []
+    own = [r for r in records if r["step"] == "tuning" and r["engine"] == engine and "cold_us" in found_in(r)]
+    own = [{**r, **r["found"]} for r in own if "meaningless" not in r["found"]]
+    won = []
     for shape in dict.fromkeys((r["dtype"], r["rows"], r["vocab"]) for r in own):
         times = [r for r in own if (r["dtype"], r["rows"], r["vocab"]) == shape]
         chosen = next((r for r in times if not r["parts"]), None)
         best = min(times, key=lambda r: float(r["cold_us"]))
         if chosen is not None and best["cold_us"] < (1 - GAIN) * chosen["cold_us"]:
-            saved = {"cold_us": best["cold_us"], "chosen_us": chosen["cold_us"]}
+            times_us = {"cold_us": best["cold_us"], "chosen_us": chosen["cold_us"]}
             layout = {name: best[name] for name in ("parts", "threads")}
-            found.append({"itemsize": ITEMSIZE[shape[0]], "rows": shape[1], "vocab": shape[2], **layout, **saved})
-    return sorted(found, key=lambda w: (w["itemsize"], w["vocab"], w["rows"]))
+            won.append({"itemsize": ITEMSIZE[shape[0]], "rows": shape[1], "vocab": shape[2], **layout, **times_us})
+    return sorted(won, key=lambda w: (w["itemsize"], w["vocab"], w["rows"]))
 
 
 def as_code(where: dict[str, Any], records: list[Record]) -> str:
