@@ -111,7 +111,7 @@ def generate(
 @app.command()
 def gpu(
     step: Annotated[Names, typer.Option(help="Only these steps of bench/campaign/steps.py. [default: all]")] = None,
-    minutes: Annotated[float, typer.Option(help="For this call; what does not fit is left for the next.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="For this call; what does not fit is left for the next.")] = 9.5,
     mode: Annotated[Names, typer.Option(help="Time these modes of bench/modes.py. [default: five of them]")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON. [default: bench/results/gpu-CARD.json]")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with what the file holds.")] = True,

@@ -81,12 +81,13 @@ def checks_grid(machine: Machine) -> Grid:
     for r in machine.of("gpu", step="tests"):
         found = answer_of(r)
         if "failures" in found:
-            counts = f"{found['passed']} passed, {len(found['failures'])} failed, {found['skipped']} skipped"
+            counts = f"{found['right']} passed, {len(found['failures'])} failed, {found['left_out']} skipped"
             grid.lines.append(["gpu tests", "both", counts, ", ".join(list(found["failures"])[:8])])
     for r in machine.of("gpu", step="sanitizers"):
         found = answer_of(r)
         verdict = next((word for word in ("passed", "inconclusive", "skipped") if word in found), "failed")
-        grid.lines.append([r["tool"], r["engine"], verdict, found.get("summary", "")])
+        cells = [REHEARSED, ""] if "dry" in r else [verdict, found.get("summary", "")]
+        grid.lines.append([r["tool"], r["engine"], *cells])
     if machine.where.get("dry"):
         grid.note = "Of the stand-ins that the remarks name, not of a GPU."
     return grid
@@ -102,7 +103,10 @@ def times_grid(machine: Machine) -> Grid:
         floor = next((figure(r, "floor_us") for r in own.values() if found_in(r).get("floor_us")), "-")
         cells = [times(own[name]) if name in own else "-" for name in names]
         grid.lines.append([key[0], *map(str, key[1:]), floor, *cells])
-    grid.note = "* not in a CUDA graph, with Python's part of the call; ! parity had failed, so the time means nothing."
+    grid.note = (
+        "The median replay of a CUDA graph of calls: cold on inputs that exceed the L2 cache twice, hot on one input. "
+        "* not in a graph, with Python's part of the call; ! parity had failed before, so the time means nothing."
+    )
     return grid
 
 

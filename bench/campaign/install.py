@@ -29,7 +29,6 @@ def ready(site: Site) -> bool:
 
 def serves(site: Site) -> subprocess.CompletedProcess[str]:
     """Asks from outside the tree, whose sources would be imported instead."""
-    site.scratch.mkdir(parents=True, exist_ok=True)
     return subprocess.run([sys.executable, "-c", SERVES], cwd=site.scratch, capture_output=True, text=True)
 
 
@@ -38,7 +37,6 @@ def rehearsed(site: Site) -> Outcome:
 
     if compiler() is None:
         return {"skipped": "there is no C++ compiler for csrc/cuda on fibers"}
-    site.scratch.mkdir(parents=True, exist_ok=True)
     built = build(site.scratch)
     assert built == library(site.scratch)
     simulate(site.scratch)

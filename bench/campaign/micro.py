@@ -43,7 +43,6 @@ def measured(site: Site) -> Outcome:
 
 def compile_for(arch: int, folder: Path) -> str | None:
     """What nvcc says against it, or None."""
-    folder.mkdir(parents=True, exist_ok=True)
     options = ("-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", f"-I{CSRC}", "-o", program(folder))
     done = subprocess.run(["nvcc", *options, str(SOURCE)], capture_output=True, text=True)
     return None if done.returncode == 0 else done.stderr[-1500:]

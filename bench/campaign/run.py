@@ -41,7 +41,7 @@ class Plan:
     """What a call was asked for."""
 
     names: tuple[str, ...] = ()  # of the steps; all where none is named
-    minutes: float = 10.0
+    minutes: float = 9.5
     out: Path | None = None
     resume: bool = True
     again: bool = False  # measure these steps anew

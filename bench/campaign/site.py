@@ -81,6 +81,7 @@ class Site:
     def open(self) -> None:
         """The path to the tests' helpers; and the stand-ins of a rehearsal, for as long as the process lives."""
         sys.path.append(str(ROOT / "tests" / "support"))
+        self.scratch.mkdir(parents=True, exist_ok=True)
         if self.dry:
             simulate(self.scratch)
             interpret()
