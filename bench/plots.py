@@ -240,6 +240,7 @@ def on_gpu(records: list[Record]) -> Figure | None:
         if floor := sorted({(r["rows"], r["floor_us"]) for r in here if r.get("floor_us")}):
             axis.plot(*zip(*floor, strict=True), color=FLOOR, linestyle="--", label="one read, measured")
         logarithmic(axis)
+        axis.set_xticks(sorted({r["rows"] for r in here}))
         axis.set_ylabel("us per step")
         axis.set_title(mode, loc="left", fontsize=10, fontweight="bold")
     axes[0, 0].legend(fontsize=8, frameon=False)

@@ -242,8 +242,8 @@ def performance(machines: list[Machine], root: Path) -> str:
     """The tables and plots of docs/performance.md, machine by machine."""
     parts = []
     for machine in machines:
-        grids = [*detail_grids(machine), *gpu_grids(machine)]
-        found = [*peer_parts(machine), *(f"#### {g.title}\n\n{g.markdown()}" for g in grids)]
+        found = [*peer_parts(machine), *(f"#### {g.title}\n\n{g.markdown()}" for g in detail_grids(machine))]
+        found += [f"#### {g.title}\n\n{g.markdown()}\n\n{g.note}".rstrip() for g in gpu_grids(machine)]
         if found:
             noise = disturbed(r for kind in machine.results.values() for r in kind)
             parts += [f"### {machine.name}", f"Measured on {measured_on(machine)}.", *(f"{n}." for n in noise)]

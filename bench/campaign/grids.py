@@ -21,19 +21,24 @@ def grids(machine: Machine) -> list[Grid]:
     return [grid for make in makers if (grid := make(machine)).lines]
 
 
-def remarks(machine: Machine) -> list[str]:
-    """What a reader must know before the figures."""
-    records = machine.of("gpu")
-    if not records:
-        return []
-    lines = [f"Parity failed ({engine}): its times mean nothing" for engine in sorted(wrong_engines(records))]
+def warnings(machine: Machine) -> list[str]:
+    """What a reader must know before any figure."""
+    lines = [
+        f"Parity failed ({engine}): its times mean nothing." for engine in sorted(wrong_engines(machine.of("gpu")))
+    ]
     if machine.where.get("dry"):
-        lines.append("A rehearsal: no figure of it is a GPU's")
+        lines.append("A rehearsal: no figure of it is a GPU's.")
     if missing := [step.name for step in STEPS if state_of(machine, step.name) != "done"]:
-        lines.append(f"Missing or unfinished: {', '.join(missing)}")
+        lines.append(f"Missing or unfinished: {', '.join(missing)}.")
     if len({state["sources"] for state in machine.steps.values()}) > 1:
-        lines.append("The steps were not all run on the same sources: see the table of steps")
-    lines += sorted({f"Replaced: {r['replaced']}" for r in records if "replaced" in r})
+        lines.append("The steps were not all run on the same sources.")
+    return lines
+
+
+def remarks(machine: Machine) -> list[str]:
+    """What was replaced, and what has no figure for which reason."""
+    records = machine.of("gpu")
+    lines = sorted({f"Replaced: {r['replaced']}" for r in records if "replaced" in r})
     for r in records:
         for word in ("failed", "refused", "skipped", "inconclusive"):
             if word in (outcome := answer_of(r)) and r["step"] != "tuning":  # where many layouts do not fit
@@ -60,13 +65,14 @@ def figure(record: Record, name: str, style: str = ",.1f") -> str:
 
 
 def steps_grid(machine: Machine) -> Grid:
-    grid = Grid("The campaign's steps", ["step", "question", "state", "s", "answers", "sources"])
+    grid = Grid("The campaign's steps", ["step", "state", "seconds", "answers", "sources"])
     for step in STEPS:
         state = machine.steps.get(step.name, {})
         answers = len(machine.of("gpu", step=step.name))
         seconds = f"{state['seconds']:.0f} of {step.seconds}" if state else f"of {step.seconds}"
         cells = [state_of(machine, step.name), seconds, str(answers), state.get("sources", "")]
-        grid.lines.append([step.name, step.answers, *cells])
+        grid.lines.append([step.name, *cells])
+    grid.note = " ".join(warnings(machine))
     return grid
 
 

@@ -81,6 +81,8 @@ def points(site: Site) -> Iterator[Point]:
                 key = {"engine": tuner.engine, "rows": batch, "vocab": vocab, "dtype": dtype}
                 key |= dict(zip(("parts", "threads"), layout, strict=True))
                 yield key, partial(measure, site, tuner, layout, (batch, vocab, dtype))
+    for name in found:
+        yield {"engine": name, "what": "winners"}, lambda name=name: {"winners": winners(site.records, name)}
 
 
 def measure(site: Site, tuner: Tuner, layout: Layout, shape: tuple[int, int, str]) -> Outcome:

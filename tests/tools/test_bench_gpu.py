@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +117,15 @@ def test_times_after_failed_parity_are_marked(tmp_path):
     assert "meaningless" in found["found"]
 
 
+def test_a_device_that_is_lost_needs_another_process(monkeypatch):
+    results = record.Results(None, "gpu", HERE)
+    monkeypatch.setattr(one, "alive", lambda site: False)
+    assert one.run(asked(RuntimeError("illegal memory access"), {}), site(), results) == one.LOST
+    monkeypatch.setattr(one, "alive", lambda site: True)
+    assert one.run(asked(RuntimeError("illegal memory access"), {}), site(), results) == one.DONE
+    assert [r["found"] for r in results.records] == [{"failed": "RuntimeError: illegal memory access"}, {}]
+
+
 # The run --------------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +224,46 @@ def test_cold_inputs_exceed_the_cache_twice():
     row, cache = 128256 * 4, 50 * 2**20
     assert clock.turns(row, cache) * row > 2 * cache
     assert clock.turns(10**9, cache) == 2
+
+
+def test_calls_are_captured_on_the_stream_that_has_run_them_and_replays_them(monkeypatch):
+    """On a stand-in for torch.cuda that notes on which stream everything happens."""
+    seen: list[tuple[str, Any]] = []
+    current = ["default"]
+
+    @contextmanager
+    def stream(name: Any) -> Iterator[None]:
+        before, current[0] = current[0], name
+        yield
+        current[0] = before
+
+    @contextmanager
+    def graph(graph: Any, stream: Any) -> Iterator[None]:
+        seen.append(("capture", stream))
+        yield
+
+    class Timer:
+        def __init__(self, **_: Any) -> None: ...
+        def record(self) -> None:
+            seen.append(("event", current[0]))
+
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: Any) -> float:
+            return 0.5  # ms
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append(("replay", current[0]))
+
+    lane = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(clock, "lane", lambda: lane)
+    for name, fake in (("stream", stream), ("graph", graph), ("Event", Timer), ("CUDAGraph", Graph)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    us, captured = clock.timed([lambda: seen.append(("call", current[0]))] * 5, torch.device("cuda"))
+    assert (us, captured) == (100.0, True)
+    assert all(where is lane for _, where in seen)
+    assert [what for what, _ in seen].count("replay") == clock.REPLAYS + 1
 
 
 def test_the_floor_is_the_read_that_was_measured():
@@ -389,7 +440,7 @@ def test_a_rehearsal_s_page_shows_no_figure(tmp_path):
     assert grids.REHEARSED in text
     for figure in ("11.0", "222.0", "77", "400,000", "12.5"):
         assert figure not in text
-    assert "A rehearsal: no figure of it is a GPU's" in grids.remarks(machine)
+    assert "A rehearsal: no figure of it is a GPU's." in grids.grids(machine)[0].note
     assert record.results_in(tmp_path) == []
 
 
@@ -397,4 +448,5 @@ def test_the_documents_get_the_tables(tmp_path):
     machines = record.load([made_up(tmp_path / "g.json")])
     text = summary.performance(machines, tmp_path)
     assert "### Made-up GPU" in text
+    assert "Missing or unfinished: install" in text
     assert "| k50 p.95 | 1 | 128256 | float32 | 3.5 | 11.0 / 5.0 | 222.0 / 5.0 *! |" in text
