@@ -48,6 +48,8 @@ def site(**fields: Any) -> Site:
 def test_the_steps_fit_a_loan():
     assert sum(step.seconds for step in STEPS) <= IN_ALL
     assert all(step.seconds <= PER_COMMAND for step in STEPS)
+    readme = (ROOT / "bench/README.md").read_text()
+    assert all(f"| `{step.name}` | {step.seconds} s |" in readme for step in STEPS)
     names = [step.name for step in STEPS]
     assert names[:2] == ["install", "micro"]
     assert names.index("parity") < names.index("sanitizers") < names.index("times") < names.index("tuning")
