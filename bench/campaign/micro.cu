@@ -112,9 +112,6 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments... argume
   }
 }
 
-// Clusters
-// -----------------------------------------------------------------------------------------
-
 template <class T>
 std::string residency(const fs::Device& device, int rows, bool edits) {
   const fs::Plan plan = fs::plan(device, fs::Shape{rows, 128256, (int)sizeof(T), edits});
@@ -158,9 +155,6 @@ std::string exactness(bool wide) {
   return text("\"exact\": %s", fetch<u64>(out) == expected ? "true" : "false");
 }
 
-// Barriers
-// -----------------------------------------------------------------------------------------
-
 __global__ void cluster_barriers(long long* out, bool relaxed) {
   const long long begin = clock64();
   for (int turn = 0; turn < kTurns; ++turn) {
@@ -198,9 +192,6 @@ std::string cycles_of_grid(int blocks) {
   return text("\"cycles\": %lld", fetch<long long>(out));
 }
 
-// Shared memory
-// ------------------------------------------------------------------------------------
-
 // Each thread sums eight neighbouring bins of 64 bits, then once more to clear them: where they lie
 // eight apart, and where they are `transposed` so that neighbouring threads meet different banks.
 __global__ void sum_bins(long long* out, u64* sink, bool transposed) {
@@ -218,8 +209,9 @@ __global__ void sum_bins(long long* out, u64* sink, bool transposed) {
     }
   }
   __syncthreads();
+  const long long cycles = clock64() - begin;
+  if (threadIdx.x == 0) *out = cycles;
   sink[threadIdx.x] = sum;
-  if (threadIdx.x == 0) *out = clock64() - begin;
 }
 
 std::string cycles_of_bins(bool transposed) {
@@ -229,12 +221,14 @@ std::string cycles_of_bins(bool transposed) {
   return text("\"cycles\": %lld", fetch<long long>(out));
 }
 
-// A chain of loads from shared memory: of the own block, or of the next one in the cluster.
-__global__ void chase_shared(long long* out, uint32_t* sink, bool peer) {
+// A chain of loads from shared memory: of the own block, or of the other one in the cluster.
+template <bool kPeer>
+__global__ void chase_shared(long long* out, uint32_t* sink) {
   uint32_t* next = (uint32_t*)fs::shared_memory();
   for (uint32_t i = threadIdx.x; i < 1024; i += blockDim.x) next[i] = (i + 33) % 1024;
   fs::cluster_sync();
-  const volatile uint32_t* from = peer ? fs::of_cluster_block(next, 1 - fs::cluster_rank()) : next;
+  const volatile uint32_t* from = next;
+  if constexpr (kPeer) from = fs::of_cluster_block(next, 1 - fs::cluster_rank());
   uint32_t at = 0;
   const long long begin = clock64();
   for (int hop = 0; hop < kTurns; ++hop) at = from[at];
@@ -243,15 +237,13 @@ __global__ void chase_shared(long long* out, uint32_t* sink, bool peer) {
   fs::cluster_sync();
 }
 
-std::string latency_of_shared(bool peer) {
+template <bool kPeer>
+std::string latency_of_shared() {
   const Memory out(sizeof(long long)), sink(32 * sizeof(uint32_t));
   const Grid grid = {2, 2, 32, 4096, kCluster};
-  launch(chase_shared, grid, (long long*)out.data, (uint32_t*)sink.data, peer);
+  launch(chase_shared<kPeer>, grid, (long long*)out.data, (uint32_t*)sink.data);
   return text("\"cycles\": %lld", fetch<long long>(out));
 }
-
-// Device memory
-// ------------------------------------------------------------------------------------
 
 __global__ void chase_global(const uint32_t* next, uint32_t first, long long* out, uint32_t* sink) {
   uint32_t at = first;
@@ -382,11 +374,8 @@ void measure_clusters(const fs::Device& device) {
              [&] { return cycles_of_cluster(size, relaxed); });
     }
   }
-  for (bool peer : {false, true}) {
-    report(text("\"what\": \"latency\", \"of\": \"%s\"",
-                peer ? "a peer's shared memory" : "shared memory"),
-           [&] { return latency_of_shared(peer); });
-  }
+  report("\"what\": \"latency\", \"of\": \"shared memory\"", latency_of_shared<false>);
+  report("\"what\": \"latency\", \"of\": \"a peer's shared memory\"", latency_of_shared<true>);
 }
 
 }  // namespace
