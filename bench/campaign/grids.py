@@ -139,7 +139,7 @@ def tuning_grid(machine: Machine) -> Grid:
     header = ["engine", "bytes a logit", "B", "V", "blocks a row", "threads", "us", "us as chosen"]
     grid = Grid("Layouts that beat the engine's choice", header)
     for engine in ("cuda", "triton"):
-        for won in winners(machine.of("gpu"), engine):
+        for won in (w for w in winners(machine.of("gpu"), engine) if w["parts"]):
             layout = [str(won[name]) for name in ("itemsize", "rows", "vocab", "parts", "threads")]
             grid.lines.append([engine, *layout, f"{won['cold_us']:.1f}", f"{won['chosen_us']:.1f}"])
     grid.note = "python -m bench tuned FILE prints them as code."
