@@ -24,8 +24,10 @@ def points(site: Site) -> Iterator[Point]:
 
 def rehearsed(site: Site) -> Outcome:
     """Compiles it where there is an nvcc, and reads a line of each kind, whose figures are zeros."""
-    compiled = NO_NVCC if shutil.which("nvcc") is None else compile_for(90, site.scratch)
-    found = {"constants": parse(SAMPLE.read_text()), "compiled": compiled or "for sm_90"}
+    compiler = shutil.which("nvcc")
+    if compiler is not None and (reason := compile_for(90, site.scratch)) is not None:
+        return {"failed": reason}
+    found = {"constants": parse(SAMPLE.read_text()), "compiled": NO_NVCC if compiler is None else "for sm_90"}
     return found | {"replaced": "micro.cu's run by samples/micro.jsonl, all of whose figures are 0"}
 
 

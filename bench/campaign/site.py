@@ -14,6 +14,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from tempfile import gettempdir
@@ -113,9 +114,10 @@ def simulate(scratch: Path) -> None:
 
 def interpret() -> None:
     """Triton was asked to interpret by the environment; this makes it faster."""
-    from triton_interpreter import patch_once
+    if find_spec("triton") is not None:
+        from triton_interpreter import patch_once
 
-    patch_once()
+        patch_once()
 
 
 def machine(dry: bool) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def machine(dry: bool) -> dict[str, Any]:
         "multiprocessors": card.multi_processor_count,
         "memory": f"{card.total_memory / 2**30:.0f} GiB",
         "l2_bytes": int(getattr(card, "L2_cache_size", 0)),
-        "driver": asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": asked("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         "nvcc": asked("nvcc", "--version").rpartition("release ")[2].partition(",")[0],
         "cuda": torch.version.cuda,
         **where,
@@ -139,7 +141,7 @@ def machine(dry: bool) -> dict[str, Any]:
 
 
 def asked(tool: str, *arguments: str) -> str:
-    """The first GPU's line of what a tool prints; "" where it is not here. nvcc's is its last but one."""
+    """What a tool prints, in one line; "" where it is not here or has nothing to say."""
     if (path := shutil.which(tool)) is None:
         return ""
     done = subprocess.run([path, *arguments], capture_output=True, text=True)
