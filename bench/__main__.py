@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -109,19 +110,55 @@ def generate(
 
 @app.command()
 def gpu(
-    minutes: Annotated[float, typer.Option(help="What does not fit is left out, and said to be.")] = 8.0,
-    tests: Annotated[bool, typer.Option(help="Run the gpu tests first.")] = True,
-    batch: Annotated[Numbers, typer.Option(help="Batch sizes. [default: 1, 8, 64 and 256]")] = None,
-    vocab: Annotated[Numbers, typer.Option(help="[default: 32000, 128256 and 262144]")] = None,
-    mode: Annotated[Names, typer.Option(help="These modes of bench/modes.py. [default: six of them]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
+    step: Annotated[Names, typer.Option(help="Only these steps of bench/campaign/steps.py. [default: all]")] = None,
+    minutes: Annotated[float, typer.Option(help="For this call; what does not fit is left for the next.")] = 9.5,
+    mode: Annotated[Names, typer.Option(help="Time these modes of bench/modes.py. [default: five of them]")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON. [default: bench/results/gpu-CARD.json]")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with what the file holds.")] = True,
+    again: Annotated[bool, typer.Option("--again", help="Forget what these steps found before.")] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Rehearse all of it on a CPU. [--out: gpu-dry.json]")] = False,
 ) -> None:
-    """On a GPU: the gpu tests, then the modes against torch's own operations, FlashInfer and vLLM."""
-    from bench.gpu import BATCHES, NAMES, VOCABS, run
-    from bench.modes import BY_NAME
+    """A campaign on a GPU, step by step, each bounded; call it again until all are done."""
+    from bench.campaign.run import HEADLINE, Plan, run
+    from bench.campaign.steps import BY_NAME
 
-    known(mode, BY_NAME, "--mode")
-    run(minutes, tests, batch or list(BATCHES), vocab or list(VOCABS), out, mode or NAMES)
+    known(step, BY_NAME, "--step")
+    if mode:
+        from bench.modes import BY_NAME as MODES
+
+        known(mode, MODES, "--mode")
+    plan = Plan(tuple(step or ()), minutes, out, resume, again, dry, tuple(mode or HEADLINE))
+    raise typer.Exit(run(plan))
+
+
+@app.command(hidden=True)
+def gpu_step(
+    name: str,
+    out: Annotated[Path, typer.Option()],
+    seconds: Annotated[float, typer.Option()],
+    mode: Annotated[list[str], typer.Option()],
+    dry: Annotated[bool, typer.Option("--dry")] = False,
+) -> None:
+    """One step of `gpu`, which starts it."""
+    from bench.campaign.one import TIME_TO_STOP, run
+    from bench.campaign.site import Site, machine, scratch_of
+    from bench.campaign.steps import BY_NAME
+    from bench.record import Results
+
+    results = Results(out, "gpu", machine(dry), resume=True, joins=False)
+    site = Site(dry, scratch_of(out), time.perf_counter() + seconds - TIME_TO_STOP, tuple(mode))
+    raise typer.Exit(run(BY_NAME[name], site, results))
+
+
+@app.command()
+def tuned(file: Annotated[Path, typer.Argument(help="A JSON file of `gpu`.")]) -> None:
+    """The layouts that `gpu` found fastest, as lines for csrc/cuda/tuned.h and for the Triton engine's table."""
+    import json
+
+    from bench.campaign.tuning import as_code
+
+    data = json.loads(file.read_text())
+    print(as_code(data["machine"], data["results"]))
 
 
 @app.command()

@@ -35,6 +35,7 @@ TITLES = {
     "batch": "Time for a step against the batch size, one thread and all",
     "logits": "Time for a row, one dot per distribution",
     "generate": "Tokens per second of generate, and the share of a step spent sampling",
+    "gpu": "Time for a step on the GPU against the batch size, inputs cold, with one read of the rows",
 }
 
 
@@ -221,6 +222,33 @@ def end_to_end(records: list[Record]) -> Figure | None:
     return figure
 
 
+def on_gpu(records: list[Record]) -> Figure | None:
+    """Microseconds per step against B of everybody, a panel per mode, with one read of the rows; float32, cold."""
+    found = [{**r, **r["found"]} for r in records if "cold_us" in r.get("found", {}) and r["dtype"] == "float32"]
+    found = [r | {"us": r["cold_us"]} for r in found if "meaningless" not in r]
+    own = one_vocab(found) if found else []
+    modes = modes_of(own)
+    if not modes:
+        return None
+    figure, axes = plt.subplots(len(modes), 1, figsize=(WIDTH, 2.7 * len(modes)), sharex=True, squeeze=False)
+    for axis, mode in zip(axes[:, 0], modes, strict=True):
+        here = [r for r in own if r["mode"] == mode]
+        for name in dict.fromkeys(r["name"] for r in here):
+            line = sorted((r["rows"], r["us"]) for r in here if r["name"] == name)
+            width = 2.2 if name.startswith("fastsample") else 1.1
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3.5, linewidth=width, label=name)
+        if floor := sorted({(r["rows"], r["floor_us"]) for r in here if r.get("floor_us")}):
+            axis.plot(*zip(*floor, strict=True), color=FLOOR, linestyle="--", label="one read, measured")
+        logarithmic(axis)
+        axis.set_xticks(sorted({r["rows"] for r in here}))
+        axis.set_ylabel("us per step")
+        axis.set_title(mode, loc="left", fontsize=10, fontweight="bold")
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    axes[-1, 0].set_xlabel("batch B")
+    figure.suptitle(f"Logits to token on the GPU, V = {own[0]['vocab']:,}, float32, cold", fontsize=11)
+    return figure
+
+
 def figures(machine: Machine) -> dict[str, Callable[[], Figure | None]]:
     """Name -> what draws it, in the order of the report."""
     of = machine.of
@@ -234,6 +262,7 @@ def figures(machine: Machine) -> dict[str, Callable[[], Figure | None]]:
         "batch": lambda: against_batch(of("compare", section="batch")),
         "logits": lambda: against_logits(of("compare", section="logits")),
         "generate": lambda: end_to_end(of("generate")),
+        "gpu": lambda: on_gpu(of("gpu", step="times")),
     }
 
 

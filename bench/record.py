@@ -17,9 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import fastsample as fs
-from fastsample.backends.cpu import native
-
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"  # the default place for results
 KINDS = ("compare", "generate", "cpu", "gpu")
@@ -38,6 +35,9 @@ def packages(names: tuple[str, ...]) -> dict[str, str]:
 
 def machine(*names: str) -> dict[str, Any]:
     """This machine: CPU, instruction set, versions (including the packages named)."""
+    import fastsample as fs  # here: the campaign on a GPU keeps a file before it has installed it
+    from fastsample.backends.cpu import native
+
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -78,9 +78,12 @@ class Results:
         kind: the command that made the figures.
         where: `machine()`.
         resume: keep existing figures; they must be from this machine and these versions.
+        joins: note this command among those that made the file.
     """
 
-    def __init__(self, path: Path | None, kind: str, where: dict[str, Any], resume: bool = False) -> None:
+    def __init__(
+        self, path: Path | None, kind: str, where: dict[str, Any], resume: bool = False, joins: bool = True
+    ) -> None:
         self.path = path
         self.data: dict[str, Any] = {"kind": kind, "machine": where, "runs": [], "results": []}
         if resume and path is not None and path.exists():
@@ -92,7 +95,8 @@ class Results:
                         "give another --out or leave --resume out"
                     )
             self.data = found
-        self.data["runs"].append({"date": date.today().isoformat(), "command": command()})
+        if joins:
+            self.data["runs"].append({"date": date.today().isoformat(), "command": command()})
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -130,6 +134,7 @@ class Machine:
 
     where: dict[str, Any]
     runs: list[Record] = field(default_factory=list)
+    steps: dict[str, Record] = field(default_factory=dict)  # of a campaign on a GPU: what became of each
     results: dict[str, list[Record]] = field(default_factory=dict)  # by kind of file
 
     def of(self, kind: str, **wanted: Any) -> list[Record]:
@@ -148,7 +153,11 @@ class Machine:
 
 def results_in(folder: Path) -> list[Path]:
     """The JSON files of a folder that `load` reads; other commands may keep files there too."""
-    return [path for path in sorted(folder.glob("*.json")) if json.loads(path.read_text()).get("kind") in KINDS]
+
+    def readable(data: dict[str, Any]) -> bool:
+        return data.get("kind") in KINDS and not data["machine"].get("dry")  # a rehearsal has no figures
+
+    return [path for path in sorted(folder.glob("*.json")) if readable(json.loads(path.read_text()))]
 
 
 def load(files: Iterable[Path]) -> list[Machine]:
@@ -162,6 +171,7 @@ def load(files: Iterable[Path]) -> list[Machine]:
         key = tuple(where.get(name) for name in ("gpu", "cpu", "cores", "isa"))
         machine = found.setdefault(key, Machine({**where, "packages": {}}))
         machine.where["packages"] |= where["packages"]
+        machine.steps |= data.get("steps", {})
         machine.runs += [run | {"file": path.name} for run in data["runs"]]
         merged = {point_of(r): r for r in machine.results.get(data["kind"], ())}
         for record in data["results"]:

@@ -9,17 +9,18 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from bench.campaign.grids import grids as gpu_grids
+from bench.campaign.grids import remarks as gpu_remarks
+from bench.grid import Grid
 from bench.peers import PEERS
 from bench.plots import TITLES, draw_all
 from bench.record import Machine, load
 from bench.summary import (
     SECTIONS,
-    Grid,
     amax_grid,
     disturbed,
     filter_grid,
     generate_grid,
-    gpu_grid,
     peer_grid,
     section_grid,
     spread_grid,
@@ -47,13 +48,13 @@ def grids(machine: Machine) -> list[Grid]:
     found = [peer_grid(machine, **dict(zip(keys, place, strict=True))) for place in ordered]
     found += [generate_grid(machine), amax_grid(machine), filter_grid(machine), spread_grid(machine)]
     found += [section_grid(machine, name, *words) for name, words in SECTIONS.items()]
-    return [grid for grid in [*found, gpu_grid(machine)] if grid]
+    return [grid for grid in [*found, *gpu_grids(machine)] if grid]
 
 
 def remarks(machine: Machine) -> list[str]:
     """Refusals and absences, each once."""
-    records = [r for kind in machine.results.values() for r in kind]
-    lines = disturbed(records)
+    records = [r for kind, own in machine.results.items() for r in own if kind != "gpu"]
+    lines = [*gpu_remarks(machine), *disturbed(records)]
     for r in records:
         if "refused" in r:
             who = next((r[key] for key in ("against", "sampler", "name") if key in r), "fastsample")

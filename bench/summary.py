@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from bench.campaign.grids import grids as gpu_grids
+from bench.grid import Grid
 from bench.peers import PEERS
 from bench.record import Machine, Record, load
 from bench.timing import duration, factor, three_digits
@@ -25,24 +26,11 @@ IMAGES = {
     "batch": "Microseconds per step against the batch size, one thread and all",
     "logits": "Microseconds per row, one dot per distribution",
     "generate": "Tokens per second of generate, and the share of a step spent sampling",
+    "gpu": "Microseconds per step on the GPU against the batch size, with one read of the rows",
 }
 HEADLINE = "k50 p.95"  # README's plot
 Bar: TypeAlias = "tuple[str, float, float | None]"
 ORDER = ("greedy", "k50 p.95", "min_p", "p.95", "T", "everything")
-
-
-@dataclass
-class Grid:
-    """A table of text."""
-
-    title: str
-    header: list[str]
-    lines: list[list[str]] = field(default_factory=list)
-    note: str = ""
-
-    def markdown(self) -> str:
-        rows = [self.header, ["---"] * len(self.header), *self.lines]
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def middle(record: Record, name: str) -> float:
@@ -178,22 +166,6 @@ def spread_grid(machine: Machine) -> Grid | None:
     return grid
 
 
-def gpu_grid(machine: Machine) -> Grid | None:
-    """`python -m bench gpu`: microseconds on cold and on hot inputs."""
-    records = machine.of("gpu")
-    if not records:
-        return None
-    names = list(dict.fromkeys(r["name"] for r in records))
-    grid = Grid("Microseconds, cold / hot", ["mode", "B", "V", "dtype", *names])
-    for key in dict.fromkeys((r["mode"], r["rows"], r["vocab"], r["dtype"]) for r in records):
-        own = {r["name"]: r for r in records if (r["mode"], r["rows"], r["vocab"], r["dtype"]) == key}
-        cells = [
-            f"{r['cold_us']:.1f} / {r['hot_us']:.1f}" if (r := own.get(n)) and "cold_us" in r else "-" for n in names
-        ]
-        grid.lines.append([key[0], *map(str, key[1:]), *cells])
-    return grid
-
-
 def disturbed(records: Iterable[Record]) -> list[str]:
     """A warning where other processes were busy meanwhile."""
     loads = [r["others"] for r in records if r.get("others") is not None]
@@ -271,6 +243,7 @@ def performance(machines: list[Machine], root: Path) -> str:
     parts = []
     for machine in machines:
         found = [*peer_parts(machine), *(f"#### {g.title}\n\n{g.markdown()}" for g in detail_grids(machine))]
+        found += [f"#### {g.title}\n\n{g.markdown()}\n\n{g.note}".rstrip() for g in gpu_grids(machine)]
         if found:
             noise = disturbed(r for kind in machine.results.values() for r in kind)
             parts += [f"### {machine.name}", f"Measured on {measured_on(machine)}.", *(f"{n}." for n in noise)]

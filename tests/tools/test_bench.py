@@ -5,7 +5,6 @@ Whether they refuse wrong work is asked in test_bench_gate.py.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import signal
@@ -22,7 +21,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # behind site-packages, where the fastsample under test is
 
-from bench import compare, gate, generate, gpu, peers, record, summary, timing  # noqa: E402
+from bench import compare, gate, generate, peers, record, summary, timing  # noqa: E402
 from bench.__main__ import app  # noqa: E402
 from bench.modes import BY_NAME, MODES, make_logits, prepare  # noqa: E402
 
@@ -199,26 +198,6 @@ def test_generate_refuses_another_distribution():
     assert generate.differs(model, ids, 8, {"temperature": 9.0}) is not None
 
 
-def test_gpu_says_that_there_is_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "there is no GPU" in bench("gpu", status=1)
-
-
-def test_gpu_times_nothing_that_is_wrong(monkeypatch):
-    right = peers.BY_NAME["torch"]
-    wrong = dataclasses.replace(right, name="wrong", make=lambda mode, logits: right.make(BY_NAME["T"], logits))
-    monkeypatch.setattr(gpu, "timed", lambda steps: (float(len(steps)), True))  # there is no GPU to time on
-    monkeypatch.setattr(gpu, "contenders", lambda: {p.name: gpu.of_peer(p) for p in (right, wrong)})
-    x = make_logits("flat", 2, 600, torch.float32)
-    good, bad = gpu.measure(BY_NAME["k50 p.95"], [x, x, x], gpu.Budget(60))
-    assert (good["name"], good["cold_us"], good["hot_us"]) == ("torch", 3.0, 3.0)
-    assert "outside" in bad["refused"]
-    assert "cold_us" not in bad
-    assert list(gpu.measure(BY_NAME["T n=16"], [x], gpu.Budget(60))) == []
-    assert [r["skipped"] for r in gpu.measure(BY_NAME["T"], [x], gpu.Budget(0))] == ["out of time"] * 2
-    assert gpu.table([good, bad], "").row_count == 1
-
-
 @pytest.mark.parametrize(
     ("command", "option"),
     [*(("compare", option) for option in ("--section", "--peer", "--mode", "--logits")), ("cpu", "--mode")],
@@ -255,10 +234,9 @@ def test_report(tmp_path):
     for name in ("us", "against_us", "ratio"):
         del missing[name]
     one = figures(tmp_path / "a.json", "compare", [point(), missing])
-    on_gpu = {"mode": "T", "rows": 1, "vocab": 5, "dtype": "float32", "name": "fastsample cuda"}
-    two = figures(
-        tmp_path / "b.json", "gpu", [on_gpu | {"cold_us": 7.25, "hot_us": 6.0, "graph": True}], gpu="Some GPU"
-    )
+    on_gpu = {"step": "times", "mode": "T", "rows": 1, "vocab": 5, "dtype": "float32", "name": "fastsample cuda"}
+    found = {"found": {"cold_us": 7.25, "hot_us": 6.0, "graph": True}}
+    two = figures(tmp_path / "b.json", "gpu", [on_gpu | found], gpu="Some GPU")
     bench("report", one, two, "--out", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "3 ms (150x)" in page
