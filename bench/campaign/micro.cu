@@ -112,20 +112,29 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments... argume
   }
 }
 
-template <class T>
-std::string residency(const fs::Device& device, int rows, bool edits) {
-  const fs::Plan plan = fs::plan(device, fs::Shape{rows, 128256, (int)sizeof(T), edits});
-  if (plan.policy != fs::kClusterPolicy) return text("\"policy\": %d", (int)plan.policy);
-  const auto kernel = fs::sample_kernel<T, fs::kClusterPolicy>;
-  cudaLaunchAttribute attribute;
-  const Grid grid = {plan.teams * plan.parts, plan.parts, plan.threads, (size_t)plan.shared,
-                     kCluster};
-  const cudaLaunchConfig_t config = configure(kernel, grid, &attribute);
-  int resident = 0;
-  check(cudaOccupancyMaxActiveClusters(&resident, (const void*)kernel, &config));
+// Rows in flight as planned, beside the clusters that the driver says are resident, and beside an
+// estimate that knows nothing of groups of multiprocessors. One kernel stands for all, which may
+// use as many registers as it does.
+std::string residency(const fs::Device& device, const fs::Shape& shape) {
+  const auto kernel = fs::sample_kernel<float, fs::kClusterPolicy, true>;
+  int clusters = 0;
+  int64_t estimate = 0;
+  const auto resident = [&](const fs::Plan& plan) -> int64_t {
+    estimate = fs::resident_teams(device, plan);
+    if (plan.policy != fs::kClusterPolicy) return estimate;
+    const Grid grid = {plan.parts, plan.parts, plan.threads, (size_t)plan.shared, kCluster};
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = configure(kernel, grid, &attribute);
+    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared));
+    check(cudaOccupancyMaxActiveClusters(&clusters, (const void*)kernel, &config));
+    return clusters;
+  };
+  const fs::Plan plan = fs::plan(device, shape, resident);
   return text(
-      "\"policy\": 0, \"parts\": %d, \"shared_bytes\": %d, \"launched\": %d, \"resident\": %d",
-      plan.parts, plan.shared, plan.teams, resident);
+      "\"policy\": %d, \"parts\": %d, \"shared_bytes\": %d, \"teams\": %d, \"resident\": %d, "
+      "\"estimate\": %lld",
+      (int)plan.policy, plan.parts, plan.shared, plan.teams, clusters, (long long)estimate);
 }
 
 // Every block adds to the words of the first one; `wide` with the 64-bit instruction.
@@ -139,7 +148,7 @@ __global__ void add_to_peer(u64* out, bool wide) {
     if (wide) {
       atomicAdd(peer, value);
     } else {
-      fs::add_wide((uint32_t*)peer, value);
+      fs::add_wide(peer, value);
     }
   }
   fs::cluster_sync();
@@ -353,14 +362,13 @@ fs::Device device_of(const cudaDeviceProp& card) {
 }
 
 void measure_clusters(const fs::Device& device) {
-  for (int rows : {1, 64, 256}) {
-    for (bool edits : {false, true}) {
-      const auto key = [&](int itemsize) {
-        return text("\"what\": \"clusters\", \"itemsize\": %d, \"rows\": %d, \"edits\": %s",
-                    itemsize, rows, edits ? "true" : "false");
-      };
-      report(key(4), [&] { return residency<float>(device, rows, edits); });
-      report(key(2), [&] { return residency<fs::BFloat>(device, rows, edits); });
+  for (int itemsize : {4, 2}) {
+    for (int rows : {1, 64, 256}) {
+      for (bool edits : {false, true}) {
+        report(text("\"what\": \"clusters\", \"itemsize\": %d, \"rows\": %d, \"edits\": %s",
+                    itemsize, rows, edits ? "true" : "false"),
+               [&] { return residency(device, fs::Shape{rows, 128256, itemsize, edits}); });
+      }
     }
   }
   for (bool wide : {false, true}) {
