@@ -142,7 +142,7 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
   for (int32_t v = begin; v < end; v += threads()) {
     const int32_t mine = v + (int32_t)threadIdx.x;
     const int32_t first = mine * kN - slice.shift;
-    float x[kN];
+    float x[kN] = {};
     if (mine < end) slice.process(slice.raw(mine), mine, x);
     u64 sum = 0, at = before;
     int32_t id = -1;

@@ -42,8 +42,15 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
-def build(folder: Path, sanitize: bool = False, count: bool = False) -> Path:
-    """The library, compiled from the same .cuh files that nvcc gets; `count`: with all of `Counters`."""
+def build(folder: Path, sanitize: bool = False, count: bool = False, engine: Path | None = None) -> Path:
+    """The library, compiled from the same .cuh files that nvcc gets.
+
+    Args:
+        folder: where it goes.
+        sanitize: with AddressSanitizer and UBSan.
+        count: with all of `Counters`, which takes ten times as long to run.
+        engine: another engine.cc.
+    """
     chosen = compiler()
     assert chosen is not None, "there is no C++ compiler"
     target = folder / ("simt-sanitized.so" if sanitize else "simt-counted.so" if count else "simt.so")
@@ -52,7 +59,8 @@ def build(folder: Path, sanitize: bool = False, count: bool = False) -> Path:
     for name in ("simt", "engine", *(("counts",) if count else ())):
         objects.append(folder / f"{target.stem}-{name}.o")
         more = COUNTED if count and name == "engine" else ()
-        command = [chosen, *flags, *more, "-c", str(HERE / "simt" / f"{name}.cc"), "-o", str(objects[-1])]
+        source = engine if engine is not None and name == "engine" else HERE / "simt" / f"{name}.cc"
+        command = [chosen, *flags, *more, "-c", str(source), "-o", str(objects[-1])]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
     done = subprocess.run([chosen, *flags, "-o", target, *objects], capture_output=True, text=True)
