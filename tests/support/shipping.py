@@ -63,7 +63,7 @@ GLIBC = "2.17"  # that of manylinux2014
 
 
 def manylinux_wheel(session: nox.Session, cuda: bool) -> Path:
-    """The wheel of this session's Python, in dist/, built from the sdist and held to what its name claims.
+    """The wheel of this session's Python, in a folder of dist/, built from the sdist and held to what its name claims.
 
     What does not depend on Python is compiled for the first one, and ccache keeps it for the others; so compiler and
     sources are in the folder that nox's sessions share, at the same paths for all. nvcc compiles the kernels with the
@@ -87,8 +87,9 @@ def manylinux_wheel(session: nox.Session, cuda: bool) -> Path:
     session.run("auditwheel", "repair", "--plat", tag, "-w", str(built / tag), str(next(built.glob("*.whl"))))
     wheel = next((built / tag).glob("*.whl"))
     session.run("python", str(ROOT / "tests/support/wheel_gates.py"), *(["--cuda"] if cuda else []), str(wheel))
-    (ROOT / "dist").mkdir(exist_ok=True)
-    return Path(shutil.copy(wheel, ROOT / "dist"))
+    dist = ROOT / "dist" / ("cuda" if cuda else "cpu")  # their names are alike
+    dist.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(wheel, dist))
 
 
 def _compiler(session: nox.Session, folder: Path) -> str:

@@ -22,7 +22,7 @@ from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 from elftools.elf.sections import SymbolTableSection
 
 GLIBC = re.compile(r"(libc|libm|libpthread|libdl|librt|ld-linux[-_a-z0-9]*)\.so\.\d")
-MEGABYTES = {False: 9, True: 20}  # a wheel's limit without and with the CUDA engine; the model in it takes 5
+MEGABYTES = {False: 9, True: 15}  # a wheel's limit without and with the CUDA engine; the model in it takes 5
 
 Version = tuple[int, ...]
 
