@@ -74,6 +74,8 @@ def manylinux_wheel(session: nox.Session, cuda: bool) -> Path:
     env = {
         "CXX": _compiler(session, shared / f"zig-{ZIG}"),
         "CXXFLAGS": "-g0",  # zig's default is -g
+        # A stack is unwound by one library: pthread_exit, by which Python ends threads, takes this one, zig its own.
+        "LDFLAGS": str(session.run("cc", "-print-file-name=libgcc_s.so.1", silent=True, external=True)).strip(),
         "CMAKE_CXX_COMPILER_LAUNCHER": "ccache",
         "CMAKE_CUDA_COMPILER_LAUNCHER": "ccache",
         "CCACHE_DIR": str(shared / "ccache"),

@@ -1,8 +1,8 @@
 """Holds wheels to what their names claim: `python wheel_gates.py [--cuda] WHEEL...`; 1 if a gate fails.
 
 A manylinux tag (PEP 600) names a glibc. An extension module of such a wheel may take from the system the libraries of
-glibc alone, in no later version than that; it exports its PyInit_ alone and carries no symbols for debuggers. A wheel
-has the modules that it should have, and is not too large.
+glibc alone, in no later version than that, and GCC's unwinder; it exports its PyInit_ alone and carries no symbols for
+debuggers. A wheel has the modules that it should have, and is not too large.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 from elftools.elf.sections import SymbolTableSection
 
-GLIBC = re.compile(r"(libc|libm|libpthread|libdl|librt|ld-linux[-_a-z0-9]*)\.so\.\d")
+SYSTEM = re.compile(r"(libc|libm|libpthread|libdl|librt|libgcc_s|ld-linux[-_a-z0-9]*)\.so\.\d")
+GCC = (4, 8, 0)  # libgcc_s of manylinux2014 (PEP 599)
 MEGABYTES = {False: 9, True: 15}  # a wheel's limit without and with the CUDA engine; the model in it takes 5
 
 Version = tuple[int, ...]
@@ -83,20 +84,20 @@ def claimed(wheel: Path) -> Version | None:
 
 def number(version: str) -> Version:
     """(2, 2, 5) for GLIBC_2.2.5; GLIBC_PRIVATE, which holds for one build of glibc, is later than all."""
-    numbers = version.removeprefix("GLIBC_").split(".")
+    numbers = version.partition("_")[2].split(".")
     return tuple(map(int, numbers)) if numbers[0].isdigit() else (sys.maxsize,)
 
 
 def module_failures(module: Module, glibc: Version) -> Iterator[str]:
     for library in module.needed:
-        if not GLIBC.fullmatch(library):
-            yield f"needs {library}, which is not a library of glibc"
+        if not SYSTEM.fullmatch(library):
+            yield f"needs {library}, which manylinux does not promise"
     for s in module.symbols:
         if s.defined:
             if s.name != f"PyInit_{Path(module.name).name.split('.')[0]}":
                 yield f"exports {s.name}"
-        elif GLIBC.fullmatch(s.source) and number(s.version) > glibc:
-            yield f"needs {s.name} of {s.version}; the wheel's name claims {'.'.join(map(str, glibc))}"
+        elif SYSTEM.fullmatch(s.source) and number(s.version) > (GCC if s.source == "libgcc_s.so.1" else glibc):
+            yield f"needs {s.name} of {s.version}; the wheel's name claims glibc {'.'.join(map(str, glibc))}"
         elif not s.version and not s.weak and not s.name.startswith(("Py", "_Py")):
             yield f"needs {s.name}, which neither Python nor glibc has"
     for section in module.sections:
@@ -127,7 +128,7 @@ def main() -> int:
     for wheel in asked.wheels:
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
         for module in modules(wheel):
-            newest = max((s.version for s in module.symbols if GLIBC.fullmatch(s.source)), key=number, default="none")
+            newest = max((s.version for s in module.symbols if s.version.startswith("GLIBC_")), key=number)
             print(f"  {module.name}: {', '.join(module.needed)}; newest symbol version {newest}")
     for failure in wrong:
         print(failure, file=sys.stderr)

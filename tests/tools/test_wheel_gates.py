@@ -34,14 +34,17 @@ def wheel(folder: Path, tag: str, source: str = BODY, flags: tuple[str, ...] = S
 
 NEWEST = "manylinux_2_99_x86_64"
 BROKEN = {
-    "a later glibc": ({"tag": "manylinux_2_1_x86_64"}, r"needs getpid of GLIBC_2[.\d]+; the wheel's name claims 2\.1$"),
-    "two tags": ({"tag": f"manylinux_2_1_x86_64.{NEWEST}"}, r"needs getpid of .* claims 2\.1$"),
+    "a later glibc": (
+        {"tag": "manylinux_2_1_x86_64"},
+        r"needs getpid of GLIBC_2[.\d]+; the wheel's name claims glibc 2\.1$",
+    ),
+    "two tags": ({"tag": f"manylinux_2_1_x86_64.{NEWEST}"}, r"needs getpid of .* claims glibc 2\.1$"),
     "no tag": ({"tag": "linux_x86_64"}, r"claims no glibc: it has no manylinux tag$"),
     "an export": ({"source": BODY + "int leaked(void) { return 1; }\n"}, r"_cpu\S* exports leaked$"),
     "another PyInit_": ({"source": BODY.replace("PyInit__cpu", "PyInit__cuda")}, r"exports PyInit__cuda$"),
     "a library": (
-        {"flags": (*STRIPPED, "-Wl,--no-as-needed", "-lgcc_s")},
-        r"needs libgcc_s\.so\.1, which is not a library of glibc$",
+        {"flags": (*STRIPPED, "-Wl,--no-as-needed", "-lstdc++")},
+        r"needs libstdc\+\+\.so\.6, which manylinux does not promise$",
     ),
     "a symbol of none": (
         {
@@ -54,6 +57,14 @@ BROKEN = {
     "for debuggers": ({"flags": (*LINKED, "-g")}, r"has \.debug_info: it is not stripped$"),
     "too large": ({"padding": 10**7}, r"has 10\.\d MB, more than 9$"),
 }
+
+
+def test_a_later_unwinder() -> None:
+    new, old = (wheel_gates.Symbol("_Unwind_x", False, False, f"GCC_{v}", "libgcc_s.so.1") for v in ("14.0.0", "3.0"))
+    module = wheel_gates.Module("_cpu.so", ("libgcc_s.so.1",), (new, old), ())
+    assert list(wheel_gates.module_failures(module, (2, 17))) == [
+        "needs _Unwind_x of GCC_14.0.0; the wheel's name claims glibc 2.17"
+    ]
 
 
 def test_a_sound_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
