@@ -74,17 +74,18 @@ def manylinux_wheel(session: nox.Session, cuda: bool) -> Path:
     env = {
         "CXX": _compiler(session, shared / f"zig-{ZIG}"),
         "CXXFLAGS": "-g0",  # zig's default is -g
-        # A stack is unwound by one library: pthread_exit, by which Python ends threads, takes this one, zig its own.
-        "LDFLAGS": str(session.run("cc", "-print-file-name=libgcc_s.so.1", silent=True, external=True)).strip(),
         "CMAKE_CXX_COMPILER_LAUNCHER": "ccache",
         "CMAKE_CUDA_COMPILER_LAUNCHER": "ccache",
         "CCACHE_DIR": str(shared / "ccache"),
         "ZIG_GLOBAL_CACHE_DIR": str(shared / "zig-cache"),
     }
     shutil.rmtree(built, ignore_errors=True)
-    option = f"cmake.define.FASTSAMPLE_CUDA={'on' if cuda else 'off'}"
+    # One library has to unwind a stack: pthread_exit, by which Python ends threads, takes this one, and zig brings its own.
+    unwinder = session.run("cc", "-print-file-name=libgcc_s.so.1", silent=True, external=True)
+    defined = {"FASTSAMPLE_CUDA": "on" if cuda else "off", "CMAKE_MODULE_LINKER_FLAGS": str(unwinder).strip()}
+    options = [part for name, value in defined.items() for part in ("-C", f"cmake.define.{name}={value}")]
     source = str(_sources(session, shared / "source"))
-    session.run("pip", "wheel", "-q", "--no-deps", "-w", str(built), source, "-C", option, env=env)
+    session.run("pip", "wheel", "-q", "--no-deps", "-w", str(built), source, *options, env=env)
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{platform.machine()}"
     session.run("auditwheel", "repair", "--plat", tag, "-w", str(built / tag), str(next(built.glob("*.whl"))))
     wheel = next((built / tag).glob("*.whl"))
