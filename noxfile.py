@@ -5,15 +5,18 @@ All of them install with pip, whose configuration decides where torch comes from
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
-import tarfile
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import nox
+
+sys.path.insert(0, str(Path(__file__).parent / "tests" / "support"))
+import llama_library
+import shipping
 
 ROOT = Path(__file__).parent.resolve()
 NO_CUDA = ("-C", "cmake.define.FASTSAMPLE_CUDA=off")  # where no test looks at it: its kernels compile for minutes
@@ -109,23 +112,8 @@ def sglang(session: nox.Session) -> None:
 def llama_cpp(session: nox.Session) -> None:
     """llama.cpp decoding with fastsample; kept sets, XTC and DRY against its samplers. Only its library is compiled."""
     install(session, "", *TOOLS, "cmake", "ninja", "gguf>=0.17", "safetensors>=0.4.3")
-    requirements, built = ROOT / "tests" / "requirements" / "llama_cpp.txt", Path(session.create_tmp()) / "llama.cpp"
-    shutil.rmtree(built, ignore_errors=True)
-    source_only = ("--no-deps", "--no-binary", "llama-cpp-python")  # what builds it comes as wheels
-    session.run("pip", "download", "-q", *source_only, "-d", str(built), "-r", str(requirements))
-    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
-        archive.extractall(built, filter="data")
-    source = next(path for path in built.iterdir() if path.is_dir())
-    session.install(str(source), "-C", "cmake.define.LLAMA_BUILD=OFF")  # the bindings alone
-    wanted = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON"}
-    unwanted = [f"LLAMA_BUILD_{part}" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
-    options = wanted | dict.fromkeys((*unwanted, "GGML_NATIVE", "GGML_CCACHE"), "OFF")
-    define = [f"-D{name}={value}" for name, value in options.items()]
-    folder = str(built / "build")
-    session.run("cmake", "-G", "Ninja", "-S", str(source / "vendor" / "llama.cpp"), "-B", folder, *define, silent=True)
-    session.run("cmake", "--build", folder, "--target", "llama", silent=True)
-    library = {"LLAMA_CPP_LIB_PATH": str(built / "build" / "bin")}
-    session.run("pytest", *ALL, *_test_files(["llama_cpp", "llama_cpp_decoder"]), *session.posargs, env=library)
+    where = {"LLAMA_CPP_LIB_PATH": str(llama_library.build(session))}
+    session.run("pytest", *ALL, *_test_files(["llama_cpp", "llama_cpp_decoder"]), *session.posargs, env=where)
 
 
 @nox.session
@@ -370,63 +358,36 @@ def _beside(session: nox.Session, *wanted: str) -> dict[str, str]:
     return {"PYTHONPATH": folder}
 
 
-BUILT_FROM = (
-    "CMakeLists.txt",
-    "LICENSE",
-    "README.md",
-    "pyproject.toml",
-    "_fastsample_cli",
-    "csrc",
-    "fastsample",
-    "kernels",
-)
-
-
 @nox.session
 def supply(session: nox.Session) -> None:
     """What is shipped: the sdist's files, built twice alike; wheel and metadata; known vulnerabilities; licences."""
     session.install("build>=1.2", "twine>=5", "auditwheel>=6", "pip-audit>=2.7", "pip-licenses>=5", "pytest>=8")
     install(session, "[hf]")
-    built = Path(session.create_tmp()) / "dist"
-    shutil.rmtree(built, ignore_errors=True)
-    env = {"SOURCE_DATE_EPOCH": "1700000000"}
-    for name in ("one", "two"):
-        session.run("python", "-m", "build", "--sdist", "--outdir", str(built / name), str(ROOT), env=env)
-    one, two = (next((built / name).glob("*.tar.gz")).read_bytes() for name in ("one", "two"))
-    if one != two:
-        session.error("two sdists of the same tree differ")
-    with tarfile.open(next((built / "one").glob("*.tar.gz"))) as archive:
-        shipped = {name.partition("/")[2] for name in archive.getnames()}
-    needed = session.run("git", "ls-files", *BUILT_FROM, silent=True, external=True)
-    if shipped != {"PKG-INFO", *str(needed).split()}:
-        session.error(f"the sdist's files are not those of the build: {shipped ^ set(str(needed).split())}")
+    sdist = shipping.check_sdist(session, Path(session.create_tmp()) / "dist")
     if WHEEL is None:
-        session.run("python", "-m", "build", "--wheel", *NO_CUDA, "--outdir", str(built / "one"), str(ROOT), env=env)
+        session.run("python", "-m", "build", "--wheel", *NO_CUDA, "--outdir", str(sdist.parent), str(ROOT))
     else:
-        shutil.copy(WHEEL, built / "one")
-    files = sorted(map(str, (built / "one").iterdir()))
-    session.run("twine", "check", "--strict", *files)
-    session.run("auditwheel", "show", next(f for f in files if f.endswith(".whl")))
+        shutil.copy(WHEEL, sdist.parent)
+    wheel = next(sdist.parent.glob("*.whl"))
+    session.run("twine", "check", "--strict", str(sdist), str(wheel))
+    session.run("auditwheel", "show", str(wheel))
     session.run("pip-licenses", "--from=mixed", "--order=license")
-    _audit(session)
+    shipping.audit(session)
 
 
-def _audit(session: nox.Session) -> None:
-    """Known vulnerabilities. pip-audit also succeeds where its service did not answer, so its report is read."""
-    report = Path(session.create_tmp()) / "audit.json"
-    report.unlink(missing_ok=True)
-    options = ("--skip-editable", "--progress-spinner", "off", "--format", "json", "--output", str(report))
-    session.run("pip-audit", *options, *session.posargs, success_codes=[0, 1])
-    if not report.exists():
-        session.warn("pip-audit could not reach its service: vulnerabilities were not checked")
-        return
-    found = json.loads(report.read_text())["dependencies"]
-    if known := [f"{d['name']} {d['version']}: {v['id']}" for d in found for v in d.get("vulns", ())]:
-        session.error("known vulnerabilities: " + ", ".join(known))
-    silent = [d["name"] for d in found if "skip_reason" in d and d["name"] != "fastsample"]
-    session.log(f"pip-audit: {sum('vulns' in d for d in found)} packages checked, no known vulnerability")
-    if silent:
-        session.warn(f"pip-audit: {len(silent)} packages could not be checked: {', '.join(silent)}")
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def wheels(session: nox.Session) -> None:
+    """A manylinux wheel for each Python into dist/, checked and tried; `-- cuda` adds the CUDA engine, for all GPUs."""
+    cuda = session.posargs == ["cuda"]
+    wheel = shipping.manylinux_wheel(session, cuda)
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install(str(wheel), *TOOLS)
+    session.chdir(session.create_tmp())  # from the root, the source tree would be imported
+    if cuda:
+        session.run("python", "-c", "import fastsample._cuda")
+    outside = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
+    chosen = "cpu and lm- and f32 or isa or processes"  # what another compiler or library could break
+    session.run("pytest", "-q", *outside, *_test_files(["parity", "concurrency"]), "-k", chosen)
 
 
 @nox.session

@@ -3,9 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <string.h>
+#include <unistd.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
-#include <unistd.h>
 #elif defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -86,12 +86,18 @@ bool is_main_thread() {
 }
 
 // A call without the GIL. pybind11's gil_scoped_release will not do: while the interpreter is being
-// finalised, taking the GIL back ends this thread by unwinding its stack, and unwinding through a
-// destructor would abort the process.
+// finalised, taking the GIL back ends this thread by unwinding its stack (up to Python 3.13), and
+// that would abort the process in a destructor, and in pybind11 where the C++ library is Clang's.
 class Unlocked {
  public:
   void begin() { state_ = PyEval_SaveThread(); }
-  void end() { PyEval_RestoreThread(state_); }
+  void end() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) pause();  // as Python 3.14 has it; the process is about to end
+    }
+  }
 
   // Runs Python's signal handlers when that is due. True once a handler has raised; the exception
   // is then set in this thread's state. Only the main thread asks, and that is the one that

@@ -37,27 +37,43 @@ FASTSAMPLE_DECLARE(baseline)
 namespace platform {
 
 #if defined(__x86_64__)
-inline bool has_avx2() {
-  unsigned a, b, c = 0, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-}
+// What the processor can do and the operating system allows. __builtin_cpu_supports would be
+// shorter, but with the run-time library of zig, which builds the wheels, it says no to everything.
+class Cpuid {
+ public:
+  Cpuid() {
+    unsigned a, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d)) leaf1_ = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_ = b;
+    if (leaf1_ & bit_OSXSAVE) asm("xgetbv" : "=a"(saved_), "=d"(d) : "c"(0));
+  }
 
-inline bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
+  bool avx2() const {
+    return all(leaf1_, bit_AVX | bit_F16C | bit_POPCNT) &&
+           all(leaf7_, bit_AVX2 | bit_BMI | bit_BMI2) && all(saved_, kYmm);
+  }
+  bool avx512() const {
+    return avx2() && all(leaf7_, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) &&
+           all(saved_, kZmm);
+  }
+
+ private:
+  // Registers that the operating system saves: xmm and ymm; mask registers and zmm.
+  static constexpr unsigned kYmm = 6, kZmm = 0xe0;
+  static bool all(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
+
+  unsigned leaf1_ = 0, leaf7_ = 0, saved_ = 0;
+};
 #endif
 
 // Of the kernels that were built, those that this processor can run, best first.
 inline std::vector<const Kernel*> find_kernels() {
   std::vector<const Kernel*> kernels;
 #if defined(FASTSAMPLE_HAS_avx512)
-  if (has_avx512()) kernels.push_back(&kernel_avx512);
+  if (Cpuid().avx512()) kernels.push_back(&kernel_avx512);
 #endif
 #if defined(FASTSAMPLE_HAS_avx2)
-  if (has_avx2()) kernels.push_back(&kernel_avx2);
+  if (Cpuid().avx2()) kernels.push_back(&kernel_avx2);
 #endif
 #if defined(FASTSAMPLE_HAS_neon)
   kernels.push_back(&kernel_neon);

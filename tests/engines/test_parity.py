@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import platform
 import subprocess
 import sys
 from functools import lru_cache, partial
@@ -124,6 +125,18 @@ def test_the_cpu_engine_is_there() -> None:
     assert fs.engines()["cpu"] is None
     assert native().isa() in native().isas()
     assert set(native().isas()) <= set(ISAS)
+
+
+AVX2 = {"avx2", "f16c", "bmi1", "bmi2", "popcnt"}
+AVX512 = {*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="the flags are those of x86")
+def test_the_best_isa_is_the_one_that_linux_lists() -> None:
+    """A compiler's own library may know less of the processor: the engine would be right, and slow."""
+    flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+    best = "avx512" if flags >= AVX512 else "avx2" if flags >= AVX2 else "baseline"
+    assert native().isas()[0] == best
 
 
 @pytest.mark.parametrize("isa", native().isas() if fs.engines()["cpu"] is None else ["?"])
