@@ -12,6 +12,8 @@
 
 #define FS_DEVICE static __device__ __forceinline__
 #define FS_METHOD __device__ __forceinline__
+// A function that is called: much code for few numbers.
+#define FS_CALLED static __device__ __attribute__((noinline, unused))
 
 namespace fastsample {
 

@@ -101,22 +101,25 @@ FS_DEVICE bool measures_mass_floors(const RowTask& t, const KeptKeys& kept) {
 // Floors that are measured on what is kept so far, one after the other.
 enum Floors { kMassFloors, kEpsilonFloor, kEtaFloor, kTopAFloor, kPLessFloor, kFloorsEnd };
 
-FS_DEVICE bool uses_floor(const RowParams& p, int which) {
-  const float value = which == kEpsilonFloor ? p.epsilon_cutoff
-                      : which == kEtaFloor   ? p.eta_cutoff
-                      : which == kTopAFloor  ? p.top_a
-                      : which == kPLessFloor ? (float)p.p_less
-                                             : 1.0f;
-  return value != 0.0f;
+// What a row gives for it; 0 where it is not used.
+FS_DEVICE float floor_value(const RowParams& p, int which) {
+  return which == kEpsilonFloor ? p.epsilon_cutoff
+         : which == kEtaFloor   ? p.eta_cutoff
+         : which == kTopAFloor  ? p.top_a
+         : which == kPLessFloor ? (float)p.p_less
+                                : p.min_p;
 }
 
-FS_DEVICE u64 floor_of(const RowTask& t, int which, u64 total, const DepthSums& depths,
-                       const SquareSums& squares, u64 heaviest) {
-  const RowParams& p = *t.params;
+// Not inlined, since float64 is much code, and a row needs it where it takes the candidates' way and
+// where not. `unit` is the mass of the row's heaviest token, `heaviest` that of those that are kept.
+FS_CALLED u64 floor_of(int which, float value, DepthSums depths, SquareSums squares, u64 heaviest,
+                       u64 unit) {
+  RowParams p = {};
+  p.min_p = p.epsilon_cutoff = p.eta_cutoff = p.top_a = value;
   return which == kMassFloors     ? mass_floor(p, heaviest)
-         : which == kEpsilonFloor ? epsilon_floor(p, total, heaviest)
+         : which == kEpsilonFloor ? epsilon_floor(p, depths.mass, heaviest)
          : which == kEtaFloor     ? eta_floor(p, depths, heaviest)
-         : which == kTopAFloor    ? top_a_floor(p, total, unit_of(t), heaviest)
+         : which == kTopAFloor    ? top_a_floor(p, depths.mass, unit, heaviest)
                                   : p_less_floor(squares, heaviest);
 }
 
@@ -127,11 +130,12 @@ FS_DEVICE KeptKeys measured_floors(const Team<kPolicy>& team, const S& slice, co
   if (!mass_too && !uses_measured_floors(*t.params)) return kept;
 #pragma unroll 1  // one pass in the code serves them all
   for (int which = mass_too ? kMassFloors : kEpsilonFloor; which < kFloorsEnd; ++which) {
-    if (!uses_floor(*t.params, which)) continue;
+    const float value = floor_value(*t.params, which);
+    if (value == 0.0f) continue;
     measure(team, slice, t, kept);
     const Verdict& v = decide(team, [&](const u64* m, Verdict& found) {
       found.floor =
-          floor_of(t, which, m[kMassSum], depth_sums(m), square_sums(m), m[kHeaviest]);
+          floor_of(which, value, depth_sums(m), square_sums(m), m[kHeaviest], unit_of(t));
     });
     kept = narrow_to_mass(kept, v.floor);
   }

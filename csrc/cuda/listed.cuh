@@ -55,12 +55,13 @@ struct ListFilters {
     if (!uses_measured_floors(*t.params)) return end;
 #pragma unroll 1  // one pass in the code serves them all
     for (int which = kEpsilonFloor; which < kFloorsEnd; ++which) {
-      if (!uses_floor(*t.params, which)) continue;
+      const float value = floor_value(*t.params, which);
+      if (value == 0.0f) continue;
       u64 sums[6] = {};
       if (which == kEtaFloor || which == kPLessFloor) measure(end, sums);
       const u64 total = sum(end);
-      end = until_lighter(end, floor_of(t, which, total, {total, sums[0], sums[1]},
-                                        {total, sums[3], sums[4], sums[5]}, mass(0)));
+      end = until_lighter(end, floor_of(which, value, {total, sums[0], sums[1]},
+                                        {total, sums[3], sums[4], sums[5]}, mass(0), unit_of(t)));
     }
     return end;
   }
