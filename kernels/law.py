@@ -9,7 +9,7 @@ from .mass import drawn_scale, judged_scale, mass_of
 from .philox import xtc_excludes
 from .process import load_x, to_float32
 from .record import param
-from .sample import status_of
+from .scan import status_of
 from .workspace import PEAK, REST, TOTAL
 
 

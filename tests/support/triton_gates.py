@@ -174,7 +174,7 @@ def dump(tool: str, cubin: bytes, *options: str) -> str:
 
 @cache
 def _source(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()
+    return [*Path(path).read_text().splitlines(), ""]  # the end of a loop that ends a file lies behind it
 
 
 DIVIDES = re.compile(r"div\.rn|div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(")
