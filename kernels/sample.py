@@ -67,7 +67,7 @@ def probability_floors(row, peak, scale, SPLIT: tl.constexpr):
 
 @triton.jit
 def filter_row(
-    row, draws, first, last,
+    row, count, first, last,
     ROUNDS: tl.constexpr, SPLIT: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def filter_row(
                 meet(row, SPLIT)
     if last > choosing:
         on = after_collecting(row, on, ROUNDS)
-    settled = is_settled(on, draws.count, ROUNDS)
+    settled = is_settled(on, count, ROUNDS)
     for number in range(tl.maximum(first, choosing), tl.minimum(last, weighing)):
         phase = in_order(number, typical_first, ROUNDS)
         if (on >> phase) & 1 != 0:
@@ -214,16 +214,16 @@ def sample(
     record, ws = records + at * record_stride, workspace + at * ws_stride
     sums = ws + CHUNK_SUMS
     row = Row(x + at * x_stride, vocab, record, ws, sums, sums + 2 * chunks, sems + at, chunks, begin, end, part, parts)
-    request, step = at, tl.full([], 0, tl.int64)
-    if VERIFIES:
-        request, step = at // width, at % width
     if first == 0:
         scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, VEC, BLOCK)
         meet(row, SPLIT)
-    seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
-    draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
-    settled = filter_row(row, draws, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)
+    settled = filter_row(row, num_samples, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)
     if last == first_phase("end", ROUNDS):
+        request, step = at, tl.full([], 0, tl.int64)
+        if VERIFIES:
+            request, step = at // width, at % width
+        seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
+        draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
         finish(row, draws, settled, PROBS, CHUNKS, BLOCK)
         if VERIFIES:
             settle(part == 0, at, width, drafts, tokens, status, accepted, ends, arrivals)
