@@ -16,7 +16,6 @@ from .record import choice, param
 from .row import load_chunk
 from .stats import by_thread
 from .workspace import (
-    BITS,
     BY_ID,
     BY_RANK,
     CANDIDATES,
@@ -26,12 +25,12 @@ from .workspace import (
     LISTED,
     MAXIMA,
     WHOLE,
+    bound_rounds,
     groups_of_threads,
     measured_bits,
     phase_bits,
 )
 
-BOUND_BITS = tl.constexpr(20)  # of a key, which the bound is found to: the others would rule out next to nothing
 WIDTH = tl.constexpr(256)  # tokens that are put in order at a time
 UNROLLED = tl.constexpr(4)
 
@@ -61,12 +60,11 @@ def store_maxima_of(row, best, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def find_bound(row, ROUNDS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
     """A key that at least k tokens reach, if so many are above -inf: the k-th largest maximum, its last bits 0."""
-    bits: tl.constexpr = min(ROUNDS * BITS, BOUND_BITS)
     k, index = param(row.record, "top_k"), tl.arange(0, GROUPS)
     there = index < row.parts * groups_of_part(row, VEC, BLOCK)
     key = tl.load(row.ws + MAXIMA + index, mask=there, other=INT_MIN).to(tl.int32)
     low = tl.full([], INT_MIN, tl.int32)
-    for turn in range(bits // 2):
+    for turn in range(bound_rounds(ROUNDS)):
         shift = tl.full([], 30, tl.uint32) - 2 * turn
         digit = (key.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)) >> shift
         # Four counts in one reduction.

@@ -96,17 +96,17 @@ def filter_row(
     if last > choosing:
         on = after_collecting(row, on, ROUNDS)
     settled = is_settled(on, count, ROUNDS)
-    for number in range(tl.maximum(first, choosing), tl.minimum(last, weighing)):
+    if ((on >> choosing) & 1 != 0) & ((first <= choosing) & (last > choosing)):
+        if row.part == 0:
+            choose(row, peak, scale)
+        if settled:
+            tl.debug_barrier()
+        else:
+            meet(row, SPLIT)
+    for number in range(tl.maximum(first, choosing + 1), tl.minimum(last, weighing)):
         phase = in_order(number, typical_first, ROUNDS)
         if (on >> phase) & 1 != 0:
-            if phase == choosing:
-                if row.part == 0:
-                    choose(row, peak, scale)
-                if settled:
-                    tl.debug_barrier()
-                else:
-                    meet(row, SPLIT)
-            elif (tl.full([], cutting_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
+            if (tl.full([], cutting_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
                 cut(row, phase, peak, scale, ROUNDS, SPLIT, CHUNKS, BLOCK)
             elif phase < first_phase("top_p", ROUNDS):
                 top_k(row, phase - first_phase("top_k", ROUNDS), SPLIT, VEC, BLOCK)

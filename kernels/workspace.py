@@ -11,6 +11,7 @@ MAX_PARTS = tl.constexpr(256)  # programs per row
 CANDIDATES = tl.constexpr(512)  # that are listed
 MOST = tl.constexpr(192)  # the largest top_k that is found by them: 3/4 of the fewest groups
 GROUPS = tl.constexpr(1024)  # the most groups of tokens that a row is seen as
+BOUND_BITS = tl.constexpr(20)  # of a key: the others would rule out next to nothing
 FEW_DRAWS = tl.constexpr(8)  # which one program makes before many have come together
 
 TYPICAL_ROUNDS = tl.constexpr(8)  # distances from a mean use all bits, whatever the dtype of the logits
@@ -116,6 +117,12 @@ TARGET, CUT, NTH = tl.constexpr(160), tl.constexpr(161), tl.constexpr(162)
 def groups_of_threads(threads, fold):
     """The groups of tokens that a program of so many threads tells apart, made fewer by 4 so many times."""
     return max(min(threads, GROUPS.value // 4) >> 2 * fold, 1)
+
+
+@constexpr_function
+def bound_rounds(rounds):
+    """How many rounds, of two bits each, find the bound that candidates reach, where a selection takes that many."""
+    return min(rounds * BITS.value, BOUND_BITS.value) // 2
 
 
 @constexpr_function
