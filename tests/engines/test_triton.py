@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from cases import EXTRAS, MAKERS, OLD_SETS, PARAMS, PENALTY_SETS, Case
 from conformance import assert_agree
 from tiers import quick_where_new
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import Job, Rare
+from triton_interpreter import SUPPORT, Job, Rare, interpret
 
 import fastsample as fs
 from fastsample import reference
@@ -37,7 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SUPPORT = Path(__file__).parents[1] / "support"
 KINDS = ("f32", "bf16", "f16")
 PROCESSES = 2
 
@@ -114,24 +112,6 @@ RARE_MAKERS = {
     "xtc-all": ("cutoffs", "halves"),
 }
 RARE_JOBS = _rare_jobs()
-
-
-def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Results of these jobs, run in a process of their own."""
-    folder.mkdir()
-    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    command = [
-        sys.executable,
-        str(SUPPORT / "triton_interpreter.py"),
-        str(folder / "jobs.json"),
-        str(folder / "out.pt"),
-    ]
-    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))  # which may have another Triton
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "out.pt")
-    return found
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsample.backends.triton import PROGRAMS_PER_SM, THREADS, WORDS, compile_options
+from fastsample.backends.triton import WORDS
+from fastsample.backends.triton_launch import PROGRAMS_PER_SM, THREADS, compile_options
 from fastsample.kernels import keep, law, logprobs, outputs, process, sample
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from conformance import MODES, ask, ask_kept, named
 import fastsample as fs
 
 Tensor = torch.Tensor
+SUPPORT = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,42 @@ def run_programs_in_threads() -> None:
 
     interpreter.GridExecutor.__call__ = call
     sys.setswitchinterval(1e-4)
+
+
+def run_interpreted(script: str | Path, *args: object) -> None:
+    """Run a script where Triton interprets kernels."""
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))  # which may have another Triton
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(script), *map(str, args)]
+    done = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Results of these jobs, run in a process of their own."""
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    run_interpreted(__file__, folder / "jobs.json", folder / "out.pt")
+    found: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "out.pt")
+    return found
+
+
+def count_calls(*functions: Any) -> Counter[str]:
+    """Counts from now on how often kernels call these functions, by name."""
+    calls: Counter[str] = Counter()
+
+    def counted(fn: Any) -> Callable[..., Any]:
+        body = fn.rewrite()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[fn.__name__] += 1
+            return body(*args, **kwargs)
+
+        return call
+
+    for fn in functions:
+        fn.rewritten_fn[fn.fn] = counted(fn)
+    return calls
 
 
 def main() -> None:
