@@ -70,17 +70,33 @@ RARE: dict[str, Callable[[int], Fields]] = {
 }
 """Sets by the number of rows: min-p after typical, and tokens that are kept but have no mass."""
 
+LISTING: dict[str, Callable[[int], Fields]] = {
+    "k-rows": lambda b: {
+        "top_k": cycle(b, 50, 1, 0, 192, 193),
+        "top_p": cycle(b, 0.9, 1.0, 0.5, 0.8),
+        "ties": cycle(b, "first", "all"),
+    },
+    "k192": lambda b: {"top_k": 192},
+    "k20-xtc": lambda b: {"top_k": 20, "xtc_probability": 0.5, "xtc_threshold": 0.02},
+    "k20-typical": lambda b: {**LAST, "top_k": 20, "typical_p": 0.6, "top_p": 0.8},
+    "k30-floors": lambda b: {"top_k": 30, "top_n_sigma": 1.5, "epsilon_cutoff": 0.01},
+    "k30-cold": lambda b: {**LAST, "top_k": 30, "top_p": 0.9, "temperature": cycle(b, 0.02, 5.0), "min_p": 0.05},
+}
+"""Sets by the number of rows: top-k by a list of candidates, at its limits and beside each kind of filter."""
+
+SETS = RARE | LISTING
+
 
 class Rare(Case):
     """A case with one of these sets."""
 
     def build(self) -> Inputs:
         plain = Case(self.maker, "plain", self.vocab, self.dtype, self.extra, self.rows)
-        return replace(plain.build(), params=RARE[self.params](self.rows))
+        return replace(plain.build(), params=SETS[self.params](self.rows))
 
 
 def case_of(fields: dict[str, Any]) -> Case:
-    return (Rare if fields["params"] in RARE else Case)(**fields)
+    return (Rare if fields["params"] in SETS else Case)(**fields)
 
 
 def ask_of_probs(case: Case, backend: str) -> dict[str, Tensor]:
