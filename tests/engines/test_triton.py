@@ -170,8 +170,8 @@ def test_equals_reference_where_what_is_kept_may_weigh_nothing(
 
 
 def _listing_aspects(job: Job) -> tuple[Hashable, ...]:
-    overflows = job.case.maker == "equal"
-    return (overflows, job.threads), job.probs, *({job.case.params} & LISTING.keys() if job.parts == 1 else ())
+    kind = ("overflows", job.case.maker == "equal"), ("threads", job.threads), ("probs", job.probs)
+    return *kind, *({job.case.params} & LISTING.keys() if job.parts == 1 else ())
 
 
 @pytest.mark.parametrize("job", quick_where_new(LISTING_JOBS, _listing_aspects), ids=lambda job: job.name)

@@ -259,6 +259,24 @@ def _measure_amd(compiled: Any) -> Measures:
     return Measures(registers, compiled.metadata.shared, spilled + scratch, wide, fused, float64, inexact)
 
 
+def releases(amdgcn: str) -> list[bool]:
+    """Of each release to other programs on gfx942, whether every wave has waited for its own stores before.
+
+    The wave that releases writes the cache back, after a barrier of all waves; each must have waited before that.
+    """
+    found, waited, met = [], False, False
+    for opcode, operands in re.findall(r"^\s+(s_waitcnt|s_barrier|buffer_wbl2|global_\w+)\b(.*)", amdgcn, re.MULTILINE):
+        if opcode == "s_waitcnt":
+            waited |= "vmcnt(0)" in operands
+        elif opcode == "s_barrier":
+            met = waited
+        elif opcode == "buffer_wbl2":
+            found.append(met)
+        elif "load" not in opcode:
+            waited = met = False
+    return found
+
+
 def table(found: dict[tuple[str, str], Measures]) -> str:
     """One line per kernel and target."""
     head = f"{'kernel':22}{'target':8}{'regs':>5}{'shared':>8}{'spills':>7}{'16B':>5}{'fused':>6}{'f64':>5}  gates"
