@@ -18,7 +18,7 @@ from .kept import (
     store_kept,
 )
 from .keys import INT_MAX, LONG_MIN, from_key, id_in, key_in, key_of, ranked
-from .mass import drawn_scale, judged_scale, mass_of
+from .mass import mass_of, mass_of_peak
 from .philox import draw_threshold, xtc_excludes
 from .record import param
 from .row import find_chunk, load_chunk, may_hold, sum_of_chunks
@@ -45,9 +45,8 @@ def kept_mass(row, kept, chunk, peak, scale, drawn, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def weigh(row, peak, scale, PROBS: tl.constexpr, BLOCK: tl.constexpr):
+def weigh(row, peak, scale, drawn, BLOCK: tl.constexpr):
     """The kept mass of each of this part's chunks; then that of what XTC leaves, where it excludes something."""
-    drawn = drawn_scale(row.record, peak, PROBS)
     whole = tl.full([], 0, tl.int64)
     for rest in range(1 + excludes(row.ws).to(tl.int32)):
         kept = drawn_from(row.ws, rest)
@@ -79,9 +78,8 @@ def find_first(row, kept, peak, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw(row, draws, whole, peak, scale, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def draw(row, draws, whole, peak, scale, drawn, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Stage 8, where what is kept has some mass: each of the row's programs takes its share of the draws."""
-    drawn = drawn_scale(row.record, peak, PROBS)
     has_rest = excludes(row.ws)
     left = whole
     if has_rest:
@@ -111,16 +109,14 @@ def settle_on(row, draws, best, PROBS: tl.constexpr):
         tl.store(draws.tokens + j, token.to(tl.int64))
     store_kept(row.ws, only(key_in(best), token))
     tl.store(row.ws + PEAK, best)
-    x = from_key(key_in(best))
-    total = tl.where(token < 0, 1, mass_of(x, x, judged_scale(row.record, x, PROBS)))
+    total = tl.where(token < 0, 1, mass_of_peak(from_key(key_in(best)), PROBS))
     tl.store(row.ws + TOTAL, total)
     tl.store(row.ws + REST, total)
 
 
 @triton.jit
-def draw_listed(row, draws, peak, scale, PROBS: tl.constexpr):
+def draw_listed(row, draws, peak, scale, drawn):
     """Stage 8 by one program, for a row whose candidates are listed and which nothing else narrows."""
-    drawn = drawn_scale(row.record, peak, PROBS)
     mass = mass_listed(row, BY_ID, load_kept(row.ws), peak, scale, drawn)
     whole, running = tl.sum(mass), tl.cumsum(mass, 0)
     tl.store(row.ws + TOTAL, whole)

@@ -35,7 +35,7 @@ from .kept import (
     store_kept,
 )
 from .keys import INT_MAX, from_key, key_in
-from .mass import judged_scale, mass_of
+from .mass import mass_of_peak, scales_of
 from .measured import narrow_by_measure, top_n_sigma, typical, xtc
 from .record import choice, param
 from .row import Row, meet, sum_of_chunks
@@ -57,17 +57,17 @@ from .workspace import (
 
 
 @triton.jit
-def probability_floors(row, peak, scale, SPLIT: tl.constexpr):
+def probability_floors(row, peak, SPLIT: tl.constexpr):
     """What is above 0, and of the mass that floors ask for."""
     if row.part == 0:
         kept = narrow_above(everything(), place_at(1, INT_MAX))
-        store_kept(row.ws, mass_floors(kept, row.record, mass_of(peak, peak, scale)))
+        store_kept(row.ws, mass_floors(kept, row.record, mass_of_peak(peak, True)))
     meet(row, SPLIT)
 
 
 @triton.jit
 def filter_row(
-    row, count, first, last,
+    row, best, scale, drawn, count, first, last,
     ROUNDS: tl.constexpr, SPLIT: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -75,11 +75,10 @@ def filter_row(
 
     Returns whether the row's first program can draw from its candidates.
     """
-    best = best_of(row)
     peak = from_key(key_in(best))
-    scale = judged_scale(row.record, peak, PROBS)
     typical_first = param(row.record, "order") == choice("order", "temperature_last")
     on, weighing = phases_on(row.record, row.vocab, ROUNDS), first_phase("weigh", ROUNDS)
+    on |= phase_bits("weigh", ROUNDS)
     if PROBS:
         on |= phase_bits("mass_floors", ROUNDS)
     on = tl.where(is_filtered(row, best), on, 0)
@@ -87,7 +86,7 @@ def filter_row(
     for phase in range(first, tl.minimum(last, choosing)):
         if (on >> phase) & 1 != 0:
             if PROBS and phase < first_phase("top_n_sigma", ROUNDS):
-                probability_floors(row, peak, scale, SPLIT)
+                probability_floors(row, peak, SPLIT)
             elif phase < first_phase("candidates", ROUNDS):
                 top_n_sigma(row, phase - first_phase("top_n_sigma", ROUNDS), peak, SPLIT, VEC, BLOCK)
             else:
@@ -118,19 +117,18 @@ def filter_row(
             elif phase < first_phase("late_floors", ROUNDS):
                 typical(row, phase - first_phase("typical", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
             elif phase < first_phase("xtc", ROUNDS):
-                narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of(peak, peak, scale), SPLIT)
+                narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of_peak(peak, PROBS), SPLIT)
             else:
                 xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
-    if (is_filtered(row, best) & (settled == 0)) & ((first <= weighing) & (last > weighing)):
-        weigh(row, peak, scale, PROBS, BLOCK)
+    if (((on >> weighing) & 1 != 0) & (settled == 0)) & ((first <= weighing) & (last > weighing)):
+        weigh(row, peak, scale, drawn, BLOCK)
         meet(row, SPLIT)
     return settled
 
 
 @triton.jit
-def finish(row, draws, settled, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def finish(row, draws, best, scale, drawn, settled, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """The last phase: the row's status and tokens."""
-    best = best_of(row)
     filtered = is_filtered(row, best)
     whole = tl.full([], 0, tl.int64)
     if filtered & (settled == 0):
@@ -139,12 +137,11 @@ def finish(row, draws, settled, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK
         tl.store(draws.status, status_of(best))
         tl.store(row.ws + PEAK, best)
     peak = from_key(key_in(best))
-    scale = judged_scale(row.record, peak, PROBS)
     if settled:
         if row.part == 0:
-            draw_listed(row, draws, peak, scale, PROBS)
+            draw_listed(row, draws, peak, scale, drawn)
     elif whole > 0:
-        draw(row, draws, whole, peak, scale, PROBS, CHUNKS, BLOCK)
+        draw(row, draws, whole, peak, scale, drawn, CHUNKS, BLOCK)
     elif row.part == 0:
         settle_on(row, draws, tl.where(filtered, tl.load(row.ws + FIRST), best), PROBS)
 
@@ -217,13 +214,17 @@ def sample(
     if first == 0:
         scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, VEC, BLOCK)
         meet(row, SPLIT)
-    settled = filter_row(row, num_samples, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)
+    best = best_of(row)
+    scale, drawn = scales_of(row.record, from_key(key_in(best)), PROBS)
+    settled = filter_row(
+        row, best, scale, drawn, num_samples, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK
+    )
     if last == first_phase("end", ROUNDS):
         request, step = at, tl.full([], 0, tl.int64)
         if VERIFIES:
             request, step = at // width, at % width
         seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
         draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
-        finish(row, draws, settled, PROBS, CHUNKS, BLOCK)
+        finish(row, draws, best, scale, drawn, settled, PROBS, CHUNKS, BLOCK)
         if VERIFIES:
             settle(part == 0, at, width, drafts, tokens, status, accepted, ends, arrivals)
