@@ -103,22 +103,28 @@ def collect(row, peak, scale, ROUNDS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def after_collecting(row, on, ROUNDS: tl.constexpr):
-    """The phases that are on (bits) once candidates are collected: the list's, or the rounds of selection."""
-    listing = tl.full([], phase_bits("candidates", ROUNDS), tl.int64)
-    if on & listing != 0:
-        off = tl.full([], phase_bits("top_k", ROUNDS), tl.int64)
-        if floors_are_late(row.record) == 0:
-            off |= phase_bits("top_p", ROUNDS)
-        on &= ~tl.where(tl.load(row.ws + LISTED) > CANDIDATES, listing, off)
+def after_collecting(row, on, count, ROUNDS: tl.constexpr):
+    """The phases that are on (bits) once candidates are collected: the list's, or the rounds of selection.
+
+    Where nothing follows but few draws, they are made from the list, and no chunk need be weighed.
+    """
+    if on & phase_bits("candidates", ROUNDS) != 0:
+        if tl.load(row.ws + LISTED) > CANDIDATES:
+            on &= ~tl.full([], phase_bits("candidates", ROUNDS), tl.int64)
+        else:
+            on &= ~tl.full([], phase_bits("top_k", ROUNDS), tl.int64)
+            if floors_are_late(row.record) == 0:
+                on &= ~tl.full([], phase_bits("top_p", ROUNDS), tl.int64)
+            if (on & measured_bits(ROUNDS) == 0) & (count <= FEW_DRAWS):
+                on &= ~tl.full([], phase_bits("weigh", ROUNDS), tl.int64)
     return on
 
 
 @triton.jit
-def is_settled(on, count, ROUNDS: tl.constexpr):
-    """Whether the first program alone can draw, from the list, given the phases that are on after collecting."""
-    lists = on & phase_bits("candidates", ROUNDS) != 0
-    return lists & (on & measured_bits(ROUNDS) == 0) & (count <= FEW_DRAWS)
+def draws_from_list(on, ROUNDS: tl.constexpr):
+    """Whether the first program alone ends the row, given the phases that are on after collecting."""
+    both = tl.full([], phase_bits("candidates", ROUNDS) | phase_bits("weigh", ROUNDS), tl.int64)
+    return on & both == phase_bits("candidates", ROUNDS)
 
 
 @triton.jit

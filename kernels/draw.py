@@ -32,7 +32,6 @@ class Draws(NamedTuple):
     seed: tl.tensor
     offset: tl.tensor
     step: tl.tensor  # of this row from the one at the offset
-    status: tl.tensor
     tokens: tl.tensor  # [count]
     count: tl.tensor  # num_samples
 

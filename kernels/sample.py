@@ -25,7 +25,7 @@ The workspace holds sums and maxima of integers, so nothing depends on the order
 import triton
 import triton.language as tl
 
-from .candidates import after_collecting, choose, collect, is_settled
+from .candidates import after_collecting, choose, collect, draws_from_list
 from .draw import Draws, draw, draw_listed, settle_on, weigh
 from .filters import cut, mass_floors, phases_on, top_k, top_p
 from .kept import (
@@ -73,7 +73,7 @@ def filter_row(
 ):  # fmt: skip
     """Stages 6 and 7, and what is kept weighed: phases first to last - 1, but for the draw.
 
-    Returns whether the row's first program can draw from its candidates.
+    Returns the phases that are on, as bits: none of a row that is invalid or greedy.
     """
     peak = from_key(key_in(best))
     typical_first = param(row.record, "order") == choice("order", "temperature_last")
@@ -93,12 +93,11 @@ def filter_row(
                 collect(row, peak, scale, ROUNDS, VEC, BLOCK)
                 meet(row, SPLIT)
     if last > choosing:
-        on = after_collecting(row, on, ROUNDS)
-    settled = is_settled(on, count, ROUNDS)
+        on = after_collecting(row, on, count, ROUNDS)
     if ((on >> choosing) & 1 != 0) & ((first <= choosing) & (last > choosing)):
         if row.part == 0:
             choose(row, peak, scale)
-        if settled:
+        if draws_from_list(on, ROUNDS):
             tl.debug_barrier()
         else:
             meet(row, SPLIT)
@@ -120,30 +119,31 @@ def filter_row(
                 narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of_peak(peak, PROBS), SPLIT)
             else:
                 xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
-    if (((on >> weighing) & 1 != 0) & (settled == 0)) & ((first <= weighing) & (last > weighing)):
+    if ((on >> weighing) & 1 != 0) & ((first <= weighing) & (last > weighing)):
         weigh(row, peak, scale, drawn, BLOCK)
         meet(row, SPLIT)
-    return settled
+    return on
 
 
 @triton.jit
-def finish(row, draws, best, scale, drawn, settled, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The last phase: the row's status and tokens."""
-    filtered = is_filtered(row, best)
-    whole = tl.full([], 0, tl.int64)
-    if filtered & (settled == 0):
+def finish(
+    row, draws, best, scale, drawn, on,
+    ROUNDS: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last phase: the row's tokens."""
+    whole, weighed = tl.full([], 0, tl.int64), (on >> first_phase("weigh", ROUNDS)) & 1 != 0
+    if weighed:
         whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
     if row.part == 0:
-        tl.store(draws.status, status_of(best))
         tl.store(row.ws + PEAK, best)
     peak = from_key(key_in(best))
-    if settled:
+    if draws_from_list(on, ROUNDS):
         if row.part == 0:
             draw_listed(row, draws, peak, scale, drawn)
     elif whole > 0:
         draw(row, draws, whole, peak, scale, drawn, CHUNKS, BLOCK)
     elif row.part == 0:
-        settle_on(row, draws, tl.where(filtered, tl.load(row.ws + FIRST), best), PROBS)
+        settle_on(row, draws, tl.where(weighed, tl.load(row.ws + FIRST), best), PROBS)
 
 
 @triton.jit
@@ -215,8 +215,10 @@ def sample(
         scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, VEC, BLOCK)
         meet(row, SPLIT)
     best = best_of(row)
+    if part == 0:
+        tl.store(status + at, status_of(best))
     scale, drawn = scales_of(row.record, from_key(key_in(best)), PROBS)
-    settled = filter_row(
+    on = filter_row(
         row, best, scale, drawn, num_samples, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK
     )
     if last == first_phase("end", ROUNDS):
@@ -224,7 +226,7 @@ def sample(
         if VERIFIES:
             request, step = at // width, at % width
         seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
-        draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
-        finish(row, draws, best, scale, drawn, settled, PROBS, CHUNKS, BLOCK)
+        draws = Draws(seed, offset, step, tokens + at * num_samples, num_samples)
+        finish(row, draws, best, scale, drawn, on, ROUNDS, PROBS, CHUNKS, BLOCK)
         if VERIFIES:
             settle(part == 0, at, width, drafts, tokens, status, accepted, ends, arrivals)
