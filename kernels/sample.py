@@ -9,6 +9,8 @@ split rows that way.
     scan         stages 3 and 4: penalties and history edits, the row's maximum, each chunk's highest key; floors
     mass_floors  those of probabilities, whose unit is known after the scan
     top_n_sigma  stage 7, as all steps down to xtc, each skipped where it is off: sums, then the cut
+    candidates   the tokens that a small top-k may keep are listed, then top-k and top-p cut the list; nothing is left
+                 to do in the two steps that follow, nor, if no other filter measures what is kept, in any but the draw
     top_k        rounds of selection, then a cut among equal tokens
     top_p        likewise
     typical      sums, rounds of selection, the interval; before top_p in "temperature_last"
@@ -17,7 +19,7 @@ split rows that way.
                  sums, then the floor, one filter after the other
     xtc          sums, the top choices, what is excluded
     weigh        the kept mass of each chunk, and what XTC leaves of it
-    draw         stage 8: each draw's chunk, then its token
+    draw         stage 8: each draw's chunk, then its token; or tokens from the list
 
 The workspace holds sums and maxima of integers, so nothing depends on the order of atomics. The scan initialises it.
 """
