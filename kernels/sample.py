@@ -129,23 +129,21 @@ def filter_row(
 
 @triton.jit
 def finish(
-    row, draws, best, scale, drawn, on,
+    row, draws, peak, scale, drawn, on,
     ROUNDS: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last phase: the row's tokens."""
     whole, weighed = tl.full([], 0, tl.int64), (on >> first_phase("weigh", ROUNDS)) & 1 != 0
     if weighed:
         whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
-    if row.part == 0:
-        tl.store(row.ws + PEAK, best)
-    peak = from_key(key_in(best))
     if draws_from_list(on, ROUNDS):
         if row.part == 0:
             draw_listed(row, draws, peak, scale, drawn)
     elif whole > 0:
         draw(row, draws, whole, peak, scale, drawn, CHUNKS, BLOCK)
     elif row.part == 0:
-        settle_on(row, draws, tl.where(weighed, tl.load(row.ws + FIRST), best), PROBS)
+        tl.debug_barrier()
+        settle_on(row, draws, tl.load(row.ws + tl.where(weighed, FIRST, PEAK)), PROBS)
 
 
 @triton.jit
@@ -219,7 +217,9 @@ def sample(
     best = best_of(row)
     if part == 0:
         tl.store(status + at, status_of(best))
-    scale, drawn = scales_of(row.record, from_key(key_in(best)), PROBS)
+        tl.store(ws + PEAK, best)
+    peak = from_key(key_in(best))
+    scale, drawn = scales_of(record, peak, PROBS)
     on = filter_row(
         row, best, scale, drawn, num_samples, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK
     )
@@ -229,6 +229,6 @@ def sample(
             request, step = at // width, at % width
         seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
         draws = Draws(seed, offset, step, tokens + at * num_samples, num_samples)
-        finish(row, draws, best, scale, drawn, on, ROUNDS, PROBS, CHUNKS, BLOCK)
+        finish(row, draws, peak, scale, drawn, on, ROUNDS, PROBS, CHUNKS, BLOCK)
         if VERIFIES:
             settle(part == 0, at, width, drafts, tokens, status, accepted, ends, arrivals)

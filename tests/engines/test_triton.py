@@ -110,9 +110,9 @@ RARE_JOBS = _rare_jobs()
 
 def _listing_jobs() -> list[Job]:
     """Rows longer than a list of candidates, in 64 groups or more: with few candidates, or more than are listed."""
-    sizes = {"vocab": 1100, "dtype": "f32", "extra": None, "rows": 2}
+    sizes = {"vocab": 1100, "dtype": "f32", "extra": None, "rows": 4}
     jobs = [
-        Job(Rare(("flat", "lm", "ties")[p % 3], params, **sizes), 1 + (p % 4 == 3), 1024, top=0)
+        Job(Rare(("tiny_spread", "lm", "ties")[p % 3], params, **sizes), 1 + (p % 5 == 4), 1024, top=0)
         for p, params in enumerate(LISTING)
     ]
     for p, params in enumerate(("k50-p.9", "all-hf-ties", "all-joint-ties", "all-joint", "all-vllm", "k7-all")):

@@ -72,9 +72,9 @@ RARE: dict[str, Callable[[int], Fields]] = {
 
 LISTING: dict[str, Callable[[int], Fields]] = {
     "k-rows": lambda b: {
-        "top_k": cycle(b, 50, 1, 0, 192, 193),
-        "top_p": cycle(b, 0.9, 1.0, 0.5, 0.8),
-        "ties": cycle(b, "first", "all"),
+        "top_k": cycle(b, 50, 2, 0, 1, 193),
+        "top_p": cycle(b, 0.9, 0.5, 0.5, 1.0),
+        "ties": cycle(b, "first", "first", "all", "all"),
     },
     "k192": lambda b: {"top_k": 192},
     "k20-xtc": lambda b: {"top_k": 20, "xtc_probability": 0.5, "xtc_threshold": 0.02},
