@@ -112,7 +112,7 @@ def _listing_jobs() -> list[Job]:
     """Rows longer than a list of candidates, in 64 groups or more: with few candidates, or more than are listed."""
     sizes = {"vocab": 1100, "dtype": "f32", "extra": None, "rows": 4}
     jobs = [
-        Job(Rare(("tiny_spread", "lm", "ties")[p % 3], params, **sizes), 1 + (p % 5 == 4), 1024, top=0)
+        Job(Rare(("steps", "lm", "ties")[p % 3], params, **sizes), 1 + (p % 5 == 4), 1024, top=0)
         for p, params in enumerate(LISTING)
     ]
     for p, params in enumerate(("k50-p.9", "all-hf-ties", "all-joint-ties", "all-joint", "all-vllm", "k7-all")):
