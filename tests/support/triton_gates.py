@@ -81,13 +81,13 @@ def _sample(name: str, row_loads: int, dtype: str = "fp32", **more: Any) -> Kern
 
 def _kernels() -> Iterator[Kernel]:
     block = {"BLOCK": 4 * THREADS}
-    yield _sample("sample f32", 12)
-    yield _sample("sample f32 penalties", 13, HAS_COUNTS=True, SPLIT=False)
-    yield _sample("sample bf16", 12, "bf16", ROUNDS=4)
-    yield _sample("sample f16", 12, "fp16", ROUNDS=5)
-    yield _sample("sample f32 probs", 12, PROBS=True)
-    yield _sample("sample bf16 probs", 12, "bf16", ROUNDS=4, PROBS=True)
-    yield _sample("sample f32 drafts", 12, VERIFIES=True)
+    yield _sample("sample f32", 13)
+    yield _sample("sample f32 penalties", 14, HAS_COUNTS=True, SPLIT=False)
+    yield _sample("sample bf16", 13, "bf16", ROUNDS=4)
+    yield _sample("sample f16", 13, "fp16", ROUNDS=5)
+    yield _sample("sample f32 probs", 13, PROBS=True)
+    yield _sample("sample bf16 probs", 13, "bf16", ROUNDS=4, PROBS=True)
+    yield _sample("sample f32 drafts", 13, VERIFIES=True)
     yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True, "PROBS": False} | block, 1)
     everything = dict.fromkeys(("HAS_BIAS", "HAS_PROMPT", "HAS_OUTPUT", "HAS_DRAFTS", "HAS_REQUESTS"), True)
     yield Kernel("edit", process.edit, everything | {"BLOCK": 256}, 0)
