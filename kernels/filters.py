@@ -15,7 +15,7 @@ from .mass import LOW30, MASS_BITS, mass_of
 from .record import choice, param
 from .row import meet
 from .select import add_above, cut_at, cut_equal, settle
-from .workspace import SUMS, TARGET, TOP_K, TOP_P, first_phase, phase_bits
+from .workspace import MOST, SUMS, TARGET, TOP_K, TOP_P, first_phase, phase_bits
 
 
 @triton.jit
@@ -42,6 +42,7 @@ def phases_on(record, vocab, ROUNDS: tl.constexpr):
     """The phases of the filters that are on, as bits of an int64."""
     k = param(record, "top_k")
     on = bits_where((k > 0) & (k < vocab), phase_bits("top_k", ROUNDS))
+    on |= bits_where((k > 0) & (k < vocab) & (k <= MOST), phase_bits("candidates", ROUNDS))
     on |= bits_where(param(record, "top_p") < 1.0, phase_bits("top_p", ROUNDS))
     on |= bits_where(param(record, "top_n_sigma") > 0.0, phase_bits("top_n_sigma", ROUNDS))
     on |= bits_where(param(record, "typical_p") < 1.0, phase_bits("typical", ROUNDS))

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .kept import Place, keeps, load_kept
 from .keys import from_key, key_in, key_of
-from .mass import drawn_scale, is_greedy, judged_scale, mass_of
+from .mass import is_greedy, mass_of, scales_of
 from .outputs import share
 from .process import NEG_INF, load_x
 from .record import param
@@ -79,7 +79,7 @@ def keep(
     good = tl.load(tokens + row * num_samples) >= 0
     value, peak = load_x(x + row * x_stride, ids, vocab), from_key(key_in(tl.load(ws + PEAK)))
     place = Place(key_of(value), ids)
-    judged, drawn = judged_scale(record, peak, PROBS), drawn_scale(record, peak, PROBS)
+    judged, drawn = scales_of(record, peak, PROBS)
     w = mass_of(value, peak, judged)
     kept = keeps(load_kept(ws), place, w) & good
     if BITMASK:

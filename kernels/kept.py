@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .keys import INT_MAX, KEY_LOWEST
+from .mass import mass_of
 from .workspace import FLOOR, HIGH_ID, HIGH_KEY, LOW_ID, LOW_KEY, REST_ID, REST_KEY
 
 
@@ -38,6 +39,16 @@ def ranks_within(kept, token):
 @triton.jit
 def keeps(kept, token, mass):
     return ranks_within(kept, token) & (mass >= kept.floor)
+
+
+@triton.jit
+def mass_if_kept(kept, token, x, peak, scale, drawn):
+    """Mass to draw from, of the scale `drawn`, of tokens that are kept, whose filters judge by `scale`; of others 0."""
+    w = mass_of(x, peak, scale)
+    inside = keeps(kept, token, w)
+    if drawn != scale:
+        w = mass_of(x, peak, drawn)
+    return tl.where(inside, w, 0)
 
 
 @triton.jit

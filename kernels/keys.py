@@ -39,4 +39,4 @@ def key_in(token):
 
 @triton.jit
 def id_in(token):
-    return INT_MAX - (token & INT_MAX).to(tl.int32)
+    return (token & INT_MAX).to(tl.int32) ^ INT_MAX

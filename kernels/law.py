@@ -5,11 +5,11 @@ import triton.language as tl
 
 from .kept import Place, drawn_from, keeps, last_top_choice, load_rest
 from .keys import from_key, key_in, key_of
-from .mass import drawn_scale, judged_scale, mass_of
+from .mass import mass_of, mass_of_peak, scales_of
 from .philox import xtc_excludes
 from .process import load_x, to_float32
 from .record import param
-from .sample import status_of
+from .scan import status_of
 from .workspace import PEAK, REST, TOTAL
 
 
@@ -24,24 +24,23 @@ def leaves_out(ws, record, seed, offset):
 
 
 @triton.jit
-def lone_mass(ws, record, PROBS: tl.constexpr):
+def lone_mass(ws, PROBS: tl.constexpr):
     """The mass of the one token that XTC leaves where it leaves no mass: that of a row's maximum."""
-    x = from_key(load_rest(ws).key)
-    return mass_of(x, x, judged_scale(record, x, PROBS))
+    return mass_of_peak(from_key(load_rest(ws).key), PROBS)
 
 
 @triton.jit
 def mass_in_law(value, ids, ws, record, rest, PROBS: tl.constexpr):
     """The masses that draw 0 gives tokens, int64; 0 where they are not kept."""
     peak = from_key(key_in(tl.load(ws + PEAK)))
-    judged, drawn = judged_scale(record, peak, PROBS), drawn_scale(record, peak, PROBS)
+    judged, drawn = scales_of(record, peak, PROBS)
     w = mass_of(value, peak, judged)
     inside = keeps(drawn_from(ws, rest), Place(key_of(value), ids), w)
     if drawn != judged:
         w = mass_of(value, peak, drawn)
     w = tl.where(inside & (status_of(tl.load(ws + PEAK)) == 0), w, 0)
     if (rest > 0) & (tl.load(ws + REST) == 0):
-        w = tl.where(ids == last_top_choice(ws), lone_mass(ws, record, PROBS), 0)
+        w = tl.where(ids == last_top_choice(ws), lone_mass(ws, PROBS), 0)
     return w
 
 
@@ -71,7 +70,7 @@ def weigh_tokens(
     if rest > 0:
         total = tl.load(ws + REST)
         if total == 0:
-            total = lone_mass(ws, record, PROBS)
+            total = lone_mass(ws, PROBS)
     tl.store(weights + row * 2, tl.where(valid, w, 0))
     tl.store(weights + row * 2 + 1, tl.where(valid, total, 0))
 

@@ -8,7 +8,7 @@ from .keys import LONG_MIN, from_key, id_in, key_in, key_of, ranked
 from .mass import MASS_UNIT, drawn_scale, mass_of
 from .outputs import share
 from .process import NEG_INF, load_x, to_float32
-from .sample import status_of
+from .scan import status_of
 from .workspace import PEAK, TOTAL
 
 

@@ -46,13 +46,23 @@ def drawn_scale(record, peak, PROBS: tl.constexpr):
 
 
 @triton.jit
-def judged_scale(record, peak, PROBS: tl.constexpr):
-    """The same for the masses that the filters judge by."""
-    if PROBS:
-        return probability_shift(peak)
-    else:
+def scales_of(record, peak, PROBS: tl.constexpr):
+    """The same for the masses that the filters judge by, and for those that are drawn from."""
+    drawn = drawn_scale(record, peak, PROBS)
+    judged = drawn
+    if not PROBS:
         last = param(record, "order") == choice("order", "temperature_last")
-        return mass_scale(tl.where(last, 1.0, param(record, "temperature")))
+        judged = tl.where(last, LOG2E, drawn)
+    return judged, drawn
+
+
+@triton.jit
+def mass_of_peak(peak, PROBS: tl.constexpr):
+    """The mass of a row's maximum."""
+    if PROBS:
+        return mass_of_probability(peak, probability_shift(peak))
+    else:
+        return tl.full([], 1, tl.int64) << MASS_BITS
 
 
 @triton.jit

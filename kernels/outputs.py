@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .kept import Place, keeps, last_top_choice, load_kept, load_rest, ranks_before
 from .keys import from_key, key_in, key_of
-from .mass import drawn_scale, is_greedy, judged_scale, mass_of
+from .mass import is_greedy, mass_of, scales_of
 from .process import NEG_INF, load_x
 from .record import param
 from .rounded import div
@@ -36,11 +36,10 @@ def write(
     record, peak = records + row * record_stride, from_key(key_in(tl.load(ws + PEAK)))
     value = load_x(x + row * x_stride, ids, vocab)
     place = Place(key_of(value), ids)
-    judged = judged_scale(record, peak, PROBS)
+    judged, drawn = scales_of(record, peak, PROBS)
     w = mass_of(value, peak, judged)
     kept = keeps(load_kept(ws), place, w)
     if WHAT == PROBABILITIES:
-        drawn = drawn_scale(record, peak, PROBS)
         if drawn != judged:
             w = mass_of(value, peak, drawn)
         # The contract divides in float64 and rounds the quotient to float32.

@@ -8,6 +8,7 @@ import triton.language as tl
 from .keys import INT_MIN, from_key
 from .mass import mass_of, may_reach
 from .process import load_x
+from .versions import is_gfx9
 
 
 class Row(NamedTuple):
@@ -47,12 +48,24 @@ def load_chunk(row, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def wait_for_stores(row):
+    """Lets each wave wait for its own stores, where neither a barrier does that nor a release by another wave.
+
+    On gfx942, what is on its way at the release may reach the programs on another of the GPU's dies after it.
+    """
+    if is_gfx9():
+        tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,0", [row.part], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def meet(row, SPLIT: tl.constexpr):
     """Barrier of a row's programs: each sees afterwards what any of them wrote before.
 
     The semaphore's sign flips when all have arrived, so it never needs to be cleared: each arrival adds 1, except that
     the first program adds what makes the sum 2^31. All programs must be on the device at once (a cooperative launch).
     """
+    if SPLIT:
+        wait_for_stores(row)
     tl.debug_barrier()
     if SPLIT:
         step = tl.where(row.part == 0, INT_MIN - (row.parts - 1), 1)

@@ -9,6 +9,8 @@ split rows that way.
     scan         stages 3 and 4: penalties and history edits, the row's maximum, each chunk's highest key; floors
     mass_floors  those of probabilities, whose unit is known after the scan
     top_n_sigma  stage 7, as all steps down to xtc, each skipped where it is off: sums, then the cut
+    candidates   the tokens that a small top-k may keep are listed, then top-k and top-p cut the list; nothing is left
+                 to do in the two steps that follow, nor, if no other filter measures what is kept, in any but the draw
     top_k        rounds of selection, then a cut among equal tokens
     top_p        likewise
     typical      sums, rounds of selection, the interval; before top_p in "temperature_last"
@@ -17,59 +19,38 @@ split rows that way.
                  sums, then the floor, one filter after the other
     xtc          sums, the top choices, what is excluded
     weigh        the kept mass of each chunk, and what XTC leaves of it
-    draw         stage 8: each draw's chunk, then its token
+    draw         stage 8: each draw's chunk, then its token; or tokens from the list
 
 The workspace holds sums and maxima of integers, so nothing depends on the order of atomics. The scan initialises it.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from .filters import cut, floors_are_late, mass_floors, phases_on, top_k, top_p
+from .candidates import after_collecting, choose, collect, draws_from_list
+from .draw import Draws, draw, draw_listed, settle_on, weigh
+from .filters import cut, mass_floors, phases_on, top_k, top_p
 from .kept import (
-    Place,
-    drawn_from,
     everything,
-    excludes,
-    keeps,
-    last_top_choice,
-    load_kept,
     narrow_above,
-    only,
     place_at,
     store_kept,
-    store_rest,
 )
-from .keys import INT_MAX, KEY_INF, KEY_NAN, KEY_NEG_INF, LONG_MIN, from_key, id_in, key_in, key_of, ranked
-from .mass import MASS_BITS, drawn_scale, is_greedy, judged_scale, mass_of
+from .keys import INT_MAX, from_key, key_in
+from .mass import mass_of_peak, scales_of
 from .measured import narrow_by_measure, top_n_sigma, typical, xtc
-from .philox import draw_threshold, xtc_excludes
-from .process import load_x, penalise, repeat, uses_history
 from .record import choice, param
-from .row import Row, find_chunk, ids_of, load_chunk, may_hold, meet, sum_of_chunks
+from .row import Row, meet, sum_of_chunks
+from .scan import best_of, is_filtered, scan, status_of
 from .stats import measure
 from .verify import settle
 from .workspace import (
     CHUNK_SUMS,
-    DIGITS,
     FIRST,
-    LAST,
     LATE_FLOORS,
-    MAX_PARTS,
-    MEASURES,
-    NEAREST,
     PEAK,
-    PEAKS,
-    REST,
-    SUMS,
-    TOP_K,
-    TOP_P,
-    TOTAL,
     TYPICAL,
     XTC,
-    XTC_TOPS,
     cutting_bits,
     first_phase,
     measuring_bits,
@@ -77,198 +58,55 @@ from .workspace import (
 )
 
 
-class Draws(NamedTuple):
-    """Pointers to what a row's draws come from and to where they go."""
-
-    seed: tl.tensor
-    offset: tl.tensor
-    step: tl.tensor  # of this row from the one at the offset
-    status: tl.tensor
-    tokens: tl.tensor  # [count]
-    count: tl.tensor  # num_samples
-
-
 @triton.jit
-def scan(row, counts, x_stride, HAS_COUNTS: tl.constexpr, PROBS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stages 3 and 4: find this part's best token, and initialise the workspace."""
-    best = tl.full([BLOCK], LONG_MIN, tl.int64)
-    repetition, frequency = param(row.record, "repetition_penalty"), param(row.record, "frequency_penalty")
-    presence = param(row.record, "presence_penalty")
-    repeats = uses_history(row.record)
-    for chunk in range(row.begin, row.end):
-        ids = ids_of(row, chunk, BLOCK)
-        value = load_x(row.x, ids, row.vocab)
-        if HAS_COUNTS:
-            count = tl.load(counts + ids, mask=ids < row.vocab, other=0)
-            value = penalise(value, count, repetition, frequency, presence)
-            if repeats:
-                value = repeat(value, ids, row.vocab, counts, x_stride, row.record)
-            tl.store(row.x + ids, value, mask=ids < row.vocab)
-        ids, key = tl.reshape(ids, [BLOCK]), key_of(tl.reshape(value, [BLOCK]))
-        if PROBS:
-            key = checked(key, ids, row.vocab)
-        best = tl.maximum(best, ranked(key, ids))
-        tl.store(row.highest_keys + chunk, tl.max(key).to(tl.int64))
-    tl.store(row.ws + PEAKS + row.part, tl.max(best))
-    if row.part == 0:
-        zeros, index = tl.zeros([8 * DIGITS], tl.int64), tl.arange(0, 8 * DIGITS)
-        tl.store(row.ws + TOP_K + SUMS + index, zeros)
-        tl.store(row.ws + TOP_P + SUMS + index, zeros)
-        tl.store(row.ws + NEAREST + SUMS + index, zeros)
-        zeros, index = tl.zeros([128], tl.int64), tl.arange(0, 128)
-        tl.store(row.ws + MEASURES + index, tl.where(index == XTC_TOPS * 8 + LAST, LONG_MIN, zeros))
-        tl.store(row.ws + FIRST, tl.full([], LONG_MIN, tl.int64))
-        kept = everything()
-        store_rest(row.ws, kept.high)
-        # Late floors are not known yet; those of a unit of 0 keep everything.
-        unit = tl.full([], 1, tl.int64) << MASS_BITS
-        store_kept(row.ws, mass_floors(kept, row.record, tl.where(floors_are_late(row.record), 0, unit)))
-
-
-@triton.jit
-def checked(key, ids, vocab):
-    """Keys for stage 4: a negative probability counts as infinite, and 0 as nothing."""
-    wrong = tl.where(ids < vocab, KEY_INF, KEY_NEG_INF)
-    return tl.where(key > 0, key, tl.where(key == 0, KEY_NEG_INF, wrong))
-
-
-@triton.jit
-def probability_floors(row, peak, scale, SPLIT: tl.constexpr):
+def probability_floors(row, peak, SPLIT: tl.constexpr):
     """What is above 0, and of the mass that floors ask for."""
     if row.part == 0:
         kept = narrow_above(everything(), place_at(1, INT_MAX))
-        store_kept(row.ws, mass_floors(kept, row.record, mass_of(peak, peak, scale)))
+        store_kept(row.ws, mass_floors(kept, row.record, mass_of_peak(peak, True)))
     meet(row, SPLIT)
 
 
 @triton.jit
-def status_of(best):
-    """Stage 4, of the packed maximum: 1 NaN, 2 +inf, 3 nothing left, 0 valid."""
-    key = key_in(best)
-    low = tl.where(key == KEY_NEG_INF, 3, 0)
-    return tl.where(key == KEY_NAN, 1, tl.where(key == KEY_INF, 2, low))
-
-
-@triton.jit
-def kept_mass(row, kept, chunk, peak, scale, drawn, BLOCK: tl.constexpr):
-    """Mass to draw from of a chunk's tokens where kept, else 0."""
-    ids, value = load_chunk(row, chunk, BLOCK)
-    w = mass_of(value, peak, scale)
-    inside = keeps(kept, Place(key_of(value), ids), w)
-    if drawn != scale:
-        w = mass_of(value, peak, drawn)
-    return tl.where(inside, w, 0)
-
-
-@triton.jit
-def weigh(row, peak, scale, PROBS: tl.constexpr, BLOCK: tl.constexpr):
-    """The kept mass of each of this part's chunks; then that of what XTC leaves, where it excludes something."""
-    drawn = drawn_scale(row.record, peak, PROBS)
-    whole = tl.full([], 0, tl.int64)
-    for rest in range(1 + excludes(row.ws).to(tl.int32)):
-        kept = drawn_from(row.ws, rest)
-        for chunk in range(row.begin, row.end):
-            mass = tl.full([], 0, tl.int64)
-            if may_hold(row, chunk, kept, peak, scale):
-                mass = tl.sum(kept_mass(row, kept, chunk, peak, scale, drawn, BLOCK))
-            tl.store(row.chunk_sums + rest * row.chunks + chunk, mass)
-            whole += mass
-    kept = load_kept(row.ws)
-    if (whole == 0) & ((drawn != scale) | (kept.high.key != INT_MAX)):
-        find_first(row, kept, peak, scale, BLOCK)
-
-
-@triton.jit
-def find_first(row, kept, peak, scale, BLOCK: tl.constexpr):
-    """The first token in the rank order of what is kept, for the case that none of it has any mass.
-
-    That takes a low temperature after the filters, or filters that leave out the maximum.
-    """
-    first = tl.full([], LONG_MIN, tl.int64)
-    for chunk in range(row.begin, row.end):
-        if may_hold(row, chunk, kept, peak, scale):
-            ids, value = load_chunk(row, chunk, BLOCK)
-            key = key_of(value)
-            inside = keeps(kept, Place(key, ids), mass_of(value, peak, scale))
-            first = tl.maximum(first, tl.max(tl.where(inside, ranked(key, ids), LONG_MIN)))
-    tl.atomic_max(row.ws + FIRST, first, sem="relaxed")
-
-
-@triton.jit
-def draw(row, draws, whole, peak, scale, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Stage 8, where what is kept has some mass: each of the row's programs takes its share of the draws."""
-    drawn = drawn_scale(row.record, peak, PROBS)
-    has_rest = excludes(row.ws)
-    left = whole
-    if has_rest:
-        left = sum_of_chunks(row, row.chunk_sums + row.chunks, CHUNKS)
-    if row.part == 0:
-        tl.store(row.ws + TOTAL, whole)
-        tl.store(row.ws + REST, left)
-    seed, offset = tl.load(draws.seed), tl.load(draws.offset) + draws.step
-    for j in range(row.part, draws.count, row.parts):
-        index = tl.full([], 0, tl.int32) + j
-        rest = tl.full([], 0, tl.int32)
-        if has_rest:
-            rest = xtc_excludes(seed, offset, index, param(row.record, "xtc_probability")).to(tl.int32)
-        threshold = draw_threshold(seed, offset, index, tl.where(rest > 0, left, whole))
-        chunk, before = find_chunk(row, row.chunk_sums + rest * row.chunks, threshold, CHUNKS)
-        mass = kept_mass(row, drawn_from(row.ws, rest), chunk, peak, scale, drawn, BLOCK)
-        token = chunk * BLOCK + tl.sum((before + tl.cumsum(mass, 0) <= threshold).to(tl.int32))
-        token = tl.where((rest > 0) & (left == 0), last_top_choice(row.ws), token)
-        tl.store(draws.tokens + j, token.to(tl.int64))
-
-
-@triton.jit
-def settle_on(row, draws, best, PROBS: tl.constexpr):
-    """What is left is one token: of a greedy row, or of one whose kept tokens have no mass. An invalid row has none."""
-    token = tl.where(status_of(best) == 0, id_in(best), -1)
-    for j in range(draws.count):
-        tl.store(draws.tokens + j, token.to(tl.int64))
-    store_kept(row.ws, only(key_in(best), token))
-    tl.store(row.ws + PEAK, best)
-    x = from_key(key_in(best))
-    total = tl.where(token < 0, 1, mass_of(x, x, judged_scale(row.record, x, PROBS)))
-    tl.store(row.ws + TOTAL, total)
-    tl.store(row.ws + REST, total)
-
-
-@triton.jit
-def best_of(row):
-    """The row's best token, packed, once all of its parts are scanned."""
-    index = tl.arange(0, MAX_PARTS)
-    return tl.max(tl.load(row.ws + PEAKS + index, mask=index < row.parts, other=LONG_MIN))
-
-
-@triton.jit
-def is_filtered(row, best):
-    """Whether stages 6 to 8 apply: the row is valid and not greedy."""
-    return (status_of(best) == 0) & (is_greedy(param(row.record, "temperature")) == 0)
-
-
-@triton.jit
 def filter_row(
-    row, first, last,
+    row, best, scale, drawn, count, first, last,
     ROUNDS: tl.constexpr, SPLIT: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stages 6 and 7, and what is kept weighed: phases first to last - 1, but for the draw."""
-    best = best_of(row)
+    """Stages 6 and 7, and what is kept weighed: phases first to last - 1, but for the draw.
+
+    Returns the phases that are on, as bits: none of a row that is invalid or greedy.
+    """
     peak = from_key(key_in(best))
-    scale = judged_scale(row.record, peak, PROBS)
     typical_first = param(row.record, "order") == choice("order", "temperature_last")
     on, weighing = phases_on(row.record, row.vocab, ROUNDS), first_phase("weigh", ROUNDS)
+    on |= phase_bits("weigh", ROUNDS)
     if PROBS:
         on |= phase_bits("mass_floors", ROUNDS)
     on = tl.where(is_filtered(row, best), on, 0)
-    for number in range(first, tl.minimum(last, weighing)):
-        phase = in_order(number, typical_first, ROUNDS)
+    choosing = first_phase("candidates", ROUNDS) + 1
+    for phase in range(first, tl.minimum(last, choosing)):
         if (on >> phase) & 1 != 0:
             if PROBS and phase < first_phase("top_n_sigma", ROUNDS):
-                probability_floors(row, peak, scale, SPLIT)
-            elif phase < first_phase("top_k", ROUNDS):
+                probability_floors(row, peak, SPLIT)
+            elif phase < first_phase("candidates", ROUNDS):
                 top_n_sigma(row, phase - first_phase("top_n_sigma", ROUNDS), peak, SPLIT, VEC, BLOCK)
-            elif (tl.full([], cutting_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
+            else:
+                collect(row, peak, scale, ROUNDS, VEC, BLOCK)
+                meet(row, SPLIT)
+    if last > choosing:
+        on = after_collecting(row, on, count, ROUNDS)
+    if ((on >> choosing) & 1 != 0) & ((first <= choosing) & (last > choosing)):
+        if row.part == 0:
+            choose(row, peak, scale)
+        if draws_from_list(on, ROUNDS):
+            tl.debug_barrier()
+        else:
+            meet(row, SPLIT)
+    for number in range(tl.maximum(first, choosing + 1), tl.minimum(last, weighing)):
+        phase = in_order(number, typical_first, ROUNDS)
+        if (on >> phase) & 1 != 0:
+            if (tl.full([], cutting_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
                 cut(row, phase, peak, scale, ROUNDS, SPLIT, CHUNKS, BLOCK)
             elif phase < first_phase("top_p", ROUNDS):
                 top_k(row, phase - first_phase("top_k", ROUNDS), SPLIT, VEC, BLOCK)
@@ -280,31 +118,32 @@ def filter_row(
             elif phase < first_phase("late_floors", ROUNDS):
                 typical(row, phase - first_phase("typical", ROUNDS), peak, scale, SPLIT, VEC, BLOCK)
             elif phase < first_phase("xtc", ROUNDS):
-                narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of(peak, peak, scale), SPLIT)
+                narrow_by_measure(row, measure_at(phase, ROUNDS), mass_of_peak(peak, PROBS), SPLIT)
             else:
                 xtc(row, phase - first_phase("xtc", ROUNDS), peak, scale, SPLIT, BLOCK)
-    if is_filtered(row, best) & (first <= weighing) & (last > weighing):
-        weigh(row, peak, scale, PROBS, BLOCK)
+    if ((on >> weighing) & 1 != 0) & ((first <= weighing) & (last > weighing)):
+        weigh(row, peak, scale, drawn, BLOCK)
         meet(row, SPLIT)
+    return on
 
 
 @triton.jit
-def finish(row, draws, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The last phase: the row's status and tokens."""
-    best = best_of(row)
-    filtered = is_filtered(row, best)
-    whole = tl.full([], 0, tl.int64)
-    if filtered:
+def finish(
+    row, draws, peak, scale, drawn, on,
+    ROUNDS: tl.constexpr, PROBS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last phase: the row's tokens."""
+    whole, weighed = tl.full([], 0, tl.int64), (on >> first_phase("weigh", ROUNDS)) & 1 != 0
+    if weighed:
         whole = sum_of_chunks(row, row.chunk_sums, CHUNKS)
-    if row.part == 0:
-        tl.store(draws.status, status_of(best))
-    if whole > 0:
+    if draws_from_list(on, ROUNDS):
         if row.part == 0:
-            tl.store(row.ws + PEAK, best)
-        peak = from_key(key_in(best))
-        draw(row, draws, whole, peak, judged_scale(row.record, peak, PROBS), PROBS, CHUNKS, BLOCK)
+            draw_listed(row, draws, peak, scale, drawn)
+    elif whole > 0:
+        draw(row, draws, whole, peak, scale, drawn, CHUNKS, BLOCK)
     elif row.part == 0:
-        settle_on(row, draws, tl.where(filtered, tl.load(row.ws + FIRST), best), PROBS)
+        tl.debug_barrier()
+        settle_on(row, draws, tl.load(row.ws + tl.where(weighed, FIRST, PEAK)), PROBS)
 
 
 @triton.jit
@@ -373,15 +212,23 @@ def sample(
     sums = ws + CHUNK_SUMS
     row = Row(x + at * x_stride, vocab, record, ws, sums, sums + 2 * chunks, sems + at, chunks, begin, end, part, parts)
     if first == 0:
-        scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, BLOCK)
+        scan(row, counts + at * x_stride, x_stride, HAS_COUNTS, PROBS, VEC, BLOCK)
         meet(row, SPLIT)
-    filter_row(row, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK)
+    best = best_of(row)
+    if part == 0:
+        tl.store(status + at, status_of(best))
+        tl.store(ws + PEAK, best)
+    peak = from_key(key_in(best))
+    scale, drawn = scales_of(record, peak, PROBS)
+    on = filter_row(
+        row, best, scale, drawn, num_samples, tl.maximum(first, 1), last, ROUNDS, SPLIT, PROBS, CHUNKS, VEC, BLOCK
+    )
     if last == first_phase("end", ROUNDS):
         request, step = at, tl.full([], 0, tl.int64)
         if VERIFIES:
             request, step = at // width, at % width
         seed, offset = seeds + request * seed_stride, offsets + request * offset_stride
-        draws = Draws(seed, offset, step, status + at, tokens + at * num_samples, num_samples)
-        finish(row, draws, PROBS, CHUNKS, BLOCK)
+        draws = Draws(seed, offset, step, tokens + at * num_samples, num_samples)
+        finish(row, draws, peak, scale, drawn, on, ROUNDS, PROBS, CHUNKS, BLOCK)
         if VERIFIES:
             settle(part == 0, at, width, drafts, tokens, status, accepted, ends, arrivals)

@@ -39,6 +39,13 @@ def backend(_builder: Any = None, _semantic: Any = None) -> Any:
     return tl.constexpr((_builder or _semantic.builder).options.backend_name)
 
 
+@builtin
+def is_gfx9(_builder: Any = None, _semantic: Any = None) -> Any:
+    """Whether the GPU that is compiled for is one of AMD's of this family: MI100 to MI355."""
+    options = getattr(_builder or getattr(_semantic, "builder", None), "options", None)
+    return tl.constexpr(str(getattr(options, "arch", "")).startswith("gfx9"))
+
+
 def mark(module: ModuleType, text: str) -> None:
     """Make a text part of the keys under which Triton caches a module's kernels on disk.
 

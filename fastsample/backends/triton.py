@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from fastsample.backends import Engine, KeptSets, Outputs
+from fastsample.backends.triton_launch import (
+    PROGRAMS_PER_SM,
+    THREADS,
+    device_shape,
+    interpreted,
+    launch_options,
+    on,
+)
 from fastsample.backends.triton_memory import ARRIVALS, SEMAPHORES, Layout, Memory, State, Table, history_words, kernels
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Bias, Rows
@@ -19,19 +25,11 @@ from fastsample.inputs import Bias, Rows
 Tensor = torch.Tensor
 Verified: TypeAlias = "tuple[Tensor, Tensor, Tensor]"  # drafts int64 [B, K]; num_accepted and status int32 [B]
 
-THREADS = 256  # of a program
-PROGRAMS_PER_SM = 2  # as many as fit at once, which the barrier relies on (test_triton_compile.py checks it)
-REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
 ROUNDS = {torch.bfloat16: 4, torch.float16: 5, torch.float32: 8}  # of 4 bits each, from the top: what its keys need
 EDIT_PARTS = 8
 OLDEST = (3, 3)  # version of Triton that has cooperative launches, and tuples in kernels
 MIN_CHUNKS = 128  # smaller sizes are not worth a kernel of their own
 WORDS = 128  # of a kept set that are listed at once
-
-
-def interpreted() -> bool:
-    """Whether Triton was asked to interpret kernels, which works on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 class TritonEngine(Engine):
@@ -104,33 +102,6 @@ def _is_installed() -> bool:
 @cache
 def _has_device() -> bool:
     return torch.cuda.is_available()
-
-
-@cache
-def device_shape(device: torch.device) -> tuple[int, int]:
-    """Number of multiprocessors and of threads per warp. The interpreter runs one program at a time."""
-    if device.type != "cuda":
-        return 1, 32
-    found = torch.cuda.get_device_properties(device)
-    return int(found.multi_processor_count), int(found.warp_size)
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def launch_options(device: torch.device) -> dict[str, Any]:
-    """Those of a kernel that is compiled; the interpreter has none."""
-    return {} if interpreted() else compile_options(device_shape(device)[1], nvidia=torch.version.hip is None)
-
-
-def compile_options(warp_size: int, nvidia: bool) -> dict[str, Any]:
-    """How every kernel is compiled: each float operation rounded by itself, two programs to a multiprocessor."""
-    options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
-    if nvidia:
-        options["maxnreg"] = REGISTERS // (THREADS * PROGRAMS_PER_SM)
-    return options
 
 
 @cache

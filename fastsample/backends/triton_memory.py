@@ -76,30 +76,52 @@ class State:
 SEMAPHORES, ARRIVALS = "semaphores", "arrivals"
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Memory:
-    """Named buffers, which grow and are reused."""
+    """Named buffers, which grow and are reused.
+
+    A graph goes on using those that it was captured with, so they live on when they are outgrown. What a capture itself
+    allocates is the graph's, and holds nothing before a replay: it is not kept, unless all of this memory is a graph's.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.lock = Lock()  # held for a whole call: its launches hand data to each other here
         self._device = device
         self._buffers: dict[str, Tensor] = {}
+        self._of_graph = is_capturing(device)
+        self._captured = False
+        self._outgrown: list[Tensor] = []
 
     def __call__(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         """`numel` elements, as the last call left them."""
+        capturing = is_capturing(self._device)
+        self._captured |= capturing
         found = self._buffers.get(name)
         if found is None or found.numel() < numel:
             # Counters must start at 0, and are left so; everything else is written before it is read.
             new = torch.zeros if name in (SEMAPHORES, ARRIVALS) else torch.empty
-            found = self._buffers[name] = new(numel, dtype=dtype, device=self._device)
+            found = self._keep(name, new(numel, dtype=dtype, device=self._device), capturing)
         return found[:numel]
+
+    def _keep(self, name: str, made: Tensor, capturing: bool) -> Tensor:
+        if not capturing or self._of_graph:
+            if self._captured and name in self._buffers:
+                self._outgrown.append(self._buffers[name])
+            self._buffers[name] = made
+        return made
 
     def record(self, top_k: int) -> Tensor:
         """The packed record of a row for which all else is neutral, int32 [1, columns]."""
         name = f"record {top_k}"
-        if name not in self._buffers:
-            host = SamplingParams(top_k=top_k).pack()
-            record = self._buffers[name] = torch.zeros_like(host, device=self._device)
-            for column, bits in enumerate(host[0].tolist()):
-                if bits:  # filled on the device: a copy from pageable memory cannot be captured
-                    record[:, column].fill_(bits)
-        return self._buffers[name]
+        if name in self._buffers:
+            return self._buffers[name]
+        host = SamplingParams(top_k=top_k).pack()
+        record = torch.zeros_like(host, device=self._device)
+        for column, bits in enumerate(host[0].tolist()):
+            if bits:  # filled on the device: a copy from pageable memory cannot be captured
+                record[:, column].fill_(bits)
+        return self._keep(name, record, is_capturing(self._device))

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from cases import EXTRAS, MAKERS, OLD_SETS, PARAMS, PENALTY_SETS, Case
 from conformance import assert_agree
 from tiers import quick_where_new
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton_interpreter import Job, Rare
+from triton_interpreter import LISTING, SUPPORT, Job, Rare, interpret
 
 import fastsample as fs
 from fastsample import reference
-from fastsample.backends import Outputs, engine, select
+from fastsample.backends import engine, select
 from fastsample.backends import triton as adapter
-from fastsample.inputs import Bias, Rows
 from fastsample.params import specs
 
 # Penalties without ids are among the cases on purpose.
@@ -37,7 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SUPPORT = Path(__file__).parents[1] / "support"
 KINDS = ("f32", "bf16", "f16")
 PROCESSES = 2
 
@@ -116,22 +108,27 @@ RARE_MAKERS = {
 RARE_JOBS = _rare_jobs()
 
 
-def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Results of these jobs, run in a process of their own."""
-    folder.mkdir()
-    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    command = [
-        sys.executable,
-        str(SUPPORT / "triton_interpreter.py"),
-        str(folder / "jobs.json"),
-        str(folder / "out.pt"),
+def _listing_jobs() -> list[Job]:
+    """Rows longer than a list of candidates, in 64 groups or more: with few candidates, or more than are listed."""
+    sizes = {"vocab": 1100, "dtype": "f32", "extra": None, "rows": 4}
+    jobs = [
+        Job(Rare(("steps", "lm", "ties")[p % 3], params, **sizes), 1 + (p % 5 == 4), 1024, top=0)
+        for p, params in enumerate(LISTING)
     ]
-    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))  # which may have another Triton
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "out.pt")
-    return found
+    for p, params in enumerate(("k50-p.9", "all-hf-ties", "all-joint-ties", "all-joint", "all-vllm", "k7-all")):
+        kind = KINDS[p % 3]
+        for maker in (("lm", "equal"), ("ties", "zeros"), ("tiny_spread", "flat"))[p % 3]:
+            case = Case(maker, params, 700, kind, "everything" if params == "all-vllm" else None, 2)
+            jobs.append(Job(case, 1 + (p % 3 == 1), 256 if kind == "f32" else 512, top=0))
+    jobs.append(Job(Rare("half_masked", "k192", 300, "f32", None, 2), top=0))  # more than are allowed
+    jobs.append(Job(Case("lone", "k50-p.9", 700, "f32", "mask", 2), 2, top=0))
+    for maker in ("lm", "equal"):
+        jobs.append(Job(Case(maker, "k50-p.9", 700, "f32", None, 1), 3, threads=True, top=0))
+    jobs.append(Job(Case("lm", "all-joint-ties", 700, "f32", None, 3), probs=True))
+    return jobs
+
+
+LISTING_JOBS = _listing_jobs()
 
 
 @pytest.fixture(scope="session")
@@ -172,174 +169,28 @@ def test_equals_reference_where_what_is_kept_may_weigh_nothing(
     assert_agree(interpreted[job.name], job.ask("reference"))
 
 
+def _listing_aspects(job: Job) -> tuple[Hashable, ...]:
+    kind = ("overflows", job.case.maker == "equal"), ("threads", job.threads), ("probs", job.probs)
+    return *kind, *({job.case.params} & LISTING.keys() if job.parts == 1 else ())
+
+
+@pytest.mark.parametrize("job", quick_where_new(LISTING_JOBS, _listing_aspects), ids=lambda job: job.name)
+def test_equals_reference_where_candidates_are_listed(
+    job: Job, interpreted: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    assert_agree(interpreted[job.name], job.ask("reference"))
+
+
 def test_the_jobs_reach_every_parameter_set_maker_and_extra() -> None:
     cases = [job.case for job in JOBS]
     assert {case.params for case in cases} == set(PARAMS)
     assert {case.maker for case in cases} == set(MAKERS)
     assert {case.extra for case in cases} == {None, *EXTRAS}
-    assert len({job.name for job in JOBS + RARE_JOBS}) == len(JOBS + RARE_JOBS)
-
-
-# Launches and memory ------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Stands in for a module of kernels: records what would be launched, and with which buffers."""
-
-    MAX_PARTS = 256
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
-        self.pointers: list[set[int]] = []
-
-    def __getattr__(self, name: str) -> Kernel:
-        return Kernel(self, name)
-
-    def launch(self, name: str, grid: tuple[int, ...], *args: object, **options: object) -> None:
-        self.launches.append((name, grid, options))
-        self.pointers.append({a.data_ptr() for a in args if isinstance(a, torch.Tensor)})
-
-
-class Kernel:
-    def __init__(self, recorder: Recorder, name: str) -> None:
-        self.recorder, self.name, self.value = recorder, name, name
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self.recorder.launch, self.name, grid)
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """An engine on a device of 132 multiprocessors, whose launches are recorded and not run."""
-    recorder = Recorder()
-    fresh = adapter.TritonEngine()
-    monkeypatch.setattr(fresh, "why_not", lambda logits: None)
-    monkeypatch.setattr("fastsample.call.select", lambda backend, logits: fresh)
-    monkeypatch.setattr(adapter, "kernels", lambda stem: recorder)
-    monkeypatch.setattr(adapter, "device_shape", lambda device: (132, 32))
-    return recorder
-
-
-def test_one_launch_from_logits_to_token(recorded: Recorder) -> None:
-    fs.sample(torch.zeros(8, 128256), top_k=50, top_p=0.9, seed=1, on_invalid="flag")
-    ((name, grid, options),) = recorded.launches
-    assert (name, grid) == ("sample", (8, 33))
-    assert options["launch_cooperative_grid"]
-    assert options["SPLIT"]
-    assert not options["enable_fp_fusion"]
-
-
-def test_three_launches_with_everything(recorded: Recorder) -> None:
-    words = torch.zeros(8, 1000, dtype=torch.int32)
-    more = {"bitmask": words, "bias": {3: 1.0}, "prompt_ids": words.long(), "output_ids": words.long()}
-    fs.sample(torch.zeros(8, 32000), top_k=50, min_p=0.1, seed=1, on_invalid="flag", **more)
-    assert [name for name, _, _ in recorded.launches] == ["prepare", "edit", "sample"]
-
-
-@pytest.mark.parametrize(("batch", "parts"), [(1, 126), (2, 126), (8, 33), (64, 4), (132, 2), (133, 1), (1000, 1)])
-def test_programs_per_row(batch: int, parts: int, recorded: Recorder) -> None:
-    """As many as fit the device at once, which the barrier needs; a lone program waits for nobody."""
-    fs.sample(torch.zeros(1, 128256).expand(batch, -1), seed=1, on_invalid="flag")
-    ((_, grid, options),) = recorded.launches
-    assert grid == (batch, parts)
-    assert parts == 1 or batch * parts <= 264
-    assert options["SPLIT"] == (parts > 1) == options.get("launch_cooperative_grid", False)
-
-
-VIEWS = {"aten.view", "aten.slice", "aten.select", "aten.unsqueeze", "aten.expand", "aten.add_"}
-COUNT_OF_INVALID_ROWS = {"aten.ne", "aten.sum", "aten._local_scalar_dense"}  # which no GPU is asked for
-
-
-class NoAllocation(TorchDispatchMode):
-    """Lets through only operations that allocate no memory."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert str(func.overloadpacket) in VIEWS | COUNT_OF_INVALID_ROWS
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("extras", [(), ("bitmask", "output_ids"), ("bitmask", "bias", "prompt_ids", "output_ids")])
-@pytest.mark.parametrize("mode", [None, "raw", "processed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sampler_given_out_allocates_nothing(
-    dtype: torch.dtype, mode: Any, extras: tuple[str, ...], recorded: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = {"logprobs": mode, "top_logprobs": 5 if mode else 0}
-    sampler = fs.Sampler(batch_size=2, seed=1, on_invalid="flag", top_p=0.9, repetition_penalty=1.1, **wanted)
-    logits, ids = torch.zeros(2, 5000, dtype=dtype), torch.zeros(2, 7, dtype=torch.int64)
-    bias = Bias(torch.tensor([0, 1, 2]), torch.tensor([3, 4]), torch.tensor([1.0, -1.0]), 5000)
-    words = torch.full((2, 157), -1, dtype=torch.int32)
-    inputs = {"bitmask": words, "bias": bias, "prompt_ids": ids, "output_ids": ids}
-    inputs = {name: inputs[name] for name in extras}
-    # On a GPU, a bias that was packed once is not checked again.
-    monkeypatch.setattr("fastsample.inputs.step.pack_bias", lambda bias, _: bias)
-    out = sampler(logits, **inputs)
-    recorded.pointers.clear()
-    with NoAllocation():
-        for _ in range(2):
-            sampler(logits, out=out, **inputs)
-    half = len(recorded.pointers) // 2
-    assert half
-    assert recorded.pointers[:half] == recorded.pointers[half:]
-
-
-WANTED = ({}, ["sample"]), ({"entropy": True}, ["sample", "keep"]), ({"kept": "bitmask"}, ["sample", "keep"])
-LISTED = ({"kept": "ids", "kept_capacity": 9, "kept_mass": True}, ["sample", "keep", "list_ids"])
-
-
-@pytest.mark.parametrize(("wanted", "launches"), [*WANTED, LISTED])
-def test_one_launch_for_what_is_kept_and_one_for_lists(
-    wanted: dict[str, Any], launches: list[str], recorded: Recorder
-) -> None:
-    fs.sample(torch.zeros(8, 32000), seed=1, on_invalid="flag", **wanted)
-    assert [name for name, _, _ in recorded.launches] == launches
-
-
-class NoWaiting(TorchDispatchMode):
-    """Lets through what a GPU does by itself: no size depends on data, and no number is read."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ours = VIEWS | {"aten.empty", "aten.empty_like", "aten.gt", "aten.masked_fill", "aten.zero_", "aten.cumsum"}
-        # Those read numbers for a CPU only: how many rows are invalid, and how many ids there are.
-        assert str(func.overloadpacket) in ours | COUNT_OF_INVALID_ROWS
-        return func(*args, **(kwargs or {}))
-
-
-def test_lists_of_a_limited_size_wait_for_nothing(recorded: Recorder) -> None:
-    options: dict[str, Any] = {"kept": "ids", "kept_capacity": 9, "on_invalid": "flag"}
-    sampler, logits = fs.Sampler(batch_size=2, seed=1, **options), torch.zeros(2, 5000)
-    out = sampler(logits)
-    with NoWaiting():
-        sampler(logits, out=out)
+    every = JOBS + RARE_JOBS + LISTING_JOBS
+    assert len({job.name for job in every}) == len(every)
 
 
 # Choosing the engine ------------------------------------------------------------------------------------------------
-
-
-def test_calls_that_share_memory_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads share the default stream, and a call's later launches read what its earlier ones have left."""
-    inside: list[int] = []
-    most: list[int] = []
-
-    def run(call: adapter.Call) -> None:
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.01)
-        inside.pop()
-
-    monkeypatch.setattr(adapter.Call, "run", run)
-    chosen, zeros = adapter.TritonEngine(), torch.zeros(2, dtype=torch.int64)
-    rows = Rows(fs.SamplingParams().pack(), zeros, zeros)
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: chosen.run(torch.zeros(2, 50), rows, Outputs(zeros.int(), zeros)), range(12)))
-    assert most == [1] * 12
-    most.clear()
-    barrier = threading.Barrier(2)
-    monkeypatch.setattr(adapter.Call, "run", lambda call: most.append(barrier.wait(10)))  # a Sampler has its own
-    with ThreadPoolExecutor(2) as pool:
-        own = (replace(rows, workspace={}) for _ in range(2))
-        list(pool.map(lambda rows: chosen.run(torch.zeros(2, 50), rows, Outputs(zeros.int(), zeros)), own))
-    assert sorted(most) == [0, 1]
 
 
 def python(code: str, **environment: str) -> str:

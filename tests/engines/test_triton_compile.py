@@ -14,7 +14,18 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
 import triton.language as tl
-from triton_gates import KERNELS, TARGETS, Measures, changed, compile_kernel, dump, instructions, measure, table
+from triton_gates import (
+    KERNELS,
+    TARGETS,
+    Measures,
+    changed,
+    compile_kernel,
+    dump,
+    instructions,
+    measure,
+    releases,
+    table,
+)
 
 from fastsample.kernels import rounded
 from fastsample.kernels.versions import builtin
@@ -36,6 +47,20 @@ def report(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_gates(name: str, target: str) -> None:
     FOUND[name, target] = found = measure(KERNELS[name], target)
     assert found.broken(KERNELS[name], target) == [], found
+
+
+def test_every_wave_waits_for_its_stores_before_a_release() -> None:
+    """A release waits for the stores of one wave, and those of others may be on their way to another die's cache."""
+    found = releases(compile_kernel(KERNELS["sample f32"], "gfx942").asm["amdgcn"])
+    assert len(found) > 10
+    assert all(found)
+
+
+def test_a_wave_that_does_not_wait_is_found() -> None:
+    lines = ["s_waitcnt vmcnt(0)", "global_store_dword v0, v1", "s_waitcnt vmcnt(0)", "s_barrier", "buffer_wbl2 sc1"]
+    assert releases("".join(f"\t{line}\n" for line in lines)) == [True]
+    del lines[2]
+    assert releases("".join(f"\t{line}\n" for line in lines)) == [False]
 
 
 def test_no_constant_changes_between_launches() -> None:
@@ -83,9 +108,9 @@ def test_too_few_registers_break_a_gate() -> None:
 
 def test_too_many_registers_break_a_gate() -> None:
     kernel = KERNELS["sample f32"]
-    assert Measures(129, 0, 0, 12, 0, 9, 0).broken(kernel, "sm_90") == ["registers"]
-    assert Measures(128, 200 * 1024, 0, 12, 0, 9, 0).broken(kernel, "sm_90") == ["shared memory"]
-    assert Measures(128, 0, 0, 11, 0, 9, 1).broken(kernel, "sm_90") == ["approximations", "16-byte row loads"]
+    assert Measures(129, 0, 0, 13, 0, 9, 0).broken(kernel, "sm_90") == ["registers"]
+    assert Measures(128, 200 * 1024, 0, 13, 0, 9, 0).broken(kernel, "sm_90") == ["shared memory"]
+    assert Measures(128, 0, 0, 12, 0, 9, 1).broken(kernel, "sm_90") == ["approximations", "16-byte row loads"]
     assert Measures(128, 0, 0, 1, 0, 1, 0).broken(KERNELS["rank"], "sm_90") == ["float64"]
 
 

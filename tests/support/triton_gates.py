@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsample.backends.triton import PROGRAMS_PER_SM, THREADS, WORDS, compile_options
+from fastsample.backends.triton import WORDS
+from fastsample.backends.triton_launch import PROGRAMS_PER_SM, THREADS, compile_options
 from fastsample.kernels import keep, law, logprobs, outputs, process, sample
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -80,13 +81,13 @@ def _sample(name: str, row_loads: int, dtype: str = "fp32", **more: Any) -> Kern
 
 def _kernels() -> Iterator[Kernel]:
     block = {"BLOCK": 4 * THREADS}
-    yield _sample("sample f32", 12)
-    yield _sample("sample f32 penalties", 13, HAS_COUNTS=True, SPLIT=False)
-    yield _sample("sample bf16", 12, "bf16", ROUNDS=4)
-    yield _sample("sample f16", 12, "fp16", ROUNDS=5)
-    yield _sample("sample f32 probs", 12, PROBS=True)
-    yield _sample("sample bf16 probs", 12, "bf16", ROUNDS=4, PROBS=True)
-    yield _sample("sample f32 drafts", 12, VERIFIES=True)
+    yield _sample("sample f32", 13)
+    yield _sample("sample f32 penalties", 14, HAS_COUNTS=True, SPLIT=False)
+    yield _sample("sample bf16", 13, "bf16", ROUNDS=4)
+    yield _sample("sample f16", 13, "fp16", ROUNDS=5)
+    yield _sample("sample f32 probs", 13, PROBS=True)
+    yield _sample("sample bf16 probs", 13, "bf16", ROUNDS=4, PROBS=True)
+    yield _sample("sample f32 drafts", 13, VERIFIES=True)
     yield Kernel("prepare", process.prepare, {"HAS_MASK": True, "HAS_COUNTS": True, "PROBS": False} | block, 1)
     everything = dict.fromkeys(("HAS_BIAS", "HAS_PROMPT", "HAS_OUTPUT", "HAS_DRAFTS", "HAS_REQUESTS"), True)
     yield Kernel("edit", process.edit, everything | {"BLOCK": 256}, 0)
@@ -174,7 +175,7 @@ def dump(tool: str, cubin: bytes, *options: str) -> str:
 
 @cache
 def _source(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()
+    return [*Path(path).read_text().splitlines(), ""]  # the end of a loop that ends a file lies behind it
 
 
 DIVIDES = re.compile(r"div\.rn|div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(")
@@ -256,6 +257,24 @@ def _measure_amd(compiled: Any) -> Measures:
     wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
     float64 = len(re.findall(r"\bv_\w+_f64", text))
     return Measures(registers, compiled.metadata.shared, spilled + scratch, wide, fused, float64, inexact)
+
+
+def releases(amdgcn: str) -> list[bool]:
+    """Of each release to other programs on gfx942, whether every wave has waited for its own stores before.
+
+    The wave that releases writes the cache back, after a barrier of all waves; each must have waited before that.
+    """
+    found, waited, met = [], False, False
+    for opcode, operands in re.findall(r"^\s+(s_waitcnt|s_barrier|buffer_wbl2|global_\w+)\b(.*)", amdgcn, re.MULTILINE):
+        if opcode == "s_waitcnt":
+            waited |= "vmcnt(0)" in operands
+        elif opcode == "s_barrier":
+            met = waited
+        elif opcode == "buffer_wbl2":
+            found.append(met)
+        elif "load" not in opcode:
+            waited = met = False
+    return found
 
 
 def table(found: dict[tuple[str, str], Measures]) -> str:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from conformance import MODES, ask, ask_kept, named
 import fastsample as fs
 
 Tensor = torch.Tensor
+SUPPORT = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,33 @@ RARE: dict[str, Callable[[int], Fields]] = {
 }
 """Sets by the number of rows: min-p after typical, and tokens that are kept but have no mass."""
 
+LISTING: dict[str, Callable[[int], Fields]] = {
+    "k-rows": lambda b: {
+        "top_k": cycle(b, 50, 2, 0, 1, 193),
+        "top_p": cycle(b, 0.9, 0.5, 0.5, 1.0),
+        "ties": cycle(b, "first", "first", "all", "all"),
+    },
+    "k192": lambda b: {"top_k": 192},
+    "k20-xtc": lambda b: {"top_k": 20, "xtc_probability": 0.5, "xtc_threshold": 0.02},
+    "k20-typical": lambda b: {**LAST, "top_k": 20, "typical_p": 0.6, "top_p": 0.8},
+    "k30-floors": lambda b: {"top_k": 30, "top_n_sigma": 1.5, "epsilon_cutoff": 0.01},
+    "k30-cold": lambda b: {**LAST, "top_k": 30, "top_p": 0.9, "temperature": cycle(b, 0.02, 5.0), "min_p": 0.05},
+}
+"""Sets by the number of rows: top-k by a list of candidates, at its limits and beside each kind of filter."""
+
+SETS = RARE | LISTING
+
 
 class Rare(Case):
     """A case with one of these sets."""
 
     def build(self) -> Inputs:
         plain = Case(self.maker, "plain", self.vocab, self.dtype, self.extra, self.rows)
-        return replace(plain.build(), params=RARE[self.params](self.rows))
+        return replace(plain.build(), params=SETS[self.params](self.rows))
 
 
 def case_of(fields: dict[str, Any]) -> Case:
-    return (Rare if fields["params"] in RARE else Case)(**fields)
+    return (Rare if fields["params"] in SETS else Case)(**fields)
 
 
 def ask_of_probs(case: Case, backend: str) -> dict[str, Tensor]:
@@ -162,6 +183,42 @@ def run_programs_in_threads() -> None:
 
     interpreter.GridExecutor.__call__ = call
     sys.setswitchinterval(1e-4)
+
+
+def run_interpreted(script: str | Path, *args: object) -> None:
+    """Run a script where Triton interprets kernels."""
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))  # which may have another Triton
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(script), *map(str, args)]
+    done = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def interpret(jobs: list[Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Results of these jobs, run in a process of their own."""
+    folder.mkdir()
+    (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
+    run_interpreted(__file__, folder / "jobs.json", folder / "out.pt")
+    found: dict[str, dict[str, torch.Tensor]] = torch.load(folder / "out.pt")
+    return found
+
+
+def count_calls(*functions: Any) -> Counter[str]:
+    """Counts from now on how often kernels call these functions, by name."""
+    calls: Counter[str] = Counter()
+
+    def counted(fn: Any) -> Callable[..., Any]:
+        body = fn.rewrite()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[fn.__name__] += 1
+            return body(*args, **kwargs)
+
+        return call
+
+    for fn in functions:
+        fn.rewritten_fn[fn.fn] = counted(fn)
+    return calls
 
 
 def main() -> None:
