@@ -45,7 +45,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    folders = (ROOT / "csrc", ROOT / "tests" / "native", ROOT / "tests" / "simt")
+    folders = (ROOT / "csrc", ROOT / "bench", ROOT / "tests" / "native", ROOT / "tests" / "simt")
     sources = [str(p) for folder in folders for p in folder.rglob("*") if p.suffix in {".h", ".cc", ".cuh", ".cu"}]
     session.run("clang-format", "--dry-run", "-Werror", *sources)
 

@@ -1,7 +1,7 @@
 """What a step of the CUDA engine should take, from counts and constants: a prediction, not a measurement.
 
-The counts are those of csrc/cuda on fibers, which tests hold (tests/engines/test_cuda_costs.py). Constants are guesses, from
-public microbenchmarks of an H100, until `python -m bench gpu --step micro` has measured them on a card.
+The counts are those of csrc/cuda on fibers, which tests hold (tests/engines/test_cuda_costs.py). The constants are
+guesses, from what others have published of an H100, until `python -m bench gpu --step micro` has measured them.
 """
 
 from __future__ import annotations

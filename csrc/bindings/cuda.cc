@@ -130,7 +130,8 @@ class Known {
     if (found != resident_.end()) return found->second;
     const OutsideCapture here;
     int teams = 0;
-    // A cluster that no group of multiprocessors can hold is an error on some devices: 0 either way.
+    // A cluster that no group of multiprocessors can hold is an error on some devices: 0 either
+    // way.
     if (launches_for(dtype).resident(device_, plan, plain, &teams) != cudaSuccess) teams = 0;
     return resident_[key] = teams;
   }
@@ -163,10 +164,10 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
   const Device device = known.device();
   const Batch batch = batch_of(rows, call, drafts ? &*drafts : nullptr);
   const Shape shape = shape_of(batch);
-  Layout layout = layout_for(device, batch, rows.bias_entries,
-                             plan(device, shape, [&](const Plan& candidate) {
-                               return known.resident(batch.logits.dtype, candidate, is_plain(batch.rows));
-                             }));
+  Layout layout =
+      layout_for(device, batch, rows.bias_entries, plan(device, shape, [&](const Plan& candidate) {
+                   return known.resident(batch.logits.dtype, candidate, is_plain(batch.rows));
+                 }));
   if (layout.workspace > workspace.second || layout.boards > boards.second) {
     return std::make_pair(layout.workspace, layout.boards);
   }
@@ -247,5 +248,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("list_kept", &fs::list, "Launch what makes lists of ids of bitmasks.");
   m.def("why_not", &fs::why_not, "Why no GPU can be used, or None.");
   m.def("why_not_device", &fs::why_not_device, "Why this GPU cannot be used, or None.");
-  m.def("tune", &fs::tune, "Blocks per row for this process, and threads per block; 0: as planned.");
+  m.def("tune", &fs::tune,
+        "Blocks per row for this process, and threads per block; 0: as planned.");
 }

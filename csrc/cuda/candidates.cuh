@@ -9,8 +9,7 @@ namespace fastsample {
 // Whether everything that is kept of the row is among the candidates of its top-k, and can be told
 // from their order. Typical goes by another order.
 FS_DEVICE bool uses_candidates(const RowTask& t, int32_t vocab) {
-  return t.k_bound != kKeyMinusInfinity && uses_top_k(*t.params, vocab) &&
-         !uses_typical(*t.params);
+  return t.k_bound != kKeyMinusInfinity && uses_top_k(*t.params, vocab) && !uses_typical(*t.params);
 }
 
 struct Listed {
@@ -28,7 +27,7 @@ FS_DEVICE u64 push_candidates(const Team<kPolicy>& team, const S& slice, const R
   const KeptKeys all = everything(t);
   u64* to = team.of_leader(team.board().bins) + team.rank * room;
   u64 total = 0;
-  each_vector(slice, [&](const float(&x)[kN], int32_t first) {
+  each_vector(slice, [&](const float (&x)[kN], int32_t first) {
     uint32_t found = 0;
 #pragma unroll
     for (int i = 0; i < kN; ++i) found |= (uint32_t)(x[i] >= bound) << i;
@@ -58,8 +57,8 @@ FS_DEVICE int32_t count_candidates(const Team<kPolicy>& team, int32_t room) {
   return all <= kMaxListed ? all : -1;
 }
 
-// Calls done(e, sum), by one thread, with the sum of term(e, j) over the elements j from `begin` on,
-// for each element e of them. Where threads are many, several share an element.
+// Calls done(e, sum), by one thread, with the sum of term(e, j) over the elements j from `begin`
+// on, for each element e of them. Where threads are many, several share an element.
 template <class Term, class Done>
 FS_DEVICE void each_with_sum(int32_t begin, int32_t end, Term term, Done done) {
   const int32_t n = end - begin;
@@ -79,8 +78,8 @@ FS_DEVICE void each_with_sum(int32_t begin, int32_t end, Term term, Done done) {
   }
 }
 
-// Zeroes what lies on the leader's board, for selections; for the leading block. With `to`, it moves
-// there, one block's after the other's.
+// Zeroes what lies on the leader's board, for selections; for the leading block. With `to`, it
+// moves there, one block's after the other's.
 template <Policy kPolicy>
 FS_DEVICE void take_candidates(const Team<kPolicy>& team, int32_t room, u64* to) {
   const int32_t mine = lane() < team.parts ? team.board().counts[lane()] : 0;
@@ -124,16 +123,13 @@ FS_DEVICE Listed list_candidates(const Team<kPolicy>& team, const S& slice, cons
   team.sync();
   Listed list = {count_candidates(team, room), 0};
   if (team.leads()) {
-    if (weighs) {
-      list.total = team.board().total;
-      __syncthreads();
-      if (threadIdx.x == 0) team.board().total = 0;
-    }
     if (list.size < 0) {
       take_candidates(team, room, nullptr);
     } else {
-      sort_candidates(team, list.size, room);
+      if (weighs) list.total = team.board().total;
+      sort_candidates(team, list.size, room);  // its barriers come after the total is read
     }
+    if (threadIdx.x == 0) team.board().total = 0;
   }
   if (list.size < 0) team.sync();  // the bins are zeros again
   return list;

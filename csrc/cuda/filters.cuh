@@ -45,9 +45,9 @@ FS_DEVICE KeptKeys keep_near(const Team<kPolicy>& team, const RowTask& t, KeptKe
   return v.high < t.peak ? narrow_below(kept, {key_of(v.high), -1}) : kept;
 }
 
-// Top-k: the first k tokens of the whole row, in every order. Top-p: the shortest prefix of the base
-// set with enough of its mass. Typical: those nearest to the mean logit with enough of the mass.
-// They share the code, which is much.
+// Top-k: the first k tokens of the whole row, in every order. Top-p: the shortest prefix of the
+// base set with enough of its mass. Typical: those nearest to the mean logit with enough of the
+// mass. They share the code, which is much.
 template <Policy kPolicy, class S>
 FS_DEVICE KeptKeys cut(const Team<kPolicy>& team, const S& slice, const RowTask& t, Cut which,
                        const KeptKeys& base, const KeptKeys& kept) {
@@ -65,9 +65,7 @@ FS_DEVICE KeptKeys cut(const Team<kPolicy>& team, const S& slice, const RowTask&
     const u64 light = too_light(t, base, slice.vocab);
     low = lowest_key(t, base, light > base.floor ? light : base.floor);
   }
-  const auto key_in = [&](float x) {
-    return key_of(which == kTypicalCut ? -fabsf(x - mean) : x);
-  };
+  const auto key_in = [&](float x) { return key_of(which == kTypicalCut ? -fabsf(x - mean) : x); };
   const auto weight = [&](float x, int32_t, int32_t id) -> u64 {
     return which == kTopKCut ? 1 : kept_mass(t, base, x, KeyPlace{key_of(x), id});
   };
@@ -110,8 +108,9 @@ FS_DEVICE float floor_value(const RowParams& p, int which) {
                                 : p.min_p;
 }
 
-// Not inlined, since float64 is much code, and a row needs it where it takes the candidates' way and
-// where not. `unit` is the mass of the row's heaviest token, `heaviest` that of those that are kept.
+// Not inlined, since float64 is much code, and a row needs it where it takes the candidates' way
+// and where not. `unit` is the mass of the row's heaviest token, `heaviest` that of those that are
+// kept.
 FS_CALLED u64 floor_of(int which, float value, DepthSums depths, SquareSums squares, u64 heaviest,
                        u64 unit) {
   RowParams p = {};
@@ -134,8 +133,7 @@ FS_DEVICE KeptKeys measured_floors(const Team<kPolicy>& team, const S& slice, co
     if (value == 0.0f) continue;
     measure(team, slice, t, kept);
     const Verdict& v = decide(team, [&](const u64* m, Verdict& found) {
-      found.floor =
-          floor_of(which, value, depth_sums(m), square_sums(m), m[kHeaviest], unit_of(t));
+      found.floor = floor_of(which, value, depth_sums(m), square_sums(m), m[kHeaviest], unit_of(t));
     });
     kept = narrow_to_mass(kept, v.floor);
   }

@@ -151,8 +151,10 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
                           const RowTask& t, int32_t begin, bool all, bool excluding) {
   Shared& own = *team.own;
   const int32_t end = own.kept_end;
-  u64 mine = 0;
-  for (int32_t e = begin + (int32_t)threadIdx.x; e < end; e += threads()) mine += own.running[e];
+  u64 mine = 0;  // of those whose mass this thread has written
+  for (int32_t e = (int32_t)threadIdx.x; e < end; e += threads()) {
+    if (e >= begin) mine += own.running[e];
+  }
   const u64 total = block_sum(mine, own.scratch);
   const Outputs& out = batch.out;
   if (!out.tokens || (!total && !excluding)) return total;
@@ -160,8 +162,10 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
   const auto each_draw = [&](auto f) {
     for (int32_t j = 0; j < out.num_samples; ++j) {
       const float coin = t.params->xtc_probability;
-      if (!all && xtc_excludes(stream.seed, stream.offset, (uint32_t)j, coin) != excluding) continue;
-      f(out.tokens + r * out.num_samples + j, draw_threshold(stream.seed, stream.offset, (uint32_t)j, total));
+      if (!all && xtc_excludes(stream.seed, stream.offset, (uint32_t)j, coin) != excluding)
+        continue;
+      f(out.tokens + r * out.num_samples + j,
+        draw_threshold(stream.seed, stream.offset, (uint32_t)j, total));
     }
   };
   if (!total) {  // what is left weighs nothing: its first token is the last top choice
@@ -183,8 +187,8 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
   return total;
 }
 
-// Filters and draws. `before`: what is kept already. Returns whether anything that is kept has mass;
-// where not, `first` is its first token.
+// Filters and draws. `before`: what is kept already. Returns whether anything that is kept has
+// mass; where not, `first` is its first token.
 template <Policy kPolicy>
 FS_DEVICE bool finish_listed(const Batch& batch, const Workspace& ws, int64_t r,
                              const Team<kPolicy>& team, RowTask& t, const Listed& list,
@@ -195,7 +199,6 @@ FS_DEVICE bool finish_listed(const Batch& batch, const Workspace& ws, int64_t r,
   for (int32_t e = (int32_t)threadIdx.x; e < own.kept_end; e += threads()) {
     own.running[e] = drawn_mass(t, from_key(candidate(own, e).x));
   }
-  __syncthreads();
   const int32_t rest = own.choices < 2 ? 0 : own.choices - 1;
   const bool all = !rest || t.params->xtc_probability == 1.0f;
   const int32_t begin = all ? rest : 0;

@@ -67,8 +67,8 @@ struct Overlay {
   }
 };
 
-// Where a row is read after its first pass: held in shared memory, or from the L2 cache. And whether
-// anything may lie over it. The code for a plain row is far less.
+// Where a row is read after its first pass: held in shared memory, or from the L2 cache. And
+// whether anything may lie over it. The code for a plain row is far less.
 template <bool kHeld, bool kBare>
 struct Reading {
   static constexpr bool kResident = kHeld, kPlain = kBare;
@@ -83,12 +83,12 @@ struct Slice {
   const T* row;
   int32_t vocab;
   int32_t shift;
-  int32_t vectors;         // of the whole row
-  int32_t per_warp;        // vectors
-  int32_t first;           // vector
-  Vec16* held;             // resident only: [warps * per_warp] raw logits
+  int32_t vectors;           // of the whole row
+  int32_t per_warp;          // vectors
+  int32_t first;             // vector
+  Vec16* held;               // resident only: [warps * per_warp] raw logits
   const Overlay* lies_over;  // null: the logits are used as they are
-  float nothing;           // what stands outside the row and for masked tokens: -inf, or 0
+  float nothing;             // what stands outside the row and for masked tokens: -inf, or 0
 
   FS_METHOD const Overlay* overlay() const { return How::kPlain ? nullptr : lies_over; }
 
@@ -213,7 +213,8 @@ struct Slice {
 
   // One logit after stage 1.
   FS_METHOD float masked(int32_t id) const {
-    const bool gone = overlay() && overlay()->mask && !allowed(overlay()->mask, overlay()->mask_words, id);
+    const bool gone =
+        overlay() && overlay()->mask && !allowed(overlay()->mask, overlay()->mask_words, id);
     return gone ? nothing : logit(row, id);
   }
 
@@ -326,12 +327,12 @@ FS_DEVICE void each_vector(const Slice<T, How>& s, F f) {
   }
 }
 
-// Calls f(x, id) for every position of the slice. Four calls are side by side in the code: more would
-// take more registers than there are.
+// Calls f(x, id) for every position of the slice. Four calls are side by side in the code: more
+// would take more registers than there are.
 template <class T, class How, class F>
 FS_DEVICE void each(const Slice<T, How>& s, F f) {
   constexpr int kN = kVec<T>, kSide = 4;
-  each_vector(s, [&](float(&x)[kN], int32_t id) {
+  each_vector(s, [&](float (&x)[kN], int32_t id) {
 #pragma unroll 1
     for (int from = 0; from < kN; from += kSide) {
 #pragma unroll

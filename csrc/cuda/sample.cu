@@ -113,6 +113,6 @@ cudaError_t outputs(const Batch& batch, const Plan& plan, const Workspace& ws,
 }  // namespace
 
 extern const Launches FASTSAMPLE_LAUNCHES(FASTSAMPLE_DTYPE) = {prepare, resident, sample,
-                                                                keep,    law,      outputs};
+                                                               keep,    law,      outputs};
 
 }  // namespace fastsample

@@ -45,8 +45,8 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
   return total;
 }
 
-// All draws. With top choices, those draws come first that take them, and `from` is what is left for
-// the others in the end.
+// All draws. With top choices, those draws come first that take them, and `from` is what is left
+// for the others in the end.
 template <Policy kPolicy, class S>
 FS_DEVICE Totals draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
                       const RowTask& t, Drawable& from) {
@@ -84,8 +84,8 @@ FS_DEVICE void take_only(const Batch& batch, const Workspace& ws, int64_t r,
 }
 
 // Stages 7 and 8 of a valid row that is not greedy. Where its candidates do, the leading block
-// finishes it, and the others are free. If nothing that is kept has mass, its first token counts for
-// everything.
+// finishes it, and the others are free. If nothing that is kept has mass, its first token counts
+// for everything.
 template <Policy kPolicy, class S>
 FS_DEVICE void filter_and_draw(const Batch& batch, const Workspace& ws, int64_t r,
                                const Team<kPolicy>& team, const S& slice, RowTask& t) {
@@ -144,9 +144,9 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   if (leader && ws.offsets) ws.offsets[r] = (int64_t)(team.own->stream.offset + 1);
 }
 
-// Persistent over rows: team i takes rows i, i + teams, ... Between two rows nothing has to wait for
-// another block: what the next row's scan publishes has a place of its own, and all else is told
-// after the barrier that ends it.
+// Persistent over rows: team i takes rows i, i + teams, ... Between two rows nothing has to wait
+// for another block: what the next row's scan publishes has a place of its own, and all else is
+// told after the barrier that ends it.
 template <class T, Policy kPolicy, bool kPlain>
 FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t parts,
                            int32_t per_warp) {

@@ -8,8 +8,8 @@
 
 namespace fastsample {
 
-// A thread sums up a run of bins, and the threads' runs lie side by side: all banks of shared memory
-// are busy at once.
+// A thread sums up a run of bins, and the threads' runs lie side by side: all banks of shared
+// memory are busy at once.
 constexpr int kRun = 8, kRuns = kBins / kRun;
 FS_DEVICE int slot_of(uint32_t bin) { return (int)(bin % kRun * kRuns + bin / kRun); }
 
@@ -67,7 +67,8 @@ FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, in
 // The key at which the weight of the tokens, from the highest key down, reaches target_of(total).
 // It must lie in [low, high]. key_in(x) is a token's key, of which the `unused` lowest bits are 0;
 // weight(x, key, id) is an integer. With `sums`, total is that of all tokens. A round resolves
-// kDigitBits bits, so the number of rounds depends on the width of the bracket alone and is at most 3.
+// kDigitBits bits, so the number of rounds depends on the width of the bracket alone and is at
+// most 3.
 template <Policy kPolicy, class S, class Key, class Weight, class Target>
 FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int unused, int32_t low,
                          int32_t high, bool sums, Key key_in, Weight weight, Target target_of) {
@@ -186,7 +187,8 @@ FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, KeyPlace 
 }
 
 // The nth (from 1) token, in rank order, of those that `counts` counts, which are in `among` or
-// below it; its key lies between `low` and `peak`. Where `among` holds fewer than n, its last place.
+// below it; its key lies between `low` and `peak`. Where `among` holds fewer than n, its last
+// place.
 template <Policy kPolicy, class S, class Counts>
 FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, const KeptKeys& among,
                              int32_t low, int32_t peak, u64 n, Counts counts) {

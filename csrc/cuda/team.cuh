@@ -6,8 +6,8 @@
 
 namespace fastsample {
 
-// Reductions over a warp; every lane gets the result. Not unrolled: a shuffle of 64 bits is much code
-// and waits for the one before in any case.
+// Reductions over a warp; every lane gets the result. Not unrolled: a shuffle of 64 bits is much
+// code and waits for the one before in any case.
 template <class T, class Op>
 FS_DEVICE T warp_reduce(T value, Op op) {
 #pragma unroll 1
@@ -74,7 +74,7 @@ struct Verdict {
 
 // A block's own shared memory, as far as its size does not depend on the row's.
 struct alignas(16) Shared {
-  Board board;  // a grid's is in device memory, but for the block's own bins
+  Board board;              // a grid's is in device memory, but for the block's own bins
   u64 running[kMaxListed];  // sums over segments or candidates; or the masses of candidates
   u64 scratch[32];
   long long best[32];
@@ -82,11 +82,11 @@ struct alignas(16) Shared {
   int32_t warp_low[32];
   int32_t k_bound;
   int32_t listed;
-  u64 sorted[kMaxListed];  // candidates in rank order
+  u64 sorted[kMaxListed];     // candidates in rank order
   int32_t kept_end, choices;  // how many of them are kept, and are XTC's top choices
-  int32_t turn;         // of Board::measures
-  uint32_t* semaphore;  // kGridPolicy only; for the first thread
-  Board* far_board;     // kGridPolicy only: the team's, in device memory
+  int32_t turn;               // of Board::measures
+  uint32_t* semaphore;        // kGridPolicy only; for the first thread
+  Board* far_board;           // kGridPolicy only: the team's, in device memory
   u64 measures[kMeasures];
   Verdict verdict;
   Overlay overlay;

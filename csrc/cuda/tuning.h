@@ -37,7 +37,7 @@ struct Device {
   int32_t shared_block;     // bytes of shared memory that a block may have
   int32_t shared_sm;        // bytes of shared memory in a multiprocessor
   int32_t largest_cluster;  // blocks; 1 without clusters
-  int32_t parts;            // blocks per row that a sweep wants; 0: those of the table, or an estimate
+  int32_t parts;  // blocks per row that a sweep wants; 0: those of the table, or an estimate
 };
 
 struct Shape {
@@ -170,9 +170,9 @@ constexpr int32_t cluster_parts(const Device& d, const Shape& s) {
   const int32_t small = fewest(kPortableCluster, [&](int32_t parts) {
     return blocks_per_sm(d, shared_bytes(s, true, parts, kThreads)) == kBlocksPerSM;
   });
-  const int32_t holding = small ? small : fewest(d.largest_cluster, [&](int32_t parts) {
-    return fits(d, s, true, parts);
-  });
+  const int32_t holding =
+      small ? small
+            : fewest(d.largest_cluster, [&](int32_t parts) { return fits(d, s, true, parts); });
   const int32_t wanted = wanted_parts(d, s, kPortableCluster);
   return holding && wanted > holding ? wanted : holding;
 }

@@ -34,9 +34,9 @@ enum Measure : int32_t {
   kMeasures
 };
 
-// What the blocks of a row tell each other. A cluster has a board in every block: bins and total are
-// the first one's, and what all blocks read is published to each. Rows take turns where one block
-// may be a row ahead of another.
+// What the blocks of a row tell each other. A cluster has a board in every block: bins and total
+// are the first one's, and what all blocks read is published to each. Rows take turns where one
+// block may be a row ahead of another.
 struct Board {
   // In the order of slot_of; or candidates, as ranked() makes integers of them, an equal share for
   // each block. 0 between selections.

@@ -14,7 +14,7 @@ from conformance import ask, ask_kept, assert_agree, named
 from simt_engine import A100, H100, Counters, How, Simt, as_backend, build, compiler
 
 import fastsample as fs
-from bench.campaign.model import COUNTED
+from bench.campaign.model import COUNTED, table
 from bench.modes import make_logits as make_bench_logits
 from fastsample.backends import engine
 
@@ -93,6 +93,10 @@ def test_the_model_rests_on_what_is_counted(counting: Simt) -> None:
         assert found.team_barriers / ROWS == expected.barriers
         assert found.held_bytes / rows_of(getattr(torch, name)).nbytes == pytest.approx(expected.passes, abs=0.02)
         assert found.wavefronts / blocks == pytest.approx(expected.wavefronts, rel=0.03)
+
+
+def test_the_documents_show_what_the_model_predicts() -> None:
+    assert table() in (Path(__file__).parents[2] / "bench" / "README.md").read_text()
 
 
 def test_conflicts_are_seen(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-// How a warp's accesses to shared memory fall on its banks. engine.cc is compiled for ThreadSanitizer,
-// which calls a function at every access; these are the functions, without its library.
+// How a warp's accesses to shared memory fall on its banks. engine.cc is compiled for
+// ThreadSanitizer, which calls a function at every access; these are the functions, without its
+// library.
 //
 // Lanes run one after another. The n-th time that each comes to an instruction, since the warp last
 // met, is one access of the warp.
@@ -54,7 +55,8 @@ void meet(void* warp) {
   };
   sort_by([](const Access& a) { return std::make_tuple(a.instruction, a.lane); });
   for (size_t i = 1; i < log.size(); ++i) {
-    const bool again = log[i].instruction == log[i - 1].instruction && log[i].lane == log[i - 1].lane;
+    const bool again =
+        log[i].instruction == log[i - 1].instruction && log[i].lane == log[i - 1].lane;
     log[i].time = again ? log[i - 1].time + 1 : 0;
   }
   const auto access = [](const Access& a) { return std::make_tuple(a.instruction, a.time); };
@@ -86,12 +88,12 @@ void note(void* instruction, const void* p, size_t bytes, bool reads) {
 
 #define SIMT_ACCESS(name, bytes, reads) \
   void __tsan_##name(void* p) { note(__builtin_return_address(0), p, bytes, reads); }
-#define SIMT_ACCESSES(bytes)                           \
-  SIMT_ACCESS(read##bytes, bytes, true)                \
-  SIMT_ACCESS(write##bytes, bytes, false)              \
-  SIMT_ACCESS(unaligned_read##bytes, bytes, true)      \
-  SIMT_ACCESS(unaligned_write##bytes, bytes, false)    \
-  SIMT_ACCESS(volatile_read##bytes, bytes, true)       \
+#define SIMT_ACCESSES(bytes)                        \
+  SIMT_ACCESS(read##bytes, bytes, true)             \
+  SIMT_ACCESS(write##bytes, bytes, false)           \
+  SIMT_ACCESS(unaligned_read##bytes, bytes, true)   \
+  SIMT_ACCESS(unaligned_write##bytes, bytes, false) \
+  SIMT_ACCESS(volatile_read##bytes, bytes, true)    \
   SIMT_ACCESS(volatile_write##bytes, bytes, false)
 
 extern "C" {

@@ -84,7 +84,7 @@ const char* simt_run(const RowArguments* rows, const CallArguments* call,
                      const PlanArguments* plan_arguments, int64_t* chosen) {
   const Batch batch = batch_of(*rows, *call, drafts);
   const PlanArguments& a = *plan_arguments;
-  const Device device = {(int32_t)a.arch, (int32_t)a.multiprocessors, (int32_t)a.shared_block,
+  const Device device = {(int32_t)a.arch,      (int32_t)a.multiprocessors, (int32_t)a.shared_block,
                          (int32_t)a.shared_sm, (int32_t)a.largest_cluster, 0};
   const Plan plan = plan_of(device, batch, a);
   Layout layout = layout_for(device, batch, rows->bias_entries, plan);
@@ -157,8 +157,8 @@ const char* simt_list(const int32_t* bitmask, int64_t rows, int64_t words, const
 }
 
 // The plan for a device that need not be there, whose fields `d` has, and after them `resident`:
-// policy, parts, threads, teams, shared memory. And what a grid that does not fit becomes, again and
-// again: `shrinks` times.
+// policy, parts, threads, teams, shared memory. And what a grid that does not fit becomes, again
+// and again: `shrinks` times.
 void simt_plan(const int64_t* d, int64_t rows, int64_t vocab, int64_t itemsize, int64_t edits,
                int64_t shrinks, int64_t* chosen) {
   const Device device = {(int32_t)d[0], (int32_t)d[1], (int32_t)d[2],

@@ -372,7 +372,8 @@ bool is_shared(const void* p) {
 void count_atomic(const void* p, size_t bytes) {
   ++counters.atomics;
   counters.wide_shared_atomics += bytes == 8 && is_shared(p);
-  // The team's first block adds the most, which the others' cannot be told from: each counts its part.
+  // The team's first block adds the most, which the others' cannot be told from: each counts its
+  // part.
   static int64_t parts = 0;
   if (p < settings.semaphores || p >= settings.semaphores_end) return;
   if (++parts % settings.parts == 0) ++counters.team_barriers;

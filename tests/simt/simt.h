@@ -52,9 +52,9 @@ struct Settings {
   int skip_line;
   const char* logits_begin;
   const char* logits_end;
-  size_t held_begin, held_end;           // within a block's shared memory: the row
+  size_t held_begin, held_end;              // within a block's shared memory: the row
   const char *semaphores, *semaphores_end;  // of a grid's teams
-  int parts;                             // blocks of a team
+  int parts;                                // blocks of a team
 };
 
 extern Settings settings;
