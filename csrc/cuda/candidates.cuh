@@ -9,7 +9,7 @@ namespace fastsample {
 // Whether everything that is kept of the row is among the candidates of its top-k, and can be told
 // from their order. Typical goes by another order.
 FS_DEVICE bool uses_candidates(const RowTask& t, int32_t vocab) {
-  return t.k_bound != kKeyMinusInfinity && uses_top_k(*t.params, vocab) && !uses_typical(*t.params);
+  return t.bounded && uses_top_k(*t.params, vocab) && !uses_typical(*t.params);
 }
 
 struct Listed {

@@ -25,7 +25,7 @@ FS_DEVICE int32_t first_failing(int32_t end, Fails fails) {
   return end;
 }
 
-// The filters behind top-k, by one warp. `masses` are running sums.
+// Top-k and the filters behind it, by one warp, from the running sums of the masses.
 struct ListFilters {
   const Shared& own;
   const RowTask& t;

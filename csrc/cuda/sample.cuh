@@ -3,6 +3,8 @@
 //
 //   process   stages 1 to 3: what lies over the row's logits
 //   scan      stages 0 and 4: the maximum, its lowest id, and a key that k tokens reach
+//   listed    stages 7 and 8 behind a top-k that is not large: a pass hands the tokens that reach
+//             the key to the leading block, which sorts them, filters and draws. Else:
 //   filter    stage 7: for top-k, top-p and typical up to 3 rounds of selection each, and a place
 //             among equal tokens where only some are kept; for the others a pass or two each
 //   draw      stage 8: the kept mass of each warp's segment, then each draw's segment and token
@@ -126,14 +128,14 @@ FS_DEVICE void bring(const Batch& batch, int64_t r, Shared& own) {
 
 template <class T, Policy kPolicy, bool kPlain>
 FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
-                          const Team<kPolicy>& team, int32_t per_warp, bool starts) {
+                          const Team<kPolicy>& team, int32_t per_warp, bool meets) {
   typedef Reading<kPolicy == kClusterPolicy, kPlain> How;
   const int32_t top_k = at(batch.rows.params, r).top_k;
   bring(batch, r, *team.own);
   auto slice = make_slice<T, How>(batch, r, team.rank, per_warp);
   RowTask t = make_task(team.own->params, batch.logits.input);
   process_row(batch, ws, r, *t.params, team, slice);
-  scan(team, slice, top_k, t, starts);
+  scan(team, slice, top_k, t, meets);
   const bool leader = team.leads() && threadIdx.x == 0;
   if (leader) store_global(batch.out.status + r, (int32_t)t.status);
   if (t.status != kValid || t.greedy) {
@@ -157,6 +159,7 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
   if constexpr (kPolicy == kClusterPolicy) {
     team.rank = cluster_rank();
     cluster_arrive();
+    if (!kPlain) cluster_wait();  // stage 3 may have to meet before the scan
   }
   if constexpr (kPolicy == kGridPolicy) {
     team.rank = (int)(blockIdx.x % (uint32_t)parts);
@@ -166,7 +169,7 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
     }
   }
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {
-    sample_row<T, kPolicy, kPlain>(batch, ws, r, team, per_warp, r == index);
+    sample_row<T, kPolicy, kPlain>(batch, ws, r, team, per_warp, kPlain && r == index);
     if (batch.drafts.num_accepted) {
       team.sync();  // the row's token is written
       if (team.leads() && threadIdx.x == 0) settle(batch, r);

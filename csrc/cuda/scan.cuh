@@ -20,7 +20,8 @@ struct RowTask {
   float drawn_scale;  // of those that draws are made by
   float factor;       // of probabilities, which weigh p * scale * factor; 0 for logits
   int32_t lowest;     // the key of the lowest token that can be kept at all
-  int32_t k_bound;    // top-k's last key is no lower; kKeyMinusInfinity where k is large
+  bool bounded;       // whether k_bound says more than that; not where k is large
+  int32_t k_bound;    // top-k's last key is no lower; kKeyMinusInfinity where few tokens are left
 };
 
 FS_DEVICE RowTask make_task(const RowParams& params, InputKind input) {
@@ -107,7 +108,7 @@ FS_DEVICE int32_t nth_highest(const int32_t* keys, int32_t n, int32_t k, Shared&
   return own.k_bound;
 }
 
-// Tells every block the highest keys of this one's groups of lanes.
+// Leaves the highest keys of the calling warp's groups of lanes in shared memory.
 template <Policy kPolicy>
 FS_DEVICE void note_groups(const Team<kPolicy>& team, int32_t key, int32_t groups) {
   const int32_t width = 32 / groups;
@@ -130,10 +131,10 @@ FS_DEVICE int32_t bound_of(const Team<kPolicy>& team, int32_t k, int32_t groups)
   return nth_highest(keys, n, k, *team.own);
 }
 
-// `starts`: this is the launch's first row, whose cluster has not met yet.
+// With `meets`, this is the launch's first row, whose cluster has not met yet.
 template <Policy kPolicy, class S>
 FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, RowTask& t,
-                    bool starts) {
+                    bool meets) {
   Shared& own = *team.own;
   const int32_t groups = top_k > 0 && top_k < slice.vocab ? groups_of_warp(top_k, team.parts) : 0;
   const KeyPlace mine = scan_lane(slice);
@@ -143,7 +144,7 @@ FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, Ro
   if (groups) note_groups(team, mine.x, groups);
   if (threadIdx.x == 0) own.listed = 0;
   __syncthreads();
-  if (starts) team.meet();
+  if (meets) team.meet();
   Board& board = team.board();
   if (warp() == 0) {
     const long long all = warp_max(lane() < warps() ? own.best[lane()] : LLONG_MIN);
@@ -154,7 +155,8 @@ FS_DEVICE void scan(const Team<kPolicy>& team, const S& slice, int32_t top_k, Ro
   team.sync();
   const long long* found = board.best[team.turn];
   set_peak(t, place_of(warp_max(lane() < team.parts ? found[lane()] : LLONG_MIN)));
-  t.k_bound = groups && t.status == kValid ? bound_of(team, top_k, groups) : kKeyMinusInfinity;
+  t.bounded = groups && t.status == kValid;
+  t.k_bound = t.bounded ? bound_of(team, top_k, groups) : kKeyMinusInfinity;
 }
 
 }  // namespace fastsample

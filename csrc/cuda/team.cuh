@@ -66,6 +66,7 @@ FS_DEVICE void add_wide(u64* sum, u64 value) {
   const uint32_t high = (uint32_t)(value >> 32) + (before + low < before ? 1 : 0);
   if (high) atomicAdd(halves + 1, high);
 }
+
 // What one thread makes of measures, for all of its block.
 struct Verdict {
   u64 floor;

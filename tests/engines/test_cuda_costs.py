@@ -196,6 +196,17 @@ def test_too_many_candidates_are_selected_by_rounds(how: How, most: int, simt: S
     both(simt, pair, seed=1, top_k=40, top_p=0.9)
 
 
+def test_few_tokens_are_candidates_whatever_k(simt: Simt) -> None:
+    """As behind a grammar: fewer than k tokens are left, and all of them are listed."""
+    logits = torch.full((1, 4000), -torch.inf)
+    logits[0, ::300] = torch.arange(14.0)
+    simt.how = How("cluster", 2, 64)
+    assert both(simt, logits, seed=1, top_k=40, top_p=0.9).team_barriers <= 3
+    mask = torch.zeros(1, 125, dtype=torch.int32)
+    mask[0, 5] = 7
+    assert both(simt, torch.randn(1, 4000), seed=1, top_k=40, bitmask=mask).team_barriers <= 3
+
+
 def test_rows_after_one_another_in_every_order(simt: Simt) -> None:
     """A block may be a row ahead of another: what the next row publishes must not meet what is still read."""
     logits = make_bench_logits("lm", 9, 700, torch.float32)

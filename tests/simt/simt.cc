@@ -87,6 +87,7 @@ struct Fiber {
   const uint64_t* waits_for = nullptr;  // runs again once this differs from `seen`
   uint64_t seen = 0;
   uint64_t cluster_seen = 0;  // when the thread arrived at its cluster's barrier
+  bool arrived_at_cluster = false;
   bool paused = false, done = false;
   char* stack = nullptr;
   void* sp = nullptr;
@@ -312,6 +313,8 @@ void block_barrier(const char* file, int line) {
 void cluster_arrive() {
   Block* first = current->block->first_of_cluster;
   Meeting& cluster = *current->block->cluster;
+  if (current->arrived_at_cluster) failure = "a thread arrives twice at its cluster's barrier";
+  current->arrived_at_cluster = true;
   current->cluster_seen = cluster.generation;
   if (++cluster.arrived < cluster.members) return;
   cluster.arrived = 0;
@@ -321,6 +324,8 @@ void cluster_arrive() {
 }
 
 void cluster_wait() {
+  if (!current->arrived_at_cluster) failure = "a thread waits where it has not arrived";
+  current->arrived_at_cluster = false;
   current->waits_for = &current->block->cluster->generation;
   current->seen = current->cluster_seen;
   if (*current->waits_for == current->seen) to_scheduler();
