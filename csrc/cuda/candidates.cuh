@@ -12,20 +12,31 @@ FS_DEVICE bool uses_candidates(const RowTask& t, int32_t vocab) {
   return t.bounded && uses_top_k(*t.params, vocab) && !uses_typical(*t.params);
 }
 
+// Where the blocks leave candidates, as ranked() makes integers of them, `room` for each: on the
+// leader's board, in the place of its bins, or in device memory.
+struct Rooms {
+  u64* first;
+  int32_t room;
+};
+template <Policy kPolicy>
+FS_DEVICE Rooms rooms_of(const Team<kPolicy>& team) {
+  if constexpr (kPolicy == kGridPolicy) return Rooms{team.own->far_candidates, kMaxListed};
+  return Rooms{team.board().bins, kBins / team.parts};
+}
+
 struct Listed {
   int32_t size;  // candidates; -1 where there are too many
   u64 total;     // the mass of the whole row, where top-p goes by it
 };
 
-// The candidates of the calling block, to the leader's board: its share of the bins has room for so
-// many.
+// The candidates of the calling block, to the leader.
 template <Policy kPolicy, class S>
 FS_DEVICE u64 push_candidates(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                              bool weighs, int32_t room) {
+                              bool weighs, Rooms rooms) {
   constexpr int kN = S::kWidth;
   const float bound = from_key(t.k_bound > t.lowest ? t.k_bound : t.lowest);
   const KeptKeys all = everything(t);
-  u64* to = team.of_leader(team.board().bins) + team.rank * room;
+  u64* to = team.of_leader(rooms.first) + team.rank * rooms.room;
   u64 total = 0;
   each_vector(slice, [&](const float (&x)[kN], int32_t first) {
     uint32_t found = 0;
@@ -41,7 +52,7 @@ FS_DEVICE u64 push_candidates(const Team<kPolicy>& team, const S& slice, const R
 #pragma unroll
       for (int i = 1; i < kN; ++i) mine = i == at ? x[i] : mine;
       const int32_t slot = atomicAdd(&team.own->listed, 1);
-      if (slot < room) to[slot] = (u64)ranked({key_of(mine), first + at});
+      if (slot < rooms.room) to[slot] = (u64)ranked({key_of(mine), first + at});
     }
   });
   return total;
@@ -81,7 +92,7 @@ FS_DEVICE void each_with_sum(int32_t begin, int32_t end, Term term, Done done) {
 // Zeroes what lies on the leader's board, for selections; for the leading block. With `to`, it
 // moves there, one block's after the other's.
 template <Policy kPolicy>
-FS_DEVICE void take_candidates(const Team<kPolicy>& team, int32_t room, u64* to) {
+FS_DEVICE void take_candidates(const Team<kPolicy>& team, Rooms rooms, u64* to) {
   const int32_t mine = lane() < team.parts ? team.board().counts[lane()] : 0;
   u64 total;
   const u64 before = warp_scan((u64)mine, total);
@@ -89,8 +100,8 @@ FS_DEVICE void take_candidates(const Team<kPolicy>& team, int32_t room, u64* to)
   for (int part = warp(); part < team.parts; part += warps()) {
     const int32_t found = __shfl_sync(kWholeWarp, mine, part);
     u64* into = to + __shfl_sync(kWholeWarp, before, part);
-    u64* from = team.board().bins + part * room;
-    for (int32_t i = lane(); i < found && i < room; i += 32) {
+    u64* from = rooms.first + part * rooms.room;
+    for (int32_t i = lane(); i < found && i < rooms.room; i += 32) {
       if (to) into[i] = from[i];
       from[i] = 0;
     }
@@ -99,10 +110,10 @@ FS_DEVICE void take_candidates(const Team<kPolicy>& team, int32_t room, u64* to)
 
 // Sorts the n candidates by the leading block.
 template <Policy kPolicy>
-FS_DEVICE void sort_candidates(const Team<kPolicy>& team, int32_t n, int32_t room) {
+FS_DEVICE void sort_candidates(const Team<kPolicy>& team, int32_t n, Rooms rooms) {
   Shared& own = *team.own;
   const u64* taken = own.running;  // free until there are sums
-  take_candidates(team, room, own.running);
+  take_candidates(team, rooms, own.running);
   __syncthreads();
   each_with_sum(
       0, n, [&](int32_t e, int32_t j) -> u64 { return (long long)taken[j] > (long long)taken[e]; },
@@ -114,20 +125,20 @@ FS_DEVICE void sort_candidates(const Team<kPolicy>& team, int32_t n, int32_t roo
 // there are too many, and the board is as before.
 template <Policy kPolicy, class S>
 FS_DEVICE Listed list_candidates(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
-  const int32_t room = kBins / team.parts;
+  const Rooms rooms = rooms_of(team);
   const bool weighs = t.params->order == kJoint && uses_top_p(*t.params);
-  const u64 mine = push_candidates(team, slice, t, weighs, room);
+  const u64 mine = push_candidates(team, slice, t, weighs, rooms);
   if (weighs) add_on_board(team, mine);
   __syncthreads();
   if (warp() == 0) team.publish(&team.board().counts[team.rank], team.own->listed);
   team.sync();
-  Listed list = {count_candidates(team, room), 0};
+  Listed list = {count_candidates(team, rooms.room), 0};
   if (team.leads()) {
     if (list.size < 0) {
-      take_candidates(team, room, nullptr);
+      take_candidates(team, rooms, nullptr);
     } else {
       if (weighs) list.total = team.board().total;
-      sort_candidates(team, list.size, room);  // its barriers come after the total is read
+      sort_candidates(team, list.size, rooms);  // its barriers come after the total is read
     }
     if (threadIdx.x == 0) team.board().total = 0;
   }

@@ -166,6 +166,7 @@ FS_DEVICE void sample_rows(const Batch& batch, const Workspace& ws, int32_t part
     if (threadIdx.x == 0) {
       own->semaphore = ws.semaphores + index;
       own->far_board = ws.boards + index;
+      own->far_candidates = ws.candidates + (int64_t)index * parts * kMaxListed;
     }
   }
   for (uint32_t r = index; r < (uint32_t)batch.logits.rows; r += teams) {

@@ -83,25 +83,37 @@ FS_DEVICE KeyPlace scan_lane(const S& slice) {
 }
 
 // Top-k's last key is bounded by the k-th of the highest keys of disjoint groups of lanes: at least
-// k tokens reach it. With a quarter more groups than k, few others do.
-constexpr int32_t kGroupsPer4K = 5;
+// k tokens reach it. The more groups than k there are, the fewer others do. A language model's rows
+// have their high logits side by side, since frequent tokens have low ids, so that many share a
+// group: five groups for each of the k leave about 2 k tokens there.
+constexpr int32_t kGroupsWanted = 5;
 
-// Groups per warp; 0 where k is too large for them.
+// Groups per warp, as many as are wanted or as there is room for; 0 where k is too large for them.
 FS_DEVICE int32_t groups_of_warp(int32_t k, int parts) {
   const int32_t segments = parts * warps();
-  for (int32_t groups = 1; groups <= 32 && groups * segments <= kMaxGroups; groups *= 2) {
-    if (4 * groups * segments >= kGroupsPer4K * k) return groups;
+  int32_t groups = 0;
+  for (int32_t next = 1; next <= 32 && next * segments <= kMaxGroups; next *= 2) {
+    groups = next;
+    if (groups * segments >= kGroupsWanted * k) break;
   }
-  return 0;
+  return 4 * groups * segments >= 5 * k ? groups : 0;
 }
 
-// The k-th highest of n keys, in shared memory, for all threads of a block.
+// The k-th highest of n keys, in shared memory, for all threads of a block. A multiple of 16 bytes
+// may be read past the last.
 FS_DEVICE int32_t nth_highest(const int32_t* keys, int32_t n, int32_t k, Shared& own) {
   for (int32_t i = (int32_t)threadIdx.x; i < n; i += threads()) {
     const int32_t mine = keys[i];
     int32_t before = 0;
 #pragma unroll 4
-    for (int32_t j = 0; j < n; ++j) before += keys[j] > mine || (keys[j] == mine && j < i);
+    for (int32_t j = 0; j < n; j += 4) {
+      const Vec16 four = load_shared16((const Vec16*)(keys + j));
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const int32_t other = (int32_t)four.word[u];
+        before += j + u < n && (other > mine || (other == mine && j + u < i));
+      }
+    }
     if (before == k - 1) own.k_bound = mine;
   }
   __syncthreads();

@@ -79,7 +79,8 @@ struct alignas(16) Shared {
   u64 running[kMaxListed];  // sums over segments or candidates; or the masses of candidates
   u64 scratch[32];
   long long best[32];
-  int32_t groups[kMaxGroups];  // of this block; a grid's block has a copy of all here in the end
+  // Of this block; a grid's block has a copy of all here in the end.
+  alignas(16) int32_t groups[kMaxGroups];
   int32_t warp_low[32];
   int32_t k_bound;
   int32_t listed;
@@ -88,6 +89,7 @@ struct alignas(16) Shared {
   int32_t turn;               // of Board::measures
   uint32_t* semaphore;        // kGridPolicy only; for the first thread
   Board* far_board;           // kGridPolicy only: the team's, in device memory
+  u64* far_candidates;        // kGridPolicy only: the team's, likewise
   u64 measures[kMeasures];
   Verdict verdict;
   Overlay overlay;

@@ -38,15 +38,14 @@ enum Measure : int32_t {
 // are the first one's, and what all blocks read is published to each. Rows take turns where one
 // block may be a row ahead of another.
 struct Board {
-  // In the order of slot_of; or candidates, as ranked() makes integers of them, an equal share for
-  // each block. 0 between selections.
+  // In the order of slot_of; or a cluster's candidates. 0 between selections.
   u64 bins[kBins];
   u64 total;                              // 0 between selections
   u64 sums[kMaxSegments];                 // of each warp's segment, in id order
   u64 measures[2][kMeasures][kMaxParts];  // of each block; passes take turns
   long long best[2][kMaxParts];
-  int32_t groups[2][kMaxGroups];  // the highest key of each
-  int32_t counts[kMaxParts];      // of candidates that each block has found
+  alignas(16) int32_t groups[2][kMaxGroups];  // the highest key of each
+  int32_t counts[kMaxParts];                  // of candidates that each block has found
   Bracket bracket;
   int32_t id;
 };
@@ -87,6 +86,7 @@ struct Workspace {
   uint32_t* bitmaps;    // [teams, bitmap_words], for the outputs where shared memory is too small
   int64_t bitmap_words;
   int64_t* offsets;      // [B], to advance by 1 once their rows are drawn; null if they stay
+  u64* candidates;       // kGridPolicy only: [blocks, kMaxListed]
   Board* boards;         // kGridPolicy only: [teams], zero between launches
   uint32_t* semaphores;  // kGridPolicy only: [teams], the low 31 bits zero between launches
 };
@@ -168,6 +168,7 @@ inline int64_t lay_out(const Batch& batch, const Layout& layout, char* workspace
   ws.bitmaps = (uint32_t*)part(more.teams * ws.bitmap_words * 4);
   ws.offsets = nullptr;
   const bool grid = layout.sample.policy == kGridPolicy;
+  ws.candidates = (u64*)part(grid ? blocks * kMaxListed * 8 : 0);
   ws.semaphores = grid ? (uint32_t*)boards : nullptr;
   ws.boards = grid ? (Board*)(boards + kSemaphoreBytes) : nullptr;
   return size;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,14 @@ from conformance import ask, ask_kept, assert_agree, named
 from simt_engine import A100, H100, Counters, How, Simt, as_backend, build, compiler
 
 import fastsample as fs
-from bench.campaign.model import COUNTED, table
-from bench.modes import make_logits as make_bench_logits
 from fastsample.backends import engine
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # behind site-packages, where the fastsample under test is
+
+from bench import recorded  # noqa: E402
+from bench.campaign.model import COUNTED, table  # noqa: E402
+from bench.modes import make_logits as make_bench_logits  # noqa: E402
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
@@ -73,7 +79,7 @@ def test_a_cluster_keeps_to_its_budget(mode: str, dtype: torch.dtype, counting: 
     assert nbytes <= found.logit_bytes <= 1.01 * nbytes
     assert found.wide_shared_atomics == 0
     assert found.wavefronts <= 1.05 * found.phases  # every bank at work in nearly every access
-    assert found.remote <= 1000 * ROWS or mode == "p.95"
+    assert found.remote <= 2000 * ROWS or mode == "p.95"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,12 +102,12 @@ def test_the_model_rests_on_what_is_counted(counting: Simt) -> None:
 
 
 def test_the_documents_show_what_the_model_predicts() -> None:
-    assert table() in (Path(__file__).parents[2] / "bench" / "README.md").read_text()
+    assert table() in (ROOT / "bench" / "README.md").read_text()
 
 
 def test_conflicts_are_seen(tmp_path: Path) -> None:
     """A kernel whose lanes are 64 bytes apart: half of 32 lanes meet in each of two banks."""
-    source = (Path(__file__).parents[1] / "simt" / "engine.cc").read_text()
+    source = (ROOT / "tests" / "simt" / "engine.cc").read_text()
     probe = source.replace("void simt_counters", PROBE + "\nvoid simt_counters", 1)
     assert probe != source
     (tmp_path / "engine.cc").write_text(probe)
@@ -194,6 +200,17 @@ def test_too_many_candidates_are_selected_by_rounds(how: How, most: int, simt: S
     pair = torch.cat([many, few, many, few])
     simt.how = How(how.policy, how.parts, how.threads, teams=1)
     both(simt, pair, seed=1, top_k=40, top_p=0.9)
+
+
+@pytest.mark.parametrize(("device", "barriers"), [(H100, 3), (A100, 2)], ids=["H100", "A100"])
+def test_a_language_models_rows_need_no_rounds(device: tuple[int, ...], barriers: int, simt: Simt) -> None:
+    """Their high logits lie side by side, so that one group has many of them, and one block most."""
+    logits = recorded.rows()[::26]
+    simt.how = How("auto", device=device)
+    with as_backend(simt):
+        found = fs.sample(logits, seed=2, top_k=50, top_p=0.95, backend="cuda")
+    assert torch.equal(found.tokens, fs.sample(logits, seed=2, top_k=50, top_p=0.95, backend="cpu").tokens)
+    assert simt.counters().team_barriers == barriers * len(logits)
 
 
 def test_few_tokens_are_candidates_whatever_k(simt: Simt) -> None:
