@@ -186,6 +186,17 @@ def test_candidates_are_filtered_and_drawn_as_the_row_would_be(fields: dict[str,
     both(simt, logits.half(), seed=9, bitmask=mask, output_ids=output_ids, frequency_penalty=0.7, **fields)
 
 
+def test_top_p_ends_where_its_mass_is_reached_exactly(simt: Simt) -> None:
+    """Of 8 equal tokens 4 are half of the mass, and a fifth is too many."""
+    logits = torch.full((2, 900), -5.0)
+    logits[:, 100:800:40] = 2.0
+    simt.how = How("cluster", 2, 64)
+    with as_backend(simt):
+        out = fs.sample(logits, top_k=8, top_p=[0.5, 0.75], seed=1, kept="count", backend="cuda")
+    assert out.kept_count is not None
+    assert out.kept_count.tolist() == [4, 6]
+
+
 @pytest.mark.parametrize(
     ("how", "most"), [(How("cluster", 2, 64), 3), (How("grid", 2, 64), 2)], ids=lambda how: getattr(how, "policy", None)
 )
