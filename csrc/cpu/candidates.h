@@ -1,6 +1,6 @@
-// A floor of the mass alone: the few candidates are copied, and only they are weighed. Those of
-// float32 rows are copied in the streaming pass: what lies too far below the maximum so far lies
-// too far below the row's. Those of 16-bit rows are copied once the maximum is known.
+// A floor of the mass alone: the few candidates are copied, and only they are weighed. They are
+// copied once the maximum is known; those of crowded float32 rows already in the streaming pass:
+// what lies too far below the maximum so far lies too far below the row's.
 #pragma once
 
 #include <type_traits>
@@ -80,7 +80,7 @@ FS_INLINE bool reaches(const Dense<T>& d, int g, float x) {
   return any(blocks);
 }
 
-// A group's candidates among 16-bit values, copied to `to`.
+// A group's candidates, copied to `to`.
 template <class T>
 FS_INLINE Candidates<T> pick(const Dense<T>& d, int g, typename Candidates<T>::Edge edge,
                              float lowest, float* to, const Workspace& ws) {
@@ -127,10 +127,19 @@ struct CountedWeighing : Weighing<LogitWeigher> {
   }
 };
 
-// The mass of a row's tokens that are not below a floor, in all and in each group. Float32 rows
-// have been watched.
+// How many blocks have a token that is not below x.
+template <class T>
+FS_INLINE int count_reached(const Dense<T>& d, float x) {
+  int n = 0;  // the maxima past the last are -inf
+  for (int b = 0; b < blocks(d); b += kLanes) n += count(ge(load(d.block_max + b), splat(x)));
+  return n;
+}
+
+// The mass of a row's tokens that are not below a floor, in all and in each group. `watched`: the
+// candidates are copied already.
 template <class T, class Weight>
-uint64_t weigh_candidates(const Dense<T>& d, const Weight& weight, const Workspace& ws) {
+uint64_t weigh_candidates(const Dense<T>& d, const Weight& weight, bool watched,
+                          const Workspace& ws) {
   const float lowest = weight.lowest();
   uint64_t total = 0;
   const auto weigh = [&](int g, Candidates<T> c) {
@@ -141,24 +150,26 @@ uint64_t weigh_candidates(const Dense<T>& d, const Weight& weight, const Workspa
     total += ws.group_mass[g];
   };
   if constexpr (sizeof(T) == sizeof(float)) {
-    ws.segment[0] = 0;
-    for (int g = 0; g < groups(d); ++g) {
-      const int begin = ws.segment[g], n = ws.segment[g + 1] - begin;
-      weigh(g, {ws.values + begin, reaches(d, g, lowest) ? n : 0});
+    if (watched) {
+      ws.segment[0] = 0;
+      for (int g = 0; g < groups(d); ++g) {
+        const int begin = ws.segment[g], n = ws.segment[g + 1] - begin;
+        weigh(g, {ws.values + begin, reaches(d, g, lowest) ? n : 0});
+      }
+      return total;
     }
-  } else {
-    // A group is weighed after the next is picked: values just stored cannot be loaded at once.
-    const auto edge = typename Candidates<T>::Edge(lowest);
-    Candidates<T> last = {nullptr, 0};
-    for (int g = 0; g < groups(d); ++g) {
-      float* to = g % 2 ? ws.spare : ws.values;
-      const Candidates<T> next =
-          reaches(d, g, lowest) ? pick(d, g, edge, lowest, to, ws) : Candidates<T>{nullptr, 0};
-      if (g) weigh(g - 1, last);
-      last = next;
-    }
-    weigh(groups(d) - 1, last);
   }
+  // A group is weighed after the next is picked: values just stored cannot be loaded at once.
+  const auto edge = typename Candidates<T>::Edge(lowest);
+  Candidates<T> last = {nullptr, 0};
+  for (int g = 0; g < groups(d); ++g) {
+    float* to = g % 2 ? ws.spare : ws.values;
+    const Candidates<T> next =
+        reaches(d, g, lowest) ? pick(d, g, edge, lowest, to, ws) : Candidates<T>{nullptr, 0};
+    if (g) weigh(g - 1, last);
+    last = next;
+  }
+  weigh(groups(d) - 1, last);
   return total;
 }
 

@@ -72,6 +72,7 @@ struct Scratch {
   } table[2];
   Buffer<uint32_t> keys[2];
   Buffer<uint8_t> taken;
+  bool crowded = false;
 
   Workspace workspace(int32_t vocab, size_t biases, size_t ids, bool many_draws) {
     const size_t blocks = (size_t)(vocab + kBlock - 1) / kBlock;
@@ -93,6 +94,7 @@ struct Scratch {
     ws.spare = spare.at_least(tokens);
     ws.list_x = list_x.at_least(tokens);
     ws.list_id = list_id.at_least(tokens);
+    ws.crowded = &crowded;
     if (!many_draws) return ws;
     for (int i = 0; i < 2; ++i) {
       ws.table[i].ends = table[i].ends.at_least(tokens);

@@ -215,6 +215,10 @@ void list_bits(const int32_t* words, int64_t n, int32_t* ids, int64_t total) {
   int64_t at = 0;
   for (int64_t k = 0; k < n; ++k) {
     uint32_t word = (uint32_t)words[k];
+    if (!word) {  // most sets are few bits of many words
+      while (k + kLanes < n && !any(nonzero(load_as<vi>(words + k)))) k += kLanes;
+      word = (uint32_t)words[k];
+    }
     if (__builtin_popcount(word) > kFew && total - at >= 32 + kLanes) {  // whole vectors fit
       for (int i = 0; i < 32; i += kLanes) {
         const Mask set = from_bits(word >> i & kAllLanes);

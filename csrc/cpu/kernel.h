@@ -69,6 +69,7 @@ struct Workspace {
   uint64_t* rest_mass;   // [groups] without what XTC leaves out
   TableSpace table[2];   // of what is kept, and without what XTC leaves out
   uint32_t* keys[2];     // [V + kPad] each, where there are many draws
+  bool* crowded;         // whether the last row had many candidates (cpu/plan.h)
   const void* ahead;     // the row that this thread will probably take next, or null
 };
 

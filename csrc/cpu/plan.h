@@ -23,14 +23,26 @@ struct Plan {
   bool moments = false;  // whether that pass measures the spread of the logits
 };
 
-// A row's vocabulary, whether its values have 16 bits, whether bias or penalties change it, and
-// what it is made of.
+// A row's vocabulary, whether its values have 16 bits, whether bias or penalties change it, what it
+// is made of, and whether it is likely to be crowded.
 struct RowKind {
   int32_t vocab;
   bool narrow;
   bool edited;
   InputKind input;
+  bool crowded = false;
 };
+
+// Whether a row has candidates in so many of its blocks that to copy them in the streaming pass,
+// which slows that down, costs less than to read these blocks again. A row is taken to be like the
+// one before.
+FS_HD bool is_crowded(int32_t blocks, int32_t reached) { return reached > blocks / 8; }
+
+// Whether the candidates, in so many of a row's blocks, are gathered with their ids, not as values
+// alone. To find the ids of a kept set again takes longer.
+FS_HD bool gathers_candidates(const Outputs& out, int32_t blocks, int32_t reached) {
+  return !is_crowded(blocks, reached) || (out.kept_bitmask && reached <= blocks / 2);
+}
 
 // Edits would lower a maximum that candidates were chosen by. In 16 bits, the streaming pass
 // costs half as much, and most blocks need no second look once the maximum is known.
@@ -44,7 +56,7 @@ FS_HD Plan plan_of(const RowParams& p, RowKind row) {
   if (row.input != kLogits || judging_temperature(p) != p.temperature) {
     return Plan{kFilters, false};
   }
-  return Plan{kCandidates, !row.narrow};
+  return Plan{kCandidates, row.crowded && !row.narrow};
 }
 
 // From here up, no step from y to the mass leaves the normal floats.

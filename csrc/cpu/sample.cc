@@ -22,18 +22,25 @@ void sample_greedy(const Task<T, W>& t) {
   finish_alone(t, Place<float>{t.weigher.max, nth_equal(t.dense, t.weigher.max, 1)});
 }
 
-// Stages 7 and 8 where a floor of the mass is the only filter.
+// Stages 7 and 8 where a floor of the mass is the only filter. `watched`: the candidates are copied
+// already.
 template <class T>
-void sample_candidates(Task<T, LogitWeigher> t, uint64_t floor) {
+void sample_candidates(Task<T, LogitWeigher> t, uint64_t floor, bool watched) {
   const Kept<float> kept = narrow_to_mass(everything(), floor);
+  Kept<float> reach = within_reach(kept, t.weigher);
+  reach.floor = 0;  // gathering does not weigh
   const Outputs& out = t.batch.out;
-  if (out.kept_count && !out.kept_bitmask && t.draws.begin == 0) {
+  const int reached = count_reached(t.dense, reach.low.x);
+  *t.ws.crowded = is_crowded(blocks(t.dense), reached);
+  if (gathers_candidates(out, blocks(t.dense), reached)) {
+    finish(t, gather(t.dense, reach, t.ws.list_x, t.ws.list_id), kept, 0);
+  } else if (out.kept_count && !out.kept_bitmask && t.draws.begin == 0) {
     int32_t& count = out.kept_count[t.r] = 0;
     t.counted = true;
     const CountedWeighing weight(t.weigher, floor, count);
-    finish(t, t.dense, kept, weigh_candidates(t.dense, weight, t.ws));
+    finish(t, t.dense, kept, weigh_candidates(t.dense, weight, watched, t.ws));
   } else {
-    finish(t, t.dense, kept, weigh_candidates(t.dense, Weighing(t.weigher, floor), t.ws));
+    finish(t, t.dense, kept, weigh_candidates(t.dense, Weighing(t.weigher, floor), watched, t.ws));
   }
 }
 
@@ -95,7 +102,8 @@ Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace
   const float temperature = is_greedy(p) ? 1.0f : p.temperature;
   const float scale = mass_scale(temperature), bound = near_bound(scale);
   const uint64_t floor = mass_floor(p, kMassUnit);
-  const Plan plan = plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0, kLogits});
+  const Plan plan =
+      plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0, kLogits, *ws.crowded});
   const Watcher watcher = {Reach(scale, floor), ws.values, ws.segment};
   Deviation spread = kAnyDeviation;
   Peak peak = scan_as_planned(row, ws, plan, watcher, bound, &spread);
@@ -109,7 +117,7 @@ Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace
   const Dense<T> dense = {row, ws.block_max, is_near(peak.low, peak.max, scale), spread};
   const Task<T, LogitWeigher> task = {batch, r, draws, ws, dense, weigher, temperature};
   if (plan.path == kCandidates) {
-    sample_candidates(task, floor);
+    sample_candidates(task, floor, plan.watch);
   } else {
     sample_valid(task, p, plan.path);
   }

@@ -52,6 +52,7 @@ struct Memory {
   std::vector<int32_t> ints[5];
   std::vector<uint64_t> wide[3];
   std::vector<uint32_t> keys[2];
+  bool crowded = false;
   Workspace ws = {};
 
   Memory(int32_t vocab, bool many_draws) {
@@ -68,6 +69,7 @@ struct Memory {
     ws.list_id = ints[1].data();
     ws.group_mass = wide[0].data();
     ws.rest_mass = wide[2].data();
+    ws.crowded = &crowded;
     if (many_draws) {
       ws.table[0] = {wide[1].data(), ints[2].data(), ints[3].data(), ints[4].data(),
                      floats[4].data()};
@@ -276,9 +278,9 @@ void check_plan() {
     if (set & kUsesMeasuredFloors) p.p_less = 1;
     if (set & kUsesXtc) p.xtc_probability = 0.5f;
     CHECK(filters_of(p, 100) == (set & kAll));
-    for (int kind = 0; kind < 16; ++kind) {
+    for (int kind = 0; kind < 32; ++kind) {
       const RowKind row = {100, (kind & 1) != 0, (kind & 2) != 0,
-                           kind & 4 ? kProbabilities : kLogits};
+                           kind & 4 ? kProbabilities : kLogits, (kind & 16) != 0};
       RowParams own = p;
       if (kind & 8) own.order = kTemperatureLast;
       if (!(set & kGreedy)) own.temperature = 0.5f;
@@ -286,7 +288,7 @@ void check_plan() {
       const Plan plan = plan_of(own, row);
       const bool alone = set == kUsesMassFloor && !row.edited && row.input == kLogits && !apart;
       CHECK(plan.path == (set & kGreedy ? kArgmax : alone ? kCandidates : kFilters));
-      CHECK(plan.watch == (alone && !row.narrow));
+      CHECK(plan.watch == (alone && !row.narrow && row.crowded));
       const bool spreads = (set & (kGreedy | kUsesTopNSigma)) == kUsesTopNSigma;
       CHECK(plan.moments == (spreads && !row.edited && row.input == kLogits));
     }
