@@ -14,7 +14,8 @@ import torch
 
 from fastsample import repeats
 from fastsample.arrays import ArrayLike, as_tensor
-from fastsample.backends import Engine, KeptSets, Outputs, select
+from fastsample.backends import Engine, Outputs, select
+from fastsample.buffers import OF_ALL, Fresh, Written, check_buffer, empty, filled_by_run, span, view
 from fastsample.checks import CPU, check_logits, has_memory
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed, pack_offsets, pack_seeds
 from fastsample.inputs.batch import flat, flat_fields
@@ -22,26 +23,18 @@ from fastsample.inputs.drafts import History
 from fastsample.inputs.penalties import warn_without_ids
 from fastsample.inputs.probs import require_for_probs, require_no_bias
 from fastsample.inputs.records import pack
-from fastsample.kept import fill_lists, list_ids, scratch_for, worth_keeping
+from fastsample.kept import fill_lists, list_ids
 from fastsample.outputs import (
     FIELD,
-    LISTED,
+    REPORTED,
     Options,
     SampleOutput,
-    Written,
-    allocate,
-    check_buffer,
-    empty,
-    fresh_like,
     raise_if_invalid,
-    span,
     unrolled,
     wanted,
 )
 from fastsample.params import SamplingParams
-
-OF_ALL = frozenset(field.name for field in LISTED)
-"""Outputs that all rows share."""
+from fastsample.reports import Layout
 
 Kind = Literal["tokens", "filtered", "probabilities"]
 
@@ -148,8 +141,8 @@ class Call:
         self._engine = select(self.options.backend, table)
         self.batch = tuple(logits.shape[:-1])
         self._copied = None if table.data_ptr() == logits.data_ptr() else logits
-        self._forget_buffers()
         self.device, self._shape = logits.device, (table.shape[0], table.shape[1])
+        self._forget_buffers()
         size = table.shape[0] * max(self.options.num_samples, self.options.top_logprobs)
         # A GPU needs copies of the parameters for every call anyway.
         self.small = size <= repeats.SMALL and self.device == CPU and self._copied is None
@@ -214,44 +207,42 @@ class SampleCall(Call):
     def __init__(self, options: Options, slots: int | None = None) -> None:
         super().__init__(options, slots)
         self._wanted = wanted(self.options)  # names of the buffers to fill
+        self._filled = filled_by_run(self._wanted)
         self._same = unrolled("a.{0} is b.{0}", self._wanted, " and ")
-        self._like = fresh_like(self._wanted)
-        self._more = [name for name in self._wanted if name not in ("tokens", "status")]
-        self._filled = [name for name in self._more if name not in OF_ALL]  # by an engine's run
-        self._names = tuple(self._filled)
-        self._template: SampleOutput | None = None
-        self._own: Outputs | None = None  # for fresh buffers; a Sampler's calls take turns
+        self._exact = self.options.kept == "ids" and not self.options.kept_capacity
+        self._fresh: Fresh  # all of them
+        self._made: Fresh  # those that are not left to be read
+        self._layout: Layout | None = None  # of the others
+        self._lists: Layout | None = None  # where a caller's buffers are filled, and an engine lists all ids itself
         self._last: tuple[SampleOutput, SampleOutput, Outputs] | None = None  # a caller's, a copy, the engine's view
         self._written: Written  # the memory of the last call's buffers
         self._bytes = 0  # bytes from the first logit to the last
         self._made_for_inference = False
-        self._lists = self.options.kept == "ids"
-        self._sets: KeptSets | None = None  # what is listed; scratch where lists have no limit
-        self._exact = self._lists and not self.options.kept_capacity
 
     def run(self, table: torch.Tensor, rows: Rows, out: SampleOutput | None, advance: bool = False) -> SampleOutput:
         """Sample what `table` returned last, into `out` if given; then advance every row's offset by 1 if asked to."""
         outputs = None if out is None else self._checked_outputs(out, table, rows)
         # If an invalid row is an error, a caller's buffers keep their contents.
         if out is None or outputs is None or (self.raises and not outputs.restore):
-            result = self._fresh(table.device)
-            outputs = self._own = self._outputs(result, self._own)
+            result, layout = self._made.make(self.lasts), self._layout
+            outputs = self._made.view(result)
         else:
-            result = out
+            result, layout = out, self._lists
         in_passing = outputs.advance = advance and self._engine.advances
-        invalid = self._engine.run(table, rows, outputs)
+        if layout is None:
+            invalid = self._run(table, rows, outputs, result)
+        else:
+            invalid, memory = self._engine.report(table, rows, outputs, layout)
         if self.raises and invalid != 0:
-            if outputs.restore:
-                result = self._fresh(table.device)
-                self._engine.run(table, rows, self._outputs(result))
+            status = result.status if result is not out else self._statuses(table, rows)
             try:
-                raise_if_invalid(result.status, self.batch, self.options.input)
+                raise_if_invalid(status, self.batch, self.options.input)
             except ValueError:
                 if in_passing:
                     rows.offsets -= 1
                 raise
-        if self._lists:
-            self._list_kept(outputs, result)
+        if layout is not None:
+            result.leave(layout, memory, () if out is None else OF_ALL)
         if advance and not in_passing:
             self._engine.advance(rows)
         if out is None or out is result:
@@ -263,32 +254,59 @@ class SampleCall(Call):
                 getattr(out, name).copy_(getattr(result, name))
         return out
 
+    def _run(self, table: torch.Tensor, rows: Rows, outputs: Outputs, result: SampleOutput) -> int | None:
+        """Let the engine fill a result whose buffers are all there; returns what it says of invalid rows."""
+        if self._exact:
+            words = FIELD["kept_bitmask"].shape((len(table),), self.options, self._shape[1])
+            outputs.kept_bitmask, outputs.names = empty(words, torch.int32, table.device), None
+        found = self._engine.run(table, rows, outputs)
+        if self.options.kept == "ids" and not (self.raises and found):
+            self._list_kept(outputs, result)
+        return found
+
+    def _list_kept(self, outputs: Outputs, result: SampleOutput) -> None:
+        assert outputs.kept_count is not None
+        assert outputs.kept_bitmask is not None
+        count, bitmask = outputs.kept_count, outputs.kept_bitmask.view(self._shape[0], outputs.kept_bitmask.shape[-1])
+        if self._exact:
+            result.kept_ids, result.kept_row_ptr = list_ids(self._engine, count, bitmask)
+        else:
+            assert result.kept_ids is not None
+            assert result.kept_row_ptr is not None
+            capacity = self.options.kept_capacity
+            fill_lists(self._engine, count, bitmask, capacity, result.kept_ids, result.kept_row_ptr)
+
+    def _statuses(self, table: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The status of each row, of a run whose buffers hold again what they held before."""
+        made = self._fresh.make(False)
+        self._engine.run(table, rows, self._fresh.view(made))
+        return made.status
+
     def verified(
         self, table: torch.Tensor, rows: Rows, ids: torch.Tensor
     ) -> tuple[SampleOutput, torch.Tensor, torch.Tensor, int | None]:
         """What an engine that verifies makes of drafts: outputs of each row, num_accepted, status, invalid results."""
-        result = self._fresh(table.device)
-        outputs = self._own = self._outputs(result, self._own)
+        result = self._fresh.make(self.lasts)
         accepted, ends = (empty((ids.shape[0],), torch.int32, table.device) for _ in range(2))
-        return result, accepted, ends, self.engine.verify(table, rows, outputs, ids, accepted, ends)
+        return result, accepted, ends, self.engine.verify(table, rows, self._fresh.view(result), ids, accepted, ends)
 
     def of_tokens(self, table: torch.Tensor, rows: Rows, given: torch.Tensor) -> SampleOutput:
         """What `run` gives, with tokens int64 [B] that are given; where one is no token, it is drawn."""
-        result = self._fresh(table.device)
-        outputs = self._outputs(result)
+        result = self._fresh.make(False)
+        outputs = view(result, self._filled, self.options, len(self.batch))
         outputs.names = None
         outputs.given, outputs.weights = given, empty((len(given), 2), torch.int64, table.device)
         self.engine.run(table, rows, outputs)
         return result
 
-    def fresh(self, device: torch.device) -> Outputs:
+    def fresh(self) -> Outputs:
         """New buffers for all that is asked, as an engine sees them."""
-        return self._outputs(self._fresh(device))
+        return view(self._fresh.make(False), self._filled, self.options, len(self.batch))
 
     @property
-    def reports(self) -> bool:
+    def wants_more(self) -> bool:
         """Whether more is wanted than tokens."""
-        return bool(self._more)
+        return len(self._wanted) > 2 or self._exact
 
     @property
     def engine(self) -> Engine:
@@ -298,68 +316,20 @@ class SampleCall(Call):
     def let_go(self) -> None:
         super().let_go()
         self._last = None
-        if self._sets is not None and not worth_keeping(self._sets):
-            self._sets = None
-            if self._own is not None:
-                self._own.kept_bitmask = self._own.kept_slots = None
-        if self._own is not None and (ours := self._template) is not None:
-            self._own.tokens, self._own.status = ours.tokens, ours.status
-            for name in self._filled:
-                setattr(self._own, name, getattr(ours, name))
-        else:
-            self._own = None
+        self._fresh.let_go()
+        self._made.let_go()
 
     def _forget_buffers(self) -> None:
-        self._template = self._last = self._sets = self._own = None
-
-    def _list_kept(self, outputs: Outputs, result: SampleOutput) -> None:
-        assert outputs.kept_count is not None
-        if self._exact:
-            assert self._sets is not None
-            result.kept_ids, result.kept_row_ptr = list_ids(self._engine, outputs.kept_count, self._sets)
-        else:
-            assert outputs.kept_bitmask is not None
-            assert result.kept_ids is not None
-            assert result.kept_row_ptr is not None
-            words, capacity = outputs.kept_bitmask.shape[-1], self.options.kept_capacity
-            sets = KeptSets(outputs.kept_bitmask.view(self._shape[0], words))
-            fill_lists(self._engine, outputs.kept_count, sets, capacity, result.kept_ids, result.kept_row_ptr)
-
-    def _fresh(self, device: torch.device) -> SampleOutput:
-        """New buffers for each call. Making them like a template takes half the time."""
-        if self._template is None:
-            if self.lasts:
-                self._template = allocate(self.batch, self.options, self._shape[1], device)
-            return allocate(self.batch, self.options, self._shape[1], device)
-        return SampleOutput(*self._like(self._template))
-
-    def _outputs(self, result: SampleOutput, outputs: Outputs | None = None, restore: bool = False) -> Outputs:
-        """The engine's view of buffers: `outputs`, if given, is an earlier one."""
-        if outputs is None:
-            options = self.options
-            outputs = Outputs(result.status, num_samples=options.num_samples, mode=options.logprobs, restore=restore)
-            outputs.num_top, outputs.input = options.top_logprobs, options.input
-            outputs.names = self._names
-        if self._exact and outputs.kept_bitmask is None:
-            self._lend(outputs, result.status.device)
-        if len(self.batch) > 1:  # an engine fills [B * T, ...]
-            for name in self._wanted:
-                value = getattr(result, name)
-                if name not in OF_ALL:
-                    setattr(outputs, name, value.flatten(0, len(self.batch) - 1))
-            return outputs
-        outputs.status, outputs.tokens = result.status, result.tokens
-        for name in self._filled:
-            setattr(outputs, name, getattr(result, name))
-        return outputs
-
-    def _lend(self, outputs: Outputs, device: torch.device) -> None:
-        """Give the engine memory for the sets that are listed."""
-        if self._sets is None:
-            self._sets = scratch_for(self._engine, *self._shape, device)
-        outputs.kept_bitmask, outputs.kept_slots = self._sets.bitmask, self._sets.slots
-        lent = ("kept_bitmask",) if self._sets.slots is None else ("kept_bitmask", "kept_slots")
-        outputs.names = self._names + lent
+        assert self.device is not None
+        self._last = self._layout = self._lists = None
+        given = self.options, self.batch, self._shape[1]
+        self._fresh = self._made = Fresh(self._wanted, *given, self.device)
+        later = tuple(name for name in REPORTED if name in self._wanted)
+        # Lists of a limited number are made of counts and bitmasks.
+        if self._engine.reports and (later or self._exact) and not self.options.kept_capacity:
+            self._made = Fresh(tuple(name for name in self._wanted if name not in later), *given, self.device)
+            self._layout = Layout(later, self._exact, *given)
+            self._lists = Layout((), True, *given) if self._exact else None
 
     def _checked_outputs(self, out: SampleOutput, table: torch.Tensor, rows: Rows) -> Outputs:
         """The engine's view of a caller's buffers, which are checked unless they are the last call's."""
@@ -368,6 +338,7 @@ class SampleCall(Call):
             return self._last[2]
         if not isinstance(out, SampleOutput):
             raise TypeError(f"out: expected a SampleOutput, got {type(out).__name__}")
+        copy = replace(out)  # which reads all that was left to be read
         buffers = {f"out.{name}": getattr(out, name) for name in self._wanted}
         for name, buffer in zip(self._wanted, buffers.values(), strict=True):
             field = FIELD[name]
@@ -378,8 +349,7 @@ class SampleCall(Call):
         start, end = span(table)
         self._bytes = end - start
         self._require_apart(self._written, table, rows)
-        outputs = self._outputs(
-            out, restore=self.raises and self._engine.restores and self.options.kept in (None, "count")
-        )
-        self._last = (out, replace(out), outputs)
+        outputs = view(out, self._filled, self.options, len(self.batch))
+        outputs.restore = self.raises and self._engine.restores
+        self._last = (out, copy, outputs)
         return outputs

@@ -6,49 +6,37 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import Engine, KeptSets
-from fastsample.outputs import LISTED, empty
+from fastsample.backends import Engine
+from fastsample.buffers import empty
+from fastsample.outputs import LISTED
 
 Tensor = torch.Tensor
 
 _IDS, _ROW_PTR = LISTED
-_WORTH_KEEPING = 2**18  # bytes
 
 
-def scratch_for(engine: Engine, rows: int, vocab: int, device: torch.device) -> KeptSets:
-    """Memory for the sets of a call that lists all ids."""
-    with torch.inference_mode(False):
-        slots = empty((rows, engine.kept_slots), torch.int32, device) if engine.kept_slots else None
-        return KeptSets(empty((rows, -(-vocab // 32)), torch.int32, device), slots)
-
-
-def worth_keeping(sets: KeptSets) -> bool:
-    """Whether scratch is small enough to wait for the next call."""
-    return sets.bitmask.nbytes <= _WORTH_KEEPING
-
-
-def list_ids(engine: Engine, count: Tensor, sets: KeptSets) -> tuple[Tensor, Tensor]:
+def list_ids(engine: Engine, count: Tensor, bitmask: Tensor) -> tuple[Tensor, Tensor]:
     """All ids and where each row's end, in fresh tensors, whose size is known only now: on a GPU, this waits for it."""
     row_ptr = count.new_empty(count.numel() + 1, dtype=_ROW_PTR.dtype)
     total = engine.end_kept(count, 0, row_ptr)
     ids = count.new_empty(int(row_ptr[-1]) if total is None else total)  # of the counts' dtype, which is the ids'
-    engine.list_kept(sets, row_ptr, ids)
+    engine.list_kept(bitmask, row_ptr, ids)
     return ids, row_ptr
 
 
-def fill_lists(engine: Engine, count: Tensor, sets: KeptSets, capacity: int, ids: Tensor, row_ptr: Tensor) -> None:
+def fill_lists(engine: Engine, count: Tensor, bitmask: Tensor, capacity: int, ids: Tensor, row_ptr: Tensor) -> None:
     """The same for rows that keep at most `capacity`, in tensors that are there; waits for no device."""
     engine.end_kept(count, capacity, row_ptr)
-    engine.list_kept(sets, row_ptr, ids)
+    engine.list_kept(bitmask, row_ptr, ids)
 
 
 def list_verified(engine: Engine, found: Any, capacity: int) -> None:
     """Give what a verification found the lists of its sets; without a limit they replace the bitmasks."""
-    count, sets = found.kept_count, KeptSets(found.kept_bitmask.flatten(0, -2))
+    count, bitmask = found.kept_count, found.kept_bitmask.flatten(0, -2)
     if not capacity:
-        found.kept_ids, found.kept_row_ptr = list_ids(engine, count, sets)
+        found.kept_ids, found.kept_row_ptr = list_ids(engine, count, bitmask)
         found.kept_bitmask = None
         return
     sizes = (_IDS.dtype, count.numel() * capacity), (_ROW_PTR.dtype, count.numel() + 1)
     found.kept_ids, found.kept_row_ptr = (empty((size,), dtype, count.device) for dtype, size in sizes)
-    fill_lists(engine, count, sets, capacity, found.kept_ids, found.kept_row_ptr)
+    fill_lists(engine, count, bitmask, capacity, found.kept_ids, found.kept_row_ptr)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from math import prod
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from fastsample.checks import MAX_VOCAB, count, is_one_of, require_dense
-from fastsample.inputs import Rows
 from fastsample.params import SamplingParams
 
 OnInvalid = Literal["raise", "flag"]
@@ -164,15 +162,40 @@ class SampleArrays(NamedTuple):
     entropy: Array | None
 
 
+class _ReadLater:
+    """Outputs that become tensors when they are first read: those that have no value yet."""
+
+    __slots__ = ("_layout", "_memory")  # what they are made of (reports.py); without it, they are None
+
+    def leave(self, layout: Any, memory: bytearray, again: Sequence[str] = ()) -> None:
+        """Let what has no value yet be made of this memory, and these be made again."""
+        self._layout, self._memory = layout, memory
+        for name in again:
+            setattr(self, name, None)  # it may not have been read
+            delattr(self, name)
+
+    if not TYPE_CHECKING:  # for the checker, an output has its fields and no others
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "_layout":
+                return None
+            if name not in type(self).__slots__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            value = None if self._layout is None else self._layout.tensor(name, self._memory)
+            setattr(self, name, value)
+            return value
+
+
 @dataclass(slots=True, eq=False)
-class SampleOutput:
+class SampleOutput(_ReadLater):
     """What `sample` returns. B rows, n = num_samples, N = top_logprobs; [B, n] is [B] when num_samples is 1.
 
     B stands for all of the logits' dimensions but the last: none for [V], [B, T] for [B, T, V].
 
     Two are equal where every field is, by value: shape, dtype and numbers (NaN equals NaN), wherever they lie.
     Comparing tensors on a GPU waits for it. Outputs have no hash, since calls with `out` change them. They can be
-    copied, pickled, and loaded with `torch.load(weights_only=True)` once fastsample is imported.
+    copied, pickled, and loaded with `torch.load(weights_only=True)` once fastsample is imported. On a CPU, what is
+    told of kept sets becomes a tensor when it is first read, so that what is not read costs next to nothing.
 
     Attributes:
         tokens: int64 [B] or [B, n]; -1 in invalid rows.
@@ -246,6 +269,8 @@ def _same_values(a: Any, b: Any) -> bool:
 torch.serialization.add_safe_globals([SampleOutput, SamplingParams])  # plain data, checked by its constructor
 
 FIELD = {field.name: field for field in (*FIELDS, *LISTED)}
+REPORTED = ("kept_count", "kept_bitmask", "log_kept_mass", "entropy")
+"""What an engine may leave to be read later (reports.py)."""
 SAMPLED = tuple(FIELD[name] for name in SampleOutput.__slots__)
 """Those of a SampleOutput, in its order."""
 
@@ -262,12 +287,6 @@ def listed(expressions: Sequence[str]) -> Any:
     return eval(f"lambda a: ({', '.join(expressions)},)")
 
 
-@lru_cache
-def fresh_like(names: tuple[str, ...]) -> Any:
-    """A function of a SampleOutput that gives new buffers like its own, in the order of all fields; None for others."""
-    return listed([f"torch.empty_like(a.{field.name})" if field.name in names else "None" for field in SAMPLED])
-
-
 def wanted(options: Options) -> tuple[str, ...]:
     """Names of the fields of a SampleOutput that have buffers before the call: all but exact lists of kept ids."""
     return _wanted(options._replace(num_samples=1, on_invalid="flag", backend="auto", input="logits"))
@@ -278,83 +297,7 @@ def _wanted(options: Options) -> tuple[str, ...]:
     return tuple(field.name for field in SAMPLED if field.wanted(options))
 
 
-# Buffers -------------------------------------------------------------------------------------------------------------
-
-
-def allocate(batch: Sequence[int], options: Options, vocab: int, device: torch.device) -> SampleOutput:
-    """Fresh buffers for what is wanted."""
-    names = wanted(options)
-    made = [empty(FIELD[name].shape(batch, options, vocab), FIELD[name].dtype, device) for name in names]
-    return SampleOutput(**dict(zip(names, made, strict=True)))
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor. Torch reads numbers faster than a tuple of them."""
-    return torch.empty(*shape or ((),), dtype=dtype, device=device)
-
-
-def check_buffer(name: str, buffer: Any, field: Field, shape: tuple[int, ...], device: torch.device) -> None:
-    """A buffer to write to must be exactly what a fresh one would be."""
-    if not isinstance(buffer, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
-    require_dense(name, buffer)
-    if buffer.shape != shape or buffer.dtype != field.dtype or buffer.device != device:
-        got = f"{buffer.dtype} {list(buffer.shape)} on {buffer.device}"
-        raise ValueError(f"{name}: expected {field.dtype} {list(shape)} on {device}, got {got}")
-    if not buffer.is_contiguous() or buffer.is_neg():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {buffer.stride()}")
-    if buffer.requires_grad:
-        raise ValueError(f"{name}: expected a tensor that requires no gradient: it is overwritten; call .detach()")
-
-
-class Written:
-    """Buffers that a call writes to, none of which may share memory."""
-
-    def __init__(self, buffers: dict[str, torch.Tensor]) -> None:
-        self._spans = {name: span(buffer) for name, buffer in buffers.items() if buffer.numel()}
-        self._low = min((start for start, _ in self._spans.values()), default=0)
-        self._high = max((end for _, end in self._spans.values()), default=0)
-        in_order = sorted(self._spans.items(), key=lambda item: item[1])
-        for (name, (_, end)), (other, (start, _)) in pairwise(in_order):
-            if start < end:
-                raise ValueError(f"{other}: shares memory with {name}; pass another tensor")
-
-    def require_apart_from(self, table: torch.Tensor, rows: Rows, size: int | None = None) -> None:
-        """ValueError if something that is read lies in that memory, or may lie there between rows that are far apart.
-
-        `size`: the table's bytes, given by a step that knows that only the table and the inputs can have moved.
-        """
-        if (start := table.data_ptr()) < self._high:
-            self.require_apart("the logits", start, start + size if size is not None else span(table)[1])
-        if size is None:
-            self._look_at("seed", rows.seeds)
-            self._look_at("offset", rows.offsets)
-        if size is None or rows.slots is not None:  # without inputs, a step has the rows of its slots
-            rows.visit_inputs(self._look_at)
-
-    def _look_at(self, other: str, tensor: torch.Tensor) -> None:
-        if tensor.data_ptr() < self._high:
-            self.require_apart(other, *span(tensor))
-
-    def require_apart(self, other: str, start: int, end: int) -> None:
-        if end <= self._low or self._high <= start:
-            return
-        for name, (first, last) in self._spans.items():
-            if start < last and first < end:
-                raise ValueError(f"{name}: shares memory with {other}; pass another tensor")
-
-
-def span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Address of a tensor's first byte and of the one past its last."""
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
-    if not tensor.numel():
-        return start, start
-    last = 0
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        last += (size - 1) * stride
-    return start, start + (last + 1) * tensor.element_size()
+# Invalid rows --------------------------------------------------------------------------------------------------------
 
 
 def require_no_capture(status: torch.Tensor) -> None:

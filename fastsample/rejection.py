@@ -17,6 +17,7 @@ import torch
 
 from fastsample.arrays import as_tensor
 from fastsample.backends import Engine, Outputs
+from fastsample.buffers import empty
 from fastsample.call import SampleCall
 from fastsample.checks import CPU, check_logits
 from fastsample.inputs import Bias, Rows
@@ -24,7 +25,7 @@ from fastsample.inputs.bias import select_bias
 from fastsample.inputs.drafts import Drafts, dense_places, packed_places
 from fastsample.inputs.probs import for_probs
 from fastsample.inputs.records import pack
-from fastsample.outputs import WRONG, InputKind, empty, require_no_capture
+from fastsample.outputs import WRONG, InputKind, require_no_capture
 from fastsample.params import SamplingParams, specs
 from fastsample.reference.draw import ACCEPTANCE, RESIDUAL, draw_at, draw_from, multiply_high60, uniform60
 

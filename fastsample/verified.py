@@ -14,25 +14,14 @@ import torch
 
 from fastsample import rejection
 from fastsample.arrays import as_tensor
+from fastsample.buffers import Written, check_buffer, span
 from fastsample.call import SampleCall, make
 from fastsample.checks import CPU, is_one_of
 from fastsample.inputs import NO_INPUTS, Inputs, Rows, Seed
 from fastsample.inputs.drafts import Drafts, History, Tree, pack_drafts, pack_tree, spread, spread_bias
 from fastsample.inputs.records import PLAIN
 from fastsample.kept import list_verified
-from fastsample.outputs import (
-    FIELD,
-    WRONG,
-    Array,
-    Field,
-    Options,
-    SampleOutput,
-    Written,
-    check_buffer,
-    require_no_capture,
-    span,
-    to_numpy,
-)
+from fastsample.outputs import FIELD, WRONG, Array, Field, Options, SampleOutput, require_no_capture, to_numpy
 from fastsample.params import SamplingParams
 from fastsample.rejection import Proposal, pack_proposal
 
@@ -220,7 +209,7 @@ class Rule:
         if self.raises:
             rejection.raise_if_unknown(found, self.proposal)
         fields = {"tokens": found.tokens, "status": found.status}
-        if call.reports:
+        if call.wants_more:
             sampled = call.of_tokens(table, rows, found.tokens[drafts.request, drafts.position])
             fields |= {name: drafts.by_request(getattr(sampled, name), _EMPTY[name]) for name in _present(sampled)[2:]}
         return _cut(fields, fields, found.accepted), None

@@ -37,6 +37,8 @@ struct record_caster {
 template <>
 struct type_caster<fastsample::RowArguments> : record_caster<fastsample::RowArguments> {};
 template <>
+struct type_caster<fastsample::ReportArguments> : record_caster<fastsample::ReportArguments> {};
+template <>
 struct type_caster<fastsample::DraftArguments> : record_caster<fastsample::DraftArguments> {};
 template <>
 struct type_caster<fastsample::LogitsArguments> : record_caster<fastsample::LogitsArguments> {};

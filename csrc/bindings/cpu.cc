@@ -12,6 +12,7 @@
 
 #include <chrono>
 #include <exception>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -30,7 +31,8 @@ namespace {
 // out: a call that fills those never restores.
 class Saved {
  public:
-  explicit Saved(const Outputs& out, int64_t rows) : out_(out), rows_(rows) {
+  explicit Saved(const Batch& batch)
+      : out_(batch.out), rows_(batch.logits.rows), words_((batch.logits.vocab + 31) / 32) {
     bytes_.swap(spare());
     bytes_.clear();
     each_buffer([&](char* at, size_t n) { bytes_.insert(bytes_.end(), at, at + n); });
@@ -65,12 +67,13 @@ class Saved {
     each(out_.top_ids, out_.num_top);
     each(out_.top_logprobs, out_.num_top);
     each(out_.kept_count, 1);
+    if (!out_.kept_slots) each(out_.kept_bitmask, words_);  // scratch where ids are listed
     each(out_.log_kept_mass, 1);
     each(out_.entropy, 1);
   }
 
   const Outputs& out_;
-  int64_t rows_;
+  int64_t rows_, words_;
   std::vector<char> bytes_;
 };
 
@@ -128,7 +131,7 @@ int64_t without_gil(const Batch& batch, bool restore, Work work) {
   int64_t invalid = 0;
   std::exception_ptr error;
   std::optional<Saved> saved;
-  if (restore) saved.emplace(batch.out, batch.logits.rows);
+  if (restore) saved.emplace(batch);
   Unlocked unlocked;
   unlocked.begin();
   try {
@@ -157,6 +160,84 @@ int64_t run(const RowArguments& rows, const CallArguments& call, int threads, bo
   const Batch batch = checked(rows, call);
   return without_gil(batch, restore,
                      [&](const auto& stop) { return sample_batch(batch, threads, stop); });
+}
+
+// Memory for sets that are to be listed: one per thread, which serves every call. It is not
+// initialised: pages that are never touched cost nothing.
+class Lent {
+ public:
+  Lent(Outputs& out, int64_t rows, int64_t words) {
+    constexpr int64_t kSlots = 1024;  // more ids of a row are told by its bits
+    words_.swap(spare());
+    const size_t slots = (size_t)(rows * kSlots), needed = slots + (size_t)(rows * words);
+    if (needed > words_.size) words_ = {std::unique_ptr<int32_t[]>(new int32_t[needed]), needed};
+    out.kept_slots = words_.data.get();
+    out.num_slots = (int32_t)kSlots;
+    out.kept_bitmask = out.kept_slots + slots;
+  }
+  ~Lent() {
+    constexpr size_t kWorthKeeping = 1 << 20;
+    if (words_.size <= kWorthKeeping) words_.swap(spare());
+  }
+  Lent(const Lent&) = delete;
+
+ private:
+  struct Words {
+    std::unique_ptr<int32_t[]> data;
+    size_t size = 0;
+    void swap(Words& other) {
+      std::swap(data, other.data);
+      std::swap(size, other.size);
+    }
+  };
+  static Words& spare() {
+    thread_local Words words;
+    return words;
+  }
+  Words words_;
+};
+
+// Lists what a run has kept behind a report's other outputs.
+void list_report(const Batch& batch, const ReportArguments& report, py::bytearray& memory,
+                 int threads) {
+  const Outputs& out = batch.out;
+  const int64_t rows = batch.logits.rows, words = (batch.logits.vocab + 31) / 32;
+  auto* row_ptr = (int64_t*)(PyByteArray_AS_STRING(memory.ptr()) + report.kept_row_ptr);
+  const int64_t total = end_kept(out.kept_count, rows, 0, row_ptr);
+  if (PyByteArray_Resize(memory.ptr(), report.bytes + total * (int64_t)sizeof(int32_t))) {
+    throw py::error_already_set();
+  }
+  char* const at = PyByteArray_AS_STRING(memory.ptr());
+  const KeptSets sets = {rows, words, out.num_slots, out.kept_slots, out.kept_bitmask};
+  Unlocked unlocked;
+  unlocked.begin();
+  list_kept(sets, (const int64_t*)(at + report.kept_row_ptr), (int32_t*)(at + report.bytes), total,
+            threads);
+  unlocked.end();
+}
+
+// A run whose outputs lie in memory that it makes: that, and the number of invalid rows.
+py::tuple report(const RowArguments& rows, const CallArguments& call, const ReportArguments& report,
+                 int threads, bool restore) {
+  Batch batch = checked(rows, call);
+  Outputs& out = batch.out;
+  auto memory = py::reinterpret_steal<py::bytearray>(
+      PyByteArray_FromStringAndSize(nullptr, (Py_ssize_t)report.bytes));
+  if (!memory) throw py::error_already_set();
+  char* const at = PyByteArray_AS_STRING(memory.ptr());
+  const auto place = [&](auto*& output, int64_t offset) {
+    if (offset >= 0) output = (std::decay_t<decltype(output)>)(at + offset);
+  };
+  std::optional<Lent> lent;
+  if (report.kept_row_ptr >= 0) lent.emplace(out, batch.logits.rows, (batch.logits.vocab + 31) / 32);
+  place(out.kept_count, report.kept_count);
+  place(out.kept_bitmask, report.kept_bitmask);
+  place(out.log_kept_mass, report.log_kept_mass);
+  place(out.entropy, report.entropy);
+  const int64_t invalid = without_gil(
+      batch, restore, [&](const auto& stop) { return sample_batch(batch, threads, stop); });
+  if (lent) list_report(batch, report, memory, threads);
+  return py::make_tuple(invalid, std::move(memory));
 }
 
 int64_t verify(const RowArguments& rows, const CallArguments& call, const DraftArguments& drafts,
@@ -199,9 +280,9 @@ int64_t end_kept_at(int64_t counts, int64_t rows, int64_t capacity, int64_t row_
   return end_kept((const int32_t*)counts, rows, capacity, (int64_t*)row_ptr);
 }
 
-void list_kept_at(int64_t rows, int64_t words, int64_t num_slots, int64_t slots, int64_t bitmask,
-                  int64_t row_ptr, int64_t ids, int64_t room, int threads) {
-  const KeptSets sets = {rows, words, num_slots, (const int32_t*)slots, (const int32_t*)bitmask};
+void list_kept_at(int64_t bitmask, int64_t rows, int64_t words, int64_t row_ptr, int64_t ids,
+                  int64_t room, int threads) {
+  const KeptSets sets = {rows, words, 0, nullptr, (const int32_t*)bitmask};
   Unlocked unlocked;
   unlocked.begin();
   list_kept(sets, (const int64_t*)row_ptr, (int32_t*)ids, room, threads);
@@ -217,6 +298,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "The CPU engine: see fastsample.backends.cpu, its only caller.";
   fs::add_fields(m);
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
+  m.def("report", &fs::report,
+        "The same, with outputs in memory of their own; returns that, too.");
   m.def("verify", &fs::verify,
         "Sample the rows of drafts as far as these are right; returns the number of invalid ones.");
   m.def("end_kept", &fs::end_kept_at, "Where each row's ids end; returns how many there are.");

@@ -49,10 +49,15 @@ FASTSAMPLE_RECORD(OutputArguments,          //
                   kept_bitmask,             // int32 [B, ceil(V / 32)]
                   log_kept_mass, entropy,   // float32 [B]
                   given,                    // int64 [B]: read, not written
-                  kept_slots,               // int32 [B, num_slots], for the CPU engine
                   num_samples, num_top,     // counts
-                  num_slots,                //
                   mode);                    // LogprobsMode
+
+FASTSAMPLE_RECORD(ReportArguments,  // what a call on the CPU reports in memory of its own: where in
+                                    // it each output begins, -1 where it has none
+                  bytes,            // up to the kept ids
+                  kept_count, kept_bitmask,  // as above
+                  log_kept_mass, entropy,    //
+                  kept_row_ptr);             // int64 [B + 1]; the kept ids come last, int32
 
 FASTSAMPLE_RECORD(DraftArguments,  // of a call that verifies drafts
                   ids, count,      // int64 [requests, count]
@@ -86,6 +91,7 @@ constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(
                                        {"ROW_FIELDS", kRowArguments},
                                        {"LOGITS_FIELDS", kLogitsArguments},
                                        {"OUTPUT_FIELDS", kOutputArguments},
+                                       {"REPORT_FIELDS", kReportArguments},
                                        {"DRAFT_FIELDS", kDraftArguments},
                                        {"PART_FIELDS", kPartArguments},
                                        {"PART_QUERY_FIELDS", kPartQuery}};
@@ -133,8 +139,7 @@ static inline Batch batch_of(const RowArguments& rows, const CallArguments& call
               (int64_t*)o.top_ids,      (float*)o.top_logprobs,  (int32_t)o.num_samples,
               (int32_t)o.num_top,       (LogprobsMode)o.mode,    (int64_t*)o.weights,
               (int64_t*)o.masses,       (const int64_t*)o.given, (int32_t*)o.kept_count,
-              (int32_t*)o.kept_bitmask, (float*)o.log_kept_mass, (float*)o.entropy,
-              (int32_t*)o.kept_slots,   (int32_t)o.num_slots},
+              (int32_t*)o.kept_bitmask, (float*)o.log_kept_mass, (float*)o.entropy},
   };
   if (drafts) {
     batch.drafts = {(const int64_t*)drafts->ids, drafts->count, (int32_t*)drafts->num_accepted,

@@ -12,6 +12,7 @@ import torch
 
 from fastsample.inputs import Rows
 from fastsample.outputs import InputKind, LogprobsMode
+from fastsample.reports import Layout
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Dtypes of logits, each with its number in csrc/core/rows.h."""
@@ -42,24 +43,12 @@ class Outputs:
     kept_bitmask: torch.Tensor | None = None  # int32 [B, ceil(V / 32)]
     log_kept_mass: torch.Tensor | None = None  # float32 [B]
     entropy: torch.Tensor | None = None  # float32 [B]
-    kept_slots: torch.Tensor | None = None  # int32 [B, n], the ids of rows that keep no more: these need no bitmask
     num_samples: int = 1
     num_top: int = 0
     input: InputKind = "logits"  # what the rows hold
     names: tuple[str, ...] | None = None  # of the buffers besides status and tokens, where they are known to stay
     advance: bool = False  # add 1 to every row's offset in passing; only for engines that do
     restore: bool = False  # put back what they held where a row is invalid; only for engines that can
-
-
-class KeptSets:
-    """Sets of kept tokens, before they are listed: the ids of rows that fit in slots, the bits of others."""
-
-    __slots__ = ("bitmask", "native", "slots")
-
-    def __init__(self, bitmask: torch.Tensor, slots: torch.Tensor | None = None) -> None:
-        self.bitmask = bitmask  # int32 [B, words]
-        self.slots = slots  # int32 [B, n]
-        self.native: Any = None  # the same in native form, if an engine has made it
 
 
 @runtime_checkable
@@ -110,8 +99,12 @@ class Engine(Protocol):
     rejection: Any = None
     """What compares laws of rows that only it can read, in place of `fastsample.rejection.Rejection`."""
 
-    kept_slots: int = 0
-    """How many kept ids of a row `run` can list in passing; 0 for an engine that only writes bitmasks."""
+    reports: bool = False
+    """Whether it has `report`, which saves time where a step takes microseconds."""
+
+    def report(self, logits: torch.Tensor, rows: Rows, out: Outputs, layout: Layout) -> tuple[int, bytearray]:
+        """`run`, with the layout's outputs in memory of their own; what that returns, and the memory."""
+        raise RuntimeError(f"engine {self.name!r} fills the tensors that it is given")
 
     def end_kept(self, counts: torch.Tensor, capacity: int, row_ptr: torch.Tensor) -> int | None:
         """Fill int64 [B + 1] with where each row's ids begin, and end, given B counts; how many there are in all.
@@ -126,15 +119,14 @@ class Engine(Protocol):
         torch.cumsum(counts, 0, out=row_ptr[1:])
         return None if counts.is_cuda else int(row_ptr[-1])
 
-    def list_kept(self, sets: KeptSets, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
+    def list_kept(self, bitmask: torch.Tensor, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
         """Write the ids of each row's set to ids[row_ptr[i] : row_ptr[i + 1]], ascending, and -1 past the last.
 
         Args:
-            sets: what `run` has filled.
+            bitmask: int32 [B, words], the sets.
             row_ptr: int64 [B + 1], what `end_kept` made of the counts; a row without a place is left out.
             ids: int32.
         """
-        bitmask = sets.bitmask
         places = torch.arange(32, dtype=torch.int32, device=bitmask.device)
         bits = ((bitmask[:, :, None] >> places) & 1).flatten(1).bool() & (row_ptr.diff() > 0)[:, None]
         listed = bits.nonzero()[:, 1]

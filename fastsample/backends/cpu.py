@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import Engine, KeptSets, Outputs
-from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
+from fastsample.backends import Engine, Outputs
+from fastsample.backends.native import call_arguments, draft_arguments, mismatch, report_arguments, row_arguments
 from fastsample.inputs import Rows
+from fastsample.reports import Layout
 from fastsample.threads import get_num_threads
 
 
@@ -64,6 +65,15 @@ class CpuEngine(Engine):
         invalid: int = _native.run(packed, call_arguments(logits, out), get_num_threads(), out.restore)
         return invalid
 
+    reports = True
+
+    def report(self, logits: torch.Tensor, rows: Rows, out: Outputs, layout: Layout) -> tuple[int, bytearray]:
+        if layout.native is None:
+            layout.native = report_arguments(layout.size, layout.starts)
+        packed, call = rows.native or row_arguments(rows), call_arguments(logits, out)
+        found: tuple[int, bytearray] = _native.report(packed, call, layout.native, get_num_threads(), out.restore)
+        return found
+
     def verify(
         self,
         table: torch.Tensor,
@@ -77,18 +87,13 @@ class CpuEngine(Engine):
         invalid: int = _native.verify(packed, call_arguments(table, out), drafts, get_num_threads())
         return invalid
 
-    kept_slots = 1024
-
     def end_kept(self, counts: torch.Tensor, capacity: int, row_ptr: torch.Tensor) -> int | None:
         total: int = _native.end_kept(counts.data_ptr(), counts.numel(), capacity, row_ptr.data_ptr())
         return total
 
-    def list_kept(self, sets: KeptSets, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
-        if sets.native is None:
-            bitmask, slots = sets.bitmask, sets.slots
-            own = (0, 0) if slots is None else (slots.shape[1], slots.data_ptr())
-            sets.native = (*bitmask.shape, *own, bitmask.data_ptr())
-        _native.list_kept(*sets.native, row_ptr.data_ptr(), ids.data_ptr(), ids.numel(), get_num_threads())
+    def list_kept(self, bitmask: torch.Tensor, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
+        lists = row_ptr.data_ptr(), ids.data_ptr(), ids.numel()
+        _native.list_kept(bitmask.data_ptr(), *bitmask.shape, *lists, get_num_threads())
 
     def advance(self, rows: Rows) -> None:
         _native.advance(rows.native)  # torch takes longer for this than for a small row

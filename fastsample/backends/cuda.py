@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import Engine, KeptSets, Outputs
+from fastsample.backends import Engine, Outputs
 from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
 from fastsample.backends.workspaces import Workspaces, capturing
 from fastsample.inputs import Rows
@@ -106,11 +106,11 @@ class CudaEngine(Engine):
         self._launch(table, rows, out, (ids, accepted, ends))
         return None if table.device.type == "cuda" else int((ends != 0).sum())
 
-    def list_kept(self, sets: KeptSets, row_ptr: Tensor, ids: Tensor) -> None:
-        rows, words = sets.bitmask.shape
+    def list_kept(self, bitmask: Tensor, row_ptr: Tensor, ids: Tensor) -> None:
+        rows, words = bitmask.shape
         if rows:
             module, device = self._module or native()[0], ids.device
-            addresses = sets.bitmask.data_ptr(), rows, words, row_ptr.data_ptr(), ids.data_ptr(), ids.numel()
+            addresses = bitmask.data_ptr(), rows, words, row_ptr.data_ptr(), ids.data_ptr(), ids.numel()
             module.list_kept(*addresses, device.index or 0, _stream(device))
 
     def _launch(self, logits: Tensor, rows: Rows, out: Outputs, verified: tuple[Tensor, Tensor, Tensor] | None) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from fastsample.backends import DTYPES, INPUTS, MODES, Outputs
 from fastsample.inputs import Rows
-from fastsample.outputs import FIELDS, listed
+from fastsample.outputs import FIELDS, REPORTED, listed
 from fastsample.params import specs
 
 ROW_FIELDS = (
@@ -27,8 +27,9 @@ ROW_FIELDS = (
     "requests",
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
-_BUFFERS = (*(field.name for field in FIELDS), "given", "kept_slots")
-OUTPUT_FIELDS = (*_BUFFERS, "num_samples", "num_top", "num_slots", "mode")
+_BUFFERS = (*(field.name for field in FIELDS), "given")
+OUTPUT_FIELDS = (*_BUFFERS, "num_samples", "num_top", "mode")
+REPORT_FIELDS = ("bytes", *REPORTED, "kept_row_ptr")
 DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
 PART_FIELDS = ("queries", "start", "question", "wants", "count", "details", "answers", "words", "bitmask")
 PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "judged_scale", "total", "rest")
@@ -51,6 +52,7 @@ def mismatch(module: Any) -> str | None:
         ("arguments", "ROW_FIELDS", ROW_FIELDS),
         ("arguments", "LOGITS_FIELDS", LOGITS_FIELDS),
         ("arguments", "OUTPUT_FIELDS", OUTPUT_FIELDS),
+        ("arguments", "REPORT_FIELDS", REPORT_FIELDS),
         ("arguments", "DRAFT_FIELDS", DRAFT_FIELDS),
         ("arguments", "PART_FIELDS", PART_FIELDS),
         ("arguments", "PART_QUERY_FIELDS", PART_QUERY_FIELDS),
@@ -116,8 +118,7 @@ def call_arguments(logits: torch.Tensor, out: Outputs) -> bytes:
         out.status.data_ptr(),
         0 if out.tokens is None else out.tokens.data_ptr(),
     )
-    slots = 0 if out.kept_slots is None else out.kept_slots.shape[1]
-    before, addresses, pack, after = _tail(out.names, out.num_samples, out.num_top, slots, out.mode)
+    before, addresses, pack, after = _tail(out.names, out.num_samples, out.num_top, out.mode)
     return head + after if pack is None else head + before + pack(*addresses(out)) + after
 
 
@@ -143,3 +144,11 @@ _DRAFTS = Struct("5q")
 def draft_arguments(ids: torch.Tensor, accepted: torch.Tensor, ends: torch.Tensor, arrivals: int = 0) -> bytes:
     """DraftArguments."""
     return _DRAFTS.pack(ids.data_ptr(), ids.shape[1], accepted.data_ptr(), ends.data_ptr(), arrivals)
+
+
+_REPORT = Struct(f"{len(REPORT_FIELDS)}q")
+
+
+def report_arguments(size: int, places: dict[str, int]) -> bytes:
+    """ReportArguments: so many bytes, and where in them each output begins."""
+    return _REPORT.pack(size, *(places.get(name, -1) for name in REPORT_FIELDS[1:]))

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from fastsample.backends import Engine, KeptSets, Outputs
+from fastsample.backends import Engine, Outputs
 from fastsample.backends.triton_launch import (
     PROGRAMS_PER_SM,
     THREADS,
@@ -70,12 +70,12 @@ class TritonEngine(Engine):
             with call.memory.lock:
                 call.run()
 
-    def list_kept(self, sets: KeptSets, row_ptr: Tensor, ids: Tensor) -> None:
-        rows, words = sets.bitmask.shape
+    def list_kept(self, bitmask: Tensor, row_ptr: Tensor, ids: Tensor) -> None:
+        rows, words = bitmask.shape
         if rows:
             with on(ids.device):
                 kernels("keep").list_ids[(rows,)](
-                    sets.bitmask, words, row_ptr, ids, ids.numel(), WORDS=WORDS, **launch_options(ids.device)
+                    bitmask, words, row_ptr, ids, ids.numel(), WORDS=WORDS, **launch_options(ids.device)
                 )
 
     def layout(self, table: Table) -> Layout:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsample.backends import Engine, KeptSets, Outputs
+from fastsample.backends import Engine, Outputs
+from fastsample.buffers import empty
 from fastsample.distributed.keys import IDS
 from fastsample.distributed.local import neutral
 from fastsample.inputs import Rows
 from fastsample.kept import fill_lists
-from fastsample.outputs import empty
 from fastsample.reference.process import NAN, POSITIVE_INFINITY
 
 Tensor = torch.Tensor
@@ -87,7 +87,7 @@ def list_first(engine: Engine, x: Tensor, rows: Rows, start: int, count: int) ->
         torch.empty(batch * count, dtype=torch.int32, device=device),
         empty((batch + 1,), torch.int64, device),
     )
-    fill_lists(engine, out.kept_count, KeptSets(out.kept_bitmask), 0, flat, row_ptr)
+    fill_lists(engine, out.kept_count, out.kept_bitmask, 0, flat, row_ptr)
     places = row_ptr[:-1, None] + torch.arange(count, device=device)
     there = torch.arange(count, device=device) < out.kept_count[:, None]
     ids = torch.where(there, flat[places.clamp(max=flat.numel() - 1)], -1).to(torch.int64)

@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 
 from fastsample.backends import Engine, Outputs
+from fastsample.buffers import empty
 from fastsample.inputs import Bias, Rows
-from fastsample.outputs import empty
 from fastsample.params import SamplingParams, specs
 from fastsample.reference.process import apply_bitmask, columns
 

@@ -9,11 +9,12 @@ from torch.nn.functional import pad
 
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.reference import write
+from fastsample.buffers import empty
 from fastsample.distributed.keys import HIGHEST, Kept, everything
 from fastsample.distributed.local import neutral
 from fastsample.distributed.row import SplitRow
 from fastsample.inputs import Rows
-from fastsample.outputs import InputKind, empty
+from fastsample.outputs import InputKind
 from fastsample.params import write_columns
 from fastsample.reference import Distribution, drawn_masses, first, log_share
 

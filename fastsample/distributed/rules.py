@@ -121,7 +121,7 @@ class SplitRejection(Rejection):
     def laws(self, given: Tensor, drafted: Tensor) -> tuple[Law, Law]:
         engine, proposal = self.engine, self.proposal
         if not engine.agreed:
-            engine.agree(self.rows, self.call.fresh(given.device), self._compared())
+            engine.agree(self.rows, self.call.fresh(), self._compared())
         if not len(given):
             return _nothing(given), _nothing(drafted)
         found, self.rows = engine.decide(self.rows)

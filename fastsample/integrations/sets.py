@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastsample.backends import Engine, KeptSets
+from fastsample.backends import Engine
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Kept:
         if capacity:
             total = len(self.count) * capacity
         ids = torch.empty(int(row_ptr[-1]) if total is None else total, dtype=torch.int32, device=self.count.device)
-        self.engine.list_kept(KeptSets(self.bitmask), row_ptr, ids)
+        self.engine.list_kept(self.bitmask, row_ptr, ids)
         return ids, row_ptr
 
     def table(self, width: int) -> torch.Tensor:

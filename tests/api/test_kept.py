@@ -294,6 +294,47 @@ def test_outputs_are_values() -> None:
     assert out != fs.sample(LOGITS, seed=1, top_p=0.5, kept="ids", kept_capacity=V, **ALL)
 
 
+def test_what_is_read_later_is_a_value() -> None:
+    """On a CPU, reports become tensors when they are first read: the same ones ever after, each with its own memory."""
+    out = fs.sample(LOGITS, seed=1, top_p=0.5, kept="ids", **ALL, backend="cpu")
+    names = ("kept_count", "kept_ids", "kept_row_ptr", "log_kept_mass", "entropy")
+    tensors = [getattr(out, name) for name in names]
+    for name, tensor in zip(names, tensors, strict=True):
+        assert getattr(out, name) is tensor
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensor.fill_(1)  # and nobody else's
+    assert out != fs.sample(LOGITS, seed=1, top_p=0.5, kept="ids", **ALL, backend="cpu")
+    assert [getattr(out, name).unique().tolist() for name in names] == [[1]] * len(names)
+    for name in ("kept_counts", "filtered", "_names"):
+        with pytest.raises(AttributeError, match=f"'SampleOutput' object has no attribute '{name}'"):
+            getattr(out, name)
+
+
+@pytest.mark.parametrize("inside", ["call", "read"])
+def test_reads_in_inference_mode(inside: str) -> None:
+    """What is made there must serve outside of it, too, where it may be changed or have gradients."""
+    with torch.inference_mode(inside == "call"):
+        out = fs.sample(LOGITS, seed=1, top_p=0.5, kept="bitmask", **ALL, backend="cpu")
+    with torch.inference_mode(inside == "read"):
+        count, bitmask, entropy = out.kept_count, out.kept_bitmask, out.entropy
+    count += 1
+    bitmask |= 1
+    weight = torch.ones(B, requires_grad=True)
+    (weight * entropy).sum().backward()
+    assert torch.equal(weight.grad, entropy)
+
+
+def test_a_buffer_that_was_not_read_is_filled_again() -> None:
+    """Also where the call that left it had other reports than the one that fills it."""
+    first = fs.sample(LOGITS, seed=1, top_p=0.5, kept="ids", **ALL, backend="cpu")
+    twin = fs.sample(LOGITS, seed=1, top_p=0.5, kept="ids", **ALL, backend="cpu")
+    for seed in (2, 3):  # the lists of the first of these calls are not read
+        assert fs.sample(LOGITS, seed=seed, top_p=0.9, kept="ids", backend="cpu", out=first) is first
+    want = fs.sample(LOGITS, seed=3, top_p=0.9, kept="ids", backend="cpu")
+    want.log_kept_mass, want.entropy = twin.log_kept_mass, twin.entropy  # which these calls don't ask for
+    assert first == want
+
+
 def test_a_small_call_repeated() -> None:
     """What a call keeps for the next is scratch, and nothing of a result."""
     first = fs.sample(LOGITS, seed=1, top_p=0.5, kept="ids")
