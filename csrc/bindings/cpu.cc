@@ -229,7 +229,8 @@ py::tuple report(const RowArguments& rows, const CallArguments& call, const Repo
     if (offset >= 0) output = (std::decay_t<decltype(output)>)(at + offset);
   };
   std::optional<Lent> lent;
-  if (report.kept_row_ptr >= 0) lent.emplace(out, batch.logits.rows, (batch.logits.vocab + 31) / 32);
+  if (report.kept_row_ptr >= 0)
+    lent.emplace(out, batch.logits.rows, (batch.logits.vocab + 31) / 32);
   place(out.kept_count, report.kept_count);
   place(out.kept_bitmask, report.kept_bitmask);
   place(out.log_kept_mass, report.log_kept_mass);
@@ -298,8 +299,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "The CPU engine: see fastsample.backends.cpu, its only caller.";
   fs::add_fields(m);
   m.def("run", &fs::run, "Fill the output buffers; returns the number of invalid rows.");
-  m.def("report", &fs::report,
-        "The same, with outputs in memory of their own; returns that, too.");
+  m.def("report", &fs::report, "The same, with outputs in memory of their own; returns that, too.");
   m.def("verify", &fs::verify,
         "Sample the rows of drafts as far as these are right; returns the number of invalid ones.");
   m.def("end_kept", &fs::end_kept_at, "Where each row's ids end; returns how many there are.");

@@ -134,11 +134,10 @@ static inline Batch batch_of(const RowArguments& rows, const CallArguments& call
       Logits{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab, (DType)l.dtype,
              (InputKind)l.input},
       rows_of(rows),
-      Outputs{(int32_t*)o.status,       (int64_t*)o.tokens,      (float*)o.filtered,
-              (float*)o.probabilities,  (float*)o.logprobs,      (int64_t*)o.ranks,
-              (int64_t*)o.top_ids,      (float*)o.top_logprobs,  (int32_t)o.num_samples,
-              (int32_t)o.num_top,       (LogprobsMode)o.mode,    (int64_t*)o.weights,
-              (int64_t*)o.masses,       (const int64_t*)o.given, (int32_t*)o.kept_count,
+      Outputs{(int32_t*)o.status, (int64_t*)o.tokens, (float*)o.filtered, (float*)o.probabilities,
+              (float*)o.logprobs, (int64_t*)o.ranks, (int64_t*)o.top_ids, (float*)o.top_logprobs,
+              (int32_t)o.num_samples, (int32_t)o.num_top, (LogprobsMode)o.mode, (int64_t*)o.weights,
+              (int64_t*)o.masses, (const int64_t*)o.given, (int32_t*)o.kept_count,
               (int32_t*)o.kept_bitmask, (float*)o.log_kept_mass, (float*)o.entropy},
   };
   if (drafts) {
