@@ -11,9 +11,11 @@ import torch
 import fastsample as fs
 from fastsample.backends import Outputs, cpu, native
 from fastsample.inputs import Bias, Rows
+from fastsample.outputs import REPORTED, Options
+from fastsample.reports import Layout
 
 RECORDS = (
-    *("PARAM_FIELDS", "ROW_FIELDS", "LOGITS_FIELDS", "OUTPUT_FIELDS", "DRAFT_FIELDS"),
+    *("PARAM_FIELDS", "ROW_FIELDS", "LOGITS_FIELDS", "OUTPUT_FIELDS", "REPORT_FIELDS", "DRAFT_FIELDS"),
     *("PART_FIELDS", "PART_QUERY_FIELDS"),
 )
 
@@ -102,12 +104,12 @@ def test_every_output_has_its_words(more: bool) -> None:
     if more:
         out.filtered, out.probabilities, out.mode, out.logprobs = floats[0], floats[1], "processed", floats[2]
         out.ranks, out.top_ids, out.top_logprobs, out.num_top = tokens + 1, tokens + 2, floats[3], 2
-        out.kept_count, out.kept_bitmask, out.kept_slots = status + 1, tokens.int(), torch.zeros(3, 7).int()
+        out.kept_count, out.kept_bitmask = status + 1, tokens.int()
         out.log_kept_mass, out.entropy = floats[4, :, 0].clone(), floats[4, :, 1].clone()
     fields = native.LOGITS_FIELDS + native.OUTPUT_FIELDS
     given = {name: getattr(out, name, None) for name in native.OUTPUT_FIELDS}
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == (13 if more else 2)
+    assert len(tensors) == (12 if more else 2)
     assert words(native.call_arguments(logits, out), fields) == {
         **dict.fromkeys(fields, 0),
         "logits": logits.data_ptr(),
@@ -117,7 +119,6 @@ def test_every_output_has_its_words(more: bool) -> None:
         "dtype": 2,
         "num_samples": 2,
         "num_top": 2 if more else 0,
-        "num_slots": 7 if more else 0,
         "mode": 2 if more else 0,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     }
@@ -133,3 +134,20 @@ def test_a_buffer_whose_memory_moves_is_followed() -> None:
         move()  # the tensor stays the same object
         sampler(logits, out=out)
         assert int(out.tokens[0]) == token
+
+
+def test_every_report_has_its_place() -> None:
+    """None overlaps another, and each begins where its numbers are aligned."""
+    given = Options(kept="bitmask", kept_mass=True, entropy=True), (3,), 70
+    layout = Layout(REPORTED, True, *given)
+    found = words(native.report_arguments(layout.size, layout.starts), native.REPORT_FIELDS)
+    sizes = {"kept_count": 12, "kept_bitmask": 36, "log_kept_mass": 12, "entropy": 12, "kept_row_ptr": 32}
+    assert list(found) == ["bytes", *sizes]
+    end = 0
+    for start, name in sorted((found[name], name) for name in sizes):
+        assert start % 8 == 0
+        assert start >= end
+        end = start + sizes[name]
+    assert end <= found["bytes"]
+    nothing = Layout((), False, *given)
+    assert set(words(native.report_arguments(nothing.size, nothing.starts), native.REPORT_FIELDS).values()) == {0, -1}
