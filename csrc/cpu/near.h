@@ -138,6 +138,21 @@ bool is_certain(const float* x, int n, float mean, float limit, double error) {
   return found;
 }
 
+// Distances that leave room for an error of the center, and for more where that costs little. Where
+// few tokens make the mean, it is further off than the sample shows, as heavy tokens may be neither
+// heads nor in it; but then few values are about as far away, too. `s` holds negative distances.
+FS_INLINE Distances margin_around(const StandIns& s, Distances about, double off) {
+  constexpr double kRoom = 0.15;  // of the distance
+  const auto widened = [&](double by) {
+    return Distances{(float)((double)about.near - by), (float)((double)about.far + by)};
+  };
+  const Distances wide = widened(fmax(off, kRoom * (double)about.far));
+  const int many = s.body.n / 64;
+  const int within = count_above(s.body.x, s.body.n, nextafterf(-wide.far, -INFINITY)) -
+                     count_above(s.body.x, s.body.n, -wide.near);
+  return within <= many ? wide : widened(off);
+}
+
 // Typical in a row that is all kept so far: one pass bounds the mean, weighs what is nearer to an
 // estimate of it than an estimate of the limit, and copies what is about as far away. Limit.total
 // is 0 where that does not determine what is kept.
@@ -153,7 +168,7 @@ Limit rough_typical(const Dense<T>& d, const Weighing<LogitWeigher>& weight, flo
   const double off = average.mean_error / (double)w.scale;
   if (!(off < (double)FLT_MAX) || !(fabsf(center) <= FLT_MAX)) return kUnknown;
   const Distances about = find_distances(sample, weight, center, (double)typical_p, ws);
-  const Distances bounds = {(float)((double)about.near - off), (float)((double)about.far + off)};
+  const Distances bounds = margin_around(sample, about, off);
   // Tokens without mass would have to be looked at too.
   if (!((double)center - (double)bounds.far > (double)weight.lowest())) return kUnknown;
   const Division found = divide(d, weight, center, bounds, ws);
