@@ -152,7 +152,7 @@ def gpu_step(
 
 @app.command()
 def tuned(file: Annotated[Path, typer.Argument(help="A JSON file of `gpu`.")]) -> None:
-    """The layouts that `gpu` found fastest, as lines for csrc/cuda/tuned.h and for the Triton engine's table."""
+    """The layouts that `gpu` found fastest, as lines of csrc/cuda/tuned.h and fastsample/backends/triton_tuned.py."""
     import json
 
     from bench.campaign.tuning import as_code

@@ -53,20 +53,15 @@ def cuda_tuner(site: Site) -> Tuner | None:
     return None if tune is None else Tuner("cuda", tune, tuple((parts, 256) for parts in (1, 2, 4, 8, 16, 32)))
 
 
-def triton_tuner(site: Site) -> Tuner | None:
-    """The engine's own overrides: programs per row, and tokens per chunk for the threads that it always has."""
+def triton_tuner(site: Site) -> Tuner:
+    """The engine's own override of programs per row, each of which has the threads that it always has."""
     from fastsample.backends.triton import ENGINE
+    from fastsample.backends.triton_launch import THREADS
 
-    if not hasattr(ENGINE, "parts"):
-        return None
-
-    def tune(parts: int, threads: int) -> None:
+    def tune(parts: int, _threads: int) -> None:
         ENGINE.parts = parts or None
-        if hasattr(ENGINE, "threads"):
-            ENGINE.threads = threads or None
 
-    threads: tuple[int, ...] = (256, 512, 128) if hasattr(ENGINE, "threads") and not site.dry else (256,)
-    return Tuner("triton", tune, tuple(itertools.product((1, 2) if site.dry else (1, 2, 4, 8, 16, 32), threads)))
+    return Tuner("triton", tune, tuple((parts, THREADS) for parts in ((1, 2) if site.dry else (1, 2, 4, 8, 16, 32))))
 
 
 def points(site: Site) -> Iterator[Point]:
@@ -115,19 +110,29 @@ def winners(records: list[Record], engine: str) -> list[dict[str, Any]]:
 
 
 def as_code(where: dict[str, Any], records: list[Record]) -> str:
-    """The winners as the lines of csrc/cuda/tuned.h and of a table for the Triton engine.
+    """The winners as lines of csrc/cuda/tuned.h and of fastsample/backends/triton_tuned.py, below the file's name.
 
     The first line that fits a shape counts, so that a shape whose choice stands has one too, with 0 blocks.
     """
     arch = int(str(where.get("compute capability", "0.0")).replace(".", ""))
-    lines = [f"// csrc/cuda/tuned.h, from {where['gpu']}: arch, itemsize, most rows, most vocab, parts"]
-    for w in winners(records, "cuda"):
-        lines.append(f"{{{arch}, {w['itemsize']}, {w['rows']}, {w['vocab']}, {w['parts']}}},  // {gain(w)}")
-    lines.append(f"# The Triton engine, from {where['gpu']}: (arch, itemsize, most rows, most vocab): (parts, threads)")
-    for w in winners(records, "triton"):
-        key = f"({arch}, {w['itemsize']}, {w['rows']}, {w['vocab']})"
-        lines.append(f"{key}: ({w['parts']}, {w['threads']}),  # {gain(w)}")
-    return "\n".join(lines)
+    cuda = [(f"{{{key(arch, w)}}},", gain(w)) for w in winners(records, "cuda")]
+    width = max((len(line) for line, _ in cuda), default=0)
+    cuda = [(line.ljust(width), why) for line, why in cuda]  # as clang-format aligns what follows
+    triton = [(f"Tuned({key(arch, w)}),", gain(w)) for w in winners(records, "triton")]
+    files = (("csrc/cuda/tuned.h", "//", cuda), ("fastsample/backends/triton_tuned.py", "#", triton))
+    return "\n".join(pasted(where["gpu"], *of_file) for of_file in files)
+
+
+def pasted(gpu: str, file: str, mark: str, lines: list[tuple[str, str]]) -> str:
+    """A file's lines, as they stand in it."""
+    if not lines:
+        return f"{file}: no layouts were measured"
+    return "\n".join([f"{file}:", f"    {mark} {gpu}", *(f"    {line}  {mark} {why}" for line, why in lines)])
+
+
+def key(arch: int, winner: dict[str, Any]) -> str:
+    """What both tables are looked up by, and the blocks or programs per row."""
+    return ", ".join(map(str, (arch, *(winner[name] for name in ("itemsize", "rows", "vocab", "parts")))))
 
 
 def gain(winner: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/unlocked.h"
 #include "cpu/dispatch.h"
 #include "cpu/exchange.h"
 
@@ -88,20 +89,9 @@ bool is_main_thread() {
 #endif
 }
 
-// A call without the GIL. pybind11's gil_scoped_release will not do: while the interpreter is being
-// finalised, taking the GIL back ends this thread by unwinding its stack (up to Python 3.13), and
-// that would abort the process in a destructor, and in pybind11 where the C++ library is Clang's.
-class Unlocked {
+// A call without the GIL that signals may end.
+class Interruptible : public Unlocked {
  public:
-  void begin() { state_ = PyEval_SaveThread(); }
-  void end() {
-    try {
-      PyEval_RestoreThread(state_);
-    } catch (...) {
-      for (;;) pause();  // as Python 3.14 has it; the process is about to end
-    }
-  }
-
   // Runs Python's signal handlers when that is due. True once a handler has raised; the exception
   // is then set in this thread's state. Only the main thread asks, and that is the one that
   // finalises.
@@ -120,7 +110,6 @@ class Unlocked {
   bool raised() const { return raised_; }
 
  private:
-  PyThreadState* state_ = nullptr;
   std::chrono::steady_clock::time_point next_;
   bool raised_ = false;
 };
@@ -132,7 +121,7 @@ int64_t without_gil(const Batch& batch, bool restore, Work work) {
   std::exception_ptr error;
   std::optional<Saved> saved;
   if (restore) saved.emplace(batch);
-  Unlocked unlocked;
+  Interruptible unlocked;
   unlocked.begin();
   try {
     invalid = work([&] { return unlocked.interrupted(); });

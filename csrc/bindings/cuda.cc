@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/unlocked.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -63,6 +64,18 @@ bool has_context(int device) {
   int active = 0;
   return !error && found && !((State*)found)(device, &flags, &active) && active;
 }
+
+// No GIL for as long as this lives.
+class WithoutGil {
+ public:
+  WithoutGil() { unlocked_.begin(); }
+  ~WithoutGil() { unlocked_.end(); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  Unlocked unlocked_;
+};
 
 // Makes a device current, and the caller's again at the end if that creates nothing there.
 class OnDevice {
@@ -158,7 +171,7 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
                                                Lent boards,
                                                const std::optional<DraftArguments>& drafts,
                                                bool advance) {
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   const OnDevice current(device_index);
   Known& known = Known::at(device_index);
   const Device device = known.device();
@@ -195,7 +208,7 @@ std::optional<std::pair<int64_t, int64_t>> run(const RowArguments& rows, const C
 
 void list(uintptr_t bitmask, int64_t rows, int32_t words, uintptr_t row_ptr, uintptr_t ids,
           int64_t size, int device_index, uintptr_t stream) {
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   const OnDevice current(device_index);
   const Lists lists = {(const int32_t*)bitmask, rows,          words,
                        (const int64_t*)row_ptr, (int32_t*)ids, size};
@@ -227,8 +240,7 @@ std::optional<std::string> why_not_device(int index) {
 }
 
 void tune(int32_t parts, int32_t threads) {
-  const bool power_of_two = parts >= 0 && parts <= kMaxParts && !(parts & (parts - 1));
-  if (!power_of_two || (threads != 0 && threads != kThreads)) {
+  if (!may_share(parts) || (threads != 0 && threads != kThreads)) {
     throw std::invalid_argument("tune(parts, threads): parts is 0 or a power of two up to " +
                                 std::to_string(kMaxParts) + ", threads 0 or " +
                                 std::to_string(kThreads));

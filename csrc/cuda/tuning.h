@@ -142,6 +142,19 @@ constexpr bool fits(const Device& d, const Shape& s, bool resident, int32_t part
   return shared_bytes(s, resident, parts, kThreads) <= d.shared_block;
 }
 
+// Whether so many blocks may share a row; 0: as many as are estimated.
+constexpr bool may_share(int32_t parts) {
+  return parts >= 0 && parts <= kMaxParts && !(parts & (parts - 1));
+}
+
+constexpr bool may_share_all() {
+  for (const Tuned& t : kTuned) {
+    if (!may_share(t.parts)) return false;
+  }
+  return true;
+}
+static_assert(may_share_all(), "tuned.h: parts is 0 or a power of two up to kMaxParts");
+
 // Blocks per row that have been measured to be fastest, or are asked for; 0 where there are none.
 constexpr int32_t known_parts(const Device& d, const Shape& s) {
   if (d.parts) return d.parts;

@@ -13,12 +13,14 @@ from fastsample.backends import Engine, Outputs
 from fastsample.backends.triton_launch import (
     PROGRAMS_PER_SM,
     THREADS,
+    arch_of,
     device_shape,
     interpreted,
     launch_options,
     on,
 )
 from fastsample.backends.triton_memory import ARRIVALS, SEMAPHORES, Layout, Memory, State, Table, history_words, kernels
+from fastsample.backends.triton_tuned import known_parts
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Bias, Rows
 
@@ -79,12 +81,16 @@ class TritonEngine(Engine):
                 )
 
     def layout(self, table: Table) -> Layout:
-        """Enough programs per row to fill the device, no more than can run at once where a row has several."""
-        batch, vocab = table.x.shape
-        vec = 16 // table.x.element_size()
+        """Programs per row as measured, or enough to fill the device; several are no more than can run at once.
+
+        A GPU with fewer multiprocessors than the one that was measured may not hold as many.
+        """
+        (batch, vocab), device, itemsize = table.x.shape, table.x.device, table.x.element_size()
+        vec = 16 // itemsize
         block = self.block or vec * THREADS
         chunks = -(-vocab // block)
-        parts = self.parts or PROGRAMS_PER_SM * device_shape(table.x.device)[0] // max(batch, 1)
+        resident = PROGRAMS_PER_SM * device_shape(device)[0] // max(batch, 1)
+        parts = self.parts or min(known_parts(arch_of(device), itemsize, batch, vocab) or resident, resident)
         limit = min(chunks, int(kernels("workspace").MAX_PARTS))
         return Layout(block, vec, chunks, max(1, min(parts, limit)), table.rounds)
 

@@ -28,6 +28,15 @@ def device_shape(device: torch.device) -> tuple[int, int]:
     return int(found.multi_processor_count), int(found.warp_size)
 
 
+@cache
+def arch_of(device: torch.device) -> int:
+    """The compute capability as 90; 0 where there is none. AMD's GPUs have numbers that may be those of NVIDIA's."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -61,6 +61,33 @@ def test_it_imports_without_a_driver(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith("True")
 
 
+EXIT_WITH_CALLS_IN_FLIGHT = """
+import threading, time, fastsample._cuda as m
+
+def forever():
+    while True:
+        try:
+            m.list_kept(0, 0, 0, 0, 0, 0, 0, 0)
+        except RuntimeError:  # there is no GPU, which it finds out without the GIL
+            failed.set()
+
+failed = threading.Event()
+for _ in range(4):
+    threading.Thread(target=forever, daemon=True).start()
+assert failed.wait(30)
+time.sleep(0.2)
+"""
+
+
+@needs_build
+def test_exit_with_calls_in_flight_does_not_abort(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT_WITH_CALLS_IN_FLIGHT],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_importing_fastsample_loads_no_extension_of_cuda() -> None:
     code = "import sys, torch, fastsample as fs; fs.sample(torch.zeros(9), backend='cpu'); print(*sys.modules)"
     # Not from the root, where the source tree would be imported.

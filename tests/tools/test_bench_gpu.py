@@ -29,7 +29,7 @@ sys.path.append(str(ROOT))  # behind site-packages, where the fastsample under t
 
 from bench import peers, record, summary  # noqa: E402
 from bench.__main__ import app  # noqa: E402
-from bench.campaign import checks, clock, counters, grids, headline, install, micro, one, run, tuning  # noqa: E402
+from bench.campaign import checks, clock, counters, grids, headline, install, micro, one, run  # noqa: E402
 from bench.campaign.site import Site  # noqa: E402
 from bench.campaign.steps import IN_ALL, PER_COMMAND, STEPS, Point, Step  # noqa: E402
 from bench.modes import BY_NAME, make_logits  # noqa: E402
@@ -352,37 +352,6 @@ def test_failed_tests_are_listed_and_parity_s_name_the_engine(tmp_path):
     found = checks.read_report(tmp_path / "tests.xml")
     assert (found["right"], found["left_out"], len(found["failures"])) == (1, 1, 3)
     assert found["parity_failed"] == ["all", "cuda"]
-
-
-# Tuning ---------------------------------------------------------------------------------------------------------------
-
-
-def layout(engine: str, parts: int, threads: int, us: float, rows: int = 64, **more: Any) -> dict[str, Any]:
-    key = {"step": "tuning", "engine": engine, "rows": rows, "vocab": 128256, "dtype": "bfloat16"}
-    return {**key, "parts": parts, "threads": threads, "found": {"cold_us": us, **more}}
-
-
-def test_winners_as_code():
-    records = [layout("cuda", 0, 0, 20.0), layout("cuda", 8, 256, 15.0), layout("cuda", 16, 512, 14.0)]
-    records += [layout("cuda", 0, 0, 10.0, rows=1), layout("cuda", 4, 256, 9.9, rows=1)]  # within the noise
-    records += [layout("triton", 0, 0, 30.0), layout("triton", 4, 256, 20.0)]
-    records += [layout("triton", 0, 0, 30.0, rows=8), layout("triton", 2, 256, 20.0, rows=8, meaningless="parity")]
-    code = tuning.as_code(HERE, records)
-    assert code.splitlines()[1:3] == [
-        "{90, 2, 1, 128256, 0},  // 10.0 us",  # so that the next line, for at most 64 rows, does not count for one
-        "{90, 2, 64, 128256, 16},  // 14.0 us, not 20.0",
-    ]
-    assert "(90, 2, 64, 128256): (4, 256),  # 20.0 us, not 30.0" in code
-    assert code.count("128256") == 4
-
-
-def test_an_engine_that_cannot_be_tuned_says_so(monkeypatch):
-    monkeypatch.setattr(tuning, "tuners", lambda site: iter(()))
-    points = list(tuning.points(site(dry=True)))
-    assert [(key["engine"], measure()["skipped"]) for key, measure in points] == [
-        ("cuda", "not available in this build"),
-        ("triton", "not available in this build"),
-    ]
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------
