@@ -20,29 +20,27 @@ class Layout:
     """Where in a call's memory each output lies: those of these names, and lists of all kept ids at its end."""
 
     def __init__(self, names: Sequence[str], lists: bool, options: Options, batch: tuple[int, ...], vocab: int) -> None:
-        names = (*names, "kept_row_ptr") if lists else names
         self.starts: dict[str, int] = {}
-        self.shapes = {name: FIELD[name].shape(batch, options, vocab) for name in names}
         self.size = 0  # bytes up to the lists
-        for name in names:
-            self.starts[name] = self.size
-            self.size += -(-self._bytes(name) // _WORD) * _WORD
         self.native: Any = None  # the same in native form, if an engine has made it
-        self._lists = lists
-
-    def _bytes(self, name: str) -> int:
-        return prod(self.shapes[name]) * FIELD[name].dtype.itemsize
+        self._places: dict[str, tuple[slice, torch.dtype, tuple[int, ...]]] = {}
+        for name in (*names, "kept_row_ptr") if lists else names:
+            dtype, shape = FIELD[name].dtype, FIELD[name].shape(batch, options, vocab)
+            end = self.size + prod(shape) * dtype.itemsize
+            self.starts[name], self._places[name] = self.size, (slice(self.size, end), dtype, shape)
+            self.size = -(-end // _WORD) * _WORD
+        if lists:
+            self._places["kept_ids"] = slice(self.size, None), FIELD["kept_ids"].dtype, (-1,)
 
     def tensor(self, name: str, memory: bytearray) -> torch.Tensor | None:
         """An output as a tensor, or None if it is not reported. Its memory is its own: not even a count keeps a whole
         step's bytes; but that of bitmasks, which are most of them, is the call's."""
-        if self._lists and name == "kept_ids":
-            return _tensor(memory[self.size :], FIELD[name].dtype)
-        start = self.starts.get(name)
-        if start is None:
+        if name not in self._places:
             return None
-        own = memoryview(memory)[start : start + self._bytes(name)]
-        return _tensor(own if name == "kept_bitmask" else bytearray(own), FIELD[name].dtype).view(self.shapes[name])
+        place, dtype, shape = self._places[name]
+        own = memoryview(memory)[place] if name == "kept_bitmask" else memory[place]
+        flat = _tensor(own, dtype)
+        return flat if len(shape) == 1 else flat.view(shape)
 
 
 def _tensor(memory: Any, dtype: torch.dtype) -> torch.Tensor:

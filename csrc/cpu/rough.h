@@ -225,6 +225,19 @@ RoughFloor settle(const Dense<T>& d, const Weighing<LogitWeigher>& before, Floor
   return {floor.high, total};
 }
 
+// The same with the exact floor, of exact sums: a pass more, where bounds do not determine it.
+template <class T, class More, class FloorOf>
+RoughFloor settle_exactly(const Dense<T>& d, const Weighing<LogitWeigher>& before, More more,
+                          FloorOf floor_of, Guess guess, const Parted& parted,
+                          const Workspace& ws) {
+  Workspace own = ws;  // the masses of `parted` stay
+  own.group_mass = ws.rest_mass;
+  const LogitWeigher& w = before.weigher;
+  const Kept<float> kept = narrow_to_mass(alive(w), before.floor);
+  const uint64_t floor = floor_of(more.sums(measure(d, kept, w, own, more)));
+  return settle(d, before, FloorBounds{floor, floor}, guess, parted, ws);
+}
+
 // Sums with which a floor is computed from Z and the sum of products.
 FS_INLINE SquareSums squares_of(double mass, double squares) {
   const uint64_t high = squares > 0 ? (uint64_t)(squares * 0x1p-40) : 0;
@@ -258,7 +271,10 @@ RoughFloor rough_p_less_floor(const Dense<T>& d, const Weighing<LogitWeigher>& w
   const Bounded squares = squares_bounds(found, (double)blocks(d) * kBlock);
   const uint64_t low = p_less_floor(squares_of(found.mass.high, squares.low), heaviest);
   const uint64_t high = p_less_floor(squares_of(found.mass.low, squares.high), heaviest);
-  return settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
+  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
+  if (rough.floor) return rough;
+  const auto floor_of = [&](const SquareSums& s) { return p_less_floor(s, heaviest); };
+  return settle_exactly(d, weight, Squares{}, floor_of, guess, found, ws);
 }
 
 // The same for the sum of the masses times depths: each product has lost less than the depth, which
@@ -286,7 +302,10 @@ RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weig
   const Bounded depths = depth_bounds(found.product, (double)blocks(d) * kBlock);
   const uint64_t low = eta_floor(p, depths_of(found.mass.low, depths.high), heaviest);
   const uint64_t high = eta_floor(p, depths_of(found.mass.high, depths.low), heaviest);
-  return settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
+  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
+  if (rough.floor) return rough;
+  const auto floor_of = [&](const DepthSums& s) { return eta_floor(p, s, heaviest); };
+  return settle_exactly(d, weight, Depths{weight.weigher}, floor_of, guess, found, ws);
 }
 
 // Takes the few tokens below a floor, all of them below `edge`, out of the mass of each group;
