@@ -22,7 +22,10 @@ from fastsample import reference
 from fastsample.backends.cpu import native
 
 # Penalties without ids are among the cases on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),
+    pytest.mark.usefixtures("remembered"),
+]
 
 ISAS = ("baseline", "avx2", "avx512", "neon")
 

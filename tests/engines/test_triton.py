@@ -26,7 +26,10 @@ from fastsample.backends import triton as adapter
 from fastsample.params import specs
 
 # Penalties without ids are among the cases on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),
+    pytest.mark.usefixtures("remembered"),
+]
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
