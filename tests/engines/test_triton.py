@@ -96,8 +96,9 @@ def _rare_jobs() -> list[Job]:
     jobs = []
     for p, (params, makers) in enumerate(RARE_MAKERS.items()):
         for m, maker in enumerate(makers):
-            case = Rare(maker, params, (100, 200)[m % 2], KINDS[(p + m) % 3], None, 4)
-            jobs.append(Job(case, parts=(1, 3)[(p + m) % 2], block=64))
+            rows = 3 if params == "xtc-cold" else 2  # as many as it has values
+            case = Rare(maker, params, (100, 200)[m % 2], KINDS[(p + m) % 3], None, rows)
+            jobs.append(Job(case, parts=(1, 2)[(p + m) % 2], block=64))
     jobs.append(Job(Rare("ties", "typical-xtc-cold", 150, "bf16", None, 3), parts=3, block=64, threads=True))
     for m, maker in enumerate(("halves", "cutoffs")):
         jobs.append(Job(Rare(maker, "xtc-all", 130, "f32", None, 4), 1 + m, 64, probs=True))
@@ -117,11 +118,10 @@ RARE_JOBS = _rare_jobs()
 
 def _listing_jobs() -> list[Job]:
     """Rows longer than a list of candidates, in 64 groups or more: with few candidates, or more than are listed."""
-    sizes = {"vocab": 1100, "dtype": "f32", "extra": None, "rows": 4}
-    jobs = [
-        Job(Rare(("steps", "lm", "ties")[p % 3], params, **sizes), 1 + (p % 5 == 4), 1024, top=0)
-        for p, params in enumerate(LISTING)
-    ]
+    jobs = []
+    for p, params in enumerate(LISTING):
+        case = Rare(("steps", "lm", "ties")[p % 3], params, 1100, "f32", None, 4 if params == "k-rows" else 2)
+        jobs.append(Job(case, 1 + (p % 5 == 4), 1024, top=0))
     for p, params in enumerate(("k50-p.9", "all-hf-ties", "all-joint-ties", "all-joint", "all-vllm", "k7-all")):
         kind = KINDS[p % 3]
         for maker in (("lm", "equal"), ("ties", "zeros"), ("tiny_spread", "flat"))[p % 3]:
