@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from remembered import remembered as remembering
 
 import fastsample as fs
 from fastsample.backends import ORDER, engine
@@ -94,6 +95,13 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     native().force_isa(isa)
     yield backend
     native().force_isa(before)
+
+
+@pytest.fixture
+def remembered() -> Iterator[None]:
+    """The reference works out the distribution of the same rows once for all tests that ask for this."""
+    with remembering():
+        yield
 
 
 @pytest.fixture

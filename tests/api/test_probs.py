@@ -14,6 +14,8 @@ import torch._dynamo
 
 import fastsample as fs
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 B, V = 4, 200
 PROBS = torch.softmax(torch.randn(B, V, generator=torch.Generator().manual_seed(1)) * 2, -1)
 MASK = fs.pack_bitmask([[*range(i, V, 3)] for i in range(B)], V)

@@ -12,6 +12,8 @@ from conformance import assert_agree, bits, named
 
 import fastsample as fs
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 Tensor = torch.Tensor
 KINDS = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 

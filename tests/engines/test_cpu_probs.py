@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from conformance import assert_agree, named
 from probs import MAKERS, SETS, allowed, finish, invalid_probs, softmax
 
 import fastsample as fs
+
+pytestmark = pytest.mark.usefixtures("remembered")
 
 Tensor = torch.Tensor
 
@@ -60,9 +63,24 @@ def test_invalid_rows(vocab: int, dtype: torch.dtype, variant: str) -> None:
         check(rows, variant, **fields)
 
 
-def test_large(variant: str) -> None:
-    for dtype, vocab in ((torch.float32, 128256), (torch.bfloat16, 2**20), (torch.float16, 50257)):
-        p = finish(softmax(2, vocab, torch.Generator().manual_seed(vocab)), dtype)
-        for fields in ({}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.01}, {"epsilon_cutoff": 1e-4}, {"p_less": True}):
-            more: dict[str, Any] = {"seed": 3, "input": "probs", "num_samples": 2, "logprobs": "processed", **fields}
-            assert_agree(*(named(fs.sample(p, backend=backend, **more)) for backend in (variant, "reference")))
+LARGE = ((torch.float32, 128256), (torch.bfloat16, 2**20), (torch.float16, 50257))
+LARGE_SETS: tuple[dict[str, Any], ...] = (
+    *({}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.01}),
+    *({"epsilon_cutoff": 1e-4}, {"p_less": True}),
+)
+
+
+def of_large(size: int, fields: int, backend: str) -> dict[str, Tensor]:
+    dtype, vocab = LARGE[size]
+    p = finish(softmax(2, vocab, torch.Generator().manual_seed(vocab)), dtype)
+    more: dict[str, Any] = {"seed": 3, "input": "probs", "num_samples": 2, "logprobs": "processed"}
+    return named(fs.sample(p, backend=backend, **more, **LARGE_SETS[fields]))
+
+
+of_large_by_reference = cache(partial(of_large, backend="reference"))
+
+
+@pytest.mark.parametrize("size", range(len(LARGE)), ids=lambda size: f"V{LARGE[size][1]}")
+def test_large(size: int, variant: str) -> None:
+    for fields in range(len(LARGE_SETS)):
+        assert_agree(of_large(size, fields, variant), of_large_by_reference(size, fields))

@@ -24,7 +24,10 @@ from bench import recorded  # noqa: E402
 from bench.campaign.model import COUNTED, table  # noqa: E402
 from bench.modes import make_logits as make_bench_logits  # noqa: E402
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.usefixtures("remembered"),
+]
 
 VOCAB, ROWS = 128256, 2
 MODES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,10 @@ from histories import LARGE, SMALL, Batch
 SUPPORT = Path(histories.__file__).parent
 BATCHES = SMALL | LARGE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the batches on purpose
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the batches on purpose
+    pytest.mark.usefixtures("remembered"),
+]
 
 expected: Callable[[str], dict[str, torch.Tensor]] = cache(lambda name: BATCHES[name].ask("reference"))
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from conformance import assert_agree, named
 
 import fastsample as fs
 from fastsample.backends import cpu
+
+pytestmark = pytest.mark.usefixtures("remembered")
 
 NATIVE = cpu.native()
 ISAS = NATIVE.isas()
@@ -68,14 +71,20 @@ FIELDS: dict[str, dict[str, Any]] = {
 def test_equals_the_reference(mode: Any, vocab: int, fields: str, isa: str) -> None:
     """Numbers of draws on both sides of what the engine does differently."""
     for dtype in (torch.float32, torch.bfloat16):
-        x = rows(2, vocab, dtype)
-        x[1, ::3] = -torch.inf
-        x[1, vocab // 2] = 1
         for n in (7, 8, 21, 129, 700):
-            more: dict[str, Any] = {"num_samples": n, "seed": torch.tensor([3, -5]), "offset": 9, "logprobs": mode}
-            more |= {"top_logprobs": min(4, vocab) if mode else 0}
-            got, want = (fs.sample(x, backend=b, **FIELDS[fields], **more) for b in ("cpu", "reference"))
-            same(got, want)
+            same(draw("cpu", fields, vocab, dtype, n, mode), draw_by_reference(fields, vocab, dtype, n, mode))
+
+
+def draw(backend: str, fields: str, vocab: int, dtype: torch.dtype, n: int, mode: Any) -> fs.SampleOutput:
+    x = rows(2, vocab, dtype)
+    x[1, ::3] = -torch.inf
+    x[1, vocab // 2] = 1
+    more: dict[str, Any] = {"num_samples": n, "seed": torch.tensor([3, -5]), "offset": 9, "logprobs": mode}
+    more |= {"top_logprobs": min(4, vocab) if mode else 0}
+    return fs.sample(x, backend=backend, **FIELDS[fields], **more)
+
+
+draw_by_reference = cache(partial(draw, "reference"))
 
 
 @pytest.mark.parametrize("mode", [None, "raw", "processed"])
@@ -125,20 +134,22 @@ import sys, threading, time
 import torch, fastsample as fs
 fs.set_num_threads({threads})
 x = torch.randn(1, 4096)
-fs.sample(x, seed=1, num_samples=100)
 want = fs.sample(x, seed=1, num_samples=100).tokens
-before = threading.active_count()
-print("ready", flush=True)
-start = time.perf_counter()
-try:
-    {call}
-except KeyboardInterrupt:
-    print("interrupted", time.perf_counter() - start, flush=True)
-assert threading.active_count() == before
-assert torch.equal(fs.sample(x, seed=1, num_samples=100).tokens, want)
 big = torch.randn(64, 50_000)
-assert torch.equal(fs.sample(big, seed=1).tokens, fs.sample(big, seed=1, backend="reference").tokens)
-print("works", flush=True)
+want_big = fs.sample(big, seed=1, backend="reference").tokens
+fs.sample(big, seed=1)
+before = threading.active_count()
+for call in ({calls}):
+    print("ready", flush=True)
+    start = time.perf_counter()
+    try:
+        call()
+    except KeyboardInterrupt:
+        print("interrupted", time.perf_counter() - start, flush=True)
+    assert threading.active_count() == before
+    assert torch.equal(fs.sample(x, seed=1, num_samples=100).tokens, want)
+    assert torch.equal(fs.sample(big, seed=1).tokens, want_big)
+    print("works", flush=True)
 """
 BATCH = "torch.randn(1, 100_000).expand(1_000_000, -1)"
 LONG = {
@@ -152,24 +163,25 @@ LONG = {
 
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or sys.platform == "win32", reason="no SIGINT to send")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", LONG)
-def test_ctrl_c(name: str, threads: int) -> None:
-    code = INTERRUPTED.format(call=LONG[name], threads=threads)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE
-    ) as run:
+def test_ctrl_c(threads: int) -> None:
+    """Of one call after the other, in one process."""
+    code = INTERRUPTED.format(threads=threads, calls=", ".join(f"lambda: {call}" for call in LONG.values()))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=HERE) as run:
         assert run.stdout is not None
-        assert run.stdout.readline() == "ready\n"
-        time.sleep(0.5)
-        run.send_signal(signal.SIGINT)
-        sent = time.perf_counter()
-        line = run.stdout.readline()
-        heard = time.perf_counter() - sent
-        output, errors = run.communicate(timeout=120)
-    assert line.startswith("interrupted"), (line, errors)
-    assert heard < 3  # 1 on a machine that does nothing else
-    assert output == "works\n", errors
-    assert run.returncode == 0
+        try:
+            for name in LONG:
+                assert run.stdout.readline() == "ready\n", name
+                time.sleep(0.5)
+                run.send_signal(signal.SIGINT)
+                sent = time.perf_counter()
+                line = run.stdout.readline()
+                heard = time.perf_counter() - sent
+                assert line.startswith("interrupted"), (name, line)
+                assert heard < 3, name  # 1 on a machine that does nothing else
+                assert run.stdout.readline() == "works\n", name
+            assert run.wait(timeout=120) == 0
+        finally:
+            run.kill()
 
 
 def test_an_interrupted_call_keeps_what_out_held() -> None:

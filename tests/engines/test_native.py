@@ -22,7 +22,10 @@ from conformance import ask, assert_agree
 from fastsample import _cpu
 from fastsample.backends import cpu
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the cases on purpose
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the cases on purpose
+    pytest.mark.usefixtures("remembered"),
+]
 
 ROOT = Path(__file__).parents[2]
 

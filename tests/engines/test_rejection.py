@@ -22,7 +22,10 @@ from simt_engine import How, Simt, as_backend, build, compiler
 import fastsample as fs
 from fastsample.reference import uniform60
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the sets on purpose
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the sets on purpose
+    pytest.mark.usefixtures("remembered"),
+]
 
 SUPPORT = Path(rejections.__file__).parent
 NAMES = list(BLOCKS)

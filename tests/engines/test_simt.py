@@ -28,6 +28,7 @@ import fastsample as fs
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler"),
     pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the cases on purpose
+    pytest.mark.usefixtures("remembered"),
 ]
 
 SUPPORT = Path(__file__).parents[1] / "support"

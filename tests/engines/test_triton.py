@@ -26,7 +26,10 @@ from fastsample.backends import triton as adapter
 from fastsample.params import specs
 
 # Penalties without ids are among the cases on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),
+    pytest.mark.usefixtures("remembered"),
+]
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -35,17 +38,21 @@ PROCESSES = 2
 
 
 def _jobs() -> list[Job]:
-    """A slice of tests/support/cases.py that the interpreter runs in a minute or two."""
+    """A slice of tests/support/cases.py that the interpreter runs in a minute or two.
+
+    It takes as long for each row, so that only sets that say something of each, or toss coins, have several.
+    """
     jobs = []
     sizes = (300, 257, 33, 513)
     for p, params in enumerate(OLD_SETS):
         extra = "ids" if "penalt" in params or params[:4] in ("repe", "freq", "pres") else None
         maker = ("ties", "lm", "steps", "half_masked", "flat")[p % 5]
-        jobs.append(Job(Case(maker, params, sizes[p % 4], KINDS[p % 3], extra, 2 + 3 * ("rows" in params))))
+        jobs.append(Job(Case(maker, params, sizes[p % 4], KINDS[p % 3], extra, 1 + 4 * ("rows" in params))))
     makers = list(MAKERS)
     for p, params in enumerate(name for name in PARAMS if name not in OLD_SETS):
         extra = ("repeats", "repeats_output")[p % 2] if params in PENALTY_SETS else None
-        rows = 5 if "rows" in params else 4 if "+" in params or params in ("floors", "llama.cpp", "ngrams") else 2
+        rows = 5 if "rows" in params else 4 if "+" in params or params in ("floors", "llama.cpp", "ngrams") else 1
+        rows = max(rows, 2) if "xtc" in params else rows
         maker = ("lm", "ties", "flat", "half_masked", "steps", makers[p % len(makers)])[p % 6]
         case = Case(maker, params, (65, 100, 33, 129)[p % 4], KINDS[p % 3], extra, rows)
         jobs.append(Job(case, 1 + (p % 7 == 0), 64, top=6 if p % 5 == 0 else 0))
@@ -58,7 +65,7 @@ def _jobs() -> list[Job]:
         jobs.append(Job(Case("flat", "p.9", 50, kind, extra, 7), 1, 64, probs=True))
     for m, maker in enumerate(MAKERS):
         params = ("all-hf-ties", "all-joint", "all-vllm", "k50-p.9")[m % 4]
-        jobs.append(Job(Case(maker, params, sizes[m % 4], KINDS[(m // 4) % 3], None, 2), parts=1 + 2 * (m % 2)))
+        jobs.append(Job(Case(maker, params, sizes[m % 4], KINDS[(m // 4) % 3], None, 1), parts=1 + 2 * (m % 2)))
     for e, extra in enumerate(EXTRAS):
         params = ("penalties", "all-joint-ties", "rows-penalties", "greedy")[e % 4]
         jobs.append(Job(Case("ties", params, (300, 97)[e % 2], KINDS[e % 3], extra, 3), parts=1 + e % 2))
@@ -89,8 +96,9 @@ def _rare_jobs() -> list[Job]:
     jobs = []
     for p, (params, makers) in enumerate(RARE_MAKERS.items()):
         for m, maker in enumerate(makers):
-            case = Rare(maker, params, (100, 200)[m % 2], KINDS[(p + m) % 3], None, 4)
-            jobs.append(Job(case, parts=(1, 3)[(p + m) % 2], block=64))
+            rows = 3 if params == "xtc-cold" else 2  # as many as it has values
+            case = Rare(maker, params, (100, 200)[m % 2], KINDS[(p + m) % 3], None, rows)
+            jobs.append(Job(case, parts=(1, 2)[(p + m) % 2], block=64))
     jobs.append(Job(Rare("ties", "typical-xtc-cold", 150, "bf16", None, 3), parts=3, block=64, threads=True))
     for m, maker in enumerate(("halves", "cutoffs")):
         jobs.append(Job(Rare(maker, "xtc-all", 130, "f32", None, 4), 1 + m, 64, probs=True))
@@ -110,11 +118,10 @@ RARE_JOBS = _rare_jobs()
 
 def _listing_jobs() -> list[Job]:
     """Rows longer than a list of candidates, in 64 groups or more: with few candidates, or more than are listed."""
-    sizes = {"vocab": 1100, "dtype": "f32", "extra": None, "rows": 4}
-    jobs = [
-        Job(Rare(("steps", "lm", "ties")[p % 3], params, **sizes), 1 + (p % 5 == 4), 1024, top=0)
-        for p, params in enumerate(LISTING)
-    ]
+    jobs = []
+    for p, params in enumerate(LISTING):
+        case = Rare(("steps", "lm", "ties")[p % 3], params, 1100, "f32", None, 4 if params == "k-rows" else 2)
+        jobs.append(Job(case, 1 + (p % 5 == 4), 1024, top=0))
     for p, params in enumerate(("k50-p.9", "all-hf-ties", "all-joint-ties", "all-joint", "all-vllm", "k7-all")):
         kind = KINDS[p % 3]
         for maker in (("lm", "equal"), ("ties", "zeros"), ("tiny_spread", "flat"))[p % 3]:

@@ -20,7 +20,10 @@ from simt_engine import How, Simt, as_backend, build, compiler
 
 import fastsample as fs
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect without")  # among the sets on purpose
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*has no effect without"),  # among the sets on purpose
+    pytest.mark.usefixtures("remembered"),
+]
 
 SUPPORT = Path(drafts.__file__).parent
 NAMES = list(BLOCKS)

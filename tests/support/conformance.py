@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from remembered import remembered
 
 import fastsample as fs
 from fastsample import rejection
@@ -23,6 +25,11 @@ def ask(case: Any, backend: str, brief: bool = False, top: int = 6) -> dict[str,
         brief: one mode of log-probabilities will do, in which cases take turns: where calls are slow.
         top: how many of the most probable tokens to ask for.
     """
+    with remembered() if backend == "reference" else nullcontext():
+        return _ask(case, backend, brief, top)
+
+
+def _ask(case: Any, backend: str, brief: bool, top: int) -> dict[str, torch.Tensor]:
     inputs = case.build()
     before = inputs.logits.clone()
     common = {**inputs.kwargs, "backend": backend, "on_invalid": "flag"}

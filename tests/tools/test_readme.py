@@ -1,6 +1,7 @@
 """What README and the pages of docs/ say of the code is what the code says of itself."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-LANGUAGES = {"python": [sys.executable, "-c"], "bash": ["bash", "-euc"]}
+LANGUAGES = ("python", "bash")
 
 
 def hooks() -> ModuleType:
@@ -92,16 +93,57 @@ def blocks():
     ]
 
 
+SCRIPTS = str(Path(sys.executable).parent)
+ENVIRONMENT = os.environ | {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Runs Python in a folder: its exit status, and what it prints."""
+    command = [sys.executable, str(ROOT / "tests" / "support" / "blocks.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT) as server:
+
+        def run(folder, code):
+            print(json.dumps([str(folder), code]), file=server.stdin, flush=True)
+            return int(server.stdout.readline()), Path(f"{folder}.txt").read_text()
+
+        yield run
+        server.stdin.close()
+
+
 @pytest.mark.parametrize(("language", "code"), blocks())
-def test_blocks_run_as_they_stand(language, code, tmp_path):
+def test_blocks_run_as_they_stand(language, code, tmp_path, request):
     """Each by itself, in an empty folder, without a network."""
-    scripts = str(Path(sys.executable).parent)
-    env = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*LANGUAGES[language], code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    if language == "python":
+        status, printed = request.getfixturevalue("start")(folder, code)
+    else:
+        done = subprocess.run(
+            ["bash", "-euc", code],
+            cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+        )  # fmt: skip
+        status, printed = done.returncode, done.stdout
+    assert status == 0, printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "told"),
+    [
+        ("print(7)", 0, "7"),
+        ("import sys; print('no', file=sys.stderr); sys.exit(3)", 3, "no"),
+        ("torch.zeros(1)", 1, "NameError"),
+        ("import os; os.kill(os.getpid(), 9)", -9, ""),
+    ],
+)
+def test_what_fails_is_told(code, status, told, start, tmp_path):
+    """Also of what a block uses and does not import."""
+    (tmp_path / "empty").mkdir()
+    found, printed = start(tmp_path / "empty", code)
+    assert found == status
+    assert told in printed
 
 
 def test_nothing_is_said_to_be_on_an_index():
