@@ -229,10 +229,14 @@ class SampleCall(Call):
         else:
             result, layout = out, self._lists
         in_passing = outputs.advance = advance and self._engine.advances
-        if layout is None:
-            invalid = self._run(table, rows, outputs, result)
-        else:
+        invalid: int | None
+        if layout is not None:
             invalid, memory = self._engine.report(table, rows, outputs, layout)
+        else:
+            if self._exact:
+                words = FIELD["kept_bitmask"].shape((len(table),), self.options, self._shape[1])
+                outputs.kept_bitmask, outputs.names = empty(words, torch.int32, table.device), None
+            invalid = self._engine.run(table, rows, outputs)
         if self.raises and invalid != 0:
             status = result.status if result is not out else self._statuses(table, rows)
             try:
@@ -243,6 +247,8 @@ class SampleCall(Call):
                 raise
         if layout is not None:
             result.leave(layout, memory, () if out is None else OF_ALL)
+        elif self.options.kept == "ids":
+            self._list_kept(outputs, result)
         if advance and not in_passing:
             self._engine.advance(rows)
         if out is None or out is result:
@@ -253,16 +259,6 @@ class SampleCall(Call):
             for name in self._wanted:
                 getattr(out, name).copy_(getattr(result, name))
         return out
-
-    def _run(self, table: torch.Tensor, rows: Rows, outputs: Outputs, result: SampleOutput) -> int | None:
-        """Let the engine fill a result whose buffers are all there; returns what it says of invalid rows."""
-        if self._exact:
-            words = FIELD["kept_bitmask"].shape((len(table),), self.options, self._shape[1])
-            outputs.kept_bitmask, outputs.names = empty(words, torch.int32, table.device), None
-        found = self._engine.run(table, rows, outputs)
-        if self.options.kept == "ids" and not (self.raises and found):
-            self._list_kept(outputs, result)
-        return found
 
     def _list_kept(self, outputs: Outputs, result: SampleOutput) -> None:
         assert outputs.kept_count is not None
