@@ -243,3 +243,18 @@ def test_huge_rows(fields: dict[str, Any], variant: str) -> None:
     """The largest vocabulary, whose sums are the largest: of equal logits, and of others."""
     x = torch.stack([torch.zeros(2**20), torch.randn(2**20, generator=torch.Generator().manual_seed(1))])
     check(x.to(torch.bfloat16), variant, **fields)
+
+
+@KINDS
+@pytest.mark.parametrize("num_samples", [1, 3, 40])
+def test_min_p_after_a_row_of_another_kind(num_samples: int, dtype: torch.dtype, variant: str) -> None:
+    """A row with candidates in most of its blocks, or in few, decides how the next one is read, whatever that is."""
+    x = torch.randn(9, 5000, generator=torch.Generator().manual_seed(2))
+    sparse = torch.tensor([0, 0, 1, 1, 0, 1, 0, 0, 1]).bool()
+    x[sparse] = x[sparse] / 10 - 30
+    x[sparse, ::1700] += 30
+    kept = check(x.to(dtype), variant, num_samples, min_p=0.05)
+    assert (kept.sum(-1) > 200).equal(~sparse)
+    for form in ("count", "ids", "bitmask"):
+        how: dict[str, Any] = {"min_p": 0.05, "seed": 3, "num_samples": num_samples, "kept": form}
+        assert_agree(*(named(fs.sample(x.to(dtype), **how, backend=backend)) for backend in (variant, "reference")))

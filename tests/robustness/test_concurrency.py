@@ -222,7 +222,8 @@ if __name__ == "__main__":
 # The engine alone: torch, whose own calls a step makes too, aborts where they meet the end of Python.
 def forever():
     sampler = fs.Sampler(batch_size=64, seed=5, top_p=0.9, backend="cpu", on_invalid="flag")
-    buffers = sampler._call._outputs(sampler(x))
+    sampler(x)
+    buffers = sampler._call.fresh()
     run, rows = sampler._call._engine.run, sampler._rows
     ready.wait()
     while True:
