@@ -33,12 +33,12 @@ class Layout:
             self._places["kept_ids"] = slice(self.size, None), FIELD["kept_ids"].dtype, (-1,)
 
     def tensor(self, name: str, memory: bytearray) -> torch.Tensor | None:
-        """An output as a tensor, or None if it is not reported. Its memory is its own: not even a count keeps a whole
-        step's bytes; but that of bitmasks, which are most of them, is the call's."""
+        """An output as a tensor, or None if it is not reported. The memory of ids and bitmasks, which are most of a
+        step's bytes, is the call's; others have their own, so that a count does not keep all of it."""
         if name not in self._places:
             return None
         place, dtype, shape = self._places[name]
-        own = memoryview(memory)[place] if name == "kept_bitmask" else memory[place]
+        own = memoryview(memory)[place] if name in ("kept_ids", "kept_bitmask") else memory[place]
         flat = _tensor(own, dtype)
         return flat if len(shape) == 1 else flat.view(shape)
 

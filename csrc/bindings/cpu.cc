@@ -198,11 +198,9 @@ void list_report(const Batch& batch, const ReportArguments& report, py::bytearra
   }
   char* const at = PyByteArray_AS_STRING(memory.ptr());
   const KeptSets sets = {rows, words, out.num_slots, out.kept_slots, out.kept_bitmask};
-  Unlocked unlocked;
-  unlocked.begin();
+  const WithoutGil unlocked;
   list_kept(sets, (const int64_t*)(at + report.kept_row_ptr), (int32_t*)(at + report.bytes), total,
             threads);
-  unlocked.end();
 }
 
 // A run whose outputs lie in memory that it makes: that, and the number of invalid rows.
@@ -273,10 +271,8 @@ int64_t end_kept_at(int64_t counts, int64_t rows, int64_t capacity, int64_t row_
 void list_kept_at(int64_t bitmask, int64_t rows, int64_t words, int64_t row_ptr, int64_t ids,
                   int64_t room, int threads) {
   const KeptSets sets = {rows, words, 0, nullptr, (const int32_t*)bitmask};
-  Unlocked unlocked;
-  unlocked.begin();
+  const WithoutGil unlocked;
   list_kept(sets, (const int64_t*)row_ptr, (int32_t*)ids, room, threads);
-  unlocked.end();
 }
 
 }  // namespace

@@ -65,18 +65,6 @@ bool has_context(int device) {
   return !error && found && !((State*)found)(device, &flags, &active) && active;
 }
 
-// No GIL for as long as this lives.
-class WithoutGil {
- public:
-  WithoutGil() { unlocked_.begin(); }
-  ~WithoutGil() { unlocked_.end(); }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  Unlocked unlocked_;
-};
-
 // Makes a device current, and the caller's again at the end if that creates nothing there.
 class OnDevice {
  public:

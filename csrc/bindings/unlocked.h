@@ -25,4 +25,16 @@ class Unlocked {
   PyThreadState* state_ = nullptr;
 };
 
+// No GIL for as long as this lives.
+class WithoutGil {
+ public:
+  WithoutGil() { unlocked_.begin(); }
+  ~WithoutGil() { unlocked_.end(); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  Unlocked unlocked_;
+};
+
 }  // namespace fastsample
