@@ -100,7 +100,10 @@ Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace
   Row<T> row = masked_row<T>(batch, r);
   const int edits = has_edits(batch.rows) ? sort_edits(batch, r, p, row, ws) : 0;
   const float temperature = is_greedy(p) ? 1.0f : p.temperature;
-  const float scale = mass_scale(temperature), bound = near_bound(scale);
+  const float scale = mass_scale(temperature);
+  const float judged_scale = is_greedy(p) ? scale : mass_scale(judging_temperature(p));
+  // Values that are near by the steeper scale are near by both.
+  const float steeper = scale > judged_scale ? scale : judged_scale, bound = near_bound(steeper);
   const uint64_t floor = mass_floor(p, kMassUnit);
   const Plan plan =
       plan_of(p, RowKind{row.vocab, sizeof(T) < sizeof(float), edits > 0, kLogits, *ws.crowded});
@@ -112,9 +115,8 @@ Status sample_logits(const Batch& batch, int64_t r, Draws draws, const Workspace
     write_invalid(batch.out, r, draws, row.vocab);
     return peak.status;
   }
-  const float judged = is_greedy(p) ? 1.0f : judging_temperature(p);
-  const LogitWeigher weigher = {peak.max, scale, mass_scale(judged)};
-  const Dense<T> dense = {row, ws.block_max, is_near(peak.low, peak.max, scale), spread};
+  const LogitWeigher weigher = {peak.max, scale, judged_scale};
+  const Dense<T> dense = {row, ws.block_max, is_near(peak.low, peak.max, steeper), spread};
   const Task<T, LogitWeigher> task = {batch, r, draws, ws, dense, weigher, temperature};
   if (plan.path == kCandidates) {
     sample_candidates(task, floor, plan.watch);

@@ -258,3 +258,23 @@ def test_min_p_after_a_row_of_another_kind(num_samples: int, dtype: torch.dtype,
     for form in ("count", "ids", "bitmask"):
         how: dict[str, Any] = {"min_p": 0.05, "seed": 3, "num_samples": num_samples, "kept": form}
         assert_agree(*(named(fs.sample(x.to(dtype), **how, backend=backend)) for backend in (variant, "reference")))
+
+
+JUDGED = [
+    {"p_less": True},
+    {"top_p": 0.9},
+    {"min_p": 1e-12},
+    {"eta_cutoff": 1e-9},
+    {"typical_p": 0.9},
+    {"xtc_probability": 0.5, "xtc_threshold": 0.01},
+]
+
+
+@KINDS
+@pytest.mark.parametrize("fields", JUDGED, ids=lambda fields: "-".join(fields))
+def test_values_out_of_reach_for_the_filters_alone(fields: dict[str, Any], dtype: torch.dtype, variant: str) -> None:
+    """With the temperature last, values may lie far below the maximum for what filters judge by, and near for the draw."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 2048, generator=g) * 2
+    x[:, ::3] = torch.tensor([-115.0, -160.0, -500.0])[:, None]
+    check(x.to(dtype), variant, temperature=5.0, order="temperature_last", **fields)
