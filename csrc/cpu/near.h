@@ -99,7 +99,7 @@ struct MeanBounds {
 
 template <class T>
 MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, const Division& found) {
-  const Bounded depth = depth_bounds(bounds_of_sum(found.depth), (double)blocks(d) * kBlock);
+  const Bounded depth = depth_bounds(bounds_of_products(found.depth), (double)blocks(d) * kBlock);
   const double all = (double)found.total, slack = 0x1p-40;  // far above the contract's roundings
   return {mean_logit(depth.high / all * (1 + slack), w.max, w.scale),
           mean_logit(fmax(depth.low, 0) / all * (1 - slack), w.max, w.scale)};
@@ -111,7 +111,8 @@ MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, const Division& 
 // their roundings against each other, and differ where logits on a side are further apart than the
 // distances are rounded.
 bool is_certain(const float* x, int n, float mean, float limit, double error) {
-  const double slack = 2 * error + (double)limit * 0x1p-20;
+  if (error == 0) return true;
+  const double slack = 2 * error + (double)limit * 0x1p-21;
   if (!((double)limit > 4 * slack)) return false;
   const float low = (float)((double)limit - slack), high = (float)((double)limit + slack);
   const float step = limit * 0x1p-21f;
@@ -146,11 +147,12 @@ FS_INLINE Distances margin_around(const StandIns& s, Distances about, double off
   const auto widened = [&](double by) {
     return Distances{(float)((double)about.near - by), (float)((double)about.far + by)};
   };
-  const Distances wide = widened(fmax(off, kRoom * (double)about.far));
+  const double room = 1.5 * off;  // the limit moves with the center, in the same sample
+  const Distances wide = widened(fmax(room, kRoom * (double)about.far));
   const int many = s.body.n / 64;
   const int within = count_above(s.body.x, s.body.n, nextafterf(-wide.far, -INFINITY)) -
                      count_above(s.body.x, s.body.n, -wide.near);
-  return within <= many ? wide : widened(off);
+  return within <= many ? wide : widened(room);
 }
 
 // Typical in a row that is all kept so far: one pass bounds the mean, weighs what is nearer to an
@@ -173,18 +175,27 @@ Limit rough_typical(const Dense<T>& d, const Weighing<LogitWeigher>& weight, flo
   if (!((double)center - (double)bounds.far > (double)weight.lowest())) return kUnknown;
   const Division found = divide(d, weight, center, bounds, ws);
   const MeanBounds means = bound_mean(d, w, found);
-  *mean = (float)(((double)means.low + (double)means.high) / 2);
-  const double error = (double)means.high - (double)means.low;
+  const float middle = (float)(((double)means.low + (double)means.high) / 2);
+  double error = fmax((double)means.high - (double)middle, (double)middle - (double)means.low);
   const uint64_t target = top_p_target(typical_p, found.total);
-  if (!found.around || found.inside >= target) return kUnknown;
-  const auto every = [](vf) { return from_bits(kAllLanes); };
-  const Around around = keep_around(ws.values, found.around, ws.spare, *mean, every);
-  const float limit = nearest_limit(weight, around, *mean, found.inside, target, true);
+  Ring ring = {found.inside, found.around, bounds};
+  narrow_ring(d, weight, middle, target, &ring, ws);
+  if (!ring.n || ring.inside >= target) return kUnknown;
+  *mean = middle;
+  float limit = limit_within(weight, *mean, target, ring, ws);
+  if (!is_certain(ws.values, ring.n, *mean, limit, error)) {
+    const DepthSums sums = exact_sums(d, weight, Depths{w}, ws);
+    *mean = mean_logit(mean_depth(sums), w.max, w.scale);
+    error = 0;
+    limit = limit_within(weight, *mean, target, ring, ws);
+  }
   // What has been taken to lie within the limit or beyond it does, whatever the mean is.
-  const double moved = fabs((double)*mean - (double)center) + 2 * error + (double)limit * 0x1p-20;
-  const bool fits =
-      (double)limit > (double)bounds.near + moved && (double)limit < (double)bounds.far - moved;
-  if (!fits || !is_certain(ws.values, found.around, *mean, limit, error)) return kUnknown;
+  const auto fits = [&](Distances within, float from) {
+    const double moved = fabs((double)*mean - (double)from) + 2 * error + (double)limit * 0x1p-20;
+    return (double)limit > (double)within.near + moved &&
+           (double)limit < (double)within.far - moved;
+  };
+  if (!fits(bounds, center) || !fits(ring.bounds, middle)) return kUnknown;
   const uint64_t total = add_within(d, weight, *mean, limit, ws);
   return total >= target ? Limit{limit, total} : kUnknown;
 }

@@ -48,13 +48,17 @@ FS_INLINE vd widen_sum(vf v) { return widen(v, 0) + widen(v, 1); }
 
 // A sum of what add_pack or add_products gives for the packs of each block, which are added up in
 // floats, and then block by block in doubles. No two numbers that are added up differ in sign, so
-// it is off by at most what each product and each addition rounds.
-FS_INLINE Bounded bounds_of_sum(vd sum) {
-  constexpr double kError = (kBlock / (kLanes * kAbreast) + 4) * 0x1p-24;
+// it is off by at most what a number's way through it rounds: `depth` roundings of the tree, and
+// one for each pack of a block but the first.
+FS_INLINE Bounded bounds_of_sum(vd sum, int depth) {
+  constexpr int kPacks = kBlock / (kLanes * kAbreast);
+  const double error = (depth + kPacks - 1) * (0x1p-24 + 0x1p-40);
   double all = 0;
   for (int i = 0; i < kWideLanes; ++i) all += sum[i];
-  return Bounded{fabs(all) * (1 - kError), fabs(all) * (1 + kError)};
+  return Bounded{fabs(all) * (1 - error), fabs(all) * (1 + error)};
 }
+FS_INLINE Bounded bounds_of_packs(vd sum) { return bounds_of_sum(sum, 3); }
+FS_INLINE Bounded bounds_of_products(vd sum) { return bounds_of_sum(sum, 4); }
 
 // Of the masses of a row, in kRoughUnit and before they become integers, and of their products with
 // a factor.
@@ -139,11 +143,11 @@ Parted part(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor fact
   const int n = ws.segment[groups(d)] = (int32_t)(end - ws.values);
   fill_up(ws.values, n);
   // A mass has lost less than 1 when it became an integer.
-  const Bounded mass = bounds_of_sum(all.mass);
+  const Bounded mass = bounds_of_packs(all.mass);
   constexpr double kUnit = 0x1p40 / (double)kRoughUnit;
   const double tokens = (double)blocks(d) * kBlock;
   return Parted{{mass.low * kUnit - tokens, mass.high * kUnit},
-                bounds_of_sum(all.product),
+                bounds_of_products(all.product),
                 above,
                 List{ws.values, nullptr, n}};
 }
@@ -156,8 +160,8 @@ struct FloorBounds {
 // Far above what the few operations that lead from a sum to a floor round. No floor is above the
 // heaviest token.
 FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest) {
-  high += (high >> 20) + 1;
-  return {low - (low >> 20) - (low > 0), high < heaviest ? high : heaviest};
+  high += (high >> 21) + 1;
+  return {low - (low >> 21) - (low > 0), high < heaviest ? high : heaviest};
 }
 
 // Logits around a floor: from `high` up, every token has at least the floor's upper bound, below
@@ -225,16 +229,23 @@ RoughFloor settle(const Dense<T>& d, const Weighing<LogitWeigher>& before, Floor
   return {floor.high, total};
 }
 
-// The same with the exact floor, of exact sums: a pass more, where bounds do not determine it.
+// The sums themselves, by a pass more; the masses that are known stay.
+template <class T, class More>
+auto exact_sums(const Dense<T>& d, const Weighing<LogitWeigher>& before, More more,
+                const Workspace& ws) {
+  Workspace own = ws;
+  own.group_mass = ws.rest_mass;
+  const LogitWeigher& w = before.weigher;
+  const Kept<float> kept = narrow_to_mass(alive(w), before.floor);
+  return more.sums(measure(d, kept, w, own, more));
+}
+
+// The same with the exact floor, of exact sums, where bounds do not determine it.
 template <class T, class More, class FloorOf>
 RoughFloor settle_exactly(const Dense<T>& d, const Weighing<LogitWeigher>& before, More more,
                           FloorOf floor_of, Guess guess, const Parted& parted,
                           const Workspace& ws) {
-  Workspace own = ws;  // the masses of `parted` stay
-  own.group_mass = ws.rest_mass;
-  const LogitWeigher& w = before.weigher;
-  const Kept<float> kept = narrow_to_mass(alive(w), before.floor);
-  const uint64_t floor = floor_of(more.sums(measure(d, kept, w, own, more)));
+  const uint64_t floor = floor_of(exact_sums(d, before, more, ws));
   return settle(d, before, FloorBounds{floor, floor}, guess, parted, ws);
 }
 

@@ -156,6 +156,98 @@ Distances find_distances(StandIns& s, const Weight& weight, float mean, double s
   return {-h.above(top), -h.below(h.reach(target + slack))};
 }
 
+// Some of n values, evenly spread, for which keep(x) holds; returns how many.
+template <class Keep>
+FS_INLINE int take_some(const float* x, int n, float* to, Keep keep) {
+  constexpr int kFew = 512;
+  const int few = n < kFew ? n : kFew;
+  const double step = few ? (double)n / few : 0;
+  for (int i = 0; i < few; ++i) to[i] = x[(int)(i * step)];
+  return filter(to, few, to, keep).n;
+}
+
+// Where the limit probably lies, from some of the n values in ws.values, which are about as far
+// away: within it they weigh `missing`. Those above the mean are few and heavy, those below it many
+// and light. Three and a half standard deviations, since missing the limit costs two passes.
+template <class Weight>
+Distances find_among(const Weight& weight, int n, float mean, double missing, const Workspace& ws) {
+  const float* x = ws.values;
+  const auto is_above = [&](vf v) { return gt(v, splat(mean)); };
+  const auto is_below = [&](vf v) { return ge(splat(mean), v); };
+  const Span above = filter(x, n, ws.spare, is_above);
+  Sample some;
+  const int high = take_some(above.x, above.n, some.x, is_above);
+  some.n = high + take_some(x, n, some.x + high, is_below);
+  fill_up(some.x, some.n);
+  weight.roughly(some.x, some.n, some.weight);
+  const double each[2] = {high ? (double)above.n / high : 0,
+                          some.n > high ? (double)(n - above.n) / (some.n - high) : 0};
+  for (int i = 0; i < some.n; ++i) some.weight[i] *= (float)each[i >= high];
+  negate_distances(some.x, some.n, mean);
+  const Span span = span_of(some.x, some.n);
+  Histogram h(span.low, span.high);
+  h.add(some.x, some.weight, some.n, 1.0f);
+  h.accumulate();
+  const float edge = h.below(h.reach(missing));
+  double squares = 0;
+  for (int i = 0; i < some.n; ++i) {
+    if (some.x[i] < edge) continue;
+    squares += (1 - 1 / each[i >= high]) * (double)some.weight[i] * (double)some.weight[i];
+  }
+  const double slack = 3.5 * sqrt(squares);
+  const int top = missing > slack ? h.reach(missing - slack) : 0;
+  return {-h.above(top), -h.below(h.reach(missing + slack))};
+}
+
+// Values about as far from the mean as the limit, in ws.values, group g's from segment[g] on, and
+// the mass of what is nearer, which ws.group_mass holds by groups.
+struct Ring {
+  uint64_t inside;
+  int n;
+  Distances bounds;
+};
+
+// Where these are many, an estimate of the limit from some of them leaves few.
+template <class T, class Weight>
+void narrow_ring(const Dense<T>& d, const Weight& weight, float mean, uint64_t target, Ring* ring,
+                 const Workspace& ws) {
+  constexpr int kMany = 4096;
+  if (ring->n < kMany || ring->inside >= target) return;
+  const double missing = (double)(target - ring->inside);
+  const Distances found = find_among(weight, ring->n, mean, missing, ws);
+  const Distances before = ring->bounds;
+  const Distances bounds = {found.near > before.near ? found.near : before.near,
+                            found.far < before.far ? found.far : before.far};
+  int left = 0;
+  for (int g = 0; g < groups(d); ++g) {
+    const int begin = ws.segment[g], n = ws.segment[g + 1] - begin;
+    const float* x = ws.values + begin;
+    const auto nearer = [&](vf v) { return gt(splat(bounds.near), distance(v, mean)); };
+    const uint64_t mass = weigh_some(weight, x, n, nearer);
+    ws.group_mass[g] += mass;
+    ring->inside += mass;
+    ws.segment[g] = left;
+    for (int i = 0; i < n; i += kLanes) {
+      const vf v = load(x + i), away = distance(v, mean);
+      const Mask within = both(first(n - i), ge(splat(bounds.far), away));
+      left += compress_store(ws.spare + left, v, but_not(within, gt(splat(bounds.near), away)));
+    }
+  }
+  fill_up(ws.spare, left);
+  memcpy(ws.values, ws.spare, (size_t)(left + kLanes) * sizeof *ws.values);
+  ws.segment[groups(d)] = ring->n = left;
+  ring->bounds = bounds;
+}
+
+// The distance within which the ring's values and what is nearer reach the target.
+template <class Weight>
+float limit_within(const Weight& weight, float mean, uint64_t target, const Ring& ring,
+                   const Workspace& ws) {
+  const auto every = [](vf) { return from_bits(kAllLanes); };
+  const Around around = keep_around(ws.values, ring.n, ws.spare, mean, every);
+  return nearest_limit(weight, around, mean, ring.inside, target, true);
+}
+
 // Adds to each group's mass what lies within the limit of the values in ws.values.
 template <class T, class Weight>
 uint64_t add_within(const Dense<T>& d, const Weight& weight, float mean, float limit,
@@ -221,10 +313,10 @@ Limit estimated_limit(const Dense<T>& d, const Weight& weight, float mean, doubl
   const int n = (int)(end - ws.values);
   ws.segment[groups(d)] = n;
   fill_up(ws.values, n);
-  if (!n || inside >= target) return {0, 0};
-  const auto every = [](vf) { return from_bits(kAllLanes); };
-  const Around around = keep_around(ws.values, n, ws.spare, mean, every);
-  const float limit = nearest_limit(weight, around, mean, inside, target, true);
+  Ring ring = {inside, n, about};
+  narrow_ring(d, weight, mean, target, &ring, ws);
+  if (!ring.n || ring.inside >= target) return {0, 0};
+  const float limit = limit_within(weight, mean, target, ring, ws);
   const uint64_t total = add_within(d, weight, mean, limit, ws);
   return total >= target ? Limit{limit, total} : Limit{0, 0};
 }

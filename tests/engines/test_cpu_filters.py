@@ -124,21 +124,37 @@ def test_typical_with_ties_at_its_edges(t: float, dtype: torch.dtype, variant: s
             check(x.to(dtype), variant, typical_p=t, order=order, **more)
 
 
+def put_floats_at_the_limit(x: Tensor, t: float) -> None:
+    """Tokens at every float around both ends of typical's interval: which is nearer, the last bits of the mean decide."""
+    for _ in range(5):  # the tokens move the mean
+        y, w = masses(x)
+        mean = x.double().max() + mean_of(y, w) / LOG2E
+        far = (x.double() - mean).abs()
+        order = far.argsort()
+        limit = far[order[int((w[order].cumsum(0) < t * w.sum()).sum())]]
+        x[100:117], x[200:217] = floats_around(mean - limit, 17), floats_around(mean + limit, 17)
+
+
 @pytest.mark.parametrize("maker", ["flat", "heads", "masked", "sorted", "outlier"])
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
 def test_typical_amid_tokens(t: float, maker: str, variant: str) -> None:
-    """Tokens at every float around both ends of the interval: which is nearer, the last bits of the mean decide."""
     for seed in range(3):
         x = long_row(maker, seed)
-        for _ in range(5):  # the tokens move the mean
-            y, w = masses(x)
-            mean = x.double().max() + mean_of(y, w) / LOG2E
-            far = (x.double() - mean).abs()
-            order = far.argsort()
-            limit = far[order[int((w[order].cumsum(0) < t * w.sum()).sum())]]
-            x[100:117], x[200:217] = floats_around(mean - limit, 17), floats_around(mean + limit, 17)
+        put_floats_at_the_limit(x, t)
         check(x[None], variant, typical_p=t)
         check(x[None], variant, 40, typical_p=t, min_p=1e-4, temperature=0.7, order="temperature_last")
+
+
+@pytest.mark.parametrize("t", [0.2, 0.9])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0])
+def test_typical_where_many_tokens_are_about_as_far(scale: float, t: float, variant: str) -> None:
+    """So many that an estimate among them comes first; in some of the rows the last bits of the mean decide."""
+    x = torch.randn(6, 100_000, generator=torch.Generator().manual_seed(5)) * scale
+    for row in x[:2]:
+        put_floats_at_the_limit(row, t)
+    x[5] = x[5].sort().values
+    check(x, variant, typical_p=t)
+    check(x.to(torch.bfloat16), variant, typical_p=t)
 
 
 @KINDS
