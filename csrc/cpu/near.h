@@ -155,9 +155,63 @@ FS_INLINE Distances margin_around(const StandIns& s, Distances about, double off
   return within <= many ? wide : widened(room);
 }
 
-// Typical in a row that is all kept so far: one pass bounds the mean, weighs what is nearer to an
-// estimate of it than an estimate of the limit, and copies what is about as far away. Limit.total
-// is 0 where that does not determine what is kept.
+// What a row is divided around, and how far from it the mean may be.
+struct Center {
+  float value;
+  double off;
+};
+
+// What a division finds. Limit.total is 0 where it does not determine what is kept; then it may be
+// tried again around another center.
+struct Trial {
+  Limit limit = {0, 0};
+  float mean = 0;
+  bool again = false;
+};
+
+// One pass bounds the mean, weighs what is nearer to an estimate of it than an estimate of the
+// limit, and copies what is about as far away.
+template <class T>
+Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float typical_p,
+                 StandIns* sample, Center center, const Workspace& ws) {
+  const LogitWeigher& w = weight.weigher;
+  Trial trial;
+  const Distances about = find_distances(*sample, weight, center.value, (double)typical_p, ws);
+  const Distances bounds = margin_around(*sample, about, center.off);
+  // Tokens without mass would have to be looked at too.
+  if (!((double)center.value - (double)bounds.far > (double)weight.lowest())) return trial;
+  const Division found = divide(d, weight, center.value, bounds, ws);
+  const MeanBounds means = bound_mean(d, w, found);
+  const float middle = (float)(((double)means.low + (double)means.high) / 2);
+  double error = fmax((double)means.high - (double)middle, (double)middle - (double)means.low);
+  const uint64_t target = top_p_target(typical_p, found.total);
+  Ring ring = {found.inside, found.around, bounds};
+  narrow_ring(d, weight, middle, target, &ring, ws);
+  trial.mean = middle;
+  trial.again = true;
+  if (!ring.n || ring.inside >= target) return trial;
+  float limit = limit_within(weight, middle, target, ring, ws);
+  if (!is_certain(ws.values, ring.n, middle, limit, error)) {
+    const DepthSums sums = exact_sums(d, weight, Depths{w}, ws);
+    trial.mean = mean_logit(mean_depth(sums), w.max, w.scale);
+    error = 0;
+    limit = limit_within(weight, trial.mean, target, ring, ws);
+  }
+  // What has been taken to lie within the limit or beyond it does, whatever the mean is.
+  const auto fits = [&](Distances within, float from) {
+    const double shift = fabs((double)trial.mean - (double)from);
+    const double moved = shift + 2 * error + (double)limit * 0x1p-20;
+    return (double)limit > (double)within.near + moved &&
+           (double)limit < (double)within.far - moved;
+  };
+  if (!fits(bounds, center.value) || !fits(ring.bounds, middle)) return trial;
+  const uint64_t total = add_within(d, weight, trial.mean, limit, ws);
+  if (total >= target) trial.limit = {limit, total};
+  return trial;
+}
+
+// Typical in a row that is all kept so far. A sample that lacks heavy tokens misjudges the mean;
+// the second time it is known.
 template <class T>
 Limit rough_typical(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float typical_p,
                     const Workspace& ws, float* mean) {
@@ -166,38 +220,16 @@ Limit rough_typical(const Dense<T>& d, const Weighing<LogitWeigher>& weight, flo
   StandIns sample;
   if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
   const Average average = estimate_average(sample, w, OfDepth{w});
-  const float center = (float)((double)w.max + average.mean / (double)w.scale);
   const double off = average.mean_error / (double)w.scale;
-  if (!(off < (double)FLT_MAX) || !(fabsf(center) <= FLT_MAX)) return kUnknown;
-  const Distances about = find_distances(sample, weight, center, (double)typical_p, ws);
-  const Distances bounds = margin_around(sample, about, off);
-  // Tokens without mass would have to be looked at too.
-  if (!((double)center - (double)bounds.far > (double)weight.lowest())) return kUnknown;
-  const Division found = divide(d, weight, center, bounds, ws);
-  const MeanBounds means = bound_mean(d, w, found);
-  const float middle = (float)(((double)means.low + (double)means.high) / 2);
-  double error = fmax((double)means.high - (double)middle, (double)middle - (double)means.low);
-  const uint64_t target = top_p_target(typical_p, found.total);
-  Ring ring = {found.inside, found.around, bounds};
-  narrow_ring(d, weight, middle, target, &ring, ws);
-  if (!ring.n || ring.inside >= target) return kUnknown;
-  *mean = middle;
-  float limit = limit_within(weight, *mean, target, ring, ws);
-  if (!is_certain(ws.values, ring.n, *mean, limit, error)) {
-    const DepthSums sums = exact_sums(d, weight, Depths{w}, ws);
-    *mean = mean_logit(mean_depth(sums), w.max, w.scale);
-    error = 0;
-    limit = limit_within(weight, *mean, target, ring, ws);
+  const Center center = {(float)((double)w.max + average.mean / (double)w.scale), off};
+  if (!(off < (double)FLT_MAX) || !(fabsf(center.value) <= FLT_MAX)) return kUnknown;
+  Trial trial = try_center(d, weight, typical_p, &sample, center, ws);
+  if (trial.again && !trial.limit.total) {
+    take_stand_ins(d, weight, ws, &sample);  // find_distances has used it up
+    trial = try_center(d, weight, typical_p, &sample, Center{trial.mean, 0}, ws);
   }
-  // What has been taken to lie within the limit or beyond it does, whatever the mean is.
-  const auto fits = [&](Distances within, float from) {
-    const double moved = fabs((double)*mean - (double)from) + 2 * error + (double)limit * 0x1p-20;
-    return (double)limit > (double)within.near + moved &&
-           (double)limit < (double)within.far - moved;
-  };
-  if (!fits(bounds, center) || !fits(ring.bounds, middle)) return kUnknown;
-  const uint64_t total = add_within(d, weight, *mean, limit, ws);
-  return total >= target ? Limit{limit, total} : kUnknown;
+  *mean = trial.mean;
+  return trial.limit;
 }
 
 }  // namespace
