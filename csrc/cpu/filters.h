@@ -191,22 +191,6 @@ Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   return kept;
 }
 
-// Leaves out what lies below a floor. Where that is little of a row, it is taken out of the masses
-// of its groups, which then need not be added up again.
-template <class T, class W>
-Kept<float> narrow_to_floor(Base<T, W>& base, const Kept<float>& kept, uint64_t floor) {
-  const Kept<float> heavy = narrow_to_mass(kept, floor);
-  if constexpr (W::kOfLogits) {
-    const Dense<T>& d = base.task.dense;
-    const bool whole = !base.listed && bounds_of(kept) == kUnbounded;
-    if (equal(heavy, kept) || !whole || !base.has_weighed(kept)) return heavy;
-    const float edge = Edge(base.judge, {floor, floor}).high;
-    if (!takes_out_rather(share_from(d, edge))) return heavy;
-    base.set_weighed(heavy, take_out_light(d, base.judge, kept, floor, edge, base.task.ws));
-  }
-  return heavy;
-}
-
 // Whether the few tokens of a list are looked at so often that it pays to gather them even where
 // they have been weighed.
 template <class T, class W>
@@ -239,8 +223,7 @@ Kept<float> eta(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
     return rough_eta_floor(d, weight, base.task.ws, p, most);
   });
   if (found) return kept;
-  return narrow_to_floor(base, kept,
-                         eta_floor(p, measure(base, kept, p, Depths{base.judge}), most));
+  return narrow_to_mass(kept, eta_floor(p, measure(base, kept, p, Depths{base.judge}), most));
 }
 
 template <class T, class W>
@@ -250,7 +233,20 @@ Kept<float> p_less(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
     return rough_p_less_floor(d, weight, base.task.ws, most);
   });
   if (found) return kept;
-  return narrow_to_floor(base, kept, p_less_floor(measure(base, kept, p, Squares{}), most));
+  return narrow_to_mass(kept, p_less_floor(measure(base, kept, p, Squares{}), most));
+}
+
+// A floor that is floor_of(Z, the mass of the heaviest token).
+template <class T, class W, class FloorOf>
+Kept<float> floor_of_total(Base<T, W>& base, Kept<float> kept, const RowParams& p,
+                           FloorOf floor_of) {
+  const uint64_t most = heaviest(base, kept);
+  const auto of_total = [&](uint64_t total) { return floor_of(total, most); };
+  const auto rough = [&](const auto& d, const auto& weight) {
+    return rough_floor_of_total(d, weight, base.task.ws, most, of_total);
+  };
+  if (!base.has_weighed(kept) && narrow_roughly(base, &kept, p, rough)) return kept;
+  return narrow_to_mass(kept, of_total(weigh(base, kept, p)));
 }
 
 // The filters that keep every token of at least some mass, which is measured on what is kept so
@@ -258,16 +254,17 @@ Kept<float> p_less(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
 template <class Base>
 Kept<float> measured_floors(Base& base, Kept<float> kept, const RowParams& p) {
   if (p.epsilon_cutoff > 0) {
-    const uint64_t total = weigh(base, kept, p);
-    kept = narrow_to_floor(base, kept, epsilon_floor(p, total, heaviest(base, kept)));
+    kept = floor_of_total(base, kept, p, [&](uint64_t total, uint64_t heaviest) {
+      return epsilon_floor(p, total, heaviest);
+    });
   }
   if constexpr (Base::Weigher::kOfLogits) {
     if (p.eta_cutoff > 0) kept = eta(base, kept, p);
   }
   if (p.top_a > 0) {
-    const uint64_t total = weigh(base, kept, p);
-    const uint64_t floor = top_a_floor(p, total, base.judge.unit(), heaviest(base, kept));
-    kept = narrow_to_floor(base, kept, floor);
+    kept = floor_of_total(base, kept, p, [&](uint64_t total, uint64_t heaviest) {
+      return top_a_floor(p, total, base.judge.unit(), heaviest);
+    });
   }
   if (p.p_less) kept = p_less(base, kept, p);
   return kept;

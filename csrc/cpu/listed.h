@@ -195,8 +195,11 @@ Kept<float> typical(ListedBase& base, Kept<float> kept, const RowParams& p) {
   return narrow_above(kept, Place<float>{low, INT32_MAX});
 }
 
-Kept<float> narrow_to_floor(const ListedBase&, const Kept<float>& kept, uint64_t floor) {
-  return narrow_to_mass(kept, floor);
+template <class FloorOf>
+Kept<float> floor_of_total(ListedBase& base, const Kept<float>& kept, const RowParams& p,
+                           FloorOf floor_of) {
+  const uint64_t total = weigh(base, kept, p);
+  return narrow_to_mass(kept, floor_of(total, heaviest(base, kept)));
 }
 
 Kept<float> eta(ListedBase& base, const Kept<float>& kept, const RowParams& p) {

@@ -79,9 +79,9 @@ FS_HD bool gathers(const Kept<float>& reach, const Kept<float>& base) {
 // of it, and to weigh that.
 FS_HD bool weighs_rather(double share) { return share > 0.15; }
 
-// Whether to take what lies below a floor out of the masses of a row, all but this share of it,
-// costs less than to add them up again.
-FS_HD bool takes_out_rather(double share) { return share > 0.97; }
+// Whether to weigh a row and then gather this share of it, which a floor keeps, costs less than one
+// pass that weighs it and what is above an estimate of the floor.
+FS_HD bool gathers_few(double share) { return share < 0.01; }
 
 // What it takes to tell whether a token ranks within the interval of a kept set.
 enum Bounds : int32_t {

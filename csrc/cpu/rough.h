@@ -249,6 +249,37 @@ RoughFloor settle_exactly(const Dense<T>& d, const Weighing<LogitWeigher>& befor
   return settle(d, before, FloorBounds{floor, floor}, guess, parted, ws);
 }
 
+// A floor that is a function of Z alone; 0 also where it keeps so few tokens that they are
+// gathered.
+template <class T, class FloorOf>
+RoughFloor rough_floor_of_total(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
+                                const Workspace& ws, uint64_t heaviest, FloorOf floor_of) {
+  constexpr RoughFloor kUnknown = {0, 0};
+  const LogitWeigher& w = weight.weigher;
+  StandIns sample;
+  if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
+  const Average average = estimate_average(sample, w, OfMass());
+  const auto floor_at = [&](double mass) {  // of the maximum's
+    return (double)floor_of((uint64_t)(fmax(mass, 1) * (double)kMassUnit)) / (double)kMassUnit;
+  };
+  const double a = floor_at(average.mass - average.mass_error);
+  const double b = floor_at(average.mass + average.mass_error);
+  const Guess guess = guess_of(w, fmin(a, b), fmax(a, b));
+  const int above = count_above(sample.body.x, sample.body.n, guess.low);
+  const double kept = sample.heads.n + above * sample.body.each;
+  const double share = kept / ((double)blocks(d) * kBlock);
+  if (gathers_few(share)) return kUnknown;
+  const Parted found = part(d, weight, OfMass(), guess, ws);
+  const uint64_t from = floor_of((uint64_t)fmax(found.mass.low, 1));
+  const uint64_t to = floor_of((uint64_t)found.mass.high);
+  const FloorBounds bounds = widen_bounds(from < to ? from : to, from < to ? to : from, heaviest);
+  const RoughFloor rough = settle(d, weight, bounds, guess, found, ws);
+  if (rough.floor) return rough;
+  const Kept<float> all = narrow_to_mass(alive(w), weight.floor);
+  const uint64_t floor = floor_of(weigh_groups(d, all, w, ws, ws.rest_mass));
+  return settle(d, weight, FloorBounds{floor, floor}, guess, found, ws);
+}
+
 // Sums with which a floor is computed from Z and the sum of products.
 FS_INLINE SquareSums squares_of(double mass, double squares) {
   const uint64_t high = squares > 0 ? (uint64_t)(squares * 0x1p-40) : 0;
@@ -317,31 +348,6 @@ RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weig
   if (rough.floor) return rough;
   const auto floor_of = [&](const DepthSums& s) { return eta_floor(p, s, heaviest); };
   return settle_exactly(d, weight, Depths{weight.weigher}, floor_of, guess, found, ws);
-}
-
-// Takes the few tokens below a floor, all of them below `edge`, out of the mass of each group;
-// returns how much is left.
-template <class T>
-uint64_t take_out_light(const Dense<T>& d, const LogitWeigher& w, const Kept<float>& kept,
-                        uint64_t floor, float edge, const Workspace& ws) {
-  const Weighing before(w, kept.floor), after(w, floor);
-  const auto every = [](vf) { return from_bits(kAllLanes); };
-  float buffer[kBlock];
-  uint64_t left = 0;
-  for (int g = 0; g < groups(d); ++g) {
-    int n = 0;
-    for (int b = g * kGroup; b < group_end(d, g); ++b) {
-      const float* x = values(d, b, buffer);
-      n += append(x, block_bits(x, [&](vf v, int) { return gt(splat(edge), v); }), ws.values + n);
-    }
-    fill_up(ws.values, n);
-    if (n) {
-      ws.group_mass[g] -= weigh_some(before, ws.values, n, every);
-      ws.group_mass[g] += weigh_some(after, ws.values, n, every);
-    }
-    left += ws.group_mass[g];
-  }
-  return left;
 }
 
 }  // namespace

