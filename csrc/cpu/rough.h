@@ -160,8 +160,8 @@ struct FloorBounds {
 // Far above what the few operations that lead from a sum to a floor round. No floor is above the
 // heaviest token.
 FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest) {
-  high += (high >> 21) + 1;
-  return {low - (low >> 21) - (low > 0), high < heaviest ? high : heaviest};
+  high += (high >> 20) + 1;
+  return {low - (low >> 20) - (low > 0), high < heaviest ? high : heaviest};
 }
 
 // Logits around a floor: from `high` up, every token has at least the floor's upper bound, below
