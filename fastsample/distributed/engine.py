@@ -27,7 +27,7 @@ from fastsample.distributed.native import (
 )
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
-from fastsample.distributed.raw import write_raw
+from fastsample.distributed.raw import write_raw, write_raw_listed
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
 from fastsample.distributed.shard import Shard
@@ -50,6 +50,7 @@ class Part:
         engine: does the rank's own work.
         x: [B, V_r], after stages 1 to 3: of logits, or of probabilities with -inf for 0.
         wrong: int32 [B], the statuses that these have found; None where nothing is edited.
+        edited: whether these stages may change anything here.
     """
 
     engine: Engine
@@ -57,6 +58,7 @@ class Part:
     wrong: Tensor | None
     plan: Plan
     kind: InputKind
+    edited: bool
 
     def words(self, rows: Rows, start: int, count: int, with_mass: bool) -> Tensor:
         """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted."""
@@ -133,8 +135,10 @@ class SplitEngine(Engine):
             return 0
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
-        invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
-        if out.mode == "raw":
+        lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
+        if out.mode == "raw" and lists.raw is not None:
+            write_raw_listed(*lists.unpacked(), lists.raw, out)
+        elif out.mode == "raw":
             write_raw(self.wire, self._own, self.start, out)
         return invalid
 
@@ -156,18 +160,22 @@ class SplitEngine(Engine):
     def _part(self, rows: Rows, own: Tensor, plan: Plan, kind: InputKind) -> Part:
         """Stages 1 to 3."""
         engine, x, wrong = select(self._backend, own), own, None
+        edited = is_edited(rows) or self._mask is not None
         if kind == "probs":
             x = process_probs(own, rows, self._mask, self.start)
-        elif own.shape[1] and (is_edited(rows) or self._mask is not None):
+        elif own.shape[1] and edited:
             x, wrong = process(engine, own, rows, self._mask, self.start, self.vocab)
-        return Part(engine, x, wrong, plan, kind)
+        return Part(engine, x, wrong, plan, kind, edited)
 
-    def _sample(self, part: Part, rows: Rows, out: Outputs) -> int | None:
+    def _sample(self, part: Part, rows: Rows, out: Outputs) -> tuple[Lists, int | None]:
         """All but raw log-probabilities."""
         plan = part.plan
         native = self._all_native and part.engine.name == "cpu" and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
-        lists, rows = self._exchange(part, rows, 1 if draws_from_all else plan.count(out), draws_from_all)
+        count = 1 if draws_from_all else plan.count(out)
+        # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed.
+        raw = native and not plan.open and out.mode == "raw" and not is_edited(rows)
+        lists, rows = self._exchange(part, rows, count, draws_from_all, raw)
         invalid: int | None = OPEN
         if draws_from_all:
             invalid = self._draw_from_all(part, lists, rows, out)
@@ -175,29 +183,44 @@ class SplitEngine(Engine):
             invalid = self._finish_natively(part, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)
-        return self._ask(part, lists, rows, out) if invalid == OPEN else invalid
+        if invalid == OPEN:
+            lists.raw, invalid = None, self._ask(part, lists, rows, out)
+        return lists, invalid
 
-    def _exchange(self, part: Part, rows: Rows, count: int, with_mass: bool) -> tuple[Lists, Rows]:
-        """What all ranks list of each row, and the rows with the seeds that all take."""
+    def _exchange(
+        self, part: Part, rows: Rows, count: int, with_mass: bool, ask_edited: bool = False
+    ) -> tuple[Lists, Rows]:
+        """What all ranks list of each row, and the rows with the seeds that all take. `ask_edited`: the lists' `given`
+        is whether no rank has changed a logit."""
         words = part.words(rows, self.start, count, with_mass)
+        more = [torch.full_like(words[:, :1], part.edited)] if ask_edited else []
         if not self._same_seeds:
-            words = torch.cat([words, rows.seeds[:, None].expand(len(words), 1)], 1)
-        found = self.wire.gather(words)
+            more.append(rows.seeds[:, None].expand(len(words), 1))
+        found = self.wire.gather(torch.cat([words, *more], 1) if more else words)
         if not self._same_seeds:
             rows = replace(rows, seeds=found[0, :, -1].clone(), native=None, slots=None)
-            found = found[:, :, :-1]
-        return Lists.of(found, count), rows
+        lists = Lists.of(found[:, :, : words.shape[1]], count)
+        lists.given = ask_edited and not bool(found[:, :, words.shape[1]].any())
+        return lists, rows
 
     def _finish_natively(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
         """The outputs of rows that lists decide, with sums of the whole rows if it takes these; OPEN where some row
-        remains."""
-        plan = part.plan
+        remains. The mass for raw log-probabilities is told with these sums."""
+        plan, count = part.plan, len(part.x)
+        raw = lists.given
+
+        def raw_mass() -> Tensor:
+            return whole_sums(part.x, self.start, lists.words, plan.raw_queries(count), False, False)[:, :1]
+
         for with_sums in (False, True)[plan.measures(out) :]:
             if with_sums:
-                own = whole_sums(part.x, self.start, lists.words, plan.queries(len(part.x)), *plan.wanted)
-                lists.sums = self.wire.total(own)
+                own = whole_sums(part.x, self.start, lists.words, plan.queries(count), *plan.wanted)
+                told = self.wire.total(torch.cat([own, raw_mass()], 1) if raw else own)
+                lists.sums, lists.raw = told[:, : own.shape[1]], told[:, own.shape[1] :] if raw else None
             invalid = run_lists(part.engine, lists, self.wire.size, self.vocab, rows, out)
             if not invalid or not bool((out.status == UNDECIDED).any()):
+                if raw and lists.raw is None:
+                    lists.raw = self.wire.total(raw_mass())
                 return invalid
         return OPEN
 

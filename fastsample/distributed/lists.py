@@ -26,11 +26,15 @@ class Lists:
         with_mass: int64 [B, ...], the same where each list ends in the mass of the rank's tokens, beside the first of
             these; otherwise the words themselves.
         sums: int64 [B, 9], `Shard.sums` of the whole rows, once they are known.
+        given: whether it is known that these are logits as they were given.
+        raw: int64 [B, 1], the mass of the whole rows at temperature 1, if that is known.
     """
 
     words: Tensor
     with_mass: Tensor
     sums: Tensor | None = None
+    given: bool = False
+    raw: Tensor | None = None
 
     @classmethod
     def of(cls, found: Tensor, count: int) -> Lists:

@@ -44,6 +44,7 @@ class Plan:
         self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
         self.wanted = any(name in self.used for name in ("typical", "eta", "p_less")), "top_n_sigma" in self.used
         self._queries: Tensor | None = None
+        self._raw_queries: Tensor | None = None
 
     def holds(self, records: Tensor) -> bool:
         """Whether these are still the parameters: a Sampler may have written to its records."""
@@ -64,6 +65,13 @@ class Plan:
         if self._queries is None or len(self._queries) != rows:
             self._queries = open_queries(self.judged_at.expand(rows, 1), self.drawn_at.expand(rows, 1))
         return self._queries
+
+    def raw_queries(self, rows: int) -> Tensor:
+        """The same at temperature 1."""
+        if self._raw_queries is None or len(self._raw_queries) != rows:
+            one = torch.ones(rows, 1)
+            self._raw_queries = open_queries(one, one)
+        return self._raw_queries
 
 
 def is_of_kept(out: Outputs) -> bool:

@@ -94,6 +94,21 @@ def test_raw_logits_that_only_processing_makes_valid(logprobs: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_raw_logprobs_where_one_rank_has_a_mask(mode: str) -> None:
+    """What is listed is then of other logits, on every rank."""
+    allowed = torch.ones(len(ROWS), VOCAB, dtype=torch.bool)
+    first, last = UNEVEN[:2]
+    allowed[:, first:last:2] = False
+    how = {"seed": 5, "logprobs": "raw", "top_logprobs": 4, "num_samples": 2, **MODES[mode]}
+
+    def own(logits: Tensor, vocab_start: int, **part: Any) -> Any:
+        mask = pack_bits(allowed[:, first:last]) if vocab_start == first else None
+        return fd.sample(logits, vocab_start=vocab_start, bitmask_shard=mask, **how, **part)
+
+    assert_equal(everywhere(own, ROWS), fs.sample(ROWS, bitmask=pack_bits(allowed), **how))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_columns_past_the_vocabulary(mode: str) -> None:
     """With which it was padded, so that ranks have equal parts: the last ranks' may all be such."""
     padded = torch.cat([ROWS, torch.full((6, 99), torch.nan)], 1)

@@ -114,12 +114,23 @@ def test_at_most_two_rounds_where_lists_decide(how: dict[str, Any]) -> None:
     assert found.bytes_of_a_row <= LIST + SUMS
 
 
-def test_raw_logprobs_take_two_rounds_more() -> None:
-    """Of the model's own logits; top-k has nothing more to ask."""
-    one, more = (traffic(LM, top_k=40, top_logprobs=top, logprobs="raw") for top in (0, 20))
-    assert one.rounds == more.rounds <= 3
-    assert one.bytes_of_a_row <= LIST + SUMS
-    assert more.bytes_of_a_row == one.bytes_of_a_row + 20 * 8
+@pytest.mark.parametrize("how", LISTED.values(), ids=LISTED)
+def test_raw_logprobs_of_given_logits_come_in_the_second_round(how: dict[str, Any]) -> None:
+    """With the sums of the whole rows. Of other logits than those that are drawn from they take two rounds more."""
+    how = {**how, "logprobs": "raw", "top_logprobs": 20}
+    found, edited = traffic(LM, **how), traffic(LM, **{**how, **IDS, "frequency_penalty": 0.3})
+    given = "frequency_penalty" not in how
+    assert found.rounds == (2 if given else 4)
+    assert edited.rounds <= 4
+    assert found.bytes_of_a_row <= LIST + SUMS + (0 if given else 20 * 8)
+    assert edited.bytes_of_a_row <= LIST + SUMS + 20 * 8
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 40}, {"top_k": 1024}], ids=str)
+def test_raw_logprobs_take_a_round_more_where_one_decides(how: dict[str, Any]) -> None:
+    found = traffic(LM, **how, logprobs="raw", top_logprobs=20, num_samples=3)
+    assert found.rounds == 2
+    assert found.bytes_of_a_row <= max(LIST, 8 * how.get("top_k", 0)) + SUMS
 
 
 def of_rules(logits: torch.Tensor, rule: str, probs: bool, accepted: int, **how: Any) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def test_typical_with_ties_at_its_edges(t: float, dtype: torch.dtype, variant: s
 
 
 def put_floats_at_the_limit(x: Tensor, t: float) -> None:
-    """Tokens at every float around both ends of typical's interval: which is nearer, the last bits of the mean decide."""
+    """Tokens at every float around the ends of typical's interval: the last bits of the mean decide which is nearer."""
     for _ in range(5):  # the tokens move the mean
         y, w = masses(x)
         mean = x.double().max() + mean_of(y, w) / LOG2E
@@ -305,7 +305,7 @@ JUDGED = [
 @KINDS
 @pytest.mark.parametrize("fields", JUDGED, ids=lambda fields: "-".join(fields))
 def test_values_out_of_reach_for_the_filters_alone(fields: dict[str, Any], dtype: torch.dtype, variant: str) -> None:
-    """With the temperature last, values may lie far below the maximum for what filters judge by, and near for the draw."""
+    """With the temperature last, values may be far below the maximum for filters, and near it for the draw."""
     g = torch.Generator().manual_seed(2)
     x = torch.randn(3, 2048, generator=g) * 2
     x[:, ::3] = torch.tensor([-115.0, -160.0, -500.0])[:, None]
