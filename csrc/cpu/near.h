@@ -111,7 +111,7 @@ MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, const Division& 
 // their roundings against each other, and differ where logits on a side are further apart than the
 // distances are rounded.
 bool is_certain(const float* x, int n, float mean, float limit, double error) {
-  if (error == 0) return true;
+  if (error == 0) return true;  // so are all distances
   const double slack = 2 * error + (double)limit * 0x1p-21;
   if (!((double)limit > 4 * slack)) return false;
   const float low = (float)((double)limit - slack), high = (float)((double)limit + slack);

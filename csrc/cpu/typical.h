@@ -207,7 +207,8 @@ struct Ring {
   Distances bounds;
 };
 
-// Where these are many, an estimate of the limit from some of them leaves few.
+// Where these are many, an estimate of the limit from some of them leaves few: those beyond it are
+// dropped, those nearer are added to the masses.
 template <class T, class Weight>
 void narrow_ring(const Dense<T>& d, const Weight& weight, float mean, uint64_t target, Ring* ring,
                  const Workspace& ws) {

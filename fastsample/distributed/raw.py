@@ -60,8 +60,7 @@ def write_raw_listed(x: Tensor, ids: Tensor, mass: Tensor, out: Outputs) -> None
     above = (x[:, None, :] > own[:, :, None]).sum(-1)
     sound = (out.status.view(-1) == 0)[:, None]
     peak = torch.where(sound, x.amax(-1, keepdim=True), 0)
-    top = torch.where(ids >= 0, _keys(x, ids), NO_KEY)
-    _write(Raw(own, above, pad(top, (0, out.num_top), value=NO_KEY), peak, mass, sound), out)
+    _write(Raw(own, above, _first_keys(x, ids, out.num_top), peak, mass, sound), out)
 
 
 class Raw(NamedTuple):
@@ -75,12 +74,9 @@ class Raw(NamedTuple):
     sound: Tensor  # bool [B, 1]
 
 
-def _keys(x: Tensor, ids: Tensor) -> Tensor:
-    return torch.where(x > -torch.inf, key(x, ids), NO_KEY)
-
-
 def _first_keys(x: Tensor, ids: Tensor, count: int) -> Tensor:
-    keys = _keys(x, ids).topk(min(count, x.shape[1])).values
+    """int64 [B, count], the highest first; NO_KEY past the last token above -inf."""
+    keys = torch.where(x > -torch.inf, key(x, ids), NO_KEY).topk(min(count, x.shape[1])).values
     return pad(keys, (0, count - keys.shape[1]), value=NO_KEY)
 
 

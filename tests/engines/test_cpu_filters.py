@@ -107,9 +107,8 @@ MEASURED = [
     {"eta_cutoff": 2e-3},
     {"eta_cutoff": 1e-4},
     {"epsilon_cutoff": 3e-5},
-    {"epsilon_cutoff": 1e-4},
+    {"epsilon_cutoff": 2e-4},
     {"top_a": 0.1},
-    {"top_a": 0.4},
 ]
 
 
@@ -122,7 +121,7 @@ def test_measured_floors_amid_tokens(maker: str, fields: dict[str, Any], variant
         for _ in range(5):  # the tokens move the floor
             x[100:117] = floats_around(floor_of(x, fields), 17)
         kept = check(x[None], variant, **fields)
-        if maker in ("flat", "sorted") or "eta_cutoff" in fields or "p_less" in fields:  # a floor there is elsewhere
+        if maker != "outlier" or "top_a" not in fields:  # there these tokens are most of the mass, and move it for ever
             assert 0 < int(kept[0, 100:117].sum()) < 17
         check(x[None], variant, min_p=0.01, **fields)
         check(x[None], variant, 40, temperature=0.7, order="temperature_last", **fields)
