@@ -22,6 +22,7 @@
 #include "bindings/unlocked.h"
 #include "cpu/dispatch.h"
 #include "cpu/exchange.h"
+#include "cpu/search.h"
 
 namespace py = pybind11;
 
@@ -245,6 +246,11 @@ void answer(const LogitsArguments& l, const PartArguments& ask, int threads) {
   });
 }
 
+void search_rows(const PartArguments& ask, int64_t rows) {
+  const WithoutGil unlocked;
+  search(ask, rows);
+}
+
 // Returns what has happened, the rank that is to blame, and the round.
 std::tuple<int, int, int64_t> exchange_at(int64_t memory, int64_t room, int rank, int size,
                                           int64_t round, int64_t own, int64_t bytes, int64_t found,
@@ -290,6 +296,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("end_kept", &fs::end_kept_at, "Where each row's ids end; returns how many there are.");
   m.def("list_kept", &fs::list_kept_at, "List the ids of each row's set.");
   m.def("answer", &fs::answer, "Answer what is asked of a part of rows.");
+  m.def("search", &fs::search_rows, "Answer what all ranks' answers tell of rows.");
   m.def("exchange", &fs::exchange_at, "Exchange messages with the other ranks of this machine.");
   m.def("exchange_bytes", &fs::SharedPlaces::bytes_of, "How much memory that takes.");
   m.def("advance", &fs::advance, "Add 1 to every offset.");

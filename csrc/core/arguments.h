@@ -83,6 +83,14 @@ FASTSAMPLE_RECORD(PartArguments,   //
                   answers, words,  // int64 [B, words]
                   bitmask);        // int32 [B, ceil(V / 32)], of the part
 
+// What ranks make of each other's answers (cpu/search.h): of a search, before the bins;
+FASTSAMPLE_RECORD(SearchQuery,      //
+                  ranks, bins,      //
+                  by, target,       // SearchBy
+                  per, mean);       // floats
+// of draws, before what each rank has.
+FASTSAMPLE_RECORD(DrawQuery, seed, offset, rank, ranks);
+
 #undef FASTSAMPLE_RECORD
 
 // All records, each with its fields: what Python compares with its own.
@@ -94,7 +102,9 @@ constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(
                                        {"REPORT_FIELDS", kReportArguments},
                                        {"DRAFT_FIELDS", kDraftArguments},
                                        {"PART_FIELDS", kPartArguments},
-                                       {"PART_QUERY_FIELDS", kPartQuery}};
+                                       {"PART_QUERY_FIELDS", kPartQuery},
+                                       {"SEARCH_QUERY_FIELDS", kSearchQuery},
+                                       {"DRAW_QUERY_FIELDS", kDrawQuery}};
 #undef FASTSAMPLE_NAME
 
 // What every call passes anew.

@@ -4,6 +4,7 @@
 #include <float.h>
 
 #include "core/kept.h"
+#include "core/key.h"
 #include "core/stats.h"
 
 namespace fastsample {
@@ -51,29 +52,17 @@ FS_HD float lowest_within_sigma(const RowParams& p, float max, const SpreadSums&
 // distance from the mean that some token has, so the interval is not empty. That of the lowest one
 // is -highest_near(-mean, limit).
 FS_HD float highest_near(float mean, float limit) {
-  // Floats in the order of integers.
-  const auto key_of = [](float x) {
-    int32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits < 0 ? -(int64_t)(bits & INT32_MAX) : (int64_t)bits;
-  };
-  const auto from_key = [](int64_t key) {
-    const uint32_t bits = key < 0 ? 0x80000000u | (uint32_t)-key : (uint32_t)key;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-  };
-  int64_t near = key_of(mean), far = key_of(FLT_MAX) + 1;
+  int64_t near = key_of(mean), far = (int64_t)key_of(FLT_MAX) + 1;
   while (far - near > 1) {
     const int64_t middle = (near + far) >> 1;
-    const float distance = from_key(middle) - mean;
+    const float distance = from_key((int32_t)middle) - mean;
     if (distance <= limit) {
       near = middle;
     } else {
       far = middle;
     }
   }
-  return from_key(near);
+  return from_key((int32_t)near);
 }
 
 // A floor that keeps at least the heaviest token of the set that it was measured on.

@@ -37,8 +37,10 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
       return answer_draws(p);
     case kAbove:
       return answer_above(p);
-    case kHistogram:
-      return answer_histogram(p);
+    case kBins:
+      return answer_bins(p);
+    case kWithin:
+      return answer_within(p);
     case kOwned:
       return answer_owned(p);
     case kResolved:

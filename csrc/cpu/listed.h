@@ -2,8 +2,8 @@
 // draw, as far as the lists, and sums of the whole row, tell.
 #pragma once
 
+#include "core/place.h"
 #include "cpu/filters.h"
-#include "cpu/key.h"
 
 namespace fastsample {
 namespace {

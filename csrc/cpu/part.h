@@ -3,7 +3,8 @@
 // question.
 #pragma once
 
-#include "cpu/key.h"
+#include "core/place.h"
+#include "cpu/search.h"
 #include "cpu/outputs.h"
 #include "cpu/stats.h"
 
@@ -18,11 +19,12 @@ enum PartQuestion : int32_t {
                // how many it holds; its bits
   kDraws,      // the tokens at thresholds of the running mass: keys and masses; the entropy's share
   kAbove,      // how many tokens lie above logits
-  kHistogram,  // mass and number of the tokens of a set in bins of keys
+  kBins,       // the mass and the number of the tokens of a set in each bin (cpu/search.h)
+  kWithin,     // the set's tokens in some of these bins, as words
   kOwned,      // what draws from all tokens find here, before all masses are known (cpu/owner.h)
   kResolved,   // and what they are, once these are
 };
-enum FirstWanted : int64_t { kWantsMass = 1 };
+enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2 };
 enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
 enum DrawsWanted : int64_t { kWantsEntropy = 1 };
@@ -42,13 +44,33 @@ struct PartRow {
   int64_t* answers() const { return (int64_t*)ask.answers + r * ask.words; }
 };
 
+// Whether the first tokens of a valid part are less than a share of its mass, as some of its blocks
+// tell.
+template <class T>
+bool is_flat(const PartRow<T>& p, const List& first, float share) {
+  const Weighing weight(p.weigher.judge(), 0);
+  const auto mass = [&](const auto& domain, int stride) {
+    double total = 0;
+    for (int b = 0; b < blocks(domain); b += stride) {
+      MassSum sum;
+      add_block(domain, b, everything(), weight, -INFINITY, sum);
+      total += (double)weight.total(sum) * stride;
+    }
+    return total;
+  };
+  return mass(first, 1) < mass(p.dense, 16) * (double)share;
+}
+
 // As many tokens as there are words, in id order. An invalid row has its status's value instead.
-// Where the mass is wanted, it is the last word: as it would be if this were all of the row.
+// If they are wanted, the mass follows, as it would be if this were all of the row, and whether the
+// part is flat. details: for the latter, the share.
 template <class T>
 void answer_first(PartRow<T> p, Peak peak) {
   constexpr Place<float> kNone = {-INFINITY, -1};
-  const bool weighs = p.ask.wants & kWantsMass;
-  const int64_t words = p.ask.words - weighs, vocab = p.dense.row.vocab;
+  const bool weighs = p.ask.wants & kWantsMass, judges = p.ask.wants & kWantsFlat;
+  const int64_t words = p.ask.words - weighs - judges, vocab = p.dense.row.vocab;
+  bool flat = false;
+  p.weigher.max = peak.max;
   const Status status = peak.status;
   int64_t* to = p.answers();
   int n = 0;
@@ -60,11 +82,13 @@ void answer_first(PartRow<T> p, Peak peak) {
     for (; n < list.n; ++n) {
       to[n] = word_of_token({list.x[n], (int32_t)p.ask.start + list.id[n]});
     }
+    flat = judges && is_flat(p, list, float_of(*p.details()));
   }
   for (; n < words; ++n) to[n] = word_of_token(kNone);
-  if (!weighs) return;
-  p.weigher.max = peak.max;
-  to[n] = status == kValid ? (int64_t)weigh_groups(p.dense, p.kept, p.weigher, p.ws) : 0;
+  if (weighs) {
+    to[n++] = status == kValid ? (int64_t)weigh_groups(p.dense, p.kept, p.weigher, p.ws) : 0;
+  }
+  if (judges) to[n] = flat;
 }
 
 // Everything that kSums may ask for, in one pass.
@@ -185,30 +209,70 @@ void answer_above(const PartRow<T>& p) {
   }
 }
 
-// details: where the bins begin; the lowest bit of a bin. The bins are as many as answers are
-// pairs.
+// Which bin logits are in: bin i holds those whose place is from i to less than i + 1.
+struct Binning {
+  float peak, per, last;
+
+  FS_MEMBER vf place(vf x) const {
+    const vf place = (splat(peak) - x) * splat(per);
+    return max(select(gt(splat(last), place), place, splat(last)), splat(0.0f));
+  }
+};
+
+// details: bins in a unit of logits.
 template <class T>
-void answer_histogram(const PartRow<T>& p) {
-  const int64_t base = p.details()[0], shift = p.details()[1], bins = p.ask.words / 2;
-  int64_t* to = p.answers();
-  memset(to, 0, (size_t)p.ask.words * sizeof *to);
-  const LogitWeigher judge = p.weigher.judge();
-  const Weighing weight(judge, p.kept.floor);
+void answer_bins(const PartRow<T>& p) {
+  const int n = (int)(p.ask.words / 2);  // at most kMaxBins
+  const Binning binning = {p.weigher.max, float_of(p.details()[0]), (float)(n - 1)};
+  const Weighing weight(p.weigher.judge(), p.kept.floor);
+  BinMass found[kMaxBins + 1] = {};  // the last is for tokens that are not kept
   float buffer[kBlock];
   uint64_t mass[kBlock];
+  int32_t bin[kBlock];
   for (int b = 0; b < blocks(p.dense); ++b) {
     if (!may_keep(p.dense, b, p.kept)) continue;
     const float* x = values(p.dense, b, buffer);
     weigh_each(p.dense, b, x, p.kept, weight, mass);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Mask kept = ranks_within(p.kept, load(x + i), ids(p.dense, b, i));
+      store(bin + i, truncate(select(kept, binning.place(load(x + i)), splat((float)n))));
+    }
     for (int i = 0; i < kBlock; ++i) {
-      const Place<float> place = {x[i], id_at(p.dense, b, i)};
-      if (!ranks_within(p.kept, place) || (p.kept.floor && !mass[i])) continue;
-      const int64_t bin = (key_of_place(place, p.ask.start) >> shift) - (base >> shift);
-      if (bin < 0 || bin >= bins) continue;
-      to[2 * bin] += (int64_t)mass[i];
-      to[2 * bin + 1] += 1;
+      BinMass& to = found[p.kept.floor && !mass[i] ? n : bin[i]];
+      to.mass += mass[i];
+      ++to.tokens;
     }
   }
+  memcpy(p.answers(), found, (size_t)n * sizeof *found);
+}
+
+// details: as above; how many bins there are; of which the tokens are wanted, two pairs of a first
+// bin and the one after the last.
+template <class T>
+void answer_within(const PartRow<T>& p) {
+  const int64_t* given = p.details();
+  const Binning binning = {p.weigher.max, float_of(given[0]), (float)(given[1] - 1)};
+  const LogitWeigher judge = p.weigher.judge();
+  const vf bounds[4] = {splat((float)given[2]), splat((float)given[3]), splat((float)given[4]),
+                        splat((float)given[5])};
+  int64_t* to = p.answers();
+  int64_t n = 0;
+  float buffer[kBlock];
+  for (int b = 0; b < blocks(p.dense); ++b) {
+    if (!may_keep(p.dense, b, p.kept)) continue;
+    const float* x = values(p.dense, b, buffer);
+    const BlockBits wanted = block_bits(x, [&](vf v, int i) {
+      const vf at = binning.place(v);
+      const Mask in = either(both(ge(at, bounds[0]), gt(bounds[1], at)),
+                             both(ge(at, bounds[2]), gt(bounds[3], at)));
+      return both(in, ranks_within(p.kept, v, ids(p.dense, b, i)));
+    });
+    each_bit(wanted, [&](int i) {
+      if (n == p.ask.words || (p.kept.floor && judge.mass(x[i]) < p.kept.floor)) return;
+      to[n++] = word_of_token({x[i], (int32_t)p.ask.start + id_at(p.dense, b, i)});
+    });
+  }
+  for (; n < p.ask.words; ++n) to[n] = word_of_token({-INFINITY, -1});
 }
 
 }  // namespace

@@ -350,21 +350,6 @@ FS_INLINE Span copy(const float* x, int n, float* to) {
   return filter(x, n, to, [](vf v) { return gt(v, splat(-INFINITY)); });
 }
 
-// Order-preserving integers: -0.0 and +0.0 share key 0, and no key between two finite floats is a
-// NaN.
-FS_INLINE int64_t key_of(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits < 0 ? -(int64_t)(bits & INT32_MAX) : bits;
-}
-
-FS_INLINE float from_key(int64_t key) {
-  const uint32_t bits = key < 0 ? 0x80000000u | (uint32_t)-key : (uint32_t)key;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 struct Boundary {
   float x;
   int equal;       // values of the span that equal x
@@ -372,7 +357,7 @@ struct Boundary {
 };
 
 FS_INLINE float middle_key(float low, float high) {
-  return from_key((key_of(low) + key_of(high)) >> 1);
+  return from_key((int32_t)(((int64_t)key_of(low) + key_of(high)) >> 1));
 }
 
 // A value from low to just below high, of which about `share` of the range lies above.

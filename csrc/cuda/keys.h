@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "core/kept.h"
+#include "core/key.h"
 
 namespace fastsample {
 
@@ -39,16 +40,6 @@ FS_HD uint32_t to_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
-}
-
-// Order-preserving integers; -0.0 and +0.0 share key 0.
-FS_HD int32_t key_of(float x) {
-  const int32_t bits = (int32_t)to_bits(x);
-  return bits < 0 ? -(bits & INT32_MAX) : bits;
-}
-
-FS_HD float from_key(int32_t key) {
-  return from_bits(key < 0 ? 0x80000000u | (uint32_t)-key : (uint32_t)key);
 }
 
 // A place as one integer that is larger the earlier it ranks, so that a maximum finds the first;

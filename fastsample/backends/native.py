@@ -33,7 +33,9 @@ REPORT_FIELDS = ("bytes", *REPORTED, "kept_row_ptr")
 DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
 PART_FIELDS = ("queries", "start", "question", "wants", "count", "details", "answers", "words", "bitmask")
 PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "judged_scale", "total", "rest")
-"""The last two are of rows that are split over ranks (fastsample/distributed/native.py)."""
+SEARCH_QUERY_FIELDS = ("ranks", "bins", "by", "target", "per", "mean")
+DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
+"""The last four are of rows that are split over ranks (fastsample/distributed/native.py)."""
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -56,6 +58,8 @@ def mismatch(module: Any) -> str | None:
         ("arguments", "DRAFT_FIELDS", DRAFT_FIELDS),
         ("arguments", "PART_FIELDS", PART_FIELDS),
         ("arguments", "PART_QUERY_FIELDS", PART_QUERY_FIELDS),
+        ("arguments", "SEARCH_QUERY_FIELDS", SEARCH_QUERY_FIELDS),
+        ("arguments", "DRAW_QUERY_FIELDS", DRAW_QUERY_FIELDS),
     ):
         if (theirs := getattr(module, record, None)) != ours:
             return f"was built for other {kind}: {theirs}, not {ours}"

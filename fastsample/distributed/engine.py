@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.filters import filters, xtc
-from fastsample.distributed.keys import HIGHEST, everything
-from fastsample.distributed.lists import Lists, by_row, list_first, mark_invalid, no_words
+from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words
+from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.native import (
     UNDECIDED,
@@ -30,7 +30,7 @@ from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
 from fastsample.distributed.raw import write_raw, write_raw_listed
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
-from fastsample.distributed.shard import Shard
+from fastsample.distributed.shard import Shard, mass_of
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
@@ -38,6 +38,8 @@ from fastsample.outputs import InputKind
 
 Tensor = torch.Tensor
 
+FEWER = 16
+"""How many times as many tokens there are as are looked at to see whether a row is flat."""
 OPEN = -1
 """In place of a number of invalid rows: there are rows that lists do not decide."""
 
@@ -60,16 +62,27 @@ class Part:
     kind: InputKind
     edited: bool
 
-    def words(self, rows: Rows, start: int, count: int, with_mass: bool) -> Tensor:
-        """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted."""
+    def words(self, rows: Rows, start: int, count: int, with_mass: bool, judges: bool) -> Tensor:
+        """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted, and one
+        with whether its part is flat."""
+        size = len(self.x)
         if not self.x.shape[1]:
-            words = no_words(len(self.x), count, self.x.device)
-            return pad(words, (0, 1)) if with_mass else words
+            return pad(no_words(size, count, self.x.device), (0, with_mass + judges), value=int(judges))
         if self.engine.name == "cpu":
-            words = first_words(self.x, start, count, self.plan.queries(len(self.x)), with_mass)
+            shares = self.plan.shares(size) if judges else None
+            words = first_words(self.x, start, count, self.plan.queries(size), with_mass, shares)
         else:
             words = list_first(self.engine, self.x, rows, start, count)
+            words = torch.cat([words, self._is_flat(words)], 1) if judges else words
         return mark_invalid(words, self.wrong)
+
+    def _is_flat(self, words: Tensor) -> Tensor:
+        """Whether the listed tokens are probably less than a share of this part's mass, int64 [B, 1]."""
+        first, some = unpacked(words)[0], self.x[:, ::FEWER].float()
+        peak, judged_at = first.amax(-1, keepdim=True), self.plan.judged_at.expand(len(words), 1)
+        peak = torch.where(peak.isfinite(), peak, 0)
+        listed, sampled = (mass_of(self.kind, x.clamp(max=peak), peak, judged_at).sum(-1, True) for x in (first, some))
+        return (listed.double() < sampled.double() * FEWER * self.plan.share).to(torch.int64)
 
 
 def _refuse_whole_rows(out: Outputs) -> None:
@@ -154,8 +167,8 @@ class SplitEngine(Engine):
         seeds that all ranks use."""
         plan = Plan(rows.records, self.vocab)
         part = self._part(rows, self._own if own is None else own, plan, kind)
-        lists, rows = self._exchange(part, rows, plan.count(None), False)
-        return self._decide(self._row(part, *lists.unpacked(), None), plan), rows
+        lists, rows = self._exchange(part, rows, plan.count(None), False, plan.shows_flat(None) and kind == "logits")
+        return self._decide(self._row(part, lists), plan), rows
 
     def _part(self, rows: Rows, own: Tensor, plan: Plan, kind: InputKind) -> Part:
         """Stages 1 to 3."""
@@ -172,12 +185,15 @@ class SplitEngine(Engine):
         plan = part.plan
         native = self._all_native and part.engine.name == "cpu" and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
+        judges = plan.shows_flat(out) and part.kind == "logits"
         count = 1 if draws_from_all else plan.count(out)
         # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed.
         raw = native and not plan.open and out.mode == "raw" and not is_edited(rows)
-        lists, rows = self._exchange(part, rows, count, draws_from_all, raw)
+        lists, rows = self._exchange(part, rows, count, draws_from_all, judges, raw)
         invalid: int | None = OPEN
-        if draws_from_all:
+        if lists.flat:
+            pass
+        elif draws_from_all:
             invalid = self._draw_from_all(part, lists, rows, out)
         elif native and not plan.open:
             invalid = self._finish_natively(part, lists, rows, out)
@@ -188,18 +204,19 @@ class SplitEngine(Engine):
         return lists, invalid
 
     def _exchange(
-        self, part: Part, rows: Rows, count: int, with_mass: bool, ask_edited: bool = False
+        self, part: Part, rows: Rows, count: int, with_mass: bool, judges: bool, ask_edited: bool = False
     ) -> tuple[Lists, Rows]:
-        """What all ranks list of each row, and the rows with the seeds that all take. `ask_edited`: the lists' `given`
-        is whether no rank has changed a logit."""
-        words = part.words(rows, self.start, count, with_mass)
+        """What all ranks list of each row, and the rows with the seeds that all take. `judges`: the lists' `flat` is
+        whether all are flat on all ranks. `ask_edited`: their `given` is whether no rank has changed a logit."""
+        words = part.words(rows, self.start, count, with_mass, judges)
         more = [torch.full_like(words[:, :1], part.edited)] if ask_edited else []
         if not self._same_seeds:
             more.append(rows.seeds[:, None].expand(len(words), 1))
         found = self.wire.gather(torch.cat([words, *more], 1) if more else words)
         if not self._same_seeds:
             rows = replace(rows, seeds=found[0, :, -1].clone(), native=None, slots=None)
-        lists = Lists.of(found[:, :, : words.shape[1]], count)
+        lists = Lists.of(found[:, :, : count + with_mass], count)
+        lists.flat = judges and bool(found[:, :, count + with_mass].all())
         lists.given = ask_edited and not bool(found[:, :, words.shape[1]].any())
         return lists, rows
 
@@ -212,13 +229,14 @@ class SplitEngine(Engine):
         def raw_mass() -> Tensor:
             return whole_sums(part.x, self.start, lists.words, plan.raw_queries(count), False, False)[:, :1]
 
-        for with_sums in (False, True)[plan.measures(out) :]:
+        for with_sums in (False, True)[plan.measures(out) : 1 + plan.measures_at_all(out)]:
             if with_sums:
                 own = whole_sums(part.x, self.start, lists.words, plan.queries(count), *plan.wanted)
                 told = self.wire.total(torch.cat([own, raw_mass()], 1) if raw else own)
                 lists.sums, lists.raw = told[:, : own.shape[1]], told[:, own.shape[1] :] if raw else None
             invalid = run_lists(part.engine, lists, self.wire.size, self.vocab, rows, out)
-            if not invalid or not bool((out.status == UNDECIDED).any()):
+            lists.open = (out.status.view(-1, 1) == UNDECIDED) if invalid else None
+            if lists.open is None or not bool(lists.open.any()):
                 if raw and lists.raw is None:
                     lists.raw = self.wire.total(raw_mass())
                 return invalid
@@ -248,29 +266,35 @@ class SplitEngine(Engine):
 
     def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
         """The outputs of rows which ranks must ask each other about."""
-        x, ids = lists.unpacked()
-        found = self._decide(self._row(part, x, ids, lists.sums), part.plan)
-        invalid = write_listed(part.engine, found, x, ids, rows, out)
+        found = self._decide(self._row(part, lists), part.plan)
+        invalid = write_listed(part.engine, found, *lists.unpacked(), rows, out)
         if len(index := found.spread().nonzero()[:, 0]):
             write_spread(found, index, rows, out, self.start)
         return invalid
 
-    def _row(self, part: Part, listed: Tensor, ids: Tensor, sums: Tensor | None) -> SplitRow:
+    def _row(self, part: Part, lists: Lists) -> SplitRow:
         """The rows as filters ask about them."""
-        plan, valid = part.plan, (status_of(listed) == 0)[:, None]
+        listed, ids = lists.unpacked()
+        plan, status = part.plan, status_of(listed)
+        undecided = lists.open if plan.searches_once else None
+        valid = (status == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
         temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
         native = part.engine.name == "cpu" and part.x.shape[1] and part.kind == "logits"
         shard = (NativeShard if native else Shard)(part.x, self.start, peak, *temperatures, part.kind)
-        return SplitRow(self.wire, shard, listed, ids, self.vocab, plan.wanted, sums)
+        row = SplitRow(self.wire, shard, listed, ids, status, self.vocab, plan.wanted, lists.sums, undecided)
+        if lists.flat:
+            row.look_ahead()
+        return row
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:
         """Stage 7."""
-        greedy = plan.greedy.expand_as(row.edge)
+        greedy = plan.greedy.expand_as(row.valid)
         on = row.valid & ~greedy
         kept = filters(everything(len(on), on.device), row, plan.params, on, plan.used)
         top = torch.full_like(kept.low, HIGHEST)
         if "xtc" in plan.used:
             top = xtc(kept, row, plan.params, on & plan.used["xtc"])
-        kept = kept._replace(low=torch.where(greedy, row.keys[:, :1], kept.low))
+        if bool(greedy.any()):
+            kept = kept._replace(low=torch.where(greedy, row.keys[:, :1], kept.low))
         return Found(row, kept, top, row.status, greedy, plan.params["xtc_probability"])

@@ -71,8 +71,8 @@ class Row(Protocol):
     def reach(self, kept: Kept, target: Tensor, on: Tensor) -> Tensor:
         """The key at which the mass of the set, in rank order, reaches the target."""
 
-    def nearest(self, kept: Kept, mean: Tensor, target: Tensor, on: Tensor) -> Tensor:
-        """The distance from the mean, float32, within which the mass of the set reaches the target."""
+    def nearest(self, kept: Kept, mean: Tensor, target: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds `high` and `low` of the tokens so near the mean, float32, that their mass reaches the target."""
 
     def last(self, kept: Kept, on: Tensor) -> tuple[Tensor, Tensor]:
         """The last key of a set, and how many tokens it has, int64 [B, 1]."""
@@ -112,9 +112,14 @@ def typical(kept: Kept, row: Row, params: Params, on: Tensor) -> Kept:
     sums = row.sums(kept, on)
     mean = (row.peak.double() - (sums.depth() * 2.0**-14) / row.scale.double()).float()
     mean = torch.where(on, mean, 0)
-    limit = row.nearest(kept, mean, top_p_target(t, sums.mass), on)
-    kept = narrow_below(kept, torch.where(on, from_value(highest_near(mean, limit)) + IDS + 1, HIGHEST))
-    return narrow_above(kept, torch.where(on, from_value(-highest_near(-mean, limit)), LOWEST))
+    high, low = row.nearest(kept, mean, top_p_target(t, sums.mass), on)
+    kept = narrow_below(kept, torch.where(on, high, HIGHEST))
+    return narrow_above(kept, torch.where(on, low, LOWEST))
+
+
+def bounds_near(mean: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Above all keys of logits at most so far from the mean, and the lowest of them."""
+    return from_value(highest_near(mean, limit)) + IDS + 1, from_value(-highest_near(-mean, limit))
 
 
 def highest_near(mean: Tensor, limit: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ def ordinal(x: Tensor) -> Tensor:
     return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(torch.int64)
 
 
+def bits_of(x: Tensor) -> Tensor:
+    """The bits of float32, int64."""
+    return x.view(torch.int32).to(torch.int64)
+
+
 def value(ordinals: Tensor) -> Tensor:
     """The float32 of an ordinal."""
     bits = torch.where(ordinals < 0, -ordinals - 2**31, ordinals)
@@ -81,3 +86,19 @@ def narrow_above(kept: Kept, low: Tensor) -> Kept:
 
 def narrow_to_mass(kept: Kept, floor: Tensor) -> Kept:
     return kept._replace(floor=torch.maximum(kept.floor, floor))
+
+
+def words_of(x: Tensor, ids: Tensor) -> Tensor:
+    """int64, given float32 x and ids of -1 where there is no token."""
+    found: Tensor = (x.view(torch.int32).to(torch.int64) << 32) | (ids & IDS)
+    return found
+
+
+def no_words(rows: int, count: int, device: torch.device) -> Tensor:
+    """Lists of no tokens."""
+    return words_of(torch.full((rows, count), -torch.inf, device=device), torch.tensor(-1, device=device))
+
+
+def by_row(found: Tensor) -> Tensor:
+    """What ranks have told of each row, int64 [B, R n], given [R, B, ...] of n numbers."""
+    return found.transpose(0, 1).reshape(found.shape[1], -1).contiguous()

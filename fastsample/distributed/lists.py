@@ -8,7 +8,7 @@ import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.buffers import empty
-from fastsample.distributed.keys import IDS
+from fastsample.distributed.keys import IDS, by_row, words_of
 from fastsample.distributed.local import neutral
 from fastsample.inputs import Rows
 from fastsample.kept import fill_lists
@@ -28,6 +28,8 @@ class Lists:
         sums: int64 [B, 9], `Shard.sums` of the whole rows, once they are known.
         given: whether it is known that these are logits as they were given.
         raw: int64 [B, 1], the mass of the whole rows at temperature 1, if that is known.
+        open: bool [B, 1], which rows lists do not decide, if that is known.
+        flat: whether all ranks have found that lists probably decide no row.
     """
 
     words: Tensor
@@ -35,6 +37,8 @@ class Lists:
     sums: Tensor | None = None
     given: bool = False
     raw: Tensor | None = None
+    open: Tensor | None = None
+    flat: bool = False
 
     @classmethod
     def of(cls, found: Tensor, count: int) -> Lists:
@@ -44,25 +48,13 @@ class Lists:
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """Logits float32 [B, N], and ids int64 [B, N]; -inf and -1 past the end of each list."""
-        ids = self.words & IDS
-        return (self.words >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1)
+        return unpacked(self.words)
 
 
-def by_row(found: Tensor) -> Tensor:
-    """What ranks have told of each row, int64 [B, R n], given [R, B, n]."""
-    ranks, rows, n = found.shape
-    return found.transpose(0, 1).reshape(rows, ranks * n).contiguous()
-
-
-def words_of(x: Tensor, ids: Tensor) -> Tensor:
-    """int64, given float32 x and ids of -1 where there is no token."""
-    found: Tensor = (x.view(torch.int32).to(torch.int64) << 32) | (ids & IDS)
-    return found
-
-
-def no_words(rows: int, count: int, device: torch.device) -> Tensor:
-    """Lists of no tokens."""
-    return words_of(torch.full((rows, count), -torch.inf, device=device), torch.tensor(-1, device=device))
+def unpacked(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 and int64, given words."""
+    ids = words & IDS
+    return (words >> 32).to(torch.int32).view(torch.float32), torch.where(ids < IDS, ids, -1)
 
 
 def mark_invalid(words: Tensor, status: Tensor | None) -> Tensor:

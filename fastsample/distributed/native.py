@@ -13,16 +13,15 @@ import torch
 from fastsample.backends import DTYPES, Engine, Outputs
 from fastsample.backends.cpu import native
 from fastsample.backends.native import LOGITS_FIELDS, PART_FIELDS
-from fastsample.distributed.keys import HIGHEST, LOWEST, Kept
+from fastsample.distributed.keys import Kept, bits_of
 from fastsample.distributed.lists import Lists
-from fastsample.distributed.shard import LEVELS, Drawn, Shard
+from fastsample.distributed.shard import BINS, Drawn, Shard
 from fastsample.inputs import Rows
-from fastsample.reference.mass import scale_of
 from fastsample.threads import get_num_threads
 
 Tensor = torch.Tensor
 
-FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, HISTOGRAM, OWNED, RESOLVED = range(9)
+FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, BINS_OF, WITHIN, OWNED, RESOLVED = range(10)
 _LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
 
 UNDECIDED = -1
@@ -56,15 +55,16 @@ def ask(
 
 def open_queries(judged_at: Tensor, drawn_at: Tensor) -> Tensor:
     """Of all tokens above -inf, where the maximum is not yet known; temperatures float32 [B, 1]."""
-    floats = torch.cat([torch.zeros_like(drawn_at), scale_of(drawn_at), scale_of(judged_at)], 1)
-    place = torch.tensor([[HIGHEST, LOWEST, 0, HIGHEST, 0]]).expand(len(floats), -1)
-    return torch.cat([place, floats.view(torch.int32), torch.zeros(len(floats), 2, dtype=torch.int64)], 1)
+    return Shard(drawn_at, 0, torch.zeros_like(drawn_at), judged_at, drawn_at).queries()
 
 
-def first_words(x: Tensor, start: int, count: int, queries: Tensor, with_mass: bool) -> Tensor:
+def first_words(
+    x: Tensor, start: int, count: int, queries: Tensor, with_mass: bool = False, shares: Tensor | None = None
+) -> Tensor:
     """`fastsample.distributed.lists.list_first`; one more column with what this part of the row weighs, if it were all
-    of it."""
-    return ask(x, start, queries, FIRST, int(with_mass), count + with_mass)
+    of it; and one with whether these tokens are probably less than a share of that, given bits of float32 [B, 1]."""
+    judges = shares is not None
+    return ask(x, start, queries, FIRST, with_mass + 2 * judges, count + with_mass + judges, shares)
 
 
 def whole_sums(x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool) -> Tensor:
@@ -129,14 +129,15 @@ class NativeShard(Shard):
         return self._ask(DRAWS, drawn.kept, drawn, int(entropy), 2 * thresholds.shape[1] + 1, thresholds)
 
     def above(self, x: Tensor) -> Tensor:
-        return self._ask(ABOVE, None, None, 0, x.shape[1], x.view(torch.int32).to(torch.int64))
+        return self._ask(ABOVE, None, None, 0, x.shape[1], bits_of(x))
 
-    def histogram(self, kept: Kept, base: Tensor, level: int, mean: Tensor | None = None) -> Tensor:
-        if mean is not None:
-            return super().histogram(kept, base, level, mean)
-        shift, bits = LEVELS[level]
-        details = torch.cat([base, torch.full_like(base, shift)], 1)
-        return self._ask(HISTOGRAM, kept, None, 0, 2 ** (bits + 1), details).view(len(base), -1, 2)
+    def bins(self, kept: Kept) -> Tensor:
+        per = bits_of(self.per())
+        return self._ask(BINS_OF, kept, None, 0, 2 * BINS, per).view(len(per), BINS, 2)
+
+    def within(self, kept: Kept, bins: Tensor, count: int) -> Tensor:
+        per = bits_of(self.per())
+        return self._ask(WITHIN, kept, None, 0, count, torch.cat([per, torch.full_like(per, BINS), bins], 1))
 
     def _ask(
         self,
@@ -148,19 +149,6 @@ class NativeShard(Shard):
         details: Tensor | None = None,
         bitmask: Tensor | None = None,
     ) -> Tensor:
-        queries = self._queries(kept, drawn)
+        queries = self.queries(kept, drawn)
         details = None if details is None else details.contiguous()
         return ask(self.x, self.start, queries, question, wants, words, details, bitmask)
-
-    def _queries(self, kept: Kept | None, drawn: Drawn | None) -> Tensor:
-        """PartQuery of each row, int64 [B, fields]."""
-        rows = len(self.x)
-        floats: list[Any] = [self.peak, scale_of(self.drawn_at), scale_of(self.judged_at)]
-        coin = torch.zeros(rows, 1) if drawn is None else drawn.coin
-        bits = torch.cat([coin.expand(rows, 1), *floats], 1).view(torch.int32).to(torch.int64)
-        place = torch.zeros(rows, 3, dtype=torch.int64) if kept is None else torch.cat(list(kept), 1)
-        top = torch.full((rows, 1), HIGHEST) if drawn is None else drawn.top
-        sums = torch.zeros(rows, 2, dtype=torch.int64)
-        if drawn is not None:
-            sums = torch.stack([drawn.total, drawn.rest], 1)
-        return torch.cat([place, top, bits, sums], 1)

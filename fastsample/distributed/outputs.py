@@ -34,8 +34,7 @@ class Found:
 
     def spread(self) -> Tensor:
         """Whether a row keeps tokens that are not listed, bool [B]."""
-        row = self.row
-        return (row.valid & ~self.greedy & ~row.lists(self.kept))[:, 0]
+        return self.row.spread(self.kept, self.row.valid & ~self.greedy)[:, 0]
 
     def is_plain(self) -> bool:
         """Whether all rows keep their maximum, whatever XTC may do, and are drawn from by the masses that judge."""
@@ -47,7 +46,7 @@ class Found:
         row = self.row
         if torch.equal(row.shard.judged_at, row.shard.drawn_at):
             return row.whole()[:, :1]
-        all_ = everything(len(row.edge), row.edge.device)
+        all_ = everything(len(row.peak), row.peak.device)
         return row.wire.total(row.shard.as_drawn().sums(all_, products=False))[:, :1]
 
 
@@ -118,6 +117,9 @@ def set_bits(words: Tensor, held: Tensor, ids: Tensor) -> None:
 
 def write_listed(engine: Engine, found: Found, listed: Tensor, ids: Tensor, rows: Rows, out: Outputs) -> int:
     """The outputs of rows whose kept tokens are all listed; those of others mean nothing yet."""
+    if bool(found.spread().all()):  # then all are valid
+        out.status.zero_()
+        return 0
     plain = found.is_plain()
     dist = None if plain else distribution(found, listed, out.log_kept_mass is not None)
     ids = ids if dist is None else pad(ids, (0, dist.x.shape[1] - ids.shape[1]), value=-1)

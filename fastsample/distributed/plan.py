@@ -6,6 +6,7 @@ import torch
 
 from fastsample.backends import Outputs
 from fastsample.distributed.filters import uses
+from fastsample.distributed.keys import bits_of
 from fastsample.distributed.native import open_queries
 from fastsample.params import GREEDY_BELOW
 from fastsample.reference.process import choice, columns_of
@@ -43,6 +44,12 @@ class Plan:
         self.open = not self.used and not bool(self.greedy.any())  # all rows keep everything
         self.most = int(torch.where(cut & ~self.greedy, k, 1).max())
         self.wanted = any(name in self.used for name in ("typical", "eta", "p_less")), "top_n_sigma" in self.used
+        searches = [name for name in ("top_k", "top_p", "typical") if name in self.used]
+        self.searches_once = len(searches) <= 1 and self.used.keys() <= {*searches, "mass_floors"}
+        # How much of a row's mass its list must have, at least, to decide it.
+        self.share = torch.minimum(params["top_p"], params["typical_p"]).expand_as(self.greedy)
+        self.share = torch.where(self.greedy, 0.0, torch.where(k > MOST_LISTED, torch.inf, self.share))
+        self._only_searches = len(searches) == 1 and self.used.keys() == {*searches}
         self._queries: Tensor | None = None
         self._raw_queries: Tensor | None = None
 
@@ -59,6 +66,18 @@ class Plan:
     def measures(self, out: Outputs) -> bool:
         """Whether lists alone cannot tell what some row keeps, or how much that is of all."""
         return not self.lists_may_do or out.log_kept_mass is not None
+
+    def measures_at_all(self, out: Outputs) -> bool:
+        """Whether sums of whole rows may tell what lists do not."""
+        return self.measures(out) or not self.used.keys() <= {"top_k", "mass_floors"}
+
+    def shows_flat(self, out: Outputs | None) -> bool:
+        """Whether rows need nothing but a search, if they are flat."""
+        return self._only_searches and not self.cut_short and (out is None or out.log_kept_mass is None)
+
+    def shares(self, rows: int) -> Tensor:
+        """The bits of `share`, int64 [rows, 1]."""
+        return bits_of(self.share.expand(rows, 1)).contiguous()
 
     def queries(self, rows: int) -> Tensor:
         """Questions about whole rows, to the CPU engine."""

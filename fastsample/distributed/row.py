@@ -6,14 +6,16 @@ What the list cannot answer, the ranks find out together: sums of what each has,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 
-from fastsample.distributed.filters import Sums
-from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key
+from fastsample.distributed.filters import Sums, bounds_near
+from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key, value_of
+from fastsample.distributed.search import BY_DISTANCE, BY_MASS, BY_NUMBER, Near, find
 from fastsample.distributed.shard import LEVELS, SAME, VALUES, Shard, distance
 from fastsample.distributed.wire import Wire
-from fastsample.reference.mass import deviation_of, halves, scale_of
+from fastsample.reference.mass import UNIT, deviation_of, halves, scale_of
 from fastsample.reference.process import NAN, NOTHING_LEFT, POSITIVE_INFINITY
 
 Tensor = torch.Tensor
@@ -25,8 +27,10 @@ class SplitRow:
     Args:
         x: float32 [B, N], what the shard has of the listed tokens, -inf where there is none.
         ids: int64 [B, N]; those of each rank are as many as of any other, -1 past its last.
+        status: int32 [B], what is wrong with each row.
         wanted: which sums of whole rows filters need: products, spread.
         sums: these of whole rows, if they are known already.
+        open_: bool [B, 1], rows whose only search is known to end past the list; None where that is not known.
 
     A row that is invalid lists nothing.
     """
@@ -37,34 +41,74 @@ class SplitRow:
         shard: Shard,
         x: Tensor,
         ids: Tensor,
+        status: Tensor,
         vocab: int,
         wanted: tuple[bool, bool],
         sums: Tensor | None = None,
+        open_: Tensor | None = None,
     ) -> None:
         self.wire, self.shard, self.vocab = wire, shard, vocab
-        self.status = status_of(x)  # int32 [B]
-        self.valid = (self.status == 0)[:, None]
+        self.status, self.valid = status, (status == 0)[:, None]
         x = torch.where(self.valid & (ids >= 0), x, -torch.inf)
         self.listed, self.ids = x, ids
-        self.edge = edge_of(x, ids, wire.size)
         self.peak, self.scale = shard.peak, scale_of(shard.judged_at).expand_as(shard.peak)
-        keys = torch.where(x > -torch.inf, key(x, ids), NO_KEY)
-        self.keys, self.order = keys.sort(descending=True)
-        self.x = x.gather(1, self.order)
-        self.mass, self.depth = shard.mass_of(self.x, shard.judged_at), shard.depth_of(self.x)
-        self.unit = shard.mass_of(self.peak, shard.judged_at)
-        self.known = (self.keys >= self.edge) & (self.keys >= LOWEST)
-        self.beyond = bound_beyond(shard.mass_of(self._value_at(self.edge), shard.judged_at))
-        self.wanted = wanted
+        self.wanted, self.open = wanted, open_
         self._whole = sums
+        self._near: Near | None = None  # what the last search has found
+        self._bins: Tensor | None = None  # of whole rows, int64 [R, B, 2 BINS], if they are known
 
-    def _value_at(self, edge: Tensor) -> Tensor:
-        at = torch.where(self.known, self.x, torch.inf).amin(-1, keepdim=True)
-        return torch.where(edge > LOWEST, torch.where(at.isinf(), self.peak, at), -torch.inf)
+    @cached_property
+    def edge(self) -> Tensor:
+        """Down to where the list has everything, a key, int64 [B, 1]."""
+        return edge_of(self.listed, self.ids, self.wire.size)
+
+    # The listed tokens in rank order, int64 and float32 [B, N]; many rows are decided without them.
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        keys = torch.where(self.listed > -torch.inf, key(self.listed, self.ids), NO_KEY)
+        return tuple(keys.sort(descending=True))
+
+    @property
+    def keys(self) -> Tensor:
+        return self._sorted[0]
+
+    @property
+    def order(self) -> Tensor:
+        return self._sorted[1]
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.listed.gather(1, self.order)
+
+    @cached_property
+    def mass(self) -> Tensor:
+        return self.shard.mass_of(self.x, self.shard.judged_at)
+
+    @cached_property
+    def depth(self) -> Tensor:
+        return self.shard.depth_of(self.x)
+
+    @cached_property
+    def known(self) -> Tensor:
+        return (self.keys >= self.edge) & (self.keys >= LOWEST)
+
+    @cached_property
+    def beyond(self) -> Tensor:
+        """More than any token that is not listed weighs, int64 [B, 1]."""
+        return bound_beyond(self.shard.mass_of(value_of(self.edge), self.shard.judged_at))
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """What the maximum weighs, int64 [B, 1]."""
+        if self.shard.kind == "logits":
+            return torch.full_like(self.peak, 2**UNIT, dtype=torch.int64)
+        return self.shard.mass_of(self.peak, self.shard.judged_at)
 
     def lists(self, kept: Kept) -> Tensor:
         """Whether all of a set is listed, bool [B, 1]."""
-        return (kept.low >= self.edge) | (kept.floor > self.beyond)
+        listed = kept.low >= self.edge
+        return listed | (kept.floor > self.beyond) if bool(kept.floor.any()) else listed
 
     def held(self, kept: Kept) -> Tensor:
         """Which listed tokens are kept, bool [B, N] in rank order."""
@@ -73,6 +117,8 @@ class SplitRow:
     # Sums ------------------------------------------------------------------------------------------------------------
 
     def sums(self, kept: Kept, on: Tensor) -> Sums:
+        if self._whole is not None and bool((kept.whole() | ~on).all()):
+            return Sums(*self._whole[:, :6, None].unbind(1))
         w = self.mass * self.held(kept)
         high, low = halves(w)
         parts = (w, high * self.depth, low * self.depth, high * high, high * low, low * low)
@@ -86,11 +132,21 @@ class SplitRow:
     def whole(self) -> Tensor:
         """The sums and the spread of all tokens above -inf, int64 [B, 9]."""
         if self._whole is None:
-            all_ = everything(len(self.edge), self.edge.device)
+            all_ = everything(len(self.peak), self.peak.device)
             self._whole = self.wire.total(self.shard.sums(all_, *self.wanted))
         return self._whole
 
+    def look_ahead(self) -> None:
+        """Take the sums of whole rows and their bins, in one message, for rows that a search will be for."""
+        all_ = everything(len(self.peak), self.peak.device)
+        sums, bins = self.shard.sums(all_, *self.wanted), self.shard.bins(all_).flatten(1)
+        told = self.wire.gather(torch.cat([sums, bins], 1))
+        self._whole, self._bins = told[:, :, : sums.shape[1]].sum(0), told[:, :, sums.shape[1] :]
+        self.open = self.valid
+
     def heaviest(self, kept: Kept, on: Tensor) -> Tensor:
+        if bool((kept.high == HIGHEST).all()):
+            return self.unit
         listed = (self.mass * self.held(kept)).amax(-1, keepdim=True)
         listed = torch.where(kept.high == HIGHEST, self.unit, listed)
         open_ = on & (kept.high < HIGHEST) & ~self.lists(kept)
@@ -124,42 +180,78 @@ class SplitRow:
     # Places in the rank order ----------------------------------------------------------------------------------------
 
     def nth(self, n: Tensor, on: Tensor) -> Tensor:
-        all_ = everything(len(self.edge), self.edge.device)
-        return self._search(all_, n, self.known.to(torch.int64), on, of_mass=False)
+        all_ = everything(len(self.peak), self.peak.device)
+        return self._search(all_, n, on, BY_NUMBER)
 
     def reach(self, kept: Kept, target: Tensor, on: Tensor) -> Tensor:
-        return self._search(kept, target, self.mass * self.held(kept), on, of_mass=True)
+        return self._search(kept, target, on, BY_MASS)
 
-    def _search(self, kept: Kept, target: Tensor, weights: Tensor, on: Tensor, of_mass: bool) -> Tensor:
+    def _search(self, kept: Kept, target: Tensor, on: Tensor, by: int) -> Tensor:
         """The key at which listed weights, or else all, reach the target; the lowest one where they do not."""
-        running = weights.cumsum(-1)
-        at = (running < target).sum(-1, keepdim=True)
-        listed = at < weights.shape[1]
-        found = torch.where(listed, self.keys.gather(1, at.clamp(max=weights.shape[1] - 1)), LOWEST)
-        rows = (on & ~listed & ~self.lists(kept))[:, 0].nonzero()[:, 0]
-        if len(rows):
-            found[rows] = self._refine(rows, kept, target, 0 if of_mass else 1)
+        if self._is_open(on):
+            found, rows = torch.full_like(target, LOWEST), on
+        else:
+            weights = self.known.to(torch.int64) if by == BY_NUMBER else self.mass * self.held(kept)
+            at = (weights.cumsum(-1) < target).sum(-1, keepdim=True)
+            listed = at < weights.shape[1]
+            found = torch.where(listed, self.keys.gather(1, at.clamp(max=weights.shape[1] - 1)), LOWEST)
+            rows = on & ~listed & ~self.lists(kept)
+        some = rows[:, 0].nonzero()[:, 0]
+        if len(some):
+            near = self._find(some, kept, target, by)
+            found[some] = self._refine(some, kept, target, by) if near is None else near.kept.low
         return found
 
-    def nearest(self, kept: Kept, mean: Tensor, target: Tensor, on: Tensor) -> Tensor:
-        held = self.held(kept)
-        far = 2**31
-        distances = torch.where(held, distance(self.x, mean), far)
-        # Tokens that are not listed lie below the last that is, so they are further from a mean above it.
-        last = self._value_at(self.edge)
-        open_at = torch.where(mean >= last, distance(last, mean), 0)
-        near, order = distances.sort(-1)
-        running = (self.mass * held).gather(1, order).cumsum(-1)
-        at = (running < target).sum(-1, keepdim=True)
-        limit = near.gather(1, at.clamp(max=near.shape[1] - 1))
-        sure = (at < near.shape[1]) & (self.lists(kept) | (limit < open_at))
-        rows = (on & ~sure)[:, 0].nonzero()[:, 0]
-        if len(rows):
-            limit[rows] = self._refine(rows, kept, target, 0, mean) >> 32
-        return limit.to(torch.int32).view(torch.float32)
+    def nearest(self, kept: Kept, mean: Tensor, target: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
+        if self._is_open(on):
+            high, low, rows = torch.full_like(target, HIGHEST), torch.full_like(target, LOWEST), on
+        else:
+            held = self.held(kept)
+            distances = torch.where(held, distance(self.x, mean), 2**31)
+            # Tokens that are not listed lie below the last that is, so they are further from a mean above it.
+            last = value_of(self.edge)
+            open_at = torch.where(mean >= last, distance(last, mean), 0)
+            near, order = distances.sort(-1)
+            at = ((self.mass * held).gather(1, order).cumsum(-1) < target).sum(-1, keepdim=True)
+            limit = near.gather(1, at.clamp(max=near.shape[1] - 1))
+            high, low = bounds_near(mean, limit.to(torch.int32).view(torch.float32))
+            rows = on & ~((at < near.shape[1]) & (self.lists(kept) | (limit < open_at)))
+        some = rows[:, 0].nonzero()[:, 0]
+        if len(some):
+            found = self._find(some, kept, target, BY_DISTANCE, mean)
+            if found is not None:
+                high[some], low[some] = found.kept.high, found.kept.low
+            else:
+                limit = (self._refine(some, kept, target, BY_MASS, mean) >> 32).to(torch.int32).view(torch.float32)
+                high[some], low[some] = bounds_near(mean[some], limit)
+        return high, low
 
-    def _refine(self, rows: Tensor, kept: Kept, target: Tensor, of: int, mean: Tensor | None = None) -> Tensor:
-        """The place at which a set's weights reach the target, from the highest key down or the nearest token out.
+    def _is_open(self, on: Tensor) -> bool:
+        """Whether these rows need not be looked up in the list."""
+        return self.open is not None and bool((self.open | ~on).all())
+
+    def spread(self, kept: Kept, on: Tensor) -> Tensor:
+        """Rows of which a set's tokens are not all listed, bool [B, 1]."""
+        return on if self._is_open(on) else on & ~self.lists(kept)
+
+    def shares(self, rows: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | None:
+        """The mass and the number of tokens that each rank has of a set, int64 [R, b], if a search has told."""
+        return None if self._near is None else self._near.shares(rows, kept)
+
+    def _find(self, rows: Tensor, kept: Kept, target: Tensor, by: int, mean: Tensor | None = None) -> Near | None:
+        """The tokens of some rows up to the place at which they reach the target; None where too many are about it."""
+        if self.shard.kind == "probs":
+            return None
+        shard, bins = self.shard.among(rows), self._bins
+        if bins is None or len(rows) < len(target) or not bool(kept.whole().all()):
+            bins = self.wire.gather(shard.bins(kept.of(rows)))
+        mean = None if mean is None else mean[rows]
+        self._near = find(self.wire, shard, kept.of(rows), rows, bins, target[rows], by, mean)
+        return self._near
+
+    def _refine(self, rows: Tensor, kept: Kept, target: Tensor, by: int, mean: Tensor | None = None) -> Tensor:
+        """The place at which a set's weights reach the target, from the highest key down or the nearest token out,
+        however many tokens are equal or almost so.
 
         Each level shows which of the next bits the place has; a bin with a single token ends the search.
         """
@@ -171,10 +263,10 @@ class SplitRow:
             bins = self.wire.total(shard.histogram(kept, base, level, mean))
             if mean is None:
                 bins = bins.flip(1)
-            running = bins[:, :, of].cumsum(-1) + before
+            running = bins[:, :, by].cumsum(-1) + before
             missing |= running[:, -1:] < target
             at = (running < target).sum(-1, keepdim=True).clamp(max=bins.shape[1] - 1)
-            before = running.gather(1, at) - bins[:, :, of].gather(1, at)
+            before = running.gather(1, at) - bins[:, :, by].gather(1, at)
             base = base + ((at if mean is not None else bins.shape[1] - 1 - at) << LEVELS[level][0])
             if mean is None and level < VALUES and bool((bins[:, :, 1].gather(1, at) <= 1).all()):
                 base = self._only(shard, kept, base, level)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from fastsample.distributed.keys import HIGHEST, NO_KEY, Kept, key
+from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, bits_of, key, no_words, words_of
 from fastsample.outputs import InputKind
 from fastsample.reference.mass import UNIT, depth_at, halves, mass_at, scale_of, steps_below
 from fastsample.reference.process import NEG_INF
@@ -16,6 +17,8 @@ Tensor = torch.Tensor
 
 LEVELS = ((53, 11), (42, 11), (32, 10), (10, 10), (0, 10))
 """Of a search by histograms: the lowest bit of a key that tells one bin from the next, and how many bits do."""
+BINS, BINS_OF_OCTAVE = 2048, 128
+"""Of logits, from the row's maximum down, with as many for each power of two of mass; the last has all below them."""
 VALUES = 3  # levels after which the logit is known; the others tell equal ones by their ids
 SAME = (2**12 - 1) << 20  # bits of a key in between, which are the same for all ids below 2^20
 
@@ -54,6 +57,10 @@ class Shard:
     def of(self, rows: Tensor) -> Shard:
         parts = {name: getattr(self, name)[rows] for name in self._of_rows}
         return replace(self, **parts)
+
+    def among(self, rows: Tensor) -> Shard:
+        """The same for rows in ascending order, which copies nothing where these are all."""
+        return self if len(rows) == len(self.x) else self.of(rows)
 
     def as_drawn(self) -> Shard:
         """The same, judged by the masses of draws."""
@@ -98,6 +105,23 @@ class Shard:
     def drawn(self, kept: Kept) -> Tensor:
         """What kept tokens weigh in draws, int64 [B, V_r]."""
         return self.mass_of(self.logits(), self.drawn_at) * self.held(kept)
+
+    def queries(self, kept: Kept | None = None, drawn: Drawn | None = None) -> Tensor:
+        """PartQuery (csrc/core/arguments.h) of each row, int64 [B, fields]."""
+        queries = self._queries.clone()
+        if kept is not None:
+            torch.cat(list(kept), 1, out=queries[:, :3])
+        if drawn is not None:
+            queries[:, 3:4], queries[:, 4:5] = drawn.top, bits_of(drawn.coin)
+            queries[:, 8], queries[:, 9] = drawn.total, drawn.rest
+        return queries
+
+    @cached_property
+    def _queries(self) -> Tensor:
+        """The same of everything, from which nothing is drawn."""
+        floats = bits_of(torch.cat([self.peak, scale_of(self.drawn_at), scale_of(self.judged_at)], 1))
+        place = torch.tensor([[HIGHEST, LOWEST, 0, HIGHEST, 0]], device=floats.device).expand(len(floats), -1)
+        return torch.cat([place, floats, torch.zeros_like(floats[:, :2])], 1)
 
     def sums(self, kept: Kept, products: bool = True, spread: bool = False) -> Tensor:
         """Z, EH, EL, HH, HL, LL of a set, and n, D1, D2 of all above -inf, int64 [B, 9]; 0 where not asked for."""
@@ -169,6 +193,43 @@ class Shard:
         held = kept.holds(keys, w)
         last = torch.where(held, keys, HIGHEST).amin(-1)
         return torch.stack([_highest(keys, held), last, (w * held).amax(-1), held.sum(-1)], -1)
+
+    def per(self) -> Tensor:
+        """Bins in a unit of logits, float32 [B, 1]."""
+        return scale_of(self.judged_at) * BINS_OF_OCTAVE
+
+    def bins(self, kept: Kept) -> Tensor:
+        """Mass and number of a set's tokens in each bin, int64 [B, BINS, 2]."""
+        w, held = self.mass_of(self.logits(), self.judged_at), self.held(kept)
+        at = self._bin_of_each()
+        found = torch.zeros(len(w), BINS, 2, dtype=torch.int64, device=w.device)
+        for i, weight in enumerate((w * held, held.to(torch.int64))):
+            found[:, :, i].scatter_add_(1, at, weight)
+        return found
+
+    def within(self, kept: Kept, bins: Tensor, count: int) -> Tensor:
+        """A set's tokens in bins from bins[:, 0] to bins[:, 1] - 1 and from bins[:, 2] to bins[:, 3] - 1, as words.
+
+        Args:
+            bins: int64 [B, 4].
+            count: at least as many as there are.
+
+        Returns:
+            int64 [B, count], in id order.
+        """
+        at, ids = self._bin_of_each(), self.ids().expand(self.x.shape)
+        begin, in_, out, end = bins[:, :, None].unbind(1)
+        wanted = self.held(kept) & (((at >= begin) & (at < in_)) | ((at >= out) & (at < end)))
+        order = torch.argsort(wanted.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
+        there = wanted.gather(1, order)
+        x = torch.where(there, self.logits().gather(1, order), -torch.inf)
+        words = words_of(x, torch.where(there, ids.gather(1, order), -1))
+        missing = count - words.shape[1]
+        return torch.cat([words, no_words(len(words), missing, words.device)], 1) if missing else words
+
+    def _bin_of_each(self) -> Tensor:
+        place = (self.peak - self.logits()) * self.per()
+        return place.nan_to_num(nan=BINS - 1).clamp(0, BINS - 1).to(torch.int64)
 
     def histogram(self, kept: Kept, base: Tensor, level: int, mean: Tensor | None = None) -> Tensor:
         """Mass and number of the tokens of a set in each bin of a level, int64 [B, bins, 2].

@@ -10,11 +10,11 @@ from torch.nn.functional import pad
 from fastsample.backends import Outputs
 from fastsample.distributed.keys import HIGHEST, IDS, LOWEST, NO_KEY, narrow_below, value_of
 from fastsample.distributed.outputs import Found, put
+from fastsample.distributed.search import thresholds
 from fastsample.distributed.shard import Drawn, Shard, mixture
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
-from fastsample.reference import log_share, multiply_high60, uniform60
-from fastsample.reference.draw import PLAIN_DRAW, XTC_COIN
+from fastsample.reference import log_share, multiply_high60
 
 Tensor = torch.Tensor
 
@@ -31,17 +31,21 @@ class Lone:
 
 def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: int) -> None:
     """The outputs of rows `index` int64 [b]: one message for what they weigh, and one for what is drawn."""
-    wire, shard = found.row.wire, found.row.shard.of(index)
-    drawn = drawn_of(found, index)
-    wants_bits, reports = out.kept_bitmask is not None, out.mode == "processed"
-    bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
-    told = shard.totals(drawn, may_be_lone(shard, drawn), out.kept_count is not None, bits if wants_bits else None)
-    shares = wire.gather(told)
+    wire, shard = found.row.wire, found.row.shard.among(index)
+    drawn, reports = drawn_of(found, index), out.mode == "processed"
+    bits = None
+    if out.kept_bitmask is not None:
+        bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
+    shares = _known_shares(found, index, drawn) if bits is None else None
+    if shares is None:
+        told = shard.totals(drawn, may_be_lone(shard, drawn), out.kept_count is not None, bits)
+        shares = wire.gather(told)
     drawn.total, drawn.rest = shares[:, :, :2].sum(0).unbind(1)
     lone = _lone(drawn, shares)
-    seeds, offsets = (t[index if len(t) > 1 else index * 0] for t in (rows.seeds, rows.offsets))
-    thresholds, leaves = _thresholds(wire, drawn, shares, seeds, offsets, out.num_samples)
-    parts = [shard.draws(drawn, thresholds, out.entropy is not None)]
+    streams = torch.stack([t[index if len(t) > 1 else index * 0] for t in (rows.seeds, rows.offsets)], 1)
+    queries = shard.queries(drawn.kept, drawn)
+    at, leaves = thresholds(wire.rank, shares[:, :, :2], streams, queries, out.num_samples)
+    parts = [shard.draws(drawn, at, out.entropy is not None)]
     if reports and out.num_top:
         parts.append(shard.first(drawn.kept, out.num_top))
     if out.given is not None:
@@ -59,7 +63,7 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
         put(out.entropy, index, torch.where(lone.whole[:, 0], 0.0, entropy))
     if out.log_kept_mass is not None:
         put(out.log_kept_mass, index, log_share(drawn.total, found.all_mass()[index, 0]))
-    if out.kept_bitmask is not None:
+    if bits is not None and out.kept_bitmask is not None:
         put(out.kept_bitmask, index, _all_bits(wire, bits, start, out.kept_bitmask.shape[-1], lone))
     if not reports:
         return
@@ -78,12 +82,24 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
 
 def drawn_of(found: Found, index: Tensor) -> Drawn:
     """What draws are from. Top choices that every draw leaves out are not kept."""
-    coin = found.coin.expand(len(found.row.edge), 1)[index]
+    coin = found.coin.expand(len(found.row.peak), 1)[index]
     kept, top = found.kept.of(index), found.top[index]
     out = (coin == 1) & (top < HIGHEST)
     kept = narrow_below(kept, torch.where(out, top + 1, HIGHEST))
     nothing = torch.zeros(len(index), dtype=torch.int64, device=top.device)
     return Drawn(kept, torch.where(out, HIGHEST, top), coin, nothing, nothing)
+
+
+def _known_shares(found: Found, index: Tensor, drawn: Drawn) -> Tensor | None:
+    """What each rank has of what is drawn, int64 [R, b, 5] as `Shard.totals` answers, if a search has told that."""
+    row = found.row
+    if bool((drawn.top < HIGHEST).any()) or not torch.equal(row.shard.judged_at, row.shard.drawn_at):
+        return None
+    if (known := row.shares(index, drawn.kept)) is None or not bool(known[0].sum(0).all()):
+        return None
+    mass, tokens = known
+    nothing = torch.full_like(mass, NO_KEY)
+    return torch.stack([mass, mass, nothing, nothing, tokens], 2)
 
 
 def may_be_lone(shard: Shard, drawn: Drawn) -> bool:
@@ -96,22 +112,6 @@ def _lone(drawn: Drawn, shares: Tensor) -> Lone:
     first, first_rest = shares[:, :, 2:4].amax(0)[:, :, None].unbind(1)
     whole = (drawn.total == 0)[:, None]
     return Lone(whole, (drawn.rest == 0)[:, None] & ~whole, first, first_rest)
-
-
-def _thresholds(
-    wire: Wire, drawn: Drawn, shares: Tensor, seeds: Tensor, offsets: Tensor, num_samples: int
-) -> tuple[Tensor, Tensor]:
-    """Where draws fall in this rank's running mass, int64 [b, n] as `Shard.draws` takes them, and which of them leave
-    XTC's top choices out, bool [b, n]."""
-    index = torch.arange(num_samples, device=seeds.device)
-    at = seeds[:, None], offsets[:, None], index[None, :]
-    u = uniform60(*at, PLAIN_DRAW)
-    leaves = torch.zeros_like(u, dtype=torch.bool)
-    if bool((drawn.top < HIGHEST).any()):
-        leaves = uniform60(*at, XTC_COIN) < (drawn.coin * 2.0**60).to(torch.int64)
-    whole, rest = (here(wire.rank, u, shares[:, :, i : i + 1]) for i in (0, 1))
-    rest = torch.where(rest >= 0, -2 - rest, -1)
-    return torch.where(leaves & (drawn.top < HIGHEST), rest, whole), leaves & (drawn.top < HIGHEST)
 
 
 def here(rank: int, u: Tensor, shares: Tensor) -> Tensor:
