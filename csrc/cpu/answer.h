@@ -38,7 +38,7 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
     case kAbove:
       return answer_above(p);
     case kBins:
-      return answer_bins(p);
+      return write_bins(p, p.answers(), p.ask.words);
     case kWithin:
       return answer_within(p);
     case kOwned:

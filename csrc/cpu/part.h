@@ -14,7 +14,7 @@ namespace {
 enum PartQuestion : int32_t {
   kFirst,      // the first tokens, as words
   kWhole,      // kSums of all above -inf; the maximum is that of what ranks have listed
-  kSums,       // of a set: Z, EH, EL, HH, HL, LL; of all above -inf: n, D1, D2
+  kSums,       // of a set: Z, EH, EL, HH, HL, LL; of all above -inf: n, D1, D2; the set's kBins
   kTotals,     // the mass of a set, and without what XTC may exclude; the first key of either, and
                // how many it holds; its bits
   kDraws,      // the tokens at thresholds of the running mass: keys and masses; the entropy's share
@@ -25,7 +25,8 @@ enum PartQuestion : int32_t {
   kResolved,   // and what they are, once these are
 };
 enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
-enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2 };
+enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };
+constexpr int64_t kSumWords = 9;
 enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
 enum DrawsWanted : int64_t { kWantsEntropy = 1 };
 
@@ -91,6 +92,43 @@ void answer_first(PartRow<T> p, Peak peak) {
   if (judges) to[n] = flat;
 }
 
+// Which bin logits are in: bin i holds those whose place is from i to less than i + 1.
+struct Binning {
+  float peak, per, last;
+
+  FS_MEMBER vf place(vf x) const {
+    const vf place = (splat(peak) - x) * splat(per);
+    return max(select(gt(splat(last), place), place, splat(last)), splat(0.0f));
+  }
+};
+
+// BinMass of as many bins as there is room for, at most kMaxBins. details: bins in a unit of logits.
+template <class T>
+void write_bins(const PartRow<T>& p, int64_t* to, int64_t words) {
+  const int n = (int)(words / 2);
+  const Binning binning = {p.weigher.max, float_of(p.details()[0]), (float)(n - 1)};
+  const Weighing weight(p.weigher.judge(), p.kept.floor);
+  BinMass found[kMaxBins + 1] = {};  // the last is for tokens that are not kept
+  float buffer[kBlock];
+  uint64_t mass[kBlock];
+  int32_t bin[kBlock];
+  for (int b = 0; b < blocks(p.dense); ++b) {
+    if (!may_keep(p.dense, b, p.kept)) continue;
+    const float* x = values(p.dense, b, buffer);
+    weigh_each(p.dense, b, x, p.kept, weight, mass);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Mask kept = ranks_within(p.kept, load(x + i), ids(p.dense, b, i));
+      store(bin + i, truncate(select(kept, binning.place(load(x + i)), splat((float)n))));
+    }
+    for (int i = 0; i < kBlock; ++i) {
+      BinMass& own = found[p.kept.floor && !mass[i] ? n : bin[i]];
+      own.mass += mass[i];
+      ++own.tokens;
+    }
+  }
+  memcpy(to, found, (size_t)n * sizeof *found);
+}
+
 // Everything that kSums may ask for, in one pass.
 struct Products {
   Depths depths;
@@ -105,7 +143,7 @@ struct Products {
 template <class T>
 void answer_sums(const PartRow<T>& p) {
   int64_t* to = p.answers();
-  memset(to, 0, (size_t)p.ask.words * sizeof *to);
+  memset(to, 0, kSumWords * sizeof *to);
   const LogitWeigher judge = p.weigher.judge();
   if (p.ask.wants & kWantsProducts) {
     Products products = {{judge}};
@@ -122,6 +160,7 @@ void answer_sums(const PartRow<T>& p) {
     const uint64_t sums[] = {s.count, s.sum, s.squares};
     memcpy(to + 6, sums, sizeof sums);
   }
+  if (p.ask.wants & kWantsBins) write_bins(p, to + kSumWords, p.ask.words - kSumWords);
 }
 
 template <class T>
@@ -209,45 +248,8 @@ void answer_above(const PartRow<T>& p) {
   }
 }
 
-// Which bin logits are in: bin i holds those whose place is from i to less than i + 1.
-struct Binning {
-  float peak, per, last;
-
-  FS_MEMBER vf place(vf x) const {
-    const vf place = (splat(peak) - x) * splat(per);
-    return max(select(gt(splat(last), place), place, splat(last)), splat(0.0f));
-  }
-};
-
-// details: bins in a unit of logits.
-template <class T>
-void answer_bins(const PartRow<T>& p) {
-  const int n = (int)(p.ask.words / 2);  // at most kMaxBins
-  const Binning binning = {p.weigher.max, float_of(p.details()[0]), (float)(n - 1)};
-  const Weighing weight(p.weigher.judge(), p.kept.floor);
-  BinMass found[kMaxBins + 1] = {};  // the last is for tokens that are not kept
-  float buffer[kBlock];
-  uint64_t mass[kBlock];
-  int32_t bin[kBlock];
-  for (int b = 0; b < blocks(p.dense); ++b) {
-    if (!may_keep(p.dense, b, p.kept)) continue;
-    const float* x = values(p.dense, b, buffer);
-    weigh_each(p.dense, b, x, p.kept, weight, mass);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const Mask kept = ranks_within(p.kept, load(x + i), ids(p.dense, b, i));
-      store(bin + i, truncate(select(kept, binning.place(load(x + i)), splat((float)n))));
-    }
-    for (int i = 0; i < kBlock; ++i) {
-      BinMass& to = found[p.kept.floor && !mass[i] ? n : bin[i]];
-      to.mass += mass[i];
-      ++to.tokens;
-    }
-  }
-  memcpy(p.answers(), found, (size_t)n * sizeof *found);
-}
-
-// details: as above; how many bins there are; of which the tokens are wanted, two pairs of a first
-// bin and the one after the last.
+// details: bins in a unit of logits; how many bins there are; of which the tokens are wanted, two
+// pairs of a first bin and the one after the last.
 template <class T>
 void answer_within(const PartRow<T>& p) {
   const int64_t* given = p.details();

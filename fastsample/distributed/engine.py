@@ -291,7 +291,7 @@ class SplitEngine(Engine):
         """Stage 7."""
         greedy = plan.greedy.expand_as(row.valid)
         on = row.valid & ~greedy
-        kept = filters(everything(len(on), on.device), row, plan.params, on, plan.used)
+        kept = filters(everything(len(on), on.device), row, plan.params, on, plan.steps)
         top = torch.full_like(kept.low, HIGHEST)
         if "xtc" in plan.used:
             top = xtc(kept, row, plan.params, on & plan.used["xtc"])

@@ -6,7 +6,7 @@ Each rank has the same parameters and gets the same answers, so all take the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -195,13 +195,19 @@ def uses(params: Params) -> dict[str, Tensor]:
     return {name: on for name, on in rows.items() if bool(on.any())}
 
 
-def filters(kept: Kept, row: Row, params: Params, on: Tensor, used: Mapping[str, Tensor]) -> Kept:
-    """Narrow each row's kept set where `on` [B, 1] holds, by its own order; `used` is what `uses` tells."""
+def steps_of(params: Params, used: Mapping[str, Tensor]) -> list[tuple[Filter, Tensor]]:
+    """The filters of each row's order, first to last, with the rows that they are for, bool [B or 1, 1]; `used` is what
+    `uses` tells."""
+    steps = []
     for order, sequence in SEQUENCES.items():
-        steps = [narrow for narrow in sequence if narrow.__name__ in used]
-        if not steps or not bool((chosen := on & choice(params, "order", order)).any()):
-            continue
-        for narrow in steps:
-            if bool((here := chosen & used[narrow.__name__]).any()):
-                kept = narrow(kept, row, params, here)
+        chosen = choice(params, "order", order)
+        steps += [(narrow, chosen & used[narrow.__name__]) for narrow in sequence if narrow.__name__ in used]
+    return [(narrow, on) for narrow, on in steps if bool(on.any())]
+
+
+def filters(kept: Kept, row: Row, params: Params, on: Tensor, steps: Sequence[tuple[Filter, Tensor]]) -> Kept:
+    """Narrow each row's kept set where `on` [B, 1] holds; `steps` is what `steps_of` tells."""
+    for narrow, wanted in steps:
+        if bool((here := on & wanted).any()):
+            kept = narrow(kept, row, params, here)
     return kept

@@ -15,7 +15,7 @@ from fastsample.backends.cpu import native
 from fastsample.backends.native import LOGITS_FIELDS, PART_FIELDS
 from fastsample.distributed.keys import Kept, bits_of
 from fastsample.distributed.lists import Lists
-from fastsample.distributed.shard import BINS, Drawn, Shard
+from fastsample.distributed.shard import BINS, SUM_WORDS, Drawn, Shard
 from fastsample.inputs import Rows
 from fastsample.threads import get_num_threads
 
@@ -29,7 +29,7 @@ UNDECIDED = -1
 UNRESOLVED = -2
 """In place of a token: no rank has told of the one that is drawn."""
 _WORDS_OF_DRAW = 9  # that a rank tells of a draw from all tokens
-_HEADER, _SUMS = 3, 9  # words of a row of lists: vocab, ranks, whether sums are given; the sums
+_HEADER = 3  # words of a row of lists before its sums: vocab, ranks, whether sums are given
 
 
 def ask(
@@ -70,8 +70,8 @@ def first_words(
 def whole_sums(x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool) -> Tensor:
     """`Shard.sums` of all above -inf, given what all ranks list of each row, int64 [B, 9]."""
     if not x.shape[1]:
-        return words.new_zeros(len(x), _SUMS)
-    return ask(x, start, queries, WHOLE, products + 2 * spread, _SUMS, words)
+        return words.new_zeros(len(x), SUM_WORDS)
+    return ask(x, start, queries, WHOLE, products + 2 * spread, SUM_WORDS, words)
 
 
 def streams_of(rows: Rows, count: int) -> Tensor:
@@ -98,11 +98,11 @@ def resolved(x: Tensor, told: Tensor, queries: Tensor, draws: int) -> Tensor:
 def run_lists(engine: Engine, lists: Lists, ranks: int, vocab: int, rows: Rows, out: Outputs) -> int | None:
     """Stages 7 and 8 by what all ranks list of each row, as far as that tells; other rows are UNDECIDED."""
     words, sums = lists.words, lists.sums
-    table = words.new_empty(len(words), _HEADER + _SUMS + words.shape[1])
+    table = words.new_empty(len(words), _HEADER + SUM_WORDS + words.shape[1])
     table[:, :_HEADER] = _header(vocab, ranks, sums is not None)
     if sums is not None:
-        table[:, _HEADER : _HEADER + _SUMS] = sums
-    table[:, _HEADER + _SUMS :] = words
+        table[:, _HEADER : _HEADER + SUM_WORDS] = sums
+    table[:, _HEADER + SUM_WORDS :] = words
     own: Any = copy(out)
     own.input, own.names, own.restore = "lists", None, False
     if out.mode == "raw":
@@ -119,7 +119,11 @@ class NativeShard(Shard):
     """`Shard` on the CPU, of one token or more."""
 
     def sums(self, kept: Kept, products: bool = True, spread: bool = False) -> Tensor:
-        return self._ask(SUMS, kept, None, products + 2 * spread, 9)
+        return self._ask(SUMS, kept, None, products + 2 * spread, SUM_WORDS)
+
+    def whole(self, products: bool, spread: bool) -> Tensor:
+        wants = products + 2 * spread + 4
+        return self._ask(SUMS, None, None, wants, SUM_WORDS + 2 * BINS, bits_of(self.per()))
 
     def totals(self, drawn: Drawn, first: bool, count: bool, bits: Tensor | None) -> Tensor:
         wants = first + 2 * (count or bits is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastsample.backends import Outputs
-from fastsample.distributed.filters import uses
+from fastsample.distributed.filters import steps_of, uses
 from fastsample.distributed.keys import bits_of
 from fastsample.distributed.native import open_queries
 from fastsample.params import GREEDY_BELOW
@@ -27,6 +27,7 @@ class Plan:
         self.records = records.clone()
         self.params = params = columns_of(self.records)
         self.used = uses(params)
+        self.steps = steps_of(params, self.used)
         self.greedy = params["temperature"] < GREEDY_BELOW
         self.drawn_at = torch.where(self.greedy, 1.0, params["temperature"])
         self.judged_at = torch.where(choice(params, "order", "temperature_last"), 1.0, self.drawn_at)

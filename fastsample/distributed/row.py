@@ -13,7 +13,7 @@ import torch
 from fastsample.distributed.filters import Sums, bounds_near
 from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key, value_of
 from fastsample.distributed.search import BY_DISTANCE, BY_MASS, BY_NUMBER, Near, find
-from fastsample.distributed.shard import LEVELS, SAME, VALUES, Shard, distance
+from fastsample.distributed.shard import LEVELS, SAME, SUM_WORDS, VALUES, Shard, distance
 from fastsample.distributed.wire import Wire
 from fastsample.reference.mass import UNIT, deviation_of, halves, scale_of
 from fastsample.reference.process import NAN, NOTHING_LEFT, POSITIVE_INFINITY
@@ -138,10 +138,8 @@ class SplitRow:
 
     def look_ahead(self) -> None:
         """Take the sums of whole rows and their bins, in one message, for rows that a search will be for."""
-        all_ = everything(len(self.peak), self.peak.device)
-        sums, bins = self.shard.sums(all_, *self.wanted), self.shard.bins(all_).flatten(1)
-        told = self.wire.gather(torch.cat([sums, bins], 1))
-        self._whole, self._bins = told[:, :, : sums.shape[1]].sum(0), told[:, :, sums.shape[1] :]
+        told = self.wire.gather(self.shard.whole(*self.wanted))
+        self._whole, self._bins = told[:, :, :SUM_WORDS].sum(0), told[:, :, SUM_WORDS:]
         self.open = self.valid
 
     def heaviest(self, kept: Kept, on: Tensor) -> Tensor:

@@ -64,11 +64,9 @@ def find(
         shard, kept, target, mean: of `rows` int64 [b]; the last two int64 and float32 [b, 1].
         bins: what `Shard.bins` has answered on each rank, int64 [R, b, ...].
     """
-    per, mean = shard.per(), torch.zeros_like(shard.peak) if mean is None else mean
-    asked = torch.empty(len(rows), 6, dtype=torch.int64, device=rows.device)
-    asked[:, 0], asked[:, 1], asked[:, 2], asked[:, 3:4] = wire.size, BINS, by, target
-    asked[:, 4:] = bits_of(torch.cat([per, mean], 1))
-    details, queries = torch.cat([asked, by_row(bins)], 1), shard.queries()
+    how = torch.tensor([[wire.size, BINS, by]], device=rows.device).expand(len(rows), 3)
+    floats = bits_of(torch.cat([shard.per(), torch.zeros_like(shard.peak) if mean is None else mean], 1))
+    details, queries = torch.cat([how, target, floats, by_row(bins)], 1), shard.queries()
     uncertain = search(_UNCERTAIN, queries, details, 5)
     if (most := int(uncertain[:, 4].max())) > MOST_TOLD:
         return None
@@ -88,9 +86,8 @@ def thresholds(rank: int, shares: Tensor, streams: Tensor, queries: Tensor, draw
         shares: int64 [R, b, 2], the masses of the set, and of that without top choices.
         streams: int64 [b, 2], seeds and offsets.
     """
-    asked = torch.empty(len(streams), 4, dtype=torch.int64, device=streams.device)
-    asked[:, :2], asked[:, 2], asked[:, 3] = streams, rank, len(shares)
-    found = search(_THRESHOLDS, queries, torch.cat([asked, by_row(shares)], 1), 2 * draws)
+    which = torch.tensor([[rank, len(shares)]], device=streams.device).expand(len(streams), 2)
+    found = search(_THRESHOLDS, queries, torch.cat([streams, which, by_row(shares)], 1), 2 * draws)
     return found[:, :draws].contiguous(), found[:, draws:].bool()
 
 

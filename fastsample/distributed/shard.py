@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, bits_of, key, no_words, words_of
+from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, bits_of, everything, key, no_words, words_of
 from fastsample.outputs import InputKind
 from fastsample.reference.mass import UNIT, depth_at, halves, mass_at, scale_of, steps_below
 from fastsample.reference.process import NEG_INF
@@ -19,6 +19,7 @@ LEVELS = ((53, 11), (42, 11), (32, 10), (10, 10), (0, 10))
 """Of a search by histograms: the lowest bit of a key that tells one bin from the next, and how many bits do."""
 BINS, BINS_OF_OCTAVE = 2048, 128
 """Of logits, from the row's maximum down, with as many for each power of two of mass; the last has all below them."""
+SUM_WORDS = 9
 VALUES = 3  # levels after which the logit is known; the others tell equal ones by their ids
 SAME = (2**12 - 1) << 20  # bits of a key in between, which are the same for all ids below 2^20
 
@@ -107,7 +108,9 @@ class Shard:
         return self.mass_of(self.logits(), self.drawn_at) * self.held(kept)
 
     def queries(self, kept: Kept | None = None, drawn: Drawn | None = None) -> Tensor:
-        """PartQuery (csrc/core/arguments.h) of each row, int64 [B, fields]."""
+        """PartQuery (csrc/core/arguments.h) of each row, int64 [B, fields]. Not to be written to."""
+        if kept is drawn is None:
+            return self._queries
         queries = self._queries.clone()
         if kept is not None:
             torch.cat(list(kept), 1, out=queries[:, :3])
@@ -126,7 +129,7 @@ class Shard:
     def sums(self, kept: Kept, products: bool = True, spread: bool = False) -> Tensor:
         """Z, EH, EL, HH, HL, LL of a set, and n, D1, D2 of all above -inf, int64 [B, 9]; 0 where not asked for."""
         w = self.mass_of(self.logits(), self.judged_at) * self.held(kept)
-        found = torch.zeros(len(w), 9, dtype=torch.int64, device=w.device)
+        found = torch.zeros(len(w), SUM_WORDS, dtype=torch.int64, device=w.device)
         found[:, 0] = w.sum(-1)
         if products:
             e, (high, low) = self.depth_of(self.logits()), halves(w)
@@ -137,6 +140,11 @@ class Shard:
             for i, part in enumerate((self.logits() > NEG_INF, d, d * d), 6):
                 found[:, i] = part.sum(-1)
         return found
+
+    def whole(self, products: bool, spread: bool) -> Tensor:
+        """`sums` of all above -inf, and their bins, int64 [B, SUM_WORDS + 2 BINS]."""
+        all_ = everything(len(self.x), self.x.device)
+        return torch.cat([self.sums(all_, products, spread), self.bins(all_).flatten(1)], 1)
 
     def totals(self, drawn: Drawn, first: bool, count: bool, bits: Tensor | None) -> Tensor:
         """The mass of what is drawn from, with top choices and without, the first key of either, and how many tokens
