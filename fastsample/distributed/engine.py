@@ -150,7 +150,7 @@ class SplitEngine(Engine):
             self._plan = Plan(rows.records, self.vocab)
         lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
         if out.mode == "raw" and lists.raw is not None:
-            write_raw_listed(*lists.unpacked(), lists.raw, out)
+            write_raw_listed(*lists.unpacked, lists.raw, out)
         elif out.mode == "raw":
             write_raw(self.wire, self._own, self.start, out)
         return invalid
@@ -244,7 +244,7 @@ class SplitEngine(Engine):
 
     def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
         """The same by any engine, where top-k leaves nothing but listed tokens."""
-        x, ids = lists.unpacked()
+        x, ids = lists.unpacked
         missing = max(0, out.num_top - x.shape[1])  # as many are wanted
         x, ids = pad(x, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
         own, own_rows = compact(out, ids), Rows(without_edits(rows.records), rows.seeds, rows.offsets)
@@ -267,15 +267,18 @@ class SplitEngine(Engine):
     def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
         """The outputs of rows which ranks must ask each other about."""
         found = self._decide(self._row(part, lists), part.plan)
-        invalid = write_listed(part.engine, found, *lists.unpacked(), rows, out)
+        invalid = write_listed(part.engine, found, *lists.unpacked, rows, out)
         if len(index := found.spread().nonzero()[:, 0]):
             write_spread(found, index, rows, out, self.start)
         return invalid
 
     def _row(self, part: Part, lists: Lists) -> SplitRow:
         """The rows as filters ask about them."""
-        listed, ids = lists.unpacked()
-        plan, status = part.plan, status_of(listed)
+        listed, ids = lists.unpacked
+        plan = part.plan
+        status = torch.zeros(len(listed), dtype=torch.int32, device=listed.device)
+        if not lists.flat:  # then all are valid
+            status = status_of(listed)
         undecided = lists.open if plan.searches_once else None
         valid = (status == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -46,6 +47,7 @@ class Lists:
         words = by_row(found[:, :, :count])
         return cls(words, words if found.shape[2] == count else by_row(found))
 
+    @cached_property
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """Logits float32 [B, N], and ids int64 [B, N]; -inf and -1 past the end of each list."""
         return unpacked(self.words)

@@ -123,7 +123,7 @@ class NativeShard(Shard):
 
     def whole(self, products: bool, spread: bool) -> Tensor:
         wants = products + 2 * spread + 4
-        return self._ask(SUMS, None, None, wants, SUM_WORDS + 2 * BINS, bits_of(self.per()))
+        return self._ask(SUMS, None, None, wants, SUM_WORDS + 2 * BINS, self.per)
 
     def totals(self, drawn: Drawn, first: bool, count: bool, bits: Tensor | None) -> Tensor:
         wants = first + 2 * (count or bits is not None)
@@ -136,12 +136,11 @@ class NativeShard(Shard):
         return self._ask(ABOVE, None, None, 0, x.shape[1], bits_of(x))
 
     def bins(self, kept: Kept) -> Tensor:
-        per = bits_of(self.per())
-        return self._ask(BINS_OF, kept, None, 0, 2 * BINS, per).view(len(per), BINS, 2)
+        return self._ask(BINS_OF, kept, None, 0, 2 * BINS, self.per).view(len(self.x), BINS, 2)
 
     def within(self, kept: Kept, bins: Tensor, count: int) -> Tensor:
-        per = bits_of(self.per())
-        return self._ask(WITHIN, kept, None, 0, count, torch.cat([per, torch.full_like(per, BINS), bins], 1))
+        details = torch.cat([self.per, torch.full_like(self.per, BINS), bins], 1)
+        return self._ask(WITHIN, kept, None, 0, count, details)
 
     def _ask(
         self,

@@ -27,7 +27,7 @@ class SplitRow:
     Args:
         x: float32 [B, N], what the shard has of the listed tokens, -inf where there is none.
         ids: int64 [B, N]; those of each rank are as many as of any other, -1 past its last.
-        status: int32 [B], what is wrong with each row.
+        status: int32 [B], what is wrong with each row, 0 for nothing.
         wanted: which sums of whole rows filters need: products, spread.
         sums: these of whole rows, if they are known already.
         open_: bool [B, 1], rows whose only search is known to end past the list; None where that is not known.
@@ -53,6 +53,7 @@ class SplitRow:
         self.listed, self.ids = x, ids
         self.peak, self.scale = shard.peak, scale_of(shard.judged_at).expand_as(shard.peak)
         self.wanted, self.open = wanted, open_
+        self._all_open = open_ is not None and bool(open_.all())
         self._whole = sums
         self._near: Near | None = None  # what the last search has found
         self._bins: Tensor | None = None  # of whole rows, int64 [R, B, 2 BINS], if they are known
@@ -117,7 +118,7 @@ class SplitRow:
     # Sums ------------------------------------------------------------------------------------------------------------
 
     def sums(self, kept: Kept, on: Tensor) -> Sums:
-        if self._whole is not None and bool((kept.whole() | ~on).all()):
+        if self._whole is not None and (self._bins is not None or bool((kept.whole() | ~on).all())):
             return Sums(*self._whole[:, :6, None].unbind(1))
         w = self.mass * self.held(kept)
         high, low = halves(w)
@@ -137,10 +138,10 @@ class SplitRow:
         return self._whole
 
     def look_ahead(self) -> None:
-        """Take the sums of whole rows and their bins, in one message, for rows that a search will be for."""
+        """Take the sums of whole rows and their bins, in one message, where all that these need is one search."""
         told = self.wire.gather(self.shard.whole(*self.wanted))
         self._whole, self._bins = told[:, :, :SUM_WORDS].sum(0), told[:, :, SUM_WORDS:]
-        self.open = self.valid
+        self.open, self._all_open = self.valid, True
 
     def heaviest(self, kept: Kept, on: Tensor) -> Tensor:
         if bool((kept.high == HIGHEST).all()):
@@ -226,7 +227,7 @@ class SplitRow:
 
     def _is_open(self, on: Tensor) -> bool:
         """Whether these rows need not be looked up in the list."""
-        return self.open is not None and bool((self.open | ~on).all())
+        return self._all_open or (self.open is not None and bool((self.open | ~on).all()))
 
     def spread(self, kept: Kept, on: Tensor) -> Tensor:
         """Rows of which a set's tokens are not all listed, bool [B, 1]."""
@@ -241,7 +242,7 @@ class SplitRow:
         if self.shard.kind == "probs":
             return None
         shard, bins = self.shard.among(rows), self._bins
-        if bins is None or len(rows) < len(target) or not bool(kept.whole().all()):
+        if bins is None or len(rows) < len(target):
             bins = self.wire.gather(shard.bins(kept.of(rows)))
         mean = None if mean is None else mean[rows]
         self._near = find(self.wire, shard, kept.of(rows), rows, bins, target[rows], by, mean)

@@ -65,8 +65,8 @@ def find(
         bins: what `Shard.bins` has answered on each rank, int64 [R, b, ...].
     """
     how = torch.tensor([[wire.size, BINS, by]], device=rows.device).expand(len(rows), 3)
-    floats = bits_of(torch.cat([shard.per(), torch.zeros_like(shard.peak) if mean is None else mean], 1))
-    details, queries = torch.cat([how, target, floats, by_row(bins)], 1), shard.queries()
+    mean = torch.zeros_like(shard.peak) if mean is None else mean
+    details, queries = torch.cat([how, target, shard.per, bits_of(mean), by_row(bins)], 1), shard.queries()
     uncertain = search(_UNCERTAIN, queries, details, 5)
     if (most := int(uncertain[:, 4].max())) > MOST_TOLD:
         return None
@@ -93,10 +93,10 @@ def thresholds(rank: int, shares: Tensor, streams: Tensor, queries: Tensor, draw
 
 def search(question: int, queries: Tensor, details: Tensor, words: int) -> Tensor:
     """Answers about rows, int64 [b, words]; `queries` has PartQuery of each, int64 [b, fields]."""
-    queries, given = queries.cpu(), details.cpu()
-    answers = torch.empty(len(given), words, dtype=torch.int64)
-    asked = _ASK.pack(
-        queries.data_ptr(), 0, question, 0, given.shape[1], given.data_ptr(), answers.data_ptr(), words, 0
-    )
-    native().search(asked, len(given))
-    return answers.to(details.device)
+    device = details.device
+    if device.type != "cpu":
+        queries, details = queries.cpu(), details.cpu()
+    answers = torch.empty(len(details), words, dtype=torch.int64)
+    given, into = (details.shape[1], details.data_ptr()), (answers.data_ptr(), words)
+    native().search(_ASK.pack(queries.data_ptr(), 0, question, 0, *given, *into, 0), len(details))
+    return answers if device.type == "cpu" else answers.to(device)

@@ -36,12 +36,12 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
     bits = None
     if out.kept_bitmask is not None:
         bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
-    shares = _known_shares(found, index, drawn) if bits is None else None
+    shares, alone = _known_shares(found, index, drawn) if bits is None else None, False
     if shares is None:
-        told = shard.totals(drawn, may_be_lone(shard, drawn), out.kept_count is not None, bits)
-        shares = wire.gather(told)
+        alone = may_be_lone(shard, drawn)
+        shares = wire.gather(shard.totals(drawn, alone, out.kept_count is not None, bits))
     drawn.total, drawn.rest = shares[:, :, :2].sum(0).unbind(1)
-    lone = _lone(drawn, shares)
+    lone = _lone(drawn, shares) if alone else _nowhere_lone(index)
     streams = torch.stack([t[index if len(t) > 1 else index * 0] for t in (rows.seeds, rows.offsets)], 1)
     queries = shard.queries(drawn.kept, drawn)
     at, leaves = thresholds(wire.rank, shares[:, :, :2], streams, queries, out.num_samples)
@@ -112,6 +112,11 @@ def _lone(drawn: Drawn, shares: Tensor) -> Lone:
     first, first_rest = shares[:, :, 2:4].amax(0)[:, :, None].unbind(1)
     whole = (drawn.total == 0)[:, None]
     return Lone(whole, (drawn.rest == 0)[:, None] & ~whole, first, first_rest)
+
+
+def _nowhere_lone(index: Tensor) -> Lone:
+    nowhere, no_key = torch.zeros_like(index[:, None], dtype=torch.bool), torch.full_like(index[:, None], NO_KEY)
+    return Lone(nowhere, nowhere, no_key, no_key)
 
 
 def here(rank: int, u: Tensor, shares: Tensor) -> Tensor:
