@@ -54,8 +54,11 @@ class Row(Protocol):
 
     peak: Tensor  # float32 [B, 1], the row's maximum
     scale: Tensor  # float32 [B, 1], c at the temperature that filters judge at
-    unit: Tensor  # int64 [B, 1], the maximum's mass
     vocab: int
+
+    @property
+    def unit(self) -> Tensor:
+        """The maximum's mass, int64 [B, 1]."""
 
     def sums(self, kept: Kept, on: Tensor) -> Sums: ...
 

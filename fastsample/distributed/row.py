@@ -1,6 +1,6 @@
 """A row that is split over ranks, of which every rank has a list of the first tokens.
 
-What the list cannot answer, the ranks find out together: sums of what each has, or a search by histograms.
+What the list cannot answer, the ranks find out together: sums of what each has, or a search.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class SplitRow:
         """Down to where the list has everything, a key, int64 [B, 1]."""
         return edge_of(self.listed, self.ids, self.wire.size)
 
-    # The listed tokens in rank order, int64 and float32 [B, N]; many rows are decided without them.
-
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The keys of the listed tokens in rank order, int64 [B, N], and where each is listed."""
         keys = torch.where(self.listed > -torch.inf, key(self.listed, self.ids), NO_KEY)
-        return tuple(keys.sort(descending=True))
+        keys, order = keys.sort(descending=True)
+        return keys, order
 
     @property
     def keys(self) -> Tensor:

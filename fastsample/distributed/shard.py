@@ -109,7 +109,7 @@ class Shard:
 
     def queries(self, kept: Kept | None = None, drawn: Drawn | None = None) -> Tensor:
         """PartQuery (csrc/core/arguments.h) of each row, int64 [B, fields]. Not to be written to."""
-        if kept is drawn is None:
+        if kept is None and drawn is None:
             return self._queries
         queries = self._queries.clone()
         if kept is not None:

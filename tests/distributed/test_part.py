@@ -11,10 +11,10 @@ from cases import DTYPES, MAKERS, finish
 
 from fastsample import SamplingParams
 from fastsample.backends import engine
-from fastsample.distributed.keys import HIGHEST, LOWEST, NO_KEY, Kept, everything, key, ordinal, value
-from fastsample.distributed.lists import list_first, words_of
+from fastsample.distributed.keys import HIGHEST, LOWEST, Kept, everything, key, ordinal, value, words_of
+from fastsample.distributed.lists import list_first, unpacked
 from fastsample.distributed.native import NativeShard, first_words, open_queries, whole_sums
-from fastsample.distributed.shard import LEVELS, Drawn, Shard
+from fastsample.distributed.shard import BINS, Drawn, Shard
 from fastsample.inputs import Rows
 
 Tensor = torch.Tensor
@@ -126,13 +126,26 @@ def test_above(asked: Asked) -> None:
     asked.both("above", torch.cat([asked.x[:, :1].float(), asked.x[:, -1:].float() + 0.25], 1))
 
 
-def test_histograms(asked: Asked) -> None:
-    base = torch.full((ROWS, 1), NO_KEY)
-    for level, (shift, bits) in enumerate(LEVELS):
-        asked.both("histogram", asked.kept, base, level)
-        found = asked.parts[0].histogram(asked.kept, base, level)
-        base = base + (found[:, :, 1].argmax(-1, keepdim=True) << shift)
-        assert found.shape == (ROWS, 2**bits, 2)
+def test_bins_and_what_is_within(asked: Asked) -> None:
+    asked.both("bins", asked.kept)
+    for wanted in ((True, True), (False, False)):
+        asked.both("whole", *wanted)
+    part = asked.parts[0]
+    bins = part.bins(asked.kept)
+    assert torch.equal(bins[:, :, 0].sum(1), part.sums(asked.kept)[:, 0])
+    assert torch.equal(bins[:, :, 1].sum(1), part.held(asked.kept).sum(1))
+    fullest = bins[:, :, 1].argmax(1, keepdim=True)
+    for ranges in (
+        (fullest, fullest + 1, fullest + 1, fullest + 1),
+        (fullest * 0, fullest, fullest + 7, fullest + 2048),
+    ):
+        places = torch.cat(ranges, 1).clamp(max=BINS)
+        inside = sum(bins[:, :, 1][r, b:e].sum() for r, p in enumerate(places.tolist()) for b, e in (p[:2], p[2:]))
+        for more in (0, 3):
+            count = asked.x.shape[1] + more
+            asked.both("within", asked.kept, places, count)
+            ids = unpacked(part.within(asked.kept, places, count))[1]
+            assert int((ids >= 0).sum()) == inside
 
 
 def test_keys_are_in_the_rank_order(asked: Asked) -> None:
