@@ -85,7 +85,7 @@ FASTSAMPLE_RECORD(PartArguments,   //
 
 // What ranks make of each other's answers (cpu/search.h): of a search, before the bins;
 FASTSAMPLE_RECORD(SearchQuery,      //
-                  ranks, bins,      //
+                  ranks,            //
                   by, target,       // SearchBy
                   per, mean);       // floats
 // of draws, before what each rank has.

@@ -18,8 +18,9 @@ FS_HD int64_t key_of_place(Place<float> place, int64_t start = 0) {
 
 FS_HD Place<float> place_of_key(int64_t key, int64_t start = 0) {
   const int64_t id = kLastId - (key & kLastId) - start;
-  return {from_key((int32_t)(key >> 32)),
-          (int32_t)(id < -1 ? -1 : id > INT32_MAX ? INT32_MAX : id)};
+  return {from_key((int32_t)(key >> 32)), (int32_t)(id < -1          ? -1
+                                                    : id > INT32_MAX ? INT32_MAX
+                                                                     : id)};
 }
 
 FS_HD float float_of(int64_t bits) {

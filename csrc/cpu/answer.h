@@ -37,8 +37,8 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
       return answer_draws(p);
     case kAbove:
       return answer_above(p);
-    case kBins:
-      return write_bins(p, p.answers(), p.ask.words);
+    case kMassOfBins:
+      return write_bins(p, p.answers());
     case kWithin:
       return answer_within(p);
     case kOwned:

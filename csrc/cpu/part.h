@@ -4,25 +4,25 @@
 #pragma once
 
 #include "core/place.h"
-#include "cpu/search.h"
 #include "cpu/outputs.h"
+#include "cpu/search.h"
 #include "cpu/stats.h"
 
 namespace fastsample {
 namespace {
 
 enum PartQuestion : int32_t {
-  kFirst,      // the first tokens, as words
-  kWhole,      // kSums of all above -inf; the maximum is that of what ranks have listed
-  kSums,       // of a set: Z, EH, EL, HH, HL, LL; of all above -inf: n, D1, D2; the set's kBins
-  kTotals,     // the mass of a set, and without what XTC may exclude; the first key of either, and
-               // how many it holds; its bits
-  kDraws,      // the tokens at thresholds of the running mass: keys and masses; the entropy's share
-  kAbove,      // how many tokens lie above logits
-  kBins,       // the mass and the number of the tokens of a set in each bin (cpu/search.h)
-  kWithin,     // the set's tokens in some of these bins, as words
-  kOwned,      // what draws from all tokens find here, before all masses are known (cpu/owner.h)
-  kResolved,   // and what they are, once these are
+  kFirst,   // the first tokens, as words
+  kWhole,   // kSums of all above -inf; the maximum is that of what ranks have listed
+  kSums,    // of a set: Z, EH, EL, HH, HL, LL; of all above -inf: n, D1, D2; the set's kMassOfBins
+  kTotals,  // the mass of a set, and without what XTC may exclude; the first key of either, and
+            // how many it holds; its bits
+  kDraws,   // the tokens at thresholds of the running mass: keys and masses; the entropy's share
+  kAbove,   // how many tokens lie above logits
+  kMassOfBins,  // the mass and the number of the tokens of a set in each bin (cpu/search.h)
+  kWithin,      // the set's tokens in some of these bins, as words
+  kOwned,       // what draws from all tokens find here, before all masses are known (cpu/owner.h)
+  kResolved,    // and what they are, once these are
 };
 enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };
@@ -94,21 +94,23 @@ void answer_first(PartRow<T> p, Peak peak) {
 
 // Which bin logits are in: bin i holds those whose place is from i to less than i + 1.
 struct Binning {
-  float peak, per, last;
+  float peak, per;
 
   FS_MEMBER vf place(vf x) const {
-    const vf place = (splat(peak) - x) * splat(per);
-    return max(select(gt(splat(last), place), place, splat(last)), splat(0.0f));
+    constexpr float kEdge = kFineBins, kLast = kBins - 1;
+    const vf fine = (splat(peak) - x) * splat(per);
+    const vf coarse = splat(kEdge) + (fine - splat(kEdge)) * splat(1.0f / kCoarse);
+    const vf place = min(fine, coarse);
+    return max(select(gt(splat(kLast), place), place, splat(kLast)), splat(0.0f));
   }
 };
 
-// BinMass of as many bins as there is room for, at most kMaxBins. details: bins in a unit of logits.
+// BinMass [kBins]. details: fine bins in a unit of logits.
 template <class T>
-void write_bins(const PartRow<T>& p, int64_t* to, int64_t words) {
-  const int n = (int)(words / 2);
-  const Binning binning = {p.weigher.max, float_of(p.details()[0]), (float)(n - 1)};
+void write_bins(const PartRow<T>& p, int64_t* to) {
+  const Binning binning = {p.weigher.max, float_of(p.details()[0])};
   const Weighing weight(p.weigher.judge(), p.kept.floor);
-  BinMass found[kMaxBins + 1] = {};  // the last is for tokens that are not kept
+  BinMass found[kBins + 1] = {};  // the last is for tokens that are not kept
   float buffer[kBlock];
   uint64_t mass[kBlock];
   int32_t bin[kBlock];
@@ -118,15 +120,15 @@ void write_bins(const PartRow<T>& p, int64_t* to, int64_t words) {
     weigh_each(p.dense, b, x, p.kept, weight, mass);
     for (int i = 0; i < kBlock; i += kLanes) {
       const Mask kept = ranks_within(p.kept, load(x + i), ids(p.dense, b, i));
-      store(bin + i, truncate(select(kept, binning.place(load(x + i)), splat((float)n))));
+      store(bin + i, truncate(select(kept, binning.place(load(x + i)), splat((float)kBins))));
     }
     for (int i = 0; i < kBlock; ++i) {
-      BinMass& own = found[p.kept.floor && !mass[i] ? n : bin[i]];
+      BinMass& own = found[p.kept.floor && !mass[i] ? kBins : bin[i]];
       own.mass += mass[i];
       ++own.tokens;
     }
   }
-  memcpy(to, found, (size_t)n * sizeof *found);
+  memcpy(to, found, kBins * sizeof *found);
 }
 
 // Everything that kSums may ask for, in one pass.
@@ -160,7 +162,7 @@ void answer_sums(const PartRow<T>& p) {
     const uint64_t sums[] = {s.count, s.sum, s.squares};
     memcpy(to + 6, sums, sizeof sums);
   }
-  if (p.ask.wants & kWantsBins) write_bins(p, to + kSumWords, p.ask.words - kSumWords);
+  if (p.ask.wants & kWantsBins) write_bins(p, to + kSumWords);
 }
 
 template <class T>
@@ -248,15 +250,15 @@ void answer_above(const PartRow<T>& p) {
   }
 }
 
-// details: bins in a unit of logits; how many bins there are; of which the tokens are wanted, two
-// pairs of a first bin and the one after the last.
+// details: fine bins in a unit of logits; which the tokens are wanted of, two pairs of a first bin
+// and the one after the last.
 template <class T>
 void answer_within(const PartRow<T>& p) {
   const int64_t* given = p.details();
-  const Binning binning = {p.weigher.max, float_of(given[0]), (float)(given[1] - 1)};
+  const Binning binning = {p.weigher.max, float_of(given[0])};
   const LogitWeigher judge = p.weigher.judge();
-  const vf bounds[4] = {splat((float)given[2]), splat((float)given[3]), splat((float)given[4]),
-                        splat((float)given[5])};
+  const vf bounds[4] = {splat((float)given[1]), splat((float)given[2]), splat((float)given[3]),
+                        splat((float)given[4])};
   int64_t* to = p.answers();
   int64_t n = 0;
   float buffer[kBlock];

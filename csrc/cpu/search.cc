@@ -25,7 +25,7 @@ struct Search {
   const PartArguments& ask;
   const PartQuery& row;
   const SearchQuery& query;
-  const BinMass* bins;   // [ranks, query.bins]
+  const BinMass* bins;   // [ranks, kBins]
   const int64_t* words;  // [ranks, words_of_rank()]
 
   Search(const PartArguments& ask, int64_t r)
@@ -33,13 +33,13 @@ struct Search {
         row(((const PartQuery*)ask.queries)[r]),
         query(*(const SearchQuery*)((const int64_t*)ask.details + r * ask.count)),
         bins((const BinMass*)(&query + 1)),
-        words((const int64_t*)(bins + query.ranks * query.bins)) {}
+        words((const int64_t*)(bins + query.ranks * kBins)) {}
 
   int64_t words_of_rank() const {
     const int64_t used = words - (const int64_t*)&query;
     return (ask.count - used) / query.ranks;
   }
-  const BinMass* of_rank(int64_t rank) const { return bins + rank * query.bins; }
+  const BinMass* of_rank(int64_t rank) const { return bins + rank * kBins; }
   uint64_t target() const { return (uint64_t)query.target; }
   float mean() const { return float_of(query.mean); }
   uint64_t weight(uint64_t mass, uint64_t tokens) const {
@@ -48,7 +48,7 @@ struct Search {
 
   // The weight of each bin on all ranks.
   std::vector<uint64_t> weights() const {
-    std::vector<uint64_t> sums((size_t)query.bins);
+    std::vector<uint64_t> sums(kBins);
     for (int64_t rank = 0; rank < query.ranks; ++rank) {
       const BinMass* own = of_rank(rank);
       for (size_t i = 0; i < sums.size(); ++i) sums[i] += weight(own[i].mass, own[i].tokens);
@@ -61,10 +61,10 @@ struct Search {
 Uncertain uncertain_in_order(const Search& s, const std::vector<uint64_t>& weights) {
   uint64_t running = 0;
   int64_t bin = 0;
-  while (bin < s.query.bins && running + weights[(size_t)bin] < s.target()) {
+  while (bin < kBins && running + weights[(size_t)bin] < s.target()) {
     running += weights[(size_t)bin++];
   }
-  return {0, 0, bin, std::min(bin + 1, s.query.bins)};
+  return {0, 0, bin, std::min<int64_t>(bin + 1, kBins)};
 }
 
 // How far the tokens of bins are from a mean, at least and at most, outward from the bin that it is
@@ -72,16 +72,15 @@ Uncertain uncertain_in_order(const Search& s, const std::vector<uint64_t>& weigh
 class Distances {
  public:
   explicit Distances(const Search& s)
-      : bins_(s.query.bins),
-        peak_(float_of(s.row.peak)),
-        width_(1 / (double)float_of(s.query.per)),
+      : peak_(float_of(s.row.peak)),
+        width_(std::min(1 / (double)float_of(s.query.per), kWidest)),
         mean_(s.mean()),
-        least_((size_t)bins_),
-        most_((size_t)bins_) {
+        least_(kBins),
+        most_(kBins) {
     const double at = (peak_ - mean_) / width_;
-    middle_ = at > 0 ? (int64_t)std::min(at, (double)(bins_ - 1)) : 0;
+    while (middle_ + 1 < kBins && begin(middle_ + 1) <= at) ++middle_;
     for (int64_t i = middle_; i >= 0; --i) add(i, i + 1);
-    for (int64_t i = middle_ + 1; i < bins_; ++i) add(i, i - 1);
+    for (int64_t i = middle_ + 1; i < kBins; ++i) add(i, i - 1);
   }
 
   int64_t middle() const { return middle_; }
@@ -89,20 +88,24 @@ class Distances {
   double most(int64_t bin) const { return most_[(size_t)bin]; }
 
  private:
-  static constexpr double kSlack = 0x1p-20;
+  static constexpr double kSlack = 0x1p-17, kWidest = 0x1p900;
+
+  // Where a bin begins, in widths of fine ones below the maximum.
+  static double begin(int64_t bin) {
+    return (double)(bin <= kFineBins ? bin : kFineBins + (bin - kFineBins) * kCoarse);
+  }
 
   // `nearer` is the next bin towards the middle one.
   void add(int64_t i, int64_t nearer) {
-    const double high = i ? peak_ - (double)i * (1 - kSlack) * width_ : peak_;
-    const double low =
-        i == bins_ - 1 ? -INFINITY : peak_ - (double)(i + 1) * (1 + kSlack) * width_;
+    const double high = peak_ - begin(i) * (1 - kSlack) * width_;
+    const double low = i == kBins - 1 ? -INFINITY : peak_ - begin(i + 1) * (1 + kSlack) * width_;
     const double least = std::max({0.0, low - mean_, mean_ - high}) * (1 - kSlack);
     const double most = std::max(high - mean_, mean_ - low) * (1 + kSlack);
     least_[(size_t)i] = i == middle_ ? 0 : least;
     most_[(size_t)i] = i == middle_ ? most : std::max(most, most_[(size_t)nearer]);
   }
 
-  int64_t bins_, middle_;
+  int64_t middle_ = 0;
   double peak_, width_, mean_;
   std::vector<double> least_, most_;
 };
@@ -127,19 +130,18 @@ double reaching(const std::vector<uint64_t>& weights, int64_t middle, uint64_t t
 // what is further than the most that it may be is not.
 Uncertain uncertain_about_mean(const Search& s, const std::vector<uint64_t>& weights) {
   const Distances d(s);
-  const int64_t middle = d.middle(), n = s.query.bins;
-  const double least =
-      reaching(weights, middle, s.target(), [&](int64_t i) { return d.least(i); });
+  const int64_t middle = d.middle();
+  const double least = reaching(weights, middle, s.target(), [&](int64_t i) { return d.least(i); });
   const double most = reaching(weights, middle, s.target(), [&](int64_t i) { return d.most(i); });
   Uncertain u = {middle + 1, middle + 1, middle + 1, middle + 1};
   while (u.in > 0 && d.most(u.in - 1) < least) --u.in;
   if (u.in <= middle) {
-    while (u.out < n && d.most(u.out) < least) ++u.out;
+    while (u.out < kBins && d.most(u.out) < least) ++u.out;
   }
   u.begin = u.in;
   u.end = u.out;
   while (u.begin > 0 && d.least(u.begin - 1) <= most) --u.begin;
-  while (u.end < n && d.least(u.end) <= most) ++u.end;
+  while (u.end < kBins && d.least(u.end) <= most) ++u.end;
   return u;
 }
 

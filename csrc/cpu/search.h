@@ -2,17 +2,19 @@
 // answers, and come to the same.
 //
 // A search is for the place at which a set's tokens reach a target, in rank order or outward from a
-// mean. Ranks first tell how much they have in each bin of logits (kBins of cpu/part.h). That leaves
-// a few bins in which the place may be, and they tell which tokens they have there (kWithin).
+// mean. Ranks first tell how much they have in each bin of logits (kMassOfBins of cpu/part.h). That
+// leaves a few bins in which the place may be, and they tell which tokens they have there
+// (kWithin).
 #pragma once
 
 #include "core/arguments.h"
 
 namespace fastsample {
 
-constexpr int kMaxBins = 2048;
+// Bins are of (peak - x) * per: the fine ones are 1 wide, those below kCoarse times as wide, and
+// the last has all that is lower.
+constexpr int kBins = 2048, kFineBins = 1792, kCoarse = 64;
 
-// What is in a bin. Bins are of (peak - x) * per, each one wide; the last has all that is lower.
 struct BinMass {
   uint64_t mass, tokens;
 };
@@ -29,9 +31,9 @@ enum SearchQuestion : int64_t {
 enum SearchBy : int64_t { kByMass, kByNumber, kByDistance };  // the last is by mass
 
 // What `ask` is about needs no more of `rows` rows than their queries and details. These are, of
-// kUncertain: SearchQuery, then BinMass [ranks, bins]; of kBounds: the same, then each rank's tokens
-// as words [ranks, n]; of kThresholds: DrawQuery, then int64 [ranks, 2], the mass of the set, and
-// without what XTC may exclude.
+// kUncertain: SearchQuery, then BinMass [ranks, kBins]; of kBounds: the same, then each rank's
+// tokens as words [ranks, n]; of kThresholds: DrawQuery, then int64 [ranks, 2], the mass of the
+// set, and without what XTC may exclude.
 void search(const PartArguments& ask, int64_t rows);
 
 }  // namespace fastsample

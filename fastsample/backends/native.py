@@ -33,7 +33,7 @@ REPORT_FIELDS = ("bytes", *REPORTED, "kept_row_ptr")
 DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
 PART_FIELDS = ("queries", "start", "question", "wants", "count", "details", "answers", "words", "bitmask")
 PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "judged_scale", "total", "rest")
-SEARCH_QUERY_FIELDS = ("ranks", "bins", "by", "target", "per", "mean")
+SEARCH_QUERY_FIELDS = ("ranks", "by", "target", "per", "mean")
 DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
 """The last four are of rows that are split over ranks (fastsample/distributed/native.py)."""
 

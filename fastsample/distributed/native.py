@@ -139,8 +139,7 @@ class NativeShard(Shard):
         return self._ask(BINS_OF, kept, None, 0, 2 * BINS, self.per).view(len(self.x), BINS, 2)
 
     def within(self, kept: Kept, bins: Tensor, count: int) -> Tensor:
-        details = torch.cat([self.per, torch.full_like(self.per, BINS), bins], 1)
-        return self._ask(WITHIN, kept, None, 0, count, details)
+        return self._ask(WITHIN, kept, None, 0, count, torch.cat([self.per, bins], 1))
 
     def _ask(
         self,

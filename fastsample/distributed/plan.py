@@ -50,7 +50,8 @@ class Plan:
         # How much of a row's mass its list must have, at least, to decide it.
         self.share = torch.minimum(params["top_p"], params["typical_p"]).expand_as(self.greedy)
         self.share = torch.where(self.greedy, 0.0, torch.where(k > MOST_LISTED, torch.inf, self.share))
-        self._only_searches = len(searches) == 1 and self.used.keys() == {*searches}
+        self._starts_with_search = len(searches) == 1 and self.searches_once
+        self._starts_with_search &= not bool((first_ & (params["min_p"] > 0)).any())
         self._queries: Tensor | None = None
         self._raw_queries: Tensor | None = None
 
@@ -74,7 +75,7 @@ class Plan:
 
     def shows_flat(self, out: Outputs | None) -> bool:
         """Whether rows need nothing but a search, if they are flat."""
-        return self._only_searches and not self.cut_short and (out is None or out.log_kept_mass is None)
+        return self._starts_with_search and not self.cut_short and (out is None or out.log_kept_mass is None)
 
     def shares(self, rows: int) -> Tensor:
         """The bits of `share`, int64 [rows, 1]."""

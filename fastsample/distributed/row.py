@@ -235,7 +235,15 @@ class SplitRow:
 
     def shares(self, rows: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | None:
         """The mass and the number of tokens that each rank has of a set, int64 [R, b], if a search has told."""
-        return None if self._near is None else self._near.shares(rows, kept)
+        if self._near is None:
+            return None
+        known = self._near.shares(rows, kept)
+        if known is None and bool(kept.floor.any()):  # a floor that all tokens pass changes nothing
+            shard = self.shard.among(rows)
+            lightest = shard.mass_of(value_of(kept.low), shard.judged_at)
+            kept = kept._replace(floor=torch.where(kept.floor <= least_above(lightest), 0, kept.floor))
+            known = self._near.shares(rows, kept)
+        return known
 
     def _find(self, rows: Tensor, kept: Kept, target: Tensor, by: int, mean: Tensor | None = None) -> Near | None:
         """The tokens of some rows up to the place at which they reach the target; None where too many are about it."""
@@ -291,6 +299,11 @@ def status_of(listed: Tensor) -> Tensor:
 def bound_beyond(mass: Tensor) -> Tensor:
     """More than any token below one of this mass weighs: masses rise with the logit but for their last bits."""
     return mass + (mass >> 18) + 2
+
+
+def least_above(mass: Tensor) -> Tensor:
+    """Likewise less than any token above it weighs, or this."""
+    return mass - (mass >> 18) - 2
 
 
 def edge_of(x: Tensor, ids: Tensor, ranks: int) -> Tensor:

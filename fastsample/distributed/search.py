@@ -11,7 +11,7 @@ import torch
 from fastsample.backends.cpu import native
 from fastsample.backends.native import PART_FIELDS
 from fastsample.distributed.keys import Kept, bits_of, by_row, narrow_above, narrow_below
-from fastsample.distributed.shard import BINS, Shard
+from fastsample.distributed.shard import Shard
 from fastsample.distributed.wire import Wire
 
 Tensor = torch.Tensor
@@ -64,7 +64,7 @@ def find(
         shard, kept, target, mean: of `rows` int64 [b]; the last two int64 and float32 [b, 1].
         bins: what `Shard.bins` has answered on each rank, int64 [R, b, ...].
     """
-    how = torch.tensor([[wire.size, BINS, by]], device=rows.device).expand(len(rows), 3)
+    how = torch.tensor([[wire.size, by]], device=rows.device).expand(len(rows), 2)
     mean = torch.zeros_like(shard.peak) if mean is None else mean
     details, queries = torch.cat([how, target, shard.per, bits_of(mean), by_row(bins)], 1), shard.queries()
     uncertain = search(_UNCERTAIN, queries, details, 5)

@@ -17,8 +17,10 @@ Tensor = torch.Tensor
 
 LEVELS = ((53, 11), (42, 11), (32, 10), (10, 10), (0, 10))
 """Of a search by histograms: the lowest bit of a key that tells one bin from the next, and how many bits do."""
-BINS, BINS_OF_OCTAVE = 2048, 128
-"""Of logits, from the row's maximum down, with as many for each power of two of mass; the last has all below them."""
+BINS, FINE_BINS, COARSE = 2048, 1792, 64
+"""Bins of logits from the row's maximum down: fine ones, those COARSE times as wide, and a last one for the rest."""
+BINS_OF_OCTAVE = 128
+"""Fine bins for each power of two of mass."""
 SUM_WORDS = 9
 VALUES = 3  # levels after which the logit is known; the others tell equal ones by their ids
 SAME = (2**12 - 1) << 20  # bits of a key in between, which are the same for all ids below 2^20
@@ -204,7 +206,7 @@ class Shard:
 
     @cached_property
     def per(self) -> Tensor:
-        """Bins in a unit of logits, the bits of float32, int64 [B, 1]."""
+        """Fine bins in a unit of logits, the bits of float32, int64 [B, 1]."""
         return bits_of(scale_of(self.judged_at) * BINS_OF_OCTAVE)
 
     def bins(self, kept: Kept) -> Tensor:
@@ -237,7 +239,8 @@ class Shard:
         return torch.cat([words, no_words(len(words), missing, words.device)], 1) if missing else words
 
     def _bin_of_each(self) -> Tensor:
-        place = (self.peak - self.logits()) * self.per.to(torch.int32).view(torch.float32)
+        fine = (self.peak - self.logits()) * self.per.to(torch.int32).view(torch.float32)
+        place = torch.minimum(fine, FINE_BINS + (fine - FINE_BINS) / COARSE)
         return place.nan_to_num(nan=BINS - 1).clamp(0, BINS - 1).to(torch.int64)
 
     def histogram(self, kept: Kept, base: Tensor, level: int, mean: Tensor | None = None) -> Tensor:

@@ -36,10 +36,12 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
     bits = None
     if out.kept_bitmask is not None:
         bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
-    shares, alone = _known_shares(found, index, drawn) if bits is None else None, False
+    shares, alone = _known_shares(found, index, drawn), False
     if shares is None:
         alone = may_be_lone(shard, drawn)
         shares = wire.gather(shard.totals(drawn, alone, out.kept_count is not None, bits))
+    elif bits is not None:
+        shard.totals(drawn, False, False, bits)
     drawn.total, drawn.rest = shares[:, :, :2].sum(0).unbind(1)
     lone = _lone(drawn, shares) if alone else _nowhere_lone(index)
     streams = torch.stack([t[index if len(t) > 1 else index * 0] for t in (rows.seeds, rows.offsets)], 1)

@@ -151,6 +151,84 @@ bool keeps_all(const RowParams& p, int32_t vocab) {
   return !is_greedy(p) && !filters_of(p, vocab) && !uses_xtc(p);
 }
 
+// Where the tokens of a valid row reach a target, one by one, against what its ranks find.
+void check_found(const split::Ranks& ranks, int64_t r, const std::vector<float>& x,
+                 const std::vector<uint64_t>& mass, const SearchQuery& q, const int64_t* found,
+                 const std::string& isa) {
+  const float mean = float_of(q.mean);
+  std::vector<int32_t> order;
+  for (int32_t i = 0; i < (int32_t)x.size(); ++i) {
+    if (x[i] > -INFINITY) order.push_back(i);
+  }
+  const bool by_distance = q.by == kByDistance;
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    return by_distance ? fabsf(x[a] - mean) < fabsf(x[b] - mean) : x[a] > x[b];
+  });
+  uint64_t running = 0;
+  size_t n = 0;
+  while (n < order.size() && running < (uint64_t)q.target) {
+    running += q.by == kByNumber ? 1 : mass[order[n]];
+    ++n;
+  }
+  while (by_distance && n && n < order.size() &&
+         fabsf(x[order[n]] - mean) == fabsf(x[order[n - 1]] - mean)) {
+    ++n;
+  }
+  std::vector<int64_t> masses(ranks.ranks), tokens(ranks.ranks);
+  size_t kept = 0;
+  for (size_t i = 0; i < order.size(); ++i) {
+    const int64_t key = key_of_place({x[order[i]], order[i]});
+    const bool is_kept = key < found[0] && key >= found[1];
+    check(is_kept == (i < n), isa + ", split", "the place that a search finds");
+    if (!is_kept) continue;
+    ++kept;
+    int64_t rank = 0;
+    while (ranks.start(rank + 1) <= order[i]) ++rank;
+    masses[rank] += (int64_t)mass[order[i]];
+    tokens[rank] += 1;
+  }
+  const bool same = std::equal(masses.begin(), masses.end(), found + 2) &&
+                    std::equal(tokens.begin(), tokens.end(), found + 2 + ranks.ranks);
+  check(same, isa + ", split", "what ranks have up to that place");
+}
+
+void check_searches(const fuzz::Input& in, const std::string& isa) {
+  split::Ranks ranks(in);
+  const Logits logits = batch_of({}, {in.logits_arguments(), {}}).logits;
+  for (const SearchBy by : {kByMass, kByNumber, kByDistance}) {
+    std::vector<std::vector<float>> x;
+    std::vector<std::vector<uint64_t>> mass;
+    std::vector<float> peaks;
+    std::vector<SearchQuery> places;
+    for (int64_t r = 0; r < in.rows; ++r) {
+      std::vector<float> row;
+      for (int32_t i = 0; i < in.vocab; ++i) {
+        row.push_back(twin::logit(logits, r, i));
+      }
+      if (twin::status_of(row, false) != kValid) return;
+      const RowParams& p = ranks.params(r);
+      mass.push_back(twin::masses(row, is_greedy(p) ? 1.0f : judging_temperature(p)));
+      uint64_t total = 0, number = 0;
+      for (int32_t i = 0; i < in.vocab; ++i) {
+        total += row[i] > -INFINITY ? mass.back()[i] : 0;
+        number += row[i] > -INFINITY;
+      }
+      const uint64_t part = (uint64_t)(in.vocab * 7 + r * 3) % 11,
+                     all = by == kByNumber ? number : total;
+      peaks.push_back(*std::max_element(row.begin(), row.end()));
+      const float low = row[(size_t)(in.vocab / 2)];
+      const float mean = low > -INFINITY ? 0.5f * peaks.back() + 0.5f * low : peaks.back();
+      places.push_back({0, by, (int64_t)(all / 10 * part + 1), 0, split::Ranks::bits(mean)});
+      x.push_back(row);
+    }
+    const split::Words found = ranks.find(peaks, places);
+    for (int64_t r = 0; r < in.rows; ++r) {
+      const int64_t* own = found.data() + r * (2 + 2 * ranks.ranks);
+      check_found(ranks, r, x[r], mass[r], places[r], own, isa);
+    }
+  }
+}
+
 void check_split(const fuzz::Input& in, const std::string& isa) {
   if (in.kind != kLogits || !in.wants_tokens) return;
   const split::Ranks ranks(in);
@@ -197,6 +275,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const char* wrong = difference(want, got);
     check(!wrong, isa, wrong);
     check_split(in, isa);
+    if (in.kind == kLogits) check_searches(in, isa);
     check(before == in.logits, isa, "the logits were written to");
   }
   return 0;

@@ -1,4 +1,5 @@
-// An input's rows, split over ranks: what their lists decide, and what is drawn from all tokens.
+// An input's rows, split over ranks: what their lists decide, what searches find, and what is drawn
+// from all tokens.
 #pragma once
 
 #include <math.h>
@@ -7,7 +8,9 @@
 #include <vector>
 
 #include "core/filters.h"
+#include "core/place.h"
 #include "cpu/dispatch.h"
+#include "cpu/search.h"
 #include "inputs.h"
 
 namespace split {
@@ -15,7 +18,14 @@ namespace split {
 using namespace fastsample;
 
 // As csrc/cpu/part.h numbers them.
-enum Question : int64_t { kFirst = 0, kWhole = 1, kOwned = 7, kResolved = 8 };
+enum Question : int64_t {
+  kFirst = 0,
+  kWhole = 1,
+  kMassOfBins = 6,
+  kWithin = 7,
+  kOwned = 8,
+  kResolved = 9
+};
 constexpr int64_t kSums = 9, kHeader = 3, kWordsOfDraw = 9, kUndecided = -1, kUnresolved = -2;
 
 typedef std::vector<int64_t> Words;  // [rows, words]
@@ -90,6 +100,17 @@ struct Ranks {
     return found;
   }
 
+  // Each row of one behind that of another.
+  Words after(const Words& first, const Words& second) const { return gather({first}, second); }
+
+  Words conclude(SearchQuestion question, const Words& details, int64_t words) const {
+    Words answers((size_t)(in.rows * words));
+    search({(int64_t)queries.data(), 0, question, 0, (int64_t)details.size() / in.rows,
+            (int64_t)details.data(), (int64_t)answers.data(), words, 0},
+           in.rows);
+    return answers;
+  }
+
   template <class F>
   std::vector<Words> on_each(F f) const {
     std::vector<Words> told;
@@ -117,6 +138,37 @@ struct Ranks {
     const LogitsArguments logits = {
         (int64_t)table.data(), 2 * words, in.rows, 2 * words, kFloat32, kListed};
     sample_batch(batch_of(rows, {logits, out}), 1);
+  }
+
+  // Where rows' tokens reach targets: `high` and `low`, then masses and numbers of tokens, of each
+  // rank. `places` has SearchQuery of each row.
+  Words find(const std::vector<float>& peaks, std::vector<SearchQuery> places) {
+    constexpr int64_t kFields = sizeof(SearchQuery) / sizeof(int64_t);
+    Words per, query;
+    for (int64_t r = 0; r < in.rows; ++r) {
+      queries[r].peak = bits(peaks[r]);
+      places[r].ranks = ranks;
+      places[r].per = bits(128 * float_of(queries[r].judged_scale));
+      per.push_back(places[r].per);
+      query.insert(query.end(), &places[r].ranks, &places[r].ranks + kFields);
+    }
+    const auto bins = on_each([&](int64_t q) { return ask(q, kMassOfBins, 0, 2 * kBins, per); });
+    const Words known = after(query, gather(bins));
+    const Words uncertain = conclude(kUncertain, known, 5);
+    int64_t most = 0;
+    Words where;
+    for (int64_t r = 0; r < in.rows; ++r) {
+      const int64_t* own = uncertain.data() + 5 * r;
+      where.push_back(per[r]);
+      where.insert(where.end(), own, own + 4);
+      most = std::max(most, own[4]);
+    }
+    if (!most) return conclude(kBounds, known, 2 + 2 * ranks);
+    const auto told = on_each([&](int64_t q) {
+      if (start(q + 1) > start(q)) return ask(q, kWithin, 0, most, where);
+      return Words((size_t)(in.rows * most), nothing());
+    });
+    return conclude(kBounds, after(known, gather(told)), 2 + 2 * ranks);
   }
 
   // Status and tokens of each row, drawn from all of it.
