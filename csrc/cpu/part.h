@@ -232,11 +232,12 @@ void answer_draws(const PartRow<T>& p) {
   for (int64_t j = 0; j < n; ++j) {
     const int64_t threshold = p.details()[j];
     const bool leaves = threshold < -1;
+    const uint64_t at = (uint64_t)(leaves ? -2 - threshold : threshold);
+    const bool by_rest = leaves && excludes;
+    const uint64_t* running = by_rest ? p.ws.rest_mass : p.ws.group_mass;
     Drawn token = {-1, 0, 0};
-    if (threshold != -1) {
-      const uint64_t at = (uint64_t)(leaves ? -2 - threshold : threshold);
-      token = leaves && excludes ? draw(p.dense, rest, p.weigher, p.ws.rest_mass, at)
-                                 : draw(p.dense, p.kept, p.weigher, p.ws.group_mass, at);
+    if (threshold != -1 && at < running[groups(p.dense) - 1]) {
+      token = draw(p.dense, by_rest ? rest : p.kept, p.weigher, running, at);
     }
     to[j] = token.id < 0 ? kNoKey : key_of_place({token.x, token.id}, p.ask.start);
     to[n + j] = (int64_t)token.mass;

@@ -48,9 +48,12 @@ class Plan:
         searches = [name for name in ("top_k", "top_p", "typical") if name in self.used]
         self.searches_once = len(searches) <= 1 and self.used.keys() <= {*searches, "mass_floors"}
         # How much of a row's mass its list must have, at least, to decide it.
-        self.share = torch.minimum(params["top_p"], params["typical_p"]).expand_as(self.greedy)
-        self.share = torch.where(self.greedy, 0.0, torch.where(k > MOST_LISTED, torch.inf, self.share))
-        self._starts_with_search = len(searches) == 1 and self.searches_once
+        share = torch.minimum(params["top_p"], params["typical_p"])
+        share = torch.where(k > MOST_LISTED, torch.inf, torch.where(k > 0, 0.0, share))
+        self.share = torch.where(self.greedy, 0.0, share)
+        # Floors of the mass come before typical, and where rows ask for it before all.
+        first_ = first_ | (params["typical_p"] < 1)
+        self._starts_with_search = len(searches) == 1 and self.searches_once and not self.lists_may_do
         self._starts_with_search &= not bool((first_ & (params["min_p"] > 0)).any())
         self._queries: Tensor | None = None
         self._raw_queries: Tensor | None = None
@@ -75,7 +78,7 @@ class Plan:
 
     def shows_flat(self, out: Outputs | None) -> bool:
         """Whether rows need nothing but a search, if they are flat."""
-        return self._starts_with_search and not self.cut_short and (out is None or out.log_kept_mass is None)
+        return self._starts_with_search and (out is None or out.log_kept_mass is None)
 
     def shares(self, rows: int) -> Tensor:
         """The bits of `share`, int64 [rows, 1]."""

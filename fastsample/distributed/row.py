@@ -249,9 +249,8 @@ class SplitRow:
         """The tokens of some rows up to the place at which they reach the target; None where too many are about it."""
         if self.shard.kind == "probs":
             return None
-        shard, bins = self.shard.among(rows), self._bins
-        if bins is None or len(rows) < len(target):
-            bins = self.wire.gather(shard.bins(kept.of(rows)))
+        shard = self.shard.among(rows)
+        bins = self.wire.gather(shard.bins(kept.of(rows))) if self._bins is None else self._bins[:, rows]
         mean = None if mean is None else mean[rows]
         self._near = find(self.wire, shard, kept.of(rows), rows, bins, target[rows], by, mean)
         return self._near

@@ -185,19 +185,71 @@ def test_laws_that_are_not_listed_are_compared_in_place(accepted: int, rule: str
     assert sent == 7 * (LIST + 40) + 2 * 8 * tested + 8 * rejected + 8
 
 
-@pytest.mark.parametrize("how", [{"top_p": 0.95}, {"typical_p": 0.9}, {"top_k": 20000}, {"top_k": 2000, "top_p": 0.9}])
-def test_rows_that_need_it_are_refined(how: dict[str, Any]) -> None:
-    """A level of 2048 bins or fewer after the other, and two rounds for what is drawn."""
-    found = traffic(FLAT, **how)
-    assert 2 < found.rounds <= 2 + 2 * 5 + 2
-    assert found.bytes_of_a_row <= LIST + SUMS + 3 * REFINED * (1 + ("top_p" in how and "top_k" in how)) + SUMS
+SEARCHED: dict[str, dict[str, Any]] = {
+    "top-p": {"top_p": 0.95},
+    "typical": {"typical_p": 0.9},
+    "large top-k": {"top_k": 20000},
+    "large top-k, ties": {"top_k": 20000, "ties": "all"},
+    "top-p, min-p": {"top_p": 0.5, "min_p": 1e-6},
+    "count": {"top_p": 0.95, "kept": "count", "num_samples": 5},
+}
 
 
-def test_only_rows_that_need_it_are_refined() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", SEARCHED.values(), ids=SEARCHED)
+def test_flat_rows_take_four_messages(how: dict[str, Any], dtype: torch.dtype) -> None:
+    """The list; sums with bins; what is in those bins that the place may be in; what is drawn."""
+    found = traffic(FLAT.to(dtype), **how)
+    assert found.rounds == 4 + ("ties" in how)  # ties at the last token are weighed in a message of their own
+    assert found.bytes_of_a_row <= LIST + SUMS + REFINED + 8 * 1024 + SUMS
+
+
+SPREAD: dict[str, tuple[int, dict[str, Any]]] = {
+    "min-p": (3, {"min_p": 0.02}),
+    "epsilon": (4, {"epsilon_cutoff": 1e-6}),
+    "n-sigma": (4, {"top_n_sigma": 2.0}),
+    "temperature last": (5, {"top_p": 0.9, "temperature": 1.5, "order": "temperature_last"}),
+    "ids": (5, {"top_p": 0.95, "kept": "ids"}),
+    "ranks": (5, {"top_p": 0.95, "logprobs": "processed"}),
+    "raw": (6, {"top_p": 0.95, "logprobs": "raw"}),
+    "min-p first": (6, {"top_p": 0.95, "min_p": 0.02, "order": "min_p_first"}),
+    "two searches": (8, {"top_k": 2000, "top_p": 0.9}),
+}
+
+
+@pytest.mark.parametrize(("rounds", "how"), SPREAD.values(), ids=SPREAD)
+def test_what_else_takes_more(rounds: int, how: dict[str, Any]) -> None:
+    assert traffic(FLAT, **how).rounds <= rounds
+
+
+def test_only_rows_that_need_it_are_searched() -> None:
+    """In a batch of both kinds, bins come a message after the sums."""
     mixed = torch.cat([LM[:3], FLAT[:1]])
     found, all_flat = traffic(mixed, top_p=0.95), traffic(FLAT, top_p=0.95)
-    assert found.rounds == all_flat.rounds
+    assert found.rounds == all_flat.rounds + 1
     assert found.bytes_of_a_row < LIST + SUMS + (all_flat.bytes_of_a_row - LIST) // 3
+
+
+def test_ties_without_end_are_searched_level_by_level() -> None:
+    """Where more tokens are equal than a rank may tell, the key is searched for, bits after bits."""
+    equal = torch.zeros(ROWS, VOCAB)
+    found = traffic(equal, top_p=0.95)
+    assert 4 < found.rounds <= 2 + 1 + 5 + 1 + 2
+    assert found.bytes_of_a_row <= LIST + SUMS + 5 * REFINED + SUMS
+
+
+def test_a_wrong_guess_that_rows_are_flat_changes_no_token() -> None:
+    """It costs bytes, or a message more."""
+    for judged, logits in ((True, LM), (False, FLAT)):
+
+        def told(*given: Any, flat: bool = judged) -> torch.Tensor:
+            words = first_words(*given)
+            words[:, -1] = flat
+            return words
+
+        with patch("fastsample.distributed.engine.first_words", told):
+            assert traffic(logits, top_p=0.95).rounds <= 5
+            assert traffic(logits, typical_p=0.9).rounds <= 5
 
 
 @pytest.mark.parametrize("logits", [LM, FLAT], ids=["lm", "flat"])

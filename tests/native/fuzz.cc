@@ -152,7 +152,7 @@ bool keeps_all(const RowParams& p, int32_t vocab) {
 }
 
 // Where the tokens of a valid row reach a target, one by one, against what its ranks find.
-void check_found(const split::Ranks& ranks, int64_t r, const std::vector<float>& x,
+void check_found(const split::Ranks& ranks, const std::vector<float>& x,
                  const std::vector<uint64_t>& mass, const SearchQuery& q, const int64_t* found,
                  const std::string& isa) {
   const float mean = float_of(q.mean);
@@ -224,7 +224,7 @@ void check_searches(const fuzz::Input& in, const std::string& isa) {
     const split::Words found = ranks.find(peaks, places);
     for (int64_t r = 0; r < in.rows; ++r) {
       const int64_t* own = found.data() + r * (2 + 2 * ranks.ranks);
-      check_found(ranks, r, x[r], mass[r], places[r], own, isa);
+      check_found(ranks, x[r], mass[r], places[r], own, isa);
     }
   }
 }
