@@ -137,25 +137,23 @@ struct Slice {
   // edges, so the code for them is there once.
   template <int kAhead>
   FS_METHOD void fetch(int32_t v, int32_t end, Vec16 (&raw)[kAhead]) const {
-    bool edges = false;
+    const int32_t whole = (shift + vocab) / kVec<T>;  // the first past those that lie within
+    const int32_t stop = whole < end ? whole : end;
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      if (v + 32 * u >= end) continue;
-      if (inside(v + 32 * u)) {
-        raw[u] = fetch_inside(v + 32 * u);
-      } else {
-        edges = true;
-      }
+      raw[u] = {};
+      if (v + 32 * u < stop && (u || inside(v))) raw[u] = fetch_inside(v + 32 * u);
     }
-    if (!edges) return;
+    const int32_t ahead = whole - v;  // to the last edge
+    const bool last = whole < end && ahead >= 0 && ahead < 32 * kAhead && ahead % 32 == 0;
+    if (!last && (v >= end || inside(v))) return;
 #pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
-      if (v + 32 * i >= end || inside(v + 32 * i)) continue;
-      const Vec16 edge = fetch_edge(v + 32 * i);
+      Vec16 next = raw[0];
+      if (v + 32 * i < end && !inside(v + 32 * i)) next = fetch_edge(v + 32 * i);
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (u == i) raw[u] = edge;
-      }
+      for (int u = 1; u < kAhead; ++u) raw[u - 1] = raw[u];
+      raw[kAhead - 1] = next;
     }
   }
 
@@ -277,11 +275,17 @@ FS_DEVICE void each_first(const Slice<T, How>& s, F f) {
     }
     float x[kVec<T>];
     if (!s.overlay()) {
+      constexpr int kSide = kAhead * kVec<T> > 32 ? kAhead / 2 : kAhead;  // more is too much code
+#pragma unroll 1
+      for (int32_t at = v; at < v + 32 * kAhead; at += 32 * kSide) {
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (v + 32 * u >= end) continue;
-        unpack<T>(raw[u], x);
-        each_of(s, v + 32 * u, x, f);
+        for (int u = 0; u < kSide; ++u) {
+          if (at + 32 * u >= end) continue;
+          unpack<T>(raw[u], x);
+          each_of(s, at + 32 * u, x, f);
+        }
+#pragma unroll
+        for (int u = kSide; u < kAhead; ++u) raw[u - kSide] = raw[u];
       }
       continue;
     }

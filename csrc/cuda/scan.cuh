@@ -69,17 +69,19 @@ FS_DEVICE void set_drawn_scale(RowTask& t) {
   t.drawn_scale = last ? mass_scale(t.params->temperature) : t.scale;
 }
 
-// The first token in rank order of the calling lane's.
+// The first token in rank order of the calling lane's. One that makes the row invalid outranks all
+// others; its id says nothing.
 template <class S>
 FS_DEVICE KeyPlace scan_lane(const S& slice) {
-  KeyPlace best = {kKeyMinusInfinity, 0};
+  Place<float> best = {-INFINITY, 0};
+  bool wrong = false, nan = false;
   each_first(slice, [&](float x, int32_t id) {
-    int32_t key = key_of(x);
-    if (!(x >= slice.nothing)) key = x != x ? kKeyNaN : kKeyInfinity;
     // A lane sees ascending ids, so the first of its maxima has the lowest.
-    if (key > best.x) best = {key, id};
+    if (x > best.x) best = {x, id};
+    wrong |= x < slice.nothing;
+    nan |= x != x;
   });
-  return best;
+  return KeyPlace{nan ? kKeyNaN : wrong ? kKeyInfinity : key_of(best.x), best.id};
 }
 
 // Top-k's last key is bounded by the k-th of the highest keys of disjoint groups of lanes: at least
@@ -92,6 +94,7 @@ constexpr int32_t kGroupsWanted = 5;
 FS_DEVICE int32_t groups_of_warp(int32_t k, int parts) {
   const int32_t segments = parts * warps();
   int32_t groups = 0;
+#pragma unroll 1
   for (int32_t next = 1; next <= 32 && next * segments <= kMaxGroups; next *= 2) {
     groups = next;
     if (groups * segments >= kGroupsWanted * k) break;
@@ -103,17 +106,19 @@ FS_DEVICE int32_t groups_of_warp(int32_t k, int parts) {
 // may be read past the last.
 FS_DEVICE int32_t nth_highest(const int32_t* keys, int32_t n, int32_t k, Shared& own) {
   for (int32_t i = (int32_t)threadIdx.x; i < n; i += threads()) {
-    const int32_t mine = keys[i];
+    const int32_t mine = keys[i], own_four = i & ~3;
     int32_t before = 0;
 #pragma unroll 4
     for (int32_t j = 0; j < n; j += 4) {
       const Vec16 four = load_shared16((const Vec16*)(keys + j));
+      const int32_t bar = mine - (j < own_four);  // of equal keys, those in lower fours come before
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int32_t other = (int32_t)four.word[u];
-        before += j + u < n && (other > mine || (other == mine && j + u < i));
-      }
+      for (int u = 0; u < 4; ++u) before += (int32_t)four.word[u] > bar;
     }
+#pragma unroll 1
+    for (int32_t j = n; j & 3; ++j) before -= keys[j] > mine;  // what is read past the last
+#pragma unroll 1
+    for (int32_t j = own_four; j < i; ++j) before += keys[j] == mine;
     if (before == k - 1) own.k_bound = mine;
   }
   __syncthreads();
@@ -123,12 +128,12 @@ FS_DEVICE int32_t nth_highest(const int32_t* keys, int32_t n, int32_t k, Shared&
 // Leaves the highest keys of the calling warp's groups of lanes in shared memory.
 template <Policy kPolicy>
 FS_DEVICE void note_groups(const Team<kPolicy>& team, int32_t key, int32_t groups) {
-  const int32_t width = 32 / groups;
+  const int32_t log = 6 - __ffs(groups), width = 1 << log;  // lanes
   for (int32_t step = 1; step < width; step *= 2) {
     const int32_t other = __shfl_xor_sync(kWholeWarp, key, step);
     if (other > key) key = other;
   }
-  if (lane() % width == 0) team.own->groups[warp() * groups + lane() / width] = key;
+  if ((lane() & (width - 1)) == 0) team.own->groups[warp() * groups + (lane() >> log)] = key;
 }
 
 template <Policy kPolicy>
