@@ -51,7 +51,7 @@ FS_HD float lowest_within_sigma(const RowParams& p, float max, const SpreadSums&
 // Typical keeps an interval around the mean logit: this is the highest float in it. `limit` is a
 // distance from the mean that some token has, so the interval is not empty. That of the lowest one
 // is -highest_near(-mean, limit).
-FS_HD float highest_near(float mean, float limit) {
+FS_HD_CALLED float highest_near(float mean, float limit) {
   int64_t near = key_of(mean), far = (int64_t)key_of(FLT_MAX) + 1;
   while (far - near > 1) {
     const int64_t middle = (near + far) >> 1;
@@ -65,42 +65,48 @@ FS_HD float highest_near(float mean, float limit) {
   return from_key((int32_t)near);
 }
 
+// A fraction of a mass. Like quotient(), GPUs call it.
+FS_HD_CALLED uint64_t part_of(uint64_t mass, float fraction) {
+  return (uint64_t)((double)fraction * (double)mass);
+}
+
 // A floor that keeps at least the heaviest token of the set that it was measured on.
 FS_HD uint64_t floor_at(double mass, uint64_t heaviest) {
   return mass < (double)heaviest ? (uint64_t)mass : heaviest;
 }
 
-FS_HD uint64_t epsilon_floor(const RowParams& p, uint64_t total, uint64_t heaviest) {
-  return floor_at((double)p.epsilon_cutoff * (double)total, heaviest);
+// What floor_at() makes the floors of the measured filters of.
+FS_HD double epsilon_mass(const RowParams& p, uint64_t total) {
+  return (double)p.epsilon_cutoff * (double)total;
 }
 
-FS_HD uint64_t eta_floor(const RowParams& p, const DepthSums& s, uint64_t heaviest) {
+FS_HD double eta_mass(const RowParams& p, const DepthSums& s) {
   const double e = (double)p.eta_cutoff;
   const double linear = e * (double)s.mass;
   const float y = -(float)(mean_depth(s) * 0x1p-14);
-  const double root = sqrt(e) * (double)mass_at(y);
-  return floor_at(linear < root ? linear : root, heaviest);
+  const double root = square_root(e) * (double)mass_at(y);
+  return linear < root ? linear : root;
 }
 
 // `unit` is the mass of the row's heaviest token: kMassUnit, or that of a probability.
-FS_HD uint64_t top_a_floor(const RowParams& p, uint64_t total, uint64_t unit, uint64_t heaviest) {
-  return floor_at(((double)p.top_a * (double)unit) * ((double)unit / (double)total), heaviest);
+FS_HD double top_a_mass(const RowParams& p, uint64_t total, uint64_t unit) {
+  return ((double)p.top_a * (double)unit) * quotient((double)unit, (double)total);
 }
 
-FS_HD uint64_t p_less_floor(const SquareSums& s, uint64_t heaviest) {
-  return floor_at(sum_of_squares(s) / (double)s.mass, heaviest);
+FS_HD double p_less_mass(const SquareSums& s) {
+  return quotient(sum_of_squares(s), (double)s.mass);
 }
 
 // The mass of a top choice, for XTC.
 FS_HD uint64_t xtc_floor(const RowParams& p, uint64_t total) {
-  return (uint64_t)((double)p.xtc_threshold * (double)total);
+  return part_of(total, p.xtc_threshold);
 }
 
 // Tokens of at least this fraction of the mass of the heaviest one that is kept so far, `unit`; 0
 // keeps all.
 template <class X>
 FS_HD Kept<X> min_p(Kept<X> kept, const RowParams& p, uint64_t unit) {
-  return narrow_to_mass(kept, (uint64_t)((double)p.min_p * (double)unit));
+  return narrow_to_mass(kept, part_of(unit, p.min_p));
 }
 
 // The filters that keep the tokens from some mass up, whatever the rest of the row holds. They

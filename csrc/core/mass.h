@@ -15,7 +15,11 @@ constexpr float kMassFloor = -60.0f;  // below this y there is no mass (in fact 
 constexpr int kMassBits = 40;         // the maximum weighs 2^40
 constexpr uint64_t kMassUnit = (uint64_t)1 << kMassBits;
 
-FS_HD float mass_scale(float temperature) { return kLog2E / temperature; }
+// Divisions that a row needs few of. On GPUs each is many instructions, which are there once.
+FS_HD_CALLED float quotient(float a, float b) { return a / b; }
+FS_HD_CALLED double quotient(double a, double b) { return a / b; }
+
+FS_HD float mass_scale(float temperature) { return quotient(kLog2E, temperature); }
 
 // unit * exp2(f) for |f| <= 1/2. Scalar or vector: the same operations, each rounded by itself. The
 // unit is a power of two, so it changes nothing but the exponents.

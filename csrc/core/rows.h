@@ -9,9 +9,11 @@
 // weak symbol to one that runs on any CPU.
 #if defined(__CUDACC__)
 #define FS_HD static __host__ __device__ __forceinline__
+#define FS_HD_CALLED static __host__ __device__ __attribute__((noinline, unused))
 #define FS_HD_MEMBER __host__ __device__ __forceinline__
 #else
 #define FS_HD static inline __attribute__((always_inline, unused))
+#define FS_HD_CALLED FS_HD
 #define FS_HD_MEMBER inline __attribute__((always_inline))
 #endif
 

@@ -11,6 +11,9 @@ namespace fastsample {
 constexpr int kHalfMass = 20;  // a mass is h * 2^20 + l
 constexpr uint64_t kLowHalf = ((uint64_t)1 << kHalfMass) - 1;
 
+// Like quotient(), GPUs call it.
+FS_HD_CALLED double square_root(double x) { return sqrt(x); }
+
 // How far y lies below 0, in units of 2^-14; below 2^20 where there is mass.
 FS_HD uint32_t depth_at(float y) { return (uint32_t)(-y * 0x1p14f); }
 
@@ -19,20 +22,21 @@ struct DepthSums {
   uint64_t mass, high, low;
 
   FS_HD_MEMBER void add(uint64_t w, uint32_t depth) {
+    const uint32_t h = (uint32_t)(w >> kHalfMass), l = (uint32_t)(w & kLowHalf);
     mass += w;
-    high += (w >> kHalfMass) * depth;
-    low += (w & kLowHalf) * depth;
+    high += (uint64_t)h * depth;
+    low += (uint64_t)l * depth;
   }
 };
 
 // E.
 FS_HD double mean_depth(const DepthSums& s) {
-  return ((double)s.high * 0x1p20 + (double)s.low) / (double)s.mass;
+  return quotient((double)s.high * 0x1p20 + (double)s.low, (double)s.mass);
 }
 
 // mu, the mean logit by mass.
 FS_HD float mean_logit(double depth, float max, float scale) {
-  return (float)((double)max - (depth * 0x1p-14) / (double)scale);
+  return (float)((double)max - quotient(depth * 0x1p-14, (double)scale));
 }
 
 // Z, and what makes up the sum of the squares of the masses.
@@ -40,11 +44,11 @@ struct SquareSums {
   uint64_t mass, high, cross, low;
 
   FS_HD_MEMBER void add(uint64_t w) {
-    const uint64_t h = w >> kHalfMass, l = w & kLowHalf;
+    const uint32_t h = (uint32_t)(w >> kHalfMass), l = (uint32_t)(w & kLowHalf);
     mass += w;
-    high += h * h;
-    cross += h * l;
-    low += l * l;
+    high += (uint64_t)h * h;
+    cross += (uint64_t)h * l;
+    low += (uint64_t)l * l;
   }
 };
 
@@ -72,9 +76,9 @@ struct SpreadSums {
 
 // sigma, the standard deviation of the logits.
 FS_HD double deviation(const SpreadSums& s) {
-  const double mean = (double)s.sum / (double)s.count;
-  const double variance = (double)s.squares / (double)s.count - mean * mean;
-  return sqrt(variance > 0 ? variance : 0) * 0x1p-11;
+  const double mean = quotient((double)s.sum, (double)s.count);
+  const double variance = quotient((double)s.squares, (double)s.count) - mean * mean;
+  return square_root(variance > 0 ? variance : 0) * 0x1p-11;
 }
 
 }  // namespace fastsample

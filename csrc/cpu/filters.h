@@ -223,7 +223,8 @@ Kept<float> eta(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
     return rough_eta_floor(d, weight, base.task.ws, p, most);
   });
   if (found) return kept;
-  return narrow_to_mass(kept, eta_floor(p, measure(base, kept, p, Depths{base.judge}), most));
+  return narrow_to_mass(kept,
+                        floor_at(eta_mass(p, measure(base, kept, p, Depths{base.judge})), most));
 }
 
 template <class T, class W>
@@ -233,7 +234,7 @@ Kept<float> p_less(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
     return rough_p_less_floor(d, weight, base.task.ws, most);
   });
   if (found) return kept;
-  return narrow_to_mass(kept, p_less_floor(measure(base, kept, p, Squares{}), most));
+  return narrow_to_mass(kept, floor_at(p_less_mass(measure(base, kept, p, Squares{})), most));
 }
 
 // A floor that is floor_of(Z, the mass of the heaviest token).
@@ -255,7 +256,7 @@ template <class Base>
 Kept<float> measured_floors(Base& base, Kept<float> kept, const RowParams& p) {
   if (p.epsilon_cutoff > 0) {
     kept = floor_of_total(base, kept, p, [&](uint64_t total, uint64_t heaviest) {
-      return epsilon_floor(p, total, heaviest);
+      return floor_at(epsilon_mass(p, total), heaviest);
     });
   }
   if constexpr (Base::Weigher::kOfLogits) {
@@ -263,7 +264,7 @@ Kept<float> measured_floors(Base& base, Kept<float> kept, const RowParams& p) {
   }
   if (p.top_a > 0) {
     kept = floor_of_total(base, kept, p, [&](uint64_t total, uint64_t heaviest) {
-      return top_a_floor(p, total, base.judge.unit(), heaviest);
+      return floor_at(top_a_mass(p, total, base.judge.unit()), heaviest);
     });
   }
   if (p.p_less) kept = p_less(base, kept, p);

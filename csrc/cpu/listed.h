@@ -204,12 +204,13 @@ Kept<float> floor_of_total(ListedBase& base, const Kept<float>& kept, const RowP
 
 Kept<float> eta(ListedBase& base, const Kept<float>& kept, const RowParams& p) {
   const uint64_t most = heaviest(base, kept);
-  return narrow_to_mass(kept, eta_floor(p, measure(base, kept, p, Depths{base.judge}), most));
+  return narrow_to_mass(kept,
+                        floor_at(eta_mass(p, measure(base, kept, p, Depths{base.judge})), most));
 }
 
 Kept<float> p_less(ListedBase& base, const Kept<float>& kept, const RowParams& p) {
   const uint64_t most = heaviest(base, kept);
-  return narrow_to_mass(kept, p_less_floor(measure(base, kept, p, Squares{}), most));
+  return narrow_to_mass(kept, floor_at(p_less_mass(measure(base, kept, p, Squares{})), most));
 }
 
 TopChoices xtc(ListedBase& base, const Kept<float>& kept, const RowParams& p) {

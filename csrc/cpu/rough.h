@@ -311,11 +311,11 @@ RoughFloor rough_p_less_floor(const Dense<T>& d, const Weighing<LogitWeigher>& w
                (average.mean + average.mean_error) / one);
   const Parted found = part(d, weight, OfMass(), guess, ws);
   const Bounded squares = squares_bounds(found, (double)blocks(d) * kBlock);
-  const uint64_t low = p_less_floor(squares_of(found.mass.high, squares.low), heaviest);
-  const uint64_t high = p_less_floor(squares_of(found.mass.low, squares.high), heaviest);
+  const uint64_t low = floor_at(p_less_mass(squares_of(found.mass.high, squares.low)), heaviest);
+  const uint64_t high = floor_at(p_less_mass(squares_of(found.mass.low, squares.high)), heaviest);
   const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
   if (rough.floor) return rough;
-  const auto floor_of = [&](const SquareSums& s) { return p_less_floor(s, heaviest); };
+  const auto floor_of = [&](const SquareSums& s) { return floor_at(p_less_mass(s), heaviest); };
   return settle_exactly(d, weight, Squares{}, floor_of, guess, found, ws);
 }
 
@@ -342,11 +342,11 @@ RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weig
       estimate(average.mass + average.mass_error, average.mean + average.mean_error));
   const Parted found = part(d, weight, factor, guess, ws);
   const Bounded depths = depth_bounds(found.product, (double)blocks(d) * kBlock);
-  const uint64_t low = eta_floor(p, depths_of(found.mass.low, depths.high), heaviest);
-  const uint64_t high = eta_floor(p, depths_of(found.mass.high, depths.low), heaviest);
+  const uint64_t low = floor_at(eta_mass(p, depths_of(found.mass.low, depths.high)), heaviest);
+  const uint64_t high = floor_at(eta_mass(p, depths_of(found.mass.high, depths.low)), heaviest);
   const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
   if (rough.floor) return rough;
-  const auto floor_of = [&](const DepthSums& s) { return eta_floor(p, s, heaviest); };
+  const auto floor_of = [&](const DepthSums& s) { return floor_at(eta_mass(p, s), heaviest); };
   return settle_exactly(d, weight, Depths{weight.weigher}, floor_of, guess, found, ws);
 }
 

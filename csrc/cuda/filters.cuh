@@ -115,11 +115,12 @@ FS_CALLED u64 floor_of(int which, float value, DepthSums depths, SquareSums squa
                        u64 unit) {
   RowParams p = {};
   p.min_p = p.epsilon_cutoff = p.eta_cutoff = p.top_a = value;
-  return which == kMassFloors     ? mass_floor(p, heaviest)
-         : which == kEpsilonFloor ? epsilon_floor(p, depths.mass, heaviest)
-         : which == kEtaFloor     ? eta_floor(p, depths, heaviest)
-         : which == kTopAFloor    ? top_a_floor(p, depths.mass, unit, heaviest)
-                                  : p_less_floor(squares, heaviest);
+  if (which == kMassFloors) return mass_floor(p, heaviest);
+  const double mass = which == kEpsilonFloor ? epsilon_mass(p, depths.mass)
+                      : which == kEtaFloor   ? eta_mass(p, depths)
+                      : which == kTopAFloor  ? top_a_mass(p, depths.mass, unit)
+                                             : p_less_mass(squares);
+  return floor_at(mass, heaviest);
 }
 
 template <Policy kPolicy, class S>
