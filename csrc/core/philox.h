@@ -34,8 +34,9 @@ FS_HD uint64_t uniform60(uint64_t seed, uint64_t offset, uint32_t index,
 }
 
 // The drawn token is the first, in id order, whose running mass exceeds this.
+FS_HD uint64_t threshold_at(uint64_t bits, uint64_t total) { return multiply_high60(bits, total); }
 FS_HD uint64_t draw_threshold(uint64_t seed, uint64_t offset, uint32_t index, uint64_t total) {
-  return multiply_high60(uniform60(seed, offset, index), total);
+  return threshold_at(uniform60(seed, offset, index), total);
 }
 
 // Of 2^60 values of a coin, how many say yes.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/candidates.cuh"
+#include "cuda/draws.cuh"
 #include "cuda/filters.cuh"
 
 namespace fastsample {
@@ -152,37 +153,29 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
   Shared& own = *team.own;
   const int32_t end = own.kept_end;
   u64 mine = 0;  // of those whose mass this thread has written
+#pragma unroll 1
   for (int32_t e = (int32_t)threadIdx.x; e < end; e += threads()) {
     if (e >= begin) mine += own.running[e];
   }
   const u64 total = block_sum(mine, own.scratch);
   const Outputs& out = batch.out;
   if (!out.tokens || (!total && !excluding)) return total;
-  const Stream& stream = own.stream;
-  const auto each_draw = [&](auto f) {
-    for (int32_t j = 0; j < out.num_samples; ++j) {
-      const float coin = t.params->xtc_probability;
-      if (!all && xtc_excludes(stream.seed, stream.offset, (uint32_t)j, coin) != excluding)
-        continue;
-      f(out.tokens + r * out.num_samples + j,
-        draw_threshold(stream.seed, stream.offset, (uint32_t)j, total));
-    }
-  };
-  if (!total) {  // what is left weighs nothing: its first token is the last top choice
-    const int64_t first = candidate(own, begin).id;
-    if (threadIdx.x == 0) each_draw([&](int64_t* token, u64) { store_global(token, first); });
-    return total;
-  }
   each_with_sum(
       begin, end,
-      [&](int32_t e, int32_t j) -> u64 {
-        return candidate(own, j).id < candidate(own, e).id ? own.running[j] : 0;
+      [&](int32_t e, int32_t j) -> u64 {  // the lower half is larger the lower the id is
+        return (uint32_t)own.sorted[j] > (uint32_t)own.sorted[e] ? own.running[j] : 0;
       },
       [&](int32_t e, u64 before) {
         const int64_t id = candidate(own, e).id;
-        each_draw([&](int64_t* token, u64 threshold) {
-          if (before <= threshold && threshold < before + own.running[e]) store_global(token, id);
-        });
+        // What is left may weigh nothing: then its first token, the last top choice, counts alone.
+        const u64 w = total ? own.running[e] : e == begin;
+#pragma unroll 1
+        for (int32_t j = 0; j < out.num_samples; ++j) {
+          if (!all && !takes_part(own.stream, j, t.params->xtc_probability, excluding)) continue;
+          const u64 threshold = random_below(own.stream, j, kPlainDraw, total);
+          if (before > threshold || threshold >= before + w) continue;
+          store_global(out.tokens + r * out.num_samples + j, id);
+        }
       });
   return total;
 }

@@ -13,7 +13,6 @@
 // is cut up.
 #pragma once
 
-#include "core/philox.h"
 #include "cuda/listed.cuh"
 #include "cuda/verify.cuh"
 
@@ -33,13 +32,13 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
   const Outputs& out = batch.out;
   if (!out.tokens || (!total && !excluding)) return total;
   // Seed, offset and total are loaded again for each draw rather than held in registers.
+#pragma unroll 1
   for (int32_t j = 0; j < out.num_samples; ++j) {
-    const auto [seed, offset] = team.own->stream;
-    const float coin = t.params->xtc_probability;
-    if (!all && xtc_excludes(seed, offset, (uint32_t)j, coin) != excluding) continue;
+    const Stream stream = team.own->stream;
+    if (!all && !takes_part(stream, j, t.params->xtc_probability, excluding)) continue;
     const u64 sum = team.own->running[team.parts * warps() - 1];
     int64_t* token = out.tokens + r * out.num_samples + j;
-    locate(team, slice, draw_threshold(seed, offset, (uint32_t)j, sum), weight,
+    locate(team, slice, random_below(stream, j, kPlainDraw, sum), weight,
            [&](int32_t id) { store_global(token, (int64_t)id); });
     // What is left may weigh nothing. Its first token is the last top choice.
     if (!sum && team.leads() && threadIdx.x == 0) store_global(token, (int64_t)kept.high.id + 1);
