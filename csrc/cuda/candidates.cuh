@@ -21,7 +21,7 @@ struct Rooms {
 template <Policy kPolicy>
 FS_DEVICE Rooms rooms_of(const Team<kPolicy>& team) {
   if constexpr (kPolicy == kGridPolicy) return Rooms{team.own->far_candidates, kMaxListed};
-  return Rooms{team.board().bins, kBins / team.parts};
+  return Rooms{team.board().bins, (int32_t)((uint32_t)kBins / (uint32_t)team.parts)};
 }
 
 struct Listed {
@@ -73,11 +73,13 @@ FS_DEVICE int32_t count_candidates(const Team<kPolicy>& team, int32_t room) {
 template <class Term, class Done>
 FS_DEVICE void each_with_sum(int32_t begin, int32_t end, Term term, Done done) {
   const int32_t n = end - begin;
-  int32_t share = 1;
-  while (share < 32 && 2 * share * n <= threads()) share *= 2;
-  const int32_t at_once = threads() / share, part = (int32_t)threadIdx.x % share;
-  for (int32_t first = begin; first < end; first += at_once) {
-    const int32_t e = first + (int32_t)threadIdx.x / share;
+  int32_t log = 0;
+#pragma unroll 1
+  while (log < 5 && 2 * n << log <= threads()) ++log;
+  const int32_t share = 1 << log, part = (int32_t)threadIdx.x & (share - 1);
+#pragma unroll 1
+  for (int32_t first = begin; first < end; first += threads() >> log) {
+    const int32_t e = first + ((int32_t)threadIdx.x >> log);
     u64 sum = 0;
     if (e < end) {
 #pragma unroll 4
@@ -89,31 +91,29 @@ FS_DEVICE void each_with_sum(int32_t begin, int32_t end, Term term, Done done) {
   }
 }
 
-// Zeroes what lies on the leader's board, for selections; for the leading block. With `to`, it
-// moves there, one block's after the other's.
+// Zeroes what lies on the leader's board, for selections; for the leading block. If it `moves`, it
+// goes to `to`, one block's after the other's.
 template <Policy kPolicy>
-FS_DEVICE void take_candidates(const Team<kPolicy>& team, Rooms rooms, u64* to) {
+FS_DEVICE void take_candidates(const Team<kPolicy>& team, Rooms rooms, bool moves, u64* to) {
   const int32_t mine = lane() < team.parts ? team.board().counts[lane()] : 0;
-  u64 total;
-  const u64 before = warp_scan((u64)mine, total);
+  int32_t total;
+  const int32_t before = warp_scan(mine, total);
 #pragma unroll 1
   for (int part = warp(); part < team.parts; part += warps()) {
     const int32_t found = __shfl_sync(kWholeWarp, mine, part);
-    u64* into = to + __shfl_sync(kWholeWarp, before, part);
+    u64* into = to + (moves ? __shfl_sync(kWholeWarp, before, part) : 0);
     u64* from = rooms.first + part * rooms.room;
+#pragma unroll 1
     for (int32_t i = lane(); i < found && i < rooms.room; i += 32) {
-      if (to) into[i] = from[i];
+      if (moves) into[i] = from[i];
       from[i] = 0;
     }
   }
 }
 
-// Sorts the n candidates by the leading block.
-template <Policy kPolicy>
-FS_DEVICE void sort_candidates(const Team<kPolicy>& team, int32_t n, Rooms rooms) {
-  Shared& own = *team.own;
-  const u64* taken = own.running;  // free until there are sums
-  take_candidates(team, rooms, own.running);
+// Sorts the n candidates that have been taken, by the leading block.
+FS_DEVICE void sort_candidates(Shared& own, int32_t n) {
+  const u64* taken = own.running;
   __syncthreads();
   each_with_sum(
       0, n, [&](int32_t e, int32_t j) -> u64 { return (long long)taken[j] > (long long)taken[e]; },
@@ -128,18 +128,16 @@ FS_DEVICE Listed list_candidates(const Team<kPolicy>& team, const S& slice, cons
   const Rooms rooms = rooms_of(team);
   const bool weighs = t.params->order == kJoint && uses_top_p(*t.params);
   const u64 mine = push_candidates(team, slice, t, weighs, rooms);
-  if (weighs) add_on_board(team, mine);
+  if (weighs) add_on_board<kPolicy>(mine);
   __syncthreads();
   if (warp() == 0) team.publish(&team.board().counts[team.rank], team.own->listed);
   team.sync();
   Listed list = {count_candidates(team, rooms.room), 0};
   if (team.leads()) {
-    if (list.size < 0) {
-      take_candidates(team, rooms, nullptr);
-    } else {
-      if (weighs) list.total = team.board().total;
-      sort_candidates(team, list.size, rooms);  // its barriers come after the total is read
-    }
+    const bool few = list.size >= 0;
+    if (weighs && few) list.total = team.board().total;
+    take_candidates(team, rooms, few, team.own->running);  // free until there are sums
+    if (few) sort_candidates(*team.own, list.size);  // its barriers come after the total is read
     if (threadIdx.x == 0) team.board().total = 0;
   }
   if (list.size < 0) team.sync();  // the bins are zeros again

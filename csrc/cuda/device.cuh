@@ -12,7 +12,8 @@
 
 #define FS_DEVICE static __device__ __forceinline__
 #define FS_METHOD __device__ __forceinline__
-// A function that is called: much code for few numbers.
+// A function that is called: much code for few numbers, which are arguments by value, since what a
+// reference names would have to lie in memory.
 #define FS_CALLED static __device__ __attribute__((noinline, unused))
 
 namespace fastsample {
@@ -66,8 +67,9 @@ FS_DEVICE void pause() { __nanosleep(32); }
 constexpr bool kHasClusters = true;
 FS_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 FS_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-// One thread's fence serves the block: a fence is a round trip to the L2 cache.
-FS_DEVICE void cluster_sync() {
+// One thread's fence serves the block: a fence is a round trip to the L2 cache. Called, since the
+// stages meet in many places.
+FS_CALLED void cluster_sync() {
   __syncthreads();
   if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
   __syncwarp();
@@ -92,6 +94,9 @@ FS_DEVICE T* of_cluster_block(T* mine, int) {
 #endif
 
 #endif  // __CUDACC__
+
+// Called, since GPUs divide 64 bits in software.
+FS_CALLED u64 divide(u64 a, u64 b) { return a / b; }
 
 FS_DEVICE int warps() { return threads() / 32; }
 

@@ -25,7 +25,7 @@ FS_DEVICE KeptKeys top_n_sigma(const Team<kPolicy>& team, const S& slice, const 
 FS_DEVICE u64 too_light(const RowTask& t, const KeptKeys& base, int32_t vocab) {
   if (base.high.x != kKeyInfinity) return 0;  // the heaviest token may be gone
   const u64 p30 = (u64)(t.params->top_p * 0x1p30f);
-  const u64 light = ((((u64)1 << 30) - p30) << 10) / (u64)vocab;
+  const u64 light = divide((((u64)1 << 30) - p30) << 10, (u64)vocab);
   return t.factor ? light >> 1 : light;  // the heaviest probability has half of 2^40 at least
 }
 
@@ -80,7 +80,7 @@ FS_DEVICE KeptKeys cut(const Team<kPolicy>& team, const S& slice, const RowTask&
   if (b.low < base.low.x) return kept;  // fewer than k tokens
   // Of the tokens at the last key, each of weight w, as many as the target takes.
   const u64 w = which == kTopKCut ? 1 : mass_in(t, from_key(b.low));
-  const u64 nth = (target_of(b.total) - b.above + w - 1) / w;
+  const u64 nth = divide(target_of(b.total) - b.above + w - 1, w);
   const bool ties = which == kTopKCut && p.ties == kTiesAll;
   int32_t last = INT32_MAX;
   if (!ties && b.above + nth * w < b.reached) {

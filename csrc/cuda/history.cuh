@@ -72,9 +72,10 @@ FS_DEVICE History collect_history(const Batch& batch, int64_t r, const RowParams
   const Breakers breakers = p.dry_multiplier > 0.0f ? read_breakers(batch, r, bits) : Breakers{};
   const int64_t all = ids_of_a_row(rows), each = ceil_div(all, threads());
   const int64_t begin = each * threadIdx.x, end = begin + each < all ? begin + each : all;
-  u64 count = 0, total;
+  u64 count = 0;
   for (int64_t i = begin; i < end; ++i) count += inside(id_from_end(rows, r, i));
-  int32_t at = (int32_t)block_scan(count, own.scratch, total);
+  const auto [before, total] = block_scan(count);
+  int32_t at = (int32_t)before;
   int32_t unbroken = INT32_MAX;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t id = id_from_end(rows, r, i);
@@ -95,7 +96,7 @@ FS_DEVICE History collect_history(const Batch& batch, int64_t r, const RowParams
   for (int32_t j = (int32_t)threadIdx.x; j < search.length; j += threads()) {
     returns += bans_all || ids[j] == ids[0];
   }
-  history.returns = (int32_t)block_sum(returns, own.scratch);
+  history.returns = (int32_t)block_sum(returns);
   return history;
 }
 

@@ -28,15 +28,15 @@ FS_DEVICE void each_bit(const S& slice, F f) {
   }
 }
 
-// The sum over a block of floats, always in the same order. `scratch` has 32 elements, free after
-// the block's next barrier.
-FS_DEVICE double block_sum_of(double value, u64* scratch) {
+// The sum over a block of floats, always in the same order. The scratch is free after the block's
+// next barrier.
+FS_DEVICE double block_sum_of(double value) {
   const auto add = [](double a, double b) { return a + b; };
   value = warp_reduce(value, add);
-  if (lane() == 0) memcpy(scratch + warp(), &value, sizeof value);
+  if (lane() == 0) memcpy(scratch() + warp(), &value, sizeof value);
   __syncthreads();
   double other = 0.0;
-  if (lane() < warps()) memcpy(&other, scratch + lane(), sizeof other);
+  if (lane() < warps()) memcpy(&other, scratch() + lane(), sizeof other);
   return warp_reduce(other, add);
 }
 
@@ -60,8 +60,8 @@ FS_DEVICE double log_share(const RowTask& t, const RowState& state, u64 everythi
 }
 
 template <class S>
-FS_DEVICE void write_kept(const Outputs& out, int64_t r, const Team<kBlockPolicy>& team,
-                          const S& slice, const RowTask& t, const RowState& state) {
+FS_DEVICE void write_kept(const Outputs& out, int64_t r, const S& slice, const RowTask& t,
+                          const RowState& state) {
   // A row that follows a wrong draft has no token, as an invalid one has none.
   const bool valid = out.tokens[r * out.num_samples] >= 0;
   const bool weighs = out.log_kept_mass && state.total;
@@ -77,10 +77,9 @@ FS_DEVICE void write_kept(const Outputs& out, int64_t r, const Team<kBlockPolicy
     if (weighs) everything += drawn_mass(t, x);
     if (kept && out.entropy) entropy += information(t, state, x, id);
   });
-  u64* scratch = team.own->scratch;
-  count = block_sum(count, scratch);
-  everything = block_sum(everything, scratch);
-  entropy = block_sum_of(entropy, scratch);
+  count = block_sum(count);
+  everything = block_sum(everything);
+  entropy = block_sum_of(entropy);
   if (threadIdx.x) return;
   const double mass = valid ? log_share(t, state, everything) : NAN;
   if (out.kept_count) store_global(out.kept_count + r, (int32_t)count);
@@ -91,11 +90,9 @@ FS_DEVICE void write_kept(const Outputs& out, int64_t r, const Team<kBlockPolicy
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     keep_kernel(const __grid_constant__ Batch batch, const __grid_constant__ Workspace ws) {
-  each_sampled_row<T>(
-      batch, ws,
-      [&](int64_t r, const auto& team, const auto& slice, const RowTask& t, const RowState& state) {
-        write_kept(batch.out, r, team, slice, t, state);
-      });
+  each_sampled_row<T>(batch, ws,
+                      [&](int64_t r, const auto&, const auto& slice, const RowTask& t,
+                          const RowState& state) { write_kept(batch.out, r, slice, t, state); });
 }
 
 }  // namespace fastsample

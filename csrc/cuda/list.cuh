@@ -7,7 +7,6 @@ namespace fastsample {
 
 static __global__ void __launch_bounds__(kThreads)
     list_kernel(const __grid_constant__ Lists lists) {
-  u64* scratch = (u64*)shared_memory();
   const int64_t r = blockIdx.x;
   int64_t at = lists.row_ptr[r];
   if (at < lists.row_ptr[r + 1]) {
@@ -15,8 +14,8 @@ static __global__ void __launch_bounds__(kThreads)
       const int32_t word = first + (int32_t)threadIdx.x;
       const int32_t* own = lists.bitmask + r * lists.words;
       uint32_t bits = word < lists.words ? (uint32_t)load_global(own + word) : 0;
-      u64 count;
-      int64_t place = at + (int64_t)block_scan((u64)__popc(bits), scratch, count);
+      const auto [before, count] = block_scan((u64)__popc(bits));
+      int64_t place = at + (int64_t)before;
       for (; bits; bits &= bits - 1) {
         store_global(lists.ids + place++, 32 * word + __ffs((int)bits) - 1);
       }

@@ -112,9 +112,8 @@ FS_DEVICE void filter_list(const Team<kPolicy>& team, const RowTask& t, const Li
   for (int32_t from = 0; from < list.size; from += threads()) {
     const int32_t e = from + (int32_t)threadIdx.x;
     const u64 w = e < list.size ? mass_in(t, from_key(candidate(own, e).x)) : 0;
-    u64 total;
-    const u64 running = sum + block_scan(w, own.scratch, total) + w;
-    if (e < list.size) own.running[e] = running;
+    const auto [below, total] = block_scan(w);
+    if (e < list.size) own.running[e] = sum + below + w;
     sum += total;
   }
   __syncthreads();
@@ -157,7 +156,7 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
   for (int32_t e = (int32_t)threadIdx.x; e < end; e += threads()) {
     if (e >= begin) mine += own.running[e];
   }
-  const u64 total = block_sum(mine, own.scratch);
+  const u64 total = block_sum(mine);
   const Outputs& out = batch.out;
   if (!out.tokens || (!total && !excluding)) return total;
   each_with_sum(

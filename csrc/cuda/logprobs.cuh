@@ -40,7 +40,7 @@ FS_DEVICE LogRow raw_log_row(const Team<kBlockPolicy>& team, const S& slice, con
   const RowTask& own = row.task;
   u64 mass = 0;
   each(slice, [&](float x, int32_t) { mass += mass_in(own, x); });
-  const double total = (double)block_sum(mass, team.own->scratch);
+  const double total = (double)block_sum(mass);
   row.normaliser = own.factor ? total : log(total / (double)kMassUnit);
   return row;
 }
@@ -75,7 +75,7 @@ FS_DEVICE void list_top(const Team<kBlockPolicy>& team, const S& slice, const Lo
   u64 mine = 0;
   if (row.sound) each(slice, [&](float x, int32_t id) { mine += row.listed(x, id); });
   KeyPlace last = row.kept.low;
-  if (block_sum(mine, team.own->scratch) > (u64)n) {
+  if (block_sum(mine) > (u64)n) {
     last = nth_place(team, slice, row.kept, last.x, row.task.peak_key, (u64)n, counts);
   }
   if (row.sound) {
@@ -108,10 +108,10 @@ FS_DEVICE void write_top(const Batch& batch, const Workspace& ws, int64_t r,
 
 // 1 + number of tokens strictly above x.
 template <class S>
-FS_DEVICE int64_t rank_of(const Team<kBlockPolicy>& team, const S& slice, float x) {
+FS_DEVICE int64_t rank_of(const S& slice, float x) {
   u64 above = 0;
   each(slice, [&](float other, int32_t) { above += other > x; });
-  return 1 + (int64_t)block_sum(above, team.own->scratch);
+  return 1 + (int64_t)block_sum(above);
 }
 
 template <class S>
@@ -130,7 +130,7 @@ FS_DEVICE void write_logprobs(const Batch& batch, const Workspace& ws, int64_t r
     const int64_t at = r * out.num_samples + j;
     const int32_t token = (int32_t)out.tokens[at];
     const float x = valid ? slice.value(token) : 0.0f;
-    const int64_t rank = valid && out.ranks ? rank_of(team, slice, x) : 0;
+    const int64_t rank = valid && out.ranks ? rank_of(slice, x) : 0;
     if (threadIdx.x) continue;
     if (out.logprobs) store_global(out.logprobs + at, row.logprob(x, token));
     if (out.ranks) store_global(out.ranks + at, rank);

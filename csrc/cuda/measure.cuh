@@ -13,21 +13,13 @@ namespace fastsample {
 template <int kAll, Policy kPolicy>
 FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll], int sums) {
   Shared& own = *team.own;
-  const auto reduce = [sums](int measure, u64 value) {
-#pragma unroll 1
-    for (int step = 16; step; step >>= 1) {
-      const u64 other = __shfl_xor_sync(kWholeWarp, value, step);
-      value = measure<sums ? value + other : (long long)value>(long long) other ? value : other;
-    }
-    return value;
-  };
   // One lane per warp or per block, which `n` counts.
   const auto of = [sums](int measure, int n, const u64* values) -> u64 {
     return lane() < n ? values[lane()] : measure < sums ? 0 : (u64)LLONG_MIN;
   };
 #pragma unroll 1
   for (int i = 0; i < kAll; ++i) {
-    const u64 value = reduce(i, mine[0]);
+    const u64 value = warp_fold(mine[0], i < sums);
     if (lane() == 0) own.running[i * warps() + warp()] = value;
 #pragma unroll
     for (int j = 1; j < kAll; ++j) mine[j - 1] = mine[j];
@@ -36,13 +28,13 @@ FS_DEVICE void gather(const Team<kPolicy>& team, u64 (&mine)[kAll], int sums) {
   Board& board = team.board();
 #pragma unroll 1
   for (int i = warp(); i < kAll; i += warps()) {
-    const u64 value = reduce(i, of(i, warps(), own.running + i * warps()));
+    const u64 value = warp_fold(of(i, warps(), own.running + i * warps()), i < sums);
     team.publish(&board.measures[own.turn][i][team.rank], value);
   }
   team.sync();
 #pragma unroll 1
   for (int i = warp(); i < kAll; i += warps()) {
-    const u64 value = reduce(i, of(i, team.parts, board.measures[own.turn][i]));
+    const u64 value = warp_fold(of(i, team.parts, board.measures[own.turn][i]), i < sums);
     if (lane() == 0) own.measures[i] = value;
   }
   __syncthreads();

@@ -148,7 +148,7 @@ FS_DEVICE void make_edits(const Batch& batch, int64_t r, const RowParams& p,
   }
   const int64_t n = count_edits(batch, r, p, history.returns);
   if (n) make_table(batch, r, p, n, history, team, memory, s);
-  if (repeats && own) clear_bins<1>(team);  // little code
+  if (repeats && own) clear_bins(team);
 }
 
 // A block's shared memory holds Shared, then the slice's logits if they are resident, then, where

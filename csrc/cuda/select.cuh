@@ -29,7 +29,7 @@ FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low,
     total += w;
     if (inside && w) add_wide(bins + slot_of(distance >> shift), w);
   });
-  if (sums) add_on_board(team, total);
+  if (sums) add_on_board<kPolicy>(total);
 }
 
 // The leading block narrows the bracket to the bin at which the weight, from the top, reaches the
@@ -38,28 +38,35 @@ template <Policy kPolicy, class Target>
 FS_DEVICE void choose_bin(const Team<kPolicy>& team, bool first, int32_t low, int32_t high,
                           int shift, Target target_of) {
   Board& board = team.board();
-  const int each = (kRuns + threads() - 1) / threads() * kRun;
-  const int top = kBins - 1 - (int)threadIdx.x * each;
+  const int runs = (kRuns + threads() - 1) / threads();
+  const int from = kRuns - 1 - (int)threadIdx.x * runs;
+  const int until = from - runs > -1 ? from - runs : -1;
   u64 sum = 0;
-  for (int bin = top; bin > top - each && bin >= 0; --bin) sum += board.bins[slot_of(bin)];
+#pragma unroll 1
+  for (int run = from; run > until; --run) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) sum += board.bins[i * kRuns + run];
+  }
   const u64 total = first ? board.total : board.bracket.total;
   const u64 target = target_of(total);
-  u64 above = first ? 0 : board.bracket.above;
-  u64 all;
-  above += block_scan(sum, team.own->scratch, all);
-  const bool mine = above < target && above + sum >= target;
-  for (int bin = top; bin > top - each && bin >= 0; --bin) {
-    const u64 here = board.bins[slot_of(bin)];
-    board.bins[slot_of(bin)] = 0;
-    if (!mine || above >= target) continue;
-    if (above + here >= target) {
-      const uint32_t least = (uint32_t)low + ((uint32_t)bin << shift);
-      const uint32_t most = least + (((uint32_t)1 << shift) - 1);
-      const bool cut_off = (uint32_t)high - least < ((uint32_t)1 << shift);
-      team.tell(&board.bracket, Bracket{(int32_t)least, cut_off ? high : (int32_t)most, above,
-                                        above + here, total});
+  u64 above = (first ? 0 : board.bracket.above) + block_scan(sum).before;
+  if (above < target && above + sum >= target) {
+    int bin = from * kRun + kRun - 1;
+    u64 here = board.bins[slot_of((uint32_t)bin)];
+    while (above + here < target) {
+      above += here;
+      here = board.bins[slot_of((uint32_t)--bin)];
     }
-    above += here;
+    const uint32_t least = (uint32_t)low + ((uint32_t)bin << shift);
+    const uint32_t most = least + (((uint32_t)1 << shift) - 1);
+    const bool cut_off = (uint32_t)high - least < ((uint32_t)1 << shift);
+    team.tell(&board.bracket,
+              Bracket{(int32_t)least, cut_off ? high : (int32_t)most, above, above + here, total});
+  }
+#pragma unroll 1
+  for (int run = from; run > until; --run) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) board.bins[i * kRuns + run] = 0;
   }
   if (threadIdx.x == 0) board.total = 0;
 }
@@ -102,9 +109,8 @@ FS_DEVICE u64 sum_segments(const Team<kPolicy>& team, const S& slice, Weight wei
   for (int i = 0; i < segments; i += threads()) {
     const int segment = i + (int)threadIdx.x;
     const u64 here = segment < segments ? team.board().sums[segment] : 0;
-    u64 total;
-    const u64 running = before + block_scan(here, team.own->scratch, total) + here;
-    if (segment < segments) team.own->running[segment] = running;
+    const auto [below, total] = block_scan(here);
+    if (segment < segments) team.own->running[segment] = before + below + here;
     before += total;
   }
   __syncthreads();
@@ -150,8 +156,8 @@ FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, 
 #pragma unroll 1  // one weight in the code serves them all
     for (int i = 0; i < 2 * kN; ++i) {
       if (i == kN) {
-        u64 total;
-        at += block_scan(sum, team.own->scratch, total);
+        const auto [below, total] = block_scan(sum);
+        at += below;
         before += total;
         if (at > threshold || threshold >= at + sum) break;
       }

@@ -16,46 +16,53 @@ FS_DEVICE T warp_reduce(T value, Op op) {
   }
   return value;
 }
-FS_DEVICE u64 warp_sum(u64 value) {
-  return warp_reduce(value, [](u64 a, u64 b) { return a + b; });
+
+// Sums and signed maxima of 64 bits, which are asked for in many places.
+FS_CALLED u64 warp_fold(u64 value, bool sums) {
+  return warp_reduce(value, [sums](u64 a, u64 b) {
+    return sums ? a + b : (long long)a > (long long)b ? a : b;
+  });
 }
-FS_DEVICE long long warp_max(long long value) {
-  return warp_reduce(value, [](long long a, long long b) { return a > b ? a : b; });
-}
+FS_DEVICE u64 warp_sum(u64 value) { return warp_fold(value, true); }
+FS_DEVICE long long warp_max(long long value) { return (long long)warp_fold((u64)value, false); }
 FS_DEVICE int32_t warp_min(int32_t value) {
   return warp_reduce(value, [](int32_t a, int32_t b) { return a < b ? a : b; });
 }
 
 // The sum of the values in lower lanes; `total` is the whole warp's.
-FS_DEVICE u64 warp_scan(u64 value, u64& total) {
-  u64 running = value;
+template <class T>
+FS_DEVICE T warp_scan(T value, T& total) {
+  T running = value;
 #pragma unroll 1
   for (int step = 1; step < 32; step <<= 1) {
-    const u64 below = __shfl_up_sync(kWholeWarp, running, step);
+    const T below = __shfl_up_sync(kWholeWarp, running, step);
     if (lane() >= step) running += below;
   }
   total = __shfl_sync(kWholeWarp, running, 31);
   return running - value;
 }
 
-// The sum of the values of lower threads; `total` is the whole block's. `scratch` has 32 elements,
-// free again when the call returns.
-FS_DEVICE u64 block_scan(u64 value, u64* scratch, u64& total) {
-  u64 sum;
+// 32 elements for a block's sums, at the beginning of its shared memory.
+FS_DEVICE u64* scratch() { return (u64*)shared_memory(); }
+
+struct Scanned {
+  u64 before, total;
+};
+
+// The sum of the values of lower threads, and that of the whole block. The scratch is free again
+// when the call returns.
+FS_CALLED Scanned block_scan(u64 value) {
+  u64 sum, total;
   const u64 before = warp_scan(value, sum);
-  if (lane() == 0) scratch[warp()] = sum;
+  if (lane() == 0) scratch()[warp()] = sum;
   __syncthreads();
-  const u64 below = warp_scan(lane() < warps() ? scratch[lane()] : 0, total);
+  const u64 below = warp_scan(lane() < warps() ? scratch()[lane()] : (u64)0, total);
   const u64 start = __shfl_sync(kWholeWarp, below, warp());
   __syncthreads();
-  return start + before;
+  return Scanned{start + before, total};
 }
 
-FS_DEVICE u64 block_sum(u64 value, u64* scratch) {
-  u64 total;
-  block_scan(value, scratch, total);
-  return total;
-}
+FS_DEVICE u64 block_sum(u64 value) { return block_scan(value).total; }
 
 // 64-bit sums as two 32-bit atomics, which shared memory has on every GPU: of the additions that
 // make the lower half wrap, each sees its own wrap and carries 1.
@@ -75,9 +82,9 @@ struct Verdict {
 
 // A block's own shared memory, as far as its size does not depend on the row's.
 struct alignas(16) Shared {
+  u64 scratch[32];          // the first, since lists have nothing else
   Board board;              // a grid's is in device memory, but for the block's own bins
   u64 running[kMaxListed];  // sums over segments or candidates; or the masses of candidates
-  u64 scratch[32];
   long long best[32];
   // Of this block; a grid's block has a copy of all here in the end.
   alignas(16) int32_t groups[kMaxGroups];
@@ -114,6 +121,8 @@ FS_DEVICE void grid_sync(const Shared& own, int rank, int parts) {
   }
   __syncthreads();
 }
+
+FS_DEVICE Shared* own_shared() { return (Shared*)shared_memory(); }
 
 // The blocks that work on one row.
 template <Policy kPolicy>
@@ -154,10 +163,12 @@ struct Team {
   template <class V>
   FS_METHOD void tell_all(V* mine, const V* values, int n) const {
     const int boards = kPolicy == kClusterPolicy ? parts : 1;
+#pragma unroll 1
     for (int i = (int)threadIdx.x; i < n * boards; i += threads()) {
-      V* to = mine + i % n;
-      if constexpr (kPolicy == kClusterPolicy) to = of_cluster_block(to, i / n);
-      *to = values[i % n];
+      const int board = (int)((uint32_t)i / (uint32_t)n), at = i - board * n;
+      V* to = mine + at;
+      if constexpr (kPolicy == kClusterPolicy) to = of_cluster_block(to, board);
+      *to = values[at];
     }
   }
 
@@ -192,6 +203,7 @@ struct Team {
       __syncthreads();
       if (kPolicy == kGridPolicy || !leads()) {
         u64* bins = kPolicy == kGridPolicy ? own->far_board->bins : of_leader(own->board.bins);
+#pragma unroll 1
         for (int slot = (int)threadIdx.x; slot < kBins; slot += threads()) {
           u64& mine = own->board.bins[slot];
           if (mine) add_wide(bins + slot, mine);
@@ -205,16 +217,17 @@ struct Team {
 
 // Adds the sum over the calling block's threads to the board's total.
 template <Policy kPolicy>
-FS_DEVICE void add_on_board(const Team<kPolicy>& team, u64 value) {
+FS_CALLED void add_on_board(u64 value) {
+  const Team<kPolicy> team = {own_shared(), 0, 0, 0};
   value = warp_sum(value);
   if (lane() == 0) add_wide(team.of_leader(&team.board().total), value);
 }
 
 // Zeroes what must be 0 before the first selection; the scan's barrier comes in between. A grid's
 // board is 0 already.
-template <int kUnroll = 2, Policy kPolicy>
+template <Policy kPolicy>
 FS_DEVICE void clear_bins(const Team<kPolicy>& team) {
-#pragma unroll kUnroll
+#pragma unroll 1
   for (int i = (int)threadIdx.x; i < kBins; i += threads()) team.own->board.bins[i] = 0;
   if (threadIdx.x == 0) team.own->board.total = team.own->turn = 0;
 }

@@ -23,6 +23,7 @@ FS_DEVICE void settle(const Batch& batch, int64_t row) {
   }
   drafts.num_accepted[request] = accepted;
   drafts.status[request] = ((volatile int32_t*)batch.out.status)[request * width + accepted];
+#pragma unroll 1
   for (int64_t i = accepted + 1; i < width; ++i) tokens[i] = -1;
 }
 
