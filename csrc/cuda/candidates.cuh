@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kept.cuh"
+#include "cuda/team.cuh"
 
 namespace fastsample {
 
@@ -29,23 +30,36 @@ struct Listed {
   u64 total;     // the mass of the whole row, where top-p goes by it
 };
 
+// The mass of a vector's tokens in the row as a whole.
+template <int kN>
+FS_DEVICE u64 mass_of_vector(const Masses& t, const float (&x)[kN], int32_t first) {
+  const KeptKeys all = everything(t);
+  float left[kN];
+#pragma unroll
+  for (int i = 0; i < kN; ++i) left[i] = x[i];
+  u64 total = 0;
+#pragma unroll 1  // one mass in the code serves them all
+  for (int i = 0; i < kN; ++i) {
+    total += kept_mass(t, all, left[0], {key_of(left[0]), first + i});
+#pragma unroll
+    for (int j = 1; j < kN; ++j) left[j - 1] = left[j];
+  }
+  return total;
+}
+
 // The candidates of the calling block, to the leader.
 template <Policy kPolicy, class S>
 FS_DEVICE u64 push_candidates(const Team<kPolicy>& team, const S& slice, const RowTask& t,
                               bool weighs, Rooms rooms) {
   constexpr int kN = S::kWidth;
   const float bound = from_key(t.k_bound > t.lowest ? t.k_bound : t.lowest);
-  const KeptKeys all = everything(t);
   u64* to = team.of_leader(rooms.first) + team.rank * rooms.room;
   u64 total = 0;
   each_vector(slice, [&](const float (&x)[kN], int32_t first) {
     uint32_t found = 0;
 #pragma unroll
     for (int i = 0; i < kN; ++i) found |= (uint32_t)(x[i] >= bound) << i;
-    if (weighs) {
-#pragma unroll
-      for (int i = 0; i < kN; ++i) total += kept_mass(t, all, x[i], {key_of(x[i]), first + i});
-    }
+    if (weighs) total += mass_of_vector(t, x, first);
     for (; found; found &= found - 1) {
       const int at = __ffs((int)found) - 1;
       float mine = x[0];

@@ -61,6 +61,13 @@ FS_DEVICE float half_to_float(uint16_t bits) {
   return x;
 }
 
+// A number that the compiler takes for a new one at each reading, so that it does not write a loop
+// twice, once for each side of a choice that all rounds share.
+FS_DEVICE float anew(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 FS_DEVICE void pause() { __nanosleep(32); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -3,17 +3,16 @@
 
 #include "core/filters.h"
 #include "cuda/measure.cuh"
-#include "cuda/select.cuh"
+#include "cuda/search.cuh"
 
 namespace fastsample {
 
 // Logits at most some standard deviations below the highest, of the whole row in every order.
-template <Policy kPolicy, class S>
-FS_DEVICE KeptKeys top_n_sigma(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                               KeptKeys kept) {
+template <class S, Policy kPolicy>
+FS_DEVICE KeptKeys top_n_sigma(const Team<kPolicy>& team, const RowTask& t, KeptKeys kept) {
   const RowParams& p = *t.params;
   if (!uses_top_n_sigma(p)) return kept;
-  measure_spread(team, slice, t);
+  measure_spread<S>(team, t);
   const Verdict& v = decide(team, [&](const u64* m, Verdict& found) {
     found.low = lowest_within_sigma(p, t.peak, SpreadSums{m[0], m[1], m[2]});
   });
@@ -55,7 +54,7 @@ FS_DEVICE KeptKeys cut(const Team<kPolicy>& team, const S& slice, const RowTask&
   int32_t low = t.k_bound, high = t.peak_key;
   float mean = 0.0f;
   if (which == kTypicalCut) {
-    measure(team, slice, t, base);
+    measure<S>(team, t, base);
     mean = decide(team, [&](const u64* m, Verdict& found) {
              found.low = mean_logit(mean_depth(depth_sums(m)), t.peak, t.scale);
            }).low;
@@ -79,12 +78,12 @@ FS_DEVICE KeptKeys cut(const Team<kPolicy>& team, const S& slice, const RowTask&
   if (which == kTypicalCut) return keep_near(team, t, kept, mean, -from_key(b.low));
   if (b.low < base.low.x) return kept;  // fewer than k tokens
   // Of the tokens at the last key, each of weight w, as many as the target takes.
-  const u64 w = which == kTopKCut ? 1 : mass_in(t, from_key(b.low));
+  const u64 w = which == kTopKCut ? 1 : mass_of_one(from_key(b.low), t);
   const u64 nth = divide(target_of(b.total) - b.above + w - 1, w);
   const bool ties = which == kTopKCut && p.ties == kTiesAll;
   int32_t last = INT32_MAX;
   if (!ties && b.above + nth * w < b.reached) {
-    last = nth_equal(team, slice, base.high, b.low, nth);
+    last = nth_equal<S>(team, base.high, b.low, nth);
   }
   return narrow_above(kept, {b.low, last});
 }
@@ -97,24 +96,23 @@ FS_DEVICE bool measures_mass_floors(const RowTask& t, const KeptKeys& kept) {
 }
 
 // Floors that are measured on what is kept so far, one after the other.
-enum Floors { kMassFloors, kEpsilonFloor, kEtaFloor, kTopAFloor, kPLessFloor, kFloorsEnd };
+enum Floors { kMassFloors, kEpsilonFloor, kEtaFloor, kTopAFloor, kPLessFloor };
 
-// What a row gives for it; 0 where it is not used.
-FS_DEVICE float floor_value(const RowParams& p, int which) {
-  return which == kEpsilonFloor ? p.epsilon_cutoff
-         : which == kEtaFloor   ? p.eta_cutoff
-         : which == kTopAFloor  ? p.top_a
-         : which == kPLessFloor ? (float)p.p_less
-                                : p.min_p;
+// Those but the first that a row uses, as bits. Rows need this, and floor_of(), where they take the
+// candidates' way and where not.
+FS_CALLED uint32_t floors_used() {
+  const RowParams& p = own_shared()->params;
+  uint32_t used = 0;
+  if (p.epsilon_cutoff > 0.0f) used |= 1 << kEpsilonFloor;
+  if (p.eta_cutoff > 0.0f) used |= 1 << kEtaFloor;
+  if (p.top_a > 0.0f) used |= 1 << kTopAFloor;
+  if (p.p_less) used |= 1 << kPLessFloor;
+  return used;
 }
 
-// Not inlined, since float64 is much code, and a row needs it where it takes the candidates' way
-// and where not. `unit` is the mass of the row's heaviest token, `heaviest` that of those that are
-// kept.
-FS_CALLED u64 floor_of(int which, float value, DepthSums depths, SquareSums squares, u64 heaviest,
-                       u64 unit) {
-  RowParams p = {};
-  p.min_p = p.epsilon_cutoff = p.eta_cutoff = p.top_a = value;
+// `unit` is the mass of the row's heaviest token, `heaviest` that of those that are kept.
+FS_CALLED u64 floor_of(int which, DepthSums depths, SquareSums squares, u64 heaviest, u64 unit) {
+  const RowParams& p = own_shared()->params;
   if (which == kMassFloors) return mass_floor(p, heaviest);
   const double mass = which == kEpsilonFloor ? epsilon_mass(p, depths.mass)
                       : which == kEtaFloor   ? eta_mass(p, depths)
@@ -123,18 +121,15 @@ FS_CALLED u64 floor_of(int which, float value, DepthSums depths, SquareSums squa
   return floor_at(mass, heaviest);
 }
 
-template <Policy kPolicy, class S>
-FS_DEVICE KeptKeys measured_floors(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                                   KeptKeys kept) {
-  const bool mass_too = measures_mass_floors(t, kept);
-  if (!mass_too && !uses_measured_floors(*t.params)) return kept;
+template <class S, Policy kPolicy>
+FS_DEVICE KeptKeys measured_floors(const Team<kPolicy>& team, const RowTask& t, KeptKeys kept) {
+  uint32_t left = floors_used() | (measures_mass_floors(t, kept) ? 1 << kMassFloors : 0);
 #pragma unroll 1  // one pass in the code serves them all
-  for (int which = mass_too ? kMassFloors : kEpsilonFloor; which < kFloorsEnd; ++which) {
-    const float value = floor_value(*t.params, which);
-    if (value == 0.0f) continue;
-    measure(team, slice, t, kept);
+  for (; left; left &= left - 1) {
+    measure<S>(team, t, kept);
+    const int which = __ffs((int)left) - 1;
     const Verdict& v = decide(team, [&](const u64* m, Verdict& found) {
-      found.floor = floor_of(which, value, depth_sums(m), square_sums(m), m[kHeaviest], unit_of(t));
+      found.floor = floor_of(which, depth_sums(m), square_sums(m), m[kHeaviest], unit_of(t));
     });
     kept = narrow_to_mass(kept, v.floor);
   }
@@ -143,16 +138,15 @@ FS_DEVICE KeptKeys measured_floors(const Team<kPolicy>& team, const S& slice, co
 
 // The last place of those that XTC excludes: before the last of two or more top choices. Above all
 // tokens where there are none.
-template <Policy kPolicy, class S>
-FS_DEVICE KeyPlace xtc(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                       const KeptKeys& kept) {
+template <class S, Policy kPolicy>
+FS_DEVICE KeyPlace xtc(const Team<kPolicy>& team, const RowTask& t, const KeptKeys& kept) {
   const RowParams& p = *t.params;
   const KeyPlace none = everything(t).high;
   if (!uses_xtc(p)) return none;
   KeptKeys choices = kept;
 #pragma unroll 1  // one pass in the code serves both
   for (bool known = false;; known = true) {
-    measure(team, slice, t, choices);
+    measure<S>(team, t, choices);
     if (known) break;
     const Verdict& v = decide(
         team, [&](const u64* m, Verdict& found) { found.floor = xtc_floor(p, m[kMassSum]); });
@@ -171,9 +165,9 @@ FS_DEVICE KeptKeys top_p_base(const RowTask& t, const KeptKeys& kept) {
 }
 
 // What is kept before top-k: by n-sigma, and where the order has them there by the mass floors.
-template <Policy kPolicy, class S>
-FS_DEVICE KeptKeys before_top_k(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
-  const KeptKeys kept = top_n_sigma(team, slice, t, everything(t));
+template <class S, Policy kPolicy>
+FS_DEVICE KeptKeys before_top_k(const Team<kPolicy>& team, const RowTask& t) {
+  const KeptKeys kept = top_n_sigma<S>(team, t, everything(t));
   return t.params->order == kMinPFirst ? mass_floors(kept, *t.params, unit_of(t)) : kept;
 }
 
@@ -200,8 +194,8 @@ FS_DEVICE Drawable apply_filters(const Team<kPolicy>& team, const S& slice, cons
       kept = mass_floors(kept, p, unit_of(t));
     }
   }
-  kept = measured_floors(team, slice, t, kept);
-  const KeyPlace top = xtc(team, slice, t, kept);
+  kept = measured_floors<S>(team, t, kept);
+  const KeyPlace top = xtc<S>(team, t, kept);
   // What is excluded in every draw is not kept at all.
   if (p.xtc_probability == 1.0f) return Drawable{narrow_below(kept, top), everything(t).high};
   return Drawable{kept, top};

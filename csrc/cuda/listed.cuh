@@ -26,23 +26,34 @@ FS_DEVICE int32_t first_failing(int32_t end, Fails fails) {
   return end;
 }
 
+FS_DEVICE u64 sum_of_first(const Shared& own, int32_t n) { return n ? own.running[n - 1] : 0; }
+
+// Of the first `end` candidates, how many come before the first whose mass is less than the floor.
+FS_CALLED int32_t until_lighter(int32_t end, u64 floor) {
+  const Shared& own = *own_shared();
+  return first_failing(end,
+                       [&](int32_t e) { return own.running[e] - sum_of_first(own, e) < floor; });
+}
+
+// Likewise, before the first whose key is lower. Both are called, since filters often ask.
+FS_CALLED int32_t until_lower(int32_t end, int32_t key) {
+  const Shared& own = *own_shared();
+  return first_failing(end, [&](int32_t e) { return candidate(own, e).x < key; });
+}
+
 // Top-k and the filters behind it, by one warp, from the running sums of the masses.
 struct ListFilters {
   const Shared& own;
   const RowTask& t;
 
-  FS_METHOD u64 sum(int32_t end) const { return end ? own.running[end - 1] : 0; }
-  FS_METHOD u64 mass(int32_t e) const { return own.running[e] - sum(e); }
-  FS_METHOD int32_t until_lighter(int32_t end, u64 floor) const {
-    return first_failing(end, [&](int32_t e) { return mass(e) < floor; });
-  }
+  FS_METHOD u64 sum(int32_t end) const { return sum_of_first(own, end); }
+  FS_METHOD u64 mass(int32_t e) const { return sum(e + 1) - sum(e); }
 
   FS_METHOD int32_t top_k(int32_t size) const {
     const int32_t k = t.params->top_k;
     if (k >= size) return size;
     if (t.params->ties != kTiesAll) return k;
-    const int32_t last = candidate(own, k - 1).x;
-    return first_failing(size, [&](int32_t e) { return candidate(own, e).x < last; });
+    return until_lower(size, candidate(own, k - 1).x);
   }
 
   FS_METHOD int32_t top_p(int32_t end, u64 total) const {
@@ -53,15 +64,13 @@ struct ListFilters {
   }
 
   FS_METHOD int32_t measured_floors(int32_t end) const {
-    if (!uses_measured_floors(*t.params)) return end;
 #pragma unroll 1  // one pass in the code serves them all
-    for (int which = kEpsilonFloor; which < kFloorsEnd; ++which) {
-      const float value = floor_value(*t.params, which);
-      if (value == 0.0f) continue;
+    for (uint32_t left = floors_used(); left; left &= left - 1) {
+      const int which = __ffs((int)left) - 1;
       u64 sums[6] = {};
       if (which == kEtaFloor || which == kPLessFloor) measure(end, sums);
       const u64 total = sum(end);
-      end = until_lighter(end, floor_of(which, value, {total, sums[0], sums[1]},
+      end = until_lighter(end, floor_of(which, {total, sums[0], sums[1]},
                                         {total, sums[3], sums[4], sums[5]}, mass(0), unit_of(t)));
     }
     return end;
@@ -71,6 +80,7 @@ struct ListFilters {
   FS_METHOD void measure(int32_t end, u64 (&sums)[6]) const {
     DepthSums depths = {};
     SquareSums squares = {};
+#pragma unroll 1
     for (int32_t e = lane(); e < end; e += 32) {
       const u64 w = mass(e);
       if (!w) continue;
@@ -95,7 +105,7 @@ struct ListFilters {
   FS_METHOD int32_t kept(const Listed& list, const KeptKeys& before) const {
     const RowParams& p = *t.params;
     int32_t end = top_k(list.size);
-    end = first_failing(end, [&](int32_t e) { return candidate(own, e).x < before.low.x; });
+    end = until_lower(end, before.low.x);
     end = until_lighter(end, before.floor);
     end = top_p(end, p.order == kJoint ? list.total : sum(end));
     end = until_lighter(end, mass_floor(p, unit_of(t)));
@@ -109,9 +119,10 @@ FS_DEVICE void filter_list(const Team<kPolicy>& team, const RowTask& t, const Li
                            const KeptKeys& before) {
   Shared& own = *team.own;
   u64 sum = 0;
+#pragma unroll 1
   for (int32_t from = 0; from < list.size; from += threads()) {
     const int32_t e = from + (int32_t)threadIdx.x;
-    const u64 w = e < list.size ? mass_in(t, from_key(candidate(own, e).x)) : 0;
+    const u64 w = e < list.size ? mass_of_one(from_key(candidate(own, e).x), t) : 0;
     const auto [below, total] = block_scan(w);
     if (e < list.size) own.running[e] = sum + below + w;
     sum += total;
@@ -122,7 +133,7 @@ FS_DEVICE void filter_list(const Team<kPolicy>& team, const RowTask& t, const Li
     const int32_t end = filters.kept(list, before);
     int32_t choices = 0;
     if (uses_xtc(*t.params)) {
-      choices = filters.until_lighter(end, xtc_floor(*t.params, filters.sum(end)));
+      choices = until_lighter(end, xtc_floor(*t.params, filters.sum(end)));
     }
     if (lane() == 0) {
       own.kept_end = end;
@@ -179,17 +190,18 @@ FS_DEVICE u64 draw_listed(const Batch& batch, int64_t r, const Team<kPolicy>& te
   return total;
 }
 
-// Filters and draws. `before`: what is kept already. Returns whether anything that is kept has
-// mass; where not, `first` is its first token.
+// Filters and draws, as filter_and_draw(). `before`: what is kept already.
 template <Policy kPolicy>
-FS_DEVICE bool finish_listed(const Batch& batch, const Workspace& ws, int64_t r,
-                             const Team<kPolicy>& team, RowTask& t, const Listed& list,
-                             const KeptKeys& before, KeyPlace& first) {
+FS_DEVICE Totals finish_listed(const Batch& batch, int64_t r, const Team<kPolicy>& team,
+                               const RowTask& t, const Listed& list, const KeptKeys& before,
+                               Drawable& found, KeyPlace& first) {
   Shared& own = *team.own;
   filter_list(team, t, list, before);
-  set_drawn_scale(t);
+  Masses drawn = t;
+  drawn.scale = t.drawn_scale;
+#pragma unroll 1
   for (int32_t e = (int32_t)threadIdx.x; e < own.kept_end; e += threads()) {
-    own.running[e] = drawn_mass(t, from_key(candidate(own, e).x));
+    own.running[e] = mass_of_one(from_key(candidate(own, e).x), drawn);
   }
   const int32_t rest = own.choices < 2 ? 0 : own.choices - 1;
   const bool all = !rest || t.params->xtc_probability == 1.0f;
@@ -202,8 +214,8 @@ FS_DEVICE bool finish_listed(const Batch& batch, const Workspace& ws, int64_t r,
     if (all || excluding || !totals.all) break;
   }
   first = candidate(own, begin);
-  if (totals.all && threadIdx.x == 0) write_state(ws, r, t, drawable_of(own, t), totals);
-  return totals.all;
+  found = drawable_of(own, t);
+  return totals;
 }
 
 }  // namespace fastsample

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sampled.cuh"
+#include "cuda/search.cuh"
 
 namespace fastsample {
 
@@ -71,6 +72,7 @@ FS_DEVICE void list_top(const Team<kBlockPolicy>& team, const S& slice, const Lo
                         int32_t n, long long* list, int64_t length) {
   for (int64_t i = threadIdx.x; i < length; i += threads()) list[i] = LLONG_MIN;
   if (threadIdx.x == 0) team.own->listed = 0;
+  note(*team.own, slice);
   const auto counts = [&](float x, int32_t, int32_t id) -> u64 { return row.listed(x, id); };
   u64 mine = 0;
   if (row.sound) each(slice, [&](float x, int32_t id) { mine += row.listed(x, id); });

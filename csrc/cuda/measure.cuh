@@ -2,8 +2,11 @@
 // csrc/core/stats.h.
 #pragma once
 
+#include <limits.h>
+
 #include "core/stats.h"
 #include "cuda/kept.cuh"
+#include "cuda/noted.cuh"
 
 namespace fastsample {
 
@@ -59,10 +62,17 @@ FS_DEVICE SquareSums square_sums(const u64* m) {
   return SquareSums{m[kMassSum], m[kSquareHigh], m[kSquareCross], m[kSquareLow]};
 }
 
-// Measures what is kept.
-template <Policy kPolicy, class S>
-FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                       const KeptKeys& kept) {
+// What a pass measures of what is kept: all of enum Measure; or of the logits their spread, as
+// kMassSum, kDepthHigh and kDepthLow; or as kLastPlace the first in rank order rather than the
+// last.
+enum Measuring : int32_t { kMeasureMass, kMeasureSpread, kMeasureFirst };
+
+// Called, since it is much code for filters that are rare.
+template <class S, Policy kPolicy>
+FS_CALLED void measure_noted(int rank, int parts, Masses t, Measuring what, KeptKeys kept) {
+  Shared& own = *own_shared();
+  const Team<kPolicy> team = {&own, rank, parts, 0};
+  const S slice = noted_slice<S>(own, rank);
   // Without a floor, tokens without mass are kept too, and count.
   const int32_t lowest = kept.floor ? lowest_key(t, kept, kept.floor) : kept.low.x;
   DepthSums depths = {};
@@ -72,10 +82,18 @@ FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask&
   each_rolled(slice, [&](float x, int32_t id) {
     const KeyPlace place = {key_of(x), id};
     if (place.x < lowest || !within(kept, place)) return;
+    if (what == kMeasureSpread) {
+      const u64 distance = distance_below(x, t.peak);
+      ++depths.mass;
+      depths.high += distance;
+      depths.low += distance * distance;
+      return;
+    }
     const u64 w = mass_in(t, x);
     if (w < kept.floor) return;
     ++count;
-    if (-ranked(place) > last) last = -ranked(place);
+    const long long order = what == kMeasureFirst ? ranked(place) : -ranked(place);
+    if (order > last) last = order;
     if (!w) return;
     if (w > heaviest) heaviest = w;
     depths.add(w, t.factor ? 0 : depth_at((x - t.peak) * t.scale));
@@ -86,30 +104,23 @@ FS_DEVICE void measure(const Team<kPolicy>& team, const S& slice, const RowTask&
   gather(team, mine, kHeaviest);
 }
 
+// Measures what is kept.
+template <class S, Policy kPolicy>
+FS_DEVICE void measure(const Team<kPolicy>& team, const Masses& t, const KeptKeys& kept) {
+  measure_noted<S, kPolicy>(team.rank, team.parts, t, kMeasureMass, kept);
+}
+
 // The first kept token in rank order; some token is kept.
-template <Policy kPolicy, class S>
-FS_DEVICE KeyPlace first_kept(const Team<kPolicy>& team, const S& slice, const RowTask& t,
-                              const KeptKeys& kept) {
-  long long first = LLONG_MIN;
-  each_rolled(slice, [&](float x, int32_t id) {
-    if (!is_kept(t, kept, x, id)) return;
-    const long long place = ranked({key_of(x), id});
-    if (place > first) first = place;
-  });
-  u64 mine[1] = {(u64)first};
-  gather(team, mine, 0);
-  return place_of((long long)team.own->measures[0]);
+template <class S, Policy kPolicy>
+FS_DEVICE KeyPlace first_kept(const Team<kPolicy>& team, const Masses& t, const KeptKeys& kept) {
+  measure_noted<S, kPolicy>(team.rank, team.parts, t, kMeasureFirst, kept);
+  return place_of((long long)team.own->measures[kLastPlace]);
 }
 
 // The spread of everything above -inf.
-template <Policy kPolicy, class S>
-FS_DEVICE void measure_spread(const Team<kPolicy>& team, const S& slice, const RowTask& t) {
-  SpreadSums spread = {};
-  each_rolled(slice, [&](float x, int32_t) {
-    if (x > -INFINITY) spread.add(distance_below(x, t.peak));
-  });
-  u64 mine[3] = {spread.count, spread.sum, spread.squares};
-  gather(team, mine, 3);
+template <class S, Policy kPolicy>
+FS_DEVICE void measure_spread(const Team<kPolicy>& team, const Masses& t) {
+  measure_noted<S, kPolicy>(team.rank, team.parts, t, kMeasureSpread, everything());
 }
 
 }  // namespace fastsample

@@ -74,22 +74,26 @@ struct Reading {
   static constexpr bool kResident = kHeld, kPlain = kBare;
 };
 
-// The part of a row that one block works on. Positions count from the last 16-byte boundary at or
-// before the row's begin: id = position - shift. A vector is kVec positions.
-template <class T, class How>
-struct Slice {
-  static constexpr bool kResident = How::kResident;
-  static constexpr int kWidth = kVec<T>, kUnusedBits = kLowBits<T>;
-  const T* row;
+// Where the part of a row lies that one block works on. Positions count from the last 16-byte
+// boundary at or before the row's begin: id = position - shift. A vector is kVec positions.
+struct Extent {
+  const void* data;  // of the whole row
   int32_t vocab;
+  float nothing;  // what stands outside the row and for masked tokens: -inf, or 0
   int32_t shift;
-  int32_t vectors;           // of the whole row
-  int32_t per_warp;          // vectors
-  int32_t first;             // vector
+  int32_t vectors;   // of the whole row
+  int32_t per_warp;  // vectors
+  int32_t first;     // vector
+};
+
+template <class T, class How>
+struct Slice : Extent {
+  static constexpr bool kResident = How::kResident, kPlain = How::kPlain;
+  static constexpr int kWidth = kVec<T>, kUnusedBits = kLowBits<T>;
   Vec16* held;               // resident only: [warps * per_warp] raw logits
   const Overlay* lies_over;  // null: the logits are used as they are
-  float nothing;             // what stands outside the row and for masked tokens: -inf, or 0
 
+  FS_METHOD const T* row() const { return (const T*)data; }
   FS_METHOD const Overlay* overlay() const { return How::kPlain ? nullptr : lies_over; }
 
   FS_METHOD bool owns(int64_t id) const {
@@ -106,7 +110,7 @@ struct Slice {
 
   // A vector of logits, as they are.
   FS_METHOD Vec16 fetch_inside(int32_t vector) const {
-    return load_global16(row + vector * kVec<T> - shift);
+    return load_global16(row() + vector * kVec<T> - shift);
   }
   FS_METHOD Vec16 fetch_edge(int32_t vector) const {
     const int32_t id = vector * kVec<T> - shift;
@@ -115,9 +119,9 @@ struct Slice {
     for (int i = 0; i < kVec<T>; ++i) {
       const bool is = id + i >= 0 && id + i < vocab;
       if constexpr (sizeof(T) == 4) {
-        v.word[i] = is ? load_global((const uint32_t*)row + id + i) : nothing_bits();
+        v.word[i] = is ? load_global((const uint32_t*)row() + id + i) : nothing_bits();
       } else {
-        const uint32_t bits = is ? load_global((const uint16_t*)row + id + i) : nothing_bits();
+        const uint32_t bits = is ? load_global((const uint16_t*)row() + id + i) : nothing_bits();
         v.word[i / 2] |= bits << 16 * (i & 1);
       }
     }
@@ -213,7 +217,7 @@ struct Slice {
   FS_METHOD float masked(int32_t id) const {
     const bool gone =
         overlay() && overlay()->mask && !allowed(overlay()->mask, overlay()->mask_words, id);
-    return gone ? nothing : logit(row, id);
+    return gone ? nothing : logit(row(), id);
   }
 
   // One processed logit of this slice.
@@ -239,10 +243,10 @@ template <class T, class How>
 FS_DEVICE Slice<T, How> make_slice(const Batch& batch, int64_t r, int rank, int32_t per_warp) {
   const Logits& l = batch.logits;
   Slice<T, How> s = {};
-  s.row = (const T*)l.data + r * l.stride;
+  s.data = (const T*)l.data + r * l.stride;
   s.vocab = l.vocab;
   s.nothing = l.input == kProbabilities ? 0.0f : -INFINITY;
-  s.shift = (int32_t)((uintptr_t)s.row % 16 / sizeof(T));
+  s.shift = (int32_t)((uintptr_t)s.data % 16 / sizeof(T));
   s.vectors = (s.shift + s.vocab + kVec<T> - 1) / kVec<T>;
   s.per_warp = per_warp;
   s.first = rank * warps() * s.per_warp;
@@ -331,11 +335,11 @@ FS_DEVICE void each_vector(const Slice<T, How>& s, F f) {
   }
 }
 
-// Calls f(x, id) for every position of the slice. Four calls are side by side in the code: more
-// would take more registers than there are.
-template <class T, class How, class F>
+// Calls f(x, id) for every position of the slice. kSide calls are side by side in the code: more
+// than four would take more registers than there are.
+template <int kSide = 4, class T, class How, class F>
 FS_DEVICE void each(const Slice<T, How>& s, F f) {
-  constexpr int kN = kVec<T>, kSide = 4;
+  constexpr int kN = kVec<T>;
   each_vector(s, [&](float (&x)[kN], int32_t id) {
 #pragma unroll 1
     for (int from = 0; from < kN; from += kSide) {

@@ -14,21 +14,18 @@
 #pragma once
 
 #include "cuda/listed.cuh"
+#include "cuda/scan.cuh"
 #include "cuda/verify.cuh"
 
 namespace fastsample {
 
 // Stage 8: the draws from `kept`, which are all, or those whose coin says `excluding`. Returns the
 // kept mass; unless some tokens have been excluded, there are no draws where that is 0.
-template <Policy kPolicy, class S>
-FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
-                        const RowTask& t, const KeptKeys& kept, bool all, bool excluding) {
-  const int32_t lowest = lowest_drawn_key(t, kept);
-  const auto weight = [&](float x, int32_t id) -> u64 {
-    const int32_t key = key_of(x);
-    return key < lowest ? 0 : kept_drawn_mass(t, kept, x, KeyPlace{key, id});
-  };
-  const u64 total = sum_segments(team, slice, weight);
+template <class S, Policy kPolicy>
+FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team, const RowTask& t,
+                        const KeptKeys& kept, bool all, bool excluding) {
+  const Weighed drawn = {kept, false};
+  const u64 total = sum_segments<S, kPolicy>(team.rank, team.parts, t, drawn);
   const Outputs& out = batch.out;
   if (!out.tokens || (!total && !excluding)) return total;
   // Seed, offset and total are loaded again for each draw rather than held in registers.
@@ -38,24 +35,24 @@ FS_DEVICE u64 draw_from(const Batch& batch, int64_t r, const Team<kPolicy>& team
     if (!all && !takes_part(stream, j, t.params->xtc_probability, excluding)) continue;
     const u64 sum = team.own->running[team.parts * warps() - 1];
     int64_t* token = out.tokens + r * out.num_samples + j;
-    locate(team, slice, random_below(stream, j, kPlainDraw, sum), weight,
-           [&](int32_t id) { store_global(token, (int64_t)id); });
+    const u64 threshold = random_below(stream, j, kPlainDraw, sum);
+    const int32_t id = locate<S, kPolicy>(team.rank, team.parts, t, drawn, threshold);
+    if (id >= 0) store_global(token, (int64_t)id);
     // What is left may weigh nothing. Its first token is the last top choice.
     if (!sum && team.leads() && threadIdx.x == 0) store_global(token, (int64_t)kept.high.id + 1);
   }
   return total;
 }
 
-// All draws. With top choices, those draws come first that take them, and `from` is what is left
-// for the others in the end.
-template <Policy kPolicy, class S>
-FS_DEVICE Totals draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, const S& slice,
-                      const RowTask& t, Drawable& from) {
+// All draws. With top choices, those draws come first that take them.
+template <class S, Policy kPolicy>
+FS_DEVICE Totals draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, const RowTask& t,
+                      Drawable from) {
   const bool all = from.top.x == kKeyInfinity;
   Totals totals = {0, 0};
 #pragma unroll 1  // one pass in the code serves both
   for (bool excluding = false;; excluding = true) {
-    totals.rest = draw_from(batch, r, team, slice, t, from.kept, all, excluding);
+    totals.rest = draw_from<S>(batch, r, team, t, from.kept, all, excluding);
     if (!excluding) totals.all = totals.rest;
     if (all || excluding || !totals.all) return totals;
     from.kept = narrow_below(from.kept, from.top);
@@ -63,62 +60,46 @@ FS_DEVICE Totals draw(const Batch& batch, int64_t r, const Team<kPolicy>& team, 
   }
 }
 
-FS_DEVICE Drawable only(const RowTask& t, KeyPlace token) {
+// The same token for every draw, by the leading block: one that counts for everything, as if it
+// were the peak, or that of an invalid row.
+FS_DEVICE Drawable take_only(const Batch& batch, int64_t r, RowTask& t, KeyPlace token) {
+  const Outputs& out = batch.out;
+  const int64_t id = t.status == kValid ? token.id : -1;
+#pragma unroll 1
+  for (int32_t j = (int32_t)threadIdx.x; out.tokens && j < out.num_samples; j += threads()) {
+    store_global(out.tokens + r * out.num_samples + j, id);
+  }
+  t.peak_key = token.x;
   const KeptKeys kept = narrow_below(everything(t), {token.x, token.id - 1});
   return Drawable{narrow_above(kept, token), everything(t).high};
 }
 
-// The same token for every draw: one that counts for everything, as if it were the peak, or that of
-// an invalid row.
-template <Policy kPolicy>
-FS_DEVICE void take_only(const Batch& batch, const Workspace& ws, int64_t r,
-                         const Team<kPolicy>& team, Status status, RowTask& t, KeyPlace token) {
-  if (!team.leads()) return;
-  const Outputs& out = batch.out;
-  const int64_t id = status == kValid ? token.id : -1;
-  for (int32_t j = (int32_t)threadIdx.x; out.tokens && j < out.num_samples; j += threads()) {
-    store_global(out.tokens + r * out.num_samples + j, id);
-  }
-  if (threadIdx.x) return;
-  t.peak_key = token.x;
-  write_state(ws, r, t, only(t, token), Totals{0, 0});
-}
-
 // Stages 7 and 8 of a valid row that is not greedy. Where its candidates do, the leading block
-// finishes it, and the others are free. If nothing that is kept has mass, its first token counts
-// for everything.
+// finishes it, and the others are free. If nothing in what is `found` has mass, `first` is its
+// first token, which counts for everything.
 template <Policy kPolicy, class S>
-FS_DEVICE void filter_and_draw(const Batch& batch, const Workspace& ws, int64_t r,
-                               const Team<kPolicy>& team, const S& slice, RowTask& t) {
-  const KeptKeys before = before_top_k(team, slice, t);
-  KeyPlace first;
+FS_DEVICE Totals filter_and_draw(const Batch& batch, int64_t r, const Team<kPolicy>& team,
+                                 const S& slice, const RowTask& t, Drawable& found,
+                                 KeyPlace& first) {
+  const KeptKeys before = before_top_k<S>(team, t);
   if (uses_candidates(t, slice.vocab)) {
     const Listed list = list_candidates(team, slice, t);
     if (list.size >= 0) {
-      if (team.leads() && !finish_listed(batch, ws, r, team, t, list, before, first)) {
-        take_only(batch, ws, r, team, kValid, t, first);
-      }
-      return;
+      if (!team.leads()) return Totals{0, 0};
+      return finish_listed(batch, r, team, t, list, before, found, first);
     }
   }
-  Drawable found = apply_filters(team, slice, t, before);
-  set_drawn_scale(t);
-  const bool writes = ws.states && team.leads() && threadIdx.x == 0;
-  if (writes) write_state(ws, r, t, found, Totals{0, 0});
-  const Totals totals = draw(batch, r, team, slice, t, found);
-  if (!totals.all) {
-    first = first_kept(team, slice, t, found.kept);
-    take_only(batch, ws, r, team, kValid, t, first);
-  } else if (writes) {
-    ws.states[r].total = totals.all;
-    ws.states[r].rest = totals.rest;
-  }
+  found = apply_filters(team, slice, t, before);
+  const Totals totals = draw<S>(batch, r, team, t, found);
+  if (!totals.all) first = first_kept<S>(team, t, found.kept);
+  return totals;
 }
 
 // Brings to shared memory what a row is drawn with: it arrives while the logits are on their way.
 // After the team's next barrier nobody reads the offset any more.
 FS_DEVICE void bring(const Batch& batch, int64_t r, Shared& own) {
   const int32_t* words = (const int32_t*)&at(batch.rows.params, r);
+#pragma unroll 1
   for (int i = (int)threadIdx.x; i < (int)(sizeof(RowParams) / 4); i += threads()) {
     ((int32_t*)&own.params)[i] = words[i];
   }
@@ -134,15 +115,20 @@ FS_DEVICE void sample_row(const Batch& batch, const Workspace& ws, int64_t r,
   auto slice = make_slice<T, How>(batch, r, team.rank, per_warp);
   RowTask t = make_task(team.own->params, batch.logits.input);
   process_row(batch, ws, r, *t.params, team, slice);
+  note(*team.own, slice);
   scan(team, slice, top_k, t, meets);
   const bool leader = team.leads() && threadIdx.x == 0;
   if (leader) store_global(batch.out.status + r, (int32_t)t.status);
-  if (t.status != kValid || t.greedy) {
-    take_only(batch, ws, r, team, t.status, t, {t.peak_key, t.argmax});
-  } else {
-    filter_and_draw(batch, ws, r, team, slice, t);
+  Drawable found;
+  KeyPlace only = {t.peak_key, t.argmax};
+  Totals totals = {0, 0};
+  if (t.status == kValid && !t.greedy) {
+    totals = filter_and_draw(batch, r, team, slice, t, found, only);
   }
-  if (leader && ws.offsets) ws.offsets[r] = (int64_t)(team.own->stream.offset + 1);
+  if (!totals.all && team.leads()) found = take_only(batch, r, t, only);
+  if (!leader) return;
+  write_state(ws, r, t, found, totals);
+  if (ws.offsets) ws.offsets[r] = (int64_t)(team.own->stream.offset + 1);
 }
 
 // Persistent over rows: team i takes rows i, i + teams, ... Between two rows nothing has to wait

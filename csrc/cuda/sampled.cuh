@@ -17,7 +17,6 @@ FS_DEVICE void each_sampled_row(const Batch& batch, const Workspace& ws, F f) {
     RowTask t = make_task(at(batch.rows.params, r), batch.logits.input);
     const RowState& state = ws.states[r];
     set_peak(t, {state.peak_key, 0});
-    set_drawn_scale(t);
     process_row(batch, ws, r, *t.params, team, slice);
     f(r, team, slice, t, state);
     __syncthreads();  // this row's shared memory is free

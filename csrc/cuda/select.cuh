@@ -20,7 +20,7 @@ FS_DEVICE void fill_bins(const Team<kPolicy>& team, const S& slice, int32_t low,
                          int shift, bool sums, Key key_in, Weight weight) {
   u64* bins = team.own->board.bins;
   u64 total = 0;
-  each(slice, [&](float x, int32_t id) {
+  each<2>(slice, [&](float x, int32_t id) {
     const int32_t key = key_in(x);
     const uint32_t distance = (uint32_t)key - (uint32_t)low;
     const bool inside = distance <= width;
@@ -93,117 +93,6 @@ FS_DEVICE Bracket select(const Team<kPolicy>& team, const S& slice, int unused, 
     low = team.board().bracket.low;
     high = team.board().bracket.high;
   }
-}
-
-// Sums weight(x, id) over each warp's segment. Afterwards every block has the running sums; returns
-// the total.
-template <Policy kPolicy, class S, class Weight>
-FS_DEVICE u64 sum_segments(const Team<kPolicy>& team, const S& slice, Weight weight) {
-  u64 sum = 0;
-  each(slice, [&](float x, int32_t id) { sum += weight(x, id); });
-  sum = warp_sum(sum);
-  team.publish(&team.board().sums[team.rank * warps() + warp()], sum);
-  team.sync();
-  const int segments = team.parts * warps();
-  u64 before = 0;
-  for (int i = 0; i < segments; i += threads()) {
-    const int segment = i + (int)threadIdx.x;
-    const u64 here = segment < segments ? team.board().sums[segment] : 0;
-    const auto [below, total] = block_scan(here);
-    if (segment < segments) team.own->running[segment] = before + below + here;
-    before += total;
-  }
-  __syncthreads();
-  return before;
-}
-
-// The first segment whose running sum exceeds the threshold.
-FS_DEVICE int segment_at(const u64* running, int segments, u64 threshold) {
-  int low = 0, high = segments - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (running[middle] > threshold) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
-
-// The first token, in id order, at which the running sum of weight(x, id) exceeds the threshold:
-// the one thread that reads it calls found(id). Every thread of every block calls this after
-// sum_segments; the block that owns the segment does the work.
-template <Policy kPolicy, class S, class Weight, class Found>
-FS_DEVICE void locate(const Team<kPolicy>& team, const S& slice, u64 threshold, Weight weight,
-                      Found found) {
-  const u64* running = team.own->running;
-  const int segment = segment_at(running, team.parts * warps(), threshold);
-  const int owner = segment - team.rank * warps();
-  if (owner < 0 || owner >= warps()) return;
-  u64 before = segment ? running[segment - 1] : 0;
-  const int32_t begin = slice.first + owner * slice.per_warp;
-  const int32_t end =
-      begin + slice.per_warp < slice.vectors ? begin + slice.per_warp : slice.vectors;
-  constexpr int kN = S::kWidth;
-  for (int32_t v = begin; v < end; v += threads()) {
-    const int32_t mine = v + (int32_t)threadIdx.x;
-    const int32_t first = mine * kN - slice.shift;
-    float x[kN] = {};
-    if (mine < end) slice.process(slice.raw(mine), mine, x);
-    u64 sum = 0, at = before;
-    int32_t id = -1;
-#pragma unroll 1  // one weight in the code serves them all
-    for (int i = 0; i < 2 * kN; ++i) {
-      if (i == kN) {
-        const auto [below, total] = block_scan(sum);
-        at += below;
-        before += total;
-        if (at > threshold || threshold >= at + sum) break;
-      }
-      const u64 w = mine < end ? weight(x[0], first + i % kN) : 0;
-      if (i < kN) {
-        sum += w;
-      } else {
-        if (threshold >= at && threshold < at + w) id = first + i % kN;
-        at += w;
-      }
-      const float seen = x[0];
-#pragma unroll
-      for (int j = 1; j < kN; ++j) x[j - 1] = x[j];
-      x[kN - 1] = seen;
-    }
-    if (id >= 0) found(id);
-    if (before > threshold) return;
-  }
-}
-
-// The id of the nth (from 1) of the tokens with this key that rank after `high`.
-template <Policy kPolicy, class S>
-FS_DEVICE int32_t nth_equal(const Team<kPolicy>& team, const S& slice, KeyPlace high, int32_t key,
-                            u64 nth) {
-  const int32_t after = key == high.x ? high.id : -1;
-  const auto equal = [&](float x, int32_t id) -> u64 {
-    return key_of(x) == key && id > after && id < slice.vocab;
-  };
-  sum_segments(team, slice, equal);
-  locate(team, slice, nth - 1, equal, [&](int32_t id) { team.tell(&team.board().id, id); });
-  team.sync();
-  return team.board().id;
-}
-
-// The nth (from 1) token, in rank order, of those that `counts` counts, which are in `among` or
-// below it; its key lies between `low` and `peak`. Where `among` holds fewer than n, its last
-// place.
-template <Policy kPolicy, class S, class Counts>
-FS_DEVICE KeyPlace nth_place(const Team<kPolicy>& team, const S& slice, const KeptKeys& among,
-                             int32_t low, int32_t peak, u64 n, Counts counts) {
-  const Bracket b = select(
-      team, slice, low_bits(slice), low, peak, false, [](float x) { return key_of(x); }, counts,
-      [n](u64) { return n; });
-  if (b.low < among.low.x) return among.low;
-  if (b.reached == n) return KeyPlace{b.low, INT32_MAX};
-  return KeyPlace{b.low, nth_equal(team, slice, among.high, b.low, n - b.above)};
 }
 
 }  // namespace fastsample

@@ -102,6 +102,8 @@ struct alignas(16) Shared {
   Overlay overlay;
   RowParams params;
   Stream stream;
+  Extent extent;  // of the block's slice, for functions that are called
+  bool overlaid;  // likewise
 };
 static_assert(kMaxListed >= kMaxSegments, "running has room for both");
 static_assert(sizeof(Shared) <= kFixedShared, "tuning.h plans with less");

@@ -217,6 +217,7 @@ inline float half_to_float(uint16_t bits) {
   return x;
 }
 
+inline float anew(float x) { return x; }
 inline void pause() { simt::pause(); }
 inline void cluster_arrive() { simt::cluster_arrive(); }
 inline void cluster_wait() { simt::cluster_wait(); }
