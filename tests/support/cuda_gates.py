@@ -29,9 +29,9 @@ THREADS, BLOCKS_PER_SM, REGISTERS = (
     for name in ("kThreads", "kBlocksPerSM", "kRegisters")
 )
 AHEAD = 8  # 16-byte loads under way before the first is stored, in the first pass of a row that is held
-FENCES = 24  # of a cluster's kernel: one for each barrier in the code
-CODE = 200 * 1024  # bytes of the kernel that serves most calls: a cluster, nothing over the logits
-ROW_FLOAT64 = 200  # instructions for the thresholds of a row (stage 6b); one for each logit unrolled would be more
+FENCES = 4  # of a cluster's kernel: its first barrier, that which is called, and two of verification
+CODE = 96 * 1024  # bytes of the kernel that serves most calls: a cluster, nothing over the logits
+ROW_FLOAT64 = 128  # instructions for the thresholds of a row (stage 6b); one for each logit unrolled would be more
 NAME = re.compile(
     r"_ZN10fastsample\d+(sample|keep|law|outputs|list)_kernel(?:I(f|NS_4HalfE|NS_6BFloatE)(?:L\w*?E(\d)ELb(\d)E)?E)?"
 )
