@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.filters import filters, xtc
-from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words
+from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words, value_of
 from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.native import (
@@ -27,7 +27,7 @@ from fastsample.distributed.native import (
 )
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
-from fastsample.distributed.raw import write_raw, write_raw_listed
+from fastsample.distributed.raw import RawPart, listed_logits, write_raw, write_raw_listed
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
 from fastsample.distributed.shard import Shard, mass_of
@@ -152,7 +152,9 @@ class SplitEngine(Engine):
         if out.mode == "raw" and lists.raw is not None:
             write_raw_listed(*lists.unpacked, lists.raw, out)
         elif out.mode == "raw":
-            write_raw(self.wire, self._own, self.start, out)
+            native = out.input == "logits" and self._own.shape[1] and select(self._backend, self._own).name == "cpu"
+            queries = self._plan.raw_queries(len(self._own)) if native else None
+            write_raw(self.wire, RawPart(self._own, self.start, out.input, queries), out, lists.known(out.num_top))
         return invalid
 
     def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
@@ -188,7 +190,7 @@ class SplitEngine(Engine):
         judges = plan.shows_flat(out) and part.kind == "logits"
         count = 1 if draws_from_all else plan.count(out)
         # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed.
-        raw = native and not plan.open and out.mode == "raw" and not is_edited(rows)
+        raw = native and out.mode == "raw" and not is_edited(rows)
         lists, rows = self._exchange(part, rows, count, draws_from_all, judges, raw)
         invalid: int | None = OPEN
         if lists.flat:
@@ -260,16 +262,22 @@ class SplitEngine(Engine):
         told = self.wire.gather(owned(part.x, self.start, told, queries, self.wire.rank, out.num_samples))
         found = resolved(part.x, torch.cat([by_row(told), streams], 1), queries, out.num_samples)
         out.status.copy_(found[:, 0].view(out.status.shape))
-        out.tokens.copy_(found[:, 1:].view(out.tokens.shape))
-        least = int(found.amin())
+        out.tokens.copy_(found[:, 1 : 1 + out.num_samples].view(out.tokens.shape))
+        lists.own = value_of(found[:, 1 + out.num_samples :])
+        least = int(found[:, : 1 + out.num_samples].amin())
         return OPEN if least == UNRESOLVED else int((found[:, 0] != 0).sum()) if least < 0 else 0
 
     def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
         """The outputs of rows which ranks must ask each other about."""
         found = self._decide(self._row(part, lists), part.plan)
         invalid = write_listed(part.engine, found, *lists.unpacked, rows, out)
+        keys = None
         if len(index := found.spread().nonzero()[:, 0]):
-            write_spread(found, index, rows, out, self.start)
+            keys = write_spread(found, index, rows, out, self.start)
+        if lists.given and out.tokens is not None:
+            lists.own = listed_logits(*lists.unpacked, out.tokens.view(len(part.x), -1))
+            if keys is not None:
+                lists.own[index] = value_of(keys)
         return invalid
 
     def _row(self, part: Part, lists: Lists) -> SplitRow:

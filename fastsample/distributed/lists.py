@@ -23,6 +23,7 @@ class Lists:
     """What all ranks list of each row.
 
     Attributes:
+        count: tokens that each rank lists.
         words: int64 [B, N], in id order. A row that is invalid has a NaN, or an infinity, in front of some list.
         with_mass: int64 [B, ...], the same where each list ends in the mass of the rank's tokens, beside the first of
             these; otherwise the words themselves.
@@ -30,22 +31,32 @@ class Lists:
         given: whether it is known that these are logits as they were given.
         raw: int64 [B, 1], the mass of the whole rows at temperature 1, if that is known.
         open: bool [B, 1], which rows lists do not decide, if that is known.
+        own: float32 [B, n], the logits of the sampled tokens, if these are known.
         flat: whether all ranks have found that lists probably decide no row.
     """
 
+    count: int
     words: Tensor
     with_mass: Tensor
     sums: Tensor | None = None
     given: bool = False
     raw: Tensor | None = None
     open: Tensor | None = None
+    own: Tensor | None = None
     flat: bool = False
 
     @classmethod
     def of(cls, found: Tensor, count: int) -> Lists:
         """Of each rank's lists of `count` tokens, int64 [R, B, count or count + 1]."""
         words = by_row(found[:, :, :count])
-        return cls(words, words if found.shape[2] == count else by_row(found))
+        return cls(count, words, words if found.shape[2] == count else by_row(found))
+
+    def known(self, num_top: int) -> tuple[Tensor, Tensor] | None:
+        """The words and the logits of the sampled tokens, if they are those of rows as these were given, and so many
+        first tokens of each rank are listed."""
+        if not self.given or self.own is None or num_top > self.count:
+            return None
+        return self.words, self.own
 
     @cached_property
     def unpacked(self) -> tuple[Tensor, Tensor]:

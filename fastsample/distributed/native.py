@@ -90,9 +90,9 @@ def owned(x: Tensor, start: int, told: Tensor, queries: Tensor, rank: int, draws
 
 
 def resolved(x: Tensor, told: Tensor, queries: Tensor, draws: int) -> Tensor:
-    """The status of each row and its tokens, int64 [B, 1 + draws], by what all have told of these draws; UNRESOLVED
-    where a token is not among that. `told` ends in the row's stream."""
-    return ask(x, 0, queries, RESOLVED, 0, 1 + draws, told)
+    """The status of each row, its tokens and their keys, int64 [B, 1 + 2 draws], by what all have told of these draws;
+    UNRESOLVED where a token is not among that. `told` ends in the row's stream."""
+    return ask(x, 0, queries, RESOLVED, 0, 1 + 2 * draws, told)
 
 
 def run_lists(engine: Engine, lists: Lists, ranks: int, vocab: int, rows: Rows, out: Outputs) -> int | None:

@@ -2,48 +2,106 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
-from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, key, value
+from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, value, value_of, words_of
+from fastsample.distributed.lists import mark_invalid, unpacked
+from fastsample.distributed.native import NativeShard, first_words, whole_sums
 from fastsample.distributed.outputs import pick, put
 from fastsample.distributed.shard import mass_of
 from fastsample.distributed.wire import Wire
-from fastsample.reference import NAN, NEG_INF, POSITIVE_INFINITY, check, check_probs, order_of_probs
+from fastsample.outputs import InputKind
+from fastsample.reference import NEG_INF, check, check_probs, order_of_probs
 from fastsample.reference.mass import UNIT
 
 Tensor = torch.Tensor
 
 
-def write_raw(wire: Wire, logits: Tensor, start: int, out: Outputs) -> None:
-    """log-softmax of whole rows as they were given, or the logarithm of their probabilities; this rank has [B, V_r]."""
-    x, rows, kind = logits.float(), len(logits), out.input
-    status = check(x) if kind == "logits" else check_probs(x)
-    bad = (status == NAN) | (status == POSITIVE_INFINITY)
-    x = x if kind == "logits" else torch.where(order_of_probs(x) > NEG_INF, x, NEG_INF)
+@dataclass
+class RawPart:
+    """A rank's part of rows as they were given.
+
+    Attributes:
+        x: [B, V_r], logits or probabilities, of the tokens from `start` on.
+        queries: of whole rows at temperature 1, if the CPU engine answers; otherwise None.
+    """
+
+    x: Tensor
+    start: int
+    kind: InputKind
+    queries: Tensor | None
+
+    @cached_property
+    def _ranked(self) -> Tensor:
+        """What ranks tokens, float32 [B, V_r]: probabilities of 0 are -inf."""
+        x = self.x.float()
+        return x if self.kind == "logits" else torch.where(order_of_probs(x) > NEG_INF, x, NEG_INF)
+
+    def first(self, count: int) -> Tensor:
+        """The first tokens in rank order, words int64 [B, count]; a NaN or an infinity first where a row is invalid."""
+        if self.queries is not None:
+            return first_words(self.x, self.start, count, self.queries)
+        ids = torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device)
+        keys = _first_keys(self._ranked, ids, count)
+        words = words_of(value_of(keys), torch.where(keys >= LOWEST, IDS - (keys & IDS), -1))
+        return mark_invalid(words, check(self.x.float()) if self.kind == "logits" else check_probs(self.x.float()))
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """Of tokens int64 [B, n], float32; -inf where this rank does not have them."""
+        local, width = tokens - self.start, self.x.shape[1]
+        here = (local >= 0) & (local < width)
+        x = self.x if self.queries is not None else self._ranked
+        return pick(x, local.clamp(0, max(width - 1, 0)), here, -torch.inf).float()
+
+    def mass_and_above(self, words: Tensor, peak: Tensor, sound: Tensor, own: Tensor) -> Tensor:
+        """The mass of each row, and how many tokens lie above others, int64 [B, 1 + n].
+
+        Args:
+            words: what all ranks list of each row.
+            peak: float32 [B, 1], and whether it is one.
+            own: float32 [B, n], the others.
+        """
+        one = torch.ones_like(peak)
+        if self.queries is not None:
+            mass = whole_sums(self.x, self.start, words, self.queries, False, False)[:, :1]
+            return torch.cat([mass, NativeShard(self.x, self.start, peak, one, one).above(own)], 1)
+        x = self._ranked
+        w = mass_of(self.kind, torch.where(sound, x, 0), peak, one)
+        above = (x[:, None, :] > own[:, :, None]).sum(-1)
+        return torch.cat([w.sum(-1, keepdim=True), above], 1)
+
+
+def write_raw(wire: Wire, part: RawPart, out: Outputs, known: tuple[Tensor, Tensor] | None = None) -> None:
+    """log-softmax of whole rows as they were given, or the logarithm of their probabilities.
+
+    Args:
+        known: what all ranks list of the same rows, words int64 [B, N], `num_top` of each rank or more, and the logits
+            of the tokens, float32 [B, n]; None takes a message.
+    """
     assert out.tokens is not None
-    tokens = out.tokens.view(rows, -1)
-    n = tokens.shape[1]
-    most = x.amax(-1) if x.shape[1] else x.new_full((rows,), -torch.inf)
-    most = torch.where(bad, torch.inf, most)
-    local = tokens - start
-    here = (local >= 0) & (local < x.shape[1])
-    own = pick(x, local.clamp(0, max(x.shape[1] - 1, 0)), here, -torch.inf)
-    words = torch.cat([most[:, None], own], 1).view(torch.int32).to(torch.int64)
-    keys = _first_keys(x, torch.arange(start, start + x.shape[1], device=x.device), out.num_top)
-    told = wire.gather(torch.cat([words, keys], 1))
-    values = told[:, :, : 1 + n].to(torch.int32).view(torch.float32).amax(0)
-    peak, own = values[:, :1], values[:, 1:]
+    tokens = out.tokens.view(len(part.x), -1)
+    if known is None:
+        count = max(1, out.num_top)
+        told = wire.gather(torch.cat([part.first(count), bits_of(part.own(tokens))], 1))
+        known = by_row(told[:, :, :count]), told[:, :, count:].to(torch.int32).view(torch.float32).amax(0)
+    words, own = known
+    x, ids = unpacked(words)
+    peak = x.amax(-1, keepdim=True)
     sound = (out.status.view(-1) == 0)[:, None] & peak.isfinite()
     peak = torch.where(sound, peak, 0)
-    w = mass_of(kind, torch.where(sound, x, 0), peak, torch.ones_like(peak))
-    above = (x[:, None, :] > own[:, :, None]).sum(-1)
-    sums = wire.total(torch.cat([w.sum(-1, keepdim=True), above], 1))
-    top = told[:, :, 1 + n :].transpose(0, 1).reshape(rows, -1)
-    _write(Raw(own, sums[:, 1:], top, peak, sums[:, :1], sound), out)
+    sums = wire.total(part.mass_and_above(words, peak, sound, own))
+    _write(Raw(own, sums[:, 1:], _first_keys(x, ids, out.num_top), peak, sums[:, :1], sound), out)
+
+
+def listed_logits(x: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
+    """Of tokens int64 [B, n] among those that are listed, float32; -inf where they are not."""
+    return torch.where(ids[:, None, :] == tokens[:, :, None], x[:, None, :], -torch.inf).amax(-1)
 
 
 def write_raw_listed(x: Tensor, ids: Tensor, mass: Tensor, out: Outputs) -> None:
@@ -54,9 +112,7 @@ def write_raw_listed(x: Tensor, ids: Tensor, mass: Tensor, out: Outputs) -> None
         mass: int64 [B, 1], of the whole rows at temperature 1.
     """
     assert out.tokens is not None
-    tokens = out.tokens.view(len(x), -1)
-    listed = ids[:, None, :] == tokens[:, :, None]
-    own = torch.where(listed, x[:, None, :], -torch.inf).amax(-1)
+    own = listed_logits(x, ids, out.tokens.view(len(x), -1))
     above = (x[:, None, :] > own[:, :, None]).sum(-1)
     sound = (out.status.view(-1) == 0)[:, None]
     peak = torch.where(sound, x.amax(-1, keepdim=True), 0)

@@ -29,8 +29,9 @@ class Lone:
     first_rest: Tensor
 
 
-def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: int) -> None:
-    """The outputs of rows `index` int64 [b]: one message for what they weigh, and one for what is drawn."""
+def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: int) -> Tensor:
+    """The outputs of rows `index` int64 [b]: one message for what they weigh, and one for what is drawn. Returns the
+    keys of the sampled tokens, int64 [b, n]."""
     wire, shard = found.row.wire, found.row.shard.among(index)
     drawn, reports = drawn_of(found, index), out.mode == "processed"
     bits = None
@@ -68,7 +69,7 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
     if bits is not None and out.kept_bitmask is not None:
         put(out.kept_bitmask, index, _all_bits(wire, bits, start, out.kept_bitmask.shape[-1], lone))
     if not reports:
-        return
+        return keys
     put(out.logprobs, index, _probability(shard, drawn, lone, keys).log())
     if out.ranks is not None:
         put(out.ranks, index, wire.total(shard.above(value_of(keys))) + 1)
@@ -80,6 +81,7 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
         put(out.top_ids, index, torch.where(there, IDS - (top & IDS), -1))
         p = _probability(shard, drawn, lone, top)
         put(out.top_logprobs, index, torch.where(there, p.log(), -torch.inf))
+    return keys
 
 
 def drawn_of(found: Found, index: Tensor) -> Drawn:

@@ -246,7 +246,7 @@ void check_split(const fuzz::Input& in, const std::string& isa) {
   const split::Words drawn = ranks.draw_from_all(in.num_samples);
   for (int64_t r = 0; r < in.rows; ++r) {
     if (!keeps_all(ranks.params(r), in.vocab)) continue;
-    const int64_t* own = drawn.data() + r * (1 + in.num_samples);
+    const int64_t* own = drawn.data() + r * (1 + 2 * in.num_samples);
     check(own[0] == want.status[r], isa + ", split", "status of draws from all");
     for (int32_t j = 0; j < in.num_samples; ++j) {
       const bool good = own[1 + j] == want.tokens[r * in.num_samples + j];

@@ -182,7 +182,7 @@ struct Ranks {
     const Words told = gather(first, streams);
     const int64_t words = 1 + draws * kWordsOfDraw;
     const auto owned = on_each([&](int64_t q) { return ask(q, kOwned, q, words, told); });
-    return ask(0, kResolved, 0, 1 + draws, gather(owned, streams));
+    return ask(0, kResolved, 0, 1 + 2 * draws, gather(owned, streams));
   }
 };
 
