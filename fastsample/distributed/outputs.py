@@ -161,7 +161,12 @@ def pick(table: Tensor, at: Tensor, here: Tensor, other: float) -> Tensor:
     return torch.where(here, table.gather(1, at), other) if table.shape[1] else table.new_full(at.shape, other)
 
 
-def put(buffer: Tensor | None, index: Tensor, values: Tensor) -> None:
-    if buffer is not None:
-        rows = buffer.view(-1, *values.shape[1:]) if values.ndim > 1 else buffer.view(-1)
+def put(buffer: Tensor | None, index: Tensor | None, values: Tensor) -> None:
+    """Write the values of some rows, which `index` has in ascending order; None for all."""
+    if buffer is None:
+        return
+    rows = buffer.view(-1, *values.shape[1:]) if values.ndim > 1 else buffer.view(-1)
+    if index is None or len(index) == len(rows):
+        rows.copy_(values)
+    else:
         rows[index] = values.to(buffer.dtype)

@@ -132,6 +132,8 @@ class Raw(NamedTuple):
 
 def _first_keys(x: Tensor, ids: Tensor, count: int) -> Tensor:
     """int64 [B, count], the highest first; NO_KEY past the last token above -inf."""
+    if not count:
+        return torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     keys = torch.where(x > -torch.inf, key(x, ids), NO_KEY).topk(min(count, x.shape[1])).values
     return pad(keys, (0, count - keys.shape[1]), value=NO_KEY)
 
@@ -145,12 +147,11 @@ def _write(raw: Raw, out: Outputs) -> None:
             return (mass_of(kind, x, peak, torch.ones_like(peak)).double() / mass).log()
         return (x.double() - peak.double()) - (mass / 2.0**UNIT).log()
 
-    every = torch.arange(len(peak), device=peak.device)
-    put(out.logprobs, every, torch.where(sound, logprobs(raw.own), torch.nan))
-    put(out.ranks, every, torch.where(valid, raw.above + 1, 0))
+    put(out.logprobs, None, torch.where(sound, logprobs(raw.own), torch.nan))
+    put(out.ranks, None, torch.where(valid, raw.above + 1, 0))
     if out.num_top:
         top = raw.keys.topk(out.num_top).values
         there = (top >= LOWEST) & sound
-        put(out.top_ids, every, torch.where(there, IDS - (top & IDS), -1))
+        put(out.top_ids, None, torch.where(there, IDS - (top & IDS), -1))
         found = torch.where(there, logprobs(value(top >> 32)), -torch.inf)
-        put(out.top_logprobs, every, torch.where(sound, found, torch.nan))
+        put(out.top_logprobs, None, torch.where(sound, found, torch.nan))

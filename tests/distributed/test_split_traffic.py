@@ -211,7 +211,7 @@ SPREAD: dict[str, tuple[int, dict[str, Any]]] = {
     "temperature last": (5, {"top_p": 0.9, "temperature": 1.5, "order": "temperature_last"}),
     "ids": (5, {"top_p": 0.95, "kept": "ids"}),
     "ranks": (5, {"top_p": 0.95, "logprobs": "processed"}),
-    "raw": (6, {"top_p": 0.95, "logprobs": "raw"}),
+    "raw": (5, {"top_p": 0.95, "logprobs": "raw", "top_logprobs": 20}),
     "min-p first": (6, {"top_p": 0.95, "min_p": 0.02, "order": "min_p_first"}),
     "two searches": (8, {"top_k": 2000, "top_p": 0.9}),
 }
@@ -256,10 +256,15 @@ def test_a_wrong_guess_that_rows_are_flat_changes_no_token() -> None:
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.5}, {"num_samples": 3}, {"logprobs": "raw"}])
 def test_two_rounds_where_all_is_kept(how: dict[str, Any], logits: torch.Tensor) -> None:
     """A token and a mass; then the exact mass, and for each draw a place and four tokens with their ends. Raw
-    log-probabilities take two more."""
+    log-probabilities take one more, of a mass and a number, and a bit that says that nothing is edited."""
     raw = "logprobs" in how
-    expected = Traffic(2 + 2 * raw, 2 * 8 + 8 * (1 + 9 * how.get("num_samples", 1)) + raw * 4 * 8)
+    expected = Traffic(2 + raw, 2 * 8 + 8 * (1 + 9 * how.get("num_samples", 1)) + raw * 3 * 8)
     assert traffic(logits, **how) == expected
+
+
+@pytest.mark.parametrize("how", [{"top_logprobs": 3}, {"presence_penalty": 0.5, **IDS}], ids=["top", "edited"])
+def test_raw_logprobs_of_what_is_not_known_take_two_more(how: dict[str, Any]) -> None:
+    assert traffic(LM, logprobs="raw", **how).rounds == 4
 
 
 def test_a_wrong_guess_takes_two_rounds_more() -> None:
