@@ -32,6 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
     "epsilon 3e-4": {"epsilon_cutoff": 3e-4},
     "typical .9": {"typical_p": 0.9},
     "T = 1": {},
+    "T = 1, raw": {"logprobs": "raw"},
 }
 
 

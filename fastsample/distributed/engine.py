@@ -64,7 +64,7 @@ class Part:
 
     def words(self, rows: Rows, start: int, count: int, with_mass: bool, judges: bool) -> Tensor:
         """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted, and one
-        with whether its part is flat."""
+        with whether its part is valid and flat."""
         size = len(self.x)
         if not self.x.shape[1]:
             return pad(no_words(size, count, self.x.device), (0, with_mass + judges), value=int(judges))
@@ -74,15 +74,18 @@ class Part:
         else:
             words = list_first(self.engine, self.x, rows, start, count)
             words = torch.cat([words, self._is_flat(words)], 1) if judges else words
+        if judges and self.wrong is not None:
+            words[:, -1] *= self.wrong == 0
         return mark_invalid(words, self.wrong)
 
     def _is_flat(self, words: Tensor) -> Tensor:
-        """Whether the listed tokens are probably less than a share of this part's mass, int64 [B, 1]."""
+        """Whether a part is valid, and the listed tokens probably less than a share of its mass, int64 [B, 1]."""
         first, some = unpacked(words)[0], self.x[:, ::FEWER].float()
         peak, judged_at = first.amax(-1, keepdim=True), self.plan.judged_at.expand(len(words), 1)
-        peak = torch.where(peak.isfinite(), peak, 0)
+        valid = peak.isfinite()
+        peak = torch.where(valid, peak, 0)
         listed, sampled = (mass_of(self.kind, x.clamp(max=peak), peak, judged_at).sum(-1, True) for x in (first, some))
-        return (listed.double() < sampled.double() * FEWER * self.plan.share).to(torch.int64)
+        return (valid & (listed.double() < sampled.double() * FEWER * self.plan.share)).to(torch.int64)
 
 
 def _refuse_whole_rows(out: Outputs) -> None:

@@ -93,6 +93,19 @@ def test_raw_logits_that_only_processing_makes_valid(logprobs: str) -> None:
     assert_equal(everywhere(fd.sample, rows, **how), whole)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("how", [{"top_p": 0.95}, {"typical_p": 0.9}, {"top_k": 2000}], ids=str)
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
+def test_invalid_rows_among_flat_ones(wrong: float, how: dict[str, Any], backend: str) -> None:
+    """No part of such a row counts as flat; the last value is infinite once a bias is added."""
+    rows = torch.randn(3, 3000, generator=torch.Generator().manual_seed(1))
+    rows[1, slice(None) if wrong == -torch.inf else 1500] = wrong
+    how = {"seed": 1, "on_invalid": "flag", "bias": {1500: 3e38} if wrong == 3e38 else None, **how}
+    whole = fs.sample(rows, **how)
+    assert whole.status[1] > 0
+    assert_equal(everywhere(fd.sample, rows, cuts=(0, 1000, 2000, 3000), vocab=3000, backend=backend, **how), whole)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_raw_logprobs_where_one_rank_has_a_mask(mode: str) -> None:
     """What is listed is then of other logits, on every rank."""
