@@ -35,7 +35,7 @@ NAME = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 def build(folder: Path) -> None:
     compiler = os.environ.get("CXX") or "c++"
-    engine = [f"csrc/cpu/{name}.cc" for name in ("dispatch", "exchange", "pool")]
+    engine = [f"csrc/cpu/{name}.cc" for name in ("dispatch", "exchange", "pool", "search")]
     sources = ["csrc/bindings/cpu.cc", *engine, "tests/native/twin.cc"]
     includes = ["csrc", "tests/native", pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=gnu++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
