@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/on_device.h"
 #include "bindings/unlocked.h"
 #include "cuda/launch.h"
 
@@ -22,11 +23,6 @@ namespace fastsample {
 namespace {
 
 constexpr int kOldestArch = FASTSAMPLE_OLDEST_GPU;
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
@@ -46,43 +42,6 @@ Device query(int index) {
   d.largest_cluster = d.arch < 90 ? 1 : large ? kLargestCluster : kPortableCluster;
   return d;
 }
-
-// Whether a device has a context already, which making it current would create. Unknown counts as
-// no.
-bool has_context(int device) {
-  typedef int State(int device, unsigned* flags, int* active);  // cuDevicePrimaryCtxGetState
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult status;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found,
-                                                             12000, cudaEnableDefault, &status);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &status);
-#endif
-  unsigned flags = 0;
-  int active = 0;
-  return !error && found && !((State*)found)(device, &flags, &active) && active;
-}
-
-// Makes a device current, and the caller's again at the end if that creates nothing there.
-class OnDevice {
- public:
-  explicit OnDevice(int index) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    changed_ = before_ != index;
-    if (changed_) check(cudaSetDevice(index), "cudaSetDevice");
-  }
-  ~OnDevice() {
-    if (changed_ && has_context(before_)) (void)cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 // Lets this thread do what a capture forbids and what does not belong to it: load kernels, ask for
 // occupancies.
@@ -143,6 +102,7 @@ class Known {
     for (const Launches* launches : {&launches_float32, &launches_float16, &launches_bfloat16}) {
       check(launches->prepare(device_), "preparing the kernels");
     }
+    check(prepare_lists(), "preparing the lists");
   }
 
   const Device device_;

@@ -21,6 +21,8 @@ struct Launches {
 
 extern const Launches launches_float32, launches_float16, launches_bfloat16;
 
+// Loads the kernel of the next one on the current device.
+cudaError_t prepare_lists();
 cudaError_t list_kept(const Lists&, cudaStream_t);
 
 }  // namespace fastsample

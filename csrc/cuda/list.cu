@@ -4,6 +4,11 @@
 
 namespace fastsample {
 
+cudaError_t prepare_lists() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, list_kernel);
+}
+
 cudaError_t list_kept(const Lists& lists, cudaStream_t stream) {
   list_kernel<<<(unsigned)lists.rows, kThreads, kListShared, stream>>>(lists);
   return cudaGetLastError();
