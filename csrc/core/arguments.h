@@ -84,10 +84,10 @@ FASTSAMPLE_RECORD(PartArguments,   //
                   bitmask);        // int32 [B, ceil(V / 32)], of the part
 
 // What ranks make of each other's answers (cpu/search.h): of a search, before the bins;
-FASTSAMPLE_RECORD(SearchQuery,      //
-                  ranks,            //
-                  by, target,       // SearchBy
-                  per, mean);       // floats
+FASTSAMPLE_RECORD(SearchQuery,  //
+                  ranks,        //
+                  by, target,   // SearchBy
+                  per, mean);   // floats
 // of draws, before what each rank has.
 FASTSAMPLE_RECORD(DrawQuery, seed, offset, rank, ranks);
 
