@@ -8,7 +8,7 @@ import triton.language as tl
 from .keys import INT_MIN, from_key
 from .mass import mass_of, may_reach
 from .process import load_x
-from .versions import is_gfx9
+from .versions import backend, is_gfx9
 
 
 class Row(NamedTuple):
@@ -26,6 +26,28 @@ class Row(NamedTuple):
     end: tl.tensor
     part: tl.tensor  # this program's number among the row's
     parts: tl.tensor
+
+
+@triton.jit
+def renewed(row):
+    """The same row, in a loop over phases: no address in the record or the workspace is computed before that loop.
+
+    Each would take a register for all of the loop.
+    """
+    record, ws = unforeseen(row.record), unforeseen(row.ws)
+    sums, keys = unforeseen(row.chunk_sums), unforeseen(row.highest_keys)
+    return Row(row.x, row.vocab, record, ws, sums, keys, row.sem, row.chunks, row.begin, row.end, row.part, row.parts)
+
+
+@triton.jit
+def unforeseen(pointer):
+    """The same pointer, which the compiler cannot know ahead of this place."""
+    if backend() == "cuda":
+        address = pointer.to(tl.int64)
+        address = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [address], tl.int64, False, 1)
+        return address.to(pointer.dtype)
+    else:
+        return pointer
 
 
 @triton.jit
@@ -95,9 +117,13 @@ def find_chunk(row, sums, threshold, CHUNKS: tl.constexpr):
     index = tl.arange(0, CHUNKS)
     sums = tl.load(sums + index, mask=index < row.chunks, other=0)
     passed = tl.cumsum(sums, 0) <= threshold
-    found = sums_of_each((passed.to(tl.int64), tl.where(passed, sums, 0)), 1)
-    at = tl.arange(0, 2)
-    return tl.sum(tl.where(at == 0, found, 0)).to(tl.int32), tl.sum(tl.where(at == 1, found, 0))
+    return tl.reduce((passed.to(tl.int32), tl.where(passed, sums, 0)), 0, add_both)
+
+
+@triton.jit
+def add_both(count, total, one, more):
+    """The sums of two blocks in one reduction."""
+    return count + one, total + more
 
 
 @triton.jit

@@ -40,7 +40,7 @@ from .keys import INT_MAX, from_key, key_in
 from .mass import mass_of_peak, scales_of
 from .measured import narrow_by_measure, top_n_sigma, typical, xtc
 from .record import choice, param
-from .row import Row, meet, sum_of_chunks
+from .row import Row, meet, renewed, sum_of_chunks
 from .scan import best_of, is_filtered, scan, status_of
 from .stats import measure
 from .verify import settle
@@ -104,7 +104,7 @@ def filter_row(
         else:
             meet(row, SPLIT)
     for number in range(tl.maximum(first, choosing + 1), tl.minimum(last, weighing)):
-        phase = in_order(number, typical_first, ROUNDS)
+        phase, row = in_order(number, typical_first, ROUNDS), renewed(row)
         if (on >> phase) & 1 != 0:
             if (tl.full([], cutting_bits(ROUNDS), tl.int64) >> phase) & 1 != 0:
                 cut(row, phase, peak, scale, ROUNDS, SPLIT, CHUNKS, BLOCK)

@@ -59,8 +59,9 @@ def add_above(
         total = total + (tl.zeros([BLOCK // VEC], tl.int64 if weighted else tl.int32),)
     lowest = base.low.key if centred else tl.maximum(low, base.low.key) if weighted else low
     for chunk in range(row.begin, row.end):
+        highest = tl.load(row.highest_keys + chunk).to(tl.int32)
         # What lies below every pivot, or below the base set, adds nothing.
-        if tl.load(row.highest_keys + chunk) >= lowest:
+        if highest >= lowest:
             ids, value = load_chunk(row, chunk, BLOCK)
             key = key_of(value)
             if weighted:
@@ -70,17 +71,39 @@ def add_above(
                 weight = tl.full([BLOCK], 1, tl.int32)
             if centred:
                 key = -tl.abs(value - mean).to(tl.int32, bitcast=True)  # the order of the bits is that of the distance
-            # The digit, or more where a key is above this round's bracket: compared with constants, not with 16 pivots.
-            digit = (key.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)) >> shift.to(tl.uint32)
+            digit = digit_above(key, low, shift)
             weight = tl.where(key >= low, weight, 0)
             # The VEC neighbours that one thread loads are added without leaving it.
             digit, weight = tl.reshape(digit, [BLOCK // VEC, VEC]), tl.reshape(weight, [BLOCK // VEC, VEC])
-            more = ()
-            for j in tl.static_range(DIGITS):
-                more = more + (total[j] + tl.sum(tl.where(digit >= j, weight, 0), 1),)
-            total = more
+            if weighted:
+                # Each pivot in a branch of its own: what is added all at once takes more registers than there are for
+                # sm_120. Pivots above the chunk's highest key are left out; by distance from a mean, none is.
+                most = (row.chunks + DIGITS).to(tl.uint32) if centred else digit_above(highest, low, shift)
+                for j in tl.static_range(DIGITS):
+                    if most >= j:
+                        total = added(total, digit, weight, j, j + 1)
+            else:
+                total = added(total, digit, weight, 0, DIGITS)
     sums = selection + SUMS + turn * DIGITS + tl.arange(0, DIGITS)
     tl.atomic_add(sums, sums_of_each(total, BITS).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def digit_above(key, low, shift):
+    """The digit of keys from `low` on, more above the round's bracket: compared with constants, not with 16 pivots."""
+    return (key.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)) >> shift.to(tl.uint32)
+
+
+@triton.jit
+def added(total, digit, weight, BEGIN: tl.constexpr, END: tl.constexpr):
+    """The sums, with what reaches the pivots BEGIN to END - 1 added to theirs."""
+    more = ()
+    for j in tl.static_range(DIGITS):
+        if j >= BEGIN and j < END:
+            more = more + (total[j] + tl.sum(tl.where(digit >= j, weight, 0), 1),)
+        else:
+            more = more + (total[j],)
+    return more
 
 
 @triton.jit
