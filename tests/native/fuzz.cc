@@ -175,13 +175,11 @@ void check_found(const split::Ranks& ranks, const std::vector<float>& x,
     ++n;
   }
   std::vector<int64_t> masses(ranks.ranks), tokens(ranks.ranks);
-  size_t kept = 0;
   for (size_t i = 0; i < order.size(); ++i) {
     const int64_t key = key_of_place({x[order[i]], order[i]});
     const bool is_kept = key < found[0] && key >= found[1];
     check(is_kept == (i < n), isa + ", split", "the place that a search finds");
     if (!is_kept) continue;
-    ++kept;
     int64_t rank = 0;
     while (ranks.start(rank + 1) <= order[i]) ++rank;
     masses[rank] += (int64_t)mass[order[i]];
