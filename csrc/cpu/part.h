@@ -251,8 +251,8 @@ void answer_above(const PartRow<T>& p) {
   }
 }
 
-// details: fine bins in a unit of logits; which the tokens are wanted of, two pairs of a first bin
-// and the one after the last.
+// details: fine bins in a unit of logits; the bins whose tokens are wanted, as two pairs of a first
+// one and the one after the last.
 template <class T>
 void answer_within(const PartRow<T>& p) {
   const int64_t* given = p.details();

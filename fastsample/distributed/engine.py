@@ -196,11 +196,9 @@ class SplitEngine(Engine):
         raw = native and out.mode == "raw" and not is_edited(rows)
         lists, rows = self._exchange(part, rows, count, draws_from_all, judges, raw)
         invalid: int | None = OPEN
-        if lists.flat:
-            pass
-        elif draws_from_all:
+        if draws_from_all:
             invalid = self._draw_from_all(part, lists, rows, out)
-        elif native and not plan.open:
+        elif native and not plan.open and not lists.flat:
             invalid = self._finish_natively(part, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)

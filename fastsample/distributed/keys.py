@@ -90,7 +90,7 @@ def narrow_to_mass(kept: Kept, floor: Tensor) -> Kept:
 
 def words_of(x: Tensor, ids: Tensor) -> Tensor:
     """int64, given float32 x and ids of -1 where there is no token."""
-    found: Tensor = (x.view(torch.int32).to(torch.int64) << 32) | (ids & IDS)
+    found: Tensor = (bits_of(x) << 32) | (ids & IDS)
     return found
 
 
