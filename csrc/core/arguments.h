@@ -87,9 +87,19 @@ FASTSAMPLE_RECORD(PartArguments,   //
 FASTSAMPLE_RECORD(SearchQuery,  //
                   ranks,        //
                   by, target,   // SearchBy
-                  per, mean);   // floats
-// of draws, before what each rank has.
+                  mean);        // float
+// of draws, before what each rank has;
 FASTSAMPLE_RECORD(DrawQuery, seed, offset, rank, ranks);
+// and of a whole row (cpu/lists.h), before what is known of it.
+FASTSAMPLE_RECORD(ListedQuery,         //
+                  vocab, ranks, rank,  // rank: this one
+                  known,               // bits
+                  tokens, bins, told,  // words of each rank
+                  shares, keys,        //
+                  missing);            // ListedMissing, PartQuery, int64 [num_samples + 2 ranks]
+// What would tell more of a row: a PartQuestion, 0 where it is decided, or -1 where ranks must ask
+// in another way; of bins, which, and the most tokens that a rank has there.
+FASTSAMPLE_RECORD(ListedMissing, question, begin, in, out, end, most);
 
 #undef FASTSAMPLE_RECORD
 
@@ -104,7 +114,9 @@ constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(
                                        {"PART_FIELDS", kPartArguments},
                                        {"PART_QUERY_FIELDS", kPartQuery},
                                        {"SEARCH_QUERY_FIELDS", kSearchQuery},
-                                       {"DRAW_QUERY_FIELDS", kDrawQuery}};
+                                       {"DRAW_QUERY_FIELDS", kDrawQuery},
+                                       {"LISTED_QUERY_FIELDS", kListedQuery},
+                                       {"LISTED_MISSING_FIELDS", kListedMissing}};
 #undef FASTSAMPLE_NAME
 
 // What every call passes anew.

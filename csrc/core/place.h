@@ -30,6 +30,12 @@ FS_HD float float_of(int64_t bits) {
   return x;
 }
 
+FS_HD int64_t bits_of(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 // A token: the bits of its logit above its id, -1 where there is none.
 FS_HD Place<float> token_of_word(int64_t word) {
   return {float_of(word >> 32), (int32_t)(uint32_t)word};

@@ -1,121 +1,14 @@
 // Rows that are split over ranks, of which each has listed its first tokens: all filters and the
-// draw, as far as the lists, and sums of the whole row, tell.
+// draw, as far as the lists, and what ranks tell besides, decide them.
 #pragma once
 
-#include "core/place.h"
-#include "cpu/filters.h"
+#include "cpu/lists.h"
 
 namespace fastsample {
 namespace {
 
-// Not a status of the row: it takes more than its lists to decide what is kept.
+// Not a status of the row: ranks must tell more to decide it.
 constexpr Status kUndecided = (Status)-1;
-
-// A row of input kListed, 64-bit words: vocab, ranks, whether sums are given; the sums that kSums
-// of cpu/part.h answers, of the whole row; each rank's list. A token is the bits of its logit above
-// its id, which is kLastId past the list's end. A row that is invalid has a NaN or +inf in it.
-struct ListedRow {
-  static constexpr int kHeader = 3, kSumWords = 9;
-
-  const int64_t* words;
-  int64_t ranks, length;  // tokens of each list
-
-  ListedRow(const Batch& batch, int64_t r)
-      : words((const int64_t*)((const float*)batch.logits.data + r * batch.logits.stride)),
-        ranks(words[1]),
-        length((batch.logits.vocab / 2 - kHeader - kSumWords) / ranks) {}
-
-  FS_MEMBER int32_t vocab() const { return (int32_t)words[0]; }
-  FS_MEMBER bool has_sums() const { return words[2]; }
-  FS_MEMBER uint64_t sum(int i) const { return (uint64_t)words[kHeader + i]; }
-  FS_MEMBER const int64_t* list(int64_t rank) const {
-    return words + kHeader + kSumWords + rank * length;
-  }
-  FS_MEMBER int64_t tokens() const { return ranks * length; }
-
-  DepthSums of(const Depths&) const { return {sum(0), sum(1), sum(2)}; }
-  SquareSums of(const Squares&) const { return {sum(0), sum(3), sum(4), sum(5)}; }
-  SpreadSums spread() const { return {sum(6), sum(7), sum(8)}; }
-};
-
-// The key down to which every rank has listed all of its tokens: the highest of the last ones of
-// full lists. The lowest key of all where no list is full.
-int64_t edge_of(const ListedRow& row) {
-  int64_t edge = kNoKey;
-  for (int64_t rank = 0; rank < row.ranks; ++rank) {
-    const int64_t* list = row.list(rank);
-    int64_t last = kHighestKey;
-    bool full = true;
-    for (int64_t i = 0; i < row.length; ++i) {
-      const Place<float> token = token_of_word(list[i]);
-      full &= token.id >= 0;
-      const int64_t key = key_of_place(token);
-      last = key < last ? key : last;
-    }
-    if (full && last > edge) edge = last;
-  }
-  return edge;
-}
-
-// The first tokens of the whole row's rank order, in id order, and what is wrong with the row.
-struct Prefix {
-  List list;
-  Peak peak;
-  bool complete;      // whether that is all of the row
-  Place<float> last;  // where it ends, unless it is
-};
-
-Prefix take_prefix(const ListedRow& row, const Workspace& ws) {
-  const int64_t edge = edge_of(row);
-  Prefix p = {{}, {-INFINITY, kValid, -INFINITY}, edge == kNoKey, place_of_key(edge)};
-  bool sound = true;
-  int n = 0;
-  for (int64_t i = 0; i < row.tokens(); ++i) {
-    const Place<float> token = token_of_word(row.list(0)[i]);
-    sound &= token.x == token.x;
-    p.peak.max = token.x > p.peak.max ? token.x : p.peak.max;
-    if (token.id < 0 || key_of_place(token) < edge) continue;
-    ws.list_x[n] = token.x;
-    ws.list_id[n++] = token.id;
-  }
-  p.peak.status = status_of(p.peak.max, !sound);
-  p.list = list_of(ws.list_x, ws.list_id, n);
-  return p;
-}
-
-// The base set of filters, as `Base`, where it is a prefix of the row. What it cannot tell makes
-// the row undecided; whatever is then kept means nothing.
-struct ListedBase {
-  typedef LogitWeigher Weigher;
-
-  const Task<float, LogitWeigher>& task;
-  const ListedRow& row;
-  const Prefix& prefix;
-  LogitWeigher judge = task.weigher.judge();
-  List list = prefix.list;
-  uint64_t beyond = bound_beyond();  // more than what any other token weighs
-  bool decided = true;
-
-  // Whether the list holds all of a set.
-  FS_MEMBER bool holds(const Kept<float>& kept) const {
-    return prefix.complete || kept.floor > beyond || !ranks_before(prefix.last, kept.low);
-  }
-  // Notes that a set has to be all on the list.
-  FS_MEMBER void require(bool known) { decided &= known; }
-  FS_MEMBER bool sums_of(const Kept<float>& kept) {
-    const bool whole = bounds_of(kept) == kUnbounded && !kept.floor && row.has_sums();
-    require(holds(kept) || whole);
-    return whole;
-  }
-
- private:
-  // Masses rise with the logit but for their last bits.
-  FS_MEMBER uint64_t bound_beyond() const {
-    if (prefix.complete) return 0;
-    const uint64_t mass = judge.mass(prefix.last.x);
-    return mass + (mass >> 18) + 2;
-  }
-};
 
 uint64_t weigh(ListedBase& base, const Kept<float>& kept, const RowParams&) {
   if (base.sums_of(kept)) return base.row.sum(0);
@@ -149,7 +42,11 @@ Place<float> last_at(const List& list, float x) {
 
 Kept<float> top_k(ListedBase& base, Kept<float> kept, const RowParams& p) {
   if (!uses_top_k(p, base.row.vocab())) return kept;
-  base.require(base.prefix.complete || base.list.n >= p.top_k);
+  if (!base.prefix.complete && base.list.n < p.top_k) {
+    Place<float> low = search(base, everything(), kByNumber, (uint64_t)p.top_k).low;
+    if (p.ties == kTiesAll) low.id = INT32_MAX;
+    return narrow_above(kept, low);
+  }
   const Head head = take_head(base.list, p.top_k, p.ties, base.task.ws);
   base.list = head.list;
   const bool ends = p.ties == kTiesFirst && head.low.x > -FLT_MAX;
@@ -167,8 +64,8 @@ Kept<float> top_p(ListedBase& base, Kept<float> kept, const RowParams& p) {
   const Boundary edge =
       narrow(weight, copy(base.list.x, base.list.n, ws.values), 0, target, ws.values, true);
   if (reached(weight, edge) < target) {
-    base.require(false);
-    return kept;
+    base.require(!base.prefix.complete);
+    return search(base, kept, kByMass, target);
   }
   // Tokens that equal the last of the list need not be on it.
   const uint64_t m = ties_needed(weight, edge, target);
@@ -184,13 +81,17 @@ Kept<float> typical(ListedBase& base, Kept<float> kept, const RowParams& p) {
   const Workspace& ws = base.task.ws;
   const DepthSums sums = measure(base, kept, p, Depths{base.judge});
   const uint64_t target = top_p_target(p.typical_p, sums.mass);
-  base.require(weigh_groups(base.list, kept, base.judge, ws) >= target);
   if (!base.decided) return kept;
   const float mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
+  if (weigh_groups(base.list, kept, base.judge, ws) < target) {
+    return search(base, kept, kByDistance, target, mean);
+  }
   const Weighing weight(base.judge, kept.floor);
   const float limit = typical_limit(base.list, kept, weight, mean, target, ws);
   const float high = highest_near(mean, limit), low = -highest_near(-mean, limit);
-  base.require(base.holds(kept) || low > base.prefix.last.x);
+  if (!base.holds(kept) && low <= base.prefix.last.x) {
+    return search(base, kept, kByDistance, target, mean);
+  }
   if (high < base.judge.max) kept = narrow_below(kept, Place<float>{high, -1});
   return narrow_above(kept, Place<float>{low, INT32_MAX});
 }
@@ -236,6 +137,48 @@ void write_ranks(const Batch& batch, int64_t r, Draws draws, const ListedRow& ro
   }
 }
 
+// The mass that each rank has of what draws are from; null where that is not known.
+const int64_t* shares_of(const ListedBase& base, Kept<float> kept) {
+  if (base.row.knows(kKnowsShares)) return base.row.shares;
+  if (!base.searched || base.task.weigher.judges_apart()) return nullptr;
+  // A floor that all tokens pass changes nothing. Masses rise with the logit but for their last
+  // bits.
+  const uint64_t lightest = base.judge.mass(kept.low.x);
+  if (kept.floor + (lightest >> 18) + 2 <= lightest) kept.floor = base.found.floor;
+  return equal(kept, base.found) ? base.missing.masses() : nullptr;
+}
+
+// The draws from a set of which not all tokens are listed.
+void draw_from_ranks(ListedBase& base, const Kept<float>& kept) {
+  const Outputs& out = base.task.batch.out;
+  const ListedRow& row = base.row;
+  const int32_t n = out.num_samples;
+  if (row.knows(kKnowsKeys)) {
+    for (int32_t j = 0; j < n; ++j) {
+      int64_t key = kNoKey;
+      for (int64_t rank = 0; rank < row.head.ranks; ++rank) {
+        const int64_t own = row.keys[rank * n + j];
+        key = own > key ? own : key;
+      }
+      out.tokens[base.task.r * n + j] = place_of_key(key).id;
+    }
+    return;
+  }
+  const int64_t* shares = shares_of(base, kept);
+  if (!shares) {
+    base.require(kept.high.x == INFINITY);  // otherwise no token of it may weigh anything
+    if (base.decided) base.miss(kTotals, kept);
+    return;
+  }
+  const Stream stream = stream_of(base.task.batch, base.task.r);
+  const DrawQuery query = {(int64_t)stream.seed, (int64_t)stream.offset, row.head.rank,
+                           row.head.ranks};
+  for (int32_t j = 0; j < n; ++j) {
+    base.missing.thresholds()[j] = own_threshold(query, shares, 1, j);
+  }
+  base.miss(kDraws, kept);
+}
+
 // Stages 7 and 8 of a row that is not greedy.
 bool decide(const Task<float, LogitWeigher>& t, const ListedRow& row, const Prefix& prefix,
             const RowParams& p, float* log_kept_mass) {
@@ -247,6 +190,10 @@ bool decide(const Task<float, LogitWeigher>& t, const ListedRow& row, const Pref
     top = kNoTopChoices;
   }
   if (log_kept_mass) base.require(row.has_sums() && !t.weigher.judges_apart());
+  if (base.decided && base.missing.asked() && !top.probability && !base.holds(kept)) {
+    draw_from_ranks(base, kept);
+    return base.decided;
+  }
   base.require(base.holds(kept));
   if (!base.decided) return false;
   const uint64_t total = weigh_groups(base.list, kept, t.weigher, t.ws);
@@ -265,6 +212,8 @@ Status sample_listed(const Batch& given, int64_t r, Draws draws, const Workspace
   Workspace ws = workspace;
   ws.table[0].ends = nullptr;  // a table would look for logits in the row
   const Prefix prefix = take_prefix(row, ws);
+  const Missing missing = {row, given.out.num_samples};
+  missing.note(0);
   if (prefix.peak.status != kValid) {
     write_invalid(given.out, r, draws, row.vocab());
     return prefix.peak.status;
@@ -283,8 +232,10 @@ Status sample_listed(const Batch& given, int64_t r, Draws draws, const Workspace
   if (is_greedy(p)) {
     if (mass) *mass = 0;
     finish_alone(task, first_of(prefix.list, everything(), weigher));
-  } else if (!decide(task, row, prefix, p, mass)) {
-    return kUndecided;
+  } else {
+    missing.note(kUnasked);
+    if (!decide(task, row, prefix, p, mass)) return kUndecided;
+    missing.note(0);
   }
   if (given.out.ranks && given.out.mode == kProcessedLogprobs) write_ranks(given, r, draws, row);
   return kValid;

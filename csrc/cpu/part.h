@@ -96,6 +96,8 @@ void answer_first(PartRow<T> p, Peak peak) {
 struct Binning {
   float peak, per;
 
+  explicit Binning(const LogitWeigher& judge) : peak(judge.max), per(judge.scale * kBinsOfOctave) {}
+
   FS_MEMBER vf place(vf x) const {
     constexpr float kEdge = kFineBins, kLast = kBins - 1;
     const vf fine = (splat(peak) - x) * splat(per);
@@ -105,11 +107,12 @@ struct Binning {
   }
 };
 
-// BinMass [kBins]. details: fine bins in a unit of logits.
+// BinMass [kBins].
 template <class T>
 void write_bins(const PartRow<T>& p, int64_t* to) {
-  const Binning binning = {p.weigher.max, float_of(p.details()[0])};
-  const Weighing weight(p.weigher.judge(), p.kept.floor);
+  const LogitWeigher judge = p.weigher.judge();
+  const Binning binning(judge);
+  const Weighing weight(judge, p.kept.floor);
   BinMass found[kBins + 1] = {};  // the last is for tokens that are not kept
   float buffer[kBlock];
   uint64_t mass[kBlock];
@@ -122,8 +125,11 @@ void write_bins(const PartRow<T>& p, int64_t* to) {
       const Mask kept = ranks_within(p.kept, load(x + i), ids(p.dense, b, i));
       store(bin + i, truncate(select(kept, binning.place(load(x + i)), splat((float)kBins))));
     }
+    if (p.kept.floor) {
+      for (int i = 0; i < kBlock; ++i) bin[i] = mass[i] ? bin[i] : kBins;
+    }
     for (int i = 0; i < kBlock; ++i) {
-      BinMass& own = found[p.kept.floor && !mass[i] ? kBins : bin[i]];
+      BinMass& own = found[bin[i]];
       own.mass += mass[i];
       ++own.tokens;
     }
@@ -251,15 +257,15 @@ void answer_above(const PartRow<T>& p) {
   }
 }
 
-// details: fine bins in a unit of logits; the bins whose tokens are wanted, as two pairs of a first
-// one and the one after the last.
+// details: the bins whose tokens are wanted, as two pairs of a first one and the one after the
+// last.
 template <class T>
 void answer_within(const PartRow<T>& p) {
   const int64_t* given = p.details();
-  const Binning binning = {p.weigher.max, float_of(given[0])};
   const LogitWeigher judge = p.weigher.judge();
-  const vf bounds[4] = {splat((float)given[1]), splat((float)given[2]), splat((float)given[3]),
-                        splat((float)given[4])};
+  const Binning binning(judge);
+  const vf bounds[4] = {splat((float)given[0]), splat((float)given[1]), splat((float)given[2]),
+                        splat((float)given[3])};
   int64_t* to = p.answers();
   int64_t n = 0;
   float buffer[kBlock];

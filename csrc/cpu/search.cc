@@ -14,67 +14,44 @@
 namespace fastsample {
 namespace {
 
-// Bins begin to in - 1 and out to end - 1 are uncertain. Those in between are on the near side.
-struct Uncertain {
-  int64_t begin, in, out, end;
+const BinMass* of_rank(const PlaceSearch& s, int64_t rank) { return s.bins + rank * kBins; }
 
-  bool holds(int64_t bin) const { return (bin >= begin && bin < in) || (bin >= out && bin < end); }
-};
+uint64_t weight(const PlaceSearch& s, uint64_t mass, uint64_t tokens) {
+  return s.by == kByNumber ? tokens : mass;
+}
 
-struct Search {
-  const PartArguments& ask;
-  const PartQuery& row;
-  const SearchQuery& query;
-  const BinMass* bins;   // [ranks, kBins]
-  const int64_t* words;  // [ranks, words_of_rank()]
-
-  Search(const PartArguments& ask, int64_t r)
-      : ask(ask),
-        row(((const PartQuery*)ask.queries)[r]),
-        query(*(const SearchQuery*)((const int64_t*)ask.details + r * ask.count)),
-        bins((const BinMass*)(&query + 1)),
-        words((const int64_t*)(bins + query.ranks * kBins)) {}
-
-  int64_t words_of_rank() const {
-    const int64_t used = words - (const int64_t*)&query;
-    return (ask.count - used) / query.ranks;
+// The weight of each bin on all ranks.
+std::vector<uint64_t> weights_of(const PlaceSearch& s) {
+  std::vector<uint64_t> sums(kBins);
+  for (int64_t rank = 0; rank < s.ranks; ++rank) {
+    const BinMass* own = of_rank(s, rank);
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += weight(s, own[i].mass, own[i].tokens);
   }
-  const BinMass* of_rank(int64_t rank) const { return bins + rank * kBins; }
-  uint64_t target() const { return (uint64_t)query.target; }
-  float mean() const { return float_of(query.mean); }
-  uint64_t weight(uint64_t mass, uint64_t tokens) const {
-    return query.by == kByNumber ? tokens : mass;
-  }
+  return sums;
+}
 
-  // The weight of each bin on all ranks.
-  std::vector<uint64_t> weights() const {
-    std::vector<uint64_t> sums(kBins);
-    for (int64_t rank = 0; rank < query.ranks; ++rank) {
-      const BinMass* own = of_rank(rank);
-      for (size_t i = 0; i < sums.size(); ++i) sums[i] += weight(own[i].mass, own[i].tokens);
-    }
-    return sums;
-  }
-};
+bool holds(const Uncertain& u, int64_t bin) {
+  return (bin >= u.begin && bin < u.in) || (bin >= u.out && bin < u.end);
+}
 
 // In rank order: the bin in which the target is reached; none where it is not.
-Uncertain uncertain_in_order(const Search& s, const std::vector<uint64_t>& weights) {
+Uncertain uncertain_in_order(const PlaceSearch& s, const std::vector<uint64_t>& weights) {
   uint64_t running = 0;
   int64_t bin = 0;
-  while (bin < kBins && running + weights[(size_t)bin] < s.target()) {
+  while (bin < kBins && running + weights[(size_t)bin] < s.target) {
     running += weights[(size_t)bin++];
   }
-  return {0, 0, bin, std::min<int64_t>(bin + 1, kBins)};
+  return {0, 0, bin, std::min<int64_t>(bin + 1, kBins), 0};
 }
 
 // How far the tokens of bins are from a mean, at least and at most, outward from the bin that it is
 // in. Bounds are wide enough for the roundings of a place, of a distance and of these.
 class Distances {
  public:
-  explicit Distances(const Search& s)
-      : peak_(float_of(s.row.peak)),
-        width_(std::min(1 / (double)float_of(s.query.per), kWidest)),
-        mean_(s.mean()),
+  explicit Distances(const PlaceSearch& s)
+      : peak_(s.peak),
+        width_(std::min(1 / ((double)s.scale * kBinsOfOctave), kWidest)),
+        mean_(s.mean),
         least_(kBins),
         most_(kBins) {
     const double at = (peak_ - mean_) / width_;
@@ -128,12 +105,12 @@ double reaching(const std::vector<uint64_t>& weights, int64_t middle, uint64_t t
 
 // Outward from a mean: what is nearer than the least that the limit may be is on the near side, and
 // what is further than the most that it may be is not.
-Uncertain uncertain_about_mean(const Search& s, const std::vector<uint64_t>& weights) {
+Uncertain uncertain_about_mean(const PlaceSearch& s, const std::vector<uint64_t>& weights) {
   const Distances d(s);
   const int64_t middle = d.middle();
-  const double least = reaching(weights, middle, s.target(), [&](int64_t i) { return d.least(i); });
-  const double most = reaching(weights, middle, s.target(), [&](int64_t i) { return d.most(i); });
-  Uncertain u = {middle + 1, middle + 1, middle + 1, middle + 1};
+  const double least = reaching(weights, middle, s.target, [&](int64_t i) { return d.least(i); });
+  const double most = reaching(weights, middle, s.target, [&](int64_t i) { return d.most(i); });
+  Uncertain u = {middle + 1, middle + 1, middle + 1, middle + 1, 0};
   while (u.in > 0 && d.most(u.in - 1) < least) --u.in;
   if (u.in <= middle) {
     while (u.out < kBins && d.most(u.out) < least) ++u.out;
@@ -145,24 +122,9 @@ Uncertain uncertain_about_mean(const Search& s, const std::vector<uint64_t>& wei
   return u;
 }
 
-Uncertain uncertain_of(const Search& s) {
-  const std::vector<uint64_t> weights = s.weights();
-  return s.query.by == kByDistance ? uncertain_about_mean(s, weights)
-                                   : uncertain_in_order(s, weights);
-}
-
-void answer_uncertain(const Search& s, int64_t* to) {
-  const Uncertain u = uncertain_of(s);
-  int64_t most = 0;
-  for (int64_t rank = 0; rank < s.query.ranks; ++rank) {
-    int64_t tokens = 0;
-    for (int64_t i = u.begin; i < u.end; ++i) {
-      if (u.holds(i)) tokens += (int64_t)s.of_rank(rank)[i].tokens;
-    }
-    most = std::max(most, tokens);
-  }
-  const int64_t answers[] = {u.begin, u.in, u.out, u.end, most};
-  std::copy(std::begin(answers), std::end(answers), to);
+Uncertain bins_of(const PlaceSearch& s) {
+  const std::vector<uint64_t> weights = weights_of(s);
+  return s.by == kByDistance ? uncertain_about_mean(s, weights) : uncertain_in_order(s, weights);
 }
 
 struct Candidate {
@@ -172,59 +134,37 @@ struct Candidate {
   uint64_t mass;
 };
 
-std::vector<Candidate> candidates_of(const Search& s) {
+std::vector<Candidate> candidates_of(const PlaceSearch& s) {
   std::vector<Candidate> found;
-  const int64_t n = s.words_of_rank();
-  const float peak = float_of(s.row.peak), scale = float_of(s.row.judged_scale);
-  for (int64_t i = 0; i < s.query.ranks * n; ++i) {
+  const int64_t n = s.words_of_rank;
+  for (int64_t i = 0; i < s.ranks * n; ++i) {
     const Place<float> token = token_of_word(s.words[i]);
     if (token.id < 0) continue;
-    found.push_back({i / n, token, fabsf(token.x - s.mean()), mass_of(token.x, peak, scale)});
+    const uint64_t mass = mass_of(token.x, s.peak, s.scale);
+    found.push_back({i / n, token, fabsf(token.x - s.mean), mass});
   }
-  const bool by_distance = s.query.by == kByDistance;
+  const bool by_distance = s.by == kByDistance;
   std::sort(found.begin(), found.end(), [&](const Candidate& a, const Candidate& b) {
     return by_distance ? a.distance < b.distance : ranks_before(a.token, b.token);
   });
   return found;
 }
 
-// What is on the near side: tokens of `bins`, and the first of the candidates.
-void answer_bounds(const Search& s, int64_t* to) {
-  constexpr int64_t kLowest = -(int64_t)0x7F7FFFFF * ((int64_t)1 << 32);
-  const int64_t ranks = s.query.ranks;
-  const Uncertain u = uncertain_of(s);
-  int64_t* const masses = to + 2;
-  int64_t* const tokens = masses + ranks;
-  uint64_t running = 0;
-  for (int64_t rank = 0; rank < ranks; ++rank) {
-    masses[rank] = tokens[rank] = 0;
-    for (int64_t i = u.in; i < u.out; ++i) {
-      masses[rank] += (int64_t)s.of_rank(rank)[i].mass;
-      tokens[rank] += (int64_t)s.of_rank(rank)[i].tokens;
-    }
-    running += s.weight((uint64_t)masses[rank], (uint64_t)tokens[rank]);
-  }
-  to[0] = kHighestKey;
-  to[1] = kLowest;
-  const bool by_distance = s.query.by == kByDistance;
-  const std::vector<Candidate> found = candidates_of(s);
-  const Candidate* last = nullptr;
-  for (const Candidate& c : found) {
-    const bool ties = by_distance && last && c.distance == last->distance;
-    if (running >= s.target() && !ties) break;
-    running += s.weight(c.mass, 1);
-    masses[c.rank] += (int64_t)c.mass;
-    tokens[c.rank] += 1;
-    last = &c;
-  }
-  if (!last || running < s.target()) return;
-  if (!by_distance) {
-    to[1] = key_of_place(last->token);
-    return;
-  }
-  const float high = highest_near(s.mean(), last->distance);
-  if (high < float_of(s.row.peak)) to[0] = key_of_place({high, -1});
-  to[1] = key_of_place({-highest_near(-s.mean(), last->distance), INT32_MAX});
+PlaceSearch search_of(const PartArguments& ask, int64_t r) {
+  const PartQuery& row = ((const PartQuery*)ask.queries)[r];
+  const int64_t* details = (const int64_t*)ask.details + r * ask.count;
+  const SearchQuery& q = *(const SearchQuery*)details;
+  const int64_t* bins = (const int64_t*)(&q + 1);
+  const int64_t* words = bins + q.ranks * kBins * (int64_t)(sizeof(BinMass) / sizeof *bins);
+  return {float_of(row.peak),
+          float_of(row.judged_scale),
+          q.ranks,
+          q.by,
+          (uint64_t)q.target,
+          float_of(q.mean),
+          (const BinMass*)bins,
+          words,
+          (details + ask.count - words) / q.ranks};
 }
 
 void answer_thresholds(const PartArguments& ask, int64_t r, int64_t* to) {
@@ -234,33 +174,89 @@ void answer_thresholds(const PartArguments& ask, int64_t r, int64_t* to) {
   const int64_t n = ask.words / 2;
   const float coin = row.top == kHighestKey ? 0.0f : float_of(row.coin);
   for (int64_t j = 0; j < n; ++j) {
-    const uint64_t seed = (uint64_t)q.seed, offset = (uint64_t)q.offset;
-    const bool leaves = coin > 0 && xtc_excludes(seed, offset, (uint32_t)j, coin);
-    uint64_t total = 0, before = 0;
-    for (int64_t rank = 0; rank < q.ranks; ++rank) {
-      before += rank < q.rank ? (uint64_t)shares[2 * rank + leaves] : 0;
-      total += (uint64_t)shares[2 * rank + leaves];
-    }
-    const uint64_t own = (uint64_t)shares[2 * q.rank + leaves];
-    const uint64_t place = draw_threshold(seed, offset, (uint32_t)j, total) - before;
-    to[j] = place >= own ? -1 : leaves ? -2 - (int64_t)place : (int64_t)place;
+    const bool leaves =
+        coin > 0 && xtc_excludes((uint64_t)q.seed, (uint64_t)q.offset, (uint32_t)j, coin);
+    const int64_t place = own_threshold(q, shares + leaves, 2, j);
+    to[j] = leaves && place >= 0 ? -2 - place : place;
     to[n + j] = leaves;
   }
 }
 
 }  // namespace
 
-void search(const PartArguments& ask, int64_t rows) {
+Uncertain uncertain_of(const PlaceSearch& s) {
   const platform::FloatEnvironment environment;
+  Uncertain u = bins_of(s);
+  for (int64_t rank = 0; rank < s.ranks; ++rank) {
+    int64_t tokens = 0;
+    for (int64_t i = u.begin; i < u.end; ++i) {
+      if (holds(u, i)) tokens += (int64_t)of_rank(s, rank)[i].tokens;
+    }
+    u.most = std::max(u.most, tokens);
+  }
+  return u;
+}
+
+// Bins on the near side, and the first of the candidates.
+NearSide near_side(const PlaceSearch& s, int64_t* masses, int64_t* tokens) {
+  const platform::FloatEnvironment environment;
+  constexpr int64_t kLowest = -(int64_t)0x7F7FFFFF * ((int64_t)1 << 32);
+  const Uncertain u = bins_of(s);
+  uint64_t running = 0;
+  for (int64_t rank = 0; rank < s.ranks; ++rank) {
+    masses[rank] = tokens[rank] = 0;
+    for (int64_t i = u.in; i < u.out; ++i) {
+      masses[rank] += (int64_t)of_rank(s, rank)[i].mass;
+      tokens[rank] += (int64_t)of_rank(s, rank)[i].tokens;
+    }
+    running += weight(s, (uint64_t)masses[rank], (uint64_t)tokens[rank]);
+  }
+  const bool by_distance = s.by == kByDistance;
+  const std::vector<Candidate> found = candidates_of(s);
+  const Candidate* last = nullptr;
+  for (const Candidate& c : found) {
+    const bool ties = by_distance && last && c.distance == last->distance;
+    if (running >= s.target && !ties) break;
+    running += weight(s, c.mass, 1);
+    masses[c.rank] += (int64_t)c.mass;
+    tokens[c.rank] += 1;
+    last = &c;
+  }
+  if (!last || running < s.target) return {kHighestKey, kLowest};
+  if (!by_distance) return {kHighestKey, key_of_place(last->token)};
+  const float high = highest_near(s.mean, last->distance);
+  const int64_t low = key_of_place({-highest_near(-s.mean, last->distance), INT32_MAX});
+  return {high < s.peak ? key_of_place({high, -1}) : kHighestKey, low};
+}
+
+int64_t own_threshold(const DrawQuery& q, const int64_t* shares, int64_t stride, int64_t draw) {
+  uint64_t total = 0, before = 0;
+  for (int64_t rank = 0; rank < q.ranks; ++rank) {
+    before += rank < q.rank ? (uint64_t)shares[rank * stride] : 0;
+    total += (uint64_t)shares[rank * stride];
+  }
+  const uint64_t place =
+      draw_threshold((uint64_t)q.seed, (uint64_t)q.offset, (uint32_t)draw, total) - before;
+  return place < (uint64_t)shares[q.rank * stride] ? (int64_t)place : -1;
+}
+
+void search(const PartArguments& ask, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t* to = (int64_t*)ask.answers + r * ask.words;
     switch ((SearchQuestion)ask.question) {
-      case kUncertain:
-        answer_uncertain(Search(ask, r), to);
+      case kUncertain: {
+        const Uncertain u = uncertain_of(search_of(ask, r));
+        const int64_t answers[] = {u.begin, u.in, u.out, u.end, u.most};
+        std::copy(std::begin(answers), std::end(answers), to);
         break;
-      case kBounds:
-        answer_bounds(Search(ask, r), to);
+      }
+      case kNearSide: {
+        const PlaceSearch s = search_of(ask, r);
+        const NearSide near = near_side(s, to + 2, to + 2 + s.ranks);
+        to[0] = near.high;
+        to[1] = near.low;
         break;
+      }
       case kThresholds:
         answer_thresholds(ask, r, to);
         break;

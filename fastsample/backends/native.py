@@ -33,9 +33,11 @@ REPORT_FIELDS = ("bytes", *REPORTED, "kept_row_ptr")
 DRAFT_FIELDS = ("ids", "count", "num_accepted", "draft_status", "arrivals")
 PART_FIELDS = ("queries", "start", "question", "wants", "count", "details", "answers", "words", "bitmask")
 PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "judged_scale", "total", "rest")
-SEARCH_QUERY_FIELDS = ("ranks", "by", "target", "per", "mean")
+SEARCH_QUERY_FIELDS = ("ranks", "by", "target", "mean")
 DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
-"""The last four are of rows that are split over ranks (fastsample/distributed/native.py)."""
+LISTED_QUERY_FIELDS = ("vocab", "ranks", "rank", "known", "tokens", "bins", "told", "shares", "keys", "missing")
+LISTED_MISSING_FIELDS = ("question", "begin", "in", "out", "end", "most")
+"""The last six are of rows that are split over ranks (fastsample/distributed/native.py)."""
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -60,6 +62,8 @@ def mismatch(module: Any) -> str | None:
         ("arguments", "PART_QUERY_FIELDS", PART_QUERY_FIELDS),
         ("arguments", "SEARCH_QUERY_FIELDS", SEARCH_QUERY_FIELDS),
         ("arguments", "DRAW_QUERY_FIELDS", DRAW_QUERY_FIELDS),
+        ("arguments", "LISTED_QUERY_FIELDS", LISTED_QUERY_FIELDS),
+        ("arguments", "LISTED_MISSING_FIELDS", LISTED_MISSING_FIELDS),
     ):
         if (theirs := getattr(module, record, None)) != ours:
             return f"was built for other {kind}: {theirs}, not {ours}"

@@ -12,16 +12,16 @@ from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.filters import filters, xtc
 from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words, value_of
+from fastsample.distributed.listed import UNDECIDED, ListedRows
 from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.native import (
-    UNDECIDED,
+    BINS_OF,
     UNRESOLVED,
     NativeShard,
     first_words,
     owned,
     resolved,
-    run_lists,
     streams_of,
     whole_sums,
 )
@@ -30,7 +30,7 @@ from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
 from fastsample.distributed.raw import RawPart, listed_logits, write_raw, write_raw_listed
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
-from fastsample.distributed.shard import Shard, mass_of
+from fastsample.distributed.shard import SUM_WORDS, Shard, mass_of
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
@@ -198,7 +198,7 @@ class SplitEngine(Engine):
         invalid: int | None = OPEN
         if draws_from_all:
             invalid = self._draw_from_all(part, lists, rows, out)
-        elif native and not plan.open and not lists.flat:
+        elif native and not plan.open and (plan.asks(out) or not lists.flat):
             invalid = self._finish_natively(part, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)
@@ -224,23 +224,34 @@ class SplitEngine(Engine):
         return lists, rows
 
     def _finish_natively(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
-        """The outputs of rows that lists decide, with sums of the whole rows if it takes these; OPEN where some row
-        remains. The mass for raw log-probabilities is told with these sums."""
+        """The outputs of rows that lists decide, with sums of the whole rows if it takes these, or what else ranks tell
+        natively; OPEN where some row remains. The mass for raw log-probabilities is told with these sums."""
         plan, count = part.plan, len(part.x)
         raw = lists.given
+        listed = ListedRows(self.wire, part.engine, part.x, self.start, self.vocab, lists, plan.asks(out))
 
         def raw_mass() -> Tensor:
             return whole_sums(part.x, self.start, lists.words, plan.raw_queries(count), False, False)[:, :1]
 
-        for with_sums in (False, True)[plan.measures(out) : 1 + plan.measures_at_all(out)]:
+        for with_sums in (False, True)[plan.measures(out) or lists.flat : 1 + plan.measures_at_all(out)]:
             if with_sums:
-                own = whole_sums(part.x, self.start, lists.words, plan.queries(count), *plan.wanted)
-                told = self.wire.total(torch.cat([own, raw_mass()], 1) if raw else own)
-                lists.sums, lists.raw = told[:, : own.shape[1]], told[:, own.shape[1] :] if raw else None
-            invalid = run_lists(part.engine, lists, self.wire.size, self.vocab, rows, out)
+                own = whole_sums(part.x, self.start, lists.words, plan.queries(count), *plan.wanted, lists.flat)
+                told = self.wire.gather(torch.cat([own, raw_mass()], 1) if raw else own)
+                sums = told[:, :, :SUM_WORDS].sum(0)
+                lists.sums, lists.raw = sums, told[:, :, own.shape[1] :].sum(0) if raw else None
+                if lists.flat:
+                    lists.bins = told[:, :, SUM_WORDS : own.shape[1]]
+                    listed.learn(BINS_OF, lists.bins)
+            invalid = listed.run(rows, out)
+            while invalid and listed.ask(out.num_samples):
+                invalid = listed.run(rows, out)
             lists.open = (out.status.view(-1, 1) == UNDECIDED) if invalid else None
             if lists.open is None or not bool(lists.open.any()):
-                if raw and lists.raw is None:
+                if raw and out.tokens is not None:
+                    lists.own = listed.own(out.tokens.view(count, -1))
+                if raw and lists.own is not None:
+                    lists.raw = None
+                elif raw and lists.raw is None:
                     lists.raw = self.wire.total(raw_mass())
                 return invalid
         return OPEN
@@ -296,7 +307,7 @@ class SplitEngine(Engine):
         shard = (NativeShard if native else Shard)(part.x, self.start, peak, *temperatures, part.kind)
         row = SplitRow(self.wire, shard, listed, ids, status, self.vocab, plan.wanted, lists.sums, undecided)
         if lists.flat:
-            row.look_ahead()
+            row.look_ahead(lists.sums, lists.bins)
         return row
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:

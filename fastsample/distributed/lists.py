@@ -33,6 +33,7 @@ class Lists:
         open: bool [B, 1], which rows lists do not decide, if that is known.
         own: float32 [B, n], the logits of the sampled tokens, if these are known.
         flat: whether all ranks have found that lists probably decide no row.
+        bins: int64 [R, B, 2 BINS], `Shard.bins` of the whole rows, if they are known.
     """
 
     count: int
@@ -44,6 +45,7 @@ class Lists:
     open: Tensor | None = None
     own: Tensor | None = None
     flat: bool = False
+    bins: Tensor | None = None
 
     @classmethod
     def of(cls, found: Tensor, count: int) -> Lists:

@@ -1,20 +1,15 @@
-"""What the CPU engine's own code does for ranks: a rank's answers (csrc/cpu/part.h), and the rows that lists decide
-(csrc/cpu/listed.h)."""
+"""What a rank answers by the CPU engine's own code (csrc/cpu/part.h)."""
 
 from __future__ import annotations
 
-from copy import copy
-from functools import lru_cache
 from struct import Struct
-from typing import Any
 
 import torch
 
-from fastsample.backends import DTYPES, Engine, Outputs
+from fastsample.backends import DTYPES
 from fastsample.backends.cpu import native
 from fastsample.backends.native import LOGITS_FIELDS, PART_FIELDS
 from fastsample.distributed.keys import Kept, bits_of
-from fastsample.distributed.lists import Lists
 from fastsample.distributed.shard import BINS, SUM_WORDS, Drawn, Shard
 from fastsample.inputs import Rows
 from fastsample.threads import get_num_threads
@@ -24,12 +19,9 @@ Tensor = torch.Tensor
 FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, BINS_OF, WITHIN, OWNED, RESOLVED = range(10)
 _LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
 
-UNDECIDED = -1
-"""In place of a row's status: its lists do not tell what it keeps."""
 UNRESOLVED = -2
 """In place of a token: no rank has told of the one that is drawn."""
 _WORDS_OF_DRAW = 9  # that a rank tells of a draw from all tokens
-_HEADER = 3  # words of a row of lists before its sums: vocab, ranks, whether sums are given
 
 
 def ask(
@@ -67,11 +59,14 @@ def first_words(
     return ask(x, start, queries, FIRST, with_mass + 2 * judges, count + with_mass + judges, shares)
 
 
-def whole_sums(x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool) -> Tensor:
-    """`Shard.sums` of all above -inf, given what all ranks list of each row, int64 [B, 9]."""
+def whole_sums(
+    x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool, bins: bool = False
+) -> Tensor:
+    """`Shard.sums` of all above -inf, or `Shard.whole`, given what all ranks list of each row, int64 [B, 9 or more]."""
+    count = SUM_WORDS + 2 * BINS * bins
     if not x.shape[1]:
-        return words.new_zeros(len(x), SUM_WORDS)
-    return ask(x, start, queries, WHOLE, products + 2 * spread, SUM_WORDS, words)
+        return words.new_zeros(len(x), count)
+    return ask(x, start, queries, WHOLE, products + 2 * spread + 4 * bins, count, words)
 
 
 def streams_of(rows: Rows, count: int) -> Tensor:
@@ -95,26 +90,6 @@ def resolved(x: Tensor, told: Tensor, queries: Tensor, draws: int) -> Tensor:
     return ask(x, 0, queries, RESOLVED, 0, 1 + 2 * draws, told)
 
 
-def run_lists(engine: Engine, lists: Lists, ranks: int, vocab: int, rows: Rows, out: Outputs) -> int | None:
-    """Stages 7 and 8 by what all ranks list of each row, as far as that tells; other rows are UNDECIDED."""
-    words, sums = lists.words, lists.sums
-    table = words.new_empty(len(words), _HEADER + SUM_WORDS + words.shape[1])
-    table[:, :_HEADER] = _header(vocab, ranks, sums is not None)
-    if sums is not None:
-        table[:, _HEADER : _HEADER + SUM_WORDS] = sums
-    table[:, _HEADER + SUM_WORDS :] = words
-    own: Any = copy(out)
-    own.input, own.names, own.restore = "lists", None, False
-    if out.mode == "raw":
-        own.mode = own.logprobs = own.ranks = own.top_ids = own.top_logprobs = None
-    return engine.run(table.view(torch.float32), rows, own)
-
-
-@lru_cache(maxsize=64)
-def _header(*words: int) -> Tensor:
-    return torch.tensor(words)
-
-
 class NativeShard(Shard):
     """`Shard` on the CPU, of one token or more."""
 
@@ -123,7 +98,7 @@ class NativeShard(Shard):
 
     def whole(self, products: bool, spread: bool) -> Tensor:
         wants = products + 2 * spread + 4
-        return self._ask(SUMS, None, None, wants, SUM_WORDS + 2 * BINS, self.per)
+        return self._ask(SUMS, None, None, wants, SUM_WORDS + 2 * BINS)
 
     def totals(self, drawn: Drawn, first: bool, count: bool, bits: Tensor | None) -> Tensor:
         wants = first + 2 * (count or bits is not None)
@@ -136,10 +111,10 @@ class NativeShard(Shard):
         return self._ask(ABOVE, None, None, 0, x.shape[1], bits_of(x))
 
     def bins(self, kept: Kept) -> Tensor:
-        return self._ask(BINS_OF, kept, None, 0, 2 * BINS, self.per).view(len(self.x), BINS, 2)
+        return self._ask(BINS_OF, kept, None, 0, 2 * BINS).view(len(self.x), BINS, 2)
 
     def within(self, kept: Kept, bins: Tensor, count: int) -> Tensor:
-        return self._ask(WITHIN, kept, None, 0, count, torch.cat([self.per, bins], 1))
+        return self._ask(WITHIN, kept, None, 0, count, bins)
 
     def _ask(
         self,

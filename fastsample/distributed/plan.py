@@ -16,8 +16,8 @@ Tensor = torch.Tensor
 LISTED = 256
 """How many of its first tokens a rank tells the others, unless top-k alone decides."""
 MOST_LISTED = 1024
-FEW = 8
-"""Draws, for each of which a rank may tell what it might be before it knows."""
+FEW = 7
+"""Draws, for each of which a rank may tell what it might be before it knows. More may be shared among threads."""
 
 
 class Plan:
@@ -47,6 +47,7 @@ class Plan:
         self.wanted = any(name in self.used for name in ("typical", "eta", "p_less")), "top_n_sigma" in self.used
         searches = [name for name in ("top_k", "top_p", "typical") if name in self.used]
         self.searches_once = len(searches) <= 1 and self.used.keys() <= {*searches, "mass_floors"}
+        self._asks_little = self.searches_once or not searches
         # How much of a row's mass its list must have, at least, to decide it.
         share = torch.minimum(params["top_p"], params["typical_p"])
         share = torch.where(k > MOST_LISTED, torch.inf, torch.where(k > 0, 0.0, share))
@@ -67,6 +68,10 @@ class Plan:
         if self.cut_short and (out is None or is_of_kept(out)):
             return self.most
         return max(self.most, LISTED, 0 if out is None else out.num_top)
+
+    def asks(self, out: Outputs) -> bool:
+        """Whether ranks may tell what lists and sums do not as csrc/cpu/lists.h notes it."""
+        return self._asks_little and is_of_tokens(out)
 
     def measures(self, out: Outputs) -> bool:
         """Whether lists alone cannot tell what some row keeps, or how much that is of all."""

@@ -137,10 +137,13 @@ class SplitRow:
             self._whole = self.wire.total(self.shard.sums(all_, *self.wanted))
         return self._whole
 
-    def look_ahead(self) -> None:
-        """Take the sums of whole rows and their bins, in one message, where all that these need is one search."""
-        told = self.wire.gather(self.shard.whole(*self.wanted))
-        self._whole, self._bins = told[:, :, :SUM_WORDS].sum(0), told[:, :, SUM_WORDS:]
+    def look_ahead(self, sums: Tensor | None, bins: Tensor | None) -> None:
+        """Take the sums of whole rows and their bins, in one message unless they are known, where all that these need
+        is one search."""
+        if sums is None or bins is None:
+            told = self.wire.gather(self.shard.whole(*self.wanted))
+            sums, bins = told[:, :, :SUM_WORDS].sum(0), told[:, :, SUM_WORDS:]
+        self._whole, self._bins = sums, bins
         self.open, self._all_open = self.valid, True
 
     def heaviest(self, kept: Kept, on: Tensor) -> Tensor:

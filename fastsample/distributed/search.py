@@ -20,7 +20,7 @@ BY_MASS, BY_NUMBER, BY_DISTANCE = range(3)
 MOST_TOLD = 4096
 """Tokens that a rank may tell of where a search ends: 32 KB, as much as its bins."""
 
-_UNCERTAIN, _BOUNDS, _THRESHOLDS = range(3)
+_UNCERTAIN, _NEAR_SIDE, _THRESHOLDS = range(3)
 _ASK = Struct(f"{len(PART_FIELDS)}q")
 
 
@@ -66,14 +66,14 @@ def find(
     """
     how = torch.tensor([[wire.size, by]], device=rows.device).expand(len(rows), 2)
     mean = torch.zeros_like(shard.peak) if mean is None else mean
-    details, queries = torch.cat([how, target, shard.per, bits_of(mean), by_row(bins)], 1), shard.queries()
+    details, queries = torch.cat([how, target, bits_of(mean), by_row(bins)], 1), shard.queries()
     uncertain = search(_UNCERTAIN, queries, details, 5)
     if (most := int(uncertain[:, 4].max())) > MOST_TOLD:
         return None
     if most:
         told = by_row(wire.gather(shard.within(kept, uncertain[:, :4], most)))
         details = torch.cat([details, told], 1)
-    found = search(_BOUNDS, queries, details, 2 + 2 * wire.size)
+    found = search(_NEAR_SIDE, queries, details, 2 + 2 * wire.size)
     kept = narrow_above(narrow_below(kept, found[:, :1]), found[:, 1:2])
     return Near(rows, kept, *found[:, 2:].view(len(rows), 2, wire.size).permute(1, 2, 0))
 

@@ -204,11 +204,6 @@ class Shard:
         last = torch.where(held, keys, HIGHEST).amin(-1)
         return torch.stack([_highest(keys, held), last, (w * held).amax(-1), held.sum(-1)], -1)
 
-    @cached_property
-    def per(self) -> Tensor:
-        """Fine bins in a unit of logits, the bits of float32, int64 [B, 1]."""
-        return bits_of(scale_of(self.judged_at) * BINS_OF_OCTAVE)
-
     def bins(self, kept: Kept) -> Tensor:
         """Mass and number of a set's tokens in each bin, int64 [B, BINS, 2]."""
         w, held = self.mass_of(self.logits(), self.judged_at), self.held(kept)
@@ -239,7 +234,7 @@ class Shard:
         return torch.cat([words, no_words(len(words), missing, words.device)], 1) if missing else words
 
     def _bin_of_each(self) -> Tensor:
-        fine = (self.peak - self.logits()) * self.per.to(torch.int32).view(torch.float32)
+        fine = (self.peak - self.logits()) * (scale_of(self.judged_at) * BINS_OF_OCTAVE)
         place = torch.minimum(fine, FINE_BINS + (fine - FINE_BINS) / COARSE)
         return place.nan_to_num(nan=BINS - 1).clamp(0, BINS - 1).to(torch.int64)
 

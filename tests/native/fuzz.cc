@@ -216,7 +216,7 @@ void check_searches(const fuzz::Input& in, const std::string& isa) {
       peaks.push_back(*std::max_element(row.begin(), row.end()));
       const float low = row[(size_t)(in.vocab / 2)];
       const float mean = low > -INFINITY ? 0.5f * peaks.back() + 0.5f * low : peaks.back();
-      places.push_back({0, by, (int64_t)(all / 10 * part + 1), 0, split::Ranks::bits(mean)});
+      places.push_back({0, by, (int64_t)(all / 10 * part + 1), split::Ranks::bits(mean)});
       x.push_back(row);
     }
     const split::Words found = ranks.find(peaks, places);
@@ -229,19 +229,33 @@ void check_searches(const fuzz::Input& in, const std::string& isa) {
 
 void check_split(const fuzz::Input& in, const std::string& isa) {
   if (in.kind != kLogits || !in.wants_tokens) return;
-  const split::Ranks ranks(in);
+  split::Ranks ranks(in);
   const RowArguments rows = without_edits(in.row_arguments());
-  Written want(in), got(in);
+  Written want(in), got(in), asked(in);
   const LogitsArguments logits = in.logits_arguments();
   sample_batch(batch_of(rows, {logits, of_ranks(want.out)}), 1);
-  ranks.sample(rows, of_ranks(got.out));
+  ranks.sample(rows, of_ranks(got.out), false);
   const auto& status = got.status;
   if (std::find(status.begin(), status.end(), (int32_t)split::kUndecided) == status.end()) {
     const char* wrong = difference(want, got);
     check(!wrong, isa + ", split", wrong);
   }
   if (in.num_samples > 4) return;
-  const split::Words drawn = ranks.draw_from_all(in.num_samples);
+  const split::Words drawn = split::Ranks(in).draw_from_all(in.num_samples);
+  OutputArguments tokens = {};
+  tokens.status = (int64_t)asked.status.data();
+  tokens.tokens = (int64_t)asked.tokens.data();
+  tokens.num_samples = in.num_samples;
+  ranks.sample(rows, tokens, true);
+  for (int64_t r = 0; r < in.rows; ++r) {
+    if (asked.status[r] == split::kUndecided) continue;
+    const auto first = r * in.num_samples;
+    const bool good =
+        asked.status[r] == want.status[r] &&
+        std::equal(asked.tokens.begin() + first, asked.tokens.begin() + first + in.num_samples,
+                   want.tokens.begin() + first);
+    check(good, isa + ", split", "tokens by what ranks have told");
+  }
   for (int64_t r = 0; r < in.rows; ++r) {
     if (!keeps_all(ranks.params(r), in.vocab)) continue;
     const int64_t* own = drawn.data() + r * (1 + 2 * in.num_samples);

@@ -21,14 +21,24 @@ using namespace fastsample;
 enum Question : int64_t {
   kFirst = 0,
   kWhole = 1,
+  kTotals = 3,
+  kDraws = 4,
   kMassOfBins = 6,
   kWithin = 7,
   kOwned = 8,
   kResolved = 9
 };
-constexpr int64_t kSums = 9, kHeader = 3, kWordsOfDraw = 9, kUndecided = -1, kUnresolved = -2;
+constexpr int64_t kSums = 9, kWordsOfDraw = 9, kUndecided = -1, kUnresolved = -2;
+// What ranks may be asked for, in this order: each says one bit more of what is known of a row.
+constexpr Question kAsked[] = {kMassOfBins, kWithin, kTotals, kDraws};
 
 typedef std::vector<int64_t> Words;  // [rows, words]
+
+// As csrc/cpu/lists.h lays them out, before thresholds, masses and numbers of tokens.
+struct Note {
+  ListedMissing missing;
+  PartQuery query;
+};
 
 struct Ranks {
   const fuzz::Input& in;
@@ -118,57 +128,74 @@ struct Ranks {
     return told;
   }
 
-  // Samples by the ranks' lists; rows that these do not decide get kUndecided for a status.
-  void sample(const RowArguments& rows, const OutputArguments& out) const {
+  // Samples by the ranks' lists, and if ranks may ask, by what these tell besides; rows that this
+  // does not decide get kUndecided for a status.
+  void sample(const RowArguments& rows, const OutputArguments& out, bool asks) {
     const Words lists = gather(on_each([&](int64_t q) { return ask(q, kFirst, 0, length); }));
     const bool with_sums = in.vocab % 5;
-    const auto told = on_each([&](int64_t q) { return ask(q, kWhole, 3, kSums, lists); });
-    const int64_t listed = ranks * length;
-    Words table;
-    for (int64_t r = 0; r < in.rows; ++r) {
-      table.insert(table.end(), {in.vocab, ranks, with_sums});
-      for (int64_t i = 0; i < kSums; ++i) {
-        int64_t sum = 0;
-        for (const Words& own : told) sum += own[r * kSums + i];
-        table.push_back(sum);
-      }
-      table.insert(table.end(), lists.begin() + r * listed, lists.begin() + (r + 1) * listed);
+    const auto parts = on_each([&](int64_t q) { return ask(q, kWhole, 3, kSums, lists); });
+    Words sums((size_t)(in.rows * kSums));
+    for (const Words& own : parts) {
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += own[i];
     }
-    const int64_t words = kHeader + kSums + listed;
-    const LogitsArguments logits = {
-        (int64_t)table.data(), 2 * words, in.rows, 2 * words, kFloat32, kListed};
-    sample_batch(batch_of(rows, {logits, out}), 1);
+    Known known;
+    known.bits.assign((size_t)in.rows, with_sums);
+    for (;;) {
+      const int64_t note = (int64_t)(sizeof(Note) / 8) + out.num_samples + 2 * ranks;
+      std::vector<Words> notes((size_t)ranks, Words((size_t)(in.rows * note)));
+      for (int64_t q = ranks - 1; q >= 0; --q) {
+        Words table;
+        for (int64_t r = 0; r < in.rows; ++r) {
+          const ListedQuery head = {in.vocab,
+                                    ranks,
+                                    q,
+                                    known.bits[r],
+                                    length,
+                                    known.width[0],
+                                    known.width[1],
+                                    known.width[2],
+                                    known.width[3],
+                                    asks ? (int64_t)(notes[q].data() + r * note) : 0};
+          table.insert(table.end(), &head.vocab, &head.vocab + sizeof head / 8);
+          append(table, sums, r, kSums);
+          append(table, lists, r, ranks * length);
+          for (int i = 0; i < 4; ++i) append(table, known.told[i], r, ranks * known.width[i]);
+        }
+        const int64_t words = (int64_t)table.size() / in.rows;
+        const LogitsArguments logits = {
+            (int64_t)table.data(), 2 * words, in.rows, 2 * words, kFloat32, kListed};
+        sample_batch(batch_of(rows, {logits, out}), 1);
+      }
+      if (!asks || !tell(notes, note, out.num_samples, known)) return;
+    }
   }
 
   // Where rows' tokens reach targets: `high` and `low`, then masses and numbers of tokens, of each
   // rank. `places` has SearchQuery of each row.
   Words find(const std::vector<float>& peaks, std::vector<SearchQuery> places) {
     constexpr int64_t kFields = sizeof(SearchQuery) / sizeof(int64_t);
-    Words per, query;
+    Words query;
     for (int64_t r = 0; r < in.rows; ++r) {
       queries[r].peak = bits(peaks[r]);
       places[r].ranks = ranks;
-      places[r].per = bits(128 * float_of(queries[r].judged_scale));
-      per.push_back(places[r].per);
       query.insert(query.end(), &places[r].ranks, &places[r].ranks + kFields);
     }
-    const auto bins = on_each([&](int64_t q) { return ask(q, kMassOfBins, 0, 2 * kBins, per); });
+    const auto bins = on_each([&](int64_t q) { return ask(q, kMassOfBins, 0, 2 * kBins); });
     const Words known = after(query, gather(bins));
     const Words uncertain = conclude(kUncertain, known, 5);
     int64_t most = 0;
     Words where;
     for (int64_t r = 0; r < in.rows; ++r) {
       const int64_t* own = uncertain.data() + 5 * r;
-      where.push_back(per[r]);
       where.insert(where.end(), own, own + 4);
       most = std::max(most, own[4]);
     }
-    if (!most) return conclude(kBounds, known, 2 + 2 * ranks);
+    if (!most) return conclude(kNearSide, known, 2 + 2 * ranks);
     const auto told = on_each([&](int64_t q) {
       if (start(q + 1) > start(q)) return ask(q, kWithin, 0, most, where);
       return Words((size_t)(in.rows * most), nothing());
     });
-    return conclude(kBounds, after(known, gather(told)), 2 + 2 * ranks);
+    return conclude(kNearSide, after(known, gather(told)), 2 + 2 * ranks);
   }
 
   // Status and tokens of each row, drawn from all of it.
@@ -183,6 +210,75 @@ struct Ranks {
     const int64_t words = 1 + draws * kWordsOfDraw;
     const auto owned = on_each([&](int64_t q) { return ask(q, kOwned, q, words, told); });
     return ask(0, kResolved, 0, 1 + 2 * draws, gather(owned, streams));
+  }
+
+ private:
+  // What ranks have told of rows, each [rows, ranks * width].
+  struct Known {
+    Words bits;  // [rows]
+    Words told[4];
+    int64_t width[4] = {};
+  };
+
+  static void append(Words& to, const Words& from, int64_t row, int64_t words) {
+    to.insert(to.end(), from.begin() + row * words, from.begin() + (row + 1) * words);
+  }
+
+  // Has ranks tell what all of them have noted; whether there was any such thing.
+  bool tell(const std::vector<Words>& notes, int64_t words, int64_t draws, Known& known) {
+    const auto of = [&](int64_t q, int64_t r) {
+      return (const Note*)(notes[q].data() + r * words);
+    };
+    for (int i = 0; i < 4; ++i) {
+      Words which((size_t)in.rows);
+      int64_t width = std::vector<int64_t>{2 * kBins, 0, 5, 2 * draws + 1}[i];
+      for (int64_t r = 0; r < in.rows; ++r) {
+        which[r] = of(0, r)->missing.question == kAsked[i];
+        if (which[r] && kAsked[i] == kWithin) width = std::max(width, of(0, r)->missing.most);
+      }
+      if (std::find(which.begin(), which.end(), 1) == which.end()) continue;
+      const auto answers = on_each([&](int64_t q) {
+        Words details;
+        for (int64_t r = 0; r < in.rows; ++r) {
+          const Note* own = of(q, r);
+          const int64_t* thresholds = (const int64_t*)(own + 1);
+          queries[r] = own->query;
+          if (kAsked[i] == kWithin)
+            append(details, Words(&own->missing.begin, &own->missing.most), 0, 4);
+          if (kAsked[i] == kDraws) details.insert(details.end(), thresholds, thresholds + draws);
+        }
+        Words answer = start(q + 1) > start(q) ? ask(q, kAsked[i], 0, width, details)
+                                               : Words((size_t)(in.rows * width));
+        if (start(q + 1) == start(q)) {
+          const int64_t empty = kAsked[i] == kWithin ? nothing() : kAsked[i] == kDraws ? kNoKey : 0;
+          std::fill(answer.begin(), answer.end(), empty);
+        }
+        return answer;
+      });
+      learn(known, i, which, answers, width,
+            kAsked[i] == kTotals  ? 1
+            : kAsked[i] == kDraws ? draws
+                                  : width);
+      return true;
+    }
+    return false;
+  }
+
+  // Keeps the first `used` words of each rank's answers of some rows.
+  void learn(Known& known, int i, const Words& which, const std::vector<Words>& answers,
+             int64_t width, int64_t used) {
+    const int64_t before = known.width[i], wide = std::max(before, used);
+    Words told((size_t)(in.rows * ranks * wide), nothing());
+    for (int64_t r = 0; r < in.rows; ++r) {
+      for (int64_t q = 0; q < ranks; ++q) {
+        const int64_t* from = which[r] ? answers[q].data() + r * width
+                                       : known.told[i].data() + (r * ranks + q) * before;
+        std::copy(from, from + (which[r] ? used : before), told.begin() + (r * ranks + q) * wide);
+      }
+      if (which[r]) known.bits[r] |= 2 << i;
+    }
+    known.told[i] = told;
+    known.width[i] = wide;
   }
 };
 

@@ -1,0 +1,198 @@
+// What all ranks know of a row that is split over them: the first tokens of each, and what they
+// have told besides. What they do not know, and would have to tell, is noted.
+#pragma once
+
+#include "core/place.h"
+#include "cpu/filters.h"
+#include "cpu/part.h"
+#include "cpu/search.h"
+
+namespace fastsample {
+namespace {
+
+enum Known : int64_t {
+  kKnowsSums = 1,    // kWhole of cpu/part.h
+  kKnowsBins = 2,    // kMassOfBins, of the set that the first search is for
+  kKnowsTold = 4,    // kWithin, of that search
+  kKnowsShares = 8,  // kTotals, of what draws are from: the mass
+  kKnowsKeys = 16    // kDraws: the keys
+};
+
+// A row of input kListed, 64-bit words: ListedQuery, the sums of the whole row, and then each
+// rank's list, bins, told tokens, share and keys, as many words as the query says; what is not
+// known means nothing. A token is the bits of its logit above its id, which is kLastId past the
+// list's end. A row that is invalid has a NaN or +inf in it.
+struct ListedRow {
+  const ListedQuery& head;
+  const int64_t* sums;
+  const int64_t* lists;
+  const BinMass* bins;
+  const int64_t* told;
+  const int64_t* shares;
+  const int64_t* keys;
+
+  ListedRow(const Batch& batch, int64_t r)
+      : head(*(const ListedQuery*)((const float*)batch.logits.data + r * batch.logits.stride)),
+        sums((const int64_t*)(&head + 1)),
+        lists(sums + kSumWords),
+        bins((const BinMass*)(lists + head.ranks * head.tokens)),
+        told((const int64_t*)bins + head.ranks * head.bins),
+        shares(told + head.ranks * head.told),
+        keys(shares + head.ranks * head.shares) {}
+
+  FS_MEMBER int32_t vocab() const { return (int32_t)head.vocab; }
+  FS_MEMBER bool knows(Known what) const { return head.known & what; }
+  FS_MEMBER bool has_sums() const { return knows(kKnowsSums); }
+  FS_MEMBER uint64_t sum(int i) const { return (uint64_t)sums[i]; }
+  FS_MEMBER const int64_t* list(int64_t rank) const { return lists + rank * head.tokens; }
+  FS_MEMBER int64_t tokens() const { return head.ranks * head.tokens; }
+
+  DepthSums of(const Depths&) const { return {sum(0), sum(1), sum(2)}; }
+  SquareSums of(const Squares&) const { return {sum(0), sum(3), sum(4), sum(5)}; }
+  SpreadSums spread() const { return {sum(6), sum(7), sum(8)}; }
+};
+
+// Instead of a PartQuestion: ranks must ask in another way.
+constexpr int64_t kUnasked = -1;
+
+// What is noted of a row: what would tell more of it, if each rank answers that.
+struct Missing {
+  const ListedRow& row;
+  int32_t draws;
+
+  FS_MEMBER bool asked() const { return row.head.missing; }
+  FS_MEMBER ListedMissing* what() const { return (ListedMissing*)row.head.missing; }
+  FS_MEMBER PartQuery* query() const { return (PartQuery*)(what() + 1); }
+  // [num_samples]: where draws fall in this rank's running mass.
+  FS_MEMBER int64_t* thresholds() const { return (int64_t*)(query() + 1); }
+  // [ranks]: what each has of what a search has found, and how many tokens.
+  FS_MEMBER int64_t* masses() const { return thresholds() + draws; }
+  FS_MEMBER int64_t* tokens() const { return masses() + row.head.ranks; }
+
+  FS_MEMBER void note(int64_t question) const {
+    if (asked()) what()->question = question;
+  }
+};
+
+// The key down to which every rank has listed all of its tokens: the highest of the last ones of
+// full lists. The lowest key of all where no list is full.
+int64_t edge_of(const ListedRow& row) {
+  int64_t edge = kNoKey;
+  for (int64_t rank = 0; rank < row.head.ranks; ++rank) {
+    const int64_t* list = row.list(rank);
+    int64_t last = kHighestKey;
+    bool full = true;
+    for (int64_t i = 0; i < row.head.tokens; ++i) {
+      const Place<float> token = token_of_word(list[i]);
+      full &= token.id >= 0;
+      const int64_t key = key_of_place(token);
+      last = key < last ? key : last;
+    }
+    if (full && last > edge) edge = last;
+  }
+  return edge;
+}
+
+// The first tokens of the whole row's rank order, in id order, and what is wrong with the row.
+struct Prefix {
+  List list;
+  Peak peak;
+  bool complete;      // whether that is all of the row
+  Place<float> last;  // where it ends, unless it is
+};
+
+Prefix take_prefix(const ListedRow& row, const Workspace& ws) {
+  const int64_t edge = edge_of(row);
+  Prefix p = {{}, {-INFINITY, kValid, -INFINITY}, edge == kNoKey, place_of_key(edge)};
+  bool sound = true;
+  int n = 0;
+  for (int64_t i = 0; i < row.tokens(); ++i) {
+    const Place<float> token = token_of_word(row.list(0)[i]);
+    sound &= token.x == token.x;
+    p.peak.max = token.x > p.peak.max ? token.x : p.peak.max;
+    if (token.id < 0 || key_of_place(token) < edge) continue;
+    ws.list_x[n] = token.x;
+    ws.list_id[n++] = token.id;
+  }
+  p.peak.status = status_of(p.peak.max, !sound);
+  p.list = list_of(ws.list_x, ws.list_id, n);
+  return p;
+}
+
+// The base set of filters, as `Base`, where it is a prefix of the row. What it cannot tell makes
+// the row undecided; whatever is then kept means nothing.
+struct ListedBase {
+  typedef LogitWeigher Weigher;
+
+  const Task<float, LogitWeigher>& task;
+  const ListedRow& row;
+  const Prefix& prefix;
+  LogitWeigher judge = task.weigher.judge();
+  List list = prefix.list;
+  uint64_t beyond = bound_beyond();  // more than what any other token weighs
+  bool decided = true;
+  bool searched = false;  // and what that has found:
+  Kept<float> found = {};
+  Missing missing = {row, task.batch.out.num_samples};
+
+  // Whether the list holds all of a set.
+  FS_MEMBER bool holds(const Kept<float>& kept) const {
+    return prefix.complete || kept.floor > beyond || !ranks_before(prefix.last, kept.low);
+  }
+  // Notes that a set has to be all on the list.
+  FS_MEMBER void require(bool known) { decided &= known; }
+  FS_MEMBER bool sums_of(const Kept<float>& kept) {
+    const bool whole = bounds_of(kept) == kUnbounded && !kept.floor && row.has_sums();
+    require(holds(kept) || whole);
+    return whole;
+  }
+  // Notes what ranks must tell of a set, without which the row is undecided.
+  FS_MEMBER void miss(PartQuestion question, const Kept<float>& kept, const Uncertain& u = {}) {
+    decided = false;
+    const int64_t high = kept.high.x == INFINITY ? kHighestKey : key_of_place(kept.high);
+    const LogitWeigher& w = task.weigher;
+    *missing.what() = {question, u.begin, u.in, u.out, u.end, u.most};
+    *missing.query() = {
+        high,           key_of_place(kept.low), (int64_t)kept.floor,     kHighestKey, 0,
+        bits_of(w.max), bits_of(w.scale),       bits_of(w.judged_scale), 0,           0};
+  }
+
+ private:
+  // Masses rise with the logit but for their last bits.
+  FS_MEMBER uint64_t bound_beyond() const {
+    if (prefix.complete) return 0;
+    const uint64_t mass = judge.mass(prefix.last.x);
+    return mass + (mass >> 18) + 2;
+  }
+};
+
+// The tokens of a set that reach a target, in rank order or by their distance from a mean. Ranks
+// tell their bins, and then their tokens in those that may hold the last of these.
+Kept<float> search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint64_t target,
+                   float mean = 0) {
+  const ListedRow& row = base.row;
+  const Missing& missing = base.missing;
+  base.require(missing.asked() && !base.searched);
+  if (!base.decided) return kept;
+  if (!row.knows(kKnowsBins)) {
+    base.miss(kMassOfBins, kept);
+    return kept;
+  }
+  PlaceSearch s = {base.judge.max, base.judge.scale, row.head.ranks, by,           target,
+                   mean,           row.bins,         row.told,       row.head.told};
+  if (!row.knows(kKnowsTold)) {
+    s.words_of_rank = 0;
+    const Uncertain u = uncertain_of(s);
+    base.require(u.most <= kMostTold);
+    if (base.decided && u.most) base.miss(kWithin, kept, u);
+    if (!base.decided) return kept;
+  }
+  const NearSide near = near_side(s, missing.masses(), missing.tokens());
+  base.searched = true;
+  base.found = narrow_above(kept, place_of_key(near.low));
+  if (near.high != kHighestKey) base.found = narrow_below(base.found, place_of_key(near.high));
+  return base.found;
+}
+
+}  // namespace
+}  // namespace fastsample
