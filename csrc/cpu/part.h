@@ -153,6 +153,8 @@ void answer_sums(const PartRow<T>& p) {
   int64_t* to = p.answers();
   memset(to, 0, kSumWords * sizeof *to);
   const LogitWeigher judge = p.weigher.judge();
+  const bool bins = p.ask.wants & kWantsBins;
+  if (bins) write_bins(p, to + kSumWords);
   if (p.ask.wants & kWantsProducts) {
     Products products = {{judge}};
     const uint64_t total = measure(p.dense, p.kept, judge, p.ws, products);
@@ -160,6 +162,8 @@ void answer_sums(const PartRow<T>& p) {
     const SquareSums s = products.squares.sums(total);
     const uint64_t sums[] = {d.mass, d.high, d.low, s.high, s.cross, s.low};
     memcpy(to, sums, sizeof sums);
+  } else if (bins) {
+    for (int i = 0; i < kBins; ++i) to[0] += to[kSumWords + 2 * i];
   } else {
     to[0] = (int64_t)weigh_groups(p.dense, p.kept, judge, p.ws);
   }
@@ -168,7 +172,6 @@ void answer_sums(const PartRow<T>& p) {
     const uint64_t sums[] = {s.count, s.sum, s.squares};
     memcpy(to + 6, sums, sizeof sums);
   }
-  if (p.ask.wants & kWantsBins) write_bins(p, to + kSumWords);
 }
 
 template <class T>
@@ -224,6 +227,14 @@ void answer_draws(const PartRow<T>& p) {
   const Kept<float> rest = without(p.kept, p.top);
   const int64_t n = p.ask.count;
   int64_t* to = p.answers();
+  bool here = p.ask.wants & kWantsEntropy;
+  for (int64_t j = 0; j < n; ++j) {
+    to[j] = kNoKey;
+    to[n + j] = 0;
+    here |= p.details()[j] != -1;
+  }
+  to[2 * n] = 0;
+  if (!here) return;
   weigh_groups(p.dense, p.kept, p.weigher, p.ws);
   if (p.ask.wants & kWantsEntropy) {
     const double own = shares.mixed()

@@ -152,12 +152,13 @@ class SplitEngine(Engine):
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
         lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
-        if out.mode == "raw" and lists.raw is not None:
+        if out.mode == "raw" and lists.own is None and lists.raw is not None:
             write_raw_listed(*lists.unpacked, lists.raw, out)
         elif out.mode == "raw":
             native = out.input == "logits" and self._own.shape[1] and select(self._backend, self._own).name == "cpu"
             queries = self._plan.raw_queries(len(self._own)) if native else None
-            write_raw(self.wire, RawPart(self._own, self.start, out.input, queries), out, lists.known(out.num_top))
+            part = RawPart(self._own, self.start, out.input, queries)
+            write_raw(self.wire, part, out, lists.known(out.num_top), lists.raw)
         return invalid
 
     def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
@@ -203,7 +204,7 @@ class SplitEngine(Engine):
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)
         if invalid == OPEN:
-            lists.raw, invalid = None, self._ask(part, lists, rows, out)
+            invalid = self._ask(part, lists, rows, out)
         return lists, invalid
 
     def _exchange(
@@ -249,9 +250,7 @@ class SplitEngine(Engine):
             if lists.open is None or not bool(lists.open.any()):
                 if raw and out.tokens is not None:
                     lists.own = listed.own(out.tokens.view(count, -1))
-                if raw and lists.own is not None:
-                    lists.raw = None
-                elif raw and lists.raw is None:
+                if raw and lists.own is None and lists.raw is None:
                     lists.raw = self.wire.total(raw_mass())
                 return invalid
         return OPEN
@@ -276,6 +275,8 @@ class SplitEngine(Engine):
         out.status.copy_(found[:, 0].view(out.status.shape))
         out.tokens.copy_(found[:, 1 : 1 + out.num_samples].view(out.tokens.shape))
         lists.own = value_of(found[:, 1 + out.num_samples :])
+        if lists.given and part.plan.at_one:
+            lists.raw = told[:, :, :1].sum(0)
         least = int(found[:, : 1 + out.num_samples].amin())
         return OPEN if least == UNRESOLVED else int((found[:, 0] != 0).sum()) if least < 0 else 0
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from copy import copy
+from dataclasses import replace
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.backends.native import LISTED_MISSING_FIELDS, LISTED_QUERY_FIELDS, PART_QUERY_FIELDS
-from fastsample.distributed.keys import NO_KEY, by_row, value_of, words_of
+from fastsample.distributed.keys import NO_KEY, value_of, words_of
 from fastsample.distributed.lists import Lists
 from fastsample.distributed.native import BINS_OF, DRAWS, TOTALS, WITHIN, ask
 from fastsample.distributed.raw import listed_logits
@@ -23,6 +24,7 @@ Tensor = torch.Tensor
 UNDECIDED = -1
 """In place of a row's status: ranks must tell more to decide it."""
 
+_LISTS: Any = "lists"  # of `INPUTS`
 _KNOWS_SUMS = 1
 # What ranks may be asked, in this order, and what is known of a row once they have answered.
 _KNOWS = {BINS_OF: 2, WITHIN: 4, TOTALS: 8, DRAWS: 16}
@@ -43,32 +45,41 @@ class ListedRows:
     def __init__(self, wire: Wire, engine: Engine, x: Tensor, start: int, vocab: int, lists: Lists, asks: bool) -> None:
         self._wire, self._engine, self._lists = wire, engine, lists
         self._x, self._start, self._vocab, self._asks = x, start, vocab, asks
-        self._told: dict[int, Tensor] = {}  # of each question, int64 [R, B, n]
+        self._out: Outputs | None = None
+        self._told: dict[int, Tensor] = {}  # of each question, int64 [B, R, n]
         self._known = [0] * len(x)
         self._missing = torch.empty(0, 0, dtype=torch.int64)  # what csrc/cpu/lists.h notes of each row
         self._some: tuple[list[int], Tensor] = [], x  # rows that were asked about, and this rank's part of them
 
     def learn(self, question: int, found: Tensor, rows: list[int] | None = None) -> None:
         """Keep what ranks have answered of rows, int64 [R, b, n]."""
+        told = found.transpose(0, 1)
         if rows is not None and len(rows) < len(self._known):
             old = self._told.get(question)
-            width = max(found.shape[2], 0 if old is None else old.shape[2])
-            whole = found.new_full((len(found), len(self._known), width), _NOTHING[question])
+            width = max(told.shape[2], 0 if old is None else old.shape[2])
+            whole = told.new_full((len(self._known), told.shape[1], width), _NOTHING[question])
             if old is not None:
                 whole[:, :, : old.shape[2]] = old
-            whole[:, rows, : found.shape[2]] = found
-            found = whole
-        self._told[question] = found
+            whole[rows, :, : told.shape[2]] = told
+            told = whole
+        self._told[question] = told.contiguous()
         for row in range(len(self._known)) if rows is None else rows:
             self._known[row] |= _KNOWS[question]
 
     def run(self, rows: Rows, out: Outputs) -> int | None:
         """Stages 7 and 8, as far as that tells; other rows are UNDECIDED."""
-        own: Any = copy(out)
-        own.input, own.names, own.restore = "lists", None, False
+        if self._out is None:
+            self._out = self._own_outputs(out)
+        return self._engine.run(self._table(out.num_samples).view(torch.float32), rows, self._out)
+
+    def _own_outputs(self, out: Outputs) -> Outputs:
+        """Without raw log-probabilities, which lists do not tell."""
+        if self._asks:
+            return Outputs(out.status, out.tokens, num_samples=out.num_samples, input=_LISTS, names=())
+        own = replace(out, input=_LISTS, names=None, restore=False)
         if out.mode == "raw":
             own.mode = own.logprobs = own.ranks = own.top_ids = own.top_logprobs = None
-        return self._engine.run(self._table(out.num_samples).view(torch.float32), rows, own)
+        return own
 
     def ask(self, draws: int) -> bool:
         """Have ranks tell what is missing; whether that is all that undecided rows need for now."""
@@ -84,7 +95,7 @@ class ListedRows:
         """The logits of tokens int64 [B, n] that have been drawn, float32; None where all of them are listed."""
         if (told := self._told.get(DRAWS)) is None:
             return None
-        listed, drawn = listed_logits(*self._lists.unpacked, tokens), value_of(told.amax(0))
+        listed, drawn = listed_logits(*self._lists.unpacked, tokens), value_of(told.amax(1))
         known = torch.tensor(self._known)[:, None] & _KNOWS[DRAWS]
         return torch.where(known > 0, drawn, listed)
 
@@ -92,17 +103,16 @@ class ListedRows:
         """Rows of input "lists"."""
         words, sums, ranks = self._lists.words, self._lists.sums, self._wire.size
         told = [self._told.get(question) for question in _KNOWS]
-        widths = [0 if found is None else found.shape[2] for found in told]
         each, first = _THRESHOLDS + draws + 2 * ranks, 0
         if self._asks:
             self._missing = words.new_empty(len(words), each)
             first = self._missing.data_ptr()
-        known = [bits | _KNOWS_SUMS * (sums is not None) for bits in self._known]
-        shared = self._vocab, ranks, self._wire.rank
-        sizes = words.shape[1] // ranks, *widths
-        heads = [(*shared, bits, *sizes, first + 8 * each * row if first else 0) for row, bits in enumerate(known)]
+        sizes = words.shape[1] // ranks, *(0 if found is None else found.shape[2] for found in told)
+        shared, more = (self._vocab, ranks, self._wire.rank), _KNOWS_SUMS * (sums is not None)
+        notes = range(first, first + 8 * each * len(words), 8 * each) if self._asks else repeat(0)
+        heads = [(*shared, known | more, *sizes, note) for known, note in zip(self._known, notes, strict=False)]
         parts = [torch.tensor(heads), _no_sums(len(words)) if sums is None else sums, words]
-        return torch.cat([*parts, *(by_row(found) for found in told if found is not None)], 1)
+        return torch.cat([*parts, *(found.flatten(1) for found in told if found is not None)], 1)
 
     def _answers(self, question: int, rows: list[int], draws: int) -> Tensor:
         """This rank's, int64 [b, n]."""

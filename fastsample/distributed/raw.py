@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from fastsample.backends import Outputs
 from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, value, value_of, words_of
 from fastsample.distributed.lists import mark_invalid, unpacked
-from fastsample.distributed.native import NativeShard, first_words, whole_sums
+from fastsample.distributed.native import ABOVE, ask, first_words, whole_sums
 from fastsample.distributed.outputs import pick, put
 from fastsample.distributed.shard import mass_of
 from fastsample.distributed.wire import Wire
@@ -59,30 +59,37 @@ class RawPart:
         x = self.x if self.queries is not None else self._ranked
         return pick(x, local.clamp(0, max(width - 1, 0)), here, -torch.inf).float()
 
-    def mass_and_above(self, words: Tensor, peak: Tensor, sound: Tensor, own: Tensor) -> Tensor:
-        """The mass of each row, and how many tokens lie above others, int64 [B, 1 + n].
+    def mass(self, words: Tensor, peak: Tensor, sound: Tensor) -> Tensor:
+        """int64 [B, 1].
 
         Args:
             words: what all ranks list of each row.
             peak: float32 [B, 1], and whether it is one.
-            own: float32 [B, n], the others.
         """
-        one = torch.ones_like(peak)
         if self.queries is not None:
-            mass = whole_sums(self.x, self.start, words, self.queries, False, False)[:, :1]
-            return torch.cat([mass, NativeShard(self.x, self.start, peak, one, one).above(own)], 1)
-        x = self._ranked
-        w = mass_of(self.kind, torch.where(sound, x, 0), peak, one)
-        above = (x[:, None, :] > own[:, :, None]).sum(-1)
-        return torch.cat([w.sum(-1, keepdim=True), above], 1)
+            return whole_sums(self.x, self.start, words, self.queries, False, False)[:, :1]
+        return mass_of(self.kind, torch.where(sound, self._ranked, 0), peak, torch.ones_like(peak)).sum(-1, True)
+
+    def above(self, own: Tensor) -> Tensor:
+        """How many tokens lie above others, int64 [B, n], given float32 [B, n]."""
+        if self.queries is not None:
+            return ask(self.x, self.start, self.queries, ABOVE, 0, own.shape[1], bits_of(own.contiguous()))
+        return (self._ranked[:, None, :] > own[:, :, None]).sum(-1)
 
 
-def write_raw(wire: Wire, part: RawPart, out: Outputs, known: tuple[Tensor, Tensor] | None = None) -> None:
+def write_raw(
+    wire: Wire,
+    part: RawPart,
+    out: Outputs,
+    known: tuple[Tensor, Tensor] | None = None,
+    mass: Tensor | None = None,
+) -> None:
     """log-softmax of whole rows as they were given, or the logarithm of their probabilities.
 
     Args:
         known: what all ranks list of the same rows, words int64 [B, N], `num_top` of each rank or more, and the logits
             of the tokens, float32 [B, n]; None takes a message.
+        mass: int64 [B, 1], of these rows at temperature 1, if it is known.
     """
     assert out.tokens is not None
     tokens = out.tokens.view(len(part.x), -1)
@@ -95,8 +102,12 @@ def write_raw(wire: Wire, part: RawPart, out: Outputs, known: tuple[Tensor, Tens
     peak = x.amax(-1, keepdim=True)
     sound = (out.status.view(-1) == 0)[:, None] & peak.isfinite()
     peak = torch.where(sound, peak, 0)
-    sums = wire.total(part.mass_and_above(words, peak, sound, own))
-    _write(Raw(own, sums[:, 1:], _first_keys(x, ids, out.num_top), peak, sums[:, :1], sound), out)
+    above = part.above(own)
+    if mass is None:
+        mass, above = wire.total(torch.cat([part.mass(words, peak, sound), above], 1)).tensor_split([1], 1)
+    else:
+        above = wire.total(above)
+    _write(Raw(own, above, _first_keys(x, ids, out.num_top), peak, mass, sound), out)
 
 
 def listed_logits(x: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:

@@ -253,12 +253,17 @@ def test_a_wrong_guess_that_rows_are_flat_changes_no_token() -> None:
 
 
 @pytest.mark.parametrize("logits", [LM, FLAT], ids=["lm", "flat"])
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.5}, {"num_samples": 3}, {"logprobs": "raw"}])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 1.5}, {"num_samples": 3}, {"logprobs": "raw"}, {"logprobs": "raw", "temperature": 0.7}]
+)
 def test_two_rounds_where_all_is_kept(how: dict[str, Any], logits: torch.Tensor) -> None:
     """A token and a mass; then the exact mass, and for each draw a place and four tokens with their ends. Raw
-    log-probabilities take one more, of a mass and a number, and a bit that says that nothing is edited."""
+    log-probabilities take one more, of a number and, if the temperature is not 1, a mass; and a bit that says that
+    nothing is edited."""
     raw = "logprobs" in how
-    expected = Traffic(2 + raw, 2 * 8 + 8 * (1 + 9 * how.get("num_samples", 1)) + raw * 3 * 8)
+    expected = Traffic(
+        2 + raw, 2 * 8 + 8 * (1 + 9 * how.get("num_samples", 1)) + raw * (2 + ("temperature" in how)) * 8
+    )
     assert traffic(logits, **how) == expected
 
 
