@@ -113,6 +113,7 @@ class SplitEngine(Engine):
         self.wire, self.start, self.vocab, self._backend = wire, start, vocab, backend
         self.agreed = self._all_native = False
         self._plan: Plan | None = None  # of the last call
+        self._serves: tuple[torch.device, Engine] | None = None  # likewise, and what did this rank's own work there
         self._own = torch.empty(0, 0)  # [B, V_r], of the next call
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
         self.drafts = torch.empty(0, 0)  # [M, V_r], likewise: what its drafts were drawn from
@@ -139,6 +140,12 @@ class SplitEngine(Engine):
     def _without_padding(self, own: Tensor) -> Tensor:
         return own[:, : max(0, self.vocab - self.start)]
 
+    def _engine(self, own: Tensor) -> Engine:
+        """What does this rank's own work: what ranks have agreed on is looked up once."""
+        if self._serves is None or self._serves[0] != own.device:
+            self._serves = own.device, select(self._backend, own)
+        return self._serves[1]
+
     def why_not(self, logits: Tensor | None) -> str | None:
         return None
 
@@ -155,7 +162,7 @@ class SplitEngine(Engine):
         if out.mode == "raw" and lists.own is None and lists.raw is not None:
             write_raw_listed(*lists.unpacked, lists.raw, out)
         elif out.mode == "raw":
-            native = out.input == "logits" and self._own.shape[1] and select(self._backend, self._own).name == "cpu"
+            native = out.input == "logits" and self._own.shape[1] and self._engine(self._own).name == "cpu"
             queries = self._plan.raw_queries(len(self._own)) if native else None
             part = RawPart(self._own, self.start, out.input, queries)
             write_raw(self.wire, part, out, lists.known(out.num_top), lists.raw)
@@ -163,7 +170,7 @@ class SplitEngine(Engine):
 
     def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
         """Compare what ranks must have in common, as the first call does; `drafts` as for `require_agreement`."""
-        native = select(self._backend, self._own).name == "cpu"
+        native = self._engine(self._own).name == "cpu"
         given = self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, native, drafts
         self._all_native = require_agreement(*given)
         self.agreed = True
@@ -178,7 +185,7 @@ class SplitEngine(Engine):
 
     def _part(self, rows: Rows, own: Tensor, plan: Plan, kind: InputKind) -> Part:
         """Stages 1 to 3."""
-        engine, x, wrong = select(self._backend, own), own, None
+        engine, x, wrong = self._engine(own), own, None
         edited = is_edited(rows) or self._mask is not None
         if kind == "probs":
             x = process_probs(own, rows, self._mask, self.start)

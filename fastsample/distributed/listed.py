@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from itertools import repeat
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastsample.backends.native import LISTED_MISSING_FIELDS, LISTED_QUERY_FIELD
 from fastsample.distributed.keys import NO_KEY, value_of, words_of
 from fastsample.distributed.lists import Lists
 from fastsample.distributed.native import BINS_OF, DRAWS, TOTALS, WITHIN, ask
+from fastsample.distributed.plan import is_of_tokens
 from fastsample.distributed.raw import listed_logits
 from fastsample.distributed.shard import BINS, SUM_WORDS
 from fastsample.distributed.wire import Wire
@@ -30,6 +31,7 @@ _KNOWS_SUMS = 1
 _KNOWS = {BINS_OF: 2, WITHIN: 4, TOTALS: 8, DRAWS: 16}
 _NO_TOKEN = int(words_of(torch.tensor(-torch.inf), torch.tensor(-1)))
 _NOTHING = {BINS_OF: 0, WITHIN: _NO_TOKEN, TOTALS: 0, DRAWS: NO_KEY}  # what a rank without tokens answers
+_NO_ANSWERS = (None,) * len(_KNOWS)
 _QUERY = len(LISTED_MISSING_FIELDS)
 _THRESHOLDS = _QUERY + len(PART_QUERY_FIELDS)
 
@@ -74,7 +76,7 @@ class ListedRows:
 
     def _own_outputs(self, out: Outputs) -> Outputs:
         """Without raw log-probabilities, which lists do not tell."""
-        if self._asks:
+        if is_of_tokens(out):
             return Outputs(out.status, out.tokens, num_samples=out.num_samples, input=_LISTS, names=())
         own = replace(out, input=_LISTS, names=None, restore=False)
         if out.mode == "raw":
@@ -102,16 +104,17 @@ class ListedRows:
     def _table(self, draws: int) -> Tensor:
         """Rows of input "lists"."""
         words, sums, ranks = self._lists.words, self._lists.sums, self._wire.size
-        told = [self._told.get(question) for question in _KNOWS]
-        each, first = _THRESHOLDS + draws + 2 * ranks, 0
-        if self._asks:
-            self._missing = words.new_empty(len(words), each)
-            first = self._missing.data_ptr()
-        sizes = words.shape[1] // ranks, *(0 if found is None else found.shape[2] for found in told)
+        told = [self._told[question] if question in self._told else None for question in _KNOWS] if self._told else []
         shared, more = (self._vocab, ranks, self._wire.rank), _KNOWS_SUMS * (sums is not None)
-        notes = range(first, first + 8 * each * len(words), 8 * each) if self._asks else repeat(0)
-        heads = [(*shared, known | more, *sizes, note) for known, note in zip(self._known, notes, strict=False)]
-        parts = [torch.tensor(heads), _no_sums(len(words)) if sums is None else sums, words]
+        sizes = words.shape[1] // ranks, *(0 if found is None else found.shape[2] for found in told or _NO_ANSWERS)
+        if self._asks:
+            each = _THRESHOLDS + draws + 2 * ranks
+            self._missing = words.new_empty(len(words), each)
+            notes = count(self._missing.data_ptr(), 8 * each)
+            heads = torch.tensor([(*shared, known | more, *sizes, note) for known, note in zip(self._known, notes)])
+        else:
+            heads = _head(*shared, more, *sizes, 0).expand(len(words), -1)
+        parts = [heads, _no_sums(len(words)) if sums is None else sums, words]
         return torch.cat([*parts, *(found.flatten(1) for found in told if found is not None)], 1)
 
     def _answers(self, question: int, rows: list[int], draws: int) -> Tensor:
@@ -133,6 +136,11 @@ class ListedRows:
         answered = {TOTALS: 5, DRAWS: 2 * draws + 1}.get(question, words)
         x = self._x if all_ else self._some[1]
         return ask(x, self._start, queries, question, 0, answered, details)[:, :words]
+
+
+@lru_cache(maxsize=64)
+def _head(*words: int) -> Tensor:
+    return torch.tensor([words])
 
 
 @lru_cache(maxsize=8)

@@ -48,6 +48,7 @@ class Wire:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rounds = self.sent = 0
+        self._memory: SharedMemory | None = None  # of the group, once it is open
         if self.rank < 0:
             raise ValueError("group: expected a process group of which this process is a rank")
 
@@ -65,7 +66,7 @@ class Wire:
         found = words.new_empty((self.size, *words.shape))
         self.rounds += 1
         self.sent += words.nbytes
-        if self._by_gloo and words.device.type == "cpu":
+        if self._by_gloo and words.is_cpu:
             self._through_memory(group, words, found)
             return found
         try:
@@ -76,12 +77,13 @@ class Wire:
 
     def _through_memory(self, group: dist.ProcessGroup, own: Tensor, found: Tensor) -> None:
         """Give every other rank `own`, and take theirs."""
-        if group not in memories:
+        if self._memory is None and group not in memories:
             options = getattr(group._get_backend(own.device), "options", None)
             timeout = getattr(options, "_timeout", timedelta(minutes=30))  # torch's default
             memories[group] = open_shared(self.rank, self.size, timeout, lambda words: self._sent(group, words))
-        if (memory := memories[group]) is None:
+        if (memory := self._memory or memories[group]) is None:
             return self._exchange(group, own, found)
+        self._memory = memory
         what, rank = memory.exchange(own, found)
         if what:
             raise RuntimeError(f"rank {self.rank} of {self.size}: {FAILURES[what].format(rank)} in round {self.rounds}")
