@@ -45,6 +45,8 @@ struct type_caster<fastsample::LogitsArguments> : record_caster<fastsample::Logi
 template <>
 struct type_caster<fastsample::PartArguments> : record_caster<fastsample::PartArguments> {};
 template <>
+struct type_caster<fastsample::SplitArguments> : record_caster<fastsample::SplitArguments> {};
+template <>
 struct type_caster<fastsample::CallArguments> : record_caster<fastsample::CallArguments> {};
 
 }  // namespace pybind11::detail

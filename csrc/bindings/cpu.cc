@@ -23,6 +23,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/exchange.h"
 #include "cpu/search.h"
+#include "cpu/split.h"
 
 namespace py = pybind11;
 
@@ -236,19 +237,39 @@ int64_t verify(const RowArguments& rows, const CallArguments& call, const DraftA
                      [&](const auto& stop) { return verify_batch(batch, threads, stop); });
 }
 
-void answer(const LogitsArguments& l, const PartArguments& ask, int threads) {
-  const Part part = {{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab,
-                      (DType)l.dtype, (InputKind)l.input},
-                     ask};
+void answer_with(const Part& part, int threads) {
   without_gil(Batch{}, false, [&](const auto&) -> int64_t {
     answer_part(part, threads);
     return 0;
   });
 }
 
+void answer(const LogitsArguments& l, const PartArguments& ask, int threads) {
+  answer_with({{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab, (DType)l.dtype,
+                (InputKind)l.input},
+               ask},
+              threads);
+}
+
 void search_rows(const PartArguments& ask, int64_t rows) {
   const WithoutGil unlocked;
   search(ask, rows);
+}
+
+// gather(own, words, found) takes addresses, and raises where ranks fail.
+py::tuple sample_split_rows(const SplitArguments& split, const RowArguments& rows,
+                            const CallArguments& call, int threads, const py::function& gather) {
+  const SplitHost host = {[&](const Part& part) { answer_with(part, threads); },
+                          [&](const Batch& batch) {
+                            return without_gil(batch, false, [&](const auto& stop) {
+                              return sample_batch(batch, threads, stop);
+                            });
+                          },
+                          [&](const int64_t* own, int64_t words, int64_t* found) {
+                            gather((int64_t)own, words, (int64_t)found);
+                          }};
+  const SplitResult result = sample_split(split, rows, call, host);
+  return py::make_tuple(result.invalid, result.knows_sums);
 }
 
 // Returns what has happened, the rank that is to blame, and the round.
@@ -296,6 +317,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("end_kept", &fs::end_kept_at, "Where each row's ids end; returns how many there are.");
   m.def("list_kept", &fs::list_kept_at, "List the ids of each row's set.");
   m.def("answer", &fs::answer, "Answer what is asked of a part of rows.");
+  m.def("sample_split", &fs::sample_split_rows,
+        "Fill outputs of rows whose lists all ranks know; returns the number of invalid rows, and "
+        "whether sums of them are known.");
   m.def("search", &fs::search_rows, "Answer what all ranks' answers tell of rows.");
   m.def("exchange", &fs::exchange_at, "Exchange messages with the other ranks of this machine.");
   m.def("exchange_bytes", &fs::SharedPlaces::bytes_of, "How much memory that takes.");

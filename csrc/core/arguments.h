@@ -101,6 +101,20 @@ FASTSAMPLE_RECORD(ListedQuery,         //
 // in another way; of bins, which, and the most tokens that a rank has there.
 FASTSAMPLE_RECORD(ListedMissing, question, begin, in, out, end, most);
 
+// Rows of which all ranks know the lists, and how to decide them (cpu/split.h).
+FASTSAMPLE_RECORD(SplitArguments,             //
+                  start, vocab, rank, ranks,  // of this rank's first token; of the whole rows
+                  lists, tokens,              // int64 [B, ranks * tokens]
+                  queries,                    // PartQuery [B], of whole rows
+                  raw_queries,                // the same at temperature 1, if raw is wanted
+                  wanted,                     // SumsWanted
+                  tells_sums, may_tell_sums,  // before all else; where lists do not decide a row
+                  flat, asks,                 // whether sums come with bins; whether to ask more
+                  sums, bins,  // int64 [B, kSumWords]; where rows stay undecided, and `flat`,
+                               // BinMass [B, ranks, kBins]
+                  raw, keys);  // masses at temperature 1, int64 [B], zeros; keys that ranks have
+                               // told, int64 [B, num_samples], the lowest
+
 #undef FASTSAMPLE_RECORD
 
 // All records, each with its fields: what Python compares with its own.
@@ -116,7 +130,8 @@ constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(
                                        {"SEARCH_QUERY_FIELDS", kSearchQuery},
                                        {"DRAW_QUERY_FIELDS", kDrawQuery},
                                        {"LISTED_QUERY_FIELDS", kListedQuery},
-                                       {"LISTED_MISSING_FIELDS", kListedMissing}};
+                                       {"LISTED_MISSING_FIELDS", kListedMissing},
+                                       {"SPLIT_FIELDS", kSplitArguments}};
 #undef FASTSAMPLE_NAME
 
 // What every call passes anew.

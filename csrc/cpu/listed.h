@@ -7,9 +7,6 @@
 namespace fastsample {
 namespace {
 
-// Not a status of the row: ranks must tell more to decide it.
-constexpr Status kUndecided = (Status)-1;
-
 uint64_t weigh(ListedBase& base, const Kept<float>& kept, const RowParams&) {
   if (base.sums_of(kept)) return base.row.sum(0);
   return weigh_groups(base.list, kept, base.judge, base.task.ws);
@@ -234,7 +231,7 @@ Status sample_listed(const Batch& given, int64_t r, Draws draws, const Workspace
     finish_alone(task, first_of(prefix.list, everything(), weigher));
   } else {
     missing.note(kUnasked);
-    if (!decide(task, row, prefix, p, mass)) return kUndecided;
+    if (!decide(task, row, prefix, p, mass)) return (Status)kUndecided;
     missing.note(0);
   }
   if (given.out.ranks && given.out.mode == kProcessedLogprobs) write_ranks(given, r, draws, row);

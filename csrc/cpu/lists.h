@@ -10,14 +10,6 @@
 namespace fastsample {
 namespace {
 
-enum Known : int64_t {
-  kKnowsSums = 1,    // kWhole of cpu/part.h
-  kKnowsBins = 2,    // kMassOfBins, of the set that the first search is for
-  kKnowsTold = 4,    // kWithin, of that search
-  kKnowsShares = 8,  // kTotals, of what draws are from: the mass
-  kKnowsKeys = 16    // kDraws: the keys
-};
-
 // A row of input kListed, 64-bit words: ListedQuery, the sums of the whole row, and then each
 // rank's list, bins, told tokens, share and keys, as many words as the query says; what is not
 // known means nothing. A token is the bits of its logit above its id, which is kLastId past the
@@ -51,9 +43,6 @@ struct ListedRow {
   SquareSums of(const Squares&) const { return {sum(0), sum(3), sum(4), sum(5)}; }
   SpreadSums spread() const { return {sum(6), sum(7), sum(8)}; }
 };
-
-// Instead of a PartQuestion: ranks must ask in another way.
-constexpr int64_t kUnasked = -1;
 
 // What is noted of a row: what would tell more of it, if each rank answers that.
 struct Missing {

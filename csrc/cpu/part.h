@@ -5,30 +5,12 @@
 
 #include "core/place.h"
 #include "cpu/outputs.h"
+#include "cpu/question.h"
 #include "cpu/search.h"
 #include "cpu/stats.h"
 
 namespace fastsample {
 namespace {
-
-enum PartQuestion : int32_t {
-  kFirst,   // the first tokens, as words
-  kWhole,   // kSums of all above -inf; the maximum is that of what ranks have listed
-  kSums,    // of a set: Z, EH, EL, HH, HL, LL; of all above -inf: n, D1, D2; the set's kMassOfBins
-  kTotals,  // the mass of a set, and without what XTC may exclude; the first key of either, and
-            // how many it holds; its bits
-  kDraws,   // the tokens at thresholds of the running mass: keys and masses; the entropy's share
-  kAbove,   // how many tokens lie above logits
-  kMassOfBins,  // the mass and the number of the tokens of a set in each bin (cpu/search.h)
-  kWithin,      // the set's tokens in some of these bins, as words
-  kOwned,       // what draws from all tokens find here, before all masses are known (cpu/owner.h)
-  kResolved,    // and what they are, once these are
-};
-enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
-enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };
-constexpr int64_t kSumWords = 9;
-enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
-enum DrawsWanted : int64_t { kWantsEntropy = 1 };
 
 template <class T>
 struct PartRow {

@@ -37,7 +37,11 @@ SEARCH_QUERY_FIELDS = ("ranks", "by", "target", "mean")
 DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
 LISTED_QUERY_FIELDS = ("vocab", "ranks", "rank", "known", "tokens", "bins", "told", "shares", "keys", "missing")
 LISTED_MISSING_FIELDS = ("question", "begin", "in", "out", "end", "most")
-"""The last six are of rows that are split over ranks (fastsample/distributed/native.py)."""
+SPLIT_FIELDS = (
+    *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted"),
+    *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins", "raw", "keys"),
+)
+"""The last seven are of rows that are split over ranks (fastsample/distributed/native.py)."""
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -64,6 +68,7 @@ def mismatch(module: Any) -> str | None:
         ("arguments", "DRAW_QUERY_FIELDS", DRAW_QUERY_FIELDS),
         ("arguments", "LISTED_QUERY_FIELDS", LISTED_QUERY_FIELDS),
         ("arguments", "LISTED_MISSING_FIELDS", LISTED_MISSING_FIELDS),
+        ("arguments", "SPLIT_FIELDS", SPLIT_FIELDS),
     ):
         if (theirs := getattr(module, record, None)) != ours:
             return f"was built for other {kind}: {theirs}, not {ours}"

@@ -12,25 +12,23 @@ from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.filters import filters, xtc
 from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words, value_of
-from fastsample.distributed.listed import UNDECIDED, ListedRows
 from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.native import (
-    BINS_OF,
     UNRESOLVED,
     NativeShard,
     first_words,
     owned,
     resolved,
     streams_of,
-    whole_sums,
 )
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
-from fastsample.distributed.raw import RawPart, listed_logits, write_raw, write_raw_listed
+from fastsample.distributed.raw import RawPart, write_raw, write_raw_listed
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
-from fastsample.distributed.shard import SUM_WORDS, Shard, mass_of
+from fastsample.distributed.shard import Shard, mass_of
+from fastsample.distributed.split import OPEN, sample_split
 from fastsample.distributed.spread import write_spread
 from fastsample.distributed.wire import Wire
 from fastsample.inputs import Rows
@@ -40,8 +38,6 @@ Tensor = torch.Tensor
 
 FEWER = 16
 """How many times as many tokens there are as are looked at to see whether a row is flat."""
-OPEN = -1
-"""In place of a number of invalid rows: there are rows that lists do not decide."""
 
 
 @dataclass
@@ -160,7 +156,7 @@ class SplitEngine(Engine):
             self._plan = Plan(rows.records, self.vocab)
         lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
         if out.mode == "raw" and lists.own is None and lists.raw is not None:
-            write_raw_listed(*lists.unpacked, lists.raw, out)
+            write_raw_listed(lists, out)
         elif out.mode == "raw":
             native = out.input == "logits" and self._own.shape[1] and self._engine(self._own).name == "cpu"
             queries = self._plan.raw_queries(len(self._own)) if native else None
@@ -207,7 +203,7 @@ class SplitEngine(Engine):
         if draws_from_all:
             invalid = self._draw_from_all(part, lists, rows, out)
         elif native and not plan.open and (plan.asks(out) or not lists.flat):
-            invalid = self._finish_natively(part, lists, rows, out)
+            invalid = sample_split(self.wire, part.x, self.start, self.vocab, plan, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)
         if invalid == OPEN:
@@ -230,37 +226,6 @@ class SplitEngine(Engine):
         lists.flat = judges and bool(found[:, :, count + with_mass].all())
         lists.given = ask_edited and not bool(found[:, :, words.shape[1]].any())
         return lists, rows
-
-    def _finish_natively(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
-        """The outputs of rows that lists decide, with sums of the whole rows if it takes these, or what else ranks tell
-        natively; OPEN where some row remains. The mass for raw log-probabilities is told with these sums."""
-        plan, count = part.plan, len(part.x)
-        raw = lists.given
-        listed = ListedRows(self.wire, part.engine, part.x, self.start, self.vocab, lists, plan.asks(out))
-
-        def raw_mass() -> Tensor:
-            return whole_sums(part.x, self.start, lists.words, plan.raw_queries(count), False, False)[:, :1]
-
-        for with_sums in (False, True)[plan.measures(out) or lists.flat : 1 + plan.measures_at_all(out)]:
-            if with_sums:
-                own = whole_sums(part.x, self.start, lists.words, plan.queries(count), *plan.wanted, lists.flat)
-                told = self.wire.gather(torch.cat([own, raw_mass()], 1) if raw else own)
-                sums = told[:, :, :SUM_WORDS].sum(0)
-                lists.sums, lists.raw = sums, told[:, :, own.shape[1] :].sum(0) if raw else None
-                if lists.flat:
-                    lists.bins = told[:, :, SUM_WORDS : own.shape[1]]
-                    listed.learn(BINS_OF, lists.bins)
-            invalid = listed.run(rows, out)
-            while invalid and listed.ask(out.num_samples):
-                invalid = listed.run(rows, out)
-            lists.open = (out.status.view(-1, 1) == UNDECIDED) if invalid else None
-            if lists.open is None or not bool(lists.open.any()):
-                if raw and out.tokens is not None:
-                    lists.own = listed.own(out.tokens.view(count, -1))
-                if raw and lists.own is None and lists.raw is None:
-                    lists.raw = self.wire.total(raw_mass())
-                return invalid
-        return OPEN
 
     def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
         """The same by any engine, where top-k leaves nothing but listed tokens."""
@@ -295,7 +260,7 @@ class SplitEngine(Engine):
         if len(index := found.spread().nonzero()[:, 0]):
             keys = write_spread(found, index, rows, out, self.start)
         if lists.given and out.tokens is not None:
-            lists.own = listed_logits(*lists.unpacked, out.tokens.view(len(part.x), -1))
+            lists.own = lists.logits_of(out.tokens.view(len(part.x), -1))
             if keys is not None:
                 lists.own[index] = value_of(keys)
         return invalid
@@ -315,7 +280,7 @@ class SplitEngine(Engine):
         shard = (NativeShard if native else Shard)(part.x, self.start, peak, *temperatures, part.kind)
         row = SplitRow(self.wire, shard, listed, ids, status, self.vocab, plan.wanted, lists.sums, undecided)
         if lists.flat:
-            row.look_ahead(lists.sums, lists.bins)
+            row.look_ahead(lists.bins)
         return row
 
     def _decide(self, row: SplitRow, plan: Plan) -> Found:

@@ -65,6 +65,11 @@ class Lists:
         """Logits float32 [B, N], and ids int64 [B, N]; -inf and -1 past the end of each list."""
         return unpacked(self.words)
 
+    def logits_of(self, tokens: Tensor) -> Tensor:
+        """Of tokens int64 [B, n] among those that are listed, float32; -inf where they are not."""
+        x, ids = self.unpacked
+        return torch.where(ids[:, None, :] == tokens[:, :, None], x[:, None, :], -torch.inf).amax(-1)
+
 
 def unpacked(words: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 and int64, given words."""

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
 from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, value, value_of, words_of
-from fastsample.distributed.lists import mark_invalid, unpacked
+from fastsample.distributed.lists import Lists, mark_invalid, unpacked
 from fastsample.distributed.native import ABOVE, ask, first_words, whole_sums
 from fastsample.distributed.outputs import pick, put
 from fastsample.distributed.shard import mass_of
@@ -110,24 +110,16 @@ def write_raw(
     _write(Raw(own, above, _first_keys(x, ids, out.num_top), peak, mass, sound), out)
 
 
-def listed_logits(x: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-    """Of tokens int64 [B, n] among those that are listed, float32; -inf where they are not."""
-    return torch.where(ids[:, None, :] == tokens[:, :, None], x[:, None, :], -torch.inf).amax(-1)
-
-
-def write_raw_listed(x: Tensor, ids: Tensor, mass: Tensor, out: Outputs) -> None:
-    """The same of rows that nothing has changed and whose kept tokens are all listed.
-
-    Args:
-        x, ids: [B, N], as for `Lists.unpacked`, at least `num_top` tokens of each rank.
-        mass: int64 [B, 1], of the whole rows at temperature 1.
-    """
+def write_raw_listed(lists: Lists, out: Outputs) -> None:
+    """The same of rows that nothing has changed and whose kept tokens are all listed, as `num_top` of each rank are."""
     assert out.tokens is not None
-    own = listed_logits(x, ids, out.tokens.view(len(x), -1))
+    assert lists.raw is not None
+    x, ids = lists.unpacked
+    own = lists.logits_of(out.tokens.view(len(x), -1))
     above = (x[:, None, :] > own[:, :, None]).sum(-1)
     sound = (out.status.view(-1) == 0)[:, None]
     peak = torch.where(sound, x.amax(-1, keepdim=True), 0)
-    _write(Raw(own, above, _first_keys(x, ids, out.num_top), peak, mass, sound), out)
+    _write(Raw(own, above, _first_keys(x, ids, out.num_top), peak, lists.raw, sound), out)
 
 
 class Raw(NamedTuple):

@@ -137,13 +137,13 @@ class SplitRow:
             self._whole = self.wire.total(self.shard.sums(all_, *self.wanted))
         return self._whole
 
-    def look_ahead(self, sums: Tensor | None, bins: Tensor | None) -> None:
-        """Take the sums of whole rows and their bins, in one message unless they are known, where all that these need
-        is one search."""
-        if sums is None or bins is None:
+    def look_ahead(self, bins: Tensor | None) -> None:
+        """Take the bins of whole rows, where all that these need is one search; if they are not known, with their sums
+        in one message."""
+        if bins is None:
             told = self.wire.gather(self.shard.whole(*self.wanted))
-            sums, bins = told[:, :, :SUM_WORDS].sum(0), told[:, :, SUM_WORDS:]
-        self._whole, self._bins = sums, bins
+            self._whole, bins = told[:, :, :SUM_WORDS].sum(0), told[:, :, SUM_WORDS:]
+        self._bins = bins
         self.open, self._all_open = self.valid, True
 
     def heaviest(self, kept: Kept, on: Tensor) -> Tensor:

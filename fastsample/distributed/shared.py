@@ -44,8 +44,8 @@ class SharedMemory:
         self._round, self._broken = 0, False
         finalize(self, _close, processes)
 
-    def exchange(self, own: Tensor, found: Tensor) -> tuple[int, int]:
-        """Give every other rank `own`, and put everybody's into `found` [R, ...].
+    def exchange(self, own: int, size: int, found: int) -> tuple[int, int]:
+        """Give every other rank so many bytes at an address, and put everybody's where `found` [R, bytes] is.
 
         Returns:
             0 and -1; or what has failed, and because of which rank. From then on nothing can be exchanged any more.
@@ -54,8 +54,7 @@ class SharedMemory:
             raise RuntimeError("group: an earlier message between its ranks has failed")
         self._broken = True
         at = self._memory.data_ptr(), ROOM, self._rank, len(self._processes), self._round
-        message = own.data_ptr(), own.nbytes, found.data_ptr(), self._seconds, self._processes
-        what, rank, self._round = native().exchange(*at, *message)
+        what, rank, self._round = native().exchange(*at, own, size, found, self._seconds, self._processes)
         self._broken = what != 0
         return what, rank
 
