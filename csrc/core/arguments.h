@@ -106,14 +106,15 @@ FASTSAMPLE_RECORD(SplitArguments,             //
                   start, vocab, rank, ranks,  // of this rank's first token; of the whole rows
                   lists, tokens,              // int64 [B, ranks * tokens]
                   queries,                    // PartQuery [B], of whole rows
-                  raw_queries,                // the same at temperature 1, if raw is wanted
+                  raw_queries,                // the same at temperature 1, if raw log-probabilities
+                                              // are wanted: rows are then as they were given
                   wanted,                     // SumsWanted
+                  keeps_all,                  // whether rows keep everything: a list is then a
+                                              // token, and its rank's mass beside that
                   tells_sums, may_tell_sums,  // before all else; where lists do not decide a row
                   flat, asks,                 // whether sums come with bins; whether to ask more
-                  sums, bins,  // int64 [B, kSumWords]; where rows stay undecided, and `flat`,
-                               // BinMass [B, ranks, kBins]
-                  raw, keys);  // masses at temperature 1, int64 [B], zeros; keys that ranks have
-                               // told, int64 [B, num_samples], the lowest
+                  sums, bins);  // int64 [B, kSumWords]; where rows stay undecided, and `flat`,
+                                // BinMass [B, ranks, kBins]
 
 #undef FASTSAMPLE_RECORD
 

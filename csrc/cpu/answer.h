@@ -43,13 +43,10 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
       return answer_within(p);
     case kOwned:
       return answer_owned(p);
-    case kResolved:
-      return;  // without the row
   }
 }
 
 void answer_part(const Part& part, int64_t r, const Workspace& ws) {
-  if (part.ask.question == kResolved) return resolve(part.ask, r);
   switch (part.logits.dtype) {
     case kFloat16:
       return answer_row_of<Half>(part, r, ws);

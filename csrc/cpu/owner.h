@@ -9,10 +9,6 @@
 namespace fastsample {
 namespace {
 
-// What a rank tells of a draw: where its first candidate begins in the rank's running mass; then
-// where each ends, and its key.
-constexpr int kGuesses = 4, kWordsOfDraw = 1 + 2 * kGuesses;
-
 // How far off a place may be, of all mass: more than roundings make of it, but for bad luck.
 constexpr double kOff = 0x1p-20;
 
@@ -92,39 +88,6 @@ void answer_owned(PartRow<T> p) {
     if (!own || local < -off || local >= (double)own + off) continue;
     const uint64_t from = local > off ? (uint64_t)(local - off) : 0;
     tell_guesses(p, from < own ? from : own - 1, to + 1 + j * kWordsOfDraw);
-  }
-}
-
-// A row's status, the token of each draw, kUnresolved where no rank has told of it, and its key.
-// `details` are what all ranks have answered, the seed and the offset.
-void resolve(const PartArguments& ask, int64_t r) {
-  constexpr int64_t kUnresolved = -2;
-  const int64_t* told = (const int64_t*)ask.details + r * ask.count;
-  int64_t* to = (int64_t*)ask.answers + r * ask.words;
-  const int64_t draws = (ask.words - 1) / 2, width = 1 + draws * kWordsOfDraw;
-  const int64_t ranks = (ask.count - 2) / width;
-  const int64_t* stream = told + ranks * width;
-  uint64_t total = 0;
-  to[0] = kValid;
-  for (int64_t rank = 0; rank < ranks; ++rank) {
-    const int64_t mass = told[rank * width];
-    if (mass < 0) to[0] = -mass;
-    total += (uint64_t)mass;
-  }
-  for (int64_t j = 0; j < draws; ++j) {
-    to[1 + j] = to[0] == kValid ? kUnresolved : -1;
-    to[1 + draws + j] = kNoKey;
-    if (to[0] != kValid) continue;
-    uint64_t place = draw_threshold((uint64_t)stream[0], (uint64_t)stream[1], (uint32_t)j, total);
-    const int64_t* owner = told;
-    for (; place >= (uint64_t)*owner; owner += width) place -= (uint64_t)*owner;
-    const int64_t* of = owner + 1 + j * kWordsOfDraw;
-    for (int i = 0; i < kGuesses && to[1 + j] < 0; ++i) {
-      const bool reaches = (int64_t)place >= of[0] && (int64_t)place < of[1 + 2 * i];
-      if (!reaches) continue;
-      to[1 + j] = kLastId - (of[2 + 2 * i] & kLastId);
-      to[1 + draws + j] = of[2 + 2 * i];
-    }
   }
 }
 

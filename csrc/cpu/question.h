@@ -16,14 +16,17 @@ enum PartQuestion : int32_t {
   kAbove,   // how many tokens lie above logits
   kMassOfBins,  // the mass and the number of the tokens of a set in each bin (cpu/search.h)
   kWithin,      // the set's tokens in some of these bins, as words
-  kOwned,       // what draws from all tokens find here, before all masses are known (cpu/owner.h)
-  kResolved,    // and what they are, once these are
+  kOwned        // what draws from all tokens find here, before all masses are known (cpu/owner.h)
 };
 enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };
 enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
 enum DrawsWanted : int64_t { kWantsEntropy = 1 };
 constexpr int64_t kSumWords = 9, kTotalWords = 5;
+
+// What a rank tells of a draw with kOwned: where its first candidate begins in the rank's running
+// mass; then where each ends, and its key.
+constexpr int kGuesses = 4, kWordsOfDraw = 1 + 2 * kGuesses;
 
 // What all ranks know of a row besides their lists (cpu/lists.h).
 enum Known : int64_t {

@@ -10,6 +10,7 @@
 #include "core/philox.h"
 #include "core/place.h"
 #include "cpu/platform.h"
+#include "cpu/question.h"
 
 namespace fastsample {
 namespace {
@@ -238,6 +239,19 @@ int64_t own_threshold(const DrawQuery& q, const int64_t* shares, int64_t stride,
   const uint64_t place =
       draw_threshold((uint64_t)q.seed, (uint64_t)q.offset, (uint32_t)draw, total) - before;
   return place < (uint64_t)shares[q.rank * stride] ? (int64_t)place : -1;
+}
+
+int64_t key_of_draw(const int64_t* told, int64_t words, const DrawQuery& q, int64_t draw) {
+  uint64_t total = 0;
+  for (int64_t rank = 0; rank < q.ranks; ++rank) total += (uint64_t)told[rank * words];
+  uint64_t place = draw_threshold((uint64_t)q.seed, (uint64_t)q.offset, (uint32_t)draw, total);
+  const int64_t* owner = told;
+  for (; place >= (uint64_t)*owner; owner += words) place -= (uint64_t)*owner;
+  const int64_t* of = owner + 1 + draw * kWordsOfDraw;
+  for (int i = 0; i < kGuesses; ++i) {
+    if ((int64_t)place >= of[0] && (int64_t)place < of[1 + 2 * i]) return of[2 + 2 * i];
+  }
+  return kNoKey;
 }
 
 void search(const PartArguments& ask, int64_t rows) {

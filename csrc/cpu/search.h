@@ -53,6 +53,10 @@ NearSide near_side(const PlaceSearch& search, int64_t* masses, int64_t* tokens);
 // that each rank has, `stride` apart.
 int64_t own_threshold(const DrawQuery& query, const int64_t* shares, int64_t stride, int64_t draw);
 
+// The key of a draw from all tokens, by what all ranks have answered to kOwned, `words` each;
+// kNoKey where none of them has told of it.
+int64_t key_of_draw(const int64_t* told, int64_t words, const DrawQuery& query, int64_t draw);
+
 enum SearchQuestion : int64_t {
   kUncertain,  // Uncertain
   kNearSide,   // NearSide; then masses and numbers of tokens, of each rank

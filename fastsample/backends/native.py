@@ -38,8 +38,8 @@ DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
 LISTED_QUERY_FIELDS = ("vocab", "ranks", "rank", "known", "tokens", "bins", "told", "shares", "keys", "missing")
 LISTED_MISSING_FIELDS = ("question", "begin", "in", "out", "end", "most")
 SPLIT_FIELDS = (
-    *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted"),
-    *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins", "raw", "keys"),
+    *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted", "keeps_all"),
+    *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins"),
 )
 """The last seven are of rows that are split over ranks (fastsample/distributed/native.py)."""
 

@@ -11,20 +11,16 @@ from torch.nn.functional import pad
 from fastsample.backends import Engine, Outputs, select
 from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.filters import filters, xtc
-from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words, value_of
+from fastsample.distributed.keys import HIGHEST, everything, no_words, value_of
 from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.native import (
-    UNRESOLVED,
     NativeShard,
     first_words,
-    owned,
-    resolved,
-    streams_of,
 )
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
-from fastsample.distributed.raw import RawPart, write_raw, write_raw_listed
+from fastsample.distributed.raw import RawPart, write_raw
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
 from fastsample.distributed.shard import Shard, mass_of
@@ -155,13 +151,11 @@ class SplitEngine(Engine):
         if self._plan is None or not self._plan.holds(rows.records):
             self._plan = Plan(rows.records, self.vocab)
         lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
-        if out.mode == "raw" and lists.own is None and lists.raw is not None:
-            write_raw_listed(lists, out)
-        elif out.mode == "raw":
+        if out.mode == "raw" and not lists.tells_raw:
             native = out.input == "logits" and self._own.shape[1] and self._engine(self._own).name == "cpu"
             queries = self._plan.raw_queries(len(self._own)) if native else None
             part = RawPart(self._own, self.start, out.input, queries)
-            write_raw(self.wire, part, out, lists.known(out.num_top), lists.raw)
+            write_raw(self.wire, part, out, lists.known(out.num_top))
         return invalid
 
     def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
@@ -200,9 +194,7 @@ class SplitEngine(Engine):
         raw = native and out.mode == "raw" and not is_edited(rows)
         lists, rows = self._exchange(part, rows, count, draws_from_all, judges, raw)
         invalid: int | None = OPEN
-        if draws_from_all:
-            invalid = self._draw_from_all(part, lists, rows, out)
-        elif native and not plan.open and (plan.asks(out) or not lists.flat):
+        if draws_from_all or (native and not plan.open and (plan.asks(out) or not lists.flat)):
             invalid = sample_split(self.wire, part.x, self.start, self.vocab, plan, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)
@@ -236,21 +228,6 @@ class SplitEngine(Engine):
         invalid = part.engine.run(as_given(x, part.kind), own_rows, own)
         translate(own, ids, out)
         return invalid
-
-    def _draw_from_all(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
-        """Tokens of rows that keep all; OPEN where ranks have guessed wrong."""
-        assert out.tokens is not None
-        queries, streams = part.plan.queries(len(part.x)), streams_of(rows, len(part.x))
-        told = torch.cat([lists.with_mass, streams], 1)
-        told = self.wire.gather(owned(part.x, self.start, told, queries, self.wire.rank, out.num_samples))
-        found = resolved(part.x, torch.cat([by_row(told), streams], 1), queries, out.num_samples)
-        out.status.copy_(found[:, 0].view(out.status.shape))
-        out.tokens.copy_(found[:, 1 : 1 + out.num_samples].view(out.tokens.shape))
-        lists.own = value_of(found[:, 1 + out.num_samples :])
-        if lists.given and part.plan.at_one:
-            lists.raw = told[:, :, :1].sum(0)
-        least = int(found[:, : 1 + out.num_samples].amin())
-        return OPEN if least == UNRESOLVED else int((found[:, 0] != 0).sum()) if least < 0 else 0
 
     def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
         """The outputs of rows which ranks must ask each other about."""

@@ -29,7 +29,7 @@ class Lists:
             these; otherwise the words themselves.
         sums: int64 [B, 9], `Shard.sums` of the whole rows, once they are known.
         given: whether it is known that these are logits as they were given.
-        raw: int64 [B, 1], the mass of the whole rows at temperature 1, if that is known.
+        tells_raw: whether raw log-probabilities have been told with all else.
         open: bool [B, 1], which rows lists do not decide, if that is known.
         own: float32 [B, n], the logits of the sampled tokens, if these are known.
         flat: whether all ranks have found that lists probably decide no row.
@@ -41,7 +41,7 @@ class Lists:
     with_mass: Tensor
     sums: Tensor | None = None
     given: bool = False
-    raw: Tensor | None = None
+    tells_raw: bool = False
     open: Tensor | None = None
     own: Tensor | None = None
     flat: bool = False

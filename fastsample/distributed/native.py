@@ -11,17 +11,12 @@ from fastsample.backends.cpu import native
 from fastsample.backends.native import LOGITS_FIELDS, PART_FIELDS
 from fastsample.distributed.keys import Kept, bits_of
 from fastsample.distributed.shard import BINS, SUM_WORDS, Drawn, Shard
-from fastsample.inputs import Rows
 from fastsample.threads import get_num_threads
 
 Tensor = torch.Tensor
 
-FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, BINS_OF, WITHIN, OWNED, RESOLVED = range(10)
+FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, BINS_OF, WITHIN = range(8)
 _LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
-
-UNRESOLVED = -2
-"""In place of a token: no rank has told of the one that is drawn."""
-_WORDS_OF_DRAW = 9  # that a rank tells of a draw from all tokens
 
 
 def ask(
@@ -67,27 +62,6 @@ def whole_sums(
     if not x.shape[1]:
         return words.new_zeros(len(x), count)
     return ask(x, start, queries, WHOLE, products + 2 * spread + 4 * bins, count, words)
-
-
-def streams_of(rows: Rows, count: int) -> Tensor:
-    """Seed and offset of each of `count` rows, int64 [count, 2]."""
-    return torch.stack([rows.seeds.expand(count), rows.offsets.expand(count)], 1)
-
-
-def owned(x: Tensor, start: int, told: Tensor, queries: Tensor, rank: int, draws: int) -> Tensor:
-    """This rank's mass of each row, and the tokens that draws from all might fall on here, int64 [B, n].
-
-    Args:
-        told: what all ranks have told of each row, a token and a mass, and the row's stream.
-    """
-    words = 1 + draws * _WORDS_OF_DRAW
-    return ask(x, start, queries, OWNED, rank, words, told) if x.shape[1] else told.new_zeros(len(x), words)
-
-
-def resolved(x: Tensor, told: Tensor, queries: Tensor, draws: int) -> Tensor:
-    """The status of each row, its tokens and their keys, int64 [B, 1 + 2 draws], by what all have told of these draws;
-    UNRESOLVED where a token is not among that. `told` ends in the row's stream."""
-    return ask(x, 0, queries, RESOLVED, 0, 1 + 2 * draws, told)
 
 
 class NativeShard(Shard):

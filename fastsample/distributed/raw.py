@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
 from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, value, value_of, words_of
-from fastsample.distributed.lists import Lists, mark_invalid, unpacked
+from fastsample.distributed.lists import mark_invalid, unpacked
 from fastsample.distributed.native import ABOVE, ask, first_words, whole_sums
 from fastsample.distributed.outputs import pick, put
 from fastsample.distributed.shard import mass_of
@@ -77,19 +77,12 @@ class RawPart:
         return (self._ranked[:, None, :] > own[:, :, None]).sum(-1)
 
 
-def write_raw(
-    wire: Wire,
-    part: RawPart,
-    out: Outputs,
-    known: tuple[Tensor, Tensor] | None = None,
-    mass: Tensor | None = None,
-) -> None:
+def write_raw(wire: Wire, part: RawPart, out: Outputs, known: tuple[Tensor, Tensor] | None = None) -> None:
     """log-softmax of whole rows as they were given, or the logarithm of their probabilities.
 
     Args:
         known: what all ranks list of the same rows, words int64 [B, N], `num_top` of each rank or more, and the logits
             of the tokens, float32 [B, n]; None takes a message.
-        mass: int64 [B, 1], of these rows at temperature 1, if it is known.
     """
     assert out.tokens is not None
     tokens = out.tokens.view(len(part.x), -1)
@@ -102,24 +95,9 @@ def write_raw(
     peak = x.amax(-1, keepdim=True)
     sound = (out.status.view(-1) == 0)[:, None] & peak.isfinite()
     peak = torch.where(sound, peak, 0)
-    above = part.above(own)
-    if mass is None:
-        mass, above = wire.total(torch.cat([part.mass(words, peak, sound), above], 1)).tensor_split([1], 1)
-    else:
-        above = wire.total(above)
+    told = wire.total(torch.cat([part.mass(words, peak, sound), part.above(own)], 1))
+    mass, above = told.tensor_split([1], 1)
     _write(Raw(own, above, _first_keys(x, ids, out.num_top), peak, mass, sound), out)
-
-
-def write_raw_listed(lists: Lists, out: Outputs) -> None:
-    """The same of rows that nothing has changed and whose kept tokens are all listed, as `num_top` of each rank are."""
-    assert out.tokens is not None
-    assert lists.raw is not None
-    x, ids = lists.unpacked
-    own = lists.logits_of(out.tokens.view(len(x), -1))
-    above = (x[:, None, :] > own[:, :, None]).sum(-1)
-    sound = (out.status.view(-1) == 0)[:, None]
-    peak = torch.where(sound, x.amax(-1, keepdim=True), 0)
-    _write(Raw(own, above, _first_keys(x, ids, out.num_top), peak, lists.raw, sound), out)
 
 
 class Raw(NamedTuple):

@@ -10,6 +10,7 @@
 #include "core/filters.h"
 #include "core/place.h"
 #include "cpu/dispatch.h"
+#include "cpu/question.h"
 #include "cpu/search.h"
 #include "inputs.h"
 
@@ -17,20 +18,8 @@ namespace split {
 
 using namespace fastsample;
 
-// As csrc/cpu/part.h numbers them.
-enum Question : int64_t {
-  kFirst = 0,
-  kWhole = 1,
-  kTotals = 3,
-  kDraws = 4,
-  kMassOfBins = 6,
-  kWithin = 7,
-  kOwned = 8,
-  kResolved = 9
-};
-constexpr int64_t kSums = 9, kWordsOfDraw = 9, kUndecided = -1, kUnresolved = -2;
 // What ranks may be asked for, in this order: each says one bit more of what is known of a row.
-constexpr Question kAsked[] = {kMassOfBins, kWithin, kTotals, kDraws};
+constexpr PartQuestion kAsked[] = {kMassOfBins, kWithin, kTotals, kDraws};
 
 typedef std::vector<int64_t> Words;  // [rows, words]
 
@@ -71,14 +60,14 @@ struct Ranks {
   static int64_t nothing() { return (int64_t)((uint64_t)bits(-INFINITY) << 32 | UINT32_MAX); }
 
   // What a rank answers for each row, of which it may have nothing.
-  Words ask(int64_t rank, Question question, int64_t wants, int64_t words,
+  Words ask(int64_t rank, PartQuestion question, int64_t wants, int64_t words,
             const Words& details = {}) const {
     const int64_t begin = start(rank), width = start(rank + 1) - begin;
     Words answers((size_t)(in.rows * words), question == kFirst && !width ? nothing() : 0);
     if (question == kFirst && !width && wants) {
       for (int64_t r = 0; r < in.rows; ++r) answers[(r + 1) * words - 1] = 0;
     }
-    if (!width && question != kResolved) return answers;
+    if (!width) return answers;
     const int64_t size = in.dtype == kFloat32 ? 4 : 2;
     Part part = {};
     part.logits = {(const char*)whole.logits + begin * size, whole.logits_stride, in.rows,
@@ -133,8 +122,8 @@ struct Ranks {
   void sample(const RowArguments& rows, const OutputArguments& out, bool asks) {
     const Words lists = gather(on_each([&](int64_t q) { return ask(q, kFirst, 0, length); }));
     const bool with_sums = in.vocab % 5;
-    const auto parts = on_each([&](int64_t q) { return ask(q, kWhole, 3, kSums, lists); });
-    Words sums((size_t)(in.rows * kSums));
+    const auto parts = on_each([&](int64_t q) { return ask(q, kWhole, 3, kSumWords, lists); });
+    Words sums((size_t)(in.rows * kSumWords));
     for (const Words& own : parts) {
       for (size_t i = 0; i < sums.size(); ++i) sums[i] += own[i];
     }
@@ -157,7 +146,7 @@ struct Ranks {
                                     known.width[3],
                                     asks ? (int64_t)(notes[q].data() + r * note) : 0};
           table.insert(table.end(), &head.vocab, &head.vocab + sizeof head / 8);
-          append(table, sums, r, kSums);
+          append(table, sums, r, kSumWords);
           append(table, lists, r, ranks * length);
           for (int i = 0; i < 4; ++i) append(table, known.told[i], r, ranks * known.width[i]);
         }
@@ -198,7 +187,7 @@ struct Ranks {
     return conclude(kNearSide, after(known, gather(told)), 2 + 2 * ranks);
   }
 
-  // Status and tokens of each row, drawn from all of it.
+  // Status and tokens of each row, drawn from all of it; -1 where ranks have not told of one.
   Words draw_from_all(int64_t draws) const {
     Words streams;
     for (int64_t r = 0; r < in.rows; ++r) {
@@ -209,7 +198,22 @@ struct Ranks {
     const Words told = gather(first, streams);
     const int64_t words = 1 + draws * kWordsOfDraw;
     const auto owned = on_each([&](int64_t q) { return ask(q, kOwned, q, words, told); });
-    return ask(0, kResolved, 0, 1 + 2 * draws, gather(owned, streams));
+    Words drawn;
+    for (int64_t r = 0; r < in.rows; ++r) {
+      int64_t status = 0;
+      Words of_row;
+      for (const Words& own : owned) {
+        append(of_row, own, r, words);
+        if (own[r * words] < 0) status = -own[r * words];
+      }
+      drawn.push_back(status);
+      const DrawQuery query = {streams[2 * r], streams[2 * r + 1], 0, ranks};
+      for (int64_t j = 0; j < draws; ++j) {
+        const int64_t key = status ? kNoKey : key_of_draw(of_row.data(), words, query, j);
+        drawn.push_back(key == kNoKey ? -1 : place_of_key(key).id);
+      }
+    }
+    return drawn;
   }
 
  private:
