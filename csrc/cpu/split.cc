@@ -1,20 +1,12 @@
 #include "cpu/split.h"
 
-#include <math.h>
-
 #include <algorithm>
-#include <functional>
-#include <vector>
 
-#include "core/mass.h"
-#include "core/place.h"
-#include "cpu/question.h"
+#include "cpu/messages.h"
 #include "cpu/search.h"
 
 namespace fastsample {
 namespace {
-
-typedef std::vector<int64_t> Words;
 
 // In this order. An answer to the i-th makes known what bit i + 1 of Known says.
 constexpr PartQuestion kAsked[] = {kMassOfBins, kWithin, kTotals, kDraws};
@@ -38,20 +30,16 @@ class SplitRows {
             const SplitHost& host)
       : split_(split),
         rows_(rows),
-        call_(call),
-        host_(host),
-        count_(call.logits.rows),
-        draws_(call.out.num_samples),
-        status_((int32_t*)call.out.status),
-        listed_(call),
-        known_((size_t)count_) {
-    // Lists do not tell raw log-probabilities.
-    if (call.out.mode == kRawLogprobs) {
-      OutputArguments& out = listed_.out;
-      out.mode = kNoLogprobs;
-      out.logprobs = out.ranks = out.top_ids = out.top_logprobs = 0;
-    }
-    for (int64_t r = 0; r < count_; ++r) all_.push_back(r);
+        out_(call.out),
+        messages_{split, call, host},
+        count_(messages_.rows()),
+        draws_(messages_.draws()),
+        status_((int32_t*)out_.status),
+        known_((size_t)count_),
+        drawn_((size_t)(count_ * draws_), kNoKey) {
+    if (out_.mode != kRawLogprobs) return;  // those are written last
+    out_.mode = kNoLogprobs;
+    out_.logprobs = out_.ranks = out_.top_ids = out_.top_logprobs = 0;
   }
 
   SplitResult run() {
@@ -66,7 +54,8 @@ class SplitRows {
       if (split_.flat) std::copy(told_[0].rows.begin(), told_[0].rows.end(), (int64_t*)split_.bins);
       return {kOpenRows, knows_sums_};
     }
-    finish_raw();
+    keep_drawn();
+    write_raw(messages_, raw_, drawn_);
     return {invalid, knows_sums_};
   }
 
@@ -90,7 +79,6 @@ class SplitRows {
 
   int64_t sample_known() {
     const int64_t note = words_of<Note>() + draws_ + 2 * split_.ranks;
-    const int64_t listed = split_.ranks * split_.tokens;
     if (split_.asks) notes_.assign((size_t)(count_ * note), 0);
     Words table;
     for (int64_t r = 0; r < count_; ++r) {
@@ -100,7 +88,7 @@ class SplitRows {
                                 told_[3].words, (int64_t)own};
       append(table, &head.vocab, words_of<ListedQuery>());
       append(table, (const int64_t*)split_.sums + r * kSumWords, kSumWords);
-      append(table, (const int64_t*)split_.lists + r * listed, listed);
+      append(table, messages_.lists(r), split_.ranks * split_.tokens);
       for (const Told& told : told_) {
         const int64_t n = split_.ranks * told.words;
         append(table, told.rows.data() + r * n, n);
@@ -109,7 +97,7 @@ class SplitRows {
     note_ = note;
     const int64_t words = 2 * (int64_t)table.size() / count_;
     const LogitsArguments logits = {(int64_t)table.data(), words, count_, words, kFloat32, kListed};
-    return host_.sample(batch_of(rows_, {logits, listed_.out}));
+    return messages_.host.sample(batch_of(rows_, {logits, out_}));
   }
 
   const Note& note(int64_t r) const { return *(const Note*)(notes_.data() + r * note_); }
@@ -150,7 +138,7 @@ class SplitRows {
     ask.question = kAsked[i];
     ask.count = (int64_t)(details.size() / rows.size());
     ask.words = answered[i];
-    const Words found = answer(ask, rows, queries.data(), details.data());
+    const Words found = messages_.answer(ask, rows, queries.data(), details.data());
     Told told = {used[i], {}};
     for (size_t k = 0; k < rows.size(); ++k) {
       append(told.rows, found.data() + (int64_t)k * answered[i], used[i]);
@@ -158,42 +146,11 @@ class SplitRows {
     return told;
   }
 
-  // What this rank answers of rows in ascending order, int64 [b, ask.words].
-  Words answer(PartArguments ask, const Words& rows, const PartQuery* queries,
-               const int64_t* details) {
-    const int64_t n = (int64_t)rows.size();
-    const LogitsArguments& l = call_.logits;
-    const int64_t size = l.dtype == kFloat32 ? 4 : 2;
-    Words found((size_t)(n * ask.words), nothing(ask.question));
-    for (int64_t k = 0, next; l.vocab && k < n; k = next) {  // rows one behind the other
-      for (next = k + 1; next < n && rows[(size_t)next] == rows[(size_t)next - 1] + 1;) ++next;
-      const char* first = (const char*)l.logits + rows[(size_t)k] * l.logits_stride * size;
-      ask.start = split_.start;
-      ask.queries = (int64_t)(queries + k);
-      ask.details = (int64_t)(details + k * ask.count);
-      ask.answers = (int64_t)(found.data() + k * ask.words);
-      host_.answer({{first, l.logits_stride, next - k, (int32_t)l.vocab, (DType)l.dtype}, ask});
-    }
-    return found;
-  }
-
-  // The answer of a rank that has no tokens.
-  static int64_t nothing(int64_t question) {
-    return question == kWithin ? word_of_token({-INFINITY, -1}) : question == kDraws ? kNoKey : 0;
-  }
-
-  // What all ranks give, [ranks, ...].
-  Words gather(const Words& own) {
-    Words found(own.size() * (size_t)split_.ranks);
-    host_.gather(own.data(), (int64_t)own.size(), found.data());
-    return found;
-  }
-
   void learn(int i, const Words& rows, const Told& own) {
-    const Words found = gather(own.rows);
+    const Words found = messages_.gather(own.rows);
     Told& told = told_[i];
     const int64_t words = std::max(told.words, own.words), before = told.words;
-    Words all((size_t)(count_ * split_.ranks * words), nothing(kAsked[i]));
+    Words all((size_t)(count_ * split_.ranks * words), Messages::nothing(kAsked[i]));
     for (int64_t row = 0; row < count_ * split_.ranks; ++row) {
       std::copy_n(told.rows.data() + row * before, before, all.data() + row * words);
     }
@@ -212,22 +169,17 @@ class SplitRows {
   // Sums of all rows; with their bins if rows are flat, and with the mass for raw
   // log-probabilities.
   void tell_whole() {
-    const int64_t bins = split_.flat ? 2 * kBins : 0;
-    PartArguments ask = {};
-    ask.question = kWhole;
-    ask.wants = split_.wanted + (split_.flat ? kWantsBins : 0);
-    ask.count = split_.ranks * split_.tokens;
-    ask.words = kSumWords + bins;
-    const int64_t* lists = (const int64_t*)split_.lists;
-    const Words sums = answer(ask, all_, (const PartQuery*)split_.queries, lists);
-    const Words raw = raw_masses();
-    const int64_t words = ask.words + !raw.empty();
+    const int64_t bins = split_.flat ? 2 * kBins : 0, n = kSumWords + bins;
+    const int64_t wants = split_.wanted | (bins ? (int64_t)kWantsBins : 0);
+    const Words sums = messages_.answer_whole(split_.queries, wants, n);
+    const Words raw = raw_masses(messages_);
+    const int64_t words = n + !raw.empty();
     Words own;
     for (int64_t r = 0; r < count_; ++r) {
-      append(own, sums.data() + r * ask.words, ask.words);
+      append(own, sums.data() + r * n, n);
       if (!raw.empty()) own.push_back(raw[(size_t)r]);
     }
-    const Words found = gather(own);
+    const Words found = messages_.gather(own);
     int64_t* total = (int64_t*)split_.sums;
     std::fill_n(total, count_ * kSumWords, 0);
     if (bins) told_[0] = {bins, {}};
@@ -237,132 +189,22 @@ class SplitRows {
         const int64_t* from = found.data() + (rank * count_ + r) * words;
         for (int64_t i = 0; i < kSumWords; ++i) total[r * kSumWords + i] += from[i];
         append(told_[0].rows, from + kSumWords, bins);
-        if (!raw.empty()) raw_[(size_t)r] += from[ask.words];
+        if (!raw.empty()) raw_[(size_t)r] += from[n];
       }
-      known_[(size_t)r] |= split_.flat ? kKnowsSums + kKnowsBins : kKnowsSums;
+      known_[(size_t)r] |= kKnowsSums | (bins ? (int64_t)kKnowsBins : 0);
     }
     knows_sums_ = true;
   }
 
-  // This rank's masses of whole rows at temperature 1; nothing where they are not wanted.
-  Words raw_masses() {
-    if (!split_.raw_queries) return {};
-    PartArguments ask = {};
-    ask.question = kWhole;
-    ask.count = split_.ranks * split_.tokens;
-    ask.words = kSumWords;
-    const int64_t* lists = (const int64_t*)split_.lists;
-    const Words sums = answer(ask, all_, (const PartQuery*)split_.raw_queries, lists);
-    Words found;
-    for (int64_t r = 0; r < count_; ++r) found.push_back(sums[(size_t)(r * kSumWords)]);
-    return found;
-  }
-
-  // Raw log-probabilities, with a message more where masses are not known, or tokens are drawn that
-  // are not listed.
-  void finish_raw() {
-    if (!split_.raw_queries) return;
-    bool listed = true;
-    const Words keys = keys_of_draws(&listed);
-    const bool weighs = raw_.empty();
-    Words above = listed ? above_on_lists(keys) : Words((size_t)(count_ * draws_));
-    if (weighs || !listed) {
-      const Words masses = weighs ? raw_masses() : Words();
-      const Words own_above = listed ? Words() : answer_above(keys);
-      Words own;
-      for (int64_t r = 0; r < count_; ++r) {
-        if (weighs) own.push_back(masses[(size_t)r]);
-        if (!listed) append(own, own_above.data() + r * draws_, draws_);
-      }
-      const Words found = gather(own);
-      if (weighs) raw_.assign((size_t)count_, 0);
-      const int64_t* from = found.data();
-      for (int64_t row = 0; row < split_.ranks * count_; ++row) {
-        const int64_t r = row % count_;
-        if (weighs) raw_[(size_t)r] += *from++;
-        for (int64_t j = 0; !listed && j < draws_; ++j) above[(size_t)(r * draws_ + j)] += *from++;
-      }
-    }
-    for (int64_t r = 0; r < count_; ++r) write_raw(r, keys.data(), above.data());
-  }
-
-  // f(word) for each token that ranks have listed of a row.
-  template <class F>
-  void each_listed(int64_t r, F f) const {
-    const int64_t* lists = (const int64_t*)split_.lists + r * split_.ranks * split_.tokens;
-    const int64_t step = split_.keeps_all ? split_.tokens : 1;
-    for (int64_t i = 0; i < split_.ranks * split_.tokens; i += step) {
-      const Place<float> token = token_of_word(lists[i]);
-      if (token.id >= 0 && token.x > -INFINITY) f(token);
-    }
-  }
-
-  // The keys of sampled tokens, int64 [B, num_samples]; whether all of them are listed.
-  Words keys_of_draws(bool* listed) const {
-    Words keys((size_t)(count_ * draws_), kNoKey);
+  // The keys of tokens that ranks have told.
+  void keep_drawn() {
+    const Told& told = told_[kQuestions - 1];
     for (int64_t r = 0; r < count_; ++r) {
-      int64_t* own = keys.data() + r * draws_;
-      const Told& told = told_[kQuestions - 1];
-      const bool drawn = known_[(size_t)r] & kKnowsKeys;
-      *listed &= !drawn;
-      for (int64_t i = 0; drawn && i < split_.ranks * draws_; ++i) {
-        const int64_t key = told.rows[(size_t)(r * split_.ranks * draws_ + i)];
-        own[i % draws_] = std::max(own[i % draws_], key);
+      if (!(known_[(size_t)r] & kKnowsKeys)) continue;
+      for (int64_t i = 0; i < split_.ranks * draws_; ++i) {
+        int64_t& key = drawn_[(size_t)(r * draws_ + i % draws_)];
+        key = std::max(key, told.rows[(size_t)(r * split_.ranks * draws_ + i)]);
       }
-      if (drawn) continue;
-      const int64_t* tokens = (const int64_t*)call_.out.tokens + r * draws_;
-      each_listed(r, [&](Place<float> token) {
-        for (int64_t j = 0; j < draws_; ++j) {
-          if (token.id == tokens[j]) own[j] = key_of_place(token);
-        }
-      });
-    }
-    return keys;
-  }
-
-  // How many tokens rank above others by their logits, int64 [B, num_samples].
-  Words above_on_lists(const Words& keys) const {
-    Words above(keys.size());
-    for (size_t i = 0; i < keys.size(); ++i) {
-      const float x = place_of_key(keys[i]).x;
-      each_listed((int64_t)i / draws_, [&](Place<float> token) { above[i] += token.x > x; });
-    }
-    return above;
-  }
-
-  // The same among this rank's tokens, of all of them.
-  Words answer_above(const Words& keys) {
-    Words details;
-    for (int64_t key : keys) details.push_back(bits_of(place_of_key(key).x));
-    PartArguments ask = {};
-    ask.question = kAbove;
-    ask.count = ask.words = draws_;
-    return answer(ask, all_, (const PartQuery*)split_.queries, details.data());
-  }
-
-  void write_raw(int64_t r, const int64_t* keys, const int64_t* above) const {
-    const OutputArguments& out = call_.out;
-    const bool valid = !status_[r];
-    float peak = -INFINITY;
-    Words first;
-    each_listed(r, [&](Place<float> token) {
-      peak = std::max(peak, token.x);
-      if (out.num_top) first.push_back(key_of_place(token));
-    });
-    const double normaliser = log((double)raw_[(size_t)r] / (double)kMassUnit);
-    const auto logprob = [&](int64_t key) {
-      return (float)(((double)place_of_key(key).x - (double)peak) - normaliser);
-    };
-    for (int64_t i = r * draws_; i < (r + 1) * draws_; ++i) {
-      if (out.logprobs) ((float*)out.logprobs)[i] = valid ? logprob(keys[i]) : NAN;
-      if (out.ranks) ((int64_t*)out.ranks)[i] = valid ? above[i] + 1 : 0;
-    }
-    std::sort(first.begin(), first.end(), std::greater<int64_t>());
-    for (int64_t i = 0; i < out.num_top; ++i) {
-      const bool there = valid && i < (int64_t)first.size();
-      const int64_t key = there ? first[(size_t)i] : kNoKey, slot = r * out.num_top + i;
-      ((int64_t*)out.top_ids)[slot] = there ? place_of_key(key).id : -1;
-      ((float*)out.top_logprobs)[slot] = there ? logprob(key) : valid ? -INFINITY : NAN;
     }
   }
 
@@ -374,15 +216,16 @@ class SplitRows {
     ask.wants = split_.rank;
     ask.count = split_.ranks * split_.tokens + 2;
     ask.words = words;
-    const Batch batch = batch_of(rows_, call_);
+    const Batch batch = batch_of(rows_, messages_.call);
     Words given;
     for (int64_t r = 0; r < count_; ++r) {
       const Stream stream = stream_of(batch, r);
-      append(given, (const int64_t*)split_.lists + r * (ask.count - 2), ask.count - 2);
+      append(given, messages_.lists(r), ask.count - 2);
       given.insert(given.end(), {(int64_t)stream.seed, (int64_t)stream.offset});
     }
-    const Words found = gather(answer(ask, all_, (const PartQuery*)split_.queries, given.data()));
-    told_[kQuestions - 1] = {draws_, Words((size_t)(count_ * split_.ranks * draws_), kNoKey)};
+    const auto* queries = (const PartQuery*)split_.queries;
+    const Words own = messages_.answer(ask, messages_.all_rows(), queries, given.data());
+    const Words found = messages_.gather(own);
     int64_t invalid = 0;
     for (int64_t r = 0; r < count_; ++r) {
       Words told;
@@ -390,17 +233,17 @@ class SplitRows {
         append(told, found.data() + (rank * count_ + r) * words, words);
       }
       const int64_t* stream = given.data() + (r + 1) * ask.count - 2;
-      if (!draw_owned(r, told, words, stream)) return {kOpenRows, false};
+      draw_owned(r, told, words, stream);
       invalid += status_[r] != 0;
     }
-    finish_raw();
+    if (is_open()) return {kOpenRows, false};
+    write_raw(messages_, raw_, drawn_);
     return {invalid, false};
   }
 
-  // Status and tokens of a row, by each rank's mass, or a status below 0, and candidates; whether
-  // all draws are among these.
-  bool draw_owned(int64_t r, const Words& told, int64_t words, const int64_t* stream) {
-    int64_t* tokens = (int64_t*)call_.out.tokens + r * draws_;
+  // Status and tokens of a row, by each rank's mass, or a status below 0, and candidates.
+  void draw_owned(int64_t r, const Words& told, int64_t words, const int64_t* stream) {
+    int64_t* tokens = (int64_t*)out_.tokens + r * draws_;
     uint64_t total = 0;
     status_[r] = 0;
     for (int64_t rank = 0; rank < split_.ranks; ++rank) {
@@ -409,15 +252,13 @@ class SplitRows {
       total += (uint64_t)mass;
     }
     if (draws_at_one()) raw_.push_back((int64_t)total);
-    known_[(size_t)r] |= kKnowsKeys;
     const DrawQuery query = {stream[0], stream[1], split_.rank, split_.ranks};
     for (int64_t j = 0; j < draws_; ++j) {
       const int64_t key = status_[r] ? kNoKey : key_of_draw(told.data(), words, query, j);
-      if (key == kNoKey && !status_[r]) return false;
+      if (key == kNoKey && !status_[r]) status_[r] = kUndecided;
       tokens[j] = key == kNoKey ? -1 : place_of_key(key).id;
-      told_[kQuestions - 1].rows[(size_t)(r * split_.ranks * draws_ + j)] = key;
+      drawn_[(size_t)(r * draws_ + j)] = key;
     }
-    return true;
   }
 
   // Whether masses of draws are those of raw log-probabilities.
@@ -428,21 +269,16 @@ class SplitRows {
     return raw && std::equal(own, own + count_, raw, same);
   }
 
-  static void append(Words& to, const int64_t* from, int64_t words) {
-    to.insert(to.end(), from, from + words);
-  }
-
   const SplitArguments& split_;
   const RowArguments& rows_;
-  const CallArguments& call_;
-  const SplitHost& host_;
+  OutputArguments out_;
+  const Messages messages_;
   const int64_t count_, draws_;
   int32_t* const status_;
-  Words all_;             // rows
-  CallArguments listed_;  // what lists tell
-  Words known_;           // [B]
+  Words known_;  // [B]
   Told told_[kQuestions];
-  Words raw_;  // [B], masses for raw log-probabilities, if they are known
+  Words raw_;    // [B], masses for raw log-probabilities, if they are known
+  Words drawn_;  // [B, num_samples], keys of tokens that are not listed
   Words notes_;
   int64_t note_ = 0;  // words of each
   bool knows_sums_ = false;

@@ -121,6 +121,32 @@ def test_raw_logprobs_where_one_rank_has_a_mask(mode: str) -> None:
     assert_equal(everywhere(own, ROWS), fs.sample(ROWS, bitmask=pack_bits(allowed), **how))
 
 
+OF_TOKENS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": [0.5, 1.0, 3.0, 0.0]},
+    {"top_p": 0.95},
+    {"typical_p": 0.7, "temperature": 0.8},
+    {"min_p": [0.5, 0.001, 0.1, 0.0], "top_p": [1.0, 0.9, 1.0, 0.999]},
+    {"top_k": [0, 1500, 2, 2999], "ties": "all"},
+    {"epsilon_cutoff": 1e-5, "order": "temperature_last", "temperature": 1.5},
+)
+
+
+@pytest.mark.parametrize("top", [0, 1, 5])
+@pytest.mark.parametrize("logprobs", [None, "raw"])
+@pytest.mark.parametrize("how", OF_TOKENS, ids=str)
+def test_tokens_and_their_raw_logprobs(how: dict[str, Any], logprobs: str | None, top: int) -> None:
+    """Of rows that lists decide, of others, and of both in a batch; one rank has nothing, one a single token."""
+    g = torch.Generator().manual_seed(3)
+    rows = torch.randn(4, 3000, generator=g) * torch.tensor([[1.0], [0.1], [6.0], [2.0]])
+    rows[1] = (rows[1] * 40).round() / 40
+    how = {"seed": 11, "num_samples": 3, "logprobs": logprobs, "top_logprobs": top if logprobs else 0, **how}
+    whole, cuts = fs.sample(rows, **how), (0, 900, 900, 901, 3000)
+    for lists in ((256, 1024), (3, 8)):
+        with listing(*lists):
+            assert_equal(everywhere(fd.sample, rows, cuts=cuts, vocab=3000, **how), whole)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_columns_past_the_vocabulary(mode: str) -> None:
     """With which it was padded, so that ranks have equal parts: the last ranks' may all be such."""

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <deque>
 #include <string>
 
 #include "cpu/dispatch.h"
@@ -137,16 +138,6 @@ RowArguments without_edits(RowArguments rows) {
   return rows;
 }
 
-// What may be asked of rows that are split over ranks.
-OutputArguments of_ranks(OutputArguments out) {
-  out.filtered = out.probabilities = out.weights = out.masses = out.given = 0;
-  if (out.mode == kRawLogprobs) {
-    out.mode = kNoLogprobs;
-    out.logprobs = out.ranks = out.top_ids = out.top_logprobs = 0;
-  }
-  return out;
-}
-
 bool keeps_all(const RowParams& p, int32_t vocab) {
   return !is_greedy(p) && !filters_of(p, vocab) && !uses_xtc(p);
 }
@@ -227,44 +218,64 @@ void check_searches(const fuzz::Input& in, const std::string& isa) {
   }
 }
 
-void check_split(const fuzz::Input& in, const std::string& isa) {
-  if (in.kind != kLogits || !in.wants_tokens) return;
-  split::Ranks ranks(in);
+// All ranks, each with outputs of its own, against a run of the whole rows.
+template <class Wanted>
+void check_ranks(const fuzz::Input& in, const std::string& isa, bool asks, Wanted wanted) {
+  const split::Ranks ranks(in);
   const RowArguments rows = without_edits(in.row_arguments());
-  Written want(in), got(in), asked(in);
-  const LogitsArguments logits = in.logits_arguments();
-  sample_batch(batch_of(rows, {logits, of_ranks(want.out)}), 1);
-  ranks.sample(rows, of_ranks(got.out), false);
-  const auto& status = got.status;
-  if (std::find(status.begin(), status.end(), (int32_t)kUndecided) == status.end()) {
-    const char* wrong = difference(want, got);
+  Written want(in);
+  sample_batch(batch_of(rows, {in.logits_arguments(), wanted(want.out)}), 1);
+  std::deque<Written> got;
+  std::vector<OutputArguments> out;
+  for (int64_t rank = 0; rank < ranks.ranks; ++rank) {
+    out.push_back(wanted(got.emplace_back(in).out));
+  }
+  bool all = asks;
+  for (int64_t r = 0; r < in.rows; ++r) all &= keeps_all(ranks.params(r), in.vocab);
+  const bool raw = out[0].mode == kRawLogprobs;
+  if (raw && in.num_top > (all ? 1 : ranks.length)) return;
+  ranks.sample(rows, out, all, asks, raw);
+  for (const Written& own : got) {
+    bool decided = true;
+    check(own.status == got[0].status, isa + ", split", "statuses of ranks");
+    for (int64_t r = 0; r < in.rows; ++r) {
+      decided &= own.status[r] != kUndecided;
+      if (own.status[r] == kUndecided) continue;
+      const auto first = r * in.num_samples, last = first + in.num_samples;
+      const bool same = own.status[r] == want.status[r] &&
+                        std::equal(own.tokens.begin() + first, own.tokens.begin() + last,
+                                   want.tokens.begin() + first);
+      check(same, isa + ", split", "tokens of a row");
+    }
+    const char* wrong = decided ? difference(want, own) : nullptr;
     check(!wrong, isa + ", split", wrong);
   }
-  if (in.num_samples > 4) return;
-  const split::Words drawn = split::Ranks(in).draw_from_all(in.num_samples);
-  OutputArguments tokens = {};
-  tokens.status = (int64_t)asked.status.data();
-  tokens.tokens = (int64_t)asked.tokens.data();
-  tokens.num_samples = in.num_samples;
-  ranks.sample(rows, tokens, true);
-  for (int64_t r = 0; r < in.rows; ++r) {
-    if (asked.status[r] == kUndecided) continue;
-    const auto first = r * in.num_samples;
-    const bool good =
-        asked.status[r] == want.status[r] &&
-        std::equal(asked.tokens.begin() + first, asked.tokens.begin() + first + in.num_samples,
-                   want.tokens.begin() + first);
-    check(good, isa + ", split", "tokens by what ranks have told");
-  }
-  for (int64_t r = 0; r < in.rows; ++r) {
-    if (!keeps_all(ranks.params(r), in.vocab)) continue;
-    const int64_t* own = drawn.data() + r * (1 + in.num_samples);
-    check(own[0] == want.status[r], isa + ", split", "status of draws from all");
-    for (int32_t j = 0; j < in.num_samples; ++j) {
-      const bool good = own[1 + j] == want.tokens[r * in.num_samples + j];
-      check(good || own[1 + j] == -1, isa + ", split", "draws from all");
-    }
-  }
+}
+
+void check_split(const fuzz::Input& in, const std::string& isa) {
+  if (in.kind != kLogits || !in.wants_tokens) return;
+  // All that lists tell, with raw log-probabilities or without.
+  check_ranks(in, isa, false, [](OutputArguments out) {
+    out.filtered = out.probabilities = out.weights = out.masses = out.given = 0;
+    return out;
+  });
+  // Tokens, for which ranks may tell more.
+  if (in.num_samples >= 8) return;
+  check_ranks(in, isa, true, [](OutputArguments out) {
+    const OutputArguments all = out;
+    out = {};
+    out.status = all.status;
+    out.tokens = all.tokens;
+    out.num_samples = all.num_samples;
+    if (all.mode != kRawLogprobs) return out;
+    out.mode = all.mode;
+    out.logprobs = all.logprobs;
+    out.ranks = all.ranks;
+    out.top_ids = all.top_ids;
+    out.top_logprobs = all.top_logprobs;
+    out.num_top = all.num_top;
+    return out;
+  });
 }
 
 }  // namespace

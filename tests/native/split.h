@@ -5,12 +5,15 @@
 #include <math.h>
 
 #include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #include "core/filters.h"
 #include "core/place.h"
 #include "cpu/dispatch.h"
-#include "cpu/question.h"
+#include "cpu/messages.h"
 #include "cpu/search.h"
 #include "inputs.h"
 
@@ -18,15 +21,35 @@ namespace split {
 
 using namespace fastsample;
 
-// What ranks may be asked for, in this order: each says one bit more of what is known of a row.
-constexpr PartQuestion kAsked[] = {kMassOfBins, kWithin, kTotals, kDraws};
+// Where the threads of all ranks give each other words.
+class Meeting {
+ public:
+  explicit Meeting(int64_t ranks) : told_((size_t)ranks) {}
 
-typedef std::vector<int64_t> Words;  // [rows, words]
+  void gather(int64_t rank, const int64_t* own, int64_t words, int64_t* found) {
+    told_[(size_t)rank].assign(own, own + words);
+    wait();
+    for (const Words& of_rank : told_) found = std::copy_n(of_rank.data(), words, found);
+    wait();
+  }
 
-// As csrc/cpu/lists.h lays them out, before thresholds, masses and numbers of tokens.
-struct Note {
-  ListedMissing missing;
-  PartQuery query;
+ private:
+  // Until all are here.
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int64_t round = round_;
+    if (++waiting_ == (int64_t)told_.size()) {
+      waiting_ = 0;
+      ++round_;
+      all_here_.notify_all();
+    }
+    all_here_.wait(lock, [&] { return round_ != round; });
+  }
+
+  std::mutex mutex_;
+  std::condition_variable all_here_;
+  std::vector<Words> told_;
+  int64_t waiting_ = 0, round_ = 0;
 };
 
 struct Ranks {
@@ -59,6 +82,14 @@ struct Ranks {
   }
   static int64_t nothing() { return (int64_t)((uint64_t)bits(-INFINITY) << 32 | UINT32_MAX); }
 
+  // What a rank has of the rows.
+  LogitsArguments part_of(int64_t rank) const {
+    LogitsArguments own = whole;
+    own.logits += start(rank) * (in.dtype == kFloat32 ? 4 : 2);
+    own.vocab = start(rank + 1) - start(rank);
+    return own;
+  }
+
   // What a rank answers for each row, of which it may have nothing.
   Words ask(int64_t rank, PartQuestion question, int64_t wants, int64_t words,
             const Words& details = {}) const {
@@ -68,10 +99,9 @@ struct Ranks {
       for (int64_t r = 0; r < in.rows; ++r) answers[(r + 1) * words - 1] = 0;
     }
     if (!width) return answers;
-    const int64_t size = in.dtype == kFloat32 ? 4 : 2;
+    const LogitsArguments own = part_of(rank);
     Part part = {};
-    part.logits = {(const char*)whole.logits + begin * size, whole.logits_stride, in.rows,
-                   (int32_t)width, in.dtype};
+    part.logits = {(const void*)own.logits, own.logits_stride, own.rows, (int32_t)width, in.dtype};
     part.ask = {(int64_t)queries.data(),
                 begin,
                 question,
@@ -117,46 +147,46 @@ struct Ranks {
     return told;
   }
 
-  // Samples by the ranks' lists, and if ranks may ask, by what these tell besides; rows that this
-  // does not decide get kUndecided for a status.
-  void sample(const RowArguments& rows, const OutputArguments& out, bool asks) {
-    const Words lists = gather(on_each([&](int64_t q) { return ask(q, kFirst, 0, length); }));
-    const bool with_sums = in.vocab % 5;
-    const auto parts = on_each([&](int64_t q) { return ask(q, kWhole, 3, kSumWords, lists); });
-    Words sums((size_t)(in.rows * kSumWords));
-    for (const Words& own : parts) {
-      for (size_t i = 0; i < sums.size(); ++i) sums[i] += own[i];
+  // Samples on every rank, each a thread, into its own outputs; rows that this does not decide get
+  // kUndecided for a status. `keeps_all`: whether rows keep everything; `asks`: whether ranks may
+  // tell more than sums, for status and tokens; `raw`: whether raw log-probabilities are wanted.
+  void sample(const RowArguments& rows, const std::vector<OutputArguments>& out, bool keeps_all,
+              bool asks, bool raw) const {
+    const int64_t tokens = keeps_all ? 2 : length;
+    const Words lists =
+        gather(on_each([&](int64_t q) { return ask(q, kFirst, keeps_all, tokens); }));
+    std::vector<PartQuery> at_one = queries;
+    for (PartQuery& query : at_one) query.scale = query.judged_scale = bits(mass_scale(1.0f));
+    Meeting meeting(ranks);
+    std::vector<std::thread> threads;
+    for (int64_t q = 0; q < ranks; ++q) {
+      threads.emplace_back([&, q] {
+        Words sums((size_t)(in.rows * kSumWords));
+        const SplitArguments split = {start(q),
+                                      in.vocab,
+                                      q,
+                                      ranks,
+                                      (int64_t)lists.data(),
+                                      tokens,
+                                      (int64_t)queries.data(),
+                                      raw ? (int64_t)at_one.data() : 0,
+                                      kWantsProducts + kWantsSpread,
+                                      keeps_all,
+                                      in.vocab % 5 > 0,
+                                      in.vocab % 7 > 0,
+                                      false,
+                                      asks,
+                                      (int64_t)sums.data(),
+                                      0};
+        const SplitHost host = {[](const Part& part) { answer_part(part, 1); },
+                                [](const Batch& batch) { return sample_batch(batch, 1); },
+                                [&](const int64_t* own, int64_t words, int64_t* found) {
+                                  meeting.gather(q, own, words, found);
+                                }};
+        sample_split(split, rows, {part_of(q), out[(size_t)q]}, host);
+      });
     }
-    Known known;
-    known.bits.assign((size_t)in.rows, with_sums);
-    for (;;) {
-      const int64_t note = (int64_t)(sizeof(Note) / 8) + out.num_samples + 2 * ranks;
-      std::vector<Words> notes((size_t)ranks, Words((size_t)(in.rows * note)));
-      for (int64_t q = ranks - 1; q >= 0; --q) {
-        Words table;
-        for (int64_t r = 0; r < in.rows; ++r) {
-          const ListedQuery head = {in.vocab,
-                                    ranks,
-                                    q,
-                                    known.bits[r],
-                                    length,
-                                    known.width[0],
-                                    known.width[1],
-                                    known.width[2],
-                                    known.width[3],
-                                    asks ? (int64_t)(notes[q].data() + r * note) : 0};
-          table.insert(table.end(), &head.vocab, &head.vocab + sizeof head / 8);
-          append(table, sums, r, kSumWords);
-          append(table, lists, r, ranks * length);
-          for (int i = 0; i < 4; ++i) append(table, known.told[i], r, ranks * known.width[i]);
-        }
-        const int64_t words = (int64_t)table.size() / in.rows;
-        const LogitsArguments logits = {
-            (int64_t)table.data(), 2 * words, in.rows, 2 * words, kFloat32, kListed};
-        sample_batch(batch_of(rows, {logits, out}), 1);
-      }
-      if (!asks || !tell(notes, note, out.num_samples, known)) return;
-    }
+    for (std::thread& thread : threads) thread.join();
   }
 
   // Where rows' tokens reach targets: `high` and `low`, then masses and numbers of tokens, of each
@@ -185,104 +215,6 @@ struct Ranks {
       return Words((size_t)(in.rows * most), nothing());
     });
     return conclude(kNearSide, after(known, gather(told)), 2 + 2 * ranks);
-  }
-
-  // Status and tokens of each row, drawn from all of it; -1 where ranks have not told of one.
-  Words draw_from_all(int64_t draws) const {
-    Words streams;
-    for (int64_t r = 0; r < in.rows; ++r) {
-      streams.push_back(in.seeds[in.seeds.size() > 1 ? r : 0]);
-      streams.push_back(in.offsets[in.offsets.size() > 1 ? r : 0]);
-    }
-    const auto first = on_each([&](int64_t q) { return ask(q, kFirst, 1, 2); });
-    const Words told = gather(first, streams);
-    const int64_t words = 1 + draws * kWordsOfDraw;
-    const auto owned = on_each([&](int64_t q) { return ask(q, kOwned, q, words, told); });
-    Words drawn;
-    for (int64_t r = 0; r < in.rows; ++r) {
-      int64_t status = 0;
-      Words of_row;
-      for (const Words& own : owned) {
-        append(of_row, own, r, words);
-        if (own[r * words] < 0) status = -own[r * words];
-      }
-      drawn.push_back(status);
-      const DrawQuery query = {streams[2 * r], streams[2 * r + 1], 0, ranks};
-      for (int64_t j = 0; j < draws; ++j) {
-        const int64_t key = status ? kNoKey : key_of_draw(of_row.data(), words, query, j);
-        drawn.push_back(key == kNoKey ? -1 : place_of_key(key).id);
-      }
-    }
-    return drawn;
-  }
-
- private:
-  // What ranks have told of rows, each [rows, ranks * width].
-  struct Known {
-    Words bits;  // [rows]
-    Words told[4];
-    int64_t width[4] = {};
-  };
-
-  static void append(Words& to, const Words& from, int64_t row, int64_t words) {
-    to.insert(to.end(), from.begin() + row * words, from.begin() + (row + 1) * words);
-  }
-
-  // Has ranks tell what all of them have noted; whether there was any such thing.
-  bool tell(const std::vector<Words>& notes, int64_t words, int64_t draws, Known& known) {
-    const auto of = [&](int64_t q, int64_t r) {
-      return (const Note*)(notes[q].data() + r * words);
-    };
-    for (int i = 0; i < 4; ++i) {
-      Words which((size_t)in.rows);
-      int64_t width = std::vector<int64_t>{2 * kBins, 0, 5, 2 * draws + 1}[i];
-      for (int64_t r = 0; r < in.rows; ++r) {
-        which[r] = of(0, r)->missing.question == kAsked[i];
-        if (which[r] && kAsked[i] == kWithin) width = std::max(width, of(0, r)->missing.most);
-      }
-      if (std::find(which.begin(), which.end(), 1) == which.end()) continue;
-      const auto answers = on_each([&](int64_t q) {
-        Words details;
-        for (int64_t r = 0; r < in.rows; ++r) {
-          const Note* own = of(q, r);
-          const int64_t* thresholds = (const int64_t*)(own + 1);
-          queries[r] = own->query;
-          if (kAsked[i] == kWithin)
-            append(details, Words(&own->missing.begin, &own->missing.most), 0, 4);
-          if (kAsked[i] == kDraws) details.insert(details.end(), thresholds, thresholds + draws);
-        }
-        Words answer = start(q + 1) > start(q) ? ask(q, kAsked[i], 0, width, details)
-                                               : Words((size_t)(in.rows * width));
-        if (start(q + 1) == start(q)) {
-          const int64_t empty = kAsked[i] == kWithin ? nothing() : kAsked[i] == kDraws ? kNoKey : 0;
-          std::fill(answer.begin(), answer.end(), empty);
-        }
-        return answer;
-      });
-      learn(known, i, which, answers, width,
-            kAsked[i] == kTotals  ? 1
-            : kAsked[i] == kDraws ? draws
-                                  : width);
-      return true;
-    }
-    return false;
-  }
-
-  // Keeps the first `used` words of each rank's answers of some rows.
-  void learn(Known& known, int i, const Words& which, const std::vector<Words>& answers,
-             int64_t width, int64_t used) {
-    const int64_t before = known.width[i], wide = std::max(before, used);
-    Words told((size_t)(in.rows * ranks * wide), nothing());
-    for (int64_t r = 0; r < in.rows; ++r) {
-      for (int64_t q = 0; q < ranks; ++q) {
-        const int64_t* from = which[r] ? answers[q].data() + r * width
-                                       : known.told[i].data() + (r * ranks + q) * before;
-        std::copy(from, from + (which[r] ? used : before), told.begin() + (r * ranks + q) * wide);
-      }
-      if (which[r]) known.bits[r] |= 2 << i;
-    }
-    known.told[i] = told;
-    known.width[i] = wide;
   }
 };
 

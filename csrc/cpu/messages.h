@@ -1,0 +1,99 @@
+// What a rank of rows that are split gives the others, and takes from them.
+#pragma once
+
+#include <math.h>
+
+#include <vector>
+
+#include "core/place.h"
+#include "cpu/question.h"
+#include "cpu/split.h"
+
+namespace fastsample {
+
+typedef std::vector<int64_t> Words;
+
+inline void append(Words& to, const int64_t* from, int64_t words) {
+  to.insert(to.end(), from, from + words);
+}
+
+struct Messages {
+  const SplitArguments& split;
+  const CallArguments& call;
+  const SplitHost& host;
+
+  int64_t rows() const { return call.logits.rows; }
+  int64_t draws() const { return call.out.num_samples; }
+  const int64_t* lists(int64_t r) const {
+    return (const int64_t*)split.lists + r * split.ranks * split.tokens;
+  }
+  Words all_rows() const {
+    Words rows_;
+    for (int64_t r = 0; r < rows(); ++r) rows_.push_back(r);
+    return rows_;
+  }
+
+  // What this rank answers of rows in ascending order, int64 [b, ask.words]; `queries` and
+  // `details` are of these.
+  Words answer(PartArguments ask, const Words& some, const PartQuery* queries,
+               const int64_t* details) const {
+    const int64_t n = (int64_t)some.size();
+    const LogitsArguments& l = call.logits;
+    const int64_t size = l.dtype == kFloat32 ? 4 : 2;
+    Words found((size_t)(n * ask.words), nothing(ask.question));
+    for (int64_t k = 0, next; l.vocab && k < n; k = next) {  // rows one behind the other
+      for (next = k + 1; next < n && some[(size_t)next] == some[(size_t)next - 1] + 1;) ++next;
+      const char* first = (const char*)l.logits + some[(size_t)k] * l.logits_stride * size;
+      ask.start = split.start;
+      ask.queries = (int64_t)(queries + k);
+      ask.details = (int64_t)(details + k * ask.count);
+      ask.answers = (int64_t)(found.data() + k * ask.words);
+      host.answer({{first, l.logits_stride, next - k, (int32_t)l.vocab, (DType)l.dtype}, ask});
+    }
+    return found;
+  }
+
+  // f(word) for each token of a row's lists.
+  template <class F>
+  void each_listed(int64_t r, F f) const {
+    const int64_t step = split.keeps_all ? split.tokens : 1;
+    for (int64_t i = 0; i < split.ranks * split.tokens; i += step) f(lists(r)[i]);
+  }
+
+  // Sums of whole rows, int64 [B, words].
+  Words answer_whole(int64_t queries, int64_t wants, int64_t words) const {
+    Words tokens;
+    for (int64_t r = 0; r < rows(); ++r) {
+      each_listed(r, [&](int64_t word) { tokens.push_back(word); });
+    }
+    PartArguments ask = {};
+    ask.question = kWhole;
+    ask.wants = wants;
+    ask.count = (int64_t)tokens.size() / rows();
+    ask.words = words;
+    return answer(ask, all_rows(), (const PartQuery*)queries, tokens.data());
+  }
+
+  // What all ranks give, [ranks, ...].
+  Words gather(const Words& own) const {
+    Words found(own.size() * (size_t)split.ranks);
+    host.gather(own.data(), (int64_t)own.size(), found.data());
+    return found;
+  }
+
+  // The answer of a rank that has no tokens.
+  static int64_t nothing(int64_t question) {
+    return question == kWithin ? word_of_token({-INFINITY, -1}) : question == kDraws ? kNoKey : 0;
+  }
+};
+
+// This rank's masses of whole rows at temperature 1; nothing where raw log-probabilities are not
+// wanted.
+Words raw_masses(const Messages& messages);
+
+// Raw log-probabilities, if they are wanted, with a message more where masses of whole rows at
+// temperature 1 are not known, which are then empty, or tokens are drawn that are not listed.
+// `drawn` int64 [B, num_samples] has the keys of those, and kNoKey for others.
+void write_raw(const Messages& messages, const Words& masses, const Words& drawn);
+
+}  // namespace fastsample
