@@ -54,14 +54,11 @@ def first_words(
     return ask(x, start, queries, FIRST, with_mass + 2 * judges, count + with_mass + judges, shares)
 
 
-def whole_sums(
-    x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool, bins: bool = False
-) -> Tensor:
-    """`Shard.sums` of all above -inf, or `Shard.whole`, given what all ranks list of each row, int64 [B, 9 or more]."""
-    count = SUM_WORDS + 2 * BINS * bins
+def whole_sums(x: Tensor, start: int, words: Tensor, queries: Tensor, products: bool, spread: bool) -> Tensor:
+    """`Shard.sums` of all above -inf, given what all ranks list of each row, int64 [B, 9]."""
     if not x.shape[1]:
-        return words.new_zeros(len(x), count)
-    return ask(x, start, queries, WHOLE, products + 2 * spread + 4 * bins, count, words)
+        return words.new_zeros(len(x), SUM_WORDS)
+    return ask(x, start, queries, WHOLE, products + 2 * spread, SUM_WORDS, words)
 
 
 class NativeShard(Shard):
