@@ -60,17 +60,14 @@ Kept<float> top_p(ListedBase& base, Kept<float> kept, const RowParams& p) {
   base.list = gather(base.list, within, ws.list_x, ws.list_id);
   const Boundary edge =
       narrow(weight, copy(base.list.x, base.list.n, ws.values), 0, target, ws.values, true);
-  if (reached(weight, edge) < target) {
-    base.require(!base.prefix.complete);
-    return search(base, kept, kByMass, target);
-  }
+  if (reached(weight, edge) < target) return search(base, kept, kByMass, target);
   // Tokens that equal the last of the list need not be on it.
   const uint64_t m = ties_needed(weight, edge, target);
   return narrow_above(kept, {edge.x, nth_equal(base.list, edge.x, m)});
 }
 
 Kept<float> mass_floors(ListedBase& base, Kept<float> kept, const RowParams& p) {
-  return mass_floors(kept, p, heaviest(base, kept));
+  return p.min_p > 0 ? mass_floors(kept, p, heaviest(base, kept)) : kept;
 }
 
 Kept<float> typical(ListedBase& base, Kept<float> kept, const RowParams& p) {

@@ -146,24 +146,19 @@ class SplitRows {
     return told;
   }
 
+  // Each question is asked once, of all rows that it is noted of.
   void learn(int i, const Words& rows, const Told& own) {
     const Words found = messages_.gather(own.rows);
-    Told& told = told_[i];
-    const int64_t words = std::max(told.words, own.words), before = told.words;
-    Words all((size_t)(count_ * split_.ranks * words), Messages::nothing(kAsked[i]));
-    for (int64_t row = 0; row < count_ * split_.ranks; ++row) {
-      std::copy_n(told.rows.data() + row * before, before, all.data() + row * words);
-    }
-    const int64_t n = (int64_t)rows.size();
+    const int64_t n = (int64_t)rows.size(), words = own.words;
+    Told& told = told_[i] = {words, Words((size_t)(count_ * split_.ranks * words))};
     for (int64_t k = 0; k < n; ++k) {
       const int64_t r = rows[(size_t)k];
       for (int64_t rank = 0; rank < split_.ranks; ++rank) {
-        const int64_t* from = found.data() + (rank * n + k) * own.words;
-        std::copy_n(from, own.words, all.data() + (r * split_.ranks + rank) * words);
+        const int64_t* from = found.data() + (rank * n + k) * words;
+        std::copy_n(from, words, told.rows.data() + (r * split_.ranks + rank) * words);
       }
       known_[(size_t)r] |= (int64_t)2 << i;
     }
-    told = {words, std::move(all)};
   }
 
   // Sums of all rows; with their bins if rows are flat, and with the mass for raw
