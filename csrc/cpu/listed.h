@@ -142,22 +142,9 @@ const int64_t* shares_of(const ListedBase& base, Kept<float> kept) {
   return equal(kept, base.found) ? base.missing.masses() : nullptr;
 }
 
-// The draws from a set of which not all tokens are listed.
+// Notes what draws from a set take of which not all tokens are listed.
 void draw_from_ranks(ListedBase& base, const Kept<float>& kept) {
-  const Outputs& out = base.task.batch.out;
   const ListedRow& row = base.row;
-  const int32_t n = out.num_samples;
-  if (row.knows(kKnowsKeys)) {
-    for (int32_t j = 0; j < n; ++j) {
-      int64_t key = kNoKey;
-      for (int64_t rank = 0; rank < row.head.ranks; ++rank) {
-        const int64_t own = row.keys[rank * n + j];
-        key = own > key ? own : key;
-      }
-      out.tokens[base.task.r * n + j] = place_of_key(key).id;
-    }
-    return;
-  }
   const int64_t* shares = shares_of(base, kept);
   if (!shares) {
     base.require(kept.high.x == INFINITY);  // otherwise no token of it may weigh anything
@@ -167,10 +154,22 @@ void draw_from_ranks(ListedBase& base, const Kept<float>& kept) {
   const Stream stream = stream_of(base.task.batch, base.task.r);
   const DrawQuery query = {(int64_t)stream.seed, (int64_t)stream.offset, row.head.rank,
                            row.head.ranks};
-  for (int32_t j = 0; j < n; ++j) {
+  for (int32_t j = 0; j < base.task.batch.out.num_samples; ++j) {
     base.missing.thresholds()[j] = own_threshold(query, shares, 1, j);
   }
   base.miss(kDraws, kept);
+}
+
+// The tokens that ranks have told of.
+void write_told(const Outputs& out, int64_t r, Draws draws, const ListedRow& row) {
+  for (int32_t j = draws.begin; j < draws.end; ++j) {
+    int64_t key = kNoKey;
+    for (int64_t rank = 0; rank < row.head.ranks; ++rank) {
+      const int64_t own = row.keys[rank * out.num_samples + j];
+      key = own > key ? own : key;
+    }
+    out.tokens[r * out.num_samples + j] = place_of_key(key).id;
+  }
 }
 
 // Stages 7 and 8 of a row that is not greedy.
@@ -186,7 +185,6 @@ bool decide(const Task<float, LogitWeigher>& t, const ListedRow& row, const Pref
   if (log_kept_mass) base.require(row.has_sums() && !t.weigher.judges_apart());
   if (base.decided && base.missing.asked() && !top.probability && !base.holds(kept)) {
     draw_from_ranks(base, kept);
-    return base.decided;
   }
   base.require(base.holds(kept));
   if (!base.decided) return false;
@@ -211,6 +209,10 @@ Status sample_listed(const Batch& given, int64_t r, Draws draws, const Workspace
   if (prefix.peak.status != kValid) {
     write_invalid(given.out, r, draws, row.vocab());
     return prefix.peak.status;
+  }
+  if (row.knows(kKnowsKeys)) {
+    write_told(given.out, r, draws, row);
+    return kValid;
   }
   Batch batch = given;  // without what takes more than the kept tokens
   batch.out.ranks = nullptr;
