@@ -90,13 +90,18 @@ FASTSAMPLE_RECORD(SearchQuery,  //
                   mean);        // float
 // of draws, before what each rank has;
 FASTSAMPLE_RECORD(DrawQuery, seed, offset, rank, ranks);
-// and of a whole row (cpu/lists.h), before what is known of it.
-FASTSAMPLE_RECORD(ListedQuery,         //
-                  vocab, ranks, rank,  // rank: this one
-                  known,               // bits
-                  tokens, bins, told,  // words of each rank
-                  shares, keys,        //
-                  missing);            // ListedMissing, PartQuery, int64 [num_samples + 2 ranks]
+// and of a whole row (cpu/lists.h), which consists of no more. Strides are from one rank to the
+// next.
+FASTSAMPLE_RECORD(ListedQuery,                //
+                  vocab, ranks, rank,         // rank: this one
+                  known,                      // bits
+                  lists, tokens,              // int64 [ranks, tokens]
+                  sums,                       // int64 [kSumWords]
+                  bins, bins_stride,          // BinMass [ranks, kBins]
+                  words, words_stride, told,  // int64 [ranks, told]
+                  shares, shares_stride,      // int64 [ranks]
+                  keys, keys_stride,          // int64 [ranks, num_samples]
+                  missing);  // ListedMissing, PartQuery, int64 [num_samples + 2 ranks]
 // What would tell more of a row: a PartQuestion, 0 where it is decided, or -1 where ranks must ask
 // in another way; of bins, which, and the most tokens that a rank has there.
 FASTSAMPLE_RECORD(ListedMissing, question, begin, in, out, end, most);
@@ -114,7 +119,7 @@ FASTSAMPLE_RECORD(SplitArguments,             //
                   tells_sums, may_tell_sums,  // before all else; where lists do not decide a row
                   flat, asks,                 // whether sums come with bins; whether to ask more
                   sums, bins);  // int64 [B, kSumWords]; where rows stay undecided, and `flat`,
-                                // BinMass [B, ranks, kBins]
+                                // BinMass [ranks, B, kBins]
 
 #undef FASTSAMPLE_RECORD
 

@@ -132,21 +132,23 @@ void write_ranks(const Batch& batch, int64_t r, Draws draws, const ListedRow& ro
 }
 
 // The mass that each rank has of what draws are from; null where that is not known.
-const int64_t* shares_of(const ListedBase& base, Kept<float> kept) {
-  if (base.row.knows(kKnowsShares)) return base.row.shares;
-  if (!base.searched || base.task.weigher.judges_apart()) return nullptr;
+OfRanks<int64_t> shares_of(const ListedBase& base, Kept<float> kept) {
+  const ListedQuery& head = base.row.head;
+  if (base.row.knows(kKnowsShares)) return {(const int64_t*)head.shares, head.shares_stride};
+  if (!base.searched || base.task.weigher.judges_apart()) return {};
   // A floor that all tokens pass changes nothing. Masses rise with the logit but for their last
   // bits.
   const uint64_t lightest = base.judge.mass(kept.low.x);
   if (kept.floor + (lightest >> 18) + 2 <= lightest) kept.floor = base.found.floor;
-  return equal(kept, base.found) ? base.missing.masses() : nullptr;
+  if (!equal(kept, base.found)) return {};
+  return {base.missing.masses(), 1};
 }
 
 // Notes what draws from a set take of which not all tokens are listed.
 void draw_from_ranks(ListedBase& base, const Kept<float>& kept) {
   const ListedRow& row = base.row;
-  const int64_t* shares = shares_of(base, kept);
-  if (!shares) {
+  const OfRanks<int64_t> shares = shares_of(base, kept);
+  if (!shares.first) {
     base.require(kept.high.x == INFINITY);  // otherwise no token of it may weigh anything
     if (base.decided) base.miss(kTotals, kept);
     return;
@@ -155,7 +157,7 @@ void draw_from_ranks(ListedBase& base, const Kept<float>& kept) {
   const DrawQuery query = {(int64_t)stream.seed, (int64_t)stream.offset, row.head.rank,
                            row.head.ranks};
   for (int32_t j = 0; j < base.task.batch.out.num_samples; ++j) {
-    base.missing.thresholds()[j] = own_threshold(query, shares, 1, j);
+    base.missing.thresholds()[j] = own_threshold(query, shares, j);
   }
   base.miss(kDraws, kept);
 }
@@ -165,7 +167,7 @@ void write_told(const Outputs& out, int64_t r, Draws draws, const ListedRow& row
   for (int32_t j = draws.begin; j < draws.end; ++j) {
     int64_t key = kNoKey;
     for (int64_t rank = 0; rank < row.head.ranks; ++rank) {
-      const int64_t own = row.keys[rank * out.num_samples + j];
+      const int64_t own = row.keys(rank)[j];
       key = own > key ? own : key;
     }
     out.tokens[r * out.num_samples + j] = place_of_key(key).id;

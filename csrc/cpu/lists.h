@@ -10,33 +10,25 @@
 namespace fastsample {
 namespace {
 
-// A row of input kListed, 64-bit words: ListedQuery, the sums of the whole row, and then each
-// rank's list, bins, told tokens, share and keys, as many words as the query says; what is not
-// known means nothing. A token is the bits of its logit above its id, which is kLastId past the
-// list's end. A row that is invalid has a NaN or +inf in it.
+// A row of input kListed is a ListedQuery; what is not known means nothing. A token is the bits of
+// its logit above its id, which is kLastId past a list's end. A row that is invalid has a NaN or
+// +inf in some list.
 struct ListedRow {
   const ListedQuery& head;
-  const int64_t* sums;
-  const int64_t* lists;
-  const BinMass* bins;
-  const int64_t* told;
-  const int64_t* shares;
-  const int64_t* keys;
 
   ListedRow(const Batch& batch, int64_t r)
-      : head(*(const ListedQuery*)((const float*)batch.logits.data + r * batch.logits.stride)),
-        sums((const int64_t*)(&head + 1)),
-        lists(sums + kSumWords),
-        bins((const BinMass*)(lists + head.ranks * head.tokens)),
-        told((const int64_t*)bins + head.ranks * head.bins),
-        shares(told + head.ranks * head.told),
-        keys(shares + head.ranks * head.shares) {}
+      : head(*(const ListedQuery*)((const float*)batch.logits.data + r * batch.logits.stride)) {}
 
   FS_MEMBER int32_t vocab() const { return (int32_t)head.vocab; }
   FS_MEMBER bool knows(Known what) const { return head.known & what; }
   FS_MEMBER bool has_sums() const { return knows(kKnowsSums); }
-  FS_MEMBER uint64_t sum(int i) const { return (uint64_t)sums[i]; }
-  FS_MEMBER const int64_t* list(int64_t rank) const { return lists + rank * head.tokens; }
+  FS_MEMBER uint64_t sum(int i) const { return ((const uint64_t*)head.sums)[i]; }
+  FS_MEMBER const int64_t* list(int64_t rank) const {
+    return (const int64_t*)head.lists + rank * head.tokens;
+  }
+  FS_MEMBER const int64_t* keys(int64_t rank) const {
+    return (const int64_t*)head.keys + rank * head.keys_stride;
+  }
   FS_MEMBER int64_t tokens() const { return head.ranks * head.tokens; }
 
   DepthSums of(const Depths&) const { return {sum(0), sum(1), sum(2)}; }
@@ -167,8 +159,16 @@ Kept<float> search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint6
     base.miss(kMassOfBins, kept);
     return kept;
   }
-  PlaceSearch s = {base.judge.max, base.judge.scale, row.head.ranks, by,           target,
-                   mean,           row.bins,         row.told,       row.head.told};
+  const ListedQuery& h = row.head;
+  PlaceSearch s = {base.judge.max,
+                   base.judge.scale,
+                   h.ranks,
+                   by,
+                   target,
+                   mean,
+                   {(const BinMass*)h.bins, h.bins_stride / 2},
+                   {(const int64_t*)h.words, h.words_stride},
+                   h.told};
   if (!row.knows(kKnowsTold)) {
     s.words_of_rank = 0;
     const Uncertain u = uncertain_of(s);

@@ -15,8 +15,6 @@
 namespace fastsample {
 namespace {
 
-const BinMass* of_rank(const PlaceSearch& s, int64_t rank) { return s.bins + rank * kBins; }
-
 uint64_t weight(const PlaceSearch& s, uint64_t mass, uint64_t tokens) {
   return s.by == kByNumber ? tokens : mass;
 }
@@ -25,7 +23,7 @@ uint64_t weight(const PlaceSearch& s, uint64_t mass, uint64_t tokens) {
 std::vector<uint64_t> weights_of(const PlaceSearch& s) {
   std::vector<uint64_t> sums(kBins);
   for (int64_t rank = 0; rank < s.ranks; ++rank) {
-    const BinMass* own = of_rank(s, rank);
+    const BinMass* own = s.bins[rank];
     for (size_t i = 0; i < sums.size(); ++i) sums[i] += weight(s, own[i].mass, own[i].tokens);
   }
   return sums;
@@ -137,12 +135,13 @@ struct Candidate {
 
 std::vector<Candidate> candidates_of(const PlaceSearch& s) {
   std::vector<Candidate> found;
-  const int64_t n = s.words_of_rank;
-  for (int64_t i = 0; i < s.ranks * n; ++i) {
-    const Place<float> token = token_of_word(s.words[i]);
-    if (token.id < 0) continue;
-    const uint64_t mass = mass_of(token.x, s.peak, s.scale);
-    found.push_back({i / n, token, fabsf(token.x - s.mean), mass});
+  for (int64_t rank = 0; rank < s.ranks; ++rank) {
+    for (int64_t i = 0; i < s.words_of_rank; ++i) {
+      const Place<float> token = token_of_word(s.words[rank][i]);
+      if (token.id < 0) continue;
+      const uint64_t mass = mass_of(token.x, s.peak, s.scale);
+      found.push_back({rank, token, fabsf(token.x - s.mean), mass});
+    }
   }
   const bool by_distance = s.by == kByDistance;
   std::sort(found.begin(), found.end(), [&](const Candidate& a, const Candidate& b) {
@@ -157,15 +156,10 @@ PlaceSearch search_of(const PartArguments& ask, int64_t r) {
   const SearchQuery& q = *(const SearchQuery*)details;
   const int64_t* bins = (const int64_t*)(&q + 1);
   const int64_t* words = bins + q.ranks * kBins * (int64_t)(sizeof(BinMass) / sizeof *bins);
-  return {float_of(row.peak),
-          float_of(row.judged_scale),
-          q.ranks,
-          q.by,
-          (uint64_t)q.target,
-          float_of(q.mean),
-          (const BinMass*)bins,
-          words,
-          (details + ask.count - words) / q.ranks};
+  const int64_t told = (details + ask.count - words) / q.ranks;
+  return {
+      float_of(row.peak), float_of(row.judged_scale),    q.ranks,       q.by, (uint64_t)q.target,
+      float_of(q.mean),   {(const BinMass*)bins, kBins}, {words, told}, told};
 }
 
 void answer_thresholds(const PartArguments& ask, int64_t r, int64_t* to) {
@@ -177,7 +171,7 @@ void answer_thresholds(const PartArguments& ask, int64_t r, int64_t* to) {
   for (int64_t j = 0; j < n; ++j) {
     const bool leaves =
         coin > 0 && xtc_excludes((uint64_t)q.seed, (uint64_t)q.offset, (uint32_t)j, coin);
-    const int64_t place = own_threshold(q, shares + leaves, 2, j);
+    const int64_t place = own_threshold(q, {shares + leaves, 2}, j);
     to[j] = leaves && place >= 0 ? -2 - place : place;
     to[n + j] = leaves;
   }
@@ -191,7 +185,7 @@ Uncertain uncertain_of(const PlaceSearch& s) {
   for (int64_t rank = 0; rank < s.ranks; ++rank) {
     int64_t tokens = 0;
     for (int64_t i = u.begin; i < u.end; ++i) {
-      if (holds(u, i)) tokens += (int64_t)of_rank(s, rank)[i].tokens;
+      if (holds(u, i)) tokens += (int64_t)s.bins[rank][i].tokens;
     }
     u.most = std::max(u.most, tokens);
   }
@@ -207,8 +201,8 @@ NearSide near_side(const PlaceSearch& s, int64_t* masses, int64_t* tokens) {
   for (int64_t rank = 0; rank < s.ranks; ++rank) {
     masses[rank] = tokens[rank] = 0;
     for (int64_t i = u.in; i < u.out; ++i) {
-      masses[rank] += (int64_t)of_rank(s, rank)[i].mass;
-      tokens[rank] += (int64_t)of_rank(s, rank)[i].tokens;
+      masses[rank] += (int64_t)s.bins[rank][i].mass;
+      tokens[rank] += (int64_t)s.bins[rank][i].tokens;
     }
     running += weight(s, (uint64_t)masses[rank], (uint64_t)tokens[rank]);
   }
@@ -230,15 +224,15 @@ NearSide near_side(const PlaceSearch& s, int64_t* masses, int64_t* tokens) {
   return {high < s.peak ? key_of_place({high, -1}) : kHighestKey, low};
 }
 
-int64_t own_threshold(const DrawQuery& q, const int64_t* shares, int64_t stride, int64_t draw) {
+int64_t own_threshold(const DrawQuery& q, const OfRanks<int64_t>& shares, int64_t draw) {
   uint64_t total = 0, before = 0;
   for (int64_t rank = 0; rank < q.ranks; ++rank) {
-    before += rank < q.rank ? (uint64_t)shares[rank * stride] : 0;
-    total += (uint64_t)shares[rank * stride];
+    before += rank < q.rank ? (uint64_t)*shares[rank] : 0;
+    total += (uint64_t)*shares[rank];
   }
   const uint64_t place =
       draw_threshold((uint64_t)q.seed, (uint64_t)q.offset, (uint32_t)draw, total) - before;
-  return place < (uint64_t)shares[q.rank * stride] ? (int64_t)place : -1;
+  return place < (uint64_t)*shares[q.rank] ? (int64_t)place : -1;
 }
 
 int64_t key_of_draw(const int64_t* told, int64_t words, const DrawQuery& q, int64_t draw) {

@@ -23,14 +23,23 @@ struct BinMass {
 
 enum SearchBy : int64_t { kByMass, kByNumber, kByDistance };  // the last is by mass
 
+// What each rank has told.
+template <class T>
+struct OfRanks {
+  const T* first;
+  int64_t stride;
+
+  const T* operator[](int64_t rank) const { return first + rank * stride; }
+};
+
 // What all ranks know of a search.
 struct PlaceSearch {
   float peak, scale;
   int64_t ranks, by;  // SearchBy
   uint64_t target;
   float mean;
-  const BinMass* bins;   // [ranks, kBins]
-  const int64_t* words;  // [ranks, words_of_rank], tokens in bins that may hold the place
+  OfRanks<BinMass> bins;   // [ranks, kBins]
+  OfRanks<int64_t> words;  // [ranks, words_of_rank], tokens in bins that may hold the place
   int64_t words_of_rank;
 };
 
@@ -50,8 +59,8 @@ struct NearSide {
 NearSide near_side(const PlaceSearch& search, int64_t* masses, int64_t* tokens);
 
 // Where a draw falls in a rank's running mass; -1 where it falls into another's. `shares`: the mass
-// that each rank has, `stride` apart.
-int64_t own_threshold(const DrawQuery& query, const int64_t* shares, int64_t stride, int64_t draw);
+// that each rank has.
+int64_t own_threshold(const DrawQuery& query, const OfRanks<int64_t>& shares, int64_t draw);
 
 // The key of a draw from all tokens, by what all ranks have answered to kOwned, `words` each;
 // kNoKey where none of them has told of it.

@@ -1,5 +1,7 @@
 #include "cpu/split.h"
 
+#include <string.h>
+
 #include <algorithm>
 
 #include "cpu/messages.h"
@@ -51,7 +53,7 @@ class SplitRows {
       invalid = sample();
     }
     if (is_open()) {
-      if (split_.flat) std::copy(told_[0].rows.begin(), told_[0].rows.end(), (int64_t*)split_.bins);
+      if (split_.flat) tell_bins();
       return {kOpenRows, knows_sums_};
     }
     keep_drawn();
@@ -60,10 +62,13 @@ class SplitRows {
   }
 
  private:
-  // Each row's answers of one rank, or of all [ranks]; those to a question of kAsked are all there.
+  // What ranks have answered of some rows.
   struct Told {
-    int64_t words = 0;  // of a rank
-    Words rows;         // [B, ranks, words]
+    Words all;                         // [ranks, b, ...]
+    int64_t stride = 0, words = 0;     // from rank to rank; of a row
+    std::vector<const int64_t*> rows;  // [B], of the first rank; null where none was asked
+
+    const int64_t* of_row(int64_t r) const { return rows.empty() ? nullptr : rows[(size_t)r]; }
   };
 
   bool is_open() const {
@@ -80,23 +85,22 @@ class SplitRows {
   int64_t sample_known() {
     const int64_t note = words_of<Note>() + draws_ + 2 * split_.ranks;
     if (split_.asks) notes_.assign((size_t)(count_ * note), 0);
-    Words table;
+    std::vector<ListedQuery> table;
     for (int64_t r = 0; r < count_; ++r) {
+      const auto told = [&](int i) { return (int64_t)told_[i].of_row(r); };
       const int64_t* own = split_.asks ? notes_.data() + r * note : nullptr;
-      const ListedQuery head = {split_.vocab,   split_.ranks,   split_.rank,    known_[(size_t)r],
-                                split_.tokens,  told_[0].words, told_[1].words, told_[2].words,
-                                told_[3].words, (int64_t)own};
-      append(table, &head.vocab, words_of<ListedQuery>());
-      append(table, (const int64_t*)split_.sums + r * kSumWords, kSumWords);
-      append(table, messages_.lists(r), split_.ranks * split_.tokens);
-      for (const Told& told : told_) {
-        const int64_t n = split_.ranks * told.words;
-        append(table, told.rows.data() + r * n, n);
-      }
+      table.push_back({split_.vocab, split_.ranks, split_.rank, known_[(size_t)r],
+                       (int64_t)messages_.lists(r), split_.tokens,
+                       split_.sums + r * kSumWords * (int64_t)sizeof(int64_t), told(0),
+                       told_[0].stride, told(1), told_[1].stride, told_[1].words, told(2),
+                       told_[2].stride, told(3), told_[3].stride, (int64_t)own});
     }
     note_ = note;
-    const int64_t words = 2 * (int64_t)table.size() / count_;
-    const LogitsArguments logits = {(int64_t)table.data(), words, count_, words, kFloat32, kListed};
+    // What rows would be as wide as decides how much scratch there is: enough for all lists.
+    constexpr int64_t kWidth = 2 * words_of<ListedQuery>();
+    const int64_t width = std::max(kWidth, split_.ranks * split_.tokens);
+    const LogitsArguments logits = {
+        (int64_t)table.data(), kWidth, count_, width, kFloat32, kListed};
     return messages_.host.sample(batch_of(rows_, {logits, out_}));
   }
 
@@ -115,14 +119,15 @@ class SplitRows {
         if (asked(r) == kAsked[i]) rows.push_back(r);
       }
       if (rows.empty()) continue;
-      learn(i, rows, answers(i, rows));
+      learn(i, rows);
       return true;
     }
     return false;
   }
 
-  // This rank's answers of some rows [b, words]; only the first words of each matter to others.
-  Told answers(int i, const Words& rows) {
+  // Each question is asked once, of all rows that it is noted of. Only the first words of an answer
+  // matter to others.
+  void learn(int i, const Words& rows) {
     int64_t answered[kQuestions] = {2 * kBins, 0, kTotalWords, 2 * draws_ + 1};
     int64_t used[kQuestions] = {2 * kBins, 0, 1, draws_};
     std::vector<PartQuery> queries;
@@ -138,26 +143,24 @@ class SplitRows {
     ask.question = kAsked[i];
     ask.count = (int64_t)(details.size() / rows.size());
     ask.words = answered[i];
-    const Words found = messages_.answer(ask, rows, queries.data(), details.data());
-    Told told = {used[i], {}};
-    for (size_t k = 0; k < rows.size(); ++k) {
-      append(told.rows, found.data() + (int64_t)k * answered[i], used[i]);
+    Words own = messages_.answer(ask, rows, queries.data(), details.data());
+    const int64_t n = (int64_t)rows.size();
+    for (int64_t k = 0; k < n; ++k) {
+      memmove(own.data() + k * used[i], own.data() + k * answered[i],
+              (size_t)used[i] * sizeof own[0]);
     }
-    return told;
+    own.resize((size_t)(n * used[i]));
+    keep(i, messages_.gather(own), rows, used[i], 0, n * used[i]);
   }
 
-  // Each question is asked once, of all rows that it is noted of.
-  void learn(int i, const Words& rows, const Told& own) {
-    const Words found = messages_.gather(own.rows);
-    const int64_t n = (int64_t)rows.size(), words = own.words;
-    Told& told = told_[i] = {words, Words((size_t)(count_ * split_.ranks * words))};
-    for (int64_t k = 0; k < n; ++k) {
-      const int64_t r = rows[(size_t)k];
-      for (int64_t rank = 0; rank < split_.ranks; ++rank) {
-        const int64_t* from = found.data() + (rank * n + k) * words;
-        std::copy_n(from, words, told.rows.data() + (r * split_.ranks + rank) * words);
-      }
-      known_[(size_t)r] |= (int64_t)2 << i;
+  // Keeps what ranks have told of rows: of each, so many words from some place on.
+  void keep(int i, Words all, const Words& rows, int64_t words, int64_t begin, int64_t stride) {
+    told_[i] = {std::move(all), stride, words, {}};
+    told_[i].rows.resize((size_t)count_);
+    const int64_t each = stride / (int64_t)rows.size();
+    for (size_t k = 0; k < rows.size(); ++k) {
+      told_[i].rows[(size_t)rows[k]] = told_[i].all.data() + begin + (int64_t)k * each;
+      known_[(size_t)rows[k]] |= (int64_t)2 << i;
     }
   }
 
@@ -174,31 +177,39 @@ class SplitRows {
       append(own, sums.data() + r * n, n);
       if (!raw.empty()) own.push_back(raw[(size_t)r]);
     }
-    const Words found = messages_.gather(own);
+    Words found = messages_.gather(own);
     int64_t* total = (int64_t*)split_.sums;
     std::fill_n(total, count_ * kSumWords, 0);
-    if (bins) told_[0] = {bins, {}};
     raw_.assign(raw.size(), 0);
-    for (int64_t r = 0; r < count_; ++r) {
-      for (int64_t rank = 0; rank < split_.ranks; ++rank) {
-        const int64_t* from = found.data() + (rank * count_ + r) * words;
-        for (int64_t i = 0; i < kSumWords; ++i) total[r * kSumWords + i] += from[i];
-        append(told_[0].rows, from + kSumWords, bins);
-        if (!raw.empty()) raw_[(size_t)r] += from[n];
-      }
-      known_[(size_t)r] |= kKnowsSums | (bins ? (int64_t)kKnowsBins : 0);
+    for (int64_t row = 0; row < split_.ranks * count_; ++row) {
+      const int64_t* from = found.data() + row * words;
+      const int64_t r = row % count_;
+      for (int64_t i = 0; i < kSumWords; ++i) total[r * kSumWords + i] += from[i];
+      if (!raw.empty()) raw_[(size_t)r] += from[n];
     }
+    for (int64_t& known : known_) known |= kKnowsSums;
     knows_sums_ = true;
+    if (bins) keep(0, std::move(found), messages_.all_rows(), bins, kSumWords, count_ * words);
+  }
+
+  // For those who ask in another way.
+  void tell_bins() const {
+    int64_t* to = (int64_t*)split_.bins;
+    for (int64_t rank = 0; rank < split_.ranks; ++rank) {
+      for (int64_t r = 0; r < count_; ++r) {
+        to = std::copy_n(told_[0].of_row(r) + rank * told_[0].stride, 2 * kBins, to);
+      }
+    }
   }
 
   // The keys of tokens that ranks have told.
   void keep_drawn() {
     const Told& told = told_[kQuestions - 1];
     for (int64_t r = 0; r < count_; ++r) {
-      if (!(known_[(size_t)r] & kKnowsKeys)) continue;
-      for (int64_t i = 0; i < split_.ranks * draws_; ++i) {
+      const int64_t* of_row = told.of_row(r);
+      for (int64_t i = 0; of_row && i < split_.ranks * draws_; ++i) {
         int64_t& key = drawn_[(size_t)(r * draws_ + i % draws_)];
-        key = std::max(key, told.rows[(size_t)(r * split_.ranks * draws_ + i)]);
+        key = std::max(key, of_row[i / draws_ * told.stride + i % draws_]);
       }
     }
   }

@@ -35,7 +35,10 @@ PART_FIELDS = ("queries", "start", "question", "wants", "count", "details", "ans
 PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "judged_scale", "total", "rest")
 SEARCH_QUERY_FIELDS = ("ranks", "by", "target", "mean")
 DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
-LISTED_QUERY_FIELDS = ("vocab", "ranks", "rank", "known", "tokens", "bins", "told", "shares", "keys", "missing")
+LISTED_QUERY_FIELDS = (
+    *("vocab", "ranks", "rank", "known", "lists", "tokens", "sums", "bins", "bins_stride"),
+    *("words", "words_stride", "told", "shares", "shares_stride", "keys", "keys_stride", "missing"),
+)
 LISTED_MISSING_FIELDS = ("question", "begin", "in", "out", "end", "most")
 SPLIT_FIELDS = (
     *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted", "keeps_all"),

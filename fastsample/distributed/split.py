@@ -37,7 +37,7 @@ def sample_split(
     """
     count, wanted, keeps_all = len(x), plan.wanted[0] + 2 * plan.wanted[1], lists.with_mass is not lists.words
     sums = lists.words.new_empty(count, SUM_WORDS)
-    bins = sums.new_empty(count, wire.size, 2 * BINS) if lists.flat else None
+    bins = sums.new_empty(wire.size, count, 2 * BINS) if lists.flat else None
     # Of all else that is wanted of a row, its first tokens are listed.
     lists.tells_raw = lists.given and out.num_top <= lists.count
     queries, raw_queries = plan.queries(count), plan.raw_queries(count) if lists.tells_raw else None
@@ -51,7 +51,7 @@ def sample_split(
     call, packed = call_arguments(x, out), rows.native or row_arguments(rows)
     invalid, knows = native().sample_split(split, packed, call, get_num_threads(), wire.gather_at)
     lists.sums = sums if knows else None
-    lists.bins = None if bins is None else bins.transpose(0, 1)
+    lists.bins = bins
     lists.open = (out.status.view(-1, 1) == UNDECIDED) if invalid else None
     lists.tells_raw &= invalid != OPEN
     found: int = invalid
