@@ -166,7 +166,7 @@ Kept<float> search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint6
                    by,
                    target,
                    mean,
-                   {(const BinMass*)h.bins, h.bins_stride / 2},
+                   {(const int64_t*)h.bins, h.bins_stride},
                    {(const int64_t*)h.words, h.words_stride},
                    h.told};
   if (!row.knows(kKnowsTold)) {

@@ -158,8 +158,8 @@ PlaceSearch search_of(const PartArguments& ask, int64_t r) {
   const int64_t* words = bins + q.ranks * kBins * (int64_t)(sizeof(BinMass) / sizeof *bins);
   const int64_t told = (details + ask.count - words) / q.ranks;
   return {
-      float_of(row.peak), float_of(row.judged_scale),    q.ranks,       q.by, (uint64_t)q.target,
-      float_of(q.mean),   {(const BinMass*)bins, kBins}, {words, told}, told};
+      float_of(row.peak), float_of(row.judged_scale),       q.ranks,       q.by, (uint64_t)q.target,
+      float_of(q.mean),   {bins, (words - bins) / q.ranks}, {words, told}, told};
 }
 
 void answer_thresholds(const PartArguments& ask, int64_t r, int64_t* to) {

@@ -26,10 +26,10 @@ enum SearchBy : int64_t { kByMass, kByNumber, kByDistance };  // the last is by 
 // What each rank has told.
 template <class T>
 struct OfRanks {
-  const T* first;
-  int64_t stride;
+  const int64_t* first;
+  int64_t stride;  // words
 
-  const T* operator[](int64_t rank) const { return first + rank * stride; }
+  const T* operator[](int64_t rank) const { return (const T*)(first + rank * stride); }
 };
 
 // What all ranks know of a search.

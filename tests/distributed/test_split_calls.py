@@ -149,6 +149,17 @@ def test_tokens_and_their_raw_logprobs(how: dict[str, Any], logprobs: str | None
             assert_equal(everywhere(fd.sample, rows, cuts=cuts, vocab=3000, **how), whole)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("logprobs", [None, "raw"])
+@pytest.mark.parametrize("how", [{"top_p": 0.95}, {"typical_p": 0.8}, {"top_k": 3000}, {"min_p": 0.01}], ids=str)
+def test_batches_of_flat_rows(how: dict[str, Any], logprobs: str | None, rows: int) -> None:
+    """Whose bins come with the sums of the whole rows."""
+    logits = torch.randn(rows, 9000, generator=torch.Generator().manual_seed(rows))
+    how = {"seed": 2, "num_samples": 4, "logprobs": logprobs, **how}
+    for cuts in ((0, 4500, 9000), (0, 4000, 8999, 9000), (0, 9000)):
+        assert_equal(everywhere(fd.sample, logits, cuts=cuts, vocab=9000, **how), fs.sample(logits, **how))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_columns_past_the_vocabulary(mode: str) -> None:
     """With which it was padded, so that ranks have equal parts: the last ranks' may all be such."""
