@@ -35,7 +35,7 @@ NAME = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 def build(folder: Path) -> None:
     compiler = os.environ.get("CXX") or "c++"
-    engine = [f"csrc/cpu/{name}.cc" for name in ("dispatch", "exchange", "pool", "search")]
+    engine = [f"csrc/cpu/{name}.cc" for name in ("dispatch", "exchange", "pool", "search", "split", "split_raw")]
     sources = ["csrc/bindings/cpu.cc", *engine, "tests/native/twin.cc"]
     includes = ["csrc", "tests/native", pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=gnu++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
@@ -73,7 +73,7 @@ FLAGS = {"baseline": [], "neon": [], "avx2": AVX2, "avx512": AVX2 + AVX512}
 def test_kept_sets_of_every_form(isa: str, tmp_path: Path) -> None:
     """Also those with an upper end, which few filters make; and no filter is bypassed by the plan."""
     flags = ["-std=gnu++17", "-O0", "-ffp-contract=off", "-Wno-psabi", "-Icsrc", *FLAGS[isa]]
-    flags += [f"-DFASTSAMPLE_ISA={isa}", f"-DFASTSAMPLE_ISA_{isa}", "tests/native/kept.cc"]
+    flags += [f"-DFASTSAMPLE_ISA={isa}", f"-DFASTSAMPLE_ISA_{isa}", "tests/native/kept.cc", "csrc/cpu/search.cc"]
     program = str(tmp_path / "kept")
     subprocess.run([os.environ.get("CXX") or "c++", *flags, "-o", program], cwd=ROOT, check=True)
     subprocess.run([program], check=True)
