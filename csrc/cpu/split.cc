@@ -96,7 +96,7 @@ class SplitRows {
                        told_[2].stride, told(3), told_[3].stride, (int64_t)own});
     }
     note_ = note;
-    // What rows would be as wide as decides how much scratch there is: enough for all lists.
+    // The width decides how much scratch there is: enough for all lists.
     constexpr int64_t kWidth = 2 * words_of<ListedQuery>();
     const int64_t width = std::max(kWidth, split_.ranks * split_.tokens);
     const LogitsArguments logits = {
@@ -232,6 +232,7 @@ class SplitRows {
     const auto* queries = (const PartQuery*)split_.queries;
     const Words own = messages_.answer(ask, messages_.all_rows(), queries, given.data());
     const Words found = messages_.gather(own);
+    const bool tells_raw = draws_at_one();
     int64_t invalid = 0;
     for (int64_t r = 0; r < count_; ++r) {
       Words told;
@@ -239,7 +240,8 @@ class SplitRows {
         append(told, found.data() + (rank * count_ + r) * words, words);
       }
       const int64_t* stream = given.data() + (r + 1) * ask.count - 2;
-      draw_owned(r, told, words, stream);
+      const uint64_t mass = draw_owned(r, told, words, stream);
+      if (tells_raw) raw_.push_back((int64_t)mass);
       invalid += status_[r] != 0;
     }
     if (is_open()) return {kOpenRows, false};
@@ -247,8 +249,9 @@ class SplitRows {
     return {invalid, false};
   }
 
-  // Status and tokens of a row, by each rank's mass, or a status below 0, and candidates.
-  void draw_owned(int64_t r, const Words& told, int64_t words, const int64_t* stream) {
+  // Status and tokens of a row, by each rank's mass, or a status below 0, and candidates; the mass
+  // of the whole row.
+  uint64_t draw_owned(int64_t r, const Words& told, int64_t words, const int64_t* stream) {
     int64_t* tokens = (int64_t*)out_.tokens + r * draws_;
     uint64_t total = 0;
     status_[r] = 0;
@@ -257,7 +260,6 @@ class SplitRows {
       if (mass < 0) status_[r] = (int32_t)-mass;
       total += (uint64_t)mass;
     }
-    if (draws_at_one()) raw_.push_back((int64_t)total);
     const DrawQuery query = {stream[0], stream[1], split_.rank, split_.ranks};
     for (int64_t j = 0; j < draws_; ++j) {
       const int64_t key = status_[r] ? kNoKey : key_of_draw(told.data(), words, query, j);
@@ -265,6 +267,7 @@ class SplitRows {
       tokens[j] = key == kNoKey ? -1 : place_of_key(key).id;
       drawn_[(size_t)(r * draws_ + j)] = key;
     }
+    return total;
   }
 
   // Whether masses of draws are those of raw log-probabilities.
