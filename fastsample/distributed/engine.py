@@ -184,7 +184,7 @@ class SplitEngine(Engine):
         return Part(engine, x, wrong, plan, kind, edited)
 
     def _sample(self, part: Part, rows: Rows, out: Outputs) -> tuple[Lists, int | None]:
-        """All but raw log-probabilities."""
+        """All but raw log-probabilities, unless these come with it: then the lists say so."""
         plan = part.plan
         native = self._all_native and part.engine.name == "cpu" and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
@@ -220,7 +220,7 @@ class SplitEngine(Engine):
         return lists, rows
 
     def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
-        """The same by any engine, where top-k leaves nothing but listed tokens."""
+        """The outputs of rows that lists decide, by any engine, where top-k leaves nothing but listed tokens."""
         x, ids = lists.unpacked
         missing = max(0, out.num_top - x.shape[1])  # as many are wanted
         x, ids = pad(x, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
