@@ -30,7 +30,6 @@ class Plan:
         self.steps = steps_of(params, self.used)
         self.greedy = params["temperature"] < GREEDY_BELOW
         self.drawn_at = torch.where(self.greedy, 1.0, params["temperature"])
-        self.at_one = bool((self.drawn_at == 1).all())
         self.judged_at = torch.where(choice(params, "order", "temperature_last"), 1.0, self.drawn_at)
         k = params["top_k"]
         cut = (k > 0) & (k < vocab) & (k <= MOST_LISTED)
