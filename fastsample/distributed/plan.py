@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastsample.backends import Outputs
+from fastsample.distributed.answers import open_queries
 from fastsample.distributed.filters import steps_of, uses
 from fastsample.distributed.keys import bits_of
-from fastsample.distributed.native import open_queries
 from fastsample.params import GREEDY_BELOW
 from fastsample.reference.process import choice, columns_of
 
@@ -61,7 +61,8 @@ class Plan:
 
     def holds(self, records: Tensor) -> bool:
         """Whether these are still the parameters: a Sampler may have written to its records."""
-        return records.shape == self.records.shape and torch.equal(records, self.records)
+        own = self.records
+        return records.shape == own.shape and records.device == own.device and torch.equal(records, own)
 
     def count(self, out: Outputs | None) -> int:
         """How many tokens a rank lists; None where all that counts is what is kept."""
