@@ -20,7 +20,7 @@ MODES: dict[LogprobsMode | None, int] = {None: 0, "raw": 1, "processed": 2}
 """What log-probabilities are of, likewise."""
 INPUTS: dict[str, int] = {"logits": 0, "probs": 1, "lists": 2}
 """What the rows hold, likewise. Lists are those of ranks, of rows that are split over these: for the CPU engine alone
-(fastsample/distributed/native.py)."""
+(fastsample/distributed/split.py)."""
 
 
 @dataclass(slots=True)

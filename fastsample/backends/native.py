@@ -44,7 +44,7 @@ SPLIT_FIELDS = (
     *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted", "keeps_all"),
     *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins"),
 )
-"""The last seven are of rows that are split over ranks (fastsample/distributed/native.py)."""
+"""The last seven are of rows that are split over ranks (fastsample/distributed/answers.py)."""
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")

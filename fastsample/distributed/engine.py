@@ -102,6 +102,11 @@ def _refuse_whole_rows(out: Outputs) -> None:
             raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
 
 
+def _near(x: Tensor, device: torch.device) -> Tensor:
+    """A part of rows, which need not stay where it is if it has no tokens."""
+    return x if x.shape[1] else x.to(device)
+
+
 class SplitEngine(Engine):
     """Rows of which this rank has the tokens from `start` on.
 
@@ -176,7 +181,7 @@ class SplitEngine(Engine):
             self._plan = Plan(decided.records, self.vocab)
         lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), decided, out)
         if out.mode == "raw" and not lists.tells_raw:
-            own, engine = self._own, self._engine(self._own)
+            engine, own = self._engine(self._own), _near(self._own, decided.records.device)
             native = out.input == "logits" and own.shape[1] and engine.answers()
             answers = Answers(engine, own, self.start) if native else None
             queries = self._plan.raw_queries(len(own)) if native else None
@@ -207,8 +212,7 @@ class SplitEngine(Engine):
         elif own.shape[1] and edited:
             x, wrong = process(engine, own, rows, self._mask, self.start, self.vocab)
         here = plan.records.device
-        x = x if x.shape[1] else x.to(here)  # all of nothing
-        return Part(engine, x, self.start, None if wrong is None else wrong.to(here), plan, kind, edited)
+        return Part(engine, _near(x, here), self.start, None if wrong is None else wrong.to(here), plan, kind, edited)
 
     def _sample(self, part: Part, rows: Rows, out: Outputs) -> tuple[Lists, int | None]:
         """All but raw log-probabilities, unless these come with it: then the lists say so."""
