@@ -1,5 +1,5 @@
-"""Ranks whose logits lie on a GPU, for which memory of the host stands in: no call mixes devices, and outputs equal those
-of whole rows on the CPU."""
+"""Ranks whose logits lie on a GPU, for which memory of the host stands in: no call mixes devices, and outputs equal
+those of whole rows on the CPU."""
 
 from __future__ import annotations
 
