@@ -87,13 +87,4 @@ struct Messages {
   }
 };
 
-// This rank's masses of whole rows at temperature 1; nothing where raw log-probabilities are not
-// wanted.
-Words raw_masses(const Messages& messages);
-
-// Raw log-probabilities, if they are wanted, with a message more where masses of whole rows at
-// temperature 1 are not known, which are then empty, or tokens are drawn that are not listed.
-// `drawn` int64 [B, num_samples] has the keys of those, and kNoKey for others.
-void write_raw(const Messages& messages, const Words& masses, const Words& drawn);
-
 }  // namespace fastsample

@@ -20,7 +20,7 @@ from fastsample.distributed.native import (
 )
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
-from fastsample.distributed.raw import RawPart, write_raw
+from fastsample.distributed.raw import RawPart, given_words, raw_lists, write_raw
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
 from fastsample.distributed.shard import Shard, mass_of
@@ -110,6 +110,7 @@ class SplitEngine(Engine):
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
         self.drafts = torch.empty(0, 0)  # [M, V_r], likewise: what its drafts were drawn from
         self._same_seeds = True
+        self._masks = False  # whether any rank had one of its own when raw log-probabilities were last asked for
 
     def __repr__(self) -> str:
         return f"Split({self.start}, {self.vocab}, rank {self.wire.rank} of {self.wire.size})"
@@ -189,10 +190,15 @@ class SplitEngine(Engine):
         native = self._all_native and part.engine.name == "cpu" and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
         judges = plan.shows_flat(out) and part.kind == "logits"
-        count = 1 if draws_from_all else plan.count(out)
-        # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed.
-        raw = native and out.mode == "raw" and not is_edited(rows)
-        lists, rows = self._exchange(part, rows, count, draws_from_all, judges, raw)
+        # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed. Otherwise rows
+        # as they were given are listed too: a rank expects masks again where there were some in the last call.
+        raw = native and out.mode == "raw"
+        masks = raw and not is_edited(rows)
+        apart = plan.raw_count(out) if raw and (self._masks or not masks) else 0
+        count = 1 if draws_from_all else plan.count(out, apart > 0)
+        lists, rows = self._exchange(part, rows, count, draws_from_all, judges, masks, apart)
+        if masks:
+            self._masks = not lists.given
         invalid: int | None = OPEN
         if draws_from_all or (native and not plan.open and (plan.asks(out) or not lists.flat)):
             invalid = sample_split(self.wire, part.x, self.start, self.vocab, plan, lists, rows, out)
@@ -203,12 +209,23 @@ class SplitEngine(Engine):
         return lists, invalid
 
     def _exchange(
-        self, part: Part, rows: Rows, count: int, with_mass: bool, judges: bool, ask_edited: bool = False
+        self,
+        part: Part,
+        rows: Rows,
+        count: int,
+        with_mass: bool,
+        judges: bool,
+        ask_edited: bool = False,
+        apart: int = 0,
     ) -> tuple[Lists, Rows]:
         """What all ranks list of each row, and the rows with the seeds that all take. `judges`: the lists' `flat` is
-        whether all are flat on all ranks. `ask_edited`: their `given` is whether no rank has changed a logit."""
+        whether all are flat on all ranks. `ask_edited`: their `given` is whether no rank has changed a logit. `apart`:
+        how many tokens their `raw` has of each rank."""
         words = part.words(rows, self.start, count, with_mass, judges)
         more = [torch.full_like(words[:, :1], part.edited)] if ask_edited else []
+        if apart:
+            listed = words[:, :count].contiguous()
+            more.append(given_words(self._own, self.start, listed, apart, part.plan.raw_queries(len(words))))
         if not self._same_seeds:
             more.append(rows.seeds[:, None].expand(len(words), 1))
         found = self.wire.gather(torch.cat([words, *more], 1) if more else words)
@@ -217,6 +234,9 @@ class SplitEngine(Engine):
         lists = Lists.of(found[:, :, : count + with_mass], count)
         lists.flat = judges and bool(found[:, :, count + with_mass].all())
         lists.given = ask_edited and not bool(found[:, :, words.shape[1]].any())
+        if apart:
+            given = found[:, :, words.shape[1] + ask_edited :][:, :, : apart - (-count // 2)]
+            lists.raw = raw_lists(given, self._own, apart)
         return lists, rows
 
     def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:

@@ -19,6 +19,23 @@ Tensor = torch.Tensor
 
 
 @dataclass
+class RawLists:
+    """What all ranks list of rows as these were given, and what this rank has of them.
+
+    Attributes:
+        x: [B, V_r].
+        count: tokens that each rank lists.
+        words: int64 [B, R count].
+        listed: the logits of what is listed of rows that are edited, float32, two to a word, int64 [B, ...].
+    """
+
+    x: Tensor
+    count: int
+    words: Tensor
+    listed: Tensor
+
+
+@dataclass
 class Lists:
     """What all ranks list of each row.
 
@@ -29,6 +46,7 @@ class Lists:
             these; otherwise the words themselves.
         sums: int64 [B, 9], `Shard.sums` of the whole rows, once they are known.
         given: whether it is known that these are logits as they were given.
+        raw: what is known of these, where they may be others.
         tells_raw: whether raw log-probabilities have been told with all else.
         open: bool [B, 1], which rows lists do not decide, if that is known.
         own: float32 [B, n], the logits of the sampled tokens, if these are known.
@@ -41,6 +59,7 @@ class Lists:
     with_mass: Tensor
     sums: Tensor | None = None
     given: bool = False
+    raw: RawLists | None = None
     tells_raw: bool = False
     open: Tensor | None = None
     own: Tensor | None = None

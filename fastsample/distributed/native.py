@@ -16,6 +16,7 @@ from fastsample.threads import get_num_threads
 Tensor = torch.Tensor
 
 FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, BINS_OF, WITHIN = range(8)
+GIVEN = 9
 _LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
 
 

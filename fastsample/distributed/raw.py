@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
-from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, value, value_of, words_of
-from fastsample.distributed.lists import mark_invalid, unpacked
-from fastsample.distributed.native import ABOVE, ask, first_words, whole_sums
+from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, no_words, value, value_of, words_of
+from fastsample.distributed.lists import RawLists, mark_invalid, unpacked
+from fastsample.distributed.native import ABOVE, GIVEN, ask, first_words, whole_sums
 from fastsample.distributed.outputs import pick, put
 from fastsample.distributed.shard import mass_of
 from fastsample.distributed.wire import Wire
@@ -75,6 +75,20 @@ class RawPart:
         if self.queries is not None:
             return ask(self.x, self.start, self.queries, ABOVE, 0, own.shape[1], bits_of(own.contiguous()))
         return (self._ranked[:, None, :] > own[:, :, None]).sum(-1)
+
+
+def given_words(x: Tensor, start: int, words: Tensor, count: int, queries: Tensor) -> Tensor:
+    """Of logits [B, V_r] as they were given: their first tokens, words int64 [B, count], and the logits of those that
+    are listed of edited ones, int64 [B, n], float32 two to a word; by the CPU engine."""
+    more = -(-words.shape[1] // 2)
+    if not x.shape[1]:
+        return pad(no_words(len(x), count, x.device), (0, more))
+    return ask(x, start, queries, GIVEN, count, count + more, words)
+
+
+def raw_lists(found: Tensor, x: Tensor, count: int) -> RawLists:
+    """What all ranks have told with `given_words`, int64 [R, B, count + n]."""
+    return RawLists(x, count, by_row(found[:, :, :count]), by_row(found[:, :, count:]))
 
 
 def write_raw(wire: Wire, part: RawPart, out: Outputs, known: tuple[Tensor, Tensor] | None = None) -> None:
