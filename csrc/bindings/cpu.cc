@@ -237,11 +237,6 @@ int64_t verify(const RowArguments& rows, const CallArguments& call, const DraftA
                      [&](const auto& stop) { return verify_batch(batch, threads, stop); });
 }
 
-Logits logits_of(const LogitsArguments& l) {
-  return {(const void*)l.logits, l.logits_stride, l.rows,
-          (int32_t)l.vocab,      (DType)l.dtype,  (InputKind)l.input};
-}
-
 // f() with its stop signal: nothing that it does is undone.
 template <class F>
 void without_gil(F f) {
@@ -252,7 +247,9 @@ void without_gil(F f) {
 }
 
 void answer(const LogitsArguments& l, const PartArguments& ask, int threads) {
-  without_gil([&] { answer_part({logits_of(l), ask}, threads); });
+  const Logits logits = {(const void*)l.logits, l.logits_stride, l.rows,
+                         (int32_t)l.vocab,      (DType)l.dtype,  (InputKind)l.input};
+  without_gil([&] { answer_part({logits, ask}, threads); });
 }
 
 void search_rows(const PartArguments& ask, int64_t rows) {
@@ -260,18 +257,23 @@ void search_rows(const PartArguments& ask, int64_t rows) {
   search(ask, rows);
 }
 
-// gather(own, words, found) takes addresses, and raises where ranks fail. answer(ask, rows, count)
-// answers for this rank, given a record, and the address of so many rows; None: this engine does.
+// gather(own, words, found) takes addresses, and raises where ranks fail. answer(logits, ask, rows,
+// count) answers for this rank, given the part's address, a record, and the address of so many
+// rows; None: this engine does.
 py::tuple sample_split_rows(const SplitArguments& split, const RowArguments& rows,
                             const CallArguments& call, int threads, const py::function& gather,
                             const py::object& answer) {
-  const auto answer_here = [&](const PartArguments& ask, const Words& some) {
-    without_gil([&] { answer_rows(logits_of(call.logits), ask, some, threads); });
+  const auto answer_here = [&](const LogitsArguments& part, const PartArguments& ask,
+                               const Words& some) {
+    without_gil([&] { answer_rows(part, ask, some, threads); });
   };
-  const auto answer_there = [&](const PartArguments& ask, const Words& some) {
-    answer(py::bytes((const char*)&ask, sizeof ask), (int64_t)some.data(), some.size());
+  const auto answer_there = [&](const LogitsArguments& part, const PartArguments& ask,
+                                const Words& some) {
+    const py::bytes record((const char*)&ask, sizeof ask);
+    answer(part.logits, record, (int64_t)some.data(), some.size());
   };
-  std::function<void(const PartArguments&, const Words&)> asked = answer_here;
+  std::function<void(const LogitsArguments&, const PartArguments&, const Words&)> asked =
+      answer_here;
   if (!answer.is_none()) asked = answer_there;
   const SplitHost host = {asked,
                           [&](const Batch& batch) {

@@ -112,14 +112,19 @@ FASTSAMPLE_RECORD(SplitArguments,             //
                   lists, tokens,              // int64 [B, ranks * tokens]
                   queries,                    // PartQuery [B], of whole rows
                   raw_queries,                // the same at temperature 1, if raw log-probabilities
-                                              // are wanted: rows are then as they were given
+                                              // are wanted
                   wanted,                     // SumsWanted
                   keeps_all,                  // whether rows keep everything: a list is then a
                                               // token, and its rank's mass beside that
                   tells_sums, may_tell_sums,  // before all else; where lists do not decide a row
                   flat, asks,                 // whether sums come with bins; whether to ask more
-                  sums, bins);  // int64 [B, kSumWords]; where rows stay undecided, and `flat`,
-                                // BinMass [ranks, B, kBins]
+                  sums, bins,  // int64 [B, kSumWords]; where rows stay undecided, and `flat`,
+                               // BinMass [ranks, B, kBins]
+                  raw_lists, raw_tokens,  // int64 [B, ranks * raw_tokens], of rows as they
+                                          // were given; 0 where nothing is edited
+                  listed_raw,             // float32 [B, ranks, tokens, or one more to be
+                                          // even], of `lists`
+                  raw_logits, raw_stride, raw_dtype);  // [B, V] of this rank
 
 #undef FASTSAMPLE_RECORD
 

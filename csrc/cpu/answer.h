@@ -13,7 +13,8 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
   Batch batch = {};
   batch.logits = part.logits;
   const Row<T> row = raw_row<T>(batch, r);
-  const Peak peak = scan(row, ws.block_max, 0.0f, Nothing());
+  const bool scans = ask.question != kGiven || ask.wants;
+  const Peak peak = scans ? scan(row, ws.block_max, 0.0f, Nothing()) : Peak();
   Kept<float> kept = everything();
   if (q.high != kHighestKey) kept = narrow_below(kept, place_of_key(q.high, ask.start));
   kept = narrow_above(kept, place_of_key(q.low, ask.start));
@@ -43,6 +44,9 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
       return answer_within(p);
     case kOwned:
       return answer_owned(p);
+    case kGiven:
+      tell_first(p, peak.status, ask.wants, p.answers());
+      return tell_logits(p, p.answers() + ask.wants);
   }
 }
 

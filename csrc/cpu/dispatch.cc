@@ -330,15 +330,14 @@ void answer_part(const Part& part, int threads) {
   });
 }
 
-void answer_rows(const Logits& logits, const PartArguments& ask, const std::vector<int64_t>& rows,
-                 int threads) {
-  const int64_t size = logits.dtype == kFloat32 ? 4 : 2, word = sizeof(int64_t);
+void answer_rows(const LogitsArguments& l, const PartArguments& ask,
+                 const std::vector<int64_t>& rows, int threads) {
+  const int64_t size = l.dtype == kFloat32 ? 4 : 2, word = sizeof(int64_t);
   const auto n = (int64_t)rows.size();
   for (int64_t k = 0, next; k < n; k = next) {  // rows one behind the other
     for (next = k + 1; next < n && rows[(size_t)next] == rows[(size_t)next - 1] + 1;) ++next;
-    Part part = {logits, ask};
-    part.logits.data = (const char*)logits.data + rows[(size_t)k] * logits.stride * size;
-    part.logits.rows = next - k;
+    const char* first = (const char*)l.logits + rows[(size_t)k] * l.logits_stride * size;
+    Part part = {{first, l.logits_stride, next - k, (int32_t)l.vocab, (DType)l.dtype}, ask};
     part.ask.queries += k * (int64_t)sizeof(PartQuery);
     part.ask.details += k * ask.count * word;
     part.ask.answers += k * ask.words * word;

@@ -38,7 +38,7 @@ struct Messages {
     ask.queries = (int64_t)queries;
     ask.details = (int64_t)details;
     ask.answers = (int64_t)found.data();
-    if (call.logits.vocab && !some.empty()) host.answer(ask, some);
+    if (call.logits.vocab && !some.empty()) host.answer(call.logits, ask, some);
     return found;
   }
 
@@ -75,14 +75,5 @@ struct Messages {
     return question == kWithin ? word_of_token({-INFINITY, -1}) : question == kDraws ? kNoKey : 0;
   }
 };
-
-// This rank's masses of whole rows at temperature 1; nothing where raw log-probabilities are not
-// wanted.
-Words raw_masses(const Messages& messages);
-
-// Raw log-probabilities, if they are wanted, with a message more where masses of whole rows at
-// temperature 1 are not known, which are then empty, or tokens are drawn that are not listed.
-// `drawn` int64 [B, num_samples] has the keys of those, and kNoKey for others.
-void write_raw(const Messages& messages, const Words& masses, const Words& drawn);
 
 }  // namespace fastsample

@@ -45,29 +45,37 @@ bool is_flat(const PartRow<T>& p, const List& first, float share) {
 }
 
 // As many tokens as there are words, in id order. An invalid row has its status's value instead.
-// If they are wanted, the mass follows, as it would be if this were all of the row, and whether the
-// part is flat. details: for the latter, the share.
 template <class T>
-void answer_first(PartRow<T> p, Peak peak) {
+List tell_first(const PartRow<T>& p, Status status, int64_t words, int64_t* to) {
   constexpr Place<float> kNone = {-INFINITY, -1};
-  const bool weighs = p.ask.wants & kWantsMass, judges = p.ask.wants & kWantsFlat;
-  const int64_t words = p.ask.words - weighs - judges, vocab = p.dense.row.vocab;
-  bool flat = false;
-  p.weigher.max = peak.max;
-  const Status status = peak.status;
-  int64_t* to = p.answers();
+  const int64_t vocab = p.dense.row.vocab;
+  List list = {};
   int n = 0;
   if (status == kNaN) to[n++] = word_of_token({NAN, -1});
   if (status == kPositiveInfinity) to[n++] = word_of_token({INFINITY, -1});
   if (status == kValid) {
     const int32_t most = (int32_t)(words < vocab ? words : vocab);
-    const List list = take_head(p.dense, most, kTiesFirst, p.ws).list;
+    list = take_head(p.dense, most, kTiesFirst, p.ws).list;
     for (; n < list.n; ++n) {
       to[n] = word_of_token({list.x[n], (int32_t)p.ask.start + list.id[n]});
     }
-    flat = judges && is_flat(p, list, float_of(*p.details()));
   }
   for (; n < words; ++n) to[n] = word_of_token(kNone);
+  return list;
+}
+
+// If they are wanted, the mass follows the tokens, as it would be if this were all of the row, and
+// whether the part is flat. details: for the latter, the share.
+template <class T>
+void answer_first(PartRow<T> p, Peak peak) {
+  const bool weighs = p.ask.wants & kWantsMass, judges = p.ask.wants & kWantsFlat;
+  const int64_t words = p.ask.words - weighs - judges;
+  p.weigher.max = peak.max;
+  const Status status = peak.status;
+  int64_t* to = p.answers();
+  const List list = tell_first(p, status, words, to);
+  const bool flat = judges && status == kValid && is_flat(p, list, float_of(*p.details()));
+  int64_t n = words;
   if (weighs) {
     to[n++] = status == kValid ? (int64_t)weigh_groups(p.dense, p.kept, p.weigher, p.ws) : 0;
   }
@@ -247,6 +255,20 @@ template <class T>
 void answer_above(const PartRow<T>& p) {
   for (int64_t j = 0; j < p.ask.count; ++j) {
     p.answers()[j] = rank_of(p.dense, float_of(p.details()[j])) - 1;
+  }
+}
+
+// details: of what tokens the logits are wanted, as words; -inf of those that are not here.
+template <class T>
+void tell_logits(const PartRow<T>& p, int64_t* to) {
+  const int64_t n = p.ask.count;
+  for (int64_t i = 0; i < n; i += 2) {
+    float x[2] = {-INFINITY, -INFINITY};
+    for (int64_t j = i; j < n && j < i + 2; ++j) {
+      const int64_t id = token_of_word(p.details()[j]).id - p.ask.start;
+      if (id >= 0 && id < p.dense.row.vocab) x[j - i] = allowed_logit(p.dense.row, (int32_t)id);
+    }
+    memcpy(to + i / 2, x, sizeof x);
   }
 }
 

@@ -16,7 +16,8 @@ enum PartQuestion : int32_t {
   kAbove,   // how many tokens lie above logits
   kMassOfBins,  // the mass and the number of the tokens of a set in each bin (cpu/search.h)
   kWithin,      // the set's tokens in some of these bins, as words
-  kOwned        // what draws from all tokens find here, before all masses are known (cpu/owner.h)
+  kOwned,       // what draws from all tokens find here, before all masses are known (cpu/owner.h)
+  kGiven        // some of the first tokens, as words; then the logits of others, two to a word
 };
 enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };

@@ -6,6 +6,7 @@
 
 #include "cpu/messages.h"
 #include "cpu/search.h"
+#include "cpu/split_raw.h"
 
 namespace fastsample {
 namespace {
@@ -34,6 +35,7 @@ class SplitRows {
         rows_(rows),
         out_(call.out),
         messages_{split, call, host},
+        raw_(messages_),
         count_(messages_.rows()),
         draws_(messages_.draws()),
         status_((int32_t*)out_.status),
@@ -57,7 +59,7 @@ class SplitRows {
       return {kOpenRows, knows_sums_};
     }
     keep_drawn();
-    write_raw(messages_, raw_, drawn_);
+    raw_.write(raw_masses_, drawn_);
     return {invalid, knows_sums_};
   }
 
@@ -145,6 +147,7 @@ class SplitRows {
     ask.words = answered[i];
     Words own = messages_.answer(ask, rows, queries.data(), details.data());
     const int64_t n = (int64_t)rows.size();
+    if (kAsked[i] == kDraws) raw_.translate(own.data(), rows, answered[i], {0, draws_, 1});
     for (int64_t k = 0; k < n; ++k) {
       memmove(own.data() + k * used[i], own.data() + k * answered[i],
               (size_t)used[i] * sizeof own[0]);
@@ -170,7 +173,7 @@ class SplitRows {
     const int64_t bins = split_.flat ? 2 * kBins : 0, n = kSumWords + bins;
     const int64_t wants = split_.wanted | (bins ? (int64_t)kWantsBins : 0);
     const Words sums = messages_.answer_whole(split_.queries, wants, n);
-    const Words raw = raw_masses(messages_);
+    const Words raw = raw_.masses();
     const int64_t words = n + !raw.empty();
     Words own;
     for (int64_t r = 0; r < count_; ++r) {
@@ -180,12 +183,12 @@ class SplitRows {
     Words found = messages_.gather(own);
     int64_t* total = (int64_t*)split_.sums;
     std::fill_n(total, count_ * kSumWords, 0);
-    raw_.assign(raw.size(), 0);
+    raw_masses_.assign(raw.size(), 0);
     for (int64_t row = 0; row < split_.ranks * count_; ++row) {
       const int64_t* from = found.data() + row * words;
       const int64_t r = row % count_;
       for (int64_t i = 0; i < kSumWords; ++i) total[r * kSumWords + i] += from[i];
-      if (!raw.empty()) raw_[(size_t)r] += from[n];
+      if (!raw.empty()) raw_masses_[(size_t)r] += from[n];
     }
     for (int64_t& known : known_) known |= kKnowsSums;
     knows_sums_ = true;
@@ -230,22 +233,30 @@ class SplitRows {
       given.insert(given.end(), {(int64_t)stream.seed, (int64_t)stream.offset});
     }
     const auto* queries = (const PartQuery*)split_.queries;
-    const Words own = messages_.answer(ask, messages_.all_rows(), queries, given.data());
+    Words own = messages_.answer(ask, messages_.all_rows(), queries, given.data());
+    for (int64_t j = 0; j < draws_; ++j) {
+      raw_.translate(own.data(), messages_.all_rows(), words, {3 + j * kWordsOfDraw, kGuesses, 2});
+    }
+    const bool at_one = draws_as_given();
+    const Words masses = at_one ? Words() : raw_.masses();
+    append(own, masses.data(), (int64_t)masses.size());
     const Words found = messages_.gather(own);
-    const bool tells_raw = draws_at_one();
+    if (raw_.wanted()) raw_masses_.assign((size_t)count_, 0);
     int64_t invalid = 0;
     for (int64_t r = 0; r < count_; ++r) {
       Words told;
       for (int64_t rank = 0; rank < split_.ranks; ++rank) {
-        append(told, found.data() + (rank * count_ + r) * words, words);
+        const int64_t* from = found.data() + rank * (int64_t)own.size();
+        append(told, from + r * words, words);
+        if (!masses.empty()) raw_masses_[(size_t)r] += from[count_ * words + r];
       }
       const int64_t* stream = given.data() + (r + 1) * ask.count - 2;
       const uint64_t mass = draw_owned(r, told, words, stream);
-      if (tells_raw) raw_.push_back((int64_t)mass);
+      if (at_one) raw_masses_[(size_t)r] = (int64_t)mass;
       invalid += status_[r] != 0;
     }
     if (is_open()) return {kOpenRows, false};
-    write_raw(messages_, raw_, drawn_);
+    raw_.write(raw_masses_, drawn_);
     return {invalid, false};
   }
 
@@ -271,23 +282,24 @@ class SplitRows {
   }
 
   // Whether masses of draws are those of raw log-probabilities.
-  bool draws_at_one() const {
+  bool draws_as_given() const {
     const auto* own = (const PartQuery*)split_.queries;
     const auto* raw = (const PartQuery*)split_.raw_queries;
     const auto same = [](const PartQuery& a, const PartQuery& b) { return a.scale == b.scale; };
-    return raw && std::equal(own, own + count_, raw, same);
+    return raw && !split_.raw_lists && std::equal(own, own + count_, raw, same);
   }
 
   const SplitArguments& split_;
   const RowArguments& rows_;
   OutputArguments out_;
   const Messages messages_;
+  const RawRows raw_;
   const int64_t count_, draws_;
   int32_t* const status_;
   Words known_;  // [B]
   Told told_[kQuestions];
-  Words raw_;    // [B], masses for raw log-probabilities, if they are known
-  Words drawn_;  // [B, num_samples], keys of tokens that are not listed
+  Words raw_masses_;  // [B], if they are known
+  Words drawn_;       // [B, num_samples], of rows whose tokens are not all listed; keys as given
   Words notes_;
   int64_t note_ = 0;  // words of each
   bool knows_sums_ = false;

@@ -43,6 +43,7 @@ LISTED_MISSING_FIELDS = ("question", "begin", "in", "out", "end", "most")
 SPLIT_FIELDS = (
     *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted", "keeps_all"),
     *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins"),
+    *("raw_lists", "raw_tokens", "listed_raw", "raw_logits", "raw_stride", "raw_dtype"),
 )
 """The last seven are of rows that are split over ranks (fastsample/distributed/answers.py)."""
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
 
 import torch
+from torch.nn.functional import pad
 
 from fastsample.backends import Engine
 from fastsample.backends.native import PART_FIELDS, PART_QUERY_FIELDS
-from fastsample.distributed.keys import Kept, bits_of, words_at
+from fastsample.distributed.keys import Kept, bits_of, no_words, words_at
 from fastsample.distributed.shard import BINS, SUM_WORDS, Drawn, Shard
 
 Tensor = torch.Tensor
 
 FIRST, WHOLE, SUMS, TOTALS, DRAWS, ABOVE, BINS_OF, WITHIN = range(8)
+GIVEN = 9
 _ASK = Struct(f"{len(PART_FIELDS)}q")
 
 
@@ -57,21 +60,20 @@ class Answers:
             bitmask.copy_(bits)
         return found
 
-    def ask_at(self, record: bytes, rows: int, count: int) -> None:
-        """`ask` of some rows, int64 [count], for code that knows addresses on the host: these and PartArguments."""
-        queries, _, question, wants, given, details, answers, words, _ = _ASK.unpack(record)
-        some = words_at(rows, count)
-        part = self if count == len(self.x) else Answers(self.engine, self.x[some.to(self.x.device)], self.start)
-        about = words_at(queries, count * len(PART_QUERY_FIELDS)).view(count, -1)
-        more = words_at(details, count * given).view(count, -1) if given else None
-        words_at(answers, count * words).copy_(part.ask(about, question, wants, words, more).flatten())
-
     def first_words(self, count: int, queries: Tensor, with_mass: bool = False, shares: Tensor | None = None) -> Tensor:
         """`fastsample.distributed.lists.list_first`; one more column with what this part of the row weighs, if it were
         all of it; and one with whether these tokens are probably less than a share of that, given bits of float32
         [B, 1]."""
         judges = shares is not None
         return self.ask(queries, FIRST, with_mass + 2 * judges, count + with_mass + judges, shares)
+
+    def first_and_listed(self, words: Tensor, count: int, queries: Tensor) -> Tensor:
+        """The first tokens, as words int64 [B, count]; and the logits of those of other words, int64 [B, n], as float32
+        [B, n] or one more, two to a word."""
+        more = -(-words.shape[1] // 2)
+        if not self.x.shape[1]:
+            return pad(no_words(len(self.x), count, words.device), (0, more))
+        return self.ask(queries, GIVEN, count, count + more, words)
 
     def whole_sums(self, words: Tensor, queries: Tensor, products: bool, spread: bool) -> Tensor:
         """`Shard.sums` of all above -inf, given what all ranks list of each row, int64 [B, 9]."""
@@ -82,6 +84,19 @@ class Answers:
     def above(self, x: Tensor, queries: Tensor) -> Tensor:
         """`Shard.above`."""
         return self.ask(queries, ABOVE, 0, x.shape[1], bits_of(x.contiguous()))
+
+
+def answer_at(parts: Sequence[Answers], x: int, record: bytes, rows: int, count: int) -> None:
+    """What some rows, int64 [count], of one of these parts answer, for code that knows addresses: of the part's logits,
+    of the rows, and in PartArguments."""
+    queries, _, question, wants, given, details, answers, words, _ = _ASK.unpack(record)
+    part = next(part for part in parts if part.x.data_ptr() == x)
+    if count < len(part.x):
+        some = words_at(rows, count)
+        part = Answers(part.engine, part.x[some.to(part.x.device)], part.start)
+    about = words_at(queries, count * len(PART_QUERY_FIELDS)).view(count, -1)
+    more = words_at(details, count * given).view(count, -1) if given else None
+    words_at(answers, count * words).copy_(part.ask(about, question, wants, words, more).flatten())
 
 
 @dataclass(kw_only=True)

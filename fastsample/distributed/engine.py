@@ -14,8 +14,8 @@ from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.answers import Answers, EngineShard
 from fastsample.distributed.filters import filters, xtc
 from fastsample.distributed.host import give_back, outputs_on_host, rows_on_host
-from fastsample.distributed.keys import HIGHEST, everything, no_words, value_of
-from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
+from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words, value_of
+from fastsample.distributed.lists import Lists, RawLists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
@@ -41,15 +41,17 @@ class Part:
 
     Attributes:
         engine: does the rank's own work.
-        x: [B, V_r], after stages 1 to 3: of logits, or of probabilities with -inf for 0.
+        own: [B, V_r], logits or probabilities as they were given.
+        x: the same after stages 1 to 3, probabilities with -inf for 0.
         start: the id of its first token.
         wrong: int32 [B], the statuses that these have found; None where nothing is edited.
         edited: whether these stages may change anything here.
 
-    All but `x` is where rows are decided.
+    All but `own` and `x` is where rows are decided.
     """
 
     engine: Engine
+    own: Tensor
     x: Tensor
     start: int
     wrong: Tensor | None
@@ -60,6 +62,11 @@ class Part:
     @property
     def answers(self) -> Answers:
         return Answers(self.engine, self.x, self.start)
+
+    @property
+    def given(self) -> Answers:
+        """Of rows as they were given."""
+        return Answers(self.engine, self.own, self.start)
 
     @property
     def decider(self) -> Engine:
@@ -129,6 +136,7 @@ class SplitEngine(Engine):
         self._mask: Tensor | None = None  # int32 [B or 1, ceil(V_r / 32)], likewise
         self.drafts = torch.empty(0, 0)  # [M, V_r], likewise: what its drafts were drawn from
         self._same_seeds = True
+        self._masks = False  # whether any rank had one of its own when raw log-probabilities were last asked for
 
     def __repr__(self) -> str:
         return f"Split({self.start}, {self.vocab}, rank {self.wire.rank} of {self.wire.size})"
@@ -179,13 +187,12 @@ class SplitEngine(Engine):
         """The outputs of rows, of which `decided` has what it takes to decide them, where that is done."""
         if self._plan is None or not self._plan.holds(decided.records):
             self._plan = Plan(decided.records, self.vocab)
-        lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), decided, out)
+        part = self._part(rows, self._own, self._plan, out.input)
+        lists, invalid = self._sample(part, decided, out)
         if out.mode == "raw" and not lists.tells_raw:
-            engine, own = self._engine(self._own), _near(self._own, decided.records.device)
-            native = out.input == "logits" and own.shape[1] and engine.answers()
-            answers = Answers(engine, own, self.start) if native else None
-            queries = self._plan.raw_queries(len(own)) if native else None
-            write_raw(self.wire, RawPart(own, self.start, out.input, answers, queries), out, lists.known(out.num_top))
+            native = out.input == "logits" and part.own.shape[1] and part.engine.answers()
+            given = (part.given, self._plan.raw_queries(len(part.own))) if native else (None, None)
+            write_raw(self.wire, RawPart(part.own, self.start, out.input, *given), out, lists.known(out.num_top))
         return invalid
 
     def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
@@ -212,7 +219,8 @@ class SplitEngine(Engine):
         elif own.shape[1] and edited:
             x, wrong = process(engine, own, rows, self._mask, self.start, self.vocab)
         here = plan.records.device
-        return Part(engine, _near(x, here), self.start, None if wrong is None else wrong.to(here), plan, kind, edited)
+        own, x = _near(own, here), _near(x, here)
+        return Part(engine, own, x, self.start, None if wrong is None else wrong.to(here), plan, kind, edited)
 
     def _sample(self, part: Part, rows: Rows, out: Outputs) -> tuple[Lists, int | None]:
         """All but raw log-probabilities, unless these come with it: then the lists say so."""
@@ -220,10 +228,15 @@ class SplitEngine(Engine):
         native = self._all_native and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
         judges = plan.shows_flat(out) and part.kind == "logits"
-        count = 1 if draws_from_all else plan.count(out)
-        # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed.
-        raw = native and out.mode == "raw" and not is_edited(rows)
-        lists, rows = self._exchange(part, rows, count, draws_from_all, judges, raw)
+        # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed. Otherwise rows
+        # as they were given are listed too: a rank expects masks again where there were some in the last call.
+        raw = native and out.mode == "raw"
+        masks = raw and not is_edited(rows)
+        apart = plan.raw_count(out) if raw and (self._masks or not masks) else 0
+        count = 1 if draws_from_all else plan.count(out, apart > 0)
+        lists, rows = self._exchange(part, rows, count, draws_from_all, judges, masks, apart)
+        if masks:
+            self._masks = not lists.given
         invalid: int | None = OPEN
         if draws_from_all or (native and not plan.open and (plan.asks(out) or not lists.flat)):
             invalid = sample_split(self.wire, part.answers, self.vocab, plan, lists, rows, out)
@@ -234,12 +247,23 @@ class SplitEngine(Engine):
         return lists, invalid
 
     def _exchange(
-        self, part: Part, rows: Rows, count: int, with_mass: bool, judges: bool, ask_edited: bool = False
+        self,
+        part: Part,
+        rows: Rows,
+        count: int,
+        with_mass: bool,
+        judges: bool,
+        ask_edited: bool = False,
+        apart: int = 0,
     ) -> tuple[Lists, Rows]:
         """What all ranks list of each row, and the rows with the seeds that all take. `judges`: the lists' `flat` is
-        whether all are flat on all ranks. `ask_edited`: their `given` is whether no rank has changed a logit."""
+        whether all are flat on all ranks. `ask_edited`: their `given` is whether no rank has changed a logit. `apart`:
+        how many tokens their `raw` has of each rank."""
         words = part.words(rows, count, with_mass, judges)
         more = [torch.full_like(words[:, :1], part.edited)] if ask_edited else []
+        if apart:
+            listed = words[:, :count].contiguous()
+            more.append(part.given.first_and_listed(listed, apart, part.plan.raw_queries(len(words))))
         if not self._same_seeds:
             more.append(rows.seeds[:, None].expand(len(words), 1))
         found = self.wire.gather(torch.cat([words, *more], 1) if more else words)
@@ -248,6 +272,9 @@ class SplitEngine(Engine):
         lists = Lists.of(found[:, :, : count + with_mass], count)
         lists.flat = judges and bool(found[:, :, count + with_mass].all())
         lists.given = ask_edited and not bool(found[:, :, words.shape[1]].any())
+        if apart:
+            given = found[:, :, words.shape[1] + ask_edited :][:, :, : apart - (-count // 2)]
+            lists.raw = RawLists(part.given, apart, by_row(given[:, :, :apart]), by_row(given[:, :, apart:]))
         return lists, rows
 
     def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:

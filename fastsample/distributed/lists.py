@@ -9,6 +9,7 @@ import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.buffers import empty
+from fastsample.distributed.answers import Answers
 from fastsample.distributed.keys import IDS, by_row, words_of
 from fastsample.distributed.local import neutral
 from fastsample.inputs import Rows
@@ -16,6 +17,23 @@ from fastsample.kept import fill_lists
 from fastsample.reference.process import NAN, POSITIVE_INFINITY
 
 Tensor = torch.Tensor
+
+
+@dataclass
+class RawLists:
+    """What all ranks list of rows as these were given, and what this rank has of them.
+
+    Attributes:
+        own: this rank's part.
+        count: tokens that each rank lists.
+        words: int64 [B, R count].
+        listed: the logits of what is listed of rows that are edited, float32, two to a word, int64 [B, ...].
+    """
+
+    own: Answers
+    count: int
+    words: Tensor
+    listed: Tensor
 
 
 @dataclass
@@ -29,6 +47,7 @@ class Lists:
             these; otherwise the words themselves.
         sums: int64 [B, 9], `Shard.sums` of the whole rows, once they are known.
         given: whether it is known that these are logits as they were given.
+        raw: what is known of these, where they may be others.
         tells_raw: whether raw log-probabilities have been told with all else.
         open: bool [B, 1], which rows lists do not decide, if that is known.
         own: float32 [B, n], the logits of the sampled tokens, if these are known.
@@ -41,6 +60,7 @@ class Lists:
     with_mass: Tensor
     sums: Tensor | None = None
     given: bool = False
+    raw: RawLists | None = None
     tells_raw: bool = False
     open: Tensor | None = None
     own: Tensor | None = None

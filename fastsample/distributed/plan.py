@@ -16,6 +16,9 @@ Tensor = torch.Tensor
 LISTED = 256
 """How many of its first tokens a rank tells the others, unless top-k alone decides."""
 MOST_LISTED = 1024
+RAW_LISTED = 128
+"""How many first tokens of rows as they were given a rank tells besides, where edits may have changed them. Draws from
+rows like a language model's hardly ever rank lower there. Where one does, that costs a message."""
 FEW = 7
 """Draws, for each of which a rank may tell what it might be before it knows. More may be shared among threads."""
 
@@ -64,11 +67,17 @@ class Plan:
         own = self.records
         return records.shape == own.shape and records.device == own.device and torch.equal(records, own)
 
-    def count(self, out: Outputs | None) -> int:
-        """How many tokens a rank lists; None where all that counts is what is kept."""
-        if self.cut_short and (out is None or is_of_kept(out)):
+    def count(self, out: Outputs | None, apart: bool = False) -> int:
+        """How many tokens a rank lists; None where all that counts is what is kept. `apart`: rows as they were given
+        are listed besides."""
+        if self.cut_short and (out is None or is_of_kept(out) or (apart and out.log_kept_mass is None)):
             return self.most
-        return max(self.most, LISTED, 0 if out is None else out.num_top)
+        return max(self.most, LISTED, 0 if out is None or apart else out.num_top)
+
+    def raw_count(self, out: Outputs) -> int:
+        """The same of rows as they were given, where edits may have changed them."""
+        # Where lists decide alone, the message that tells masses can tell ranks, too.
+        return max(RAW_LISTED if self.measures(out) else 1, out.num_top)
 
     def asks(self, out: Outputs) -> bool:
         """Whether ranks may tell what lists and sums do not as csrc/cpu/lists.h notes it."""

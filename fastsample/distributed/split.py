@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from struct import Struct
 
 import torch
 
-from fastsample.backends import Outputs
+from fastsample.backends import DTYPES, Outputs
 from fastsample.backends.cpu import native
 from fastsample.backends.native import SPLIT_FIELDS, call_arguments, row_arguments
-from fastsample.distributed.answers import Answers
-from fastsample.distributed.lists import Lists
+from fastsample.distributed.answers import Answers, answer_at
+from fastsample.distributed.lists import Lists, RawLists
 from fastsample.distributed.plan import Plan
 from fastsample.distributed.shard import BINS, SUM_WORDS
 from fastsample.distributed.wire import Wire
@@ -41,7 +42,7 @@ def sample_split(
     sums = lists.words.new_empty(count, SUM_WORDS)
     bins = sums.new_empty(wire.size, count, 2 * BINS) if lists.flat else None
     # Of all else that is wanted of a row, its first tokens are listed.
-    lists.tells_raw = lists.given and out.num_top <= lists.count
+    lists.tells_raw = lists.raw is not None or (lists.given and out.num_top <= lists.count)
     queries, raw_queries = plan.queries(count), plan.raw_queries(count) if lists.tells_raw else None
     split = _SPLIT.pack(
         *(part.start, vocab, wire.rank, wire.size),
@@ -49,9 +50,11 @@ def sample_split(
         0 if raw_queries is None else raw_queries.data_ptr(),
         *(wanted, keeps_all, plan.measures(out) or lists.flat, plan.measures_at_all(out), lists.flat, plan.asks(out)),
         *(sums.data_ptr(), 0 if bins is None else bins.data_ptr()),
+        *_raw_arguments(lists.raw),
     )
     call, packed = call_arguments(x, out), rows.native or row_arguments(rows)
-    answer = None if part.engine.name == "cpu" else part.ask_at  # then the code here answers itself
+    parts = [part] if lists.raw is None else [part, lists.raw.own]
+    answer = None if part.engine.name == "cpu" else partial(answer_at, parts)  # then the code here answers itself
     invalid, knows = native().sample_split(split, packed, call, get_num_threads(), wire.gather_at, answer)
     lists.sums = sums if knows else None
     lists.bins = bins
@@ -59,3 +62,11 @@ def sample_split(
     lists.tells_raw &= invalid != OPEN
     found: int = invalid
     return found
+
+
+def _raw_arguments(raw: RawLists | None) -> tuple[int, ...]:
+    if raw is None:
+        return (0,) * 6
+    x = raw.own.x
+    own = x.data_ptr(), x.stride()[0], DTYPES[x.dtype]
+    return raw.words.data_ptr(), raw.count, raw.listed.data_ptr(), *own

@@ -178,16 +178,14 @@ struct Ranks {
                                       asks,
                                       (int64_t)sums.data(),
                                       0};
-        const LogitsArguments own = part_of(q);
-        const Logits logits = {(const void*)own.logits, own.logits_stride, own.rows,
-                               (int32_t)own.vocab, in.dtype};
-        const SplitHost host = {
-            [&](const PartArguments& ask, const Words& some) { answer_rows(logits, ask, some, 1); },
-            [](const Batch& batch) { return sample_batch(batch, 1); },
-            [&](const int64_t* own, int64_t words, int64_t* found) {
-              meeting.gather(q, own, words, found);
-            }};
-        sample_split(split, rows, {own, out[(size_t)q]}, host);
+        const SplitHost host = {[](const auto& part, const auto& ask, const Words& some) {
+                                  answer_rows(part, ask, some, 1);
+                                },
+                                [](const Batch& batch) { return sample_batch(batch, 1); },
+                                [&](const int64_t* own, int64_t words, int64_t* found) {
+                                  meeting.gather(q, own, words, found);
+                                }};
+        sample_split(split, rows, {part_of(q), out[(size_t)q]}, host);
       });
     }
     for (std::thread& thread : threads) thread.join();

@@ -122,7 +122,7 @@ def assert_equal(found: list[Any], whole: Any) -> None:
 @contextmanager
 def listing(listed: int, most: int) -> Iterator[None]:
     """Within this context, ranks list so many tokens."""
-    names = {"LISTED": listed, "MOST_LISTED": most}
+    names = {"LISTED": listed, "MOST_LISTED": most, "RAW_LISTED": min(listed, 128)}
     with patch.multiple("fastsample.distributed.plan", **names):
         yield
 
