@@ -17,8 +17,8 @@ LISTED = 256
 """How many of its first tokens a rank tells the others, unless top-k alone decides."""
 MOST_LISTED = 1024
 RAW_LISTED = 128
-"""How many first tokens of rows as they were given a rank tells besides, where edits may have changed them. Draws of rows
-like a language model's hardly ever rank lower there. Where one does, that costs a message."""
+"""How many first tokens of rows as they were given a rank tells besides, where edits may have changed them. Draws from
+rows like a language model's hardly ever rank lower there. Where one does, that costs a message."""
 FEW = 7
 """Draws, for each of which a rank may tell what it might be before it knows. More may be shared among threads."""
 

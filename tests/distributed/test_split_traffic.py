@@ -127,7 +127,7 @@ def test_raw_logprobs_of_given_logits_come_in_the_second_round(how: dict[str, An
 EDITS: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "output_ids": LM.topk(20).indices},
     "bias": {"bias": {int(LM[0].argmax()): -2.0, int(LM[1].argmax()): -40.0}},
-    "mask": {"bitmask": pack_bits(LM < LM.topk(9).values[:, -1:])},
+    "mask": {"bitmask": pack_bits(LM.topk(9).values[:, -1:] > LM)},
 }
 
 
@@ -141,7 +141,9 @@ def test_raw_logprobs_of_edited_logits_come_in_the_second_round(how: dict[str, A
 
 
 @pytest.mark.parametrize("logits", [LM, FLAT], ids=["lm", "flat"])
-@pytest.mark.parametrize(("how", "k"), [({"temperature": 0.0}, 1), ({"top_k": 40}, 40), ({"top_k": 1024}, 1024)], ids=str)
+@pytest.mark.parametrize(
+    ("how", "k"), [({"temperature": 0.0}, 1), ({"top_k": 40}, 40), ({"top_k": 1024}, 1024)], ids=str
+)
 def test_raw_logprobs_take_a_round_more_where_one_decides(how: dict[str, Any], k: int, logits: torch.Tensor) -> None:
     """A mass, and the ranks of draws that lists do not tell; a bit says whether any rank has a mask of its own."""
     how = {**how, "logprobs": "raw", "num_samples": 3}
@@ -163,7 +165,7 @@ def test_raw_logprobs_of_draws_that_rank_low(edit: dict[str, Any]) -> None:
 
 
 def test_only_rows_whose_draws_rank_low_take_more() -> None:
-    first = LM >= LM.topk(300).values[:, -1:]
+    first = LM.topk(300).values[:, -1:] <= LM
     low = torch.cat([first[:-1], LM[-1:] <= LM[-1].topk(9, largest=False).values[-1]])
     all_, some = (traffic(LM, top_p=0.95, logprobs="raw", bitmask=pack_bits(allowed)) for allowed in (first, low))
     assert some == Traffic(all_.rounds + 1, all_.bytes_of_a_row + 8 // ROWS)
