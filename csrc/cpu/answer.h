@@ -37,6 +37,8 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
     case kDraws:
       return answer_draws(p);
     case kAbove:
+      // Block maxima say nothing beside a NaN: look everywhere.
+      for (int b = 0; peak.status != kValid && b < row.blocks; ++b) ws.block_max[b] = INFINITY;
       return answer_above(p);
     case kMassOfBins:
       return write_bins(p, p.answers());

@@ -228,11 +228,12 @@ class SplitEngine(Engine):
         native = self._all_native and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
         judges = plan.shows_flat(out) and part.kind == "logits"
-        # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed. Otherwise rows
-        # as they were given are listed too: a rank expects masks again where there were some in the last call.
+        # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed, if that is
+        # enough. Otherwise rows as they were given are listed, too: ranks expect masks where the last call had some.
         raw = native and out.mode == "raw"
         masks = raw and not is_edited(rows)
-        apart = plan.raw_count(out) if raw and (self._masks or not masks) else 0
+        more = self._masks or not masks or (draws_from_all and out.num_top > 1)
+        apart = plan.raw_count(out) if raw and more else 0
         count = 1 if draws_from_all else plan.count(out, apart > 0)
         lists, rows = self._exchange(part, rows, count, draws_from_all, judges, masks, apart)
         if masks:

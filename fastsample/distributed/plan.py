@@ -70,9 +70,10 @@ class Plan:
     def count(self, out: Outputs | None, apart: bool = False) -> int:
         """How many tokens a rank lists; None where all that counts is what is kept. `apart`: rows as they were given
         are listed besides."""
-        if self.cut_short and (out is None or is_of_kept(out) or (apart and out.log_kept_mass is None)):
-            return self.most
-        return max(self.most, LISTED, 0 if out is None or apart else out.num_top)
+        top = 0 if out is None or apart else out.num_top
+        if self.cut_short and (out is None or out.log_kept_mass is None):
+            return max(self.most, top if out is not None and out.mode == "raw" else 0)
+        return max(self.most, LISTED, top)
 
     def raw_count(self, out: Outputs) -> int:
         """The same of rows as they were given, where edits may have changed them."""

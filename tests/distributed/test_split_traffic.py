@@ -7,12 +7,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import flat, lm
+from cases import flat, lm, pack_bits
 from ranks import on_ranks
 
 import fastsample as fs
 import fastsample.distributed as fd
 from fastsample.distributed.answers import Answers
+from fastsample.distributed.plan import RAW_LISTED
 
 FIRST_WORDS = Answers.first_words
 
@@ -118,21 +119,82 @@ def test_at_most_two_rounds_where_lists_decide(how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("how", LISTED.values(), ids=LISTED)
 def test_raw_logprobs_of_given_logits_come_in_the_second_round(how: dict[str, Any]) -> None:
-    """With the sums of the whole rows. Of other logits than those that are drawn from they take two rounds more."""
-    how = {**how, "logprobs": "raw", "top_logprobs": 20}
-    found, edited = traffic(LM, **how), traffic(LM, **{**how, **IDS, "frequency_penalty": 0.3})
-    given = "frequency_penalty" not in how
-    assert found.rounds == (2 if given else 4)
-    assert edited.rounds <= 4
-    assert found.bytes_of_a_row <= LIST + SUMS + (0 if given else 20 * 8)
-    assert edited.bytes_of_a_row <= LIST + SUMS + 20 * 8
-
-
-@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"top_k": 40}, {"top_k": 1024}], ids=str)
-def test_raw_logprobs_take_a_round_more_where_one_decides(how: dict[str, Any]) -> None:
-    found = traffic(LM, **how, logprobs="raw", top_logprobs=20, num_samples=3)
+    """With the sums of the whole rows."""
+    how = {name: value for name, value in how.items() if name not in ("frequency_penalty", *IDS)}
+    found = traffic(LM, **{**how, "logprobs": "raw", "top_logprobs": 20})
     assert found.rounds == 2
-    assert found.bytes_of_a_row <= max(LIST, 8 * how.get("top_k", 0)) + SUMS
+    assert found.bytes_of_a_row <= LIST + SUMS
+
+
+EDITS: dict[str, dict[str, Any]] = {
+    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "output_ids": LM.topk(20).indices},
+    "bias": {"bias": {int(LM[0].argmax()): -2.0, int(LM[1].argmax()): -40.0}},
+    "mask": {"bitmask": pack_bits(LM.topk(9).values[:, -1:] > LM)},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("how", LISTED.values(), ids=LISTED)
+def test_raw_logprobs_of_edited_logits_come_in_the_second_round(how: dict[str, Any], edit: dict[str, Any]) -> None:
+    """Where the lists come with the logits of their tokens, as these were given, and the first ones of those."""
+    found = traffic(LM, **{**how, **edit, "logprobs": "raw", "top_logprobs": 20})
+    assert found.rounds == 2
+    assert found.bytes_of_a_row <= LIST + LIST // 2 + 8 * RAW_LISTED + SUMS
+
+
+@pytest.mark.parametrize("logits", [LM, FLAT], ids=["lm", "flat"])
+@pytest.mark.parametrize(
+    ("how", "k"), [({"temperature": 0.0}, 1), ({"top_k": 40}, 40), ({"top_k": 1024}, 1024)], ids=str
+)
+def test_raw_logprobs_take_a_round_more_where_one_decides(how: dict[str, Any], k: int, logits: torch.Tensor) -> None:
+    """A mass, and the ranks of draws that lists do not tell; a bit says whether any rank has a mask of its own."""
+    how = {**how, "logprobs": "raw", "num_samples": 3}
+    assert traffic(logits, **how, top_logprobs=20) == Traffic(2, 8 * max(k, 20) + 8 + 8)
+    for edit in EDITS.values():
+        found = traffic(logits, **how, **edit)
+        assert found.rounds == 2
+        assert 8 * k <= found.bytes_of_a_row - 8 * -(-k // 2) - 8 - 8 <= 8 * k + 3 * 8
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_raw_logprobs_of_draws_that_rank_low(edit: dict[str, Any]) -> None:
+    """How many tokens lie above them, ranks tell in one round more; of no other rows."""
+    how = {**edit, "logprobs": "raw"}
+    kept, given = traffic(FLAT, top_p=0.95, **EDITS["penalties"]), traffic(FLAT, top_p=0.95, **how)
+    assert (kept.rounds, given.rounds) == (4, 5)
+    assert traffic(FLAT, min_p=0.02, **how).rounds == 4
+    assert traffic(FLAT, **how).rounds == 3
+
+
+def test_only_rows_whose_draws_rank_low_take_more() -> None:
+    first = LM.topk(300).values[:, -1:] <= LM
+    low = torch.cat([first[:-1], LM[-1:] <= LM[-1].topk(9, largest=False).values[-1]])
+    all_, some = (traffic(LM, top_p=0.95, logprobs="raw", bitmask=pack_bits(allowed)) for allowed in (first, low))
+    assert some == Traffic(all_.rounds + 1, all_.bytes_of_a_row + 8 // ROWS)
+
+
+@pytest.mark.parametrize("how", [{"top_p": 0.95}, {"top_k": 40}, {}], ids=str)
+def test_raw_logprobs_where_a_rank_has_a_mask_of_its_own(how: dict[str, Any]) -> None:
+    """Others know only once it has told so, and expect one in the next call."""
+    allowed = torch.ones(ROWS, VOCAB, dtype=torch.bool)
+    allowed[:, CUTS[1] : CUTS[2] : 2] = False
+    how = {**how, "logprobs": "raw", "seed": 1}
+    whole = [fs.sample(LM, **how), fs.sample(LM, bitmask=pack_bits(allowed), **how)]
+
+    def on_rank(wire: Any, begin: int, end: int) -> list[int]:
+        split, counts = fd.Split(begin, VOCAB, group=wire), []
+        for masked in (False, False, True, True, True, False, False):
+            rounds, mask = split.rounds, pack_bits(allowed[:, begin:end]) if masked and begin == CUTS[1] else None
+            out = fs.sample(split.whole(LM[:, begin:end], mask), backend=split.engine, **how)
+            counts.append(split.rounds - rounds)
+            assert torch.equal(out.tokens, whole[masked].tokens)
+            assert torch.equal(out.ranks, whole[masked].ranks)
+        return counts
+
+    found = on_ranks(CUTS, on_rank)
+    given = 2 if how.keys() & {"top_p", "top_k"} else 3
+    at_first = {"top_p": 4, "top_k": 3}.get(next(iter(how)), 4)
+    assert found == [[given + 1, given, at_first, 2, 2, 2, given]] * RANKS
 
 
 def of_rules(logits: torch.Tensor, rule: str, probs: bool, accepted: int, **how: Any) -> tuple[int, int]:
@@ -260,18 +322,21 @@ def test_a_wrong_guess_that_rows_are_flat_changes_no_token() -> None:
 )
 def test_two_rounds_where_all_is_kept(how: dict[str, Any], logits: torch.Tensor) -> None:
     """A token and a mass; then the exact mass, and for each draw a place and four tokens with their ends. Raw
-    log-probabilities take one more, of a number and, if the temperature is not 1, a mass; and a bit that says that
-    nothing is edited."""
+    log-probabilities take a bit that says that nothing is edited; if the temperature is not 1, another mass; and one
+    message more, of a number for each row whose token is not the first one."""
     raw = "logprobs" in how
-    expected = Traffic(
-        2 + raw, 2 * 8 + 8 * (1 + 9 * how.get("num_samples", 1)) + raw * (2 + ("temperature" in how)) * 8
-    )
-    assert traffic(logits, **how) == expected
+    others = int((fs.sample(logits, seed=1, **how).tokens.view(ROWS, -1) != logits.argmax(-1, True)).any(1).sum())
+    assert others
+    words = 2 + 1 + 9 * how.get("num_samples", 1) + raw * (1 + ("temperature" in how))
+    assert traffic(logits, **how) == Traffic(2 + raw, 8 * words + raw * 8 * others // ROWS)
 
 
-@pytest.mark.parametrize("how", [{"top_logprobs": 3}, {"presence_penalty": 0.5, **IDS}], ids=["top", "edited"])
-def test_raw_logprobs_of_what_is_not_known_take_two_more(how: dict[str, Any]) -> None:
-    assert traffic(LM, logprobs="raw", **how).rounds == 4
+@pytest.mark.parametrize("how", [{"top_logprobs": 3}, *EDITS.values()], ids=["top", *EDITS])
+def test_raw_logprobs_of_all_that_is_kept(how: dict[str, Any]) -> None:
+    """Each draw's tokens are told as they were given."""
+    found = traffic(LM, logprobs="raw", **how)
+    assert found.rounds == 2
+    assert found.bytes_of_a_row <= 2 * 8 + 8 + 8 + 8 * RAW_LISTED + 8 * (1 + 9) + 8
 
 
 def test_a_wrong_guess_takes_two_rounds_more() -> None:
