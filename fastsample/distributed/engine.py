@@ -239,7 +239,7 @@ class SplitEngine(Engine):
         if masks:
             self._masks = not lists.given
         invalid: int | None = OPEN
-        if draws_from_all or (native and not plan.open and (plan.asks(out) or not lists.flat)):
+        if draws_from_all or (native and (plan.asks(out) or not (plan.open or lists.flat))):
             invalid = sample_split(self.wire, part.answers, self.vocab, plan, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)

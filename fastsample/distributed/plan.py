@@ -19,8 +19,10 @@ MOST_LISTED = 1024
 RAW_LISTED = 128
 """How many first tokens of rows as they were given a rank tells besides, where edits may have changed them. Draws from
 rows like a language model's hardly ever rank lower there. Where one does, that costs a message."""
-FEW = 7
-"""Draws, for each of which a rank may tell what it might be before it knows. More may be shared among threads."""
+FEW = 32
+"""Draws, for each of which a rank may tell what it might be before it knows: 72 bytes each."""
+MANY = 4096
+"""Draws of a row that the CPU engine's own code has ranks tell, 32 KB in a message."""
 
 
 class Plan:
@@ -50,7 +52,6 @@ class Plan:
         self.wanted = any(name in self.used for name in ("typical", "eta", "p_less")), "top_n_sigma" in self.used
         searches = [name for name in ("top_k", "top_p", "typical") if name in self.used]
         self.searches_once = len(searches) <= 1 and self.used.keys() <= {*searches, "mass_floors"}
-        self._asks_little = self.searches_once or not searches
         # How much of a row's mass its list must have, at least, to decide it.
         share = torch.minimum(params["top_p"], params["typical_p"])
         share = torch.where(k > MOST_LISTED, torch.inf, torch.where(k > 0, 0.0, share))
@@ -78,15 +79,15 @@ class Plan:
     def raw_count(self, out: Outputs) -> int:
         """The same of rows as they were given, where edits may have changed them."""
         # Where lists decide alone, the message that tells masses can tell ranks, too.
-        return max(RAW_LISTED if self.measures(out) else 1, out.num_top)
+        return max(RAW_LISTED if self.open or self.measures(out) else 1, out.num_top)
 
     def asks(self, out: Outputs) -> bool:
         """Whether ranks may tell what lists and sums do not as csrc/cpu/lists.h notes it."""
-        return self._asks_little and is_of_tokens(out)
+        return out.kept_bitmask is None and out.num_samples <= MANY
 
     def measures(self, out: Outputs) -> bool:
         """Whether lists alone cannot tell what some row keeps, or how much that is of all."""
-        return not self.lists_may_do or out.log_kept_mass is not None
+        return not (self.lists_may_do or self.open) or out.log_kept_mass is not None
 
     def measures_at_all(self, out: Outputs) -> bool:
         """Whether sums of whole rows may tell what lists do not."""
