@@ -272,6 +272,22 @@ bool write_spread_top(const Spread& s, const Shares& shares) {
   return true;
 }
 
+// Each rank has the bits of its own tokens.
+bool write_spread_bits(const Spread& s) {
+  const int64_t vocab = s.base.row.vocab(), words = (vocab + 31) / 32, n = (vocab + 63) / 64;
+  const Answered* bits = s.base.hear(s.base.query_of(s.kept), kBits, 0, n, n);
+  if (!bits) return false;
+  uint32_t* to = (uint32_t*)s.out().kept_bitmask + s.base.task.r * words;
+  for (int64_t i = 0; i < words; ++i) {
+    uint64_t all = 0;
+    for (int64_t rank = 0; rank < s.ranks(); ++rank) {
+      all |= (uint64_t)bits->first[rank * bits->stride + i / 2];
+    }
+    to[i] = (uint32_t)(all >> (i % 2 * 32));
+  }
+  return true;
+}
+
 // Stage 8 and the outputs, once ranks have told all that this takes.
 bool finish_spread(const Spread& s) {
   const Outputs& out = s.out();
@@ -302,6 +318,7 @@ bool finish_spread(const Spread& s) {
   }
   if (reports && out.num_top && !write_spread_top(s, shares)) return false;
   if (reports && out.ranks && !write_spread_ranks(s, *keys)) return false;
+  if (out.kept_bitmask && !write_spread_bits(s)) return false;
   const int64_t r = s.base.task.r;
   if (out.entropy) out.entropy[r] = (float)entropy;
   if (out.kept_count) out.kept_count[r] = (int32_t)total_of(parts.tokens, s.ranks());

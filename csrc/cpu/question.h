@@ -19,7 +19,8 @@ enum PartQuestion : int32_t {
   kMassOfBins,  // the mass and the number of the tokens of a set in each bin (cpu/search.h)
   kWithin,      // the set's tokens in some of these bins, as words
   kOwned,       // what draws from all tokens find here, before all masses are known (cpu/owner.h)
-  kGiven        // some of the first tokens, as words; then the logits of others, two to a word
+  kGiven,       // some of the first tokens, as words; then the logits of others, two to a word
+  kBits         // the bits of a set as a mask of the whole row, of 64 tokens to a word
 };
 enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };

@@ -83,7 +83,7 @@ class Plan:
 
     def asks(self, out: Outputs) -> bool:
         """Whether ranks may tell what lists and sums do not as csrc/cpu/lists.h notes it."""
-        return out.kept_bitmask is None and out.num_samples <= MANY
+        return out.num_samples <= MANY
 
     def measures(self, out: Outputs) -> bool:
         """Whether lists alone cannot tell what some row keeps, or how much that is of all."""
