@@ -44,7 +44,7 @@ class Part:
         own: [B, V_r], logits or probabilities as they were given.
         x: the same after stages 1 to 3, probabilities with -inf for 0.
         start: the id of its first token.
-        wrong: int32 [B], the statuses that these have found; None where nothing is edited.
+        wrong: int32 [B], the statuses that these have found; None where these are known to be 0.
         edited: whether these stages may change anything here.
 
     All but `own` and `x` is where rows are decided.
@@ -217,7 +217,7 @@ class SplitEngine(Engine):
         if kind == "probs":
             x = process_probs(own, rows, self._mask, self.start)
         elif own.shape[1] and edited:
-            x, wrong = process(engine, own, rows, self._mask, self.start, self.vocab)
+            x, wrong = process(engine, own, rows, plan.edits, self._mask, self.start, self.vocab)
         here = plan.records.device
         own, x = _near(own, here), _near(x, here)
         return Part(engine, own, x, self.start, None if wrong is None else wrong.to(here), plan, kind, edited)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from fastsample.backends import Outputs
 from fastsample.distributed.answers import open_queries
 from fastsample.distributed.filters import steps_of, uses
 from fastsample.distributed.keys import bits_of
+from fastsample.distributed.local import Edits
 from fastsample.params import GREEDY_BELOW
 from fastsample.reference.process import choice, columns_of
 
@@ -62,6 +65,10 @@ class Plan:
         self._starts_with_search &= not bool((first_ & (params["min_p"] > 0)).any())
         self._queries: Tensor | None = None
         self._raw_queries: Tensor | None = None
+
+    @cached_property
+    def edits(self) -> Edits:
+        return Edits.of(self.records)
 
     def holds(self, records: Tensor) -> bool:
         """Whether these are still the parameters: a Sampler may have written to its records."""
