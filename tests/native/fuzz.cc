@@ -218,23 +218,28 @@ void check_searches(const fuzz::Input& in, const std::string& isa) {
   }
 }
 
+// What ranks may tell of rows besides their lists.
+enum class Asks { kNothing, kAll, kOfTokens };
+
 // All ranks, each with outputs of its own, against a run of the whole rows.
 template <class Wanted>
-void check_ranks(const fuzz::Input& in, const std::string& isa, bool asks, Wanted wanted) {
-  const split::Ranks ranks(in);
+void check_ranks(const fuzz::Input& in, const std::string& isa, const split::Edited* edited,
+                 Asks asks, Wanted wanted) {
+  const split::Ranks ranks(in, edited);
   const RowArguments rows = without_edits(in.row_arguments());
   Written want(in);
-  sample_batch(batch_of(rows, {in.logits_arguments(), wanted(want.out)}), 1);
+  const RowArguments of_whole = edited ? in.row_arguments() : rows;
+  sample_batch(batch_of(of_whole, {in.logits_arguments(), wanted(want.out)}), 1);
   std::deque<Written> got;
   std::vector<OutputArguments> out;
   for (int64_t rank = 0; rank < ranks.ranks; ++rank) {
     out.push_back(wanted(got.emplace_back(in).out));
   }
-  bool all = asks;
+  bool all = asks == Asks::kOfTokens;
   for (int64_t r = 0; r < in.rows; ++r) all &= keeps_all(ranks.params(r), in.vocab);
   const bool raw = out[0].mode == kRawLogprobs;
-  if (raw && in.num_top > (all ? 1 : ranks.length)) return;
-  ranks.sample(rows, out, all, asks, raw);
+  if (raw && !edited && in.num_top > (all ? 1 : ranks.length)) return;
+  ranks.sample(rows, out, all, asks != Asks::kNothing, raw);
   for (const Written& own : got) {
     bool decided = true;
     check(own.status == got[0].status, isa + ", split", "statuses of ranks");
@@ -252,16 +257,17 @@ void check_ranks(const fuzz::Input& in, const std::string& isa, bool asks, Wante
   }
 }
 
-void check_split(const fuzz::Input& in, const std::string& isa) {
-  if (in.kind != kLogits || !in.wants_tokens) return;
-  // All that lists tell, with raw log-probabilities or without.
-  check_ranks(in, isa, false, [](OutputArguments out) {
-    out.filtered = out.probabilities = out.weights = out.masses = out.given = 0;
-    return out;
-  });
-  // Tokens, for which ranks may tell more.
-  if (in.num_samples >= 8) return;
-  check_ranks(in, isa, true, [](OutputArguments out) {
+// Of rows that are drawn from as they are given, or of edited ones.
+void check_split(const fuzz::Input& in, const std::string& isa, const split::Edited* edited) {
+  // All that lists tell, and what ranks tell besides, with log-probabilities of any kind.
+  for (Asks asks : {Asks::kNothing, Asks::kAll}) {
+    check_ranks(in, isa, edited, asks, [](OutputArguments out) {
+      out.filtered = out.probabilities = out.weights = out.masses = out.given = 0;
+      return out;
+    });
+  }
+  // Tokens, of which ranks may guess some.
+  check_ranks(in, isa, edited, Asks::kOfTokens, [](OutputArguments out) {
     const OutputArguments all = out;
     out = {};
     out.status = all.status;
@@ -297,7 +303,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     check(sample_batch(got.batch(rows, logits), 1) == invalid, isa, "number of invalid rows");
     const char* wrong = difference(want, got);
     check(!wrong, isa, wrong);
-    check_split(in, isa);
+    if (in.kind == kLogits && in.wants_tokens) {
+      const split::Edited edited(in);
+      for (const split::Edited* of : {(const split::Edited*)nullptr, &edited}) {
+        check_split(in, isa, of);
+      }
+    }
     if (in.kind == kLogits) check_searches(in, isa);
     check(before == in.logits, isa, "the logits were written to");
   }

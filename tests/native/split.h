@@ -52,18 +52,51 @@ class Meeting {
   int64_t waiting_ = 0, round_ = 0;
 };
 
+// Rows after stages 1 to 3, and what is wrong with them.
+struct Edited {
+  std::vector<float> x;
+  std::vector<int32_t> status;
+
+  explicit Edited(const fuzz::Input& in)
+      : x((size_t)(in.rows * in.vocab)), status((size_t)in.rows) {
+    std::vector<RowParams> params = in.params;
+    for (RowParams& p : params) {
+      RowParams none = {};
+      none.temperature = none.top_p = none.typical_p = 1;
+      none.repetition_penalty = p.repetition_penalty;
+      none.frequency_penalty = p.frequency_penalty;
+      none.presence_penalty = p.presence_penalty;
+      none.dry_multiplier = p.dry_multiplier;
+      none.dry_base = p.dry_base;
+      none.dry_allowed_length = p.dry_allowed_length;
+      none.dry_range = p.dry_range;
+      none.no_repeat_ngram_size = p.no_repeat_ngram_size;
+      p = none;
+    }
+    RowArguments rows = in.row_arguments();
+    rows.params = (int64_t)params.data();
+    OutputArguments out = {};
+    out.status = (int64_t)status.data();
+    out.filtered = (int64_t)x.data();
+    sample_batch(batch_of(rows, {in.logits_arguments(), out}), 1);
+  }
+};
+
 struct Ranks {
   const fuzz::Input& in;
-  LogitsArguments whole;
+  const Edited* edited;
+  LogitsArguments whole;  // what is drawn from
   int64_t ranks, length;  // length: of a list
   std::vector<PartQuery> queries;
 
-  explicit Ranks(const fuzz::Input& input)
+  explicit Ranks(const fuzz::Input& input, const Edited* edits = nullptr)
       : in(input),
+        edited(edits),
         whole(input.logits_arguments()),
         ranks(1 + in.vocab % 4),
         length(in.vocab % 3 ? 1 + in.vocab % 11 : 256) {
     const int64_t lowest = -(int64_t)0x7F7FFFFF * ((int64_t)1 << 32);
+    if (edited) whole = {(int64_t)edited->x.data(), in.vocab, in.rows, in.vocab, kFloat32, kLogits};
     for (int64_t r = 0; r < in.rows; ++r) {
       const RowParams& p = params(r);
       const float drawn = is_greedy(p) ? 1.0f : p.temperature;
@@ -82,26 +115,31 @@ struct Ranks {
   }
   static int64_t nothing() { return (int64_t)((uint64_t)bits(-INFINITY) << 32 | UINT32_MAX); }
 
-  // What a rank has of the rows.
-  LogitsArguments part_of(int64_t rank) const {
-    LogitsArguments own = whole;
-    own.logits += start(rank) * (in.dtype == kFloat32 ? 4 : 2);
+  // What a rank has of rows.
+  LogitsArguments part_of(LogitsArguments own, int64_t rank) const {
+    own.logits += start(rank) * (own.dtype == kFloat32 ? 4 : 2);
     own.vocab = start(rank + 1) - start(rank);
     return own;
   }
 
-  // What a rank answers for each row, of which it may have nothing.
   Words ask(int64_t rank, PartQuestion question, int64_t wants, int64_t words,
             const Words& details = {}) const {
+    return ask_of(whole, rank, question, wants, words, details);
+  }
+
+  // What a rank answers for each row, of which it may have nothing.
+  Words ask_of(const LogitsArguments& rows, int64_t rank, PartQuestion question, int64_t wants,
+               int64_t words, const Words& details) const {
     const int64_t begin = start(rank), width = start(rank + 1) - begin;
     Words answers((size_t)(in.rows * words), question == kFirst && !width ? nothing() : 0);
     if (question == kFirst && !width && wants) {
       for (int64_t r = 0; r < in.rows; ++r) answers[(r + 1) * words - 1] = 0;
     }
     if (!width) return answers;
-    const LogitsArguments own = part_of(rank);
+    const LogitsArguments own = part_of(rows, rank);
     Part part = {};
-    part.logits = {(const void*)own.logits, own.logits_stride, own.rows, (int32_t)width, in.dtype};
+    part.logits = {(const void*)own.logits, own.logits_stride, own.rows, (int32_t)width,
+                   (DType)own.dtype};
     part.ask = {(int64_t)queries.data(),
                 begin,
                 question,
@@ -147,14 +185,59 @@ struct Ranks {
     return told;
   }
 
+  // A NaN or an infinity in front of lists of so many words, in rows that edits have found invalid.
+  Words marked(Words lists, int64_t words) const {
+    for (int64_t r = 0; edited && r < in.rows; ++r) {
+      const int32_t status = edited->status[(size_t)r];
+      const float x = status == kNaN ? NAN : INFINITY;
+      if (status == kNaN || status == kPositiveInfinity) {
+        lists[(size_t)(r * words)] = word_of_token({x, -1});
+      }
+    }
+    return lists;
+  }
+
+  // What ranks list of rows as they were given, and the logits of those that they have listed.
+  struct Given {
+    int64_t tokens = 0;
+    Words lists, listed;
+  };
+
+  Given given(const std::vector<Words>& lists, int64_t tokens, int64_t listed) const {
+    Given found;
+    found.tokens = std::max<int64_t>(in.num_top, 1 + in.vocab % 13);
+    const int64_t more = (listed + 1) / 2, words = found.tokens + more;
+    std::vector<Words> first, others;
+    for (int64_t q = 0; q < ranks; ++q) {
+      Words wanted;
+      for (int64_t r = 0; r < in.rows; ++r)
+        append(wanted, lists[(size_t)q].data() + r * tokens, listed);
+      Words told((size_t)(in.rows * words), nothing());
+      if (start(q + 1) > start(q)) {
+        told = ask_of(in.logits_arguments(), q, kGiven, found.tokens, words, wanted);
+      }
+      first.emplace_back();
+      others.emplace_back();
+      for (int64_t r = 0; r < in.rows; ++r) {
+        append(first.back(), told.data() + r * words, found.tokens);
+        append(others.back(), told.data() + r * words + found.tokens, more);
+      }
+    }
+    found.lists = gather(first);
+    found.listed = gather(others);
+    return found;
+  }
+
   // Samples on every rank, each a thread, into its own outputs; rows that this does not decide get
   // kUndecided for a status. `keeps_all`: whether rows keep everything; `asks`: whether ranks may
   // tell more than sums, for status and tokens; `raw`: whether raw log-probabilities are wanted.
   void sample(const RowArguments& rows, const std::vector<OutputArguments>& out, bool keeps_all,
               bool asks, bool raw) const {
     const int64_t tokens = keeps_all ? 2 : length;
-    const Words lists =
-        gather(on_each([&](int64_t q) { return ask(q, kFirst, keeps_all, tokens); }));
+    const auto first =
+        on_each([&](int64_t q) { return marked(ask(q, kFirst, keeps_all, tokens), tokens); });
+    const Words lists = gather(first);
+    const Given apart = raw && edited ? given(first, tokens, keeps_all ? 1 : tokens) : Given();
     std::vector<PartQuery> at_one = queries;
     for (PartQuery& query : at_one) query.scale = query.judged_scale = bits(mass_scale(1.0f));
     Meeting meeting(ranks);
@@ -162,6 +245,7 @@ struct Ranks {
     for (int64_t q = 0; q < ranks; ++q) {
       threads.emplace_back([&, q] {
         Words sums((size_t)(in.rows * kSumWords));
+        const LogitsArguments own = part_of(in.logits_arguments(), q);
         const SplitArguments split = {start(q),
                                       in.vocab,
                                       q,
@@ -177,7 +261,13 @@ struct Ranks {
                                       false,
                                       asks,
                                       (int64_t)sums.data(),
-                                      0};
+                                      0,
+                                      apart.tokens ? (int64_t)apart.lists.data() : 0,
+                                      apart.tokens,
+                                      (int64_t)apart.listed.data(),
+                                      own.logits,
+                                      own.logits_stride,
+                                      own.dtype};
         const SplitHost host = {[](const auto& part, const auto& ask, const Words& some) {
                                   answer_rows(part, ask, some, 1);
                                 },
@@ -185,7 +275,7 @@ struct Ranks {
                                 [&](const int64_t* own, int64_t words, int64_t* found) {
                                   meeting.gather(q, own, words, found);
                                 }};
-        sample_split(split, rows, {part_of(q), out[(size_t)q]}, host);
+        sample_split(split, rows, {part_of(whole, q), out[(size_t)q]}, host);
       });
     }
     for (std::thread& thread : threads) thread.join();
