@@ -201,8 +201,8 @@ PartQuery query_of(const Spread& s) {
 bool hear_shares(const Spread& s, SpreadShares* shares, Shares* of) {
   if (!find_shares(s, shares)) {
     const bool counts = s.out().kept_count;
-    const Answered* told = s.base.hear(query_of(s), kTotals, counts ? kWantsCount : 0, kTotalWords,
-                                       counts || s.mixes() ? kTotalWords : 1);
+    const Answered* told = s.base.hear(query_of(s), kTotals, counts ? (int64_t)kWantsCount : 0,
+                                       kTotalWords, counts || s.mixes() ? kTotalWords : 1);
     if (!told) return false;
     *shares = {{told->first, told->stride}, {told->first + 4, told->stride}};
   }
@@ -301,7 +301,7 @@ bool finish_spread(const Spread& s) {
   query.rest = (int64_t)shares.rest;
   if (s.base.missing.asked()) write_thresholds(s, parts, s.base.missing.details());
   const int64_t words = 2 * n + 1;
-  const Answered* keys = s.base.hear(query, kDraws, out.entropy ? kWantsEntropy : 0, words,
+  const Answered* keys = s.base.hear(query, kDraws, out.entropy ? (int64_t)kWantsEntropy : 0, words,
                                      out.entropy ? words : n, n);
   if (!keys) return false;
   double entropy = 0;
