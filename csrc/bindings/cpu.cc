@@ -237,18 +237,19 @@ int64_t verify(const RowArguments& rows, const CallArguments& call, const DraftA
                      [&](const auto& stop) { return verify_batch(batch, threads, stop); });
 }
 
-void answer_with(const Part& part, int threads) {
+// f() with its stop signal: nothing that it does is undone.
+template <class F>
+void without_gil(F f) {
   without_gil(Batch{}, false, [&](const auto&) -> int64_t {
-    answer_part(part, threads);
+    f();
     return 0;
   });
 }
 
 void answer(const LogitsArguments& l, const PartArguments& ask, int threads) {
-  answer_with({{(const void*)l.logits, l.logits_stride, l.rows, (int32_t)l.vocab, (DType)l.dtype,
-                (InputKind)l.input},
-               ask},
-              threads);
+  const Logits logits = {(const void*)l.logits, l.logits_stride, l.rows,
+                         (int32_t)l.vocab,      (DType)l.dtype,  (InputKind)l.input};
+  without_gil([&] { answer_part({logits, ask}, threads); });
 }
 
 void search_rows(const PartArguments& ask, int64_t rows) {
@@ -256,10 +257,25 @@ void search_rows(const PartArguments& ask, int64_t rows) {
   search(ask, rows);
 }
 
-// gather(own, words, found) takes addresses, and raises where ranks fail.
+// gather(own, words, found) takes addresses, and raises where ranks fail. answer(logits, ask, rows,
+// count) answers for this rank, given the part's address, a record, and the address of so many
+// rows; None: this engine does.
 py::tuple sample_split_rows(const SplitArguments& split, const RowArguments& rows,
-                            const CallArguments& call, int threads, const py::function& gather) {
-  const SplitHost host = {[&](const Part& part) { answer_with(part, threads); },
+                            const CallArguments& call, int threads, const py::function& gather,
+                            const py::object& answer) {
+  const auto answer_here = [&](const LogitsArguments& part, const PartArguments& ask,
+                               const Words& some) {
+    without_gil([&] { answer_rows(part, ask, some, threads); });
+  };
+  const auto answer_there = [&](const LogitsArguments& part, const PartArguments& ask,
+                                const Words& some) {
+    const py::bytes record((const char*)&ask, sizeof ask);
+    answer(part.logits, record, (int64_t)some.data(), some.size());
+  };
+  std::function<void(const LogitsArguments&, const PartArguments&, const Words&)> asked =
+      answer_here;
+  if (!answer.is_none()) asked = answer_there;
+  const SplitHost host = {asked,
                           [&](const Batch& batch) {
                             return without_gil(batch, false, [&](const auto& stop) {
                               return sample_batch(batch, threads, stop);

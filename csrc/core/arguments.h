@@ -88,24 +88,8 @@ FASTSAMPLE_RECORD(SearchQuery,  //
                   ranks,        //
                   by, target,   // SearchBy
                   mean);        // float
-// of draws, before what each rank has;
+// and of draws, before what each rank has.
 FASTSAMPLE_RECORD(DrawQuery, seed, offset, rank, ranks);
-// and of a whole row (cpu/lists.h), which consists of no more. Strides are from one rank to the
-// next.
-FASTSAMPLE_RECORD(ListedQuery,                //
-                  vocab, ranks, rank,         // rank: this one
-                  known,                      // bits
-                  lists, tokens,              // int64 [ranks, tokens]
-                  sums,                       // int64 [kSumWords]
-                  bins, bins_stride,          // BinMass [ranks, kBins]
-                  words, words_stride, told,  // int64 [ranks, told]
-                  shares, shares_stride,      // int64 [ranks]
-                  keys, keys_stride,          // int64 [ranks, num_samples]
-                  missing);  // ListedMissing, PartQuery, int64 [num_samples + 2 ranks]
-// What would tell more of a row: a PartQuestion, 0 where it is decided, or -1 where ranks must ask
-// in another way; of bins, which, and the most tokens that a rank has there.
-FASTSAMPLE_RECORD(ListedMissing, question, begin, in, out, end, most);
-
 // Rows of which all ranks know the lists, and how to decide them (cpu/split.h).
 FASTSAMPLE_RECORD(SplitArguments,             //
                   start, vocab, rank, ranks,  // of this rank's first token; of the whole rows
@@ -140,8 +124,6 @@ constexpr const char* kRecords[][2] = {{"PARAM_FIELDS", FASTSAMPLE_PARAM_FIELDS(
                                        {"PART_QUERY_FIELDS", kPartQuery},
                                        {"SEARCH_QUERY_FIELDS", kSearchQuery},
                                        {"DRAW_QUERY_FIELDS", kDrawQuery},
-                                       {"LISTED_QUERY_FIELDS", kListedQuery},
-                                       {"LISTED_MISSING_FIELDS", kListedMissing},
                                        {"SPLIT_FIELDS", kSplitArguments}};
 #undef FASTSAMPLE_NAME
 

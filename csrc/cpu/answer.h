@@ -49,6 +49,8 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
     case kGiven:
       tell_first(p, peak.status, ask.wants, p.answers());
       return tell_logits(p, p.answers() + ask.wants);
+    case kBits:
+      return answer_bits(p);
   }
 }
 

@@ -330,6 +330,21 @@ void answer_part(const Part& part, int threads) {
   });
 }
 
+void answer_rows(const LogitsArguments& l, const PartArguments& ask,
+                 const std::vector<int64_t>& rows, int threads) {
+  const int64_t size = l.dtype == kFloat32 ? 4 : 2, word = sizeof(int64_t);
+  const auto n = (int64_t)rows.size();
+  for (int64_t k = 0, next; k < n; k = next) {  // rows one behind the other
+    for (next = k + 1; next < n && rows[(size_t)next] == rows[(size_t)next - 1] + 1;) ++next;
+    const char* first = (const char*)l.logits + rows[(size_t)k] * l.logits_stride * size;
+    Part part = {{first, l.logits_stride, next - k, (int32_t)l.vocab, (DType)l.dtype}, ask};
+    part.ask.queries += k * (int64_t)sizeof(PartQuery);
+    part.ask.details += k * ask.count * word;
+    part.ask.answers += k * ask.words * word;
+    answer_part(part, threads);
+  }
+}
+
 int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()>& stop) {
   const Drafts& drafts = batch.drafts;
   const int64_t requests = batch.logits.rows / (drafts.count + 1);

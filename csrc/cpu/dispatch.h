@@ -34,6 +34,10 @@ int64_t verify_batch(const Batch& batch, int threads, const std::function<bool()
 // Answers what is asked of each row of a part of rows that are split over ranks.
 void answer_part(const Part& part, int threads);
 
+// Likewise of some of its rows, in ascending order, which queries, details and answers are of.
+void answer_rows(const LogitsArguments& part, const PartArguments& ask,
+                 const std::vector<int64_t>& rows, int threads);
+
 // What sample_batch has left of kept sets: the ids of those that fit in slots, the bits of others.
 struct KeptSets {
   int64_t rows, words, num_slots;

@@ -10,9 +10,8 @@
 namespace fastsample {
 namespace {
 
-// A row of input kListed is a ListedQuery; what is not known means nothing. A token is the bits of
-// its logit above its id, which is kLastId past a list's end. A row that is invalid has a NaN or
-// +inf in some list.
+// A row of input kListed is a ListedQuery. A token is the bits of its logit above its id, which is
+// kLastId past a list's end. A row that is invalid has a NaN or +inf in some list.
 struct ListedRow {
   const ListedQuery& head;
 
@@ -20,38 +19,26 @@ struct ListedRow {
       : head(*(const ListedQuery*)((const float*)batch.logits.data + r * batch.logits.stride)) {}
 
   FS_MEMBER int32_t vocab() const { return (int32_t)head.vocab; }
-  FS_MEMBER bool knows(Known what) const { return head.known & what; }
-  FS_MEMBER bool has_sums() const { return knows(kKnowsSums); }
+  FS_MEMBER bool has_sums() const { return head.sums; }
   FS_MEMBER uint64_t sum(int i) const { return ((const uint64_t*)head.sums)[i]; }
-  FS_MEMBER const int64_t* list(int64_t rank) const {
-    return (const int64_t*)head.lists + rank * head.tokens;
-  }
-  FS_MEMBER const int64_t* keys(int64_t rank) const {
-    return (const int64_t*)head.keys + rank * head.keys_stride;
-  }
+  FS_MEMBER const int64_t* list(int64_t rank) const { return head.lists + rank * head.tokens; }
   FS_MEMBER int64_t tokens() const { return head.ranks * head.tokens; }
-
-  DepthSums of(const Depths&) const { return {sum(0), sum(1), sum(2)}; }
-  SquareSums of(const Squares&) const { return {sum(0), sum(3), sum(4), sum(5)}; }
-  SpreadSums spread() const { return {sum(6), sum(7), sum(8)}; }
+  FS_MEMBER SpreadSums spread() const { return {sum(6), sum(7), sum(8)}; }
 };
 
-// What is noted of a row: what would tell more of it, if each rank answers that.
+// What is noted of a row.
 struct Missing {
   const ListedRow& row;
   int32_t draws;
 
   FS_MEMBER bool asked() const { return row.head.missing; }
-  FS_MEMBER ListedMissing* what() const { return (ListedMissing*)row.head.missing; }
-  FS_MEMBER PartQuery* query() const { return (PartQuery*)(what() + 1); }
-  // [num_samples]: where draws fall in this rank's running mass.
-  FS_MEMBER int64_t* thresholds() const { return (int64_t*)(query() + 1); }
+  FS_MEMBER int64_t* details() const { return (int64_t*)(row.head.missing + 1); }
   // [ranks]: what each has of what a search has found, and how many tokens.
-  FS_MEMBER int64_t* masses() const { return thresholds() + draws; }
+  FS_MEMBER int64_t* masses() const { return details() + room_for_details(draws); }
   FS_MEMBER int64_t* tokens() const { return masses() + row.head.ranks; }
 
   FS_MEMBER void note(int64_t question) const {
-    if (asked()) what()->question = question;
+    if (asked()) row.head.missing->question = question;
   }
 };
 
@@ -100,8 +87,16 @@ Prefix take_prefix(const ListedRow& row, const Workspace& ws) {
   return p;
 }
 
-// The base set of filters, as `Base`, where it is a prefix of the row. What it cannot tell makes
-// the row undecided; whatever is then kept means nothing.
+// The sum of what ranks have answered.
+FS_INLINE uint64_t total_of(const OfRanks<int64_t>& answers, int64_t ranks, int64_t word = 0) {
+  uint64_t total = 0;
+  for (int64_t rank = 0; rank < ranks; ++rank) total += (uint64_t)answers[rank][word];
+  return total;
+}
+
+// The base set of filters, as `Base`, where it is a prefix of the row. What it cannot tell, ranks
+// are asked for: until they have answered, the row is undecided, and whatever is then kept means
+// nothing. With one answer more, all filters run again, and hear one after the other.
 struct ListedBase {
   typedef LogitWeigher Weigher;
 
@@ -112,7 +107,8 @@ struct ListedBase {
   List list = prefix.list;
   uint64_t beyond = bound_beyond();  // more than what any other token weighs
   bool decided = true;
-  bool searched = false;  // and what that has found:
+  int64_t heard = 0;      // answers
+  bool searched = false;  // and what the last search has found:
   Kept<float> found = {};
   Missing missing = {row, task.batch.out.num_samples};
 
@@ -120,22 +116,35 @@ struct ListedBase {
   FS_MEMBER bool holds(const Kept<float>& kept) const {
     return prefix.complete || kept.floor > beyond || !ranks_before(prefix.last, kept.low);
   }
-  // Notes that a set has to be all on the list.
-  FS_MEMBER void require(bool known) { decided &= known; }
-  FS_MEMBER bool sums_of(const Kept<float>& kept) {
-    const bool whole = bounds_of(kept) == kUnbounded && !kept.floor && row.has_sums();
-    require(holds(kept) || whole);
-    return whole;
+  // Whether a set is all of the row, whose sums ranks may know.
+  FS_MEMBER bool is_whole(const Kept<float>& kept) const {
+    return bounds_of(kept) == kUnbounded && !kept.floor;
   }
-  // Notes what ranks must tell of a set, without which the row is undecided.
-  FS_MEMBER void miss(PartQuestion question, const Kept<float>& kept, const Uncertain& u = {}) {
+  FS_MEMBER bool has_found(const Kept<float>& kept) const { return searched && equal(kept, found); }
+  FS_MEMBER void require(bool known) { decided &= known; }
+
+  // What ranks answer, `details` having been noted; or none.
+  FS_MEMBER const Answered* hear(const PartQuery& query, PartQuestion question, int64_t wants,
+                                 int64_t words, int64_t told, int64_t details = 0) {
+    require(missing.asked());
+    if (!decided) return nullptr;
+    const auto next = [&] { return row.head.answered + heard; };
+    while (heard < row.head.num_answered && next()->question != question) ++heard;
+    if (heard < row.head.num_answered) return row.head.answered + heard++;
     decided = false;
+    *row.head.missing = {question, wants, details, words, told, query};
+    return nullptr;
+  }
+  // Sums of a set that the list does not hold: kSums.
+  FS_MEMBER const Answered* hear_sums(const Kept<float>& kept, int64_t wants, int64_t told) {
+    require(!is_whole(kept));  // ranks tell these of all rows
+    return hear(query_of(kept), kSums, wants, kSumWords, told);
+  }
+  FS_MEMBER PartQuery query_of(const Kept<float>& kept) const {
     const int64_t high = kept.high.x == INFINITY ? kHighestKey : key_of_place(kept.high);
     const LogitWeigher& w = task.weigher;
-    *missing.what() = {question, u.begin, u.in, u.out, u.end, u.most};
-    *missing.query() = {
-        high,           key_of_place(kept.low), (int64_t)kept.floor,     kHighestKey, 0,
-        bits_of(w.max), bits_of(w.scale),       bits_of(w.judged_scale), 0,           0};
+    return {high,           key_of_place(kept.low), (int64_t)kept.floor,     kHighestKey, 0,
+            bits_of(w.max), bits_of(w.scale),       bits_of(w.judged_scale), 0,           0};
   }
 
  private:
@@ -151,31 +160,30 @@ struct ListedBase {
 // tell their bins, and then their tokens in those that may hold the last of these.
 Kept<float> search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint64_t target,
                    float mean = 0) {
-  const ListedRow& row = base.row;
+  constexpr int64_t kWords = kBins * (int64_t)(sizeof(BinMass) / sizeof(int64_t));
   const Missing& missing = base.missing;
-  base.require(missing.asked() && !base.searched);
-  if (!base.decided) return kept;
-  if (!row.knows(kKnowsBins)) {
-    base.miss(kMassOfBins, kept);
-    return kept;
-  }
-  const ListedQuery& h = row.head;
+  const PartQuery query = base.query_of(kept);
+  const Answered* bins = base.hear(query, kMassOfBins, 0, kWords, kWords);
+  if (!bins) return kept;
   PlaceSearch s = {base.judge.max,
                    base.judge.scale,
-                   h.ranks,
+                   base.row.head.ranks,
                    by,
                    target,
                    mean,
-                   {(const int64_t*)h.bins, h.bins_stride},
-                   {(const int64_t*)h.words, h.words_stride},
-                   h.told};
-  if (!row.knows(kKnowsTold)) {
-    s.words_of_rank = 0;
-    const Uncertain u = uncertain_of(s);
-    base.require(u.most <= kMostTold);
-    if (base.decided && u.most) base.miss(kWithin, kept, u);
-    if (!base.decided) return kept;
+                   {bins->first, bins->stride},
+                   {},
+                   0};
+  const Uncertain u = uncertain_of(s);
+  base.require(u.most <= kMostTold);
+  if (u.most) {
+    const int64_t where[] = {u.begin, u.in, u.out, u.end};
+    if (missing.asked()) memcpy(missing.details(), where, sizeof where);
+    const Answered* words = base.hear(query, kWithin, 0, u.most, u.most, 4);
+    if (words) s.words = {words->first, words->stride};
+    if (words) s.words_of_rank = words->words;
   }
+  if (!base.decided) return kept;
   const NearSide near = near_side(s, missing.masses(), missing.tokens());
   base.searched = true;
   base.found = narrow_above(kept, place_of_key(near.low));

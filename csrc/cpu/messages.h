@@ -3,15 +3,11 @@
 
 #include <math.h>
 
-#include <vector>
-
 #include "core/place.h"
 #include "cpu/question.h"
 #include "cpu/split.h"
 
 namespace fastsample {
-
-typedef std::vector<int64_t> Words;
 
 inline void append(Words& to, const int64_t* from, int64_t words) {
   to.insert(to.end(), from, from + words);
@@ -37,19 +33,12 @@ struct Messages {
   // `details` are of these.
   Words answer(PartArguments ask, const Words& some, const PartQuery* queries,
                const int64_t* details) const {
-    const int64_t n = (int64_t)some.size();
-    const LogitsArguments& l = call.logits;
-    const int64_t size = l.dtype == kFloat32 ? 4 : 2;
-    Words found((size_t)(n * ask.words), nothing(ask.question));
-    for (int64_t k = 0, next; l.vocab && k < n; k = next) {  // rows one behind the other
-      for (next = k + 1; next < n && some[(size_t)next] == some[(size_t)next - 1] + 1;) ++next;
-      const char* first = (const char*)l.logits + some[(size_t)k] * l.logits_stride * size;
-      ask.start = split.start;
-      ask.queries = (int64_t)(queries + k);
-      ask.details = (int64_t)(details + k * ask.count);
-      ask.answers = (int64_t)(found.data() + k * ask.words);
-      host.answer({{first, l.logits_stride, next - k, (int32_t)l.vocab, (DType)l.dtype}, ask});
-    }
+    Words found(some.size() * (size_t)ask.words, nothing(ask.question));
+    ask.start = split.start;
+    ask.queries = (int64_t)queries;
+    ask.details = (int64_t)details;
+    ask.answers = (int64_t)found.data();
+    if (call.logits.vocab && !some.empty()) host.answer(call.logits, ask, some);
     return found;
   }
 

@@ -258,6 +258,22 @@ void answer_above(const PartRow<T>& p) {
   }
 }
 
+template <class T>
+void answer_bits(const PartRow<T>& p) {
+  int64_t* to = p.answers();
+  memset(to, 0, (size_t)p.ask.words * sizeof *to);
+  each_kept(p.dense, p.kept, p.weigher, [&](int b, const BlockBits& set) {
+    for (int k = 0; k < kBlock / 64; ++k) {
+      const uint64_t word = set.word[k];
+      if (!word) continue;
+      const int64_t first = p.ask.start + b * kBlock + 64 * k, shift = first % 64;
+      to[first / 64] |= (int64_t)(word << shift);
+      const uint64_t rest = shift ? word >> (64 - shift) : 0;
+      if (rest) to[first / 64 + 1] |= (int64_t)rest;
+    }
+  });
+}
+
 // details: of what tokens the logits are wanted, as words; -inf of those that are not here.
 template <class T>
 void tell_logits(const PartRow<T>& p, int64_t* to) {

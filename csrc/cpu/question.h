@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "core/arguments.h"
+
 namespace fastsample {
 
 // Each is answered by every rank, of its part of a row (cpu/part.h).
@@ -17,7 +19,8 @@ enum PartQuestion : int32_t {
   kMassOfBins,  // the mass and the number of the tokens of a set in each bin (cpu/search.h)
   kWithin,      // the set's tokens in some of these bins, as words
   kOwned,       // what draws from all tokens find here, before all masses are known (cpu/owner.h)
-  kGiven        // some of the first tokens, as words; then the logits of others, two to a word
+  kGiven,       // some of the first tokens, as words; then the logits of others, two to a word
+  kBits         // the bits of a set as a mask of the whole row, of 64 tokens to a word
 };
 enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };
@@ -29,16 +32,40 @@ constexpr int64_t kSumWords = 9, kTotalWords = 5;
 // mass; then where each ends, and its key.
 constexpr int kGuesses = 4, kWordsOfDraw = 1 + 2 * kGuesses;
 
-// What all ranks know of a row besides their lists (cpu/lists.h).
-enum Known : int64_t {
-  kKnowsSums = 1,    // kWhole
-  kKnowsBins = 2,    // kMassOfBins, of the set that the first search is for
-  kKnowsTold = 4,    // kWithin, of that search
-  kKnowsShares = 8,  // kTotals, of what draws are from: the mass
-  kKnowsKeys = 16    // kDraws: the keys
+// What all ranks have answered to a question about a row, so many words each.
+struct Answered {
+  int64_t question;
+  const int64_t* first;
+  int64_t stride;  // from rank to rank
+  int64_t words;
 };
 
-constexpr int64_t kUnasked = -1;    // instead of a question: ranks must ask in another way
+// What would tell more of a row, if each rank answers that.
+struct ListedMissing {
+  int64_t question;     // PartQuestion; kNothing, or kUnasked where ranks must ask in another way
+  int64_t wants;        // bits, of the question
+  int64_t count;        // details, which follow this record
+  int64_t words, told;  // of an answer, and how many of these others need: the first
+  PartQuery query;
+};
+constexpr int64_t kNothing = 0, kUnasked = -1;
+
+// What all ranks know of a row (cpu/lists.h).
+struct ListedQuery {
+  int64_t vocab, ranks, rank;  // rank: this one
+  const int64_t* lists;        // [ranks, tokens]
+  int64_t tokens;
+  const int64_t* sums;  // [kSumWords] of the whole row, or null
+  const Answered*
+      answered;  // [num_answered], to what was missing so far, one after the other;
+                 // but for bins of the whole row, of which all ranks may have told before
+  int64_t num_answered;
+  ListedMissing* missing;  // to note it; null where nobody is asked. Details follow,
+                           // room_for_details of them, and int64 [2, ranks] for the mass of what a
+                           // search has found, and how many tokens.
+};
+inline constexpr int64_t room_for_details(int64_t draws) { return draws > 4 ? draws : 4; }
+
 constexpr int32_t kUndecided = -1;  // instead of a row's status: ranks must tell more to decide it
 
 }  // namespace fastsample

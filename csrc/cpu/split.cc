@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <deque>
 
 #include "cpu/messages.h"
 #include "cpu/search.h"
@@ -11,15 +12,10 @@
 namespace fastsample {
 namespace {
 
-// In this order. An answer to the i-th makes known what bit i + 1 of Known says.
-constexpr PartQuestion kAsked[] = {kMassOfBins, kWithin, kTotals, kDraws};
-constexpr int kQuestions = 4;
-
-// What cpu/lists.h notes of a row, before what is as long as draws and ranks are many.
-struct Note {
-  ListedMissing missing;
-  PartQuery query;
-  const int64_t* thresholds() const { return (const int64_t*)(this + 1); }
+// Rows that miss the same.
+struct Group {
+  ListedMissing missing;  // the most that any of them does
+  Words rows;
 };
 
 template <class T>
@@ -39,7 +35,7 @@ class SplitRows {
         count_(messages_.rows()),
         draws_(messages_.draws()),
         status_((int32_t*)out_.status),
-        known_((size_t)count_),
+        answered_((size_t)count_),
         drawn_((size_t)(count_ * draws_), kNoKey) {
     if (out_.mode != kRawLogprobs) return;  // those are written last
     out_.mode = kNoLogprobs;
@@ -58,21 +54,11 @@ class SplitRows {
       if (split_.flat) tell_bins();
       return {kOpenRows, knows_sums_};
     }
-    keep_drawn();
     raw_.write(raw_masses_, drawn_);
     return {invalid, knows_sums_};
   }
 
  private:
-  // What ranks have answered of some rows.
-  struct Told {
-    Words all;                         // [ranks, b, ...]
-    int64_t stride = 0, words = 0;     // from rank to rank; of a row
-    std::vector<const int64_t*> rows;  // [B], of the first rank; null where none was asked
-
-    const int64_t* of_row(int64_t r) const { return rows.empty() ? nullptr : rows[(size_t)r]; }
-  };
-
   bool is_open() const {
     return std::find(status_, status_ + count_, kUndecided) != status_ + count_;
   }
@@ -85,19 +71,16 @@ class SplitRows {
   }
 
   int64_t sample_known() {
-    const int64_t note = words_of<Note>() + draws_ + 2 * split_.ranks;
-    if (split_.asks) notes_.assign((size_t)(count_ * note), 0);
+    note_ = words_of<ListedMissing>() + room_for_details(draws_) + 2 * split_.ranks;
+    if (split_.asks) notes_.assign((size_t)(count_ * note_), 0);
     std::vector<ListedQuery> table;
     for (int64_t r = 0; r < count_; ++r) {
-      const auto told = [&](int i) { return (int64_t)told_[i].of_row(r); };
-      const int64_t* own = split_.asks ? notes_.data() + r * note : nullptr;
-      table.push_back({split_.vocab, split_.ranks, split_.rank, known_[(size_t)r],
-                       (int64_t)messages_.lists(r), split_.tokens,
-                       split_.sums + r * kSumWords * (int64_t)sizeof(int64_t), told(0),
-                       told_[0].stride, told(1), told_[1].stride, told_[1].words, told(2),
-                       told_[2].stride, told(3), told_[3].stride, (int64_t)own});
+      const auto& answered = answered_[(size_t)r];
+      const int64_t* sums = (const int64_t*)split_.sums + r * kSumWords;
+      table.push_back({split_.vocab, split_.ranks, split_.rank, messages_.lists(r), split_.tokens,
+                       knows_sums_ ? sums : nullptr, answered.data(), (int64_t)answered.size(),
+                       split_.asks ? &note(r) : nullptr});
     }
-    note_ = note;
     // The width decides how much scratch there is: enough for all lists.
     constexpr int64_t kWidth = 2 * words_of<ListedQuery>();
     const int64_t width = std::max(kWidth, split_.ranks * split_.tokens);
@@ -106,64 +89,66 @@ class SplitRows {
     return messages_.host.sample(batch_of(rows_, {logits, out_}));
   }
 
-  const Note& note(int64_t r) const { return *(const Note*)(notes_.data() + r * note_); }
+  ListedMissing& note(int64_t r) { return *(ListedMissing*)(notes_.data() + r * note_); }
 
-  // Has ranks answer the first of the questions that are noted; whether there is any, and all that
-  // rows miss is noted.
+  // Has ranks answer what rows miss, in one message; whether that is all noted.
   bool ask() {
-    const auto asked = [&](int64_t r) { return note(r).missing.question; };
+    std::vector<Group> groups;
     for (int64_t r = 0; r < count_; ++r) {
-      if (asked(r) == kUnasked) return false;
+      const ListedMissing& own = note(r);
+      if (own.question == kUnasked) return false;
+      if (own.question == kNothing) continue;
+      const auto same = [&](const Group& g) {
+        return g.missing.question == own.question && g.missing.wants == own.wants;
+      };
+      auto group = std::find_if(groups.begin(), groups.end(), same);
+      if (group == groups.end()) group = groups.insert(group, {own, {}});
+      group->missing.words = std::max(group->missing.words, own.words);
+      group->missing.told = std::max(group->missing.told, own.told);
+      group->rows.push_back(r);
     }
-    for (int i = 0; i < kQuestions; ++i) {
-      Words rows;
-      for (int64_t r = 0; r < count_; ++r) {
-        if (asked(r) == kAsked[i]) rows.push_back(r);
+    Words own;
+    for (const Group& group : groups) answer(group, own);
+    if (groups.empty()) return false;
+    const auto stride = (int64_t)own.size();
+    told_.push_back(messages_.gather(own));
+    const int64_t* at = told_.back().data();
+    for (const Group& group : groups) {
+      for (int64_t r : group.rows) {
+        keep(r, {group.missing.question, at, stride, group.missing.told});
+        at += group.missing.told;
       }
-      if (rows.empty()) continue;
-      learn(i, rows);
-      return true;
     }
-    return false;
+    return true;
   }
 
-  // Each question is asked once, of all rows that it is noted of. Only the first words of an answer
-  // matter to others.
-  void learn(int i, const Words& rows) {
-    int64_t answered[kQuestions] = {2 * kBins, 0, kTotalWords, 2 * draws_ + 1};
-    int64_t used[kQuestions] = {2 * kBins, 0, 1, draws_};
+  // Appends what this rank tells the others of some rows.
+  void answer(const Group& group, Words& told) {
+    const ListedMissing& m = group.missing;
     std::vector<PartQuery> queries;
     Words details;
-    for (int64_t r : rows) {
-      const Note& own = note(r);
-      queries.push_back(own.query);
-      if (kAsked[i] == kWithin) append(details, &own.missing.begin, 4);
-      if (kAsked[i] == kDraws) append(details, own.thresholds(), draws_);
-      used[1] = answered[1] = std::max(used[1], own.missing.most);
+    for (int64_t r : group.rows) {
+      queries.push_back(note(r).query);
+      append(details, (const int64_t*)(&note(r) + 1), m.count);
     }
     PartArguments ask = {};
-    ask.question = kAsked[i];
-    ask.count = (int64_t)(details.size() / rows.size());
-    ask.words = answered[i];
-    Words own = messages_.answer(ask, rows, queries.data(), details.data());
-    const int64_t n = (int64_t)rows.size();
-    if (kAsked[i] == kDraws) raw_.translate(own.data(), rows, answered[i], {0, draws_, 1});
-    for (int64_t k = 0; k < n; ++k) {
-      memmove(own.data() + k * used[i], own.data() + k * answered[i],
-              (size_t)used[i] * sizeof own[0]);
+    ask.question = m.question;
+    ask.wants = m.wants;
+    ask.count = m.count;
+    ask.words = m.words;
+    Words found = messages_.answer(ask, group.rows, queries.data(), details.data());
+    if (m.question == kDraws) raw_.translate(found.data(), group.rows, m.words, {0, draws_, 1});
+    for (size_t k = 0; k < group.rows.size(); ++k) {
+      append(told, found.data() + (int64_t)k * m.words, m.told);
     }
-    own.resize((size_t)(n * used[i]));
-    keep(i, messages_.gather(own), rows, used[i], 0, n * used[i]);
   }
 
-  // Keeps what ranks have told of rows: of each, so many words from some place on.
-  void keep(int i, Words all, const Words& rows, int64_t words, int64_t begin, int64_t stride) {
-    told_[i] = {std::move(all), stride, words, {}};
-    told_[i].rows.resize((size_t)count_);
-    const int64_t each = stride / (int64_t)rows.size();
-    for (size_t k = 0; k < rows.size(); ++k) {
-      told_[i].rows[(size_t)rows[k]] = told_[i].all.data() + begin + (int64_t)k * each;
-      known_[(size_t)rows[k]] |= (int64_t)2 << i;
+  void keep(int64_t r, const Answered& answered) {
+    answered_[(size_t)r].push_back(answered);
+    if (answered.question != kDraws) return;
+    for (int64_t i = 0; i < split_.ranks * draws_; ++i) {
+      int64_t& key = drawn_[(size_t)(r * draws_ + i % draws_)];
+      key = std::max(key, answered.first[i / draws_ * answered.stride + i % draws_]);
     }
   }
 
@@ -190,9 +175,12 @@ class SplitRows {
       for (int64_t i = 0; i < kSumWords; ++i) total[r * kSumWords + i] += from[i];
       if (!raw.empty()) raw_masses_[(size_t)r] += from[n];
     }
-    for (int64_t& known : known_) known |= kKnowsSums;
     knows_sums_ = true;
-    if (bins) keep(0, std::move(found), messages_.all_rows(), bins, kSumWords, count_ * words);
+    if (!bins) return;
+    told_.push_back(std::move(found));
+    for (int64_t r = 0; r < count_; ++r) {
+      keep(r, {kMassOfBins, told_.back().data() + r * words + kSumWords, count_ * words, bins});
+    }
   }
 
   // For those who ask in another way.
@@ -200,19 +188,8 @@ class SplitRows {
     int64_t* to = (int64_t*)split_.bins;
     for (int64_t rank = 0; rank < split_.ranks; ++rank) {
       for (int64_t r = 0; r < count_; ++r) {
-        to = std::copy_n(told_[0].of_row(r) + rank * told_[0].stride, 2 * kBins, to);
-      }
-    }
-  }
-
-  // The keys of tokens that ranks have told.
-  void keep_drawn() {
-    const Told& told = told_[kQuestions - 1];
-    for (int64_t r = 0; r < count_; ++r) {
-      const int64_t* of_row = told.of_row(r);
-      for (int64_t i = 0; of_row && i < split_.ranks * draws_; ++i) {
-        int64_t& key = drawn_[(size_t)(r * draws_ + i % draws_)];
-        key = std::max(key, of_row[i / draws_ * told.stride + i % draws_]);
+        const Answered& bins = answered_[(size_t)r].front();
+        to = std::copy_n(bins.first + rank * bins.stride, bins.words, to);
       }
     }
   }
@@ -296,10 +273,10 @@ class SplitRows {
   const RawRows raw_;
   const int64_t count_, draws_;
   int32_t* const status_;
-  Words known_;  // [B]
-  Told told_[kQuestions];
-  Words raw_masses_;  // [B], if they are known
-  Words drawn_;       // [B, num_samples], of rows whose tokens are not all listed; keys as given
+  std::deque<Words> told_;                       // messages, in which all answers are
+  std::vector<std::vector<Answered>> answered_;  // [B]
+  Words raw_masses_;                             // [B], if they are known
+  Words drawn_;  // [B, num_samples], of rows whose tokens are not all listed; keys as given
   Words notes_;
   int64_t note_ = 0;  // words of each
   bool knows_sums_ = false;

@@ -3,15 +3,21 @@
 #pragma once
 
 #include <functional>
+#include <vector>
 
 #include "core/arguments.h"
 #include "cpu/kernel.h"
 
 namespace fastsample {
 
+typedef std::vector<int64_t> Words;
+
 // What a call takes from outside.
 struct SplitHost {
-  std::function<void(const Part& part)> answer;
+  // Answers what is asked of some of this rank's part of rows, in ascending order. Queries, details
+  // and answers are of these.
+  std::function<void(const LogitsArguments& part, const PartArguments& ask, const Words& rows)>
+      answer;
   std::function<int64_t(const Batch& batch)> sample;  // the number of invalid rows
   // Gives words to every rank, and takes what each of them gives, one behind the other.
   std::function<void(const int64_t* own, int64_t words, int64_t* found)> gather;

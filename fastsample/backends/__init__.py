@@ -20,7 +20,7 @@ MODES: dict[LogprobsMode | None, int] = {None: 0, "raw": 1, "processed": 2}
 """What log-probabilities are of, likewise."""
 INPUTS: dict[str, int] = {"logits": 0, "probs": 1, "lists": 2}
 """What the rows hold, likewise. Lists are those of ranks, of rows that are split over these: for the CPU engine alone
-(fastsample/distributed/native.py)."""
+(fastsample/distributed/split.py)."""
 
 
 @dataclass(slots=True)
@@ -132,6 +132,33 @@ class Engine(Protocol):
         listed = bits.nonzero()[:, 1]
         ids.fill_(-1)
         ids[: len(listed)] = listed.to(ids.dtype)
+
+    def answers(self) -> bool:
+        """Whether it has `answer`; where it has not, PyTorch answers (`fastsample.distributed.shard.Shard`)."""
+        return False
+
+    def answer(
+        self,
+        x: torch.Tensor,
+        start: int,
+        queries: torch.Tensor,
+        question: int,
+        wants: int,
+        words: int,
+        details: torch.Tensor | None = None,
+        bitmask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What a rank of rows that are split over ranks tells the others, int64 [B, words].
+
+        Args:
+            x: logits [B, V_r], the rank's part of the rows, one token or more.
+            start: the id of its first token.
+            queries: PartQuery (csrc/core/arguments.h) of each row, int64 [B, fields].
+            question, wants: as csrc/cpu/question.h numbers them; csrc/cpu/part.h and owner.h say what is answered.
+            details: int64 [B, n], of the question.
+            bitmask: int32 [B, ceil(V_r / 32)], to fill with the tokens of a kept set.
+        """
+        raise RuntimeError(f"engine {self.name!r} answers nothing about parts of rows")
 
     def advance(self, rows: Rows) -> None:
         """Add 1 to every offset, in place and in the order of the device's other work."""

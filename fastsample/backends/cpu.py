@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from importlib import import_module
+from struct import Struct
 from typing import Any
 
 import torch
 
-from fastsample.backends import Engine, Outputs
-from fastsample.backends.native import call_arguments, draft_arguments, mismatch, report_arguments, row_arguments
+from fastsample.backends import DTYPES, Engine, Outputs
+from fastsample.backends.native import (
+    LOGITS_FIELDS,
+    PART_FIELDS,
+    call_arguments,
+    draft_arguments,
+    mismatch,
+    report_arguments,
+    row_arguments,
+)
 from fastsample.inputs import Rows
 from fastsample.reports import Layout
 from fastsample.threads import get_num_threads
+
+_LOGITS, _ASK = (Struct(f"{len(fields)}q") for fields in (LOGITS_FIELDS, PART_FIELDS))
 
 
 def _load() -> tuple[Any, str | None]:
@@ -94,6 +105,29 @@ class CpuEngine(Engine):
     def list_kept(self, bitmask: torch.Tensor, row_ptr: torch.Tensor, ids: torch.Tensor) -> None:
         lists = row_ptr.data_ptr(), ids.data_ptr(), ids.numel()
         _native.list_kept(bitmask.data_ptr(), *bitmask.shape, *lists, get_num_threads())
+
+    def answers(self) -> bool:
+        return True
+
+    def answer(
+        self,
+        x: torch.Tensor,
+        start: int,
+        queries: torch.Tensor,
+        question: int,
+        wants: int,
+        words: int,
+        details: torch.Tensor | None = None,
+        bitmask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows, vocab = x.shape
+        answers = torch.empty(rows, words, dtype=torch.int64)
+        logits = _LOGITS.pack(x.data_ptr(), x.stride()[0] if rows > 1 else 0, rows, vocab, DTYPES[x.dtype], 0)
+        given = (0, 0) if details is None else (details.shape[1], details.data_ptr())
+        into = answers.data_ptr(), words, 0 if bitmask is None else bitmask.data_ptr()
+        asked = _ASK.pack(queries.data_ptr(), start, question, wants, *given, *into)
+        _native.answer(logits, asked, get_num_threads())
+        return answers
 
     def advance(self, rows: Rows) -> None:
         _native.advance(rows.native)  # torch takes longer for this than for a small row

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import Engine, Outputs
+from fastsample.backends import Engine, Outputs, engine
 from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
 from fastsample.backends.workspaces import Workspaces, capturing
 from fastsample.inputs import Rows
@@ -112,6 +112,13 @@ class CudaEngine(Engine):
             module, device = self._module or native()[0], ids.device
             addresses = bitmask.data_ptr(), rows, words, row_ptr.data_ptr(), ids.data_ptr(), ids.numel()
             module.list_kept(*addresses, device.index or 0, _stream(device))
+
+    def answers(self) -> bool:
+        """Parts of rows are Triton's: their kernels lack nothing that CUDA C++ would add."""
+        return engine("triton").why_not(None) is None
+
+    def answer(self, x: Tensor, *asked: Any) -> Tensor:
+        return engine("triton").answer(x, *asked)
 
     def _launch(self, logits: Tensor, rows: Rows, out: Outputs, verified: tuple[Tensor, Tensor, Tensor] | None) -> None:
         if logits.shape[0] == 0:

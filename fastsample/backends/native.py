@@ -35,17 +35,12 @@ PART_FIELDS = ("queries", "start", "question", "wants", "count", "details", "ans
 PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "judged_scale", "total", "rest")
 SEARCH_QUERY_FIELDS = ("ranks", "by", "target", "mean")
 DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
-LISTED_QUERY_FIELDS = (
-    *("vocab", "ranks", "rank", "known", "lists", "tokens", "sums", "bins", "bins_stride"),
-    *("words", "words_stride", "told", "shares", "shares_stride", "keys", "keys_stride", "missing"),
-)
-LISTED_MISSING_FIELDS = ("question", "begin", "in", "out", "end", "most")
 SPLIT_FIELDS = (
     *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted", "keeps_all"),
     *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins"),
     *("raw_lists", "raw_tokens", "listed_raw", "raw_logits", "raw_stride", "raw_dtype"),
 )
-"""The last seven are of rows that are split over ranks (fastsample/distributed/native.py)."""
+"""The last five are of rows that are split over ranks (fastsample/distributed/answers.py)."""
 
 # Packed in two parts, since most calls have no inputs.
 _COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
@@ -70,8 +65,6 @@ def mismatch(module: Any) -> str | None:
         ("arguments", "PART_QUERY_FIELDS", PART_QUERY_FIELDS),
         ("arguments", "SEARCH_QUERY_FIELDS", SEARCH_QUERY_FIELDS),
         ("arguments", "DRAW_QUERY_FIELDS", DRAW_QUERY_FIELDS),
-        ("arguments", "LISTED_QUERY_FIELDS", LISTED_QUERY_FIELDS),
-        ("arguments", "LISTED_MISSING_FIELDS", LISTED_MISSING_FIELDS),
         ("arguments", "SPLIT_FIELDS", SPLIT_FIELDS),
     ):
         if (theirs := getattr(module, record, None)) != ours:

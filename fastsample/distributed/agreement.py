@@ -36,11 +36,11 @@ def require_agreement(
     Args:
         own: [B, V_r], this rank's part of the rows.
         out: what is asked.
-        native: whether the CPU engine is this rank's.
+        native: whether this rank's engine answers for it.
         drafts: an integer for each of `DRAFTS`.
 
     Returns:
-        Whether the CPU engine is every rank's: these exchange other messages.
+        Whether every rank's engine does: these exchange other messages.
 
     Raises:
         ValueError: on every rank alike; the message names the argument and the ranks.
@@ -56,7 +56,7 @@ def require_agreement(
     digests |= {"draft_ids": rows.drafted_ids}
     split = [start, own.shape[1], native]
     words = [*split, *numbers.values(), *codes.values(), *map(digest, digests.values())]
-    told = wire.gather(torch.tensor(words, dtype=torch.int64, device=own.device)).tolist()
+    told = wire.gather(torch.tensor(words, dtype=torch.int64)).tolist()
     for at, name in enumerate((*numbers, *codes, *digests), len(split)):
         for rank, theirs in enumerate(told):
             if theirs[at] != told[0][at]:

@@ -8,19 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from fastsample.backends import Engine, Outputs, select
+from fastsample.backends import Engine, Outputs, engine, select
+from fastsample.checks import CPU
 from fastsample.distributed.agreement import DRAFTS, require_agreement
+from fastsample.distributed.answers import Answers, EngineShard
 from fastsample.distributed.filters import filters, xtc
-from fastsample.distributed.keys import HIGHEST, everything, no_words, value_of
-from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
+from fastsample.distributed.host import give_back, outputs_on_host, rows_on_host
+from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words, value_of
+from fastsample.distributed.lists import Lists, RawLists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
-from fastsample.distributed.native import (
-    NativeShard,
-    first_words,
-)
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
-from fastsample.distributed.raw import RawPart, given_words, raw_lists, write_raw
+from fastsample.distributed.raw import RawPart, write_raw
 from fastsample.distributed.row import SplitRow, status_of
 from fastsample.distributed.rules import SplitRejection
 from fastsample.distributed.shard import Shard, mass_of
@@ -42,29 +41,51 @@ class Part:
 
     Attributes:
         engine: does the rank's own work.
-        x: [B, V_r], after stages 1 to 3: of logits, or of probabilities with -inf for 0.
-        wrong: int32 [B], the statuses that these have found; None where nothing is edited.
+        own: [B, V_r], logits or probabilities as they were given.
+        x: the same after stages 1 to 3, probabilities with -inf for 0.
+        start: the id of its first token.
+        wrong: int32 [B], the statuses that these have found; None where these are known to be 0.
         edited: whether these stages may change anything here.
+
+    All but `own` and `x` is where rows are decided.
     """
 
     engine: Engine
+    own: Tensor
     x: Tensor
+    start: int
     wrong: Tensor | None
     plan: Plan
     kind: InputKind
     edited: bool
 
-    def words(self, rows: Rows, start: int, count: int, with_mass: bool, judges: bool) -> Tensor:
+    @property
+    def answers(self) -> Answers:
+        return Answers(self.engine, self.x, self.start)
+
+    @property
+    def given(self) -> Answers:
+        """Of rows as they were given."""
+        return Answers(self.engine, self.own, self.start)
+
+    @property
+    def decider(self) -> Engine:
+        """What samples lists."""
+        own, here = self.engine, self.plan.records.device
+        return engine("cpu") if own.answers() and here == CPU else own
+
+    def words(self, rows: Rows, count: int, with_mass: bool, judges: bool) -> Tensor:
         """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted, and one
         with whether its part is valid and flat."""
         size = len(self.x)
         if not self.x.shape[1]:
-            return pad(no_words(size, count, self.x.device), (0, with_mass + judges), value=int(judges))
-        if self.engine.name == "cpu":
+            here = self.plan.records.device
+            return pad(no_words(size, count, here), (0, with_mass + judges), value=int(judges))
+        if self.engine.answers():
             shares = self.plan.shares(size) if judges else None
-            words = first_words(self.x, start, count, self.plan.queries(size), with_mass, shares)
+            words = self.answers.first_words(count, self.plan.queries(size), with_mass, shares)
         else:
-            words = list_first(self.engine, self.x, rows, start, count)
+            words = list_first(self.engine, self.x, rows, self.start, count)
             words = torch.cat([words, self._is_flat(words)], 1) if judges else words
         if judges and self.wrong is not None:
             words[:, -1] *= self.wrong == 0
@@ -86,6 +107,11 @@ def _refuse_whole_rows(out: Outputs) -> None:
     for name, wanted in (("filter_logits", out.filtered), ("probabilities", out.probabilities), ("law", law)):
         if wanted is not None:
             raise ValueError(f"{name}: expected whole rows; these are split over ranks, of which each has a part")
+
+
+def _near(x: Tensor, device: torch.device) -> Tensor:
+    """A part of rows, which need not stay where it is if it has no tokens."""
+    return x if x.shape[1] else x.to(device)
 
 
 class SplitEngine(Engine):
@@ -149,19 +175,29 @@ class SplitEngine(Engine):
             self.agree(rows, out)
         if not len(self._own):
             return 0
-        if self._plan is None or not self._plan.holds(rows.records):
-            self._plan = Plan(rows.records, self.vocab)
-        lists, invalid = self._sample(self._part(rows, self._own, self._plan, out.input), rows, out)
+        decides_on_host = self._all_native and out.input == "logits" and self._own.device != CPU
+        if not decides_on_host:
+            return self._run(rows, rows, out)
+        own = outputs_on_host(out)
+        invalid = self._run(rows, rows_on_host(rows), own)
+        give_back(own, out)
+        return invalid
+
+    def _run(self, rows: Rows, decided: Rows, out: Outputs) -> int | None:
+        """The outputs of rows, of which `decided` has what it takes to decide them, where that is done."""
+        if self._plan is None or not self._plan.holds(decided.records):
+            self._plan = Plan(decided.records, self.vocab)
+        part = self._part(rows, self._own, self._plan, out.input)
+        lists, invalid = self._sample(part, decided, out)
         if out.mode == "raw" and not lists.tells_raw:
-            native = out.input == "logits" and self._own.shape[1] and self._engine(self._own).name == "cpu"
-            queries = self._plan.raw_queries(len(self._own)) if native else None
-            part = RawPart(self._own, self.start, out.input, queries)
-            write_raw(self.wire, part, out, lists.known(out.num_top))
+            native = out.input == "logits" and part.own.shape[1] and part.engine.answers()
+            given = (part.given, self._plan.raw_queries(len(part.own))) if native else (None, None)
+            write_raw(self.wire, RawPart(part.own, self.start, out.input, *given), out, lists.known(out.num_top))
         return invalid
 
     def agree(self, rows: Rows, out: Outputs, drafts: Sequence[int] = [0] * len(DRAFTS)) -> None:
         """Compare what ranks must have in common, as the first call does; `drafts` as for `require_agreement`."""
-        native = self._engine(self._own).name == "cpu"
+        native = self._engine(self._own).answers()
         given = self.wire, self.start, self.vocab, self._own, rows, out, self._same_seeds, native, drafts
         self._all_native = require_agreement(*given)
         self.agreed = True
@@ -181,13 +217,15 @@ class SplitEngine(Engine):
         if kind == "probs":
             x = process_probs(own, rows, self._mask, self.start)
         elif own.shape[1] and edited:
-            x, wrong = process(engine, own, rows, self._mask, self.start, self.vocab)
-        return Part(engine, x, wrong, plan, kind, edited)
+            x, wrong = process(engine, own, rows, plan.edits, self._mask, self.start, self.vocab)
+        here = plan.records.device
+        own, x = _near(own, here), _near(x, here)
+        return Part(engine, own, x, self.start, None if wrong is None else wrong.to(here), plan, kind, edited)
 
     def _sample(self, part: Part, rows: Rows, out: Outputs) -> tuple[Lists, int | None]:
         """All but raw log-probabilities, unless these come with it: then the lists say so."""
         plan = part.plan
-        native = self._all_native and part.engine.name == "cpu" and part.kind == "logits" and out.given is None
+        native = self._all_native and part.kind == "logits" and out.given is None
         draws_from_all = native and plan.open and is_of_tokens(out)
         judges = plan.shows_flat(out) and part.kind == "logits"
         # Ranks may have masks of their own. Where none has, raw log-probabilities are of what is listed, if that is
@@ -201,8 +239,8 @@ class SplitEngine(Engine):
         if masks:
             self._masks = not lists.given
         invalid: int | None = OPEN
-        if draws_from_all or (native and not plan.open and (plan.asks(out) or not lists.flat)):
-            invalid = sample_split(self.wire, part.x, self.start, self.vocab, plan, lists, rows, out)
+        if draws_from_all or (native and (plan.asks(out) or not (plan.open or lists.flat))):
+            invalid = sample_split(self.wire, part.answers, self.vocab, plan, lists, rows, out)
         elif plan.cut_short and is_of_kept(out):
             invalid = self._finish(part, lists, rows, out)
         if invalid == OPEN:
@@ -222,11 +260,11 @@ class SplitEngine(Engine):
         """What all ranks list of each row, and the rows with the seeds that all take. `judges`: the lists' `flat` is
         whether all are flat on all ranks. `ask_edited`: their `given` is whether no rank has changed a logit. `apart`:
         how many tokens their `raw` has of each rank."""
-        words = part.words(rows, self.start, count, with_mass, judges)
+        words = part.words(rows, count, with_mass, judges)
         more = [torch.full_like(words[:, :1], part.edited)] if ask_edited else []
         if apart:
             listed = words[:, :count].contiguous()
-            more.append(given_words(self._own, self.start, listed, apart, part.plan.raw_queries(len(words))))
+            more.append(part.given.first_and_listed(listed, apart, part.plan.raw_queries(len(words))))
         if not self._same_seeds:
             more.append(rows.seeds[:, None].expand(len(words), 1))
         found = self.wire.gather(torch.cat([words, *more], 1) if more else words)
@@ -237,7 +275,7 @@ class SplitEngine(Engine):
         lists.given = ask_edited and not bool(found[:, :, words.shape[1]].any())
         if apart:
             given = found[:, :, words.shape[1] + ask_edited :][:, :, : apart - (-count // 2)]
-            lists.raw = raw_lists(given, self._own, apart)
+            lists.raw = RawLists(part.given, apart, by_row(given[:, :, :apart]), by_row(given[:, :, apart:]))
         return lists, rows
 
     def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
@@ -246,14 +284,14 @@ class SplitEngine(Engine):
         missing = max(0, out.num_top - x.shape[1])  # as many are wanted
         x, ids = pad(x, (0, missing), value=-torch.inf), pad(ids, (0, missing), value=-1)
         own, own_rows = compact(out, ids), Rows(without_edits(rows.records), rows.seeds, rows.offsets)
-        invalid = part.engine.run(as_given(x, part.kind), own_rows, own)
+        invalid = part.decider.run(as_given(x, part.kind), own_rows, own)
         translate(own, ids, out)
         return invalid
 
     def _ask(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int:
         """The outputs of rows which ranks must ask each other about."""
         found = self._decide(self._row(part, lists), part.plan)
-        invalid = write_listed(part.engine, found, *lists.unpacked, rows, out)
+        invalid = write_listed(part.decider, found, *lists.unpacked, rows, out)
         keys = None
         if len(index := found.spread().nonzero()[:, 0]):
             keys = write_spread(found, index, rows, out, self.start)
@@ -274,8 +312,9 @@ class SplitEngine(Engine):
         valid = (status == 0)[:, None]
         peak = torch.where(valid, listed.amax(-1, keepdim=True), 0)
         temperatures = plan.judged_at.expand_as(valid), plan.drawn_at.expand_as(valid)
-        native = part.engine.name == "cpu" and part.x.shape[1] and part.kind == "logits"
-        shard = (NativeShard if native else Shard)(part.x, self.start, peak, *temperatures, part.kind)
+        known = part.x, self.start, peak, *temperatures, part.kind
+        native = part.engine.answers() and part.x.shape[1] and part.kind == "logits"
+        shard = EngineShard(*known, engine=part.engine) if native else Shard(*known)
         row = SplitRow(self.wire, shard, listed, ids, status, self.vocab, plan.wanted, lists.sums, undecided)
         if lists.flat:
             row.look_ahead(lists.bins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64
 from typing import NamedTuple
 
 import torch
@@ -102,3 +103,8 @@ def no_words(rows: int, count: int, device: torch.device) -> Tensor:
 def by_row(found: Tensor) -> Tensor:
     """What ranks have told of each row, int64 [B, R n], given [R, B, ...] of n numbers."""
     return found.transpose(0, 1).reshape(found.shape[1], -1).contiguous()
+
+
+def words_at(address: int, count: int) -> Tensor:
+    """What lies there on the host, int64 [count]; one or more."""
+    return torch.frombuffer((c_int64 * count).from_address(address), dtype=torch.int64)

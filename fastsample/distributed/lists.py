@@ -9,6 +9,7 @@ import torch
 
 from fastsample.backends import Engine, Outputs
 from fastsample.buffers import empty
+from fastsample.distributed.answers import Answers
 from fastsample.distributed.keys import IDS, by_row, words_of
 from fastsample.distributed.local import neutral
 from fastsample.inputs import Rows
@@ -23,13 +24,13 @@ class RawLists:
     """What all ranks list of rows as these were given, and what this rank has of them.
 
     Attributes:
-        x: [B, V_r].
+        own: this rank's part.
         count: tokens that each rank lists.
         words: int64 [B, R count].
         listed: the logits of what is listed of rows that are edited, float32, two to a word, int64 [B, ...].
     """
 
-    x: Tensor
+    own: Answers
     count: int
     words: Tensor
     listed: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,7 @@ from fastsample.backends import Engine, Outputs
 from fastsample.buffers import empty
 from fastsample.inputs import Bias, Rows
 from fastsample.params import SamplingParams, specs
-from fastsample.reference.process import apply_bitmask, columns
+from fastsample.reference.process import apply_bitmask, columns_of
 
 Tensor = torch.Tensor
 
@@ -29,11 +30,6 @@ def neutral(top_k: int = 0) -> Tensor:
 @lru_cache(maxsize=1)
 def _is_edit() -> Tensor:
     return torch.tensor([[name in _EDITS for name, _ in specs()]])
-
-
-def only_edits(records: Tensor) -> Tensor:
-    """Records with their penalties and history edits, which filter nothing."""
-    return torch.where(_is_edit().to(records.device), records, neutral().to(records.device))
 
 
 def without_edits(records: Tensor) -> Tensor:
@@ -100,21 +96,39 @@ class LocalIds:
         return torch.where(self._is_own(ids), ids - self._start, other)
 
 
+@dataclass
+class Edits:
+    """What parameters ask of stages 1 to 3.
+
+    Attributes:
+        records: these parameters, int32 [B or 1, fields], which filter nothing.
+        compares: whether ids are compared with each other, for DRY or a ban of n-grams.
+    """
+
+    records: Tensor
+    compares: bool
+
+    @classmethod
+    def of(cls, records: Tensor) -> Edits:
+        params = columns_of(records)
+        compares = bool(((params["dry_multiplier"] > 0) | (params["no_repeat_ngram_size"] > 0)).any())
+        return cls(torch.where(_is_edit().to(records.device), records, neutral().to(records.device)), compares)
+
+
 def process(
-    engine: Engine, logits: Tensor, rows: Rows, mask: Tensor | None, start: int, vocab: int
-) -> tuple[Tensor, Tensor]:
-    """Stages 1 to 3 of a rank's logits [B, V_r]: float32 [B, V_r], and what is wrong with each row, int32 [B].
+    engine: Engine, logits: Tensor, rows: Rows, edits: Edits, mask: Tensor | None, start: int, vocab: int
+) -> tuple[Tensor, Tensor | None]:
+    """Stages 1 to 3 of a rank's logits [B, V_r]: float32 [B, V_r], and what is wrong with each row, int32 [B]; None
+    where it is known that nothing is.
 
     `mask` int32 [B or 1, ceil(V_r / 32)] is of the rank's own tokens, that of `rows` of all.
     """
     width = logits.shape[1]
-    params = columns(rows)
-    compares = bool(((params["dry_multiplier"] > 0) | (params["no_repeat_ngram_size"] > 0)).any())
-    local = LocalIds(rows, start, width, vocab, compares)
+    local = LocalIds(rows, start, width, vocab, edits.compares)
     if len(local.others):
         logits = torch.nn.functional.pad(logits, (0, len(local.others)), value=-torch.inf)
     own = Rows(
-        only_edits(rows.records),
+        edits.records.to(logits.device),
         rows.seeds,
         rows.offsets,
         both_masks(mask, None if rows.bitmask is None else slice_mask(rows.bitmask, start, width)),
@@ -127,8 +141,8 @@ def process(
     )
     x = empty(logits.shape, torch.float32, logits.device)
     status = empty((len(logits),), torch.int32, logits.device)
-    engine.run(logits, own, Outputs(status, filtered=x))
-    return x[:, :width], status
+    invalid = engine.run(logits, own, Outputs(status, filtered=x))
+    return x[:, :width], None if invalid == 0 else status
 
 
 def process_probs(probs: Tensor, rows: Rows, mask: Tensor | None, start: int) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from fastsample.backends import Outputs
+from fastsample.distributed.answers import open_queries
 from fastsample.distributed.filters import steps_of, uses
 from fastsample.distributed.keys import bits_of
-from fastsample.distributed.native import open_queries
+from fastsample.distributed.local import Edits
 from fastsample.params import GREEDY_BELOW
 from fastsample.reference.process import choice, columns_of
 
@@ -19,8 +22,10 @@ MOST_LISTED = 1024
 RAW_LISTED = 128
 """How many first tokens of rows as they were given a rank tells besides, where edits may have changed them. Draws from
 rows like a language model's hardly ever rank lower there. Where one does, that costs a message."""
-FEW = 7
-"""Draws, for each of which a rank may tell what it might be before it knows. More may be shared among threads."""
+FEW = 32
+"""Draws, for each of which a rank may tell what it might be before it knows: 72 bytes each."""
+MANY = 4096
+"""Draws of a row that the CPU engine's own code has ranks tell, 32 KB in a message."""
 
 
 class Plan:
@@ -50,7 +55,6 @@ class Plan:
         self.wanted = any(name in self.used for name in ("typical", "eta", "p_less")), "top_n_sigma" in self.used
         searches = [name for name in ("top_k", "top_p", "typical") if name in self.used]
         self.searches_once = len(searches) <= 1 and self.used.keys() <= {*searches, "mass_floors"}
-        self._asks_little = self.searches_once or not searches
         # How much of a row's mass its list must have, at least, to decide it.
         share = torch.minimum(params["top_p"], params["typical_p"])
         share = torch.where(k > MOST_LISTED, torch.inf, torch.where(k > 0, 0.0, share))
@@ -62,9 +66,14 @@ class Plan:
         self._queries: Tensor | None = None
         self._raw_queries: Tensor | None = None
 
+    @cached_property
+    def edits(self) -> Edits:
+        return Edits.of(self.records)
+
     def holds(self, records: Tensor) -> bool:
         """Whether these are still the parameters: a Sampler may have written to its records."""
-        return records.shape == self.records.shape and torch.equal(records, self.records)
+        own = self.records
+        return records.shape == own.shape and records.device == own.device and torch.equal(records, own)
 
     def count(self, out: Outputs | None, apart: bool = False) -> int:
         """How many tokens a rank lists; None where all that counts is what is kept. `apart`: rows as they were given
@@ -77,15 +86,15 @@ class Plan:
     def raw_count(self, out: Outputs) -> int:
         """The same of rows as they were given, where edits may have changed them."""
         # Where lists decide alone, the message that tells masses can tell ranks, too.
-        return max(RAW_LISTED if self.measures(out) else 1, out.num_top)
+        return max(RAW_LISTED if self.open or self.measures(out) else 1, out.num_top)
 
     def asks(self, out: Outputs) -> bool:
         """Whether ranks may tell what lists and sums do not as csrc/cpu/lists.h notes it."""
-        return self._asks_little and is_of_tokens(out)
+        return out.num_samples <= MANY
 
     def measures(self, out: Outputs) -> bool:
         """Whether lists alone cannot tell what some row keeps, or how much that is of all."""
-        return not self.lists_may_do or out.log_kept_mass is not None
+        return not (self.lists_may_do or self.open) or out.log_kept_mass is not None
 
     def measures_at_all(self, out: Outputs) -> bool:
         """Whether sums of whole rows may tell what lists do not."""

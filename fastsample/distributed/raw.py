@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import pad
 
 from fastsample.backends import Outputs
-from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, no_words, value, value_of, words_of
-from fastsample.distributed.lists import RawLists, mark_invalid, unpacked
-from fastsample.distributed.native import ABOVE, GIVEN, ask, first_words, whole_sums
+from fastsample.distributed.answers import Answers
+from fastsample.distributed.keys import IDS, LOWEST, NO_KEY, bits_of, by_row, key, value, value_of, words_of
+from fastsample.distributed.lists import mark_invalid, unpacked
 from fastsample.distributed.outputs import pick, put
 from fastsample.distributed.shard import mass_of
 from fastsample.distributed.wire import Wire
@@ -29,12 +29,14 @@ class RawPart:
 
     Attributes:
         x: [B, V_r], logits or probabilities, of the tokens from `start` on.
-        queries: of whole rows at temperature 1, if the CPU engine answers; otherwise None.
+        answers: of these rows, if an engine has any; otherwise None,
+        queries: as is what it is asked of whole rows, at temperature 1.
     """
 
     x: Tensor
     start: int
     kind: InputKind
+    answers: Answers | None
     queries: Tensor | None
 
     @cached_property
@@ -45,8 +47,8 @@ class RawPart:
 
     def first(self, count: int) -> Tensor:
         """The first tokens in rank order, words int64 [B, count]; a NaN or an infinity first where a row is invalid."""
-        if self.queries is not None:
-            return first_words(self.x, self.start, count, self.queries)
+        if self.answers is not None and self.queries is not None:
+            return self.answers.first_words(count, self.queries)
         ids = torch.arange(self.start, self.start + self.x.shape[1], device=self.x.device)
         keys = _first_keys(self._ranked, ids, count)
         words = words_of(value_of(keys), torch.where(keys >= LOWEST, IDS - (keys & IDS), -1))
@@ -56,8 +58,9 @@ class RawPart:
         """Of tokens int64 [B, n], float32; -inf where this rank does not have them."""
         local, width = tokens - self.start, self.x.shape[1]
         here = (local >= 0) & (local < width)
-        x = self.x if self.queries is not None else self._ranked
-        return pick(x, local.clamp(0, max(width - 1, 0)), here, -torch.inf).float()
+        x = self.x if self.answers is not None else self._ranked
+        at, here = (t.to(x.device) for t in (local.clamp(0, max(width - 1, 0)), here))
+        return pick(x, at, here, -torch.inf).float().to(tokens.device)
 
     def mass(self, words: Tensor, peak: Tensor, sound: Tensor) -> Tensor:
         """int64 [B, 1].
@@ -66,29 +69,15 @@ class RawPart:
             words: what all ranks list of each row.
             peak: float32 [B, 1], and whether it is one.
         """
-        if self.queries is not None:
-            return whole_sums(self.x, self.start, words, self.queries, False, False)[:, :1]
+        if self.answers is not None and self.queries is not None:
+            return self.answers.whole_sums(words, self.queries, False, False)[:, :1]
         return mass_of(self.kind, torch.where(sound, self._ranked, 0), peak, torch.ones_like(peak)).sum(-1, True)
 
     def above(self, own: Tensor) -> Tensor:
         """How many tokens lie above others, int64 [B, n], given float32 [B, n]."""
-        if self.queries is not None:
-            return ask(self.x, self.start, self.queries, ABOVE, 0, own.shape[1], bits_of(own.contiguous()))
+        if self.answers is not None and self.queries is not None:
+            return self.answers.above(own, self.queries)
         return (self._ranked[:, None, :] > own[:, :, None]).sum(-1)
-
-
-def given_words(x: Tensor, start: int, words: Tensor, count: int, queries: Tensor) -> Tensor:
-    """Of logits [B, V_r] as they were given: their first tokens, words int64 [B, count], and the logits of those that
-    are listed of edited ones, int64 [B, n], float32 two to a word; by the CPU engine."""
-    more = -(-words.shape[1] // 2)
-    if not x.shape[1]:
-        return pad(no_words(len(x), count, x.device), (0, more))
-    return ask(x, start, queries, GIVEN, count, count + more, words)
-
-
-def raw_lists(found: Tensor, x: Tensor, count: int) -> RawLists:
-    """What all ranks have told with `given_words`, int64 [R, B, count + n]."""
-    return RawLists(x, count, by_row(found[:, :, :count]), by_row(found[:, :, count:]))
 
 
 def write_raw(wire: Wire, part: RawPart, out: Outputs, known: tuple[Tensor, Tensor] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from struct import Struct
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from fastsample.backends import DTYPES, Outputs
 from fastsample.backends.cpu import native
 from fastsample.backends.native import SPLIT_FIELDS, call_arguments, row_arguments
+from fastsample.distributed.answers import Answers, answer_at
 from fastsample.distributed.lists import Lists, RawLists
 from fastsample.distributed.plan import Plan
 from fastsample.distributed.shard import BINS, SUM_WORDS
@@ -27,14 +29,15 @@ _SPLIT = Struct(f"{len(SPLIT_FIELDS)}q")
 
 
 def sample_split(
-    wire: Wire, x: Tensor, start: int, vocab: int, plan: Plan, lists: Lists, rows: Rows, out: Outputs
+    wire: Wire, part: Answers, vocab: int, plan: Plan, lists: Lists, rows: Rows, out: Outputs
 ) -> int | None:
     """Stages 7 and 8 of rows whose lists all ranks know, by these and by what ranks then tell; OPEN where that leaves
     some row undecided. `lists` gets what is known of them then. If these have masses, rows keep everything.
 
     Args:
-        x: [B, V_r], this rank's part of the rows, of the tokens from `start` on.
+        part: this rank's, which may be on another device than all else.
     """
+    x = part.x
     count, wanted, keeps_all = len(x), plan.wanted[0] + 2 * plan.wanted[1], lists.with_mass is not lists.words
     sums = lists.words.new_empty(count, SUM_WORDS)
     bins = sums.new_empty(wire.size, count, 2 * BINS) if lists.flat else None
@@ -42,7 +45,7 @@ def sample_split(
     lists.tells_raw = lists.raw is not None or (lists.given and out.num_top <= lists.count)
     queries, raw_queries = plan.queries(count), plan.raw_queries(count) if lists.tells_raw else None
     split = _SPLIT.pack(
-        *(start, vocab, wire.rank, wire.size),
+        *(part.start, vocab, wire.rank, wire.size),
         *(lists.with_mass.data_ptr(), lists.count + keeps_all, queries.data_ptr()),
         0 if raw_queries is None else raw_queries.data_ptr(),
         *(wanted, keeps_all, plan.measures(out) or lists.flat, plan.measures_at_all(out), lists.flat, plan.asks(out)),
@@ -50,7 +53,9 @@ def sample_split(
         *_raw_arguments(lists.raw),
     )
     call, packed = call_arguments(x, out), rows.native or row_arguments(rows)
-    invalid, knows = native().sample_split(split, packed, call, get_num_threads(), wire.gather_at)
+    parts = [part] if lists.raw is None else [part, lists.raw.own]
+    answer = None if part.engine.name == "cpu" else partial(answer_at, parts)  # then the code here answers itself
+    invalid, knows = native().sample_split(split, packed, call, get_num_threads(), wire.gather_at, answer)
     lists.sums = sums if knows else None
     lists.bins = bins
     lists.open = (out.status.view(-1, 1) == UNDECIDED) if invalid else None
@@ -62,5 +67,6 @@ def sample_split(
 def _raw_arguments(raw: RawLists | None) -> tuple[int, ...]:
     if raw is None:
         return (0,) * 6
-    own = raw.x.data_ptr(), raw.x.stride()[0], DTYPES[raw.x.dtype]
+    x = raw.own.x
+    own = x.data_ptr(), x.stride()[0], DTYPES[x.dtype]
     return raw.words.data_ptr(), raw.count, raw.listed.data_ptr(), *own

@@ -36,7 +36,7 @@ def write_spread(found: Found, index: Tensor, rows: Rows, out: Outputs, start: i
     drawn, reports = drawn_of(found, index), out.mode == "processed"
     bits = None
     if out.kept_bitmask is not None:
-        bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=shard.x.device)
+        bits = torch.zeros(len(index), -(-shard.x.shape[1] // 32), dtype=torch.int32, device=index.device)
     shares, alone = _known_shares(found, index, drawn), False
     if shares is None:
         alone = may_be_lone(shard, drawn)

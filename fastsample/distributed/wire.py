@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ctypes import c_int64
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 import torch.distributed as dist
 
+from fastsample.distributed.keys import words_at
 from fastsample.distributed.shared import GONE, OTHER_SIZE, STOPPED, TIMED_OUT, SharedMemory, open_shared
 
 Tensor = torch.Tensor
@@ -36,9 +36,9 @@ class Wire:
         rounds: how often all ranks have exchanged messages so far.
         sent: bytes that this rank has sent in them to each other rank.
 
-    Other backends than Gloo gather. Gloo's ranks use memory that they share, if they are all on one machine. Otherwise
-    each sends its message to every other one, which takes half as long as a collective, since that runs on a thread of
-    its own.
+    Other backends than Gloo gather, and messages on the host are copied to a device for a group that has none for it.
+    Gloo's ranks use memory that they share, if they are all on one machine. Otherwise each sends its message to every
+    other one, which takes half as long as a collective, since that runs on a thread of its own.
     """
 
     _memory: SharedMemory | None = None
@@ -48,7 +48,8 @@ class Wire:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self._group = None if group is None else ref(group)  # calls that are remembered must not keep it alive
-        self._by_gloo = group is not None and "cpu:gloo" in dist.get_backend_config(group)
+        backends = "cpu:gloo" if group is None else dist.get_backend_config(group)
+        self._by_gloo, self._carries_host = "cpu:gloo" in backends, "cpu:" in backends
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rounds = self.sent = 0
@@ -65,6 +66,8 @@ class Wire:
             return words.unsqueeze(0)
         if (group := self._group()) is None:
             raise RuntimeError("group: expected a process group that has not been destroyed")
+        if words.is_cpu and not self._carries_host:
+            return self.gather(words.to(_device_of(group))).to(words.device)
         words = words.contiguous()
         found = words.new_empty((self.size, *words.shape))
         self.rounds += 1
@@ -131,8 +134,8 @@ class Wire:
     def gather_at(self, own: int, words: int, found: int) -> None:
         """`gather` of so many words at an address, to another."""
         if (memory := self._memory) is None or self._group is None or self._group() is None:
-            told = self.gather(_words_at(own, words))
-            _words_at(found, words * self.size).copy_(told.view(-1))
+            told = self.gather(words_at(own, words))
+            words_at(found, words * self.size).copy_(told.view(-1))
             return
         self.rounds += 1
         self.sent += 8 * words
@@ -155,5 +158,7 @@ class Wire:
         return lost
 
 
-def _words_at(address: int, count: int) -> Tensor:
-    return torch.frombuffer((c_int64 * count).from_address(address), dtype=torch.int64)
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """One whose tensors the group carries."""
+    kind = dist.get_backend_config(group).split(":")[0]
+    return torch.device(kind, torch.get_device_module(kind).current_device())

@@ -11,9 +11,9 @@ from cases import DTYPES, MAKERS, finish
 
 from fastsample import SamplingParams
 from fastsample.backends import engine
+from fastsample.distributed.answers import Answers, EngineShard, open_queries
 from fastsample.distributed.keys import HIGHEST, LOWEST, Kept, everything, key, ordinal, value, words_of
 from fastsample.distributed.lists import list_first, unpacked
-from fastsample.distributed.native import NativeShard, first_words, open_queries, whole_sums
 from fastsample.distributed.shard import BINS, Drawn, Shard
 from fastsample.inputs import Rows
 
@@ -32,7 +32,8 @@ class Asked:
         peak = x.float().amax(-1, keepdim=True).clamp(min=-1e30) + torch.tensor([0, 0, 0, 0.5, 3, 20, 60])[:, None]
         judged = torch.tensor([1, 1, 0.3, 2, 1, 1, 1])[:, None]
         drawn = torch.where(torch.arange(ROWS)[:, None] == 2, 0.7, judged)
-        self.parts = [kind(x, START, peak, judged, drawn) for kind in (Shard, NativeShard)]
+        known = x, START, peak, judged, drawn
+        self.parts = [Shard(*known), EngineShard(*known, engine=engine("cpu"))]
         keys = key(x.float(), torch.arange(START, START + width))
         some = keys.gather(1, torch.randint(width, (ROWS, 2), generator=g)).sort(-1).values.clamp(min=LOWEST)
         open_ = torch.tensor([[True], [False], [True], [False], [True], [True], [False]])
@@ -72,7 +73,7 @@ def test_first_words(asked: Asked) -> None:
     drawn_at = asked.parts[0].drawn_at[3:]
     valid = Shard(x[3:], START, x[3:].float().amax(-1, keepdim=True), drawn_at, drawn_at)
     for count in (1, 7, 256):
-        got = first_words(x, START, count, asked.queries, True)
+        got = Answers(engine("cpu"), x, START).first_words(count, asked.queries, True)
         assert torch.equal(got[:, :count], list_first(engine("reference"), x, asked.rows, START, count))
         assert torch.equal(got[3:, -1], valid.drawn(everything(ROWS - 3, x.device)).sum(-1))
         assert not got[:3, -1].any()
@@ -84,7 +85,7 @@ def test_sums_of_whole_rows(asked: Asked) -> None:
     words[0, 1] = words_of(torch.tensor(torch.nan), torch.tensor(-1))
     part = replace(asked.parts[0], peak=asked.x.float().amax(-1, keepdim=True))
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
-        got = whole_sums(asked.x, START, words, asked.queries, *wanted)
+        got = Answers(engine("cpu"), asked.x, START).whole_sums(words, asked.queries, *wanted)
         assert torch.equal(got[1:], part.sums(everything(ROWS, asked.x.device), *wanted)[1:])
         assert not got[0].any()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from cases import DTYPES, MAKERS, finish
 from ranks import ThreadWire, on_ranks
 
+from fastsample.backends import engine
+from fastsample.distributed.answers import EngineShard
 from fastsample.distributed.keys import Kept, everything, key
-from fastsample.distributed.native import NativeShard
 from fastsample.distributed.search import BY_DISTANCE, BY_MASS, BY_NUMBER, MOST_TOLD, Near, find, thresholds
 from fastsample.distributed.shard import Shard
 from fastsample.distributed.spread import here
@@ -40,11 +42,11 @@ def nearer(x: Tensor, kept: Tensor, mass: Tensor, target: int, by: int, mean: fl
     return found
 
 
-@pytest.mark.parametrize("kind", [Shard, NativeShard])
+@pytest.mark.parametrize("kind", [Shard, partial(EngineShard, engine=engine("cpu"))])
 @pytest.mark.parametrize("by", [BY_MASS, BY_NUMBER, BY_DISTANCE])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("maker", ["flat", "lm", "ties", "half_masked", "tiny_spread", "huge", "ascending"])
-def test_a_search_ends_where_tokens_reach_the_target(maker: str, dtype: str, by: int, kind: type[Shard]) -> None:
+def test_a_search_ends_where_tokens_reach_the_target(maker: str, dtype: str, by: int, kind: Any) -> None:
     g = torch.Generator().manual_seed(by)
     given = finish(MAKERS[maker](ROWS, VOCAB, g), DTYPES[dtype])
     x = given.float()

@@ -12,8 +12,10 @@ from ranks import on_ranks
 
 import fastsample as fs
 import fastsample.distributed as fd
-from fastsample.distributed.native import first_words
+from fastsample.distributed.answers import Answers
 from fastsample.distributed.plan import RAW_LISTED
+
+FIRST_WORDS = Answers.first_words
 
 ROWS, VOCAB, RANKS = 4, 50257, 4
 CUTS = tuple(VOCAB * rank // RANKS for rank in range(RANKS + 1))
@@ -305,11 +307,11 @@ def test_a_wrong_guess_that_rows_are_flat_changes_no_token() -> None:
     for judged, logits in ((True, LM), (False, FLAT)):
 
         def told(*given: Any, flat: bool = judged) -> torch.Tensor:
-            words = first_words(*given)
+            words = FIRST_WORDS(*given)
             words[:, -1] = flat
             return words
 
-        with patch("fastsample.distributed.engine.first_words", told):
+        with patch.object(Answers, "first_words", told):
             assert traffic(logits, top_p=0.95).rounds <= 5
             assert traffic(logits, typical_p=0.9).rounds <= 5
 
@@ -341,11 +343,11 @@ def test_a_wrong_guess_takes_two_rounds_more() -> None:
     """Where what ranks have told of their masses first is far from these, nobody has told of the token."""
 
     def told(*given: Any) -> torch.Tensor:
-        words = first_words(*given)
+        words = FIRST_WORDS(*given)
         words[:, -1] //= 3
         return words
 
-    with patch("fastsample.distributed.engine.first_words", told):
+    with patch.object(Answers, "first_words", told):
         assert traffic(LM, num_samples=5).rounds == 4
 
 

@@ -218,10 +218,13 @@ void check_searches(const fuzz::Input& in, const std::string& isa) {
   }
 }
 
+// What ranks may tell of rows besides their lists.
+enum class Asks { kNothing, kAll, kOfTokens };
+
 // All ranks, each with outputs of its own, against a run of the whole rows.
 template <class Wanted>
 void check_ranks(const fuzz::Input& in, const std::string& isa, const split::Edited* edited,
-                 bool asks, Wanted wanted) {
+                 Asks asks, Wanted wanted) {
   const split::Ranks ranks(in, edited);
   const RowArguments rows = without_edits(in.row_arguments());
   Written want(in);
@@ -232,11 +235,11 @@ void check_ranks(const fuzz::Input& in, const std::string& isa, const split::Edi
   for (int64_t rank = 0; rank < ranks.ranks; ++rank) {
     out.push_back(wanted(got.emplace_back(in).out));
   }
-  bool all = asks;
+  bool all = asks == Asks::kOfTokens;
   for (int64_t r = 0; r < in.rows; ++r) all &= keeps_all(ranks.params(r), in.vocab);
   const bool raw = out[0].mode == kRawLogprobs;
   if (raw && !edited && in.num_top > (all ? 1 : ranks.length)) return;
-  ranks.sample(rows, out, all, asks, raw);
+  ranks.sample(rows, out, all, asks != Asks::kNothing, raw);
   for (const Written& own : got) {
     bool decided = true;
     check(own.status == got[0].status, isa + ", split", "statuses of ranks");
@@ -256,14 +259,15 @@ void check_ranks(const fuzz::Input& in, const std::string& isa, const split::Edi
 
 // Of rows that are drawn from as they are given, or of edited ones.
 void check_split(const fuzz::Input& in, const std::string& isa, const split::Edited* edited) {
-  // All that lists tell, with raw log-probabilities or without.
-  check_ranks(in, isa, edited, false, [](OutputArguments out) {
-    out.filtered = out.probabilities = out.weights = out.masses = out.given = 0;
-    return out;
-  });
-  // Tokens, for which ranks may tell more.
-  if (in.num_samples >= 8) return;
-  check_ranks(in, isa, edited, true, [](OutputArguments out) {
+  // All that lists tell, and what ranks tell besides, with log-probabilities of any kind.
+  for (Asks asks : {Asks::kNothing, Asks::kAll}) {
+    check_ranks(in, isa, edited, asks, [](OutputArguments out) {
+      out.filtered = out.probabilities = out.weights = out.masses = out.given = 0;
+      return out;
+    });
+  }
+  // Tokens, of which ranks may guess some.
+  check_ranks(in, isa, edited, Asks::kOfTokens, [](OutputArguments out) {
     const OutputArguments all = out;
     out = {};
     out.status = all.status;

@@ -268,7 +268,9 @@ struct Ranks {
                                       own.logits,
                                       own.logits_stride,
                                       own.dtype};
-        const SplitHost host = {[](const Part& part) { answer_part(part, 1); },
+        const SplitHost host = {[](const auto& part, const auto& ask, const Words& some) {
+                                  answer_rows(part, ask, some, 1);
+                                },
                                 [](const Batch& batch) { return sample_batch(batch, 1); },
                                 [&](const int64_t* own, int64_t words, int64_t* found) {
                                   meeting.gather(q, own, words, found);
