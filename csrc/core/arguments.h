@@ -108,7 +108,8 @@ FASTSAMPLE_RECORD(SplitArguments,             //
                                           // were given; 0 where nothing is edited
                   listed_raw,             // float32 [B, ranks, tokens, or one more to be
                                           // even], of `lists`
-                  raw_logits, raw_stride, raw_dtype);  // [B, V] of this rank
+                  edited,                 // whether these are others than those that are drawn from
+                  raw_logits, raw_stride, raw_dtype);  // [B, V] of this rank, then
 
 #undef FASTSAMPLE_RECORD
 

@@ -263,7 +263,7 @@ class SplitRows {
     const auto* own = (const PartQuery*)split_.queries;
     const auto* raw = (const PartQuery*)split_.raw_queries;
     const auto same = [](const PartQuery& a, const PartQuery& b) { return a.scale == b.scale; };
-    return raw && !split_.raw_lists && std::equal(own, own + count_, raw, same);
+    return raw && !split_.edited && std::equal(own, own + count_, raw, same);
   }
 
   const SplitArguments& split_;

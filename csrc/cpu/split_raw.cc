@@ -19,7 +19,7 @@ SplitArguments raw_split(SplitArguments split) {
 }
 
 CallArguments raw_call(CallArguments call, const SplitArguments& split) {
-  if (!split.raw_lists) return call;
+  if (!split.edited) return call;
   call.logits.logits = split.raw_logits;
   call.logits.logits_stride = split.raw_stride;
   call.logits.dtype = split.raw_dtype;

@@ -32,7 +32,7 @@ class RawRows {
   void write(const Words& masses, const Words& drawn) const;
 
  private:
-  bool edited() const { return drawn_.split.raw_lists; }
+  bool edited() const { return drawn_.split.edited; }
   void find_listed(int64_t r, int64_t* keys) const;
   bool count_above(int64_t r, const int64_t* keys, int64_t* above) const;
   Words answer_above(const Words& rows, const Words& keys) const;

@@ -38,7 +38,7 @@ DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
 SPLIT_FIELDS = (
     *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted", "keeps_all"),
     *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins"),
-    *("raw_lists", "raw_tokens", "listed_raw", "raw_logits", "raw_stride", "raw_dtype"),
+    *("raw_lists", "raw_tokens", "listed_raw", "edited", "raw_logits", "raw_stride", "raw_dtype"),
 )
 """The last five are of rows that are split over ranks (fastsample/distributed/answers.py)."""
 

@@ -232,7 +232,7 @@ class SplitEngine(Engine):
         # enough. Otherwise rows as they were given are listed, too: ranks expect masks where the last call had some.
         raw = native and out.mode == "raw"
         masks = raw and not is_edited(rows)
-        more = self._masks or not masks or (draws_from_all and out.num_top > 1)
+        more = self._masks or not masks or draws_from_all
         apart = plan.raw_count(out) if raw and more else 0
         count = 1 if draws_from_all else plan.count(out, apart > 0)
         lists, rows = self._exchange(part, rows, count, draws_from_all, judges, masks, apart)

@@ -50,7 +50,7 @@ def sample_split(
         0 if raw_queries is None else raw_queries.data_ptr(),
         *(wanted, keeps_all, plan.measures(out) or lists.flat, plan.measures_at_all(out), lists.flat, plan.asks(out)),
         *(sums.data_ptr(), 0 if bins is None else bins.data_ptr()),
-        *_raw_arguments(lists.raw),
+        *_raw_arguments(lists.raw, lists.given),
     )
     call, packed = call_arguments(x, out), rows.native or row_arguments(rows)
     parts = [part] if lists.raw is None else [part, lists.raw.own]
@@ -64,9 +64,9 @@ def sample_split(
     return found
 
 
-def _raw_arguments(raw: RawLists | None) -> tuple[int, ...]:
+def _raw_arguments(raw: RawLists | None, given: bool) -> tuple[int, ...]:
     if raw is None:
-        return (0,) * 6
+        return (0,) * 7
     x = raw.own.x
     own = x.data_ptr(), x.stride()[0], DTYPES[x.dtype]
-    return raw.words.data_ptr(), raw.count, raw.listed.data_ptr(), *own
+    return raw.words.data_ptr(), raw.count, raw.listed.data_ptr(), not given, *own

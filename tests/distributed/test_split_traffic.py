@@ -192,9 +192,8 @@ def test_raw_logprobs_where_a_rank_has_a_mask_of_its_own(how: dict[str, Any]) ->
         return counts
 
     found = on_ranks(CUTS, on_rank)
-    given = 2 if how.keys() & {"top_p", "top_k"} else 3
-    at_first = {"top_p": 4, "top_k": 3}.get(next(iter(how)), 4)
-    assert found == [[given + 1, given, at_first, 2, 2, 2, given]] * RANKS
+    at_first = 4 if "top_p" in how else 3 if "top_k" in how else 2
+    assert found == [[3, 2, at_first, 2, 2, 2, 2]] * RANKS
 
 
 def of_rules(logits: torch.Tensor, rule: str, probs: bool, accepted: int, **how: Any) -> tuple[int, int]:
@@ -321,14 +320,15 @@ def test_a_wrong_guess_that_rows_are_flat_changes_no_token() -> None:
     "how", [{}, {"temperature": 1.5}, {"num_samples": 3}, {"logprobs": "raw"}, {"logprobs": "raw", "temperature": 0.7}]
 )
 def test_two_rounds_where_all_is_kept(how: dict[str, Any], logits: torch.Tensor) -> None:
-    """A token and a mass; then the exact mass, and for each draw a place and four tokens with their ends. Raw
-    log-probabilities take a bit that says that nothing is edited; if the temperature is not 1, another mass; and one
-    message more, of a number for each row whose token is not the first one."""
+    """A token and a mass; then the exact mass, and for each draw a place and four tokens with their ends. With raw
+    log-probabilities, the first message has the first tokens as well, a bit that says that nothing is edited and the
+    logit of its token; if the temperature is not 1, the second has another mass; and one more counts the tokens above
+    those that rank low."""
     raw = "logprobs" in how
-    others = int((fs.sample(logits, seed=1, **how).tokens.view(ROWS, -1) != logits.argmax(-1, True)).any(1).sum())
-    assert others
-    words = 2 + 1 + 9 * how.get("num_samples", 1) + raw * (1 + ("temperature" in how))
-    assert traffic(logits, **how) == Traffic(2 + raw, 8 * words + raw * 8 * others // ROWS)
+    words = 2 + 1 + 9 * how.get("num_samples", 1) + raw * (2 + RAW_LISTED + ("temperature" in how))
+    low = int((fs.sample(logits, seed=1, **how).ranks > RAW_LISTED).sum()) if raw else 0
+    assert bool(low) == (raw and logits is FLAT)
+    assert traffic(logits, **how) == Traffic(2 + (low > 0), 8 * words + 8 * low // ROWS)
 
 
 @pytest.mark.parametrize("how", [{"top_logprobs": 3}, *EDITS.values()], ids=["top", *EDITS])

@@ -265,6 +265,7 @@ struct Ranks {
                                       apart.tokens ? (int64_t)apart.lists.data() : 0,
                                       apart.tokens,
                                       (int64_t)apart.listed.data(),
+                                      apart.tokens > 0,
                                       own.logits,
                                       own.logits_stride,
                                       own.dtype};
