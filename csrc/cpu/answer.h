@@ -51,6 +51,8 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
       return tell_logits(p, p.answers() + ask.wants);
     case kBits:
       return answer_bits(p);
+    case kEnds:
+      return answer_ends(p);
   }
 }
 

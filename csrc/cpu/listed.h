@@ -46,8 +46,14 @@ auto measure(ListedBase& base, const Kept<float>& kept, const RowParams&, More m
 
 uint64_t heaviest(ListedBase& base, const Kept<float>& kept) {
   if (kept.high.x == INFINITY) return base.judge.unit();
-  base.require(base.holds(kept));
-  return heaviest(base.list, kept, base.judge);
+  uint64_t most = heaviest(base.list, kept, base.judge);
+  if (base.holds(kept) || most >= base.beyond) return most;
+  const Answered* ends = base.hear(base.query_of(kept), kEnds, 0, kEndWords, 1);
+  for (int64_t rank = 0; ends && rank < base.row.head.ranks; ++rank) {
+    const auto own = (uint64_t)ends->first[rank * ends->stride];
+    most = own > most ? own : most;
+  }
+  return most;
 }
 
 Kept<float> top_n_sigma(ListedBase& base, Kept<float> kept, const RowParams& p) {
@@ -136,8 +142,18 @@ Kept<float> p_less(ListedBase& base, const Kept<float>& kept, const RowParams& p
 TopChoices xtc(ListedBase& base, const Kept<float>& kept, const RowParams& p) {
   if (!uses_xtc(p)) return kNoTopChoices;
   const Kept<float> heavy = narrow_to_mass(kept, xtc_floor(p, weigh(base, kept, p)));
-  base.require(base.holds(heavy));
-  return top_choices(last_of(base.list, heavy, base.judge), p.xtc_probability);
+  if (base.holds(heavy)) {
+    return top_choices(last_of(base.list, heavy, base.judge), p.xtc_probability);
+  }
+  const Answered* ends = base.hear(base.query_of(heavy), kEnds, 0, kEndWords, kEndWords);
+  if (!ends) return kNoTopChoices;
+  int64_t low = kHighestKey;
+  for (int64_t rank = 0; rank < base.row.head.ranks; ++rank) {
+    const int64_t* own = ends->first + rank * ends->stride;
+    if (own[2] && own[1] < low) low = own[1];
+  }
+  const uint64_t count = total_of({ends->first, ends->stride}, base.row.head.ranks, 2);
+  return top_choices({count, place_of_key(low)}, p.xtc_probability);
 }
 
 // How many tokens rank above each of the draws: others than those on the lists are below.
@@ -190,7 +206,7 @@ bool find_shares(const Spread& s, SpreadShares* shares) {
 PartQuery query_of(const Spread& s) {
   PartQuery query = s.base.query_of(s.kept);
   if (s.mixes()) {
-    query.top = key_of_place(s.top.last);
+    query.top = key_of_place(next_after(s.top));
     query.coin = bits_of(s.top.probability);
   }
   return query;

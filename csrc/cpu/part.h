@@ -259,6 +259,15 @@ void answer_above(const PartRow<T>& p) {
 }
 
 template <class T>
+void answer_ends(const PartRow<T>& p) {
+  const LogitWeigher judge = p.weigher.judge();
+  const Last last = last_of(p.dense, p.kept, judge);
+  const int64_t key = last.count ? key_of_place(last.place, p.ask.start) : 0;
+  const int64_t ends[] = {(int64_t)heaviest(p.dense, p.kept, judge), key, (int64_t)last.count};
+  memcpy(p.answers(), ends, sizeof ends);
+}
+
+template <class T>
 void answer_bits(const PartRow<T>& p) {
   int64_t* to = p.answers();
   memset(to, 0, (size_t)p.ask.words * sizeof *to);

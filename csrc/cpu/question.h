@@ -20,13 +20,14 @@ enum PartQuestion : int32_t {
   kWithin,      // the set's tokens in some of these bins, as words
   kOwned,       // what draws from all tokens find here, before all masses are known (cpu/owner.h)
   kGiven,       // some of the first tokens, as words; then the logits of others, two to a word
-  kBits         // the bits of a set as a mask of the whole row, of 64 tokens to a word
+  kBits,        // the bits of a set as a mask of the whole row, of 64 tokens to a word
+  kEnds  // of a set: the mass of its heaviest token, the key of its last, how many it holds; or 0
 };
 enum FirstWanted : int64_t { kWantsMass = 1, kWantsFlat = 2 };
 enum SumsWanted : int64_t { kWantsProducts = 1, kWantsSpread = 2, kWantsBins = 4 };
 enum TotalsWanted : int64_t { kWantsFirst = 1, kWantsCount = 2 };
 enum DrawsWanted : int64_t { kWantsEntropy = 1 };
-constexpr int64_t kSumWords = 9, kTotalWords = 5;
+constexpr int64_t kSumWords = 9, kTotalWords = 5, kEndWords = 3;
 
 // What a rank tells of a draw with kOwned: where its first candidate begins in the rank's running
 // mass; then where each ends, and its key.

@@ -275,14 +275,24 @@ SPREAD: dict[str, tuple[int, dict[str, Any]]] = {
     "ids": (5, {"top_p": 0.95, "kept": "ids"}),
     "ranks": (5, {"top_p": 0.95, "logprobs": "processed"}),
     "raw": (5, {"top_p": 0.95, "logprobs": "raw", "top_logprobs": 20}),
-    "min-p first": (6, {"top_p": 0.95, "min_p": 0.02, "order": "min_p_first"}),
-    "two searches": (8, {"top_k": 2000, "top_p": 0.9}),
+    "min-p first": (5, {"top_p": 0.95, "min_p": 0.02, "order": "min_p_first"}),
+    "kept mass": (5, {"top_p": 0.9, "kept_mass": True}),
+    "xtc": (5, {"top_p": 0.95, "xtc_probability": 0.5, "xtc_threshold": 1e-3}),
+    "xtc past the lists": (7, {"top_p": 0.95, "xtc_probability": 1.0, "xtc_threshold": 1e-4}),
+    "floor behind top-p": (6, {"top_p": 0.95, "epsilon_cutoff": 1e-5}),
+    "floor behind typical": (5, {"typical_p": 0.9, "epsilon_cutoff": 1e-6}),
+    "two searches": (7, {"top_k": 2000, "top_p": 0.9}),
+    "two searches, the second about a mean": (8, {"top_p": 0.95, "typical_p": 0.9}),
+    "three searches": (10, {"top_k": 5000, "top_p": 0.9, "typical_p": 0.8}),
+    "all, with an entropy": (3, {"entropy": True}),
+    "all, with ranks": (4, {"logprobs": "processed"}),
+    "all, many draws": (3, {"num_samples": 40}),
 }
 
 
 @pytest.mark.parametrize(("rounds", "how"), SPREAD.values(), ids=SPREAD)
 def test_what_else_takes_more(rounds: int, how: dict[str, Any]) -> None:
-    assert traffic(FLAT, **how).rounds <= rounds
+    assert traffic(FLAT, **how).rounds == rounds
 
 
 def test_only_rows_that_need_it_are_searched() -> None:
