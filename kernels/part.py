@@ -38,9 +38,14 @@ class Part(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What is asked about: a set, and the whole row's maximum."""
+    """A set that is asked about, which serves as a `Kept`, and the whole row's maximum.
 
-    kept: Kept
+    It holds no `Kept`: Triton 3.3 returns no tuples that have others within others.
+    """
+
+    high: Place
+    low: Place
+    floor: tl.tensor
     peak: tl.tensor
     scale: tl.tensor  # of the masses that are drawn from
     judged: tl.tensor  # of those that filters judge by
@@ -97,7 +102,7 @@ def load_query(queries, start):
         kept = narrow_below(kept, place_of(high, start))
     kept = narrow_above(kept, place_of(tl.load(query + LOW), start))
     peak, scale = float_in(tl.load(query + PEAK)), float_in(tl.load(query + SCALE))
-    return Query(kept, peak, scale, float_in(tl.load(query + JUDGED)))
+    return Query(kept.high, kept.low, kept.floor, peak, scale, float_in(tl.load(query + JUDGED)))
 
 
 @triton.jit
@@ -135,14 +140,14 @@ def bin_of(x, peak, scale):
     return tl.maximum(place, 0.0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["start", "count", "words", "chunks"])
+@triton.jit(do_not_specialize=["start", "width", "words", "chunks"])
 def sums(
     x,  # [B, x_stride]
     x_stride,
     queries,  # int64 [B, FIELDS]
     start,
-    details,  # int64 [B, count], tokens of all ranks
-    count,
+    details,  # int64 [B, width], tokens of all ranks
+    width,
     answers,  # int64 [B, words], zeros: Z, EH, EL, HH, HL, LL, n, D1, D2; and [BINS, 2], mass and tokens of each bin
     words,
     vocab,
@@ -161,21 +166,22 @@ def sums(
     query = load_query(queries, part.start)
     peak, end = query.peak, chunks
     if WHOLE:
-        key = peak_in(details + row * count, count)
+        key = peak_in(details + row * width, width)
         peak, end = from_key(key), tl.where((key < KEY_INF) & (key >= KEY_LOWEST), chunks, 0)
     zeros = tl.zeros([BLOCK // VEC], tl.int64)
     mass, high, low, squares, cross, low_squares = zeros, zeros, zeros, zeros, zeros, zeros
-    alive, distances, distances2, last_mass, last = zeros, zeros, zeros, zeros, zeros
+    distances, distances2, alive = zeros, zeros, tl.zeros([BLOCK // VEC], tl.int32)
+    last = alive
     for chunk in range(tl.program_id(1), end, parts):
         ids, value = load_chunk(part, chunk, BLOCK)
         if SPREAD:
             there = value > NEG_INF
             d = tl.where(there, tl.minimum((peak - value) * 2048.0, 1048575.0), 0.0).to(tl.int32).to(tl.int64)
-            alive += by_thread(there.to(tl.int64), VEC, BLOCK)
+            alive += by_thread(there.to(tl.int32), VEC, BLOCK)
             distances += by_thread(d, VEC, BLOCK)
             distances2 += by_thread(d * d, VEC, BLOCK)
         w = mass_of(value, peak, query.judged)
-        kept = keeps(query.kept, Place(key_of(value), ids), w)
+        kept = keeps(query, Place(key_of(value), ids), w)
         w = tl.where(kept, w, 0)
         if TOTAL:
             mass += by_thread(w, VEC, BLOCK)
@@ -187,11 +193,9 @@ def sums(
             cross += by_thread(upper * lower, VEC, BLOCK)
             low_squares += by_thread(lower * lower, VEC, BLOCK)
         if BINS_AT >= 0:
-            # Most tokens of a language model's row have no mass, and lie in the last bin.
+            # What lies in the last bin has no mass. Masked rows have most of their tokens there.
             place = bin_of(value, peak, query.judged)
-            ends = kept & (place == BINS - 1)
-            last_mass += by_thread(tl.where(ends, w, 0), VEC, BLOCK)
-            last += by_thread(ends.to(tl.int64), VEC, BLOCK)
+            last += by_thread((kept & (place == BINS - 1)).to(tl.int32), VEC, BLOCK)
             at, before = answers + BINS_AT + 2 * place, kept & (place < BINS - 1)
             tl.atomic_add(at, w, mask=before & (w > 0), sem="relaxed")
             tl.atomic_add(at + 1, tl.full([BLOCK], 1, tl.int64), mask=before, sem="relaxed")
@@ -202,11 +206,10 @@ def sums(
         tl.atomic_add(answers, tl.sum(mass), sem="relaxed")
     if SPREAD:
         index = tl.arange(0, 4)
-        found = sums_of_each((alive, distances, distances2, zeros), 2)
+        found = sums_of_each((alive.to(tl.int64), distances, distances2, zeros), 2)
         tl.atomic_add(answers + 6 + index, found, mask=index < 3, sem="relaxed")
     if BINS_AT >= 0:
-        at = answers + BINS_AT + 2 * BINS - 2 + tl.arange(0, 2)
-        tl.atomic_add(at, sums_of_each((last_mass, last), 1), sem="relaxed")
+        tl.atomic_add(answers + BINS_AT + 2 * BINS - 1, tl.sum(last).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -237,8 +240,8 @@ def totals(
     query, top = load_query(queries, part.start), load_top(queries, part.start)
     ids, value = load_chunk(part, chunk, BLOCK)
     place = Place(key_of(value), ids)
-    mass = mass_if_kept(query.kept, place, value, query.peak, query.judged, query.scale)
-    kept = keeps(query.kept, place, mass_of(value, query.peak, query.judged))
+    mass = mass_if_kept(query, place, value, query.peak, query.judged, query.scale)
+    kept = keeps(query, place, mass_of(value, query.peak, query.judged))
     stays = kept & ranks_before(top.last, place)
     tl.store(found + chunk, tl.sum(mass))
     tl.store(found + chunks + chunk, tl.sum(tl.where(stays, mass, 0)))
@@ -274,15 +277,15 @@ def highest_in(keys, chunks, CHUNKS: tl.constexpr):
     return tl.max(tl.load(keys + index, mask=index < chunks, other=LONG_MIN, volatile=True))
 
 
-@triton.jit(do_not_specialize=["count", "chunks"])
-def above(x, x_stride, details, count, answers, vocab, chunks, BLOCK: tl.constexpr):
-    """Add to answers [B, count] how many tokens lie above logits, given their bits [B, count]. Grid: rows, parts."""
+@triton.jit(do_not_specialize=["width", "chunks"])
+def above(x, x_stride, details, width, answers, vocab, chunks, BLOCK: tl.constexpr):
+    """Add to answers [B, width] how many tokens lie above logits, given their bits [B, width]. Grid: rows, parts."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     x += row * x_stride
-    for j in range(count):
-        own = float_in(tl.load(details + row * count + j))
+    for j in range(width):
+        own = float_in(tl.load(details + row * width + j))
         higher = tl.full([], 0, tl.int64)
         for chunk in range(part, chunks, parts):
             ids = chunk * BLOCK + tl.arange(0, BLOCK)
             higher += tl.sum((load_x(x, ids, vocab) > own).to(tl.int32))
-        tl.atomic_add(answers + row * count + j, higher, sem="relaxed")
+        tl.atomic_add(answers + row * width + j, higher, sem="relaxed")

@@ -30,7 +30,7 @@ def is_first(ws, place):
 @triton.jit
 def is_within(query, bins, place, value):
     """Whether tokens of the set lie in two ranges of bins."""
-    inside = keeps(query.kept, place, mass_of(value, query.peak, query.judged))
+    inside = keeps(query, place, mass_of(value, query.peak, query.judged))
     at = bin_of(value, query.peak, query.judged)
     near = (at >= tl.load(bins)) & (at < tl.load(bins + 1))
     return inside & (near | ((at >= tl.load(bins + 2)) & (at < tl.load(bins + 3))))
@@ -62,7 +62,7 @@ def count_first(
         first = is_first(ws, place)
         count = tl.sum(first.to(tl.int64))
         if MASS:
-            mass = tl.sum(mass_if_kept(query.kept, place, value, peak, query.judged, query.scale))
+            mass = tl.sum(mass_if_kept(query, place, value, peak, query.judged, query.scale))
         if FLAT:
             listed = tl.sum(tl.where(first, mass_of(value, peak, query.judged), 0))
     tl.store(sums + COUNTS * chunks + chunk, count)

@@ -61,7 +61,7 @@ class Asked:
 
         self.x, self.start, self.queries, self.wants, self.words = x, start, queries, wants, words
         self.bitmask = bitmask
-        self.count = 0 if details is None else details.shape[1]
+        self.width = 0 if details is None else details.shape[1]
         self.details = queries if details is None else details
         self.batch, self.vocab = x.shape
         self.table = Table(x, ROUNDS[x.dtype])
@@ -135,7 +135,7 @@ class Asked:
     def _sums(self, whole: bool = False, total: bool = True, bins_at: int = -1) -> Tensor:
         layout, answers = self.layout, self.zeros()
         kernels("part").sums[(self.batch, layout.parts)](
-            *self.row, self.details, self.count, answers, self.words, self.vocab, layout.chunks,
+            *self.row, self.details, self.width, answers, self.words, self.vocab, layout.chunks,
             WHOLE=whole, TOTAL=total, PRODUCTS=self.wanted(1), SPREAD=self.wanted(2), BINS_AT=bins_at,
             VEC=layout.vec, BLOCK=layout.block, **self.options,
         )  # fmt: skip
@@ -154,18 +154,18 @@ class Asked:
         module, entropy, answers = kernels("part_draws"), self.wanted(1), self.empty()
         chunks, found = self.layout.chunks, self.found(int(module.ROWS))
         module.weigh[(self.batch, chunks)](
-            *self.row, self.details, self.count, found, self.vocab, chunks,
+            *self.row, self.details, self.width, found, self.vocab, chunks,
             TELLS=entropy, BLOCK=self.layout.block, **self.options,
         )  # fmt: skip
-        module.draw[(self.batch, max(self.count, 1))](
-            *self.row, self.details, self.count, found, answers, self.vocab, chunks, TELLS=entropy, **self.blocks
+        module.draw[(self.batch, max(self.width, 1))](
+            *self.row, self.details, self.width, found, answers, self.vocab, chunks, TELLS=entropy, **self.blocks
         )
         return answers
 
     def above(self) -> Tensor:
         layout, answers = self.layout, self.zeros()
         kernels("part").above[(self.batch, layout.parts)](
-            self.x, self.table.stride, self.details, self.count, answers, self.vocab, layout.chunks,
+            self.x, self.table.stride, self.details, self.width, answers, self.vocab, layout.chunks,
             BLOCK=layout.block, **self.options,
         )  # fmt: skip
         return answers
@@ -180,16 +180,16 @@ class Asked:
 
     def owned(self) -> Tensor:
         module, answers, found = kernels("part_draws"), self.empty(), self.found(1)
-        ranks, chunks = (self.count - 2) // 2, self.layout.chunks
+        chunks = self.layout.chunks
         draws = (self.words - 1) // WORDS_OF_DRAW
-        size = max(MIN_RANKS, 1 << (ranks - 1).bit_length())
+        ranks = max(MIN_RANKS, 1 << (self.width // 2 - 1).bit_length())
         module.weigh_own[(self.batch, chunks)](
-            *self.row, self.details, ranks, found, answers, self.words, self.vocab, chunks,
-            RANKS=size, BLOCK=self.layout.block, **self.options,
+            *self.row, self.details, self.width, found, answers, self.words, self.vocab, chunks,
+            RANKS=ranks, BLOCK=self.layout.block, **self.options,
         )  # fmt: skip
         module.guess[(self.batch, max(draws, 1))](
-            *self.row, self.details, ranks, self.wants, found, answers, self.words, draws, self.vocab, chunks,
-            RANKS=size, **self.blocks,
+            *self.row, self.details, self.width, self.wants, found, answers, self.words, draws, self.vocab, chunks,
+            RANKS=ranks, **self.blocks,
         )  # fmt: skip
         return answers
 
