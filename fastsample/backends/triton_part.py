@@ -114,9 +114,7 @@ class Asked:
         unused = self.memory("unused", self.batch, torch.int32)
         return self.call.sample("cuts", self.table, self.memory.record(top_k=count), unused)
 
-    def _tell(
-        self, workspace: Tensor, record: int, found: Tensor, answers: Tensor, room: int, **wanted: bool
-    ) -> None:
+    def _tell(self, workspace: Tensor, record: int, found: Tensor, answers: Tensor, room: int, **wanted: bool) -> None:
         kernels("part_list").tell[(self.batch, self.layout.chunks)](
             *self.row, self.details, workspace, record, found, answers, self.words, room, self.vocab,
             self.layout.chunks, **wanted, **self.blocks,
