@@ -1,4 +1,4 @@
-"""What a rank answers about its own part of a row that is split over ranks: sums, counts, bins (stem of csrc/cpu/part.h).
+"""What a rank answers about its part of a row that is split over ranks: sums, counts, bins (stem of csrc/cpu/part.h).
 
 What answers consist of is integers, in any order of the programs; but for an entropy they are those of the CPU engine.
 """
@@ -140,6 +140,63 @@ def bin_of(x, peak, scale):
     return tl.maximum(place, 0.0).to(tl.int32)
 
 
+@triton.jit
+def add_sums(part, query, peak, end, answers, PRODUCTS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Z of the set, and if wanted EH, EL, HH, HL, LL."""
+    zeros = tl.zeros([BLOCK // VEC], tl.int64)
+    mass, high, low, squares, cross, low_squares = zeros, zeros, zeros, zeros, zeros, zeros
+    for chunk in range(tl.program_id(1), end, tl.num_programs(1)):
+        ids, value = load_chunk(part, chunk, BLOCK)
+        w = mass_of(value, peak, query.judged)
+        w = tl.where(keeps(query, Place(key_of(value), ids), w), w, 0)
+        mass += by_thread(w, VEC, BLOCK)
+        if PRODUCTS:
+            upper, lower, depth = w >> HALF_MASS, w & LOW_HALF, depth_of(value, peak, query.judged)
+            high += by_thread(upper * depth, VEC, BLOCK)
+            low += by_thread(lower * depth, VEC, BLOCK)
+            squares += by_thread(upper * upper, VEC, BLOCK)
+            cross += by_thread(upper * lower, VEC, BLOCK)
+            low_squares += by_thread(lower * lower, VEC, BLOCK)
+    if PRODUCTS:
+        tl.atomic_add(answers + 1 + tl.arange(0, 4), sums_of_each((high, low, squares, cross), 2), sem="relaxed")
+        tl.atomic_add(answers + 5 * tl.arange(0, 2), sums_of_each((mass, low_squares), 1), sem="relaxed")
+    else:
+        tl.atomic_add(answers, tl.sum(mass), sem="relaxed")
+
+
+@triton.jit
+def add_spread(part, peak, end, answers, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """n, D1, D2 of all above -inf."""
+    zeros = tl.zeros([BLOCK // VEC], tl.int64)
+    alive, distances, squares = zeros, zeros, zeros
+    for chunk in range(tl.program_id(1), end, tl.num_programs(1)):
+        _, value = load_chunk(part, chunk, BLOCK)
+        there = value > NEG_INF
+        d = tl.where(there, tl.minimum((peak - value) * 2048.0, 1048575.0), 0.0).to(tl.int32).to(tl.int64)
+        alive += by_thread(there.to(tl.int64), VEC, BLOCK)
+        distances += by_thread(d, VEC, BLOCK)
+        squares += by_thread(d * d, VEC, BLOCK)
+    index = tl.arange(0, 4)
+    found = sums_of_each((alive, distances, squares, zeros), 2)
+    tl.atomic_add(answers + index, found, mask=index < 3, sem="relaxed")
+
+
+@triton.jit
+def add_bins(part, query, peak, end, bins, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass and number of the set's tokens in each bin."""
+    last = tl.zeros([BLOCK // VEC], tl.int32)
+    for chunk in range(tl.program_id(1), end, tl.num_programs(1)):
+        ids, value = load_chunk(part, chunk, BLOCK)
+        w = mass_of(value, peak, query.judged)
+        kept, place = keeps(query, Place(key_of(value), ids), w), bin_of(value, peak, query.judged)
+        # Where many tokens lie that have no mass, it is in the last bin.
+        last += by_thread((kept & (place == BINS - 1)).to(tl.int32), VEC, BLOCK)
+        tl.atomic_add(bins + 2 * place, w, mask=kept & (w > 0), sem="relaxed")
+        one = tl.full([BLOCK], 1, tl.int64)
+        tl.atomic_add(bins + 2 * place + 1, one, mask=kept & (place < BINS - 1), sem="relaxed")
+    tl.atomic_add(bins + 2 * BINS - 1, tl.sum(last).to(tl.int64), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["start", "width", "words", "chunks"])
 def sums(
     x,  # [B, x_stride]
@@ -160,56 +217,21 @@ def sums(
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up some chunks of a row. Grid: rows, parts."""
-    row, parts = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    """Add up some chunks of a row. What is wanted besides Z reads them again, from a cache: registers would not do for
+    all at once. Grid: rows, parts."""
+    row = tl.program_id(0).to(tl.int64)
     part, answers = part_of(x, x_stride, vocab, start, chunks), answers + row * words
     query = load_query(queries, part.start)
     peak, end = query.peak, chunks
     if WHOLE:
         key = peak_in(details + row * width, width)
         peak, end = from_key(key), tl.where((key < KEY_INF) & (key >= KEY_LOWEST), chunks, 0)
-    zeros = tl.zeros([BLOCK // VEC], tl.int64)
-    mass, high, low, squares, cross, low_squares = zeros, zeros, zeros, zeros, zeros, zeros
-    distances, distances2, alive = zeros, zeros, tl.zeros([BLOCK // VEC], tl.int32)
-    last = alive
-    for chunk in range(tl.program_id(1), end, parts):
-        ids, value = load_chunk(part, chunk, BLOCK)
-        if SPREAD:
-            there = value > NEG_INF
-            d = tl.where(there, tl.minimum((peak - value) * 2048.0, 1048575.0), 0.0).to(tl.int32).to(tl.int64)
-            alive += by_thread(there.to(tl.int32), VEC, BLOCK)
-            distances += by_thread(d, VEC, BLOCK)
-            distances2 += by_thread(d * d, VEC, BLOCK)
-        w = mass_of(value, peak, query.judged)
-        kept = keeps(query, Place(key_of(value), ids), w)
-        w = tl.where(kept, w, 0)
-        if TOTAL:
-            mass += by_thread(w, VEC, BLOCK)
-        if PRODUCTS:
-            upper, lower, depth = w >> HALF_MASS, w & LOW_HALF, depth_of(value, peak, query.judged)
-            high += by_thread(upper * depth, VEC, BLOCK)
-            low += by_thread(lower * depth, VEC, BLOCK)
-            squares += by_thread(upper * upper, VEC, BLOCK)
-            cross += by_thread(upper * lower, VEC, BLOCK)
-            low_squares += by_thread(lower * lower, VEC, BLOCK)
-        if BINS_AT >= 0:
-            # What lies in the last bin has no mass. Masked rows have most of their tokens there.
-            place = bin_of(value, peak, query.judged)
-            last += by_thread((kept & (place == BINS - 1)).to(tl.int32), VEC, BLOCK)
-            at, before = answers + BINS_AT + 2 * place, kept & (place < BINS - 1)
-            tl.atomic_add(at, w, mask=before & (w > 0), sem="relaxed")
-            tl.atomic_add(at + 1, tl.full([BLOCK], 1, tl.int64), mask=before, sem="relaxed")
-    if PRODUCTS:
-        tl.atomic_add(answers + 1 + tl.arange(0, 4), sums_of_each((high, low, squares, cross), 2), sem="relaxed")
-        tl.atomic_add(answers + 5 * tl.arange(0, 2), sums_of_each((mass, low_squares), 1), sem="relaxed")
-    elif TOTAL:
-        tl.atomic_add(answers, tl.sum(mass), sem="relaxed")
+    if TOTAL:
+        add_sums(part, query, peak, end, answers, PRODUCTS, VEC, BLOCK)
     if SPREAD:
-        index = tl.arange(0, 4)
-        found = sums_of_each((alive.to(tl.int64), distances, distances2, zeros), 2)
-        tl.atomic_add(answers + 6 + index, found, mask=index < 3, sem="relaxed")
+        add_spread(part, peak, end, answers + 6, VEC, BLOCK)
     if BINS_AT >= 0:
-        tl.atomic_add(answers + BINS_AT + 2 * BINS - 1, tl.sum(last).to(tl.int64), sem="relaxed")
+        add_bins(part, query, peak, end, answers + BINS_AT, VEC, BLOCK)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from .keep import found_in, log1p
 from .kept import Place, mass_if_kept, ranks_before
 from .keys import LONG_MIN, from_key, key_of
 from .mass import mass_of
-from .part import FIELDS, NONE, READ, REST, TOTAL, float_in, key_at, load_query, load_top, part_of, place_if
+from .part import FIELDS, HIGHEST, NONE, READ, REST, TOTAL, float_in, key_at, load_query, load_top, part_of, place_if
 from .philox import draw_threshold
 from .process import to_float32
 from .rounded import mul
@@ -176,19 +176,21 @@ def tell_guesses(part, query, peak, sums, begin, to, CHUNKS: tl.constexpr, BLOCK
     chunk, running = find_chunk(part, sums, begin, CHUNKS)
     told = tl.full([], 0, tl.int32)
     while (told < GUESSES) & (chunk < part.chunks):
-        if tl.load(sums + chunk) > 0:
+        end_of_chunk = running + tl.load(sums + chunk)
+        if end_of_chunk > running:
             ids, value = load_chunk(part, chunk, BLOCK)
             place = Place(key_of(value), ids)
-            w = mass_if_kept(query, place, value, peak, query.judged, query.scale)
-            ends = running + tl.cumsum(w, 0)
-            here = (w > 0) & (ends > begin)
-            n = told + tl.cumsum(here.to(tl.int32), 0) - 1
-            tl.store(to + tl.zeros_like(n), ends - w, mask=here & (n == 0))
-            fits = here & (n < GUESSES)
-            tl.store(to + 1 + 2 * n, ends, mask=fits)
-            tl.store(to + 2 + 2 * n, key_at(place, part.start), mask=fits)
-            told += tl.sum(here.to(tl.int32))
-            running += tl.sum(w)
+            ends = running + tl.cumsum(mass_if_kept(query, place, value, peak, query.judged, query.scale), 0)
+            while (told < GUESSES) & (begin < end_of_chunk):
+                token = chunk * BLOCK + tl.sum((ends <= begin).to(tl.int32))
+                begin = tl.min(tl.where(ends > begin, ends, HIGHEST))
+                own = to_float32(tl.load(part.x + token))
+                if told == 0:
+                    tl.store(to, begin - mass_of(own, peak, query.scale))
+                tl.store(to + 1 + 2 * told, begin)
+                tl.store(to + 2 + 2 * told, key_at(Place(key_of(own), token), part.start))
+                told += 1
+        running = end_of_chunk
         chunk += 1
 
 

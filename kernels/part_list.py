@@ -1,4 +1,4 @@
-"""Tokens that a rank lists of its part of a row, in id order: the first of all, or those in some bins (csrc/cpu/part.h)."""
+"""Tokens that a rank lists of its part of a row, in id order: the first, or those in some bins (csrc/cpu/part.h)."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""What a rank answers about its part of rows by the Triton engine's kernels (kernels/part.py, part_list.py, part_draws.py)."""
+"""What a rank answers about its part of rows by Triton's kernels (kernels/part.py, part_list.py, part_draws.py)."""
 
 from __future__ import annotations
 

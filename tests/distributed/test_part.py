@@ -9,13 +9,11 @@ import pytest
 import torch
 from parts import ROWS, START, Asked
 
-from fastsample import SamplingParams
 from fastsample.backends import engine
-from fastsample.distributed.keys import HIGHEST, LOWEST, Kept, everything, key, ordinal, value, words_of
+from fastsample.distributed.keys import everything, key, ordinal, value, words_of
 from fastsample.distributed.lists import list_first, unpacked
-from fastsample.distributed.native import NativeShard, first_words, open_queries, whole_sums
-from fastsample.distributed.shard import BINS, Drawn, Shard
-from fastsample.inputs import Rows
+from fastsample.distributed.native import first_words, whole_sums
+from fastsample.distributed.shard import BINS, Shard
 
 Tensor = torch.Tensor
 

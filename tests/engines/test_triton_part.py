@@ -1,4 +1,4 @@
-"""What a rank answers about its part of rows by Triton's kernels, interpreted, against the CPU engine: equal to the bit."""
+"""What a rank answers about its part of rows by Triton's kernels, interpreted, against the CPU's: equal to the bit."""
 
 from __future__ import annotations
 

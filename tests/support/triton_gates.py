@@ -116,8 +116,8 @@ def _part_kernels() -> Iterator[Kernel]:
     chunks = {"CHUNKS": 128} | block
     wide, half = {"VEC": 8, "BLOCK": 8 * THREADS}, {"x": "bf16"}
     every = {"WHOLE": True, "TOTAL": True, "PRODUCTS": True, "SPREAD": True, "BINS_AT": 9}
-    yield Kernel("part sums", part.sums, every | {"VEC": 4} | block, 1)
-    yield Kernel("part sums bf16", part.sums, every | wide, 1, half)
+    yield Kernel("part sums", part.sums, every | {"VEC": 4} | block, 3)
+    yield Kernel("part sums bf16", part.sums, every | wide, 3, half)
     bins = {**every, "WHOLE": False, "TOTAL": False, "PRODUCTS": False, "SPREAD": False, "BINS_AT": 0}
     yield Kernel("part bins", part.sums, bins | {"VEC": 4} | block, 1)
     yield Kernel("part totals", part.totals, {"FIRST": True, "COUNT": True, "BITMASK": True} | chunks, 1)
