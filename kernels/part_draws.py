@@ -23,20 +23,24 @@ OFF = tl.constexpr(2.0**-20)  # of all mass, how far off a place may be: csrc/cp
 @triton.jit
 def probability(total, rest, top, place, w):
     """Of tokens of mass w, float64, in draws with what XTC may leave out and without."""
-    coin, mass = tl.where(rest == total, 0.0, top.coin).to(tl.float64), w.to(tl.float64)
-    left = tl.where(ranks_before(top.last, place), mass, 0.0)
-    # Where the rest has no mass, its first token counts as 1.
-    left = tl.where((rest == 0) & (place.id == top.last.id + 1), 1.0, left)
-    plain = divide(mul(mass, 1.0 - coin), total.to(tl.float64))
-    return plain + divide(mul(left, coin), tl.maximum(rest, 1).to(tl.float64))
+    mass, whole = w.to(tl.float64), total.to(tl.float64)
+    result = divide(mass, whole)
+    if rest != total:
+        coin, left = top.coin.to(tl.float64), tl.where(ranks_before(top.last, place), mass, 0.0)
+        # Where the rest has no mass, its first token counts as 1.
+        left = tl.where((rest == 0) & (place.id == top.last.id + 1), 1.0, left)
+        result = divide((1.0 - coin) * mass, whole) + divide(coin * left, tl.maximum(rest, 1).to(tl.float64))
+    return result
 
 
 @triton.jit
 def entropy_of(total, rest, top, place, w):
     """What tokens of mass w add to the entropy of draws, float64."""
     p = probability(total, rest, top, place, w)
-    others = (total - w).to(tl.float64) / tl.maximum(w, 1).to(tl.float64)
-    surprise = tl.where(rest == total, log1p(others), -tl.log(p))  # the former is exact near p = 1
+    surprise = -tl.log(p)
+    if rest == total:
+        others = (total - w).to(tl.float64) / tl.maximum(w, 1).to(tl.float64)
+        surprise = log1p(others)  # exact near p = 1
     return tl.sum(tl.where(p > 0, mul(p, surprise), 0.0))
 
 
