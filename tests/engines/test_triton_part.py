@@ -6,14 +6,18 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import parts
 import pytest
 import torch
 from parts import BLOCK, OWNED, START, Job, Question, answers_of, edge_questions, named
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import run_interpreted
 
+from fastsample.backends import triton as adapter
+from fastsample.backends import triton_part
 from fastsample.distributed.keys import IDS
 from fastsample.distributed.native import DRAWS, FIRST, ask
 
@@ -27,7 +31,7 @@ JOBS = (
     Job("flat", 256, "f16"),
     Job("half_masked", 257, "f32", parts=2),
     Job("lm", 2500, "bf16", parts=3),
-    Job("ties", 700, "f16", parts=2),
+    Job("ties", 701, "f16", parts=2),
     Job("equal", 600, "f32"),
 )
 
@@ -88,3 +92,62 @@ def test_a_part_is_flat_where_its_first_tokens_are_a_small_share(interpreted: di
 
 def test_no_rows_have_no_answers(interpreted: dict[str, Any]) -> None:
     assert interpreted["none"].shape == (0, 9)
+
+
+LAUNCHES = (
+    ("sample", "count_first", "tell"),
+    ("sums",),
+    ("sums",),
+    ("totals",),
+    ("weigh", "draw"),
+    ("above",),
+    ("sums",),
+    ("count_within", "tell"),
+    ("weigh_own", "guess"),
+)
+"""Of each question, by its number."""
+
+
+class OnlyAllocates(TorchDispatchMode):
+    """Lets through what neither waits for a device nor computes anything there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert str(func.overloadpacket) in {
+            "aten.new_empty",
+            "aten.new_zeros",
+            "aten.select",
+            "aten.slice",
+            "aten.view",
+        }
+        return func(*args, **(kwargs or {}))
+
+
+class Recorded:
+    """Stands in for a kernel: notes that it would be launched."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launched.append(self.name)
+
+
+@pytest.mark.parametrize("number", range(OWNED + 1))
+def test_launches_of_a_question(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than these, which the host does not wait for."""
+    launched: list[str] = []
+    real = triton_part.kernels
+
+    def kernels(stem: str) -> SimpleNamespace:
+        fakes = {name: Recorded(name, launched) for name in LAUNCHES[number]}
+        return SimpleNamespace(**vars(real(stem)) | fakes)
+
+    monkeypatch.setattr(triton_part, "kernels", kernels)
+    monkeypatch.setattr(adapter, "kernels", kernels)
+    engine = adapter.TritonEngine()
+    question = next(q for q in Job("lm", 257, "f32").questions() if q.number == number)
+    question.answers(engine.answer)  # makes the memory that later calls use
+    launched.clear()
+    with OnlyAllocates():
+        engine.answer(question.x, START, question.queries, number, question.wants, question.words, question.details)
+    assert tuple(launched) == LAUNCHES[number]

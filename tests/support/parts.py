@@ -154,14 +154,16 @@ def _about_draws(asked: Asked, x: Tensor) -> Iterator[Question]:
 
 
 def _about_lists(asked: Asked, x: Tensor) -> Iterator[Question]:
-    """Of a row that is valid, and one that is not."""
-    turn = x.shape[1] % 3
+    """Of a row that is valid, and one that is not: a few tokens, more than there are, and most of them."""
+    width = x.shape[1]
+    turn = width % 3
     x, queries = x[2:4].clone(), asked.queries[2:4]
-    x[0, x.shape[1] // 2] = (torch.nan, torch.inf, -torch.inf)[turn]
+    x[0, width // 2] = (torch.nan, torch.inf, -torch.inf)[turn]
     x[0] = -torch.inf if turn == 2 else x[0]
     yield Question(x, queries, FIRST, turn % 2, 1 + turn % 2)
     shares = bits_of(torch.full((2, 1), 0.9))
-    yield Question(x, queries, FIRST, 3, (5, x.shape[1] + 300)[turn == 1] + 2, shares)
+    words = (5, width + 300, width - width // 4)[turn]
+    yield Question(x, queries, FIRST, 3, words + 2, shares)
 
 
 def _told(told: Tensor, rank: int, ranks: int) -> tuple[Tensor, int]:
