@@ -16,7 +16,7 @@ import torch
 from cases import DTYPES, MAKERS, finish
 
 from fastsample import SamplingParams
-from fastsample.distributed.keys import HIGHEST, LOWEST, Kept, bits_of, key, words_of
+from fastsample.distributed.keys import HIGHEST, LOWEST, Kept, bits_of, key, no_words, words_of
 from fastsample.distributed.native import (
     ABOVE,
     BINS_OF,
@@ -118,7 +118,7 @@ def _about_sets(asked: Asked, x: Tensor) -> Iterator[Question]:
     queries = asked.parts[1].queries(asked.kept, asked.drawn)
     listed = ask(x, START, asked.queries, FIRST, 0, 5)
     listed[0, 1] = words_of(torch.tensor(torch.nan), torch.tensor(-1))
-    long = torch.cat([listed, listed[:, :1].expand(-1, 1200)], 1).contiguous()
+    long = torch.cat([no_words(ROWS, 1200, x.device), listed], 1)
     yield from (Question(x, asked.queries, WHOLE, wants, SUM_WORDS, listed) for wants in (0, 3))
     yield Question(x, asked.queries, WHOLE, 6, SUM_WORDS + 2 * BINS, long)
     yield from (Question(x, queries, SUMS, wants, SUM_WORDS) for wants in (0, 1, 2))
