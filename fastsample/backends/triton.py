@@ -20,6 +20,7 @@ from fastsample.backends.triton_launch import (
     on,
 )
 from fastsample.backends.triton_memory import ARRIVALS, SEMAPHORES, Layout, Memory, State, Table, history_words, kernels
+from fastsample.backends.triton_part import answer as answer_part
 from fastsample.backends.triton_tuned import known_parts
 from fastsample.backends.workspaces import Workspaces
 from fastsample.inputs import Bias, Rows
@@ -37,6 +38,7 @@ WORDS = 128  # of a kept set that are listed at once
 class TritonEngine(Engine):
     name = "triton"
     verifies = True
+    answer = answer_part
 
     def __init__(self) -> None:
         # Overrides of the tuning, for tests; results do not depend on it.
@@ -71,6 +73,9 @@ class TritonEngine(Engine):
             call = Call(self, logits, rows, out, verified)
             with call.memory.lock:
                 call.run()
+
+    def answers(self) -> bool:
+        return True
 
     def list_kept(self, bitmask: Tensor, row_ptr: Tensor, ids: Tensor) -> None:
         rows, words = bitmask.shape

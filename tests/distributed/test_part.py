@@ -7,48 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, MAKERS, finish
+from parts import ROWS, START, Asked
 
-from fastsample import SamplingParams
 from fastsample.backends import engine
-from fastsample.distributed.answers import Answers, EngineShard, open_queries
-from fastsample.distributed.keys import HIGHEST, LOWEST, Kept, everything, key, ordinal, value, words_of
+from fastsample.distributed.answers import Answers
+from fastsample.distributed.keys import everything, key, ordinal, value, words_of
 from fastsample.distributed.lists import list_first, unpacked
-from fastsample.distributed.shard import BINS, Drawn, Shard
-from fastsample.inputs import Rows
+from fastsample.distributed.shard import BINS, Shard
 
 Tensor = torch.Tensor
 
-ROWS, START = 7, 4321
 
-
-class Asked:
-    """A part of rows, and kept sets of all kinds: open, between places, above masses, empty."""
-
-    def __init__(self, maker: str, width: int, dtype: str) -> None:
-        g = torch.Generator().manual_seed(width)
-        x = finish(MAKERS[maker](ROWS, width, g), DTYPES[dtype])
-        # Parts may lie anywhere below the maximum.
-        peak = x.float().amax(-1, keepdim=True).clamp(min=-1e30) + torch.tensor([0, 0, 0, 0.5, 3, 20, 60])[:, None]
-        judged = torch.tensor([1, 1, 0.3, 2, 1, 1, 1])[:, None]
-        drawn = torch.where(torch.arange(ROWS)[:, None] == 2, 0.7, judged)
-        known = x, START, peak, judged, drawn
-        self.parts = [Shard(*known), EngineShard(*known, engine=engine("cpu"))]
-        keys = key(x.float(), torch.arange(START, START + width))
-        some = keys.gather(1, torch.randint(width, (ROWS, 2), generator=g)).sort(-1).values.clamp(min=LOWEST)
-        open_ = torch.tensor([[True], [False], [True], [False], [True], [True], [False]])
-        low = torch.where(open_, LOWEST, some[:, :1])
-        high = torch.where(
-            torch.tensor([[True], [True], [True], [False], [False], [True], [True]]), HIGHEST, some[:, 1:]
-        )
-        floor = torch.tensor([0, 0, 2**30, 5, 0, 2**39, 1])[:, None]
-        self.kept = Kept(high, low, floor)
-        top = torch.where(torch.arange(ROWS)[:, None] % 3 == 1, some[:, 1:], HIGHEST)
-        coin = torch.linspace(0.1, 0.9, ROWS)[:, None]
-        nothing = torch.zeros(ROWS, dtype=torch.int64)
-        self.drawn = Drawn(self.kept, top, coin, nothing, nothing)
-        self.x, self.queries = x, open_queries(judged, drawn)
-        self.rows = Rows(SamplingParams().pack(), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+class Both(Asked):
+    """The same, asked of either."""
 
     def both(self, question: str, *given: Any) -> None:
         want, got = (getattr(part, question)(*given) for part in self.parts)
@@ -56,8 +27,8 @@ class Asked:
 
 
 @pytest.fixture(params=["f32", "f16", "bf16"])
-def asked(request: pytest.FixtureRequest, maker: str, width: int) -> Asked:
-    return Asked(maker, width, request.param)
+def asked(request: pytest.FixtureRequest, maker: str, width: int) -> Both:
+    return Both(maker, width, request.param)
 
 
 pytestmark = [
@@ -66,7 +37,7 @@ pytestmark = [
 ]
 
 
-def test_first_words(asked: Asked) -> None:
+def test_first_words(asked: Both) -> None:
     """What a rank lists, and what it weighs beside its own maximum; a row that is invalid says so."""
     x = asked.x.clone()
     x[0, -1], x[1, 0], x[2] = torch.nan, torch.inf, -torch.inf
@@ -79,7 +50,7 @@ def test_first_words(asked: Asked) -> None:
         assert not got[:3, -1].any()
 
 
-def test_sums_of_whole_rows(asked: Asked) -> None:
+def test_sums_of_whole_rows(asked: Both) -> None:
     """The maximum is found among what is listed; a row that is invalid has no sums."""
     words = list_first(engine("reference"), asked.x, asked.rows, START, 3)
     words[0, 1] = words_of(torch.tensor(torch.nan), torch.tensor(-1))
@@ -90,12 +61,12 @@ def test_sums_of_whole_rows(asked: Asked) -> None:
         assert not got[0].any()
 
 
-def test_sums(asked: Asked) -> None:
+def test_sums(asked: Both) -> None:
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
         asked.both("sums", asked.kept, *wanted)
 
 
-def test_totals_and_bits(asked: Asked) -> None:
+def test_totals_and_bits(asked: Both) -> None:
     for first, count in ((True, True), (False, True), (True, False)):
         asked.both("totals", asked.drawn, first, count, None)
     bits = [torch.full((ROWS, -(-asked.x.shape[1] // 32)), 77, dtype=torch.int32) for _ in range(2)]
@@ -108,7 +79,7 @@ def test_totals_and_bits(asked: Asked) -> None:
     )
 
 
-def test_draws(asked: Asked) -> None:
+def test_draws(asked: Both) -> None:
     totals = asked.parts[0].totals(asked.drawn, False, False, None)
     asked.drawn.total, asked.drawn.rest = totals[:, 0] + 5 * (totals[:, 0] == 0), totals[:, 1]
     n = 6
@@ -123,11 +94,11 @@ def test_draws(asked: Asked) -> None:
     torch.testing.assert_close(*entropies, rtol=1e-8, atol=1e-9)
 
 
-def test_above(asked: Asked) -> None:
+def test_above(asked: Both) -> None:
     asked.both("above", torch.cat([asked.x[:, :1].float(), asked.x[:, -1:].float() + 0.25], 1))
 
 
-def test_bins_and_what_is_within(asked: Asked) -> None:
+def test_bins_and_what_is_within(asked: Both) -> None:
     asked.both("bins", asked.kept)
     for wanted in ((True, True), (False, False)):
         asked.both("whole", *wanted)
@@ -149,7 +120,7 @@ def test_bins_and_what_is_within(asked: Asked) -> None:
             assert int((ids >= 0).sum()) == inside
 
 
-def test_keys_are_in_the_rank_order(asked: Asked) -> None:
+def test_keys_are_in_the_rank_order(asked: Both) -> None:
     x = asked.x.float()
     keys = key(x, torch.arange(x.shape[1]))
     order = (x + 0.0).sort(dim=-1, descending=True, stable=True).indices

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from fastsample.backends.triton import WORDS
 from fastsample.backends.triton_launch import PROGRAMS_PER_SM, THREADS, compile_options
-from fastsample.kernels import keep, law, logprobs, outputs, process, sample
+from fastsample.kernels import keep, law, logprobs, outputs, part, part_draws, part_list, process, sample
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)} | {
@@ -43,6 +43,7 @@ POINTERS = {
     "given": "i64", "weights": "i64", "masses": "i64",
     "count": "i32", "bitmask": "i32", "log_kept_mass": "fp32", "entropy": "fp32", "ids": "i32",
     "drafts": "i64", "accepted": "i32", "ends": "i32", "arrivals": "i32",
+    "queries": "i64", "details": "i64", "answers": "i64", "sums": "i64",
 }  # fmt: skip
 # Bytes of spilled registers that are let pass: until Triton 3.6, a few loads of local memory a phase, none of them for
 # each logit. There each reduction in a loop holds a register for all of the loop, and that over phases has many.
@@ -106,6 +107,36 @@ def _kernels() -> Iterator[Kernel]:
     yield Kernel("collect", logprobs.collect, block, 1)
     yield Kernel("arrange raw", logprobs.arrange, {"RAW": True, "PROBS": False, "BLOCK": 32}, 0, float64=True)
     yield Kernel("arrange processed", logprobs.arrange, {"RAW": False, "PROBS": False, "BLOCK": 32}, 0, float64=True)
+    yield from _part_kernels()
+
+
+def _part_kernels() -> Iterator[Kernel]:
+    """Those for rows that are split over ranks."""
+    block = {"BLOCK": 4 * THREADS}
+    chunks = {"CHUNKS": 128} | block
+    wide, half = {"VEC": 8, "BLOCK": 8 * THREADS}, {"x": "bf16"}
+    every = {"WHOLE": True, "TOTAL": True, "PRODUCTS": True, "SPREAD": True, "BINS_AT": 9}
+    yield Kernel("part sums", part.sums, every | {"VEC": 4} | block, 3)
+    yield Kernel("part sums bf16", part.sums, every | wide, 3, half)
+    bins = {**every, "WHOLE": False, "TOTAL": False, "PRODUCTS": False, "SPREAD": False, "BINS_AT": 0}
+    yield Kernel("part bins", part.sums, bins | {"VEC": 4} | block, 1)
+    yield Kernel("part totals", part.totals, {"FIRST": True, "COUNT": True, "BITMASK": True} | chunks, 1)
+    yield Kernel("part ends", part.ends, chunks, 1)
+    yield Kernel("part bits", part.bits, block, 1)
+    yield Kernel("part given", part_list.given, {"BLOCK": 256}, 0)
+    yield Kernel("part above", part.above, block, 1)
+    yield Kernel("part count first", part_list.count_first, {"MASS": True, "FLAT": True} | block, 1)
+    yield Kernel("part count within", part_list.count_within, block, 1)
+    told = {"FIRST": True, "MASS": True, "FLAT": True} | chunks
+    yield Kernel("part tell first", part_list.tell, told, 1, float64=True)
+    told = {"FIRST": False, "MASS": False, "FLAT": False} | chunks
+    yield Kernel("part tell within", part_list.tell, told, 1)
+    yield Kernel("part weigh", part_draws.weigh, {"TELLS": False} | block, 1)
+    yield Kernel("part weigh entropy", part_draws.weigh, {"TELLS": True} | block, 1, float64=True)
+    yield Kernel("part draw", part_draws.draw, {"TELLS": True} | chunks, 1, float64=True)
+    yield Kernel("part weigh own", part_draws.weigh_own, {"RANKS": 32} | block, 1)
+    yield Kernel("part guess", part_draws.guess, {"RANKS": 32} | chunks, 1, float64=True)
+    yield Kernel("part guess bf16", part_draws.guess, {"RANKS": 32} | chunks | {"BLOCK": wide["BLOCK"]}, 1, half, True)
 
 
 KERNELS = {kernel.name: kernel for kernel in _kernels()}
@@ -141,7 +172,7 @@ class Measures:
     shared: int  # bytes
     spills: int  # bytes of local memory
     wide_loads: int  # of 16 bytes
-    fused: int  # multiply-adds that are no part of a division or a root rounded to nearest, or of a logarithm
+    fused: int  # multiply-adds that are no part of a division or a root rounded to nearest, of a logarithm or a power
     float64: int
     inexact: int  # approximate or flushing float instructions
 
@@ -177,7 +208,7 @@ def _source(path: str) -> list[str]:
     return [*Path(path).read_text().splitlines(), ""]  # the end of a loop that ends a file lies behind it
 
 
-DIVIDES = re.compile(r"div\.rn|div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(")
+DIVIDES = re.compile(r"div\.rn|div_rn\(|return a / b|float64\) / |tl\.log\(|tl\.sqrt\(|tl\.exp2\(")
 LINE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
 TWO_TO_32 = "0x4f800000"
