@@ -17,6 +17,7 @@ ROWS, VOCAB = 5, 3000
 CUTS = (0, 700, 700, 2999, VOCAB)  # one rank has nothing, one a single token
 G = torch.Generator().manual_seed(11)
 MADE = {"flat": flat(ROWS, VOCAB, G) * 0.7, "ties": ties(ROWS, VOCAB, G) / 4, "mixed": lm(ROWS, VOCAB, G)}
+MADE["runs"] = flat(ROWS, VOCAB // 30, G).repeat_interleave(30, 1) * 0.7  # of neighbours that are equal
 MADE["mixed"][::2] = MADE["flat"][::2]
 
 PARAMS: dict[str, dict[str, Any]] = {
