@@ -316,7 +316,7 @@ class SplitEngine(Engine):
         native = part.engine.answers() and part.x.shape[1] and part.kind == "logits"
         shard = EngineShard(*known, engine=part.engine) if native else Shard(*known)
         row = SplitRow(self.wire, shard, listed, ids, status, self.vocab, plan.wanted, lists.sums, undecided)
-        if lists.flat:
+        if lists.flat and plan.searches_once:
             row.look_ahead(lists.bins)
         return row
 

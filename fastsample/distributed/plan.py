@@ -61,7 +61,7 @@ class Plan:
         self.share = torch.where(self.greedy, 0.0, share)
         # Floors of the mass come before typical, and where rows ask for it before all.
         first_ = first_ | (params["typical_p"] < 1)
-        self._starts_with_search = len(searches) == 1 and self.searches_once and not self.lists_may_do
+        self._starts_with_search = bool(searches) and "top_n_sigma" not in self.used and not self.lists_may_do
         self._starts_with_search &= not bool((first_ & (params["min_p"] > 0)).any())
         self._queries: Tensor | None = None
         self._raw_queries: Tensor | None = None
@@ -101,7 +101,7 @@ class Plan:
         return self.measures(out) or not self.used.keys() <= {"top_k", "mass_floors"}
 
     def shows_flat(self, out: Outputs | None) -> bool:
-        """Whether rows need nothing but a search, if they are flat."""
+        """Whether rows need a search first of all, if they are flat."""
         return self._starts_with_search and (out is None or out.log_kept_mass is None)
 
     def shares(self, rows: int) -> Tensor:
