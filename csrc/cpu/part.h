@@ -100,16 +100,27 @@ struct Binning {
 // BinMass [kBins].
 template <class T>
 void write_bins(const PartRow<T>& p, int64_t* to) {
+  typedef uint64_t Pair __attribute__((vector_size(16)));  // a BinMass, which is added to at once
+  constexpr int kFew = 16;
   const LogitWeigher judge = p.weigher.judge();
   const Binning binning(judge);
   const Weighing weight(judge, p.kept.floor);
-  BinMass found[kBins + 1] = {};  // the last is for tokens that are not kept
+  Pair found[kBins + 1] = {};  // the last is for tokens that are not kept
   float buffer[kBlock];
   uint64_t mass[kBlock];
   int32_t bin[kBlock];
   for (int b = 0; b < blocks(p.dense); ++b) {
     if (!may_keep(p.dense, b, p.kept)) continue;
     const float* x = values(p.dense, b, buffer);
+    const BlockBits set =
+        block_bits(x, [&](vf v, int i) { return ranks_within(p.kept, v, ids(p.dense, b, i)); });
+    if (count(set) <= kFew) {
+      each_bit(set, [&](int i) {
+        const uint64_t own = judge.mass(x[i]);
+        if (own >= p.kept.floor) found[truncate(binning.place(splat(x[i])))[0]] += Pair{own, 1};
+      });
+      continue;
+    }
     weigh_each(p.dense, b, x, p.kept, weight, mass);
     for (int i = 0; i < kBlock; i += kLanes) {
       const Mask kept = ranks_within(p.kept, load(x + i), ids(p.dense, b, i));
@@ -118,11 +129,7 @@ void write_bins(const PartRow<T>& p, int64_t* to) {
     if (p.kept.floor) {
       for (int i = 0; i < kBlock; ++i) bin[i] = mass[i] ? bin[i] : kBins;
     }
-    for (int i = 0; i < kBlock; ++i) {
-      BinMass& own = found[bin[i]];
-      own.mass += mass[i];
-      ++own.tokens;
-    }
+    for (int i = 0; i < kBlock; ++i) found[bin[i]] += Pair{mass[i], 1};
   }
   memcpy(to, found, kBins * sizeof *found);
 }
