@@ -33,7 +33,13 @@ MODES: dict[str, dict[str, Any]] = {
     "typical .9": {"typical_p": 0.9},
     "T = 1": {},
     "T = 1, raw": {"logprobs": "raw"},
+    "T = 1, processed": {"logprobs": "processed"},
+    "p.95, reports": {"top_p": 0.95, "logprobs": "processed", "kept": "count", "entropy": True},
+    "p.95, typical .9": {"top_p": 0.95, "typical_p": 0.9},
+    "p.95, penalty, raw": {"top_p": 0.95, "repetition_penalty": 1.1, "logprobs": "raw"},
 }
+PENALISED = 64
+"""Ids of each row, where a mode has a penalty."""
 
 
 def run(vocab: int, batches: Iterable[int], ranks: int, logits: str, dtype: str, seconds: float) -> None:
@@ -82,6 +88,8 @@ def _rank(
         own = rows[:, rank * width : (rank + 1) * width].contiguous()
         split = Split(rank * width, vocab)
         for name, fields in MODES.items():
+            if "repetition_penalty" in fields:
+                fields = fields | {"output_ids": torch.arange(PENALISED).expand(batch, PENALISED)}
             steps = partial(_gathered, own, vocab, fields), partial(_split, split, own, fields)
             assert torch.equal(*(step().tokens for step in steps))
             before = split.rounds, split.sent

@@ -29,14 +29,9 @@ struct ListedRow {
 // What is noted of a row.
 struct Missing {
   const ListedRow& row;
-  int32_t draws;
 
   FS_MEMBER bool asked() const { return row.head.missing; }
   FS_MEMBER int64_t* details() const { return (int64_t*)(row.head.missing + 1); }
-  // [ranks]: what each has of what a search has found, and how many tokens.
-  FS_MEMBER int64_t* masses() const { return details() + room_for_details(draws); }
-  FS_MEMBER int64_t* tokens() const { return masses() + row.head.ranks; }
-
   FS_MEMBER void note(int64_t question) const {
     if (asked()) row.head.missing->question = question;
   }
@@ -107,10 +102,12 @@ struct ListedBase {
   List list = prefix.list;
   uint64_t beyond = bound_beyond();  // more than what any other token weighs
   bool decided = true;
-  int64_t heard = 0;      // answers
-  bool searched = false;  // and what the last search has found:
+  int64_t heard = 0;     // answers
+  int64_t searches = 0;  // and what the last of them has found:
   Kept<float> found = {};
-  Missing missing = {row, task.batch.out.num_samples};
+  const int64_t* masses = nullptr;  // [ranks], of what each has, and how many tokens
+  const int64_t* tokens = nullptr;
+  Missing missing = {row};
 
   // Whether the list holds all of a set.
   FS_MEMBER bool holds(const Kept<float>& kept) const {
@@ -120,7 +117,7 @@ struct ListedBase {
   FS_MEMBER bool is_whole(const Kept<float>& kept) const {
     return bounds_of(kept) == kUnbounded && !kept.floor;
   }
-  FS_MEMBER bool has_found(const Kept<float>& kept) const { return searched && equal(kept, found); }
+  FS_MEMBER bool has_found(const Kept<float>& kept) const { return searches && equal(kept, found); }
   FS_MEMBER void require(bool known) { decided &= known; }
 
   // What ranks answer, `details` having been noted; or none.
@@ -156,18 +153,18 @@ struct ListedBase {
   }
 };
 
-// The tokens of a set that reach a target, in rank order or by their distance from a mean. Ranks
-// tell their bins, and then their tokens in those that may hold the last of these.
-Kept<float> search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint64_t target,
-                   float mean = 0) {
+// Fills in what is told of a search, where ranks have told all that it takes. They tell their bins,
+// and then their tokens in those that may hold the last of the tokens that reach the target.
+void run_search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint64_t target, float mean,
+                int64_t* to) {
   constexpr int64_t kWords = kBins * (int64_t)(sizeof(BinMass) / sizeof(int64_t));
-  const Missing& missing = base.missing;
+  const int64_t ranks = base.row.head.ranks;
   const PartQuery query = base.query_of(kept);
   const Answered* bins = base.hear(query, kMassOfBins, 0, kWords, kWords);
-  if (!bins) return kept;
+  if (!bins) return;
   PlaceSearch s = {base.judge.max,
                    base.judge.scale,
-                   base.row.head.ranks,
+                   ranks,
                    by,
                    target,
                    mean,
@@ -178,16 +175,33 @@ Kept<float> search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint6
   base.require(u.most <= kMostTold);
   if (u.most) {
     const int64_t where[] = {u.begin, u.in, u.out, u.end};
-    if (missing.asked()) memcpy(missing.details(), where, sizeof where);
+    memcpy(base.missing.details(), where, sizeof where);
     const Answered* words = base.hear(query, kWithin, 0, u.most, u.most, 4);
-    if (words) s.words = {words->first, words->stride};
-    if (words) s.words_of_rank = words->words;
+    if (!words) return;
+    s.words = {words->first, words->stride};
+    s.words_of_rank = words->words;
   }
+  const NearSide near = near_side(s, to + 3, to + 3 + ranks);
+  to[0] = base.heard;
+  to[1] = near.low;
+  to[2] = near.high;
+}
+
+// The tokens of a set that reach a target, in rank order or by their distance from a mean.
+Kept<float> search(ListedBase& base, const Kept<float>& kept, SearchBy by, uint64_t target,
+                   float mean = 0) {
+  const ListedQuery& head = base.row.head;
+  base.require(base.missing.asked() && base.searches < kSearches);
   if (!base.decided) return kept;
-  const NearSide near = near_side(s, missing.masses(), missing.tokens());
-  base.searched = true;
-  base.found = narrow_above(kept, place_of_key(near.low));
-  if (near.high != kHighestKey) base.found = narrow_below(base.found, place_of_key(near.high));
+  int64_t* const to = head.found + base.searches * words_of_search(head.ranks);
+  if (!to[0]) run_search(base, kept, by, target, mean, to);
+  if (!base.decided) return kept;
+  base.heard = to[0];
+  ++base.searches;
+  base.masses = to + 3;
+  base.tokens = base.masses + head.ranks;
+  base.found = narrow_above(kept, place_of_key(to[1]));
+  if (to[2] != kHighestKey) base.found = narrow_below(base.found, place_of_key(to[2]));
   return base.found;
 }
 

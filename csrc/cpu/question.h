@@ -57,15 +57,20 @@ struct ListedQuery {
   const int64_t* lists;        // [ranks, tokens]
   int64_t tokens;
   const int64_t* sums;  // [kSumWords] of the whole row, or null
-  const Answered*
-      answered;  // [num_answered], to what was missing so far, one after the other;
-                 // but for bins of the whole row, of which all ranks may have told before
+  // [num_answered], to what was missing so far, one after the other; but for bins of the whole row,
+  // of which all ranks may have told before.
+  const Answered* answered;
   int64_t num_answered;
-  ListedMissing* missing;  // to note it; null where nobody is asked. Details follow,
-                           // room_for_details of them, and int64 [2, ranks] for the mass of what a
-                           // search has found, and how many tokens.
+  // To note it; null where nobody is asked. room_for_details details follow.
+  ListedMissing* missing;
+  int64_t* found;  // [kSearches, words_of_search(ranks)], zeros at first: what searches have found
 };
 inline constexpr int64_t room_for_details(int64_t draws) { return draws > 4 ? draws : 4; }
+
+// Of a search that has ended: how many answers have been heard by then; the bounds of what it has
+// found, as keys; and the mass that each rank has of that, and how many tokens.
+constexpr int64_t kSearches = 3;
+inline constexpr int64_t words_of_search(int64_t ranks) { return 3 + 2 * ranks; }
 
 constexpr int32_t kUndecided = -1;  // instead of a row's status: ranks must tell more to decide it
 

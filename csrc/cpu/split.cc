@@ -71,15 +71,19 @@ class SplitRows {
   }
 
   int64_t sample_known() {
-    note_ = words_of<ListedMissing>() + room_for_details(draws_) + 2 * split_.ranks;
-    if (split_.asks) notes_.assign((size_t)(count_ * note_), 0);
+    const int64_t searches = kSearches * words_of_search(split_.ranks);
+    note_ = words_of<ListedMissing>() + room_for_details(draws_);
+    if (split_.asks) {
+      notes_.assign((size_t)(count_ * note_), 0);
+      found_.resize((size_t)(count_ * searches));
+    }
     std::vector<ListedQuery> table;
     for (int64_t r = 0; r < count_; ++r) {
       const auto& answered = answered_[(size_t)r];
       const int64_t* sums = (const int64_t*)split_.sums + r * kSumWords;
       table.push_back({split_.vocab, split_.ranks, split_.rank, messages_.lists(r), split_.tokens,
                        knows_sums_ ? sums : nullptr, answered.data(), (int64_t)answered.size(),
-                       split_.asks ? &note(r) : nullptr});
+                       split_.asks ? &note(r) : nullptr, found_.data() + r * searches});
     }
     // The width decides how much scratch there is: enough for all lists.
     constexpr int64_t kWidth = 2 * words_of<ListedQuery>();
@@ -277,6 +281,7 @@ class SplitRows {
   std::vector<std::vector<Answered>> answered_;  // [B]
   Words raw_masses_;                             // [B], if they are known
   Words drawn_;  // [B, num_samples], of rows whose tokens are not all listed; keys as given
+  Words found_;  // [B, kSearches, ...]
   Words notes_;
   int64_t note_ = 0;  // words of each
   bool knows_sums_ = false;

@@ -161,4 +161,4 @@ class Wire:
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """One whose tensors the group carries."""
     kind = dist.get_backend_config(group).split(":")[0]
-    return torch.device(kind, torch.get_device_module(kind).current_device())
+    return torch.device(kind, getattr(torch, kind).current_device())
