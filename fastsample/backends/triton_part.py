@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from fastsample.backends import Outputs
-from fastsample.backends.triton_launch import launch_options, on
-from fastsample.backends.triton_memory import ARRIVALS, Layout, Table, kernels
-from fastsample.inputs import Rows
-
-if TYPE_CHECKING:
-    from fastsample.backends.triton import TritonEngine
+from fastsample.backends.triton_memory import ARRIVALS, Layout, Memory, State, Table, kernels
 
 Tensor = torch.Tensor
 
@@ -23,25 +17,13 @@ LOOKED_UP = 256  # tokens at a time
 MIN_CHUNKS, MIN_RANKS = 128, 32  # smaller sizes are not worth kernels of their own
 
 
-def answer(
-    engine: TritonEngine,
-    x: Tensor,
-    start: int,
-    queries: Tensor,
-    question: int,
-    wants: int,
-    words: int,
-    details: Tensor | None = None,
-    bitmask: Tensor | None = None,
-) -> Tensor:
-    """`Engine.answer`, as csrc/cpu/part.h has it; but whether a part is flat is estimated by other tokens. Never waits
-    for the device."""
-    if not len(x):
-        return queries.new_empty(0, words)
-    with torch.no_grad(), on(x.device):
-        asked = Asked(engine, x, start, queries, wants, words, details, bitmask)
-        with asked.memory.lock:
-            return QUESTIONS[question](asked)
+class Launches(Protocol):
+    """What this takes of `fastsample.backends.triton.Call`."""
+
+    memory: Memory
+    options: dict[str, Any]
+
+    def sample(self, name: str, table: Table, records: Tensor, status: Tensor) -> State: ...
 
 
 class Asked:
@@ -49,8 +31,9 @@ class Asked:
 
     def __init__(
         self,
-        engine: TritonEngine,
-        x: Tensor,
+        call: Launches,
+        table: Table,
+        layout: Layout,
         start: int,
         queries: Tensor,
         wants: int,
@@ -58,20 +41,19 @@ class Asked:
         details: Tensor | None,
         bitmask: Tensor | None,
     ) -> None:
-        from fastsample.backends.triton import ROUNDS, Call
-
-        self.x, self.start, self.queries, self.wants, self.words = x, start, queries, wants, words
+        self.call, self.memory, self.options = call, call.memory, call.options
+        self.table, self.layout = table, layout
+        self.x, self.start, self.queries, self.wants, self.words = table.x, start, queries, wants, words
         self.bitmask = bitmask
         self.width = 0 if details is None else details.shape[1]
         self.details = queries if details is None else details
-        self.batch, self.vocab = x.shape
-        self.table = Table(x, ROUNDS[x.dtype])
-        self.layout: Layout = engine.layout(self.table)
-        self.options = launch_options(x.device)
-        # Draws are none of the call's: these seeds are never looked at.
-        rows = Rows(queries, queries[:, 0], queries[:, 0])
-        self.call = Call(engine, x, rows, Outputs(queries), None)
-        self.memory = self.call.memory
+        self.batch, self.vocab = table.x.shape
+
+    def answer(self, question: int) -> Tensor:
+        """The answers for each row, int64 [B, words], as csrc/cpu/part.h has them; but whether a part is flat is
+        estimated by other tokens. Never waits for the device."""
+        with self.memory.lock:
+            return QUESTIONS[question](self)
 
     @property
     def row(self) -> tuple[Any, ...]:
