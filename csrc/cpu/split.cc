@@ -83,7 +83,8 @@ class SplitRows {
       const int64_t* sums = (const int64_t*)split_.sums + r * kSumWords;
       table.push_back({split_.vocab, split_.ranks, split_.rank, messages_.lists(r), split_.tokens,
                        knows_sums_ ? sums : nullptr, answered.data(), (int64_t)answered.size(),
-                       split_.asks ? &note(r) : nullptr, found_.data() + r * searches});
+                       split_.asks ? &note(r) : nullptr,
+                       split_.asks ? found_.data() + r * searches : nullptr});
     }
     // The width decides how much scratch there is: enough for all lists.
     constexpr int64_t kWidth = 2 * words_of<ListedQuery>();
