@@ -76,7 +76,8 @@ void RawRows::find_listed(int64_t r, int64_t* keys) const {
   const SplitArguments& split = drawn_.split;
   const int64_t* tokens = (const int64_t*)call_.out.tokens + r * raw_.draws();
   const int64_t step = split.keeps_all ? split.tokens : 1, even = split.tokens + split.tokens % 2;
-  const float* given = (const float*)split.listed_raw + r * split.ranks * even;
+  const float* given = nullptr;
+  if (edited()) given = (const float*)split.listed_raw + r * split.ranks * even;
   for (int64_t i = 0; i < split.ranks * split.tokens; i += step) {
     Place<float> token = token_of_word(drawn_.lists(r)[i]);
     if (!is_token(token)) continue;
