@@ -285,7 +285,7 @@ py::tuple sample_split_rows(const SplitArguments& split, const RowArguments& row
                             gather((int64_t)own, words, (int64_t)found);
                           }};
   const SplitResult result = sample_split(split, rows, call, host);
-  return py::make_tuple(result.invalid, result.knows_sums);
+  return py::make_tuple(result.invalid, result.knows_sums, result.tells_raw);
 }
 
 // Returns what has happened, the rank that is to blame, and the round.
@@ -335,7 +335,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("answer", &fs::answer, "Answer what is asked of a part of rows.");
   m.def("sample_split", &fs::sample_split_rows,
         "Fill outputs of rows whose lists all ranks know; returns the number of invalid rows, and "
-        "whether sums of them are known.");
+        "whether sums and raw log-probabilities of them are known.");
   m.def("search", &fs::search_rows, "Answer what all ranks' answers tell of rows.");
   m.def("exchange", &fs::exchange_at, "Exchange messages with the other ranks of this machine.");
   m.def("exchange_bytes", &fs::SharedPlaces::bytes_of, "How much memory that takes.");

@@ -90,26 +90,21 @@ FASTSAMPLE_RECORD(SearchQuery,  //
                   mean);        // float
 // and of draws, before what each rank has.
 FASTSAMPLE_RECORD(DrawQuery, seed, offset, rank, ranks);
-// Rows of which all ranks know the lists, and how to decide them (cpu/split.h).
+// Rows that are split, once all ranks have told their first tokens (cpu/split.h).
 FASTSAMPLE_RECORD(SplitArguments,             //
                   start, vocab, rank, ranks,  // of this rank's first token; of the whole rows
-                  lists, tokens,              // int64 [B, ranks * tokens]
-                  queries,                    // PartQuery [B], of whole rows
-                  raw_queries,                // the same at temperature 1, if raw log-probabilities
-                                              // are wanted
-                  wanted,                     // SumsWanted
-                  keeps_all,                  // whether rows keep everything: a list is then a
-                                              // token, and its rank's mass beside that
+                  told, told_words,           // int64 [ranks, B, words], as cpu/told.h has it
+                  listed, raw_listed,         // how many tokens of a row a rank lists there
+                  keeps_all,            // whether rows keep everything, and lists end in masses
+                  judges, tells_edits,  // whether all tell if they are flat, and edited
+                  queries,              // PartQuery [B], of whole rows
+                  raw_queries,  // the same at temperature 1, if raw log-probabilities are wanted
+                  wanted,       // SumsWanted
                   tells_sums, may_tell_sums,  // before all else; where lists do not decide a row
-                  flat, asks,                 // whether sums come with bins; whether to ask more
-                  sums, bins,  // int64 [B, kSumWords]; where rows stay undecided, and `flat`,
+                  asks,                       // whether to ask more
+                  sums, bins,  // int64 [B, kSumWords]; where rows stay undecided, and are flat,
                                // BinMass [ranks, B, kBins]
-                  raw_lists, raw_tokens,  // int64 [B, ranks * raw_tokens], of rows as they
-                                          // were given; 0 where nothing is edited
-                  listed_raw,             // float32 [B, ranks, tokens, or one more to be
-                                          // even], of `lists`
-                  edited,                 // whether these are others than those that are drawn from
-                  raw_logits, raw_stride, raw_dtype);  // [B, V] of this rank, then
+                  raw_logits, raw_stride, raw_dtype);  // [B, V] of this rank, as they were given
 
 #undef FASTSAMPLE_RECORD
 

@@ -6,23 +6,18 @@
 #include "core/place.h"
 #include "cpu/question.h"
 #include "cpu/split.h"
+#include "cpu/told.h"
 
 namespace fastsample {
 
-inline void append(Words& to, const int64_t* from, int64_t words) {
-  to.insert(to.end(), from, from + words);
-}
-
 struct Messages {
   const SplitArguments& split;
+  const Lists& lists;
   const CallArguments& call;
   const SplitHost& host;
 
   int64_t rows() const { return call.logits.rows; }
   int64_t draws() const { return call.out.num_samples; }
-  const int64_t* lists(int64_t r) const {
-    return (const int64_t*)split.lists + r * split.ranks * split.tokens;
-  }
   Words all_rows() const {
     Words rows_;
     for (int64_t r = 0; r < rows(); ++r) rows_.push_back(r);
@@ -42,18 +37,11 @@ struct Messages {
     return found;
   }
 
-  // f(word) for each token of a row's lists.
-  template <class F>
-  void each_listed(int64_t r, F f) const {
-    const int64_t step = split.keeps_all ? split.tokens : 1;
-    for (int64_t i = 0; i < split.ranks * split.tokens; i += step) f(lists(r)[i]);
-  }
-
   // Sums of whole rows, int64 [B, words].
   Words answer_whole(int64_t queries, int64_t wants, int64_t words) const {
     Words tokens;
     for (int64_t r = 0; r < rows(); ++r) {
-      each_listed(r, [&](int64_t word) { tokens.push_back(word); });
+      lists.each(r, [&](int64_t word) { tokens.push_back(word); });
     }
     PartArguments ask = {};
     ask.question = kWhole;

@@ -30,8 +30,9 @@ class SplitRows {
       : split_(split),
         rows_(rows),
         out_(call.out),
-        messages_{split, call, host},
-        raw_(messages_),
+        told_(split, call.logits.rows),
+        messages_{split, told_.lists, call, host},
+        raw_(messages_, told_),
         count_(messages_.rows()),
         draws_(messages_.draws()),
         status_((int32_t*)out_.status),
@@ -44,18 +45,18 @@ class SplitRows {
 
   SplitResult run() {
     if (split_.keeps_all) return draw_from_all();
-    if (split_.tells_sums) tell_whole();
+    if (split_.tells_sums || told_.flat) tell_whole();
     int64_t invalid = sample();
     if (is_open() && !knows_sums_ && split_.may_tell_sums) {
       tell_whole();
       invalid = sample();
     }
     if (is_open()) {
-      if (split_.flat) tell_bins();
-      return {kOpenRows, knows_sums_};
+      if (told_.flat) tell_bins();
+      return {kOpenRows, knows_sums_, false};
     }
     raw_.write(raw_masses_, drawn_);
-    return {invalid, knows_sums_};
+    return {invalid, knows_sums_, raw_.wanted()};
   }
 
  private:
@@ -81,14 +82,14 @@ class SplitRows {
     for (int64_t r = 0; r < count_; ++r) {
       const auto& answered = answered_[(size_t)r];
       const int64_t* sums = (const int64_t*)split_.sums + r * kSumWords;
-      table.push_back({split_.vocab, split_.ranks, split_.rank, messages_.lists(r), split_.tokens,
-                       knows_sums_ ? sums : nullptr, answered.data(), (int64_t)answered.size(),
-                       split_.asks ? &note(r) : nullptr,
+      table.push_back({split_.vocab, split_.ranks, split_.rank, told_.lists.of(r),
+                       told_.lists.tokens, knows_sums_ ? sums : nullptr, answered.data(),
+                       (int64_t)answered.size(), split_.asks ? &note(r) : nullptr,
                        split_.asks ? found_.data() + r * searches : nullptr});
     }
     // The width decides how much scratch there is: enough for all lists.
     constexpr int64_t kWidth = 2 * words_of<ListedQuery>();
-    const int64_t width = std::max(kWidth, split_.ranks * split_.tokens);
+    const int64_t width = std::max(kWidth, split_.ranks * told_.lists.tokens);
     const LogitsArguments logits = {
         (int64_t)table.data(), kWidth, count_, width, kFloat32, kListed};
     return messages_.host.sample(batch_of(rows_, {logits, out_}));
@@ -116,8 +117,8 @@ class SplitRows {
     for (const Group& group : groups) answer(group, own);
     if (groups.empty()) return false;
     const auto stride = (int64_t)own.size();
-    told_.push_back(messages_.gather(own));
-    const int64_t* at = told_.back().data();
+    heard_.push_back(messages_.gather(own));
+    const int64_t* at = heard_.back().data();
     for (const Group& group : groups) {
       for (int64_t r : group.rows) {
         keep(r, {group.missing.question, at, stride, group.missing.told});
@@ -160,7 +161,7 @@ class SplitRows {
   // Sums of all rows; with their bins if rows are flat, and with the mass for raw
   // log-probabilities.
   void tell_whole() {
-    const int64_t bins = split_.flat ? 2 * kBins : 0, n = kSumWords + bins;
+    const int64_t bins = told_.flat ? 2 * kBins : 0, n = kSumWords + bins;
     const int64_t wants = split_.wanted | (bins ? (int64_t)kWantsBins : 0);
     const Words sums = messages_.answer_whole(split_.queries, wants, n);
     const Words raw = raw_.masses();
@@ -182,9 +183,9 @@ class SplitRows {
     }
     knows_sums_ = true;
     if (!bins) return;
-    told_.push_back(std::move(found));
+    heard_.push_back(std::move(found));
     for (int64_t r = 0; r < count_; ++r) {
-      keep(r, {kMassOfBins, told_.back().data() + r * words + kSumWords, count_ * words, bins});
+      keep(r, {kMassOfBins, heard_.back().data() + r * words + kSumWords, count_ * words, bins});
     }
   }
 
@@ -205,13 +206,13 @@ class SplitRows {
     PartArguments ask = {};
     ask.question = kOwned;
     ask.wants = split_.rank;
-    ask.count = split_.ranks * split_.tokens + 2;
+    ask.count = split_.ranks * told_.lists.tokens + 2;
     ask.words = words;
     const Batch batch = batch_of(rows_, messages_.call);
     Words given;
     for (int64_t r = 0; r < count_; ++r) {
       const Stream stream = stream_of(batch, r);
-      append(given, messages_.lists(r), ask.count - 2);
+      append(given, told_.lists.of(r), ask.count - 2);
       given.insert(given.end(), {(int64_t)stream.seed, (int64_t)stream.offset});
     }
     const auto* queries = (const PartQuery*)split_.queries;
@@ -237,9 +238,9 @@ class SplitRows {
       if (at_one) raw_masses_[(size_t)r] = (int64_t)mass;
       invalid += status_[r] != 0;
     }
-    if (is_open()) return {kOpenRows, false};
+    if (is_open()) return {kOpenRows, false, false};
     raw_.write(raw_masses_, drawn_);
-    return {invalid, false};
+    return {invalid, false, raw_.wanted()};
   }
 
   // Status and tokens of a row, by each rank's mass, or a status below 0, and candidates; the mass
@@ -268,17 +269,18 @@ class SplitRows {
     const auto* own = (const PartQuery*)split_.queries;
     const auto* raw = (const PartQuery*)split_.raw_queries;
     const auto same = [](const PartQuery& a, const PartQuery& b) { return a.scale == b.scale; };
-    return raw && !split_.edited && std::equal(own, own + count_, raw, same);
+    return raw_.wanted() && !told_.edited && std::equal(own, own + count_, raw, same);
   }
 
   const SplitArguments& split_;
   const RowArguments& rows_;
   OutputArguments out_;
+  const Told told_;
   const Messages messages_;
   const RawRows raw_;
   const int64_t count_, draws_;
   int32_t* const status_;
-  std::deque<Words> told_;                       // messages, in which all answers are
+  std::deque<Words> heard_;                      // messages, in which all answers are
   std::vector<std::vector<Answered>> answered_;  // [B]
   Words raw_masses_;                             // [B], if they are known
   Words drawn_;  // [B, num_samples], of rows whose tokens are not all listed; keys as given

@@ -3,14 +3,12 @@
 #pragma once
 
 #include <functional>
-#include <vector>
 
 #include "core/arguments.h"
 #include "cpu/kernel.h"
+#include "cpu/told.h"
 
 namespace fastsample {
-
-typedef std::vector<int64_t> Words;
 
 // What a call takes from outside.
 struct SplitHost {
@@ -24,10 +22,11 @@ struct SplitHost {
 };
 
 // The number of invalid rows, or kOpenRows where it takes other questions to decide some row, whose
-// status is then kUndecided; and whether ranks have told sums of the whole rows.
+// status is then kUndecided; whether ranks have told sums of the whole rows; and whether raw
+// log-probabilities are written.
 struct SplitResult {
   int64_t invalid;
-  bool knows_sums;
+  bool knows_sums, tells_raw;
 };
 constexpr int64_t kOpenRows = -1;
 

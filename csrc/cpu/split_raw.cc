@@ -9,17 +9,7 @@
 namespace fastsample {
 namespace {
 
-// Rows of a rank's own logits, and what all ranks list of them.
-SplitArguments raw_split(SplitArguments split) {
-  if (!split.raw_lists) return split;
-  split.lists = split.raw_lists;
-  split.tokens = split.raw_tokens;
-  split.keeps_all = false;  // so that lists have nothing but tokens
-  return split;
-}
-
 CallArguments raw_call(CallArguments call, const SplitArguments& split) {
-  if (!split.edited) return call;
   call.logits.logits = split.raw_logits;
   call.logits.logits_stride = split.raw_stride;
   call.logits.dtype = split.raw_dtype;
@@ -32,11 +22,13 @@ bool is_token(Place<float> token) { return token.id >= 0 && token.x > -INFINITY;
 
 }  // namespace
 
-RawRows::RawRows(const Messages& drawn)
+RawRows::RawRows(const Messages& drawn, const Told& told)
     : drawn_(drawn),
-      split_(raw_split(drawn.split)),
-      call_(raw_call(drawn.call, drawn.split)),
-      raw_{split_, call_, drawn.host} {}
+      told_(told),
+      split_(drawn.split),
+      call_(told.edited ? raw_call(drawn.call, drawn.split) : drawn.call),
+      raw_{split_, told.given.tokens ? told.given : drawn.lists, call_, drawn.host},
+      wanted_(split_.raw_queries && told.lists_given(call_.out.num_top)) {}
 
 Words RawRows::masses() const {
   if (!wanted()) return {};
@@ -47,7 +39,7 @@ Words RawRows::masses() const {
 }
 
 void RawRows::translate(int64_t* answers, const Words& rows, int64_t words, KeysAt at) const {
-  if (!wanted() || !edited()) return;
+  if (!wanted() || !told_.edited) return;
   const int64_t n = (int64_t)rows.size(), end = split_.start + call_.logits.vocab;
   const auto key = [&](int64_t k, int64_t i) -> int64_t& {
     return answers[k * words + at.begin + i * at.step];
@@ -73,15 +65,14 @@ void RawRows::translate(int64_t* answers, const Words& rows, int64_t words, Keys
 
 // The keys of a row's tokens, which are listed.
 void RawRows::find_listed(int64_t r, int64_t* keys) const {
-  const SplitArguments& split = drawn_.split;
+  const Lists& lists = drawn_.lists;
   const int64_t* tokens = (const int64_t*)call_.out.tokens + r * raw_.draws();
-  const int64_t step = split.keeps_all ? split.tokens : 1, even = split.tokens + split.tokens % 2;
-  const float* given = nullptr;
-  if (edited()) given = (const float*)split.listed_raw + r * split.ranks * even;
-  for (int64_t i = 0; i < split.ranks * split.tokens; i += step) {
-    Place<float> token = token_of_word(drawn_.lists(r)[i]);
+  const auto* given = (const float*)told_.logits.of(r);
+  for (int64_t i = 0; i < lists.ranks * lists.tokens; i += lists.step) {
+    Place<float> token = token_of_word(lists.of(r)[i]);
     if (!is_token(token)) continue;
-    if (edited()) token.x = given[i / split.tokens * even + i % split.tokens];
+    if (told_.edited)
+      token.x = given[i / lists.tokens * 2 * told_.logits.tokens + i % lists.tokens];
     for (int64_t j = 0; j < raw_.draws(); ++j) {
       if (token.id == tokens[j]) keys[j] = key_of_place(token);
     }
@@ -91,13 +82,14 @@ void RawRows::find_listed(int64_t r, int64_t* keys) const {
 // How many tokens lie above each of these, as lists tell it; whether they do: a rank that lists a
 // token no higher has listed all that are.
 bool RawRows::count_above(int64_t r, const int64_t* keys, int64_t* above) const {
-  const int64_t step = split_.keeps_all ? split_.tokens : 1, draws = raw_.draws();
+  const Lists& lists = raw_.lists;
+  const int64_t draws = raw_.draws();
   float lowest = INFINITY;  // of the draws
   for (int64_t j = 0; j < draws; ++j) lowest = std::min(lowest, logit_of(keys[j]));
-  for (int64_t rank = 0; rank < split_.ranks; ++rank) {
-    const int64_t* list = raw_.lists(r) + rank * split_.tokens;
+  for (int64_t rank = 0; rank < lists.ranks; ++rank) {
+    const int64_t* list = lists.of(r) + rank * lists.tokens;
     float last = INFINITY;
-    for (int64_t i = 0; i < split_.tokens; i += step) {
+    for (int64_t i = 0; i < lists.tokens; i += lists.step) {
       const float x = token_of_word(list[i]).x;
       last = std::min(last, x);
       for (int64_t j = 0; j < draws; ++j) above[j] += x > logit_of(keys[j]);
@@ -128,7 +120,7 @@ Words RawRows::answer_above(const Words& rows, const Words& keys) const {
 // Whether no rank has found a NaN or an infinity, which it then lists.
 bool RawRows::is_sound(int64_t r) const {
   bool sound = true;
-  raw_.each_listed(r, [&](int64_t word) { sound &= token_of_word(word).x < INFINITY; });
+  raw_.lists.each(r, [&](int64_t word) { sound &= token_of_word(word).x < INFINITY; });
   return sound;
 }
 
@@ -137,7 +129,7 @@ void RawRows::write_row(int64_t r, int64_t mass, const int64_t* keys, const int6
   const bool valid = !((const int32_t*)out.status)[r], sound = valid && is_sound(r);
   float peak = -INFINITY;
   Words first;
-  raw_.each_listed(r, [&](int64_t word) {
+  raw_.lists.each(r, [&](int64_t word) {
     const Place<float> token = token_of_word(word);
     if (!is_token(token)) return;
     peak = std::max(peak, token.x);

@@ -10,14 +10,14 @@ struct KeysAt {
   int64_t begin, count, step;
 };
 
-// The first message has told of these rows too, where ranks may have edited them; otherwise they
+// The first message has told of these rows, too, where ranks may have edited them; otherwise they
 // are those that are drawn from.
 class RawRows {
  public:
-  explicit RawRows(const Messages& drawn);
+  RawRows(const Messages& drawn, const Told& told);
   RawRows(const RawRows&) = delete;
 
-  bool wanted() const { return split_.raw_queries; }
+  bool wanted() const { return wanted_; }
 
   // This rank's masses of whole rows at temperature 1; nothing where they are not wanted.
   Words masses() const;
@@ -32,7 +32,6 @@ class RawRows {
   void write(const Words& masses, const Words& drawn) const;
 
  private:
-  bool edited() const { return drawn_.split.edited; }
   void find_listed(int64_t r, int64_t* keys) const;
   bool count_above(int64_t r, const int64_t* keys, int64_t* above) const;
   Words answer_above(const Words& rows, const Words& keys) const;
@@ -40,9 +39,11 @@ class RawRows {
   void write_row(int64_t r, int64_t mass, const int64_t* keys, const int64_t* above) const;
 
   const Messages& drawn_;
-  const SplitArguments split_;
-  const CallArguments call_;
-  const Messages raw_;  // of those two
+  const Told& told_;
+  const SplitArguments& split_;
+  const CallArguments call_;  // of rows as they were given
+  const Messages raw_;        // likewise
+  const bool wanted_;
 };
 
 }  // namespace fastsample

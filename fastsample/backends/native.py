@@ -36,9 +36,10 @@ PART_QUERY_FIELDS = ("high", "low", "floor", "top", "coin", "peak", "scale", "ju
 SEARCH_QUERY_FIELDS = ("ranks", "by", "target", "mean")
 DRAW_QUERY_FIELDS = ("seed", "offset", "rank", "ranks")
 SPLIT_FIELDS = (
-    *("start", "vocab", "rank", "ranks", "lists", "tokens", "queries", "raw_queries", "wanted", "keeps_all"),
-    *("tells_sums", "may_tell_sums", "flat", "asks", "sums", "bins"),
-    *("raw_lists", "raw_tokens", "listed_raw", "edited", "raw_logits", "raw_stride", "raw_dtype"),
+    *("start", "vocab", "rank", "ranks", "told", "told_words", "listed", "raw_listed"),
+    *("keeps_all", "judges", "tells_edits", "queries", "raw_queries", "wanted"),
+    *("tells_sums", "may_tell_sums", "asks", "sums", "bins"),
+    *("raw_logits", "raw_stride", "raw_dtype"),
 )
 """The last five are of rows that are split over ranks (fastsample/distributed/answers.py)."""
 

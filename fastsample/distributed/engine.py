@@ -14,8 +14,8 @@ from fastsample.distributed.agreement import DRAFTS, require_agreement
 from fastsample.distributed.answers import Answers, EngineShard
 from fastsample.distributed.filters import filters, xtc
 from fastsample.distributed.host import give_back, outputs_on_host, rows_on_host
-from fastsample.distributed.keys import HIGHEST, by_row, everything, no_words, value_of
-from fastsample.distributed.lists import Lists, RawLists, list_first, mark_invalid, unpacked
+from fastsample.distributed.keys import HIGHEST, everything, no_words, value_of
+from fastsample.distributed.lists import Lists, list_first, mark_invalid, unpacked
 from fastsample.distributed.local import is_edited, process, process_probs, without_edits
 from fastsample.distributed.outputs import Found, as_given, compact, translate, write_listed
 from fastsample.distributed.plan import Plan, is_of_kept, is_of_tokens
@@ -237,7 +237,7 @@ class SplitEngine(Engine):
         count = 1 if draws_from_all else plan.count(out, apart > 0)
         lists, rows = self._exchange(part, rows, count, draws_from_all, judges, masks, apart)
         if masks:
-            self._masks = not lists.given
+            self._masks = not lists.as_given
         invalid: int | None = OPEN
         if draws_from_all or (native and (plan.asks(out) or not (plan.open or lists.flat))):
             invalid = sample_split(self.wire, part.answers, self.vocab, plan, lists, rows, out)
@@ -257,9 +257,7 @@ class SplitEngine(Engine):
         ask_edited: bool = False,
         apart: int = 0,
     ) -> tuple[Lists, Rows]:
-        """What all ranks list of each row, and the rows with the seeds that all take. `judges`: the lists' `flat` is
-        whether all are flat on all ranks. `ask_edited`: their `given` is whether no rank has changed a logit. `apart`:
-        how many tokens their `raw` has of each rank."""
+        """What all ranks list of each row, and the rows with the seeds that all take; the rest as `Lists` has it."""
         words = part.words(rows, count, with_mass, judges)
         more = [torch.full_like(words[:, :1], part.edited)] if ask_edited else []
         if apart:
@@ -270,12 +268,7 @@ class SplitEngine(Engine):
         found = self.wire.gather(torch.cat([words, *more], 1) if more else words)
         if not self._same_seeds:
             rows = replace(rows, seeds=found[0, :, -1].clone(), native=None, slots=None)
-        lists = Lists.of(found[:, :, : count + with_mass], count)
-        lists.flat = judges and bool(found[:, :, count + with_mass].all())
-        lists.given = ask_edited and not bool(found[:, :, words.shape[1]].any())
-        if apart:
-            given = found[:, :, words.shape[1] + ask_edited :][:, :, : apart - (-count // 2)]
-            lists.raw = RawLists(part.given, apart, by_row(given[:, :, :apart]), by_row(given[:, :, apart:]))
+        lists = Lists(found, count, with_mass, judges, ask_edited, apart, part.given)
         return lists, rows
 
     def _finish(self, part: Part, lists: Lists, rows: Rows, out: Outputs) -> int | None:
@@ -295,7 +288,7 @@ class SplitEngine(Engine):
         keys = None
         if len(index := found.spread().nonzero()[:, 0]):
             keys = write_spread(found, index, rows, out, self.start)
-        if lists.given and out.tokens is not None:
+        if lists.as_given and out.tokens is not None:
             lists.own = lists.logits_of(out.tokens.view(len(part.x), -1))
             if keys is not None:
                 lists.own[index] = value_of(keys)

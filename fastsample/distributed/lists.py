@@ -20,63 +20,55 @@ Tensor = torch.Tensor
 
 
 @dataclass
-class RawLists:
-    """What all ranks list of rows as these were given, and what this rank has of them.
-
-    Attributes:
-        own: this rank's part.
-        count: tokens that each rank lists.
-        words: int64 [B, R count].
-        listed: the logits of what is listed of rows that are edited, float32, two to a word, int64 [B, ...].
-    """
-
-    own: Answers
-    count: int
-    words: Tensor
-    listed: Tensor
-
-
-@dataclass
 class Lists:
-    """What all ranks list of each row.
+    """What all ranks have told in a call's first message.
 
     Attributes:
-        count: tokens that each rank lists.
-        words: int64 [B, N], in id order. A row that is invalid has a NaN, or an infinity, in front of some list.
-        with_mass: int64 [B, ...], the same where each list ends in the mass of the rank's tokens, beside the first of
-            these; otherwise the words themselves.
+        told: int64 [R, B, words]: of each row a list of so many tokens; the mass of these, beside the first of them;
+            whether the part is flat; whether edits may have changed it; then a list of so many tokens of the row as it
+            was given, and the logits there of those on the first list, two to a word. A row that is invalid has a NaN,
+            or an infinity, in front of some list.
+        count, with_mass, judges, tells_edits, raw_count: which of these there are, and how many tokens.
+        given: this rank's part of rows as they were given.
         sums: int64 [B, 9], `Shard.sums` of the whole rows, once they are known.
-        given: whether it is known that these are logits as they were given.
-        raw: what is known of these, where they may be others.
         tells_raw: whether raw log-probabilities have been told with all else.
         open: bool [B, 1], which rows lists do not decide, if that is known.
         own: float32 [B, n], the logits of the sampled tokens, if these are known.
-        flat: whether all ranks have found that lists probably decide no row.
         bins: int64 [R, B, 2 BINS], `Shard.bins` of the whole rows, if they are known.
     """
 
+    told: Tensor
     count: int
-    words: Tensor
-    with_mass: Tensor
+    with_mass: bool
+    judges: bool
+    tells_edits: bool
+    raw_count: int
+    given: Answers
     sums: Tensor | None = None
-    given: bool = False
-    raw: RawLists | None = None
     tells_raw: bool = False
     open: Tensor | None = None
     own: Tensor | None = None
-    flat: bool = False
     bins: Tensor | None = None
 
-    @classmethod
-    def of(cls, found: Tensor, count: int) -> Lists:
-        """Of each rank's lists of `count` tokens, int64 [R, B, count or count + 1]."""
-        words = by_row(found[:, :, :count])
-        return cls(count, words, words if found.shape[2] == count else by_row(found))
+    @cached_property
+    def words(self) -> Tensor:
+        """Of each row, in id order, int64 [B, N]."""
+        return by_row(self.told[:, :, : self.count])
+
+    @cached_property
+    def flat(self) -> bool:
+        """Whether all ranks have found that lists probably decide no row."""
+        return self.judges and bool(self.told[:, :, self.count + self.with_mass].all())
+
+    @cached_property
+    def as_given(self) -> bool:
+        """Whether it is known that these are logits as they were given."""
+        return self.tells_edits and not bool(self.told[:, :, self.count + self.with_mass + self.judges].any())
 
     def known(self, num_top: int) -> tuple[Tensor, Tensor] | None:
         """The words and the logits of the sampled tokens, if they are those of rows as these were given, and so many
         first tokens of each rank are listed."""
-        if not self.given or self.own is None or num_top > self.count:
+        if not self.as_given or self.own is None or num_top > self.count:
             return None
         return self.words, self.own
 

@@ -86,11 +86,9 @@ class LocalIds:
         return (ids >= self._start) & (ids < self._start + self._width)
 
     def of(self, ids: Tensor | None) -> Tensor | None:
-        """int64 of the same shape; -1 where an id has no column."""
-        if ids is None:
-            return None
-        if not len(self.others):
-            return torch.where(self._is_own(ids), ids - self._start, -1)
+        """int64 of the same shape; outside of all columns where an id has none, and is padding."""
+        if ids is None or not len(self.others):
+            return ids if ids is None or not self._start else ids - self._start
         at = torch.searchsorted(self.others, ids.contiguous()).clamp(max=len(self.others) - 1)
         other = torch.where(self.others[at] == ids, self._width + at, -1)
         return torch.where(self._is_own(ids), ids - self._start, other)

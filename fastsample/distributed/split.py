@@ -11,7 +11,7 @@ from fastsample.backends import DTYPES, Outputs
 from fastsample.backends.cpu import native
 from fastsample.backends.native import SPLIT_FIELDS, call_arguments, row_arguments
 from fastsample.distributed.answers import Answers, answer_at
-from fastsample.distributed.lists import Lists, RawLists
+from fastsample.distributed.lists import Lists
 from fastsample.distributed.plan import Plan
 from fastsample.distributed.shard import BINS, SUM_WORDS
 from fastsample.distributed.wire import Wire
@@ -38,35 +38,25 @@ def sample_split(
         part: this rank's, which may be on another device than all else.
     """
     x = part.x
-    count, wanted, keeps_all = len(x), plan.wanted[0] + 2 * plan.wanted[1], lists.with_mass is not lists.words
-    sums = lists.words.new_empty(count, SUM_WORDS)
-    bins = sums.new_empty(wire.size, count, 2 * BINS) if lists.flat else None
-    # Of all else that is wanted of a row, its first tokens are listed.
-    lists.tells_raw = lists.raw is not None or (lists.given and out.num_top <= lists.count)
-    queries, raw_queries = plan.queries(count), plan.raw_queries(count) if lists.tells_raw else None
+    told, given, wanted = lists.told, lists.given.x, plan.wanted[0] + 2 * plan.wanted[1]
+    count, width = told.shape[1:]
+    sums = told.new_empty(count, SUM_WORDS)
+    bins = told.new_empty(wire.size, count, 2 * BINS) if lists.judges else None
     split = _SPLIT.pack(
-        *(part.start, vocab, wire.rank, wire.size),
-        *(lists.with_mass.data_ptr(), lists.count + keeps_all, queries.data_ptr()),
-        0 if raw_queries is None else raw_queries.data_ptr(),
-        *(wanted, keeps_all, plan.measures(out) or lists.flat, plan.measures_at_all(out), lists.flat, plan.asks(out)),
+        *(part.start, vocab, wire.rank, wire.size, told.data_ptr(), width, lists.count, lists.raw_count),
+        *(lists.with_mass, lists.judges, lists.tells_edits, plan.queries(count).data_ptr()),
+        plan.raw_queries(count).data_ptr() if out.mode == "raw" else 0,
+        *(wanted, plan.measures(out), plan.measures_at_all(out), plan.asks(out)),
         *(sums.data_ptr(), 0 if bins is None else bins.data_ptr()),
-        *_raw_arguments(lists.raw, lists.given),
+        *(given.data_ptr(), given.stride()[0], DTYPES[given.dtype]),
     )
     call, packed = call_arguments(x, out), rows.native or row_arguments(rows)
-    parts = [part] if lists.raw is None else [part, lists.raw.own]
-    answer = None if part.engine.name == "cpu" else partial(answer_at, parts)  # then the code here answers itself
-    invalid, knows = native().sample_split(split, packed, call, get_num_threads(), wire.gather_at, answer)
+    # If the CPU engine answers, the code here does.
+    answer = None if part.engine.name == "cpu" else partial(answer_at, (part, lists.given))
+    invalid, knows, raw = native().sample_split(split, packed, call, get_num_threads(), wire.gather_at, answer)
     lists.sums = sums if knows else None
     lists.bins = bins
     lists.open = (out.status.view(-1, 1) == UNDECIDED) if invalid else None
-    lists.tells_raw &= invalid != OPEN
+    lists.tells_raw = raw
     found: int = invalid
     return found
-
-
-def _raw_arguments(raw: RawLists | None, given: bool) -> tuple[int, ...]:
-    if raw is None:
-        return (0,) * 7
-    x = raw.own.x
-    own = x.data_ptr(), x.stride()[0], DTYPES[x.dtype]
-    return raw.words.data_ptr(), raw.count, raw.listed.data_ptr(), not given, *own

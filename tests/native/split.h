@@ -132,8 +132,8 @@ struct Ranks {
                int64_t words, const Words& details) const {
     const int64_t begin = start(rank), width = start(rank + 1) - begin;
     Words answers((size_t)(in.rows * words), question == kFirst && !width ? nothing() : 0);
-    if (question == kFirst && !width && wants) {
-      for (int64_t r = 0; r < in.rows; ++r) answers[(r + 1) * words - 1] = 0;
+    if (question == kFirst && !width && wants) {  // no mass, and as flat as any
+      for (int64_t r = 0; r < in.rows; ++r) answers[(r + 1) * words - 1] = wants == kWantsFlat;
     }
     if (!width) return answers;
     const LogitsArguments own = part_of(rows, rank);
@@ -185,11 +185,13 @@ struct Ranks {
     return told;
   }
 
-  // A NaN or an infinity in front of lists of so many words, in rows that edits have found invalid.
-  Words marked(Words lists, int64_t words) const {
+  // A NaN or an infinity in front of lists of so many words, in rows that edits have found invalid;
+  // `judges`: the last word is whether a part is valid and flat.
+  Words marked(Words lists, int64_t words, bool judges) const {
     for (int64_t r = 0; edited && r < in.rows; ++r) {
       const int32_t status = edited->status[(size_t)r];
       const float x = status == kNaN ? NAN : INFINITY;
+      if (judges && status) lists[(size_t)((r + 1) * words - 1)] = 0;
       if (status == kNaN || status == kPositiveInfinity) {
         lists[(size_t)(r * words)] = word_of_token({x, -1});
       }
@@ -197,35 +199,37 @@ struct Ranks {
     return lists;
   }
 
-  // What ranks list of rows as they were given, and the logits of those that they have listed.
-  struct Given {
-    int64_t tokens = 0;
-    Words lists, listed;
+  // The first message, int64 [ranks, B, words], as cpu/told.h has it.
+  struct First {
+    int64_t listed, raw_listed, words;
+    bool keeps_all, judges, tells_edits;
+    Words told;
   };
 
-  Given given(const std::vector<Words>& lists, int64_t tokens, int64_t listed) const {
-    Given found;
-    found.tokens = std::max<int64_t>(in.num_top, 1 + in.vocab % 13);
-    const int64_t more = (listed + 1) / 2, words = found.tokens + more;
-    std::vector<Words> first, others;
+  First first(bool keeps_all, bool raw) const {
+    const bool judges = !keeps_all && in.vocab % 4 == 1;
+    First m = {keeps_all ? 1 : length, 0, 0, keeps_all, judges, raw && !edited, {}};
+    if (raw && edited) m.raw_listed = std::max<int64_t>(in.num_top, 1 + in.vocab % 13);
+    const int64_t own = m.listed + m.keeps_all + m.judges;
+    const int64_t more = m.raw_listed ? m.raw_listed + (m.listed + 1) / 2 : 0;
+    m.words = own + m.tells_edits + more;
+    const int64_t wants = m.keeps_all * kWantsMass + m.judges * kWantsFlat;
+    const Words shares((size_t)in.rows, bits(1.0f));
     for (int64_t q = 0; q < ranks; ++q) {
-      Words wanted;
-      for (int64_t r = 0; r < in.rows; ++r)
-        append(wanted, lists[(size_t)q].data() + r * tokens, listed);
-      Words told((size_t)(in.rows * words), nothing());
-      if (start(q + 1) > start(q)) {
-        told = ask_of(in.logits_arguments(), q, kGiven, found.tokens, words, wanted);
+      const Words lists = marked(ask(q, kFirst, wants, own, shares), own, m.judges);
+      Words listed;
+      for (int64_t r = 0; r < in.rows; ++r) append(listed, lists.data() + r * own, m.listed);
+      Words others((size_t)(in.rows * more), nothing());
+      if (more && start(q + 1) > start(q)) {
+        others = ask_of(in.logits_arguments(), q, kGiven, m.raw_listed, more, listed);
       }
-      first.emplace_back();
-      others.emplace_back();
       for (int64_t r = 0; r < in.rows; ++r) {
-        append(first.back(), told.data() + r * words, found.tokens);
-        append(others.back(), told.data() + r * words + found.tokens, more);
+        append(m.told, lists.data() + r * own, own);
+        if (m.tells_edits) m.told.push_back(0);
+        append(m.told, others.data() + r * more, more);
       }
     }
-    found.lists = gather(first);
-    found.listed = gather(others);
-    return found;
+    return m;
   }
 
   // Samples on every rank, each a thread, into its own outputs; rows that this does not decide get
@@ -233,11 +237,7 @@ struct Ranks {
   // tell more than sums, for status and tokens; `raw`: whether raw log-probabilities are wanted.
   void sample(const RowArguments& rows, const std::vector<OutputArguments>& out, bool keeps_all,
               bool asks, bool raw) const {
-    const int64_t tokens = keeps_all ? 2 : length;
-    const auto first =
-        on_each([&](int64_t q) { return marked(ask(q, kFirst, keeps_all, tokens), tokens); });
-    const Words lists = gather(first);
-    const Given apart = raw && edited ? given(first, tokens, keeps_all ? 1 : tokens) : Given();
+    const First m = first(keeps_all, raw);
     std::vector<PartQuery> at_one = queries;
     for (PartQuery& query : at_one) query.scale = query.judged_scale = bits(mass_scale(1.0f));
     Meeting meeting(ranks);
@@ -245,30 +245,31 @@ struct Ranks {
     for (int64_t q = 0; q < ranks; ++q) {
       threads.emplace_back([&, q] {
         Words sums((size_t)(in.rows * kSumWords));
-        const LogitsArguments own = part_of(in.logits_arguments(), q);
-        const SplitArguments split = {start(q),
-                                      in.vocab,
-                                      q,
-                                      ranks,
-                                      (int64_t)lists.data(),
-                                      tokens,
-                                      (int64_t)queries.data(),
-                                      raw ? (int64_t)at_one.data() : 0,
-                                      kWantsProducts + kWantsSpread,
-                                      keeps_all,
-                                      in.vocab % 5 > 0,
-                                      in.vocab % 7 > 0,
-                                      false,
-                                      asks,
-                                      (int64_t)sums.data(),
-                                      0,
-                                      apart.tokens ? (int64_t)apart.lists.data() : 0,
-                                      apart.tokens,
-                                      (int64_t)apart.listed.data(),
-                                      apart.tokens > 0,
-                                      own.logits,
-                                      own.logits_stride,
-                                      own.dtype};
+        Words bins((size_t)(ranks * in.rows * 2 * kBins));
+        const LogitsArguments given = part_of(in.logits_arguments(), q);
+        SplitArguments split = {};
+        split.start = start(q);
+        split.vocab = in.vocab;
+        split.rank = q;
+        split.ranks = ranks;
+        split.told = (int64_t)m.told.data();
+        split.told_words = m.words;
+        split.listed = m.listed;
+        split.raw_listed = m.raw_listed;
+        split.keeps_all = m.keeps_all;
+        split.judges = m.judges;
+        split.tells_edits = m.tells_edits;
+        split.queries = (int64_t)queries.data();
+        split.raw_queries = raw ? (int64_t)at_one.data() : 0;
+        split.wanted = kWantsProducts + kWantsSpread;
+        split.tells_sums = in.vocab % 5 > 0;
+        split.may_tell_sums = in.vocab % 7 > 0;
+        split.asks = asks;
+        split.sums = (int64_t)sums.data();
+        split.bins = (int64_t)bins.data();
+        split.raw_logits = given.logits;
+        split.raw_stride = given.logits_stride;
+        split.raw_dtype = given.dtype;
         const SplitHost host = {[](const auto& part, const auto& ask, const Words& some) {
                                   answer_rows(part, ask, some, 1);
                                 },
