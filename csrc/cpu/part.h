@@ -82,6 +82,13 @@ void answer_first(PartRow<T> p, Peak peak) {
   if (judges) to[n] = flat;
 }
 
+// Logits from `low` to `high`.
+struct Band {
+  float low, high;
+
+  FS_MEMBER Mask has(vf x) const { return both(ge(x, splat(low)), ge(splat(high), x)); }
+};
+
 // Which bin logits are in: bin i holds those whose place is from i to less than i + 1.
 struct Binning {
   float peak, per;
@@ -95,7 +102,45 @@ struct Binning {
     const vf place = min(fine, coarse);
     return max(select(gt(splat(kLast), place), place, splat(kLast)), splat(0.0f));
   }
+  FS_MEMBER float place(float x) const { return place(splat(x))[0]; }
+
+  // The logits of bins from `begin` to `end` - 1, and perhaps some of the next ones.
+  FS_MEMBER Band band(int64_t begin, int64_t end) const {
+    if (begin >= end) return {INFINITY, -INFINITY};
+    return {end < kBins ? edge(end, 1) : -FLT_MAX, begin > 0 ? edge(begin, -1) : FLT_MAX};
+  }
+
+ private:
+  // Where a bin begins, or some roundings farther down or up.
+  FS_MEMBER float edge(int64_t bin, int side) const {
+    const int64_t fine = bin < kFineBins ? bin : kFineBins + (bin - kFineBins) * kCoarse;
+    const double off = 0.02 + 1e-6 * (double)fine;
+    const double x = (double)peak - ((double)fine + side * off) / (double)per;
+    return fabs(x) <= FLT_MAX ? nextafterf((float)x, side > 0 ? -FLT_MAX : FLT_MAX) : -FLT_MAX;
+  }
 };
+
+// The mass of each of a block's tokens, and which bin it is in; where it is not in a set, 0 and
+// kBins.
+template <class Weight>
+FS_INLINE void place_each(const float* x, const BlockBits& set, const Weight& weight,
+                          const Binning& binning, uint64_t* mass, int32_t* bin) {
+  uint32_t hi[kBlock], lo[kBlock];
+  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+    const auto p = load_pack<kAbreast>(x + i);
+    Where<kAbreast> where;
+    FS_EACH(kAbreast) where.m[u] = set.at(i + u * kLanes);
+    const auto q = weight.of(p, where);
+    FS_EACH(kAbreast) {
+      const Halves w = to_fixed(q.v[u]);
+      store(hi + i + u * kLanes, w.hi);
+      store(lo + i + u * kLanes, w.lo);
+      const vf place = select(where.m[u], binning.place(p.v[u]), splat((float)kBins));
+      store(bin + i + u * kLanes, truncate(place));
+    }
+  }
+  for (int i = 0; i < kBlock; ++i) mass[i] = ((uint64_t)hi[i] << kHalfBits) + lo[i];
+}
 
 // BinMass [kBins].
 template <class T>
@@ -112,8 +157,7 @@ void write_bins(const PartRow<T>& p, int64_t* to) {
   for (int b = 0; b < blocks(p.dense); ++b) {
     if (!may_keep(p.dense, b, p.kept)) continue;
     const float* x = values(p.dense, b, buffer);
-    const BlockBits set =
-        block_bits(x, [&](vf v, int i) { return ranks_within(p.kept, v, ids(p.dense, b, i)); });
+    const BlockBits set = bits_within(p.dense, b, x, p.kept);
     if (count(set) <= kFew) {
       each_bit(set, [&](int i) {
         const uint64_t own = judge.mass(x[i]);
@@ -121,11 +165,7 @@ void write_bins(const PartRow<T>& p, int64_t* to) {
       });
       continue;
     }
-    weigh_each(p.dense, b, x, p.kept, weight, mass);
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const Mask kept = ranks_within(p.kept, load(x + i), ids(p.dense, b, i));
-      store(bin + i, truncate(select(kept, binning.place(load(x + i)), splat((float)kBins))));
-    }
+    place_each(x, set, weight, binning, mass, bin);
     if (p.kept.floor) {
       for (int i = 0; i < kBlock; ++i) bin[i] = mass[i] ? bin[i] : kBins;
     }
@@ -308,26 +348,28 @@ void tell_logits(const PartRow<T>& p, int64_t* to) {
 // last.
 template <class T>
 void answer_within(const PartRow<T>& p) {
-  const int64_t* given = p.details();
+  const int64_t* bins = p.details();
   const LogitWeigher judge = p.weigher.judge();
   const Binning binning(judge);
-  const vf bounds[4] = {splat((float)given[0]), splat((float)given[1]), splat((float)given[2]),
-                        splat((float)given[3])};
+  const Band near[2] = {binning.band(bins[0], bins[1]), binning.band(bins[2], bins[3])};
+  const auto is_wanted = [&](Place<float> token) {
+    const auto bin = (int64_t)binning.place(token.x);
+    const bool in = (bin >= bins[0] && bin < bins[1]) || (bin >= bins[2] && bin < bins[3]);
+    return in && ranks_within(p.kept, token) &&
+           (!p.kept.floor || judge.mass(token.x) >= p.kept.floor);
+  };
   int64_t* to = p.answers();
   int64_t n = 0;
   float buffer[kBlock];
   for (int b = 0; b < blocks(p.dense); ++b) {
     if (!may_keep(p.dense, b, p.kept)) continue;
     const float* x = values(p.dense, b, buffer);
-    const BlockBits wanted = block_bits(x, [&](vf v, int i) {
-      const vf at = binning.place(v);
-      const Mask in = either(both(ge(at, bounds[0]), gt(bounds[1], at)),
-                             both(ge(at, bounds[2]), gt(bounds[3], at)));
-      return both(in, ranks_within(p.kept, v, ids(p.dense, b, i)));
-    });
-    each_bit(wanted, [&](int i) {
-      if (n == p.ask.words || (p.kept.floor && judge.mass(x[i]) < p.kept.floor)) return;
-      to[n++] = word_of_token({x[i], (int32_t)p.ask.start + id_at(p.dense, b, i)});
+    const BlockBits some =
+        block_bits(x, [&](vf v, int) { return either(near[0].has(v), near[1].has(v)); });
+    each_bit(some, [&](int i) {
+      const Place<float> token = {x[i], id_at(p.dense, b, i)};
+      if (n == p.ask.words || !is_wanted(token)) return;
+      to[n++] = word_of_token({token.x, (int32_t)p.ask.start + token.id});
     });
   }
   for (; n < p.ask.words; ++n) to[n] = word_of_token({-INFINITY, -1});

@@ -100,6 +100,7 @@ struct BlockBits {
   uint64_t word[kBlock / 64];
 
   FS_MEMBER void set(int i, Mask m) { word[i / 64] |= (uint64_t)bits(m) << (i % 64); }
+  FS_MEMBER Mask at(int i) const { return from_bits(word[i / 64] >> (i % 64) & kAllLanes); }
   FS_MEMBER void clear(int i) { word[i / 64] &= ~((uint64_t)1 << (i % 64)); }
 };
 

@@ -77,8 +77,8 @@ class Part:
     def words(self, rows: Rows, count: int, with_mass: bool, judges: bool) -> Tensor:
         """What this rank lists of each row, int64 [B, count]; one more column with its mass, if that is wanted, and one
         with whether its part is valid and flat."""
-        size = len(self.x)
-        if not self.x.shape[1]:
+        size, width = self.x.shape
+        if not width:
             here = self.plan.records.device
             return pad(no_words(size, count, here), (0, with_mass + judges), value=int(judges))
         if self.engine.answers():
@@ -173,7 +173,7 @@ class SplitEngine(Engine):
         _refuse_whole_rows(out)
         if not self.agreed:
             self.agree(rows, out)
-        if not len(self._own):
+        if not self._own.shape[0]:
             return 0
         decides_on_host = self._all_native and out.input == "logits" and self._own.device != CPU
         if not decides_on_host:
@@ -262,7 +262,7 @@ class SplitEngine(Engine):
         more = [torch.full_like(words[:, :1], part.edited)] if ask_edited else []
         if apart:
             listed = words[:, :count].contiguous()
-            more.append(part.given.first_and_listed(listed, apart, part.plan.raw_queries(len(words))))
+            more.append(part.given.first_and_listed(listed, apart, part.plan.raw_queries(words.shape[0])))
         if not self._same_seeds:
             more.append(rows.seeds[:, None].expand(len(words), 1))
         found = self.wire.gather(torch.cat([words, *more], 1) if more else words)

@@ -87,7 +87,7 @@ class LocalIds:
 
     def of(self, ids: Tensor | None) -> Tensor | None:
         """int64 of the same shape; outside of all columns where an id has none, and is padding."""
-        if ids is None or not len(self.others):
+        if ids is None or not self.others.shape[0]:
             return ids if ids is None or not self._start else ids - self._start
         at = torch.searchsorted(self.others, ids.contiguous()).clamp(max=len(self.others) - 1)
         other = torch.where(self.others[at] == ids, self._width + at, -1)
@@ -123,8 +123,8 @@ def process(
     """
     width = logits.shape[1]
     local = LocalIds(rows, start, width, vocab, edits.compares)
-    if len(local.others):
-        logits = torch.nn.functional.pad(logits, (0, len(local.others)), value=-torch.inf)
+    if others := local.others.shape[0]:
+        logits = torch.nn.functional.pad(logits, (0, others), value=-torch.inf)
     own = Rows(
         edits.records.to(logits.device),
         rows.seeds,
@@ -138,7 +138,7 @@ def process(
         rows.requests,
     )
     x = empty(logits.shape, torch.float32, logits.device)
-    status = empty((len(logits),), torch.int32, logits.device)
+    status = empty((logits.shape[0],), torch.int32, logits.device)
     invalid = engine.run(logits, own, Outputs(status, filtered=x))
     return x[:, :width], None if invalid == 0 else status
 

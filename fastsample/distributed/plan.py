@@ -110,13 +110,13 @@ class Plan:
 
     def queries(self, rows: int) -> Tensor:
         """Questions about whole rows, to the CPU engine."""
-        if self._queries is None or len(self._queries) != rows:
+        if self._queries is None or self._queries.shape[0] != rows:
             self._queries = open_queries(self.judged_at.expand(rows, 1), self.drawn_at.expand(rows, 1))
         return self._queries
 
     def raw_queries(self, rows: int) -> Tensor:
         """The same at temperature 1."""
-        if self._raw_queries is None or len(self._raw_queries) != rows:
+        if self._raw_queries is None or self._raw_queries.shape[0] != rows:
             one = torch.ones(rows, 1)
             self._raw_queries = open_queries(one, one)
         return self._raw_queries
