@@ -28,7 +28,9 @@ FASTSAMPLE_RECORD(RowArguments,                          //
                   output, output_stride, output_length,  // int64 [R, length]
                   breakers, breakers_stride, breakers_length,  // int64 [R or 1, length]
                   drafted, drafted_stride, drafted_length,     // int64 [B, length]
-                  requests);  // int64 [B]: whose prompt, output and breakers; 0 where R = B
+                  requests,  // int64 [B]: whose prompt, output and breakers; 0 where R = B
+                  first_id, num_ids);  // for the CPU engine: the id of the first logit, and V of
+                                       // the whole row, where these are of a part; else 0
 
 FASTSAMPLE_RECORD(LogitsArguments,        //
                   logits, logits_stride,  // dtype [B, V]
@@ -148,6 +150,7 @@ static inline Rows rows_of(const RowArguments& a) {
   rows.output = ids(a.output, a.output_stride, a.output_length, a.requests);
   rows.breakers = ids(a.breakers, a.breakers_stride, a.breakers_length, a.requests);
   rows.drafted = ids(a.drafted, a.drafted_stride, a.drafted_length, 0);
+  rows.ids = {a.first_id, a.num_ids};
   return rows;
 }
 

@@ -24,6 +24,11 @@ FS_HD int64_t ids_of_a_row(const Rows& rows) {
   return rows.output.length + rows.drafted.length + rows.prompt.length;
 }
 
+// How many ids there are; the logits may be those of some.
+FS_HD int64_t num_ids(const Batch& batch) {
+  return batch.rows.ids.count ? batch.rows.ids.count : batch.logits.vocab;
+}
+
 // Whether any penalty of this row looks at token ids at all.
 FS_HD bool penalises_output(const RowParams& p) {
   return p.repetition_penalty != 1.0f || p.frequency_penalty != 0.0f || p.presence_penalty != 0.0f;

@@ -92,6 +92,10 @@ struct TokenIds {
   const int64_t* list_of = nullptr;  // [B]: each row's list; null where row r has list r
 };
 
+struct IdRange {
+  int64_t first, count;
+};
+
 struct Rows {
   Column<RowParams> params;
   Column<int64_t> seeds;
@@ -102,6 +106,9 @@ struct Rows {
   TokenIds output;
   TokenIds breakers;      // [B or 1, length]: DRY's
   TokenIds drafted = {};  // [B, length]: continues the output
+  // What all these ids are of: the id of the first logit, and how many there are, where the logits
+  // are a part of a row.
+  IdRange ids = {};
 };
 
 // Buffers to fill; null means not wanted. All contiguous.

@@ -88,7 +88,6 @@ struct Scratch {
     ws.history = history.at_least(ids + kPad);
     ws.equal = equal.at_least(ids + kPad);
     ws.powers = powers.at_least(ids + 1);
-    ws.breakers = breakers.at_least((size_t)vocab / 32 + 1);
     ws.segment = segment.at_least(groups + 1);
     ws.values = values.at_least(tokens);
     ws.spare = spare.at_least(tokens);
@@ -148,8 +147,10 @@ Workspace workspace_for(const Batch& batch, Scratch& scratch) {
     biases = (size_t)most;
   }
   const bool many_draws = batch.out.tokens && batch.out.num_samples >= kManyDraws;
-  return scratch.workspace(batch.logits.vocab, biases, (size_t)ids_of_a_row(batch.rows),
-                           many_draws);
+  Workspace ws =
+      scratch.workspace(batch.logits.vocab, biases, (size_t)ids_of_a_row(batch.rows), many_draws);
+  ws.breakers = scratch.breakers.at_least((size_t)num_ids(batch) / 32 + 1);
+  return ws;
 }
 
 const void* row_address(const Logits& l, int64_t row) {

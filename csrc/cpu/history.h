@@ -16,7 +16,7 @@ inline int32_t collect_history(const Batch& batch, int64_t r, int32_t most, int3
     const int64_t* id = ids_of(ids, r);
     for (int64_t i = ids.length; i-- > 0 && n < most;) {
       history[n] = (int32_t)id[i];
-      n += (uint64_t)id[i] < (uint64_t)batch.logits.vocab;
+      n += (uint64_t)id[i] < (uint64_t)num_ids(batch);
     }
   };
   if (batch.rows.drafted.data) collect(batch.rows.drafted);
@@ -33,10 +33,10 @@ class Breakers {
     const TokenIds& ids = batch.rows.breakers;
     if (!ids.data) return;
     words_ = words;
-    memset(words, 0, ((size_t)batch.logits.vocab / 32 + 1) * sizeof *words);
+    memset(words, 0, ((size_t)num_ids(batch) / 32 + 1) * sizeof *words);
     for (int64_t i = 0; i < ids.length; ++i) {
       const int64_t id = ids_of(ids, r)[i];
-      if ((uint64_t)id < (uint64_t)batch.logits.vocab) words[id / 32] |= 1u << (id & 31);
+      if ((uint64_t)id < (uint64_t)num_ids(batch)) words[id / 32] |= 1u << (id & 31);
     }
   }
   bool has(int32_t id) const { return words_ && words_[id / 32] >> (id & 31) & 1; }
@@ -77,18 +77,22 @@ void each_return(const int32_t* ids, int32_t n, int32_t* equal, F f) {
   }
 }
 
-// Edits, but for most that another one of the same token makes needless.
+// Edits of tokens whose logits are here, but for most that another one of the same token makes
+// needless.
 class Repetitions {
  public:
-  explicit Repetitions(Edit* to) : begin_(to), end_(to) {
+  Repetitions(const Batch& batch, Edit* to)
+      : first_(batch.rows.ids.first), vocab_(batch.logits.vocab), begin_(to), end_(to) {
     for (Recent& recent : recent_) recent = Recent{-1, 0};
   }
   int32_t count() const { return (int32_t)(end_ - begin_); }
-  void add(int32_t id, int32_t repetition) {
+  void add(int32_t token, int32_t repetition) {
+    const int64_t id = token - first_;
+    if (id < 0 || id >= vocab_) return;
     Recent& recent = recent_[(uint32_t)id % kRecent];
     if (recent.id == id && recent.repetition >= repetition) return;
-    recent = Recent{id, repetition};
-    *end_ = Edit{id, kRepetition, {}};
+    recent = Recent{(int32_t)id, repetition};
+    *end_ = Edit{(int32_t)id, kRepetition, {}};
     (end_++)->repetition = repetition;
   }
 
@@ -97,6 +101,7 @@ class Repetitions {
   struct Recent {
     int32_t id, repetition;
   };
+  const int64_t first_, vocab_;
   Edit* begin_;
   Edit* end_;
   Recent recent_[kRecent];
@@ -111,7 +116,7 @@ inline int32_t find_repetitions(const Batch& batch, int64_t r, const RowParams& 
   const int32_t n = collect_history(batch, r, all ? INT32_MAX : p.dry_range, ws.history);
   if (n == 0) return 0;
   Search search = search_for(p, n);
-  Repetitions found(ws.repetitions);
+  Repetitions found(batch, ws.repetitions);
   if (search.before == 0) {
     for (int32_t j = 0; j < n; ++j) found.add(ids[j], kBanned);
     return found.count();  // whatever else repeats is banned too

@@ -60,7 +60,7 @@ struct Workspace {
   int32_t* history;      // [ids + kPad]
   int32_t* equal;        // [ids + kPad]
   float* powers;         // [ids + 1]
-  uint32_t* breakers;    // [V / 32 + 1]
+  uint32_t* breakers;    // [V / 32 + 1], of the whole row
   int32_t* segment;      // [groups + 1]
   float* values;         // [V + kPad]
   float* spare;          // [V + kPad]

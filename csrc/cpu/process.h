@@ -7,23 +7,23 @@
 namespace fastsample {
 namespace {
 
-// Calls f(id, kind, bias) for every edit that a row asks for, of a token within the vocabulary:
-// bias, output, prompt, which is the order in which a token needs them.
+// Calls f(id, kind, bias) for every edit that a row asks for, of a token whose logit is here; ids
+// count from the first of these. Bias, output, prompt: the order in which a token needs them.
 template <class F>
 FS_INLINE void each_edit(const Batch& batch, int64_t r, const RowParams& params, F f) {
   const Rows& rows = batch.rows;
-  const auto inside = [&](int64_t id) { return id >= 0 && id < batch.logits.vocab; };
+  const auto each = [&](int64_t id, EditKind kind, float bias) {
+    const uint64_t own = (uint64_t)id - (uint64_t)rows.ids.first;
+    if (own < (uint64_t)batch.logits.vocab) f((int32_t)own, kind, bias);
+  };
   if (rows.bias.row_ptr) {
     for (int64_t i = rows.bias.row_ptr[r]; i < rows.bias.row_ptr[r + 1]; ++i) {
-      const int64_t id = rows.bias.ids[i];
-      if (inside(id)) f((int32_t)id, kBias, rows.bias.values[i]);
+      each(rows.bias.ids[i], kBias, rows.bias.values[i]);
     }
   }
   const auto each_id = [&](const TokenIds& ids, EditKind kind) {
     const int64_t* id = ids_of(ids, r);
-    for (int64_t i = 0; i < ids.length; ++i) {
-      if (inside(id[i])) f((int32_t)id[i], kind, 0.0f);
-    }
+    for (int64_t i = 0; i < ids.length; ++i) each(id[i], kind, 0.0f);
   };
   if (penalises_output(params)) {
     if (rows.output.data) each_id(rows.output, kOutput);

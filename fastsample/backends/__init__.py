@@ -71,6 +71,9 @@ class Engine(Protocol):
         Returns the number of invalid rows, or None where to know it would mean waiting for the device.
         """
 
+    takes_parts: bool = False
+    """Whether logits may be a part of rows (`Rows.part`), whose ids and biases are of the whole rows."""
+
     verifies: bool = False
     """Whether it has `verify`, which saves time: other engines sample all rows, and what comes out is found after."""
 

@@ -61,6 +61,7 @@ class CpuEngine(Engine):
     name = "cpu"
     restores = True
     verifies = True
+    takes_parts = True
 
     def why_not(self, logits: torch.Tensor | None) -> str | None:
         if _reason is not None:

@@ -24,7 +24,7 @@ ROW_FIELDS = (
     *("output", "output_stride", "output_length"),
     *("breakers", "breakers_stride", "breakers_length"),
     *("drafted", "drafted_stride", "drafted_length"),
-    "requests",
+    *("requests", "first_id", "num_ids"),
 )
 LOGITS_FIELDS = ("logits", "logits_stride", "rows", "vocab", "dtype", "input")
 _BUFFERS = (*(field.name for field in FIELDS), "given")
@@ -44,8 +44,8 @@ SPLIT_FIELDS = (
 """The last five are of rows that are split over ranks (fastsample/distributed/answers.py)."""
 
 # Packed in two parts, since most calls have no inputs.
-_COLUMNS, _INPUTS = Struct("7q"), Struct("20q")
-_NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), 0)
+_COLUMNS, _INPUTS = Struct("7q"), Struct("22q")
+_NO_INPUTS = _INPUTS.pack(*(0, 0, -1), *(0, 0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0), *(0, 0, 0))
 # So are outputs: status and tokens come first, and most calls want little else.
 _FIRST = ("status", "tokens")
 _HEAD = Struct(f"{len(LOGITS_FIELDS + _FIRST)}q")
@@ -108,6 +108,7 @@ def _inputs(rows: Rows) -> bytes:
         *((0, 0, 0) if breakers is None else (breakers.data_ptr(), _row_stride(breakers), breakers.shape[1])),
         *((0, 0, 0) if drafted is None else (drafted.data_ptr(), drafted.stride()[0], drafted.shape[1])),
         0 if requests is None else requests.data_ptr(),
+        *rows.part,
     )
 
 

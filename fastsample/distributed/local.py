@@ -59,8 +59,10 @@ def both_masks(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one[:, :shorter] & other[:, :shorter]
 
 
-def slice_bias(bias: Bias, start: int, width: int) -> Bias:
+def slice_bias(bias: Bias | None, start: int, width: int) -> Bias | None:
     """The entries of a bias for tokens start to start + width, by their own ids."""
+    if bias is None:
+        return None
     own = (bias.ids >= start) & (bias.ids < start + width)
     before = torch.nn.functional.pad(own.cumsum(0), (1, 0))
     return Bias(before[bias.row_ptr], bias.ids[own] - start, bias.values[own], width)
@@ -122,21 +124,18 @@ def process(
     `mask` int32 [B or 1, ceil(V_r / 32)] is of the rank's own tokens, that of `rows` of all.
     """
     width = logits.shape[1]
-    local = LocalIds(rows, start, width, vocab, edits.compares)
-    if others := local.others.shape[0]:
-        logits = torch.nn.functional.pad(logits, (0, others), value=-torch.inf)
-    own = Rows(
-        edits.records.to(logits.device),
-        rows.seeds,
-        rows.offsets,
-        both_masks(mask, None if rows.bitmask is None else slice_mask(rows.bitmask, start, width)),
-        None if rows.bias is None else slice_bias(rows.bias, start, width),
-        local.of(rows.prompt_ids),
-        local.of(rows.output_ids),
-        local.of(rows.breakers),
-        local.of(rows.drafted_ids),
-        rows.requests,
-    )
+    mask = both_masks(mask, None if rows.bitmask is None else slice_mask(rows.bitmask, start, width))
+    own = Rows(edits.records.to(logits.device), rows.seeds, rows.offsets, mask, requests=rows.requests)
+    if engine.takes_parts:
+        own.part, own.bias, own.breakers = (start, vocab), rows.bias, rows.breakers
+        own.prompt_ids, own.output_ids, own.drafted_ids = rows.prompt_ids, rows.output_ids, rows.drafted_ids
+    else:
+        local = LocalIds(rows, start, width, vocab, edits.compares)
+        if others := local.others.shape[0]:
+            logits = torch.nn.functional.pad(logits, (0, others), value=-torch.inf)
+        own.bias, own.breakers = slice_bias(rows.bias, start, width), local.of(rows.breakers)
+        lists = rows.prompt_ids, rows.output_ids, rows.drafted_ids
+        own.prompt_ids, own.output_ids, own.drafted_ids = map(local.of, lists)
     x = empty(logits.shape, torch.float32, logits.device)
     status = empty((logits.shape[0],), torch.int32, logits.device)
     invalid = engine.run(logits, own, Outputs(status, filtered=x))

@@ -25,6 +25,7 @@ class Rows:
     breakers: torch.Tensor | None = None  # int64 [B or 1, L], likewise; those of DRY
     drafted_ids: torch.Tensor | None = None  # int64 [B, L], likewise; they continue the output
     requests: torch.Tensor | None = None  # int64 [B]: whose prompt, output and breakers a row has; None where its own
+    part: tuple[int, int] = (0, 0)  # where logits are a part of rows: the id of the first, and V of the whole rows
     native: Any = None  # an engine's own form of these rows, kept for the next step
     slots: Rows | None = None  # the same parameters without the inputs, which last for many steps
     workspace: dict[Any, Any] | None = None  # buffers that engines keep for a Sampler's steps

@@ -59,7 +59,7 @@ def test_every_tensor_has_its_words() -> None:
     rows = Rows(fs.SamplingParams(top_k=[1, 2, 3]).pack(), torch.zeros(3).long(), torch.zeros(1).long())
     rows.bitmask, rows.bias, rows.prompt_ids, rows.output_ids = mask, bias, ids, ids[:, 1:]
     rows.breakers = torch.tensor([[7, 8, 9, -1, -1]])
-    rows.drafted_ids, rows.requests = ids[:, 2:], torch.tensor([0, 0, 1])
+    rows.drafted_ids, rows.requests, rows.part = ids[:, 2:], torch.tensor([0, 0, 1]), (5, 40)
     found = words(native.row_arguments(rows), native.ROW_FIELDS)
     assert found == {
         "params": rows.records.data_ptr(),
@@ -89,6 +89,8 @@ def test_every_tensor_has_its_words() -> None:
         "drafted_stride": 4,
         "drafted_length": 1,
         "requests": rows.requests.data_ptr(),
+        "first_id": 5,
+        "num_ids": 40,
     }
     without = words(native.row_arguments(Rows(rows.records, rows.seeds, rows.offsets)), native.ROW_FIELDS)
     differs = {name for name in found if without[name] != found[name]}

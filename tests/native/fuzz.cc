@@ -3,6 +3,7 @@
 // Runs under libFuzzer (clang++ -fsanitize=fuzzer), or within stress.cc with any compiler.
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <deque>
 #include <string>
@@ -284,6 +285,22 @@ void check_split(const fuzz::Input& in, const std::string& isa, const split::Edi
   });
 }
 
+// Stages 1 to 3 of parts of rows, with ids of the whole rows.
+void check_edits(const fuzz::Input& in, const std::string& isa, const split::Edited& whole) {
+  const int64_t near = in.vocab / 3, middle = in.has_mask ? near / 32 * 32 : near;
+  for (int64_t begin : {(int64_t)0, middle}) {
+    const int64_t end = begin ? in.vocab : middle, width = end - begin;
+    if (width == 0 || width == in.vocab) continue;
+    const split::Edited part(in, begin, end);
+    for (int64_t r = 0; r < in.rows; ++r) {
+      if (part.status[r] || whole.status[r]) continue;
+      const bool same = !memcmp(part.x.data() + r * width, whole.x.data() + r * in.vocab + begin,
+                                (size_t)width * sizeof(float));
+      check(same, isa + ", split", "logits of a part of a row after edits");
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -305,6 +322,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     check(!wrong, isa, wrong);
     if (in.kind == kLogits && in.wants_tokens) {
       const split::Edited edited(in);
+      check_edits(in, isa, edited);
       for (const split::Edited* of : {(const split::Edited*)nullptr, &edited}) {
         check_split(in, isa, of);
       }

@@ -52,13 +52,15 @@ class Meeting {
   int64_t waiting_ = 0, round_ = 0;
 };
 
-// Rows after stages 1 to 3, and what is wrong with them.
+// Rows after stages 1 to 3, or a part of them, and what is wrong with that.
 struct Edited {
   std::vector<float> x;
   std::vector<int32_t> status;
 
-  explicit Edited(const fuzz::Input& in)
-      : x((size_t)(in.rows * in.vocab)), status((size_t)in.rows) {
+  explicit Edited(const fuzz::Input& in) : Edited(in, 0, in.vocab) {}
+  // A mask's words are of the whole rows, so `begin` is a multiple of 32 if there is one.
+  Edited(const fuzz::Input& in, int64_t begin, int64_t end)
+      : x((size_t)(in.rows * (end - begin))), status((size_t)in.rows) {
     std::vector<RowParams> params = in.params;
     for (RowParams& p : params) {
       RowParams none = {};
@@ -75,10 +77,22 @@ struct Edited {
     }
     RowArguments rows = in.row_arguments();
     rows.params = (int64_t)params.data();
+    if (end - begin < in.vocab) {
+      rows.first_id = begin;
+      rows.num_ids = in.vocab;
+      if (in.has_mask) {
+        const int64_t before = std::min(begin / 32, rows.mask_words);
+        rows.mask += before * (int64_t)sizeof(int32_t);
+        rows.mask_words -= before;
+      }
+    }
     OutputArguments out = {};
     out.status = (int64_t)status.data();
     out.filtered = (int64_t)x.data();
-    sample_batch(batch_of(rows, {in.logits_arguments(), out}), 1);
+    LogitsArguments part = in.logits_arguments();
+    part.logits += begin * (part.dtype == kFloat32 ? 4 : 2);
+    part.vocab = end - begin;
+    sample_batch(batch_of(rows, {part, out}), 1);
   }
 };
 
