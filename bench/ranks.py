@@ -37,9 +37,10 @@ MODES: dict[str, dict[str, Any]] = {
     "p.95, reports": {"top_p": 0.95, "logprobs": "processed", "kept": "count", "entropy": True},
     "p.95, typical .9": {"top_p": 0.95, "typical_p": 0.9},
     "p.95, penalty, raw": {"top_p": 0.95, "repetition_penalty": 1.1, "logprobs": "raw"},
+    "typical .9, DRY, raw": {"typical_p": 0.9, "dry_multiplier": 0.8, "logprobs": "raw"},
 }
-PENALISED = 64
-"""Ids of each row, where a mode has a penalty."""
+HISTORIES = {"repetition_penalty": 64, "dry_multiplier": 512}
+"""How many ids each row has, where a mode looks at them."""
 
 
 def run(vocab: int, batches: Iterable[int], ranks: int, logits: str, dtype: str, seconds: float) -> None:
@@ -88,8 +89,9 @@ def _rank(
         own = rows[:, rank * width : (rank + 1) * width].contiguous()
         split = Split(rank * width, vocab)
         for name, fields in MODES.items():
-            if "repetition_penalty" in fields:
-                fields = fields | {"output_ids": torch.arange(PENALISED).expand(batch, PENALISED)}
+            for ids in (ids for field, ids in HISTORIES.items() if field in fields):
+                step = vocab // ids  # so that all ranks have some of them
+                fields = fields | {"output_ids": torch.arange(0, ids * step, step).expand(batch, ids)}
             steps = partial(_gathered, own, vocab, fields), partial(_split, split, own, fields)
             assert torch.equal(*(step().tokens for step in steps))
             before = split.rounds, split.sent

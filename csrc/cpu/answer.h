@@ -41,7 +41,7 @@ void answer_row_of(const Part& part, int64_t r, const Workspace& ws) {
       for (int b = 0; peak.status != kValid && b < row.blocks; ++b) ws.block_max[b] = INFINITY;
       return answer_above(p);
     case kMassOfBins:
-      return write_bins(p, p.answers());
+      return answer_bins(p);
     case kWithin:
       return answer_within(p);
     case kOwned:

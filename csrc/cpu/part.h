@@ -3,6 +3,8 @@
 // question.
 #pragma once
 
+#include <type_traits>
+
 #include "core/place.h"
 #include "cpu/outputs.h"
 #include "cpu/question.h"
@@ -120,61 +122,7 @@ struct Binning {
   }
 };
 
-// The mass of each of a block's tokens, and which bin it is in; where it is not in a set, 0 and
-// kBins.
-template <class Weight>
-FS_INLINE void place_each(const float* x, const BlockBits& set, const Weight& weight,
-                          const Binning& binning, uint64_t* mass, int32_t* bin) {
-  uint32_t hi[kBlock], lo[kBlock];
-  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
-    const auto p = load_pack<kAbreast>(x + i);
-    Where<kAbreast> where;
-    FS_EACH(kAbreast) where.m[u] = set.at(i + u * kLanes);
-    const auto q = weight.of(p, where);
-    FS_EACH(kAbreast) {
-      const Halves w = to_fixed(q.v[u]);
-      store(hi + i + u * kLanes, w.hi);
-      store(lo + i + u * kLanes, w.lo);
-      const vf place = select(where.m[u], binning.place(p.v[u]), splat((float)kBins));
-      store(bin + i + u * kLanes, truncate(place));
-    }
-  }
-  for (int i = 0; i < kBlock; ++i) mass[i] = ((uint64_t)hi[i] << kHalfBits) + lo[i];
-}
-
-// BinMass [kBins].
-template <class T>
-void write_bins(const PartRow<T>& p, int64_t* to) {
-  typedef uint64_t Pair __attribute__((vector_size(16)));  // a BinMass, which is added to at once
-  constexpr int kFew = 16;
-  const LogitWeigher judge = p.weigher.judge();
-  const Binning binning(judge);
-  const Weighing weight(judge, p.kept.floor);
-  Pair found[kBins + 1] = {};  // the last is for tokens that are not kept
-  float buffer[kBlock];
-  uint64_t mass[kBlock];
-  int32_t bin[kBlock];
-  for (int b = 0; b < blocks(p.dense); ++b) {
-    if (!may_keep(p.dense, b, p.kept)) continue;
-    const float* x = values(p.dense, b, buffer);
-    const BlockBits set = bits_within(p.dense, b, x, p.kept);
-    if (count(set) <= kFew) {
-      each_bit(set, [&](int i) {
-        const uint64_t own = judge.mass(x[i]);
-        if (own >= p.kept.floor) found[truncate(binning.place(splat(x[i])))[0]] += Pair{own, 1};
-      });
-      continue;
-    }
-    place_each(x, set, weight, binning, mass, bin);
-    if (p.kept.floor) {
-      for (int i = 0; i < kBlock; ++i) bin[i] = mass[i] ? bin[i] : kBins;
-    }
-    for (int i = 0; i < kBlock; ++i) found[bin[i]] += Pair{mass[i], 1};
-  }
-  memcpy(to, found, kBins * sizeof *found);
-}
-
-// Everything that kSums may ask for, in one pass.
+// Everything that kSums may ask for, in one pass; and nothing.
 struct Products {
   Depths depths;
   Squares squares = {};
@@ -185,22 +133,96 @@ struct Products {
   }
 };
 
+struct NoProducts {
+  FS_MEMBER void add(vf, const Halves&) {}
+};
+
+// The mass of each of a block's tokens, and which bin it is in; where it is not in a set, 0 and
+// kBins. `more` sees all that has mass.
+template <class Weight, class More>
+FS_INLINE void place_each(const float* x, const BlockBits& set, const Weight& weight,
+                          const Binning& binning, More& more, uint64_t* mass, int32_t* bin) {
+  uint32_t hi[kBlock], lo[kBlock];
+  for (int i = 0; i < kBlock; i += kAbreast * kLanes) {
+    const auto p = load_pack<kAbreast>(x + i);
+    Where<kAbreast> where;
+    FS_EACH(kAbreast) where.m[u] = set.at(i + u * kLanes);
+    const auto q = weight.of(p, where);
+    FS_EACH(kAbreast) {
+      const Halves w = to_fixed(q.v[u]);
+      store(hi + i + u * kLanes, w.hi);
+      store(lo + i + u * kLanes, w.lo);
+      more.add(p.v[u], w);
+      const vf place = select(where.m[u], binning.place(p.v[u]), splat((float)kBins));
+      store(bin + i + u * kLanes, truncate(place));
+    }
+  }
+  for (int i = 0; i < kBlock; ++i) mass[i] = ((uint64_t)hi[i] << kHalfBits) + lo[i];
+}
+
+// BinMass [kBins]; `more` is a sum of something else.
+template <class T, class More>
+void write_bins(const PartRow<T>& p, More& more, int64_t* to) {
+  typedef uint64_t Pair __attribute__((vector_size(16)));  // a BinMass, which is added to at once
+  constexpr int kFew = 16;
+  const LogitWeigher judge = p.weigher.judge();
+  const Binning binning(judge);
+  const Weighing weight(judge, p.kept.floor);
+  Pair found[kBins + 1] = {};  // the last is for tokens that are not kept
+  float buffer[kBlock];
+  uint64_t mass[kBlock];
+  int32_t bin[kBlock];
+  More own = more;  // in registers
+  for (int b = 0; b < blocks(p.dense); ++b) {
+    if (!may_keep(p.dense, b, p.kept)) continue;
+    const float* x = values(p.dense, b, buffer);
+    const BlockBits set = bits_within(p.dense, b, x, p.kept);
+    if (std::is_same<More, NoProducts>::value && count(set) <= kFew) {
+      each_bit(set, [&](int i) {
+        const uint64_t own = judge.mass(x[i]);
+        if (own >= p.kept.floor) found[truncate(binning.place(splat(x[i])))[0]] += Pair{own, 1};
+      });
+      continue;
+    }
+    place_each(x, set, weight, binning, own, mass, bin);
+    if (p.kept.floor) {
+      for (int i = 0; i < kBlock; ++i) bin[i] = mass[i] ? bin[i] : kBins;
+    }
+    for (int i = 0; i < kBlock; ++i) found[bin[i]] += Pair{mass[i], 1};
+  }
+  more = own;
+  memcpy(to, found, kBins * sizeof *found);
+}
+
+template <class T>
+void answer_bins(const PartRow<T>& p) {
+  NoProducts none;
+  write_bins(p, none, p.answers());
+}
+
 template <class T>
 void answer_sums(const PartRow<T>& p) {
   int64_t* to = p.answers();
   memset(to, 0, kSumWords * sizeof *to);
   const LogitWeigher judge = p.weigher.judge();
-  const bool bins = p.ask.wants & kWantsBins;
-  if (bins) write_bins(p, to + kSumWords);
+  int64_t* bins = p.ask.wants & kWantsBins ? to + kSumWords : nullptr;
+  const auto total_of_bins = [&] {
+    uint64_t total = 0;
+    for (int i = 0; i < kBins; ++i) total += (uint64_t)bins[2 * i];
+    return total;
+  };
   if (p.ask.wants & kWantsProducts) {
     Products products = {{judge}};
-    const uint64_t total = measure(p.dense, p.kept, judge, p.ws, products);
+    if (bins) write_bins(p, products, bins);
+    const uint64_t total = bins ? total_of_bins() : measure(p.dense, p.kept, judge, p.ws, products);
     const DepthSums d = products.depths.sums(total);
     const SquareSums s = products.squares.sums(total);
     const uint64_t sums[] = {d.mass, d.high, d.low, s.high, s.cross, s.low};
     memcpy(to, sums, sizeof sums);
   } else if (bins) {
-    for (int i = 0; i < kBins; ++i) to[0] += to[kSumWords + 2 * i];
+    NoProducts none;
+    write_bins(p, none, bins);
+    to[0] = (int64_t)total_of_bins();
   } else {
     to[0] = (int64_t)weigh_groups(p.dense, p.kept, judge, p.ws);
   }
