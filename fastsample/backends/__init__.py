@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -21,6 +21,27 @@ MODES: dict[LogprobsMode | None, int] = {None: 0, "raw": 1, "processed": 2}
 INPUTS: dict[str, int] = {"logits": 0, "probs": 1, "lists": 2}
 """What the rows hold, likewise. Lists are those of ranks, of rows that are split over these: for the CPU engine alone
 (fastsample/distributed/split.py)."""
+
+
+class Question(NamedTuple):
+    """What a rank is asked about its part of rows that are split over ranks.
+
+    Attributes:
+        start: the id of its first token.
+        queries: PartQuery (csrc/core/arguments.h) of each row, int64 [B, fields].
+        number, wants: as csrc/cpu/question.h has them; csrc/cpu/part.h and owner.h say what is answered.
+        words: of an answer.
+        details: int64 [B, n], of the question.
+        bitmask: int32 [B, ceil(V_r / 32)], to fill with the tokens of a kept set.
+    """
+
+    start: int
+    queries: torch.Tensor
+    number: int
+    wants: int
+    words: int
+    details: torch.Tensor | None = None
+    bitmask: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -140,26 +161,11 @@ class Engine(Protocol):
         """Whether it has `answer`; where it has not, PyTorch answers (`fastsample.distributed.shard.Shard`)."""
         return False
 
-    def answer(
-        self,
-        x: torch.Tensor,
-        start: int,
-        queries: torch.Tensor,
-        question: int,
-        wants: int,
-        words: int,
-        details: torch.Tensor | None = None,
-        bitmask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def answer(self, x: torch.Tensor, question: Question) -> torch.Tensor:
         """What a rank of rows that are split over ranks tells the others, int64 [B, words].
 
         Args:
             x: logits [B, V_r], the rank's part of the rows, one token or more.
-            start: the id of its first token.
-            queries: PartQuery (csrc/core/arguments.h) of each row, int64 [B, fields].
-            question, wants: as csrc/cpu/question.h numbers them; csrc/cpu/part.h and owner.h say what is answered.
-            details: int64 [B, n], of the question.
-            bitmask: int32 [B, ceil(V_r / 32)], to fill with the tokens of a kept set.
         """
         raise RuntimeError(f"engine {self.name!r} answers nothing about parts of rows")
 

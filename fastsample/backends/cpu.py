@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import DTYPES, Engine, Outputs
+from fastsample.backends import DTYPES, Engine, Outputs, Question
 from fastsample.backends.native import (
     LOGITS_FIELDS,
     PART_FIELDS,
@@ -110,23 +110,14 @@ class CpuEngine(Engine):
     def answers(self) -> bool:
         return True
 
-    def answer(
-        self,
-        x: torch.Tensor,
-        start: int,
-        queries: torch.Tensor,
-        question: int,
-        wants: int,
-        words: int,
-        details: torch.Tensor | None = None,
-        bitmask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def answer(self, x: torch.Tensor, question: Question) -> torch.Tensor:
+        start, queries, number, wants, words, details, bitmask = question
         rows, vocab = x.shape
         answers = torch.empty(rows, words, dtype=torch.int64)
         logits = _LOGITS.pack(x.data_ptr(), x.stride()[0] if rows > 1 else 0, rows, vocab, DTYPES[x.dtype], 0)
         given = (0, 0) if details is None else (details.shape[1], details.data_ptr())
         into = answers.data_ptr(), words, 0 if bitmask is None else bitmask.data_ptr()
-        asked = _ASK.pack(queries.data_ptr(), start, question, wants, *given, *into)
+        asked = _ASK.pack(queries.data_ptr(), start, number, wants, *given, *into)
         _native.answer(logits, asked, get_num_threads())
         return answers
 

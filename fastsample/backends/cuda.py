@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastsample.backends import Engine, Outputs, engine
+from fastsample.backends import Engine, Outputs, Question, engine
 from fastsample.backends.native import call_arguments, draft_arguments, mismatch, row_arguments
 from fastsample.backends.workspaces import Workspaces, capturing
 from fastsample.inputs import Rows
@@ -117,8 +117,8 @@ class CudaEngine(Engine):
         """Parts of rows are Triton's: their kernels lack nothing that CUDA C++ would add."""
         return engine("triton").why_not(None) is None
 
-    def answer(self, x: Tensor, *asked: Any) -> Tensor:
-        return engine("triton").answer(x, *asked)
+    def answer(self, x: Tensor, question: Question) -> Tensor:
+        return engine("triton").answer(x, question)
 
     def _launch(self, logits: Tensor, rows: Rows, out: Outputs, verified: tuple[Tensor, Tensor, Tensor] | None) -> None:
         if logits.shape[0] == 0:

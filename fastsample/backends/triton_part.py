@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastsample.backends import Question
 from fastsample.backends.triton_memory import ARRIVALS, Layout, Memory, State, Table, kernels
 
 Tensor = torch.Tensor
@@ -18,7 +19,7 @@ MIN_CHUNKS, MIN_RANKS = 128, 32  # smaller sizes are not worth kernels of their 
 
 
 class Launches(Protocol):
-    """What this takes of `fastsample.backends.triton.Call`."""
+    """What this takes of `fastsample.backends.triton_call.Call`."""
 
     memory: Memory
     options: dict[str, Any]
@@ -29,31 +30,19 @@ class Launches(Protocol):
 class Asked:
     """One question's launches, all on the current stream."""
 
-    def __init__(
-        self,
-        call: Launches,
-        table: Table,
-        layout: Layout,
-        start: int,
-        queries: Tensor,
-        wants: int,
-        words: int,
-        details: Tensor | None,
-        bitmask: Tensor | None,
-    ) -> None:
+    def __init__(self, call: Launches, table: Table, layout: Layout, question: Question) -> None:
         self.call, self.memory, self.options = call, call.memory, call.options
-        self.table, self.layout = table, layout
-        self.x, self.start, self.queries, self.wants, self.words = table.x, start, queries, wants, words
-        self.bitmask = bitmask
+        self.table, self.layout, self.x = table, layout, table.x
+        self.start, self.queries, self.number, self.wants, self.words, details, self.bitmask = question
         self.width = 0 if details is None else details.shape[1]
-        self.details = queries if details is None else details
+        self.details = self.queries if details is None else details
         self.batch, self.vocab = table.x.shape
 
-    def answer(self, question: int) -> Tensor:
+    def answer(self) -> Tensor:
         """The answers for each row, int64 [B, words], as csrc/cpu/part.h has them; but whether a part is flat is
         estimated by other tokens. Never waits for the device."""
         with self.memory.lock:
-            return QUESTIONS[question](self)
+            return QUESTIONS[self.number](self)
 
     @property
     def row(self) -> tuple[Any, ...]:

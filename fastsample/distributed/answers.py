@@ -9,7 +9,7 @@ from struct import Struct
 import torch
 from torch.nn.functional import pad
 
-from fastsample.backends import Engine
+from fastsample.backends import Engine, Question
 from fastsample.backends.native import PART_FIELDS, PART_QUERY_FIELDS
 from fastsample.distributed.keys import Kept, bits_of, no_words, words_at
 from fastsample.distributed.shard import BINS, SUM_WORDS, Drawn, Shard
@@ -49,13 +49,14 @@ class Answers:
         bitmask: Tensor | None = None,
     ) -> Tensor:
         """The answers for each row, int64 [B, words]; as `Engine.answer`."""
-        asked = self.start, queries, question, wants, words, details, bitmask
         there, here = self.x.device, queries.device
         if there == here:
-            return self.engine.answer(self.x, *asked)
+            asked = Question(self.start, queries, question, wants, words, details, bitmask)
+            return self.engine.answer(self.x, asked)
         queries, details = queries.to(there), None if details is None else details.to(there)
         bits = None if bitmask is None else torch.empty_like(bitmask, device=there)
-        found = self.engine.answer(self.x, self.start, queries, question, wants, words, details, bits).to(here)
+        asked = Question(self.start, queries, question, wants, words, details, bits)
+        found = self.engine.answer(self.x, asked).to(here)
         if bitmask is not None and bits is not None:
             bitmask.copy_(bits)
         return found

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsample as fs
-from fastsample.backends import Outputs, triton_memory
+from fastsample.backends import Outputs, triton_call, triton_memory
 from fastsample.backends import triton as adapter
 from fastsample.backends.triton_memory import SEMAPHORES, Memory
 from fastsample.inputs import Bias, Rows
@@ -60,7 +60,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     fresh = adapter.TritonEngine()
     monkeypatch.setattr(fresh, "why_not", lambda logits: None)
     monkeypatch.setattr("fastsample.call.select", lambda backend, logits: fresh)
-    monkeypatch.setattr(adapter, "kernels", lambda stem: recorder)
+    for module in (adapter, triton_call):
+        monkeypatch.setattr(module, "kernels", lambda stem: recorder)
     monkeypatch.setattr(adapter, "device_shape", lambda device: (132, 32))
     return recorder
 
@@ -163,13 +164,13 @@ def test_calls_that_share_memory_take_turns(monkeypatch: pytest.MonkeyPatch) -> 
     inside: list[int] = []
     most: list[int] = []
 
-    def run(call: adapter.Call) -> None:
+    def run(call: triton_call.Call) -> None:
         inside.append(1)
         most.append(len(inside))
         time.sleep(0.01)
         inside.pop()
 
-    monkeypatch.setattr(adapter.Call, "run", run)
+    monkeypatch.setattr(triton_call.Call, "run", run)
     chosen, zeros = adapter.TritonEngine(), torch.zeros(2, dtype=torch.int64)
     rows = Rows(fs.SamplingParams().pack(), zeros, zeros)
     with ThreadPoolExecutor(6) as pool:
@@ -177,7 +178,7 @@ def test_calls_that_share_memory_take_turns(monkeypatch: pytest.MonkeyPatch) -> 
     assert most == [1] * 12
     most.clear()
     barrier = threading.Barrier(2)
-    monkeypatch.setattr(adapter.Call, "run", lambda call: most.append(barrier.wait(10)))  # a Sampler has its own
+    monkeypatch.setattr(triton_call.Call, "run", lambda call: most.append(barrier.wait(10)))  # a Sampler has its own
     with ThreadPoolExecutor(2) as pool:
         own = (replace(rows, workspace={}) for _ in range(2))
         list(pool.map(lambda rows: chosen.run(torch.zeros(2, 50), rows, Outputs(zeros.int(), zeros)), own))

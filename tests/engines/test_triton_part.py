@@ -12,12 +12,12 @@ from typing import Any
 import parts
 import pytest
 import torch
-from parts import BLOCK, CPU_ENGINE, START, Job, Question, answers_of, edge_questions, named
+from parts import BLOCK, CPU_ENGINE, Case, Job, answers_of, edge_cases, named
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_interpreter import run_interpreted
 
 from fastsample.backends import triton as adapter
-from fastsample.backends import triton_part
+from fastsample.backends import triton_call, triton_part
 from fastsample.distributed.answers import DRAWS, FIRST
 from fastsample.distributed.keys import IDS
 
@@ -48,12 +48,12 @@ def interpreted(once: Callable[[str, Callable[[Path], None]], Path]) -> dict[str
     return found
 
 
-def assert_same(question: Question, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+def assert_same(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
     got, want = found[0], wanted[0]
     exact = want.shape[1]
-    if question.number == FIRST and question.wants & 2:
+    if case.number == FIRST and case.wants & 2:
         exact -= 1  # an estimate, of other tokens
-    if question.number == DRAWS:
+    if case.number == DRAWS:
         exact -= 1
         entropies = (answers[:, -1].contiguous().view(torch.float64) for answers in (got, want))
         torch.testing.assert_close(*entropies, rtol=1e-8, atol=1e-9)
@@ -63,20 +63,20 @@ def assert_same(question: Question, found: tuple[Tensor, Tensor], wanted: tuple[
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_equals_the_cpu(job: Job, interpreted: dict[str, Any]) -> None:
-    questions = named(job)
-    wanted = answers_of(questions, CPU_ENGINE.answer)
+    cases = named(job)
+    wanted = answers_of(cases, CPU_ENGINE.answer)
     assert interpreted[job.name].keys() == wanted.keys()
-    assert {question.number for question in questions.values()} == set(range(len(LAUNCHES)))
-    for name, question in questions.items():
-        assert_same(question, interpreted[job.name][name], wanted[name])
+    assert {case.number for case in cases.values()} == set(range(len(LAUNCHES)))
+    for name, case in cases.items():
+        assert_same(case, interpreted[job.name][name], wanted[name])
 
 
-@pytest.mark.parametrize("name", edge_questions())
+@pytest.mark.parametrize("name", edge_cases())
 def test_guesses_where_chunks_meet(name: str, interpreted: dict[str, Any]) -> None:
-    question = edge_questions()[name]
-    found, wanted = interpreted["edges"][name], question.answers(CPU_ENGINE.answer)
-    assert_same(question, found, wanted)
-    ids = IDS - (found[0][:, 1:].view(-1, 9)[:, 2::2] & IDS) - START
+    case = edge_cases()[name]
+    found, wanted = interpreted["edges"][name], case.answers(CPU_ENGINE.answer)
+    assert_same(case, found, wanted)
+    ids = IDS - (found[0][:, 1:].view(-1, 9)[:, 2::2] & IDS) - parts.START
     chunks = torch.where(found[0][:, 1:].view(-1, 9)[:, 2::2] != 0, ids // BLOCK, -1)
     met = {"at an edge": [0, 0, 1, 1], "far apart": [0, 2, 5, 5], "at the end": [9, -1, -1, -1]}[name]
     assert met in chunks.tolist()
@@ -86,7 +86,7 @@ def test_a_part_is_flat_where_its_first_tokens_are_a_small_share(interpreted: di
     """Told by some of its tokens; a row that is invalid is not flat."""
     for name in ("flat", "peaked"):
         got = interpreted["flat"][name][0][:, -1]
-        assert torch.equal(got, parts.flat_questions()[name].answers(CPU_ENGINE.answer)[0][:, -1])
+        assert torch.equal(got, parts.flat_cases()[name].answers(CPU_ENGINE.answer)[0][:, -1])
         assert got.tolist() == [int(name == "flat"), 0]
 
 
@@ -147,11 +147,11 @@ def test_launches_of_a_question(number: int, monkeypatch: pytest.MonkeyPatch) ->
         return SimpleNamespace(**vars(real(stem)) | fakes)
 
     monkeypatch.setattr(triton_part, "kernels", kernels)
-    monkeypatch.setattr(adapter, "kernels", kernels)
+    monkeypatch.setattr(triton_call, "kernels", kernels)
     engine = adapter.TritonEngine()
-    question = next(q for q in Job("lm", 257, "f32").questions() if q.number == number)
-    question.answers(engine.answer)  # makes the memory that later calls use
+    case = next(q for q in Job("lm", 257, "f32").cases() if q.number == number)
+    case.answers(engine.answer)  # makes the memory that later calls use
     launched.clear()
     with OnlyAllocates():
-        engine.answer(question.x, START, question.queries, number, question.wants, question.words, question.details)
+        engine.answer(case.x, case.question)
     assert tuple(launched) == LAUNCHES[number]

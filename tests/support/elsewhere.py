@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastsample.backends import Engine, Outputs
+from fastsample.backends import Engine, Outputs, Question
 from fastsample.backends.cpu import ENGINE as CPU_ENGINE
 from fastsample.inputs import Rows
 
@@ -89,9 +89,9 @@ class Pretending(Engine):
     def answers(self) -> bool:
         return True
 
-    def answer(self, x: Any, start: int, *asked: Any) -> Any:
-        assert all(_is_there(given) for given in (x, *asked) if isinstance(given, torch.Tensor))
-        return there(CPU_ENGINE.answer(_here(x), start, *map(_here, asked)))
+    def answer(self, x: Any, question: Question) -> Any:
+        assert all(_is_there(given) for given in (x, *question) if isinstance(given, torch.Tensor))
+        return there(CPU_ENGINE.answer(_here(x), Question(*map(_here, question))))
 
 
 @contextmanager

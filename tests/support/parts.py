@@ -16,6 +16,7 @@ import torch
 from cases import DTYPES, MAKERS, finish
 
 from fastsample import SamplingParams
+from fastsample.backends import Question
 from fastsample.backends.cpu import ENGINE as CPU_ENGINE
 from fastsample.distributed.answers import (
     ABOVE,
@@ -70,7 +71,7 @@ class Asked:
 
 
 @dataclass
-class Question:
+class Case:
     """One call of `Engine.answer`."""
 
     x: Tensor
@@ -81,12 +82,15 @@ class Question:
     details: Tensor | None = None
     bits: bool = False
 
+    @property
+    def question(self) -> Question:
+        return Question(START, self.queries, self.number, self.wants, self.words, self.details)
+
     def answers(self, how: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         """The answers, and the bits that are filled in passing."""
         rows, width = self.x.shape
         words = torch.full((rows, -(-width // 32)), 77, dtype=torch.int32)
-        given = self.x, START, self.queries, self.number, self.wants, self.words, self.details
-        return how(*given, words if self.bits else None), words
+        return how(self.x, self.question._replace(bitmask=words if self.bits else None)), words
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Job:
     def name(self) -> str:
         return f"{self.maker}-{self.width}-{self.dtype}-{self.parts}"
 
-    def questions(self) -> Iterator[Question]:
+    def cases(self) -> Iterator[Case]:
         asked = Asked(self.maker, self.width, self.dtype)
         x = asked.x
         if self.width % 2:
@@ -110,41 +114,41 @@ class Job:
         yield from _about_sets(asked, x)
         yield from _about_draws(asked, x)
         yield from _about_lists(asked, x)
-        told = CPU_ENGINE.answer(x, START, asked.queries, FIRST, 1, 2)
+        told = CPU_ENGINE.answer(x, Question(START, asked.queries, FIRST, 1, 2))
         yield from (owned(x, asked.queries, *_told(told, rank, 3), draws=2) for rank in range(3))
         yield owned(x, asked.queries, *_told(told, 0, 1), draws=0)
 
 
-def _about_sets(asked: Asked, x: Tensor) -> Iterator[Question]:
+def _about_sets(asked: Asked, x: Tensor) -> Iterator[Case]:
     queries = asked.parts[1].queries(asked.kept, asked.drawn)
-    listed = CPU_ENGINE.answer(x, START, asked.queries, FIRST, 0, 5)
+    listed = CPU_ENGINE.answer(x, Question(START, asked.queries, FIRST, 0, 5))
     listed[0, 1] = words_of(torch.tensor(torch.nan), torch.tensor(-1))
     long = torch.cat([no_words(ROWS, 1200, x.device), listed], 1)
-    yield from (Question(x, asked.queries, WHOLE, wants, SUM_WORDS, listed) for wants in (0, 3))
-    yield Question(x, asked.queries, WHOLE, 6, SUM_WORDS + 2 * BINS, long)
-    yield from (Question(x, queries, SUMS, wants, SUM_WORDS) for wants in (0, 1, 2))
-    yield Question(x, queries, SUMS, 7, SUM_WORDS + 2 * BINS)
-    yield Question(x, queries, BINS_OF, 0, 2 * BINS)
-    yield from (Question(x, queries, TOTALS, wants, 5, bits=wants > 1) for wants in (0, 1, 3))
-    yield Question(x, queries, ENDS, 0, 3)
-    yield Question(x, queries, BITS, 0, (START + x.shape[1] + 100) // 64)
-    yield Question(x, asked.queries, GIVEN, 4, 605, long[:, -1202:-1].contiguous())
-    yield Question(x, asked.queries, GIVEN, 0, 3, listed)
-    yield Question(x, queries, ABOVE, 0, 2, bits_of(torch.cat([x[:, :1].float(), x[:, -1:].float() + 0.25], 1)))
-    bins = CPU_ENGINE.answer(x, START, queries, BINS_OF, 0, 2 * BINS).view(ROWS, BINS, 2)
+    yield from (Case(x, asked.queries, WHOLE, wants, SUM_WORDS, listed) for wants in (0, 3))
+    yield Case(x, asked.queries, WHOLE, 6, SUM_WORDS + 2 * BINS, long)
+    yield from (Case(x, queries, SUMS, wants, SUM_WORDS) for wants in (0, 1, 2))
+    yield Case(x, queries, SUMS, 7, SUM_WORDS + 2 * BINS)
+    yield Case(x, queries, BINS_OF, 0, 2 * BINS)
+    yield from (Case(x, queries, TOTALS, wants, 5, bits=wants > 1) for wants in (0, 1, 3))
+    yield Case(x, queries, ENDS, 0, 3)
+    yield Case(x, queries, BITS, 0, (START + x.shape[1] + 100) // 64)
+    yield Case(x, asked.queries, GIVEN, 4, 605, long[:, -1202:-1].contiguous())
+    yield Case(x, asked.queries, GIVEN, 0, 3, listed)
+    yield Case(x, queries, ABOVE, 0, 2, bits_of(torch.cat([x[:, :1].float(), x[:, -1:].float() + 0.25], 1)))
+    bins = CPU_ENGINE.answer(x, Question(START, queries, BINS_OF, 0, 2 * BINS)).view(ROWS, BINS, 2)
     fullest = bins[:, :, 1].argmax(1, keepdim=True)
     for ranges in (
         (fullest, fullest + 1, fullest + 1, fullest + 1),
         (fullest * 0, fullest, fullest + 7, fullest + BINS),
     ):
         details = torch.cat(ranges, 1).clamp(max=BINS)
-        yield from (Question(x, queries, WITHIN, 0, words, details) for words in (5, x.shape[1] + 300))
+        yield from (Case(x, queries, WITHIN, 0, words, details) for words in (5, x.shape[1] + 300))
 
 
-def _about_draws(asked: Asked, x: Tensor) -> Iterator[Question]:
+def _about_draws(asked: Asked, x: Tensor) -> Iterator[Case]:
     """Thresholds at the first and the last mass of the first chunk and of the row, and past that."""
     queries = asked.parts[1].queries(asked.kept, asked.drawn).clone()
-    totals = CPU_ENGINE.answer(x, START, queries, TOTALS, 0, 5)
+    totals = CPU_ENGINE.answer(x, Question(START, queries, TOTALS, 0, 5))
     queries[:, 8], queries[:, 9] = totals[:, 0].clamp(min=1), totals[:, 1]
     held = asked.parts[0].drawn(asked.kept)
     ends = held[:, :BLOCK].sum(1, keepdim=True)
@@ -155,20 +159,20 @@ def _about_draws(asked: Asked, x: Tensor) -> Iterator[Question]:
     thresholds = torch.cat([at, -2 - leaves, torch.full_like(whole, -1)], 1)
     thresholds[ROWS - 2] = -1  # none of these is here
     for wants, given in ((1, thresholds), (0, thresholds[:, 4:8]), (1, thresholds[:, :0])):
-        yield Question(x, queries, DRAWS, wants, 2 * given.shape[1] + 1, given.contiguous())
+        yield Case(x, queries, DRAWS, wants, 2 * given.shape[1] + 1, given.contiguous())
 
 
-def _about_lists(asked: Asked, x: Tensor) -> Iterator[Question]:
+def _about_lists(asked: Asked, x: Tensor) -> Iterator[Case]:
     """Of a row that is valid, and one that is not: a few tokens, more than there are, and most of them."""
     width = x.shape[1]
     turn = width % 3
     x, queries = x[2:4].clone(), asked.queries[2:4]
     x[0, width // 2] = (torch.nan, torch.inf, -torch.inf)[turn]
     x[0] = -torch.inf if turn == 2 else x[0]
-    yield Question(x, queries, FIRST, turn % 2, 1 + turn % 2)
+    yield Case(x, queries, FIRST, turn % 2, 1 + turn % 2)
     shares = bits_of(torch.full((2, 1), 0.9))
     words = (5, width + 300, width - width // 4)[turn]
-    yield Question(x, queries, FIRST, 3, words + 2, shares)
+    yield Case(x, queries, FIRST, 3, words + 2, shares)
 
 
 def _told(told: Tensor, rank: int, ranks: int) -> tuple[Tensor, int]:
@@ -182,9 +186,9 @@ def _told(told: Tensor, rank: int, ranks: int) -> tuple[Tensor, int]:
     return torch.cat(words, 1), rank
 
 
-def owned(x: Tensor, queries: Tensor, told: Tensor, rank: int, draws: int) -> Question:
+def owned(x: Tensor, queries: Tensor, told: Tensor, rank: int, draws: int) -> Case:
     streams = torch.tensor([[7919 * row + 5, 3] for row in range(len(x))])
-    return Question(x, queries, OWNED, rank, 1 + 9 * draws, torch.cat([told, streams], 1))
+    return Case(x, queries, OWNED, rank, 1 + 9 * draws, torch.cat([told, streams], 1))
 
 
 def rows_of(places: dict[int, float], width: int, other: float) -> tuple[Tensor, Tensor]:
@@ -196,7 +200,7 @@ def rows_of(places: dict[int, float], width: int, other: float) -> tuple[Tensor,
     return x, open_queries(one, one)
 
 
-def edge_questions() -> dict[str, Question]:
+def edge_cases() -> dict[str, Case]:
     """Draws about the edge between two chunks, and over chunks of which most have nothing."""
     found = {}
     for name, places, other in (
@@ -205,26 +209,26 @@ def edge_questions() -> dict[str, Question]:
         ("at the end", {2499: 0.0}, -3e4),
     ):
         x, queries = rows_of(places, 2500, other)
-        told = CPU_ENGINE.answer(x, START, queries, FIRST, 1, 2)
+        told = CPU_ENGINE.answer(x, Question(START, queries, FIRST, 1, 2))
         found[name] = owned(x, queries, told, 0, draws=24)
     return found
 
 
-def flat_questions() -> dict[str, Question]:
+def flat_cases() -> dict[str, Case]:
     """Whether the first tokens are most of a row's mass; its second row is invalid."""
     x = torch.randn(2, 2500, generator=torch.Generator().manual_seed(1))
     x[1, 700] = torch.nan
     one, share = torch.ones(2, 1), bits_of(torch.full((2, 1), 0.5))
     rows = {"flat": x, "peaked": torch.where(torch.arange(2500) == 1234, x + 40, x)}
-    return {name: Question(x, open_queries(one, one), FIRST, 2, 4, share) for name, x in rows.items()}
+    return {name: Case(x, open_queries(one, one), FIRST, 2, 4, share) for name, x in rows.items()}
 
 
-def answers_of(questions: dict[str, Question], how: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: question.answers(how) for name, question in questions.items()}
+def answers_of(cases: dict[str, Case], how: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: case.answers(how) for name, case in cases.items()}
 
 
-def named(job: Job) -> dict[str, Question]:
-    return {f"{i}: {q.number} wants {q.wants}": q for i, q in zip(count(), job.questions())}
+def named(job: Job) -> dict[str, Case]:
+    return {f"{i}: {q.number} wants {q.wants}": q for i, q in zip(count(), job.cases())}
 
 
 def main() -> None:
@@ -237,12 +241,14 @@ def main() -> None:
     ENGINE.block = BLOCK
     with open(sys.argv[1]) as file:
         jobs = [Job(**job) for job in json.load(file)]
-    found: dict[str, Any] = {"edges": answers_of(edge_questions(), ENGINE.answer)}
-    found["flat"] = answers_of(flat_questions(), ENGINE.answer)
+    found: dict[str, Any] = {"edges": answers_of(edge_cases(), ENGINE.answer)}
+    found["flat"] = answers_of(flat_cases(), ENGINE.answer)
     for job in jobs:
         ENGINE.parts = job.parts
         found[job.name] = answers_of(named(job), ENGINE.answer)
-    found["none"] = ENGINE.answer(torch.zeros(0, 5), 0, torch.zeros(0, 10, dtype=torch.int64), SUMS, 0, SUM_WORDS)
+    found["none"] = ENGINE.answer(
+        torch.zeros(0, 5), Question(0, torch.zeros(0, 10, dtype=torch.int64), SUMS, 0, SUM_WORDS)
+    )
     torch.save(found, sys.argv[2])
 
 

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsample.backends.triton import WORDS
+from fastsample.backends.triton_call import WORDS
 from fastsample.backends.triton_launch import PROGRAMS_PER_SM, THREADS, compile_options
 from fastsample.kernels import keep, law, logprobs, outputs, part, part_draws, part_list, process, sample
 
