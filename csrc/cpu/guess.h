@@ -12,7 +12,7 @@ struct Guess {
 };
 
 // Estimates from a sample: of the mass of a row, where its maximum has 1, and of the mean of a
-// factor by mass; with two and a half standard deviations of each. A wrong estimate costs time, but
+// factor by mass; with so many standard deviations of each. A wrong estimate costs time, but
 // changes no token.
 struct Average {
   double mass, mass_error, mean, mean_error;
@@ -39,7 +39,7 @@ struct Weighed {
 };
 
 template <class Factor>
-Average estimate_average(const StandIns& s, const LogitWeigher& w, Factor factor) {
+Average estimate_average(const StandIns& s, const LogitWeigher& w, Factor factor, double so_many) {
   float mass[kSample + kPad], factors[kSample + kPad];
   // The heads are a fifth of the blocks, unless they tie: then some of them will do.
   static_assert(kMaxBlocks / 5 < kSample, "there is room for them");
@@ -56,17 +56,20 @@ Average estimate_average(const StandIns& s, const LogitWeigher& w, Factor factor
     mass_error = mass_error + q * q;
     mean_error = mean_error + off * off;
   }
-  const auto deviations = [&](vf e) { return 2.5 * s.body.each * sqrt((double)reduce_add(e)); };
+  const auto deviations = [&](vf e) { return so_many * s.body.each * sqrt((double)reduce_add(e)); };
   const double one = all / (double)kRoughUnit;
   return Average{one, deviations(mass_error), mean, deviations(mean_error) / one};
 }
 
+// A floor that lies outside of its guess costs another pass, and a wider guess hardly anything.
+constexpr double kOfFloors = 3.5;
+
 template <class T, class Factor>
-Average average_of(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor factor,
-                   const Workspace& ws) {
+Average average_of_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor factor,
+                         const Workspace& ws) {
   StandIns sample;
   const bool taken = take_stand_ins(d, weight, ws, &sample);
-  return taken ? estimate_average(sample, weight.weigher, factor) : kNoAverage;
+  return taken ? estimate_average(sample, weight.weigher, factor, kOfFloors) : kNoAverage;
 }
 
 // A margin beyond what estimates of float sums are off by.

@@ -210,6 +210,9 @@ Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float 
   return trial;
 }
 
+// How far off the mean may be: the wider, the more values are looked at twice.
+constexpr double kOfMean = 2.5;
+
 // Typical in a row that is all kept so far. A sample that lacks heavy tokens misjudges the mean;
 // the second time it is known.
 template <class T>
@@ -219,7 +222,7 @@ Limit rough_typical(const Dense<T>& d, const Weighing<LogitWeigher>& weight, flo
   const LogitWeigher& w = weight.weigher;
   StandIns sample;
   if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
-  const Average average = estimate_average(sample, w, OfDepth{w});
+  const Average average = estimate_average(sample, w, OfDepth{w}, kOfMean);
   const double off = average.mean_error / (double)w.scale;
   const Center center = {(float)((double)w.max + average.mean / (double)w.scale), off};
   if (!(off < (double)FLT_MAX) || !(fabsf(center.value) <= FLT_MAX)) return kUnknown;

@@ -258,7 +258,7 @@ RoughFloor rough_floor_of_total(const Dense<T>& d, const Weighing<LogitWeigher>&
   const LogitWeigher& w = weight.weigher;
   StandIns sample;
   if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
-  const Average average = estimate_average(sample, w, OfMass());
+  const Average average = estimate_average(sample, w, OfMass(), kOfFloors);
   const auto floor_at = [&](double mass) {  // of the maximum's
     return (double)floor_of((uint64_t)(fmax(mass, 1) * (double)kMassUnit)) / (double)kMassUnit;
   };
@@ -303,7 +303,7 @@ FS_INLINE Bounded squares_bounds(const Parted& found, double tokens) {
 template <class T>
 RoughFloor rough_p_less_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
                               const Workspace& ws, uint64_t heaviest) {
-  const Average average = average_of(d, weight, OfMass(), ws);
+  const Average average = average_of_floor(d, weight, OfMass(), ws);
   // The maximum alone has a square of 1.
   const double least = 1 / (average.mass + average.mass_error), one = (double)kRoughUnit;
   const Guess guess =
@@ -331,7 +331,7 @@ template <class T>
 RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
                            const Workspace& ws, const RowParams& p, uint64_t heaviest) {
   const OfDepth factor = {weight.weigher};
-  const Average average = average_of(d, weight, factor, ws);
+  const Average average = average_of_floor(d, weight, factor, ws);
   const double e = (double)p.eta_cutoff;
   const auto estimate = [&](double mass, double depth) {
     return fmin(e * mass, sqrt(e) * exp2(depth));
