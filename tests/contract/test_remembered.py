@@ -21,6 +21,7 @@ OTHERS: dict[str, Any] = {
     "bitmask": torch.full((2, 2), -2, dtype=torch.int32),
     "bias": Bias(torch.tensor([0, 1, 1]), torch.tensor([3]), torch.tensor([2.0]), 40),
     "requests": torch.tensor([0, 1]),
+    "part": (5, 40),
     **dict.fromkeys(("prompt_ids", "output_ids", "breakers", "drafted_ids"), IDS),
 }
 
