@@ -250,3 +250,17 @@ def test_parameters_that_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -
     assert fi.top_p_sampling_from_probs(p, bad, seed=seeds)[1] == -1
     assert fi.top_p_sampling_from_probs(p, bad, torch.tensor([1, 0, 1]), seed=seeds).tolist()[::2] == [-1, -1]
     assert fi.top_p_renorm_probs(p, bad)[1].tolist() == [0] * 40
+
+
+@pytest.mark.parametrize("source", ["logits", "probs"])
+def test_no_result_depends_on_top_k_max(source: str) -> None:
+    function: Any = getattr(fi, f"top_k_top_p_sampling_from_{source}")
+    x = rows(4, 500, 3) if source == "logits" else probs(4, 500, 3)
+    given = x, torch.tensor([1, 20, 256, 500]), 0.9
+    for bound in (1, 256, 10**12):
+        assert torch.equal(function(*given, seed=5, top_k_max=bound), function(*given, seed=5))
+    with pytest.raises(ValueError, match=r"top_k_max = 0: expected an integer >= 1, or None"):
+        function(*given, top_k_max=0)
+    for bad in (2.0, True, "2"):
+        with pytest.raises(TypeError, match=r"top_k_max = .*: expected an integer"):
+            function(*given, top_k_max=bad)

@@ -16,6 +16,7 @@ Arguments
     check_nan: raise ValueError if there is a NaN. On a GPU this waits for the device.
     return_valid: also return bool [N]; a row that cannot be sampled gives token 0 and False instead of an error.
     deterministic, is_deterministic, enable_pdl: accepted. Every result is deterministic.
+    top_k_max: None or an int >= 1, a bound of the numbers in a tensor top_k. Accepted: no result depends on it.
 
 Rows that cannot be sampled
     Logits with a NaN, +inf or nothing above -inf; probabilities that are NaN, infinite or negative, or with nothing
@@ -30,6 +31,7 @@ Where the answer differs from FlashInfer's, on purpose
         `fastsample.sample`. FlashInfer always mixes the row into the stream. Every offset gives other random numbers;
         advance it by 1.
     A seed without an offset is used; FlashInfer ignores it then.
+    Every row has its own top_k. FlashInfer cuts those above top_k_max, if that is at most 256 and V at least 65,536.
     The cost does not depend on the distribution: there is no rejection, and no limit on rounds.
 
 What is exact
@@ -53,7 +55,7 @@ from typing import cast
 import torch
 
 from fastsample import reference as spec
-from fastsample.integrations.flashinfer.arguments import limits, pack, raise_where, table, temperatures
+from fastsample.integrations.flashinfer.arguments import check_bound, limits, pack, raise_where, table, temperatures
 from fastsample.integrations.flashinfer.chain import chain_speculative_sampling
 from fastsample.integrations.flashinfer.eager import eager
 from fastsample.integrations.flashinfer.pipeline import fill_bad, full, renormalise, sample
@@ -107,12 +109,14 @@ def top_k_top_p_sampling_from_logits(
     check_nan: bool = False,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    top_k_max: int | None = None,
 ) -> Tensor:
     """Draw from softmax(logits) after top-k and top-p, in one fused pass.
 
     filter_apply_order: "top_k_first" measures top-p over what top-k kept, "joint" over the whole row.
     Returns int32 [N] (or the dtype of indices); other arguments and errors as in the module.
     """
+    check_bound(top_k_max)
     given = {"top_k": top_k, "top_p": top_p}
     drawn = sample("logits", logits, given, filter_apply_order, indices, generator, check_nan, seed, offset)
     return cast(Tensor, drawn)
@@ -244,12 +248,14 @@ def top_k_top_p_sampling_from_probs(
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
     return_valid: bool = False,
+    top_k_max: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draw from probs after top-k and top-p.
 
     filter_apply_order: "top_k_first" measures top-p over what top-k kept, "joint" over the whole row.
     Returns int32 [N] (or the dtype of indices), with return_valid also bool [N]; other arguments as in the module.
     """
+    check_bound(top_k_max)
     given = {"top_k": top_k, "top_p": top_p}
     return sample("probs", probs, given, filter_apply_order, indices, generator, check_nan, seed, offset, return_valid)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastsample.arrays import as_tensor
-from fastsample.checks import check_logits
+from fastsample.checks import check_logits, whole
 from fastsample.inputs import pack_offsets, pack_params, pack_seeds
 from fastsample.integrations.flashinfer.bits import exactly, is_negative, rounded
 from fastsample.params import write_columns
@@ -55,6 +55,12 @@ class Limit:
 
 def limits(given: dict[str, Any], rows: int) -> tuple[Limit, ...]:
     return tuple(_limit(name, value, rows) for name, value in given.items())
+
+
+def check_bound(top_k_max: Any) -> None:
+    """TypeError or ValueError unless it may bound a top_k."""
+    if top_k_max is not None and whole("top_k_max", top_k_max) < 1:
+        raise ValueError(f"top_k_max = {top_k_max}: expected an integer >= 1, or None")
 
 
 def _limit(name: str, value: Any, rows: int) -> Limit:
