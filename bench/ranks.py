@@ -90,8 +90,8 @@ def _rank(
         split = Split(rank * width, vocab)
         for name, fields in MODES.items():
             for ids in (ids for field, ids in HISTORIES.items() if field in fields):
-                step = vocab // ids  # so that all ranks have some of them
-                fields = fields | {"output_ids": torch.arange(0, ids * step, step).expand(batch, ids)}
+                apart = torch.arange(ids) * max(1, vocab // ids) % vocab  # so that all ranks have some of them
+                fields = fields | {"output_ids": apart.expand(batch, ids)}
             steps = partial(_gathered, own, vocab, fields), partial(_split, split, own, fields)
             assert torch.equal(*(step().tokens for step in steps))
             before = split.rounds, split.sent
