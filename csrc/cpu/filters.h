@@ -153,20 +153,6 @@ Kept<float> mass_floors(const Base<T, W>& base, Kept<float> kept, const RowParam
   return mass_floors(kept, p, heaviest(base, kept));
 }
 
-// How far from its exact mean typical keeps tokens.
-template <class T, class W, class Weight>
-Limit exact_limit(const Base<T, W>& base, const Kept<float>& kept, const Weight& weight, float mean,
-                  uint64_t target, const RowParams& p) {
-  const Workspace& ws = base.task.ws;
-  if (!base.listed && bounds_of(kept) == kUnbounded) {
-    const Limit found =
-        estimated_limit(base.task.dense, weight, mean, (double)p.typical_p, target, ws);
-    if (found.total) return found;
-  }
-  return {base.on([&](const auto& d) { return typical_limit(d, kept, weight, mean, target, ws); }),
-          0};
-}
-
 template <class T, class W>
 Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
   if constexpr (W::kOfLogits) {
@@ -180,7 +166,10 @@ Kept<float> typical(Base<T, W>& base, Kept<float> kept, const RowParams& p) {
     if (!limit.total) {
       const DepthSums sums = measure(base, kept, p, Depths{base.judge});
       mean = mean_logit(mean_depth(sums), base.judge.max, base.judge.scale);
-      limit = exact_limit(base, kept, weight, mean, top_p_target(p.typical_p, sums.mass), p);
+      const uint64_t target = top_p_target(p.typical_p, sums.mass);
+      limit.distance = base.on([&](const auto& d) {
+        return typical_limit(d, kept, weight, mean, target, base.task.ws);
+      });
     }
     const float high = highest_near(mean, limit.distance);
     const float low = -highest_near(-mean, limit.distance);

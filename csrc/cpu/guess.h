@@ -56,9 +56,15 @@ Average estimate_average(const StandIns& s, const LogitWeigher& w, Factor factor
     mass_error = mass_error + q * q;
     mean_error = mean_error + off * off;
   }
-  const auto deviations = [&](vf e) { return so_many * s.body.each * sqrt((double)reduce_add(e)); };
-  const double one = all / (double)kRoughUnit;
-  return Average{one, deviations(mass_error), mean, deviations(mean_error) / one};
+  // The sample may lack heavy values: as if there were one more, just below the heads.
+  const Pack<1> low = {{splat(s.heads.n ? s.heads.low : -INFINITY)}};
+  const Pack<1> q = weigh_roughly(w, low, everywhere<1>()), f = factor(low, q);
+  const double unseen = (double)q.v[0][0] / (double)kRoughUnit;
+  const double off = unseen * ((double)f.v[0][0] - mean), one = all / (double)kRoughUnit;
+  const auto deviations = [&](vf e, double more) {
+    return so_many * s.body.each * sqrt((double)reduce_add(e) + more * more);
+  };
+  return Average{one, deviations(mass_error, unseen), mean, deviations(mean_error, off) / one};
 }
 
 // A floor that lies outside of its guess costs another pass, and a wider guess hardly anything.

@@ -189,7 +189,7 @@ template <int N>
 FS_INLINE Pack<N> weigh_roughly(const LogitWeigher& w, const Pack<N>& x, const Where<N>& where,
                                 bool near = false) {
   Pack<N> y = (x - w.max) * w.scale;
-  if (!near) FS_EACH(N) y.v[u] = max(y.v[u], splat(kMassFloor));
+  if (!near) FS_EACH(N) y.v[u] = raise_to(kMassFloor, y.v[u]);
   return exp2_where(where, y);
 }
 

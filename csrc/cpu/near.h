@@ -1,8 +1,8 @@
 // Typical in a row that is all kept so far, by one pass over it.
 #pragma once
 
+#include "cpu/crowd.h"
 #include "cpu/rough.h"
-#include "cpu/typical.h"
 
 namespace fastsample {
 namespace {
@@ -105,6 +105,70 @@ MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, const Division& 
           mean_logit(fmax(depth.low, 0) / all * (1 - slack), w.max, w.scale)};
 }
 
+// Values about as far from the mean as the limit, in ws.values, group g's from segment[g] on, and
+// the mass of what is nearer, which ws.group_mass holds by groups.
+struct Ring {
+  uint64_t inside;
+  int n;
+  Distances bounds;
+};
+
+// Where these are many, an estimate of the limit from some of them leaves few: those beyond it are
+// dropped, those nearer are added to the masses.
+template <class T, class Weight>
+void narrow_ring(const Dense<T>& d, const Weight& weight, float mean, uint64_t target, Ring* ring,
+                 const Workspace& ws) {
+  constexpr int kMany = 4096;
+  if (ring->n < kMany || ring->inside >= target) return;
+  const double missing = (double)(target - ring->inside);
+  const Distances found = find_among(weight, ring->n, mean, missing, ring->bounds, ws);
+  const Distances before = ring->bounds;
+  const Distances bounds = {found.near > before.near ? found.near : before.near,
+                            found.far < before.far ? found.far : before.far};
+  int left = 0;
+  for (int g = 0; g < groups(d); ++g) {
+    const int begin = ws.segment[g], n = ws.segment[g + 1] - begin;
+    const float* x = ws.values + begin;
+    const auto nearer = [&](vf v) { return gt(splat(bounds.near), distance(v, mean)); };
+    const uint64_t mass = weigh_some(weight, x, n, nearer);
+    ws.group_mass[g] += mass;
+    ring->inside += mass;
+    ws.segment[g] = left;
+    for (int i = 0; i < n; i += kLanes) {
+      const vf v = load(x + i), away = distance(v, mean);
+      const Mask within = both(first(n - i), ge(splat(bounds.far), away));
+      left += compress_store(ws.spare + left, v, but_not(within, gt(splat(bounds.near), away)));
+    }
+  }
+  fill_up(ws.spare, left);
+  memcpy(ws.values, ws.spare, (size_t)(left + kLanes) * sizeof *ws.values);
+  ws.segment[groups(d)] = ring->n = left;
+  ring->bounds = bounds;
+}
+
+// The distance within which the ring's values and what is nearer reach the target.
+template <class Weight>
+float limit_within(const Weight& weight, float mean, uint64_t target, const Ring& ring,
+                   const Workspace& ws) {
+  const auto every = [](vf) { return from_bits(kAllLanes); };
+  const Around around = keep_around(ws.values, ring.n, ws.spare, mean, every);
+  return nearest_limit(weight, around, mean, ring.inside, target, true);
+}
+
+// Adds to each group's mass what lies within the limit of the values in ws.values.
+template <class T, class Weight>
+uint64_t add_within(const Dense<T>& d, const Weight& weight, float mean, float limit,
+                    const Workspace& ws) {
+  uint64_t total = 0;
+  for (int g = 0; g < groups(d); ++g) {
+    const float* x = ws.values + ws.segment[g];
+    ws.group_mass[g] += weigh_some(weight, x, ws.segment[g + 1] - ws.segment[g],
+                                   [&](vf v) { return ge(splat(limit), distance(v, mean)); });
+    total += ws.group_mass[g];
+  }
+  return total;
+}
+
 // Whether the tokens within `limit` of a mean are those that the contract keeps, whose mean is off
 // by at most `error`: the farthest of them have one value, and all else that is about as far away
 // lies on its side of the mean, in the order of the logits. Two distances change by 2 errors and
@@ -112,10 +176,10 @@ MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, const Division& 
 // distances are rounded.
 bool is_certain(const float* x, int n, float mean, float limit, double error) {
   if (error == 0) return true;  // so are all distances
-  const double slack = 2 * error + (double)limit * 0x1p-21;
+  const double slack = 2 * error + (double)limit * 0x1p-22;
   if (!((double)limit > 4 * slack)) return false;
   const float low = (float)((double)limit - slack), high = (float)((double)limit + slack);
-  const float step = limit * 0x1p-21f;
+  const float step = limit * 0x1.1p-23f;
   float edge = 0;
   bool found = false;
   for (int turn = 0; turn < 2; ++turn) {  // finds the edge, then looks around it
@@ -139,47 +203,28 @@ bool is_certain(const float* x, int n, float mean, float limit, double error) {
   return found;
 }
 
-// Distances that leave room for an error of the center, and for more where that costs little. Where
-// few tokens make the mean, it is further off than the sample shows, as heavy tokens may be neither
-// heads nor in it; but then few values are about as far away, too. `s` holds negative distances.
-FS_INLINE Distances margin_around(const StandIns& s, Distances about, double off) {
-  constexpr double kRoom = 0.15;  // of the distance
-  const auto widened = [&](double by) {
-    return Distances{(float)((double)about.near - by), (float)((double)about.far + by)};
-  };
-  const double room = 1.5 * off;  // the limit moves with the center, in the same sample
-  const Distances wide = widened(fmax(room, kRoom * (double)about.far));
-  const int many = s.body.n / 64;
-  const int within = count_above(s.body.x, s.body.n, nextafterf(-wide.far, -INFINITY)) -
-                     count_above(s.body.x, s.body.n, -wide.near);
-  return within <= many ? wide : widened(room);
-}
-
-// What a row is divided around, and how far from it the mean may be.
-struct Center {
-  float value;
-  double off;
+struct Limit {
+  float distance;
+  uint64_t total;  // of what lies within it, which ws.group_mass holds; 0 where it is not found
 };
 
-// What a division finds. Limit.total is 0 where it does not determine what is kept; then it may be
-// tried again around another center.
+// What a division finds. Where it does not determine the limit, it may be tried again around the
+// mean that it has found.
 struct Trial {
   Limit limit = {0, 0};
   float mean = 0;
-  bool again = false;
 };
 
 // One pass bounds the mean, weighs what is nearer to an estimate of it than an estimate of the
 // limit, and copies what is about as far away.
 template <class T>
 Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float typical_p,
-                 StandIns* sample, Center center, const Workspace& ws) {
+                 const RowCrowd& crowd, Center center, const Workspace& ws) {
   const LogitWeigher& w = weight.weigher;
   Trial trial;
-  const Distances about = find_distances(*sample, weight, center.value, (double)typical_p, ws);
-  const Distances bounds = margin_around(*sample, about, center.off);
-  // Tokens without mass would have to be looked at too.
-  if (!((double)center.value - (double)bounds.far > (double)weight.lowest())) return trial;
+  const Distances about = crowd.limit(center.value, (double)typical_p);
+  const double room = 1.5 * center.off;  // the limit moves with the center, in the same sample
+  const Distances bounds = {(float)((double)about.near - room), (float)((double)about.far + room)};
   const Division found = divide(d, weight, center.value, bounds, ws);
   const MeanBounds means = bound_mean(d, w, found);
   const float middle = (float)(((double)means.low + (double)means.high) / 2);
@@ -188,10 +233,11 @@ Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float 
   Ring ring = {found.inside, found.around, bounds};
   narrow_ring(d, weight, middle, target, &ring, ws);
   trial.mean = middle;
-  trial.again = true;
   if (!ring.n || ring.inside >= target) return trial;
   float limit = limit_within(weight, middle, target, ring, ws);
-  if (!is_certain(ws.values, ring.n, middle, limit, error)) {
+  // The ring may lack tokens without mass.
+  const bool all_weigh = (double)center.value - (double)bounds.far > (double)weight.lowest();
+  if (!all_weigh || !is_certain(ws.values, ring.n, middle, limit, error)) {
     const DepthSums sums = exact_sums(d, weight, Depths{w}, ws);
     trial.mean = mean_logit(mean_depth(sums), w.max, w.scale);
     error = 0;
@@ -210,26 +256,20 @@ Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float 
   return trial;
 }
 
-// How far off the mean may be: the wider, the more values are looked at twice.
-constexpr double kOfMean = 2.5;
-
 // Typical in a row that is all kept so far. A sample that lacks heavy tokens misjudges the mean;
 // the second time it is known.
 template <class T>
 Limit rough_typical(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float typical_p,
                     const Workspace& ws, float* mean) {
   constexpr Limit kUnknown = {0, 0};
-  const LogitWeigher& w = weight.weigher;
   StandIns sample;
   if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
-  const Average average = estimate_average(sample, w, OfDepth{w}, kOfMean);
-  const double off = average.mean_error / (double)w.scale;
-  const Center center = {(float)((double)w.max + average.mean / (double)w.scale), off};
-  if (!(off < (double)FLT_MAX) || !(fabsf(center.value) <= FLT_MAX)) return kUnknown;
-  Trial trial = try_center(d, weight, typical_p, &sample, center, ws);
-  if (trial.again && !trial.limit.total) {
-    take_stand_ins(d, weight, ws, &sample);  // find_distances has used it up
-    trial = try_center(d, weight, typical_p, &sample, Center{trial.mean, 0}, ws);
+  const RowCrowd crowd(sample, weight);
+  const Center center = crowd.mean(weight.weigher.max);
+  if (!(center.off < (double)FLT_MAX) || !(fabsf(center.value) <= FLT_MAX)) return kUnknown;
+  Trial trial = try_center(d, weight, typical_p, crowd, center, ws);
+  if (!trial.limit.total) {
+    trial = try_center(d, weight, typical_p, crowd, Center{trial.mean, 0}, ws);
   }
   *mean = trial.mean;
   return trial.limit;

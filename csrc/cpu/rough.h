@@ -27,7 +27,7 @@ struct OfDepth {
   template <int N>
   FS_MEMBER Pack<N> operator()(const Pack<N>& x, const Pack<N>&) const {
     Pack<N> y = (x - weigher.max) * weigher.scale;
-    FS_EACH(N) y.v[u] = round_up_14(max(y.v[u], splat(kMassFloor)));
+    FS_EACH(N) y.v[u] = round_up_14(raise_to(kMassFloor, y.v[u]));
     return y;
   }
 };

@@ -27,7 +27,7 @@ struct Depths {
   ProductSum high = {}, low = {};
 
   FS_MEMBER void add(vf x, const Halves& w) {
-    const vf y = max((x - weigher.max) * weigher.scale, splat(kMassFloor));
+    const vf y = raise_to(kMassFloor, (x - weigher.max) * weigher.scale);
     const vu depth = (vu)truncate(y * -0x1p14f);
     high.add(w.hi, depth);
     low.add(w.lo, depth);
@@ -54,7 +54,7 @@ struct Squares {
 template <class Weight, class T, class Keep, class More>
 FS_INLINE void measure_values(const Weight& weight, const T* x, Keep keep, bool near, MassSum& sum,
                               More& more) {
-  constexpr int N = 4;
+  constexpr int N = kAbreast;
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
     Where<N> where;

@@ -45,6 +45,11 @@ FS_INLINE vi truncate(vf a) { return (vi)_mm512_cvttps_epi32((__m512)a); }
 
 FS_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 FS_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+// The higher of y and a negative number. As unsigned numbers, negative floats fall and lie above
+// all others; Zen has more units that compare numbers than floats.
+FS_INLINE vf raise_to(float low, vf y) {
+  return (vf)_mm512_min_epu32((__m512i)y, (__m512i)splat(low));
+}
 FS_INLINE vs max(vs a, vs b) { return (vs)_mm512_max_epi16((__m512i)a, (__m512i)b); }
 FS_INLINE vs min(vs a, vs b) { return (vs)_mm512_min_epi16((__m512i)a, (__m512i)b); }
 
@@ -54,11 +59,10 @@ FS_INLINE vf round_down_11(vf a, float b) {
   constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
   return (vf)_mm512_add_round_ps((__m512)a, _mm512_set1_ps(0x1p12f), kDown) - (0x1p12f + b);
 }
-// y rounded up to 14 fractional bits, for numbers from -2^9 to 0: a sum that begins at -2^9 has no
-// more bits.
+// y rounded up to 14 fractional bits.
 FS_INLINE vf round_up_14(vf y) {
-  constexpr int kTowardZero = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
-  return (vf)_mm512_sub_round_ps((__m512)y, _mm512_set1_ps(0x1p9f), kTowardZero) + 0x1p9f;
+  constexpr int kUp = 14 << 4 | _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+  return (vf)_mm512_roundscale_ps((__m512)y, kUp);
 }
 // a * b + c, which need not be rounded in between.
 FS_INLINE vf multiply_add(vf a, vf b, vf c) {

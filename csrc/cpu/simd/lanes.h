@@ -12,6 +12,7 @@ typedef vi Mask;
 FS_INLINE uint32_t bits(Mask m);
 FS_INLINE vs max(vs a, vs b);
 FS_INLINE vf min(vf a, vf b);
+FS_INLINE vf max(vf a, vf b);
 
 constexpr int kMaskChains = 1;  // masks in which tests that follow each other are collected
 
@@ -34,6 +35,9 @@ FS_INLINE vu keep(Mask m, vu a) { return (vu)m & a; }
 FS_INLINE vu add_where(Mask m, vu sum, vu a) { return sum + ((vu)m & a); }
 FS_INLINE int count(Mask m) { return __builtin_popcountll(bits(m)); }
 FS_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
+
+// The higher of y and a negative number.
+FS_INLINE vf raise_to(float low, vf y) { return max(y, splat(low)); }
 
 // a - b, with a rounded down to 11 fractional bits, for numbers from 0 to 2^9; far from 0 where a
 // is higher.

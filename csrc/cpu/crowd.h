@@ -1,0 +1,177 @@
+// Values that stand for those of a row: where typical's limit probably lies. A wrong estimate costs
+// time, but changes no token.
+#pragma once
+
+#include "cpu/estimate.h"
+#include "cpu/typical.h"
+
+namespace fastsample {
+namespace {
+
+// The distances between which a limit probably lies.
+struct Distances {
+  float near, far;
+};
+
+// Values, and about the mass of all that each stands for.
+struct Crowd {
+  static constexpr int kHeads = kMaxBlocks / 5 + 1, kMost = kSample + kHeads;
+  float x[kMost + kPad], mass[kMost + kPad];
+  int n = 0;
+
+  // Adds those of some values for which where(x) holds, each of which stands for so many.
+  template <class Weight, class Where>
+  void add(const Weight& weight, const float* from, int some, double each, Where where) {
+    const int more = filter(from, some, x + n, where).n;
+    const float unit = (float)(each * 0x1p40 / (double)kRoughUnit);
+    for (int i = 0; i < more; i += kAbreast * kLanes) {
+      const auto q = weight.of(load_pack<kAbreast>(x + n + i), everywhere<kAbreast>());
+      FS_EACH(kAbreast) store(mass + n + i + u * kLanes, q.v[u] * unit);
+    }
+    n += more;
+  }
+
+  // The sum of value(x, mass) over those for which where(x) holds; it must not for -inf.
+  template <class Where, class Value>
+  double sum(Where where, Value value) const {
+    constexpr int N = 4;
+    vf sums[N] = {};
+    for (int i = 0; i < n; i += N * kLanes) {
+      FS_EACH(N) {
+        const vf v = load(x + i + u * kLanes), m = load(mass + i + u * kLanes);
+        sums[u] = sums[u] + (vf)keep(where(v), (vu)value(v, m));
+      }
+    }
+    return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+
+  double within(float center, float limit) const {
+    return sum([&](vf v) { return ge(splat(limit), distance(v, center)); },
+               [](vf, vf m) { return m; });
+  }
+  float farthest(float center) const {
+    vf most = splat(0.0f);
+    for (int i = 0; i < n; i += kLanes) {
+      most = select(first(n - i), max(most, distance(load(x + i), center)), most);
+    }
+    return reduce_max(most);
+  }
+
+  // Between which distances of a range the mass within them comes to reach a goal, which the range
+  // is halved for so often.
+  Distances bracket(float center, double goal, Distances range, int halves) const {
+    for (; halves > 0; --halves) {
+      const float middle = range.near + (range.far - range.near) / 2;
+      (within(center, middle) < goal ? range.near : range.far) = middle;
+    }
+    return range;
+  }
+
+  // The distances between which it comes to reach a goal, a share of all, that may be off by so
+  // much; not so far that hardly anything lies beyond.
+  Distances expect(float center, double goal, double off, Distances range) const {
+    constexpr int kHalves = 9;
+    const double all = within(center, range.far), most = all - (all - goal) / 8;
+    return Distances{bracket(center, goal - off, range, kHalves).near,
+                     bracket(center, fmin(goal + off, most), range, kHalves).far};
+  }
+};
+
+FS_INLINE Mask is_finite(vf v) { return gt(v, splat(-INFINITY)); }
+FS_INLINE vf square(vf v) { return v * v; }
+
+// What a row is divided around, and how far from it the mean may be.
+struct Center {
+  float value;
+  double off;
+};
+
+// How far off the mean may be, in standard deviations: the wider, the more values are looked at
+// twice.
+constexpr double kOfMean = 2.5;
+
+// What stands for a row: its heads for themselves, and a sample for what is below. The sample may
+// lack heavy values, the more so as a row's mass lies in few tokens; so it counts as off as if
+// there were one more just below the heads.
+struct RowCrowd : Crowd {
+  float heads;
+  double all, unseen;  // all its mass, and that of one more
+
+  template <class Weight>
+  RowCrowd(const StandIns& s, const Weight& weight) : heads(s.heads.low) {
+    const float lowest = weight.lowest();
+    const auto has_mass = [&](vf v) { return gt(v, splat(lowest)); };
+    const int few = s.heads.n < kHeads ? s.heads.n : kHeads;  // more, where they tie
+    if (few) add(weight, s.heads.x, few, (double)s.heads.n / few, has_mass);
+    add(weight, s.body.x, s.body.n, s.body.each, has_mass);
+    all = sum(is_finite, [](vf, vf m) { return m; });
+    unseen = few ? s.body.each * (double)weight.one(heads) : 0;
+  }
+
+  // The sum of squares of what value(x, share of all) is, over the sample and one more.
+  template <class Value>
+  double squares(Value value) const {
+    const float one = (float)(1 / all);
+    const double sampled = sum([&](vf v) { return both(is_finite(v), gt(splat(heads), v)); },
+                               [&](vf v, vf m) { return square(value(v, m * one)); });
+    if (!(unseen > 0)) return sampled;
+    return sampled + (double)square(value(splat(heads), splat((float)(unseen / all))))[0];
+  }
+
+  Center mean(float max) const {
+    const double below = sum(is_finite, [&](vf v, vf m) { return (v - max) * m; });
+    const float center = (float)((double)max + below / all);
+    return Center{center, kOfMean * sqrt(squares([&](vf v, vf m) { return (v - center) * m; }))};
+  }
+
+  // Between which distances from a center the share of all mass is reached.
+  Distances limit(float center, double share) const {
+    const Distances range = {0, farthest(center)};
+    const float about = bracket(center, share * all, range, 6).far;
+    const vf inside = splat((float)(1 - share)), outside = splat((float)share);
+    const double off = sqrt(squares([&](vf v, vf m) {
+      return m * select(ge(splat(about), distance(v, center)), inside, outside);
+    }));
+    return expect(center, share * all, 2.5 * off * all, range);
+  }
+};
+
+// Adds some of n values, evenly spread, of those for which where(x) holds. These are so many.
+template <class Weight, class Where>
+void add_some(const Weight& weight, const float* x, int n, Where where, int many, Crowd* crowd) {
+  constexpr int kFew = 512;
+  float some[kFew + kPad];
+  const int few = n < kFew ? n : kFew;
+  const double step = few ? (double)n / few : 0;
+  for (int i = 0; i < few; ++i) some[i] = x[(int)(i * step)];
+  const int taken = filter(some, few, some, where).n;
+  if (taken) crowd->add(weight, some, taken, (double)many / taken, where);
+}
+
+// Between which distances the n values in ws.values, nearest first, come to weigh `missing`. Those
+// above the mean are few and heavy, those below it many and light. Three and a half standard
+// deviations, since missing the limit costs two passes.
+template <class Weight>
+Distances find_among(const Weight& weight, int n, float mean, double missing, Distances range,
+                     const Workspace& ws) {
+  const auto is_above = [&](vf v) { return gt(v, splat(mean)); };
+  const auto is_below = [&](vf v) { return both(is_finite(v), ge(splat(mean), v)); };
+  const Span above = filter(ws.values, n, ws.spare, is_above);
+  Crowd crowd;
+  add_some(weight, above.x, above.n, is_above, above.n, &crowd);
+  const int high = crowd.n;
+  add_some(weight, ws.values, n, is_below, n - above.n, &crowd);
+  const double each[2] = {high ? (double)above.n / high : 1,
+                          crowd.n > high ? (double)(n - above.n) / (crowd.n - high) : 1};
+  const float limit = crowd.bracket(mean, missing, range, 6).far;
+  const auto squares = [&](auto side) {
+    return crowd.sum([&](vf v) { return both(side(v), ge(splat(limit), distance(v, mean))); },
+                     [](vf, vf m) { return square(m); });
+  };
+  const double off =
+      sqrt((1 - 1 / each[0]) * squares(is_above) + (1 - 1 / each[1]) * squares(is_below));
+  return crowd.expect(mean, missing, 3.5 * off, range);
+}
+
+}  // namespace
+}  // namespace fastsample
