@@ -1,5 +1,5 @@
-// Values that stand for those of a row: where typical's limit probably lies. A wrong estimate costs
-// time, but changes no token.
+// Values that stand for those of a row, and where typical's limit probably lies by them. A wrong
+// estimate costs time, but changes no token.
 #pragma once
 
 #include "cpu/estimate.h"
@@ -12,6 +12,9 @@ namespace {
 struct Distances {
   float near, far;
 };
+
+FS_INLINE Mask is_finite(vf v) { return gt(v, splat(-INFINITY)); }
+FS_INLINE vf square(vf v) { return v * v; }
 
 // Values, and about the mass of all that each stands for.
 struct Crowd {
@@ -57,8 +60,8 @@ struct Crowd {
     return reduce_max(most);
   }
 
-  // Between which distances of a range the mass within them comes to reach a goal, which the range
-  // is halved for so often.
+  // Between which distances of a range the mass within comes to reach a goal: the range is halved so
+  // often.
   Distances bracket(float center, double goal, Distances range, int halves) const {
     for (; halves > 0; --halves) {
       const float middle = range.near + (range.far - range.near) / 2;
@@ -76,9 +79,6 @@ struct Crowd {
                      bracket(center, fmin(goal + off, most), range, kHalves).far};
   }
 };
-
-FS_INLINE Mask is_finite(vf v) { return gt(v, splat(-INFINITY)); }
-FS_INLINE vf square(vf v) { return v * v; }
 
 // What a row is divided around, and how far from it the mean may be.
 struct Center {

@@ -224,7 +224,8 @@ Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float 
   Trial trial;
   const Distances about = crowd.limit(center.value, (double)typical_p);
   const double room = 1.5 * center.off;  // the limit moves with the center, in the same sample
-  const Distances bounds = {(float)((double)about.near - room), (float)((double)about.far + room)};
+  const Distances bounds = {(float)((double)about.near - room),
+                            (float)fmin((double)about.far + room, (double)FLT_MAX)};
   const Division found = divide(d, weight, center.value, bounds, ws);
   const MeanBounds means = bound_mean(d, w, found);
   const float middle = (float)(((double)means.low + (double)means.high) / 2);

@@ -172,6 +172,21 @@ def test_typical_where_many_tokens_are_about_as_far(scale: float, t: float, vari
     check(x.to(torch.bfloat16), variant, typical_p=t)
 
 
+@pytest.mark.parametrize(
+    ("spread", "step", "temperature", "seed"), [(0.01, 22, 30, 5), (0.01, 22, 100, 3), (0.1, 20, 100, 1)]
+)
+def test_typical_where_the_mean_orders_both_sides(
+    spread: float, step: int, temperature: float, seed: int, variant: str
+) -> None:
+    """Values of one side are as far from the mean as some of the other, by less than the mean is off at first."""
+    g = torch.Generator().manual_seed(seed)
+    steps = ((0.1 + torch.rand(8, 4096, generator=g) * spread) * 2**step).round()
+    other = steps - torch.randint(-3, 4, (8, 4096), generator=g)
+    x = torch.cat([5 + steps / 2**step, 5 - other / 2**step], 1)
+    t = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9])
+    check(x, variant, temperature=temperature, typical_p=t)
+
+
 @KINDS
 def test_typical_leaves_the_maximum_out(dtype: torch.dtype, variant: str) -> None:
     """So that later filters are measured on a set whose heaviest token is another one."""
