@@ -60,7 +60,7 @@ struct Crowd {
     return reduce_max(most);
   }
 
-  // Between which distances of a range the mass within comes to reach a goal: the range is halved so
+  // Between which distances of a range the mass within comes to reach a goal: it is halved so
   // often.
   Distances bracket(float center, double goal, Distances range, int halves) const {
     for (; halves > 0; --halves) {
