@@ -13,7 +13,7 @@ struct Distances {
   float near, far;
 };
 
-FS_INLINE Mask is_finite(vf v) { return gt(v, splat(-INFINITY)); }
+constexpr auto is_finite = [](vf v) { return gt(v, splat(-INFINITY)); };
 FS_INLINE vf square(vf v) { return v * v; }
 
 // Values, and about the mass of all that each stands for.
