@@ -38,8 +38,12 @@ struct Weighed {
   }
 };
 
+// How far off an average may be, in standard deviations: a floor that lies outside of its guess
+// costs another pass, and a wider guess hardly anything.
+constexpr double kOfFloors = 3.5;
+
 template <class Factor>
-Average estimate_average(const StandIns& s, const LogitWeigher& w, Factor factor, double so_many) {
+Average estimate_average(const StandIns& s, const LogitWeigher& w, Factor factor) {
   float mass[kSample + kPad], factors[kSample + kPad];
   // The heads are a fifth of the blocks, unless they tie: then some of them will do.
   static_assert(kMaxBlocks / 5 < kSample, "there is room for them");
@@ -62,20 +66,17 @@ Average estimate_average(const StandIns& s, const LogitWeigher& w, Factor factor
   const double unseen = (double)q.v[0][0] / (double)kRoughUnit;
   const double off = unseen * ((double)f.v[0][0] - mean), one = all / (double)kRoughUnit;
   const auto deviations = [&](vf e, double more) {
-    return so_many * s.body.each * sqrt((double)reduce_add(e) + more * more);
+    return kOfFloors * s.body.each * sqrt((double)reduce_add(e) + more * more);
   };
   return Average{one, deviations(mass_error, unseen), mean, deviations(mean_error, off) / one};
 }
-
-// A floor that lies outside of its guess costs another pass, and a wider guess hardly anything.
-constexpr double kOfFloors = 3.5;
 
 template <class T, class Factor>
 Average average_of_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor factor,
                          const Workspace& ws) {
   StandIns sample;
   const bool taken = take_stand_ins(d, weight, ws, &sample);
-  return taken ? estimate_average(sample, weight.weigher, factor, kOfFloors) : kNoAverage;
+  return taken ? estimate_average(sample, weight.weigher, factor) : kNoAverage;
 }
 
 // A margin beyond what estimates of float sums are off by.

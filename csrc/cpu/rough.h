@@ -258,7 +258,7 @@ RoughFloor rough_floor_of_total(const Dense<T>& d, const Weighing<LogitWeigher>&
   const LogitWeigher& w = weight.weigher;
   StandIns sample;
   if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
-  const Average average = estimate_average(sample, w, OfMass(), kOfFloors);
+  const Average average = estimate_average(sample, w, OfMass());
   const auto floor_at = [&](double mass) {  // of the maximum's
     return (double)floor_of((uint64_t)(fmax(mass, 1) * (double)kMassUnit)) / (double)kMassUnit;
   };
