@@ -22,7 +22,7 @@ FS_INLINE float* divide_block(const Weight& weight, const T* x, bool near, float
                               Distances bounds, float* values, vd& depth, MassSum& all,
                               MassSum& inside) {
   constexpr int N = kAbreast;
-  const OfDepth factor = {weight.weigher};
+  const OfDepth factor(weight.weigher);
   vf product = {};
   BlockBits around = {};
   for (int i = 0; i < kBlock; i += N * kLanes) {

@@ -13,9 +13,14 @@ struct Bounded {
   double low, high;
 };
 
-// What is averaged by mass: the float mass itself, or minus how far y lies below 0, in whole steps
-// of 2^-14.
+// What is averaged by mass: nothing, the float mass itself, or minus how far y lies below 0, in whole
+// steps of 2^-14.
+struct OfNothing {
+  explicit OfNothing(const LogitWeigher&) {}
+};
 struct OfMass {
+  explicit OfMass(const LogitWeigher&) {}
+
   template <int N>
   FS_MEMBER Pack<N> operator()(const Pack<N>&, const Pack<N>& q) const {
     return q;
@@ -23,6 +28,8 @@ struct OfMass {
 };
 struct OfDepth {
   LogitWeigher weigher;
+
+  explicit OfDepth(const LogitWeigher& w) : weigher(w) {}
 
   template <int N>
   FS_MEMBER Pack<N> operator()(const Pack<N>& x, const Pack<N>&) const {
@@ -66,18 +73,22 @@ struct RoughSums {
   vd mass = {}, product = {};
 };
 
+template <class Factor>
+constexpr bool kAverages = !std::is_same<Factor, OfNothing>::value;
+
 // A block's share of the pass: returns the end of the values that it has copied.
-template <bool kHasHeavy, class T, class Weight, class Factor>
-FS_INLINE float* part_block(const Weight& weight, const T* x, bool near, Factor factor, Guess guess,
-                            float* values, RoughSums& sums, MassSum& heavy) {
+template <class Factor, bool kHasHeavy, class T, class Weight>
+FS_INLINE float* part_block(const Weight& weight, const T* x, bool near, Guess guess, float* values,
+                            RoughSums& sums, MassSum& heavy) {
   constexpr int N = kAbreast;
+  const Factor factor(weight.weigher);  // made here: the compiler sees what both compute
   vf mass = {}, product = {};
   BlockBits inside = {};
   for (int i = 0; i < kBlock; i += N * kLanes) {
     const Pack<N> p = load_pack<N>(x + i);
-    const Pack<N> q = weight.of(p, everywhere<N>(), near), f = factor(p, q);
+    const Pack<N> q = weight.of(p, everywhere<N>(), near);
     mass = mass + add_pack(q);
-    product = product + add_products(q, f);
+    if constexpr (kAverages<Factor>) product = product + add_products(q, factor(p, q));
     if (!kHasHeavy) continue;
     FixedSum fixed;
     FS_EACH(N) {
@@ -106,8 +117,8 @@ struct Parted {
   List around;  // without ids
 };
 
-template <class T, class Factor>
-Parted part(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor factor, Guess guess,
+template <class Factor, class T>
+Parted part(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Guess guess,
             const Workspace& ws) {
   const float lowest = weight.lowest();
   const auto has_mass = [&](int b) { return upper_bound(d, b) >= lowest; };
@@ -120,7 +131,6 @@ Parted part(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor fact
     each_run(d, g, has_mass, [&](auto run, auto near) {
       // Copies: to the compiler, a store of values might change the originals.
       const Weighing<LogitWeigher> own = weight;
-      const Factor of = factor;
       const Guess around = guess;
       RoughSums sums;
       MassSum run_heavy;
@@ -129,8 +139,8 @@ Parted part(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Factor fact
         const auto* x = run.x + (b - run.begin) * kBlock;
         fetch_ahead(d, b, ws);
         next = upper_bound(d, b) >= around.low
-                   ? part_block<true>(own, x, near, of, around, next, sums, run_heavy)
-                   : part_block<false>(own, x, near, of, around, next, sums, run_heavy);
+                   ? part_block<Factor, true>(own, x, near, around, next, sums, run_heavy)
+                   : part_block<Factor, false>(own, x, near, around, next, sums, run_heavy);
       }
       end = next;
       heavy += run_heavy;
@@ -157,11 +167,14 @@ struct FloorBounds {
   uint64_t low, high;
 };
 
-// Far above what the few operations that lead from a sum to a floor round. No floor is above the
-// heaviest token.
-FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest) {
-  high += (high >> 20) + 1;
-  return {low - (low >> 20) - (low > 0), high < heaviest ? high : heaviest};
+// What the operations that lead from sums to a floor may round, as a share of it: a few of doubles,
+// and before them for some floors an exponential in floats, off by less than 2^-22 each time.
+constexpr double kOfDoubles = 0x1p-40, kOfExponentials = 0x1p-21;
+
+// No floor is above the heaviest token.
+FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest, double rounding) {
+  high += (uint64_t)((double)high * rounding) + 1;
+  return {low - (uint64_t)((double)low * rounding) - (low > 0), high < heaviest ? high : heaviest};
 }
 
 // Logits around a floor: from `high` up, every token has at least the floor's upper bound, below
@@ -258,7 +271,7 @@ RoughFloor rough_floor_of_total(const Dense<T>& d, const Weighing<LogitWeigher>&
   const LogitWeigher& w = weight.weigher;
   StandIns sample;
   if (!take_stand_ins(d, weight, ws, &sample)) return kUnknown;
-  const Average average = estimate_average(sample, w, OfMass());
+  const Average average = estimate_average(sample, w, OfMass(w));
   const auto floor_at = [&](double mass) {  // of the maximum's
     return (double)floor_of((uint64_t)(fmax(mass, 1) * (double)kMassUnit)) / (double)kMassUnit;
   };
@@ -269,10 +282,11 @@ RoughFloor rough_floor_of_total(const Dense<T>& d, const Weighing<LogitWeigher>&
   const double kept = sample.heads.n + above * sample.body.each;
   const double share = kept / ((double)blocks(d) * kBlock);
   if (gathers_few(share)) return kUnknown;
-  const Parted found = part(d, weight, OfMass(), guess, ws);
+  const Parted found = part<OfNothing>(d, weight, guess, ws);
   const uint64_t from = floor_of((uint64_t)fmax(found.mass.low, 1));
   const uint64_t to = floor_of((uint64_t)found.mass.high);
-  const FloorBounds bounds = widen_bounds(from < to ? from : to, from < to ? to : from, heaviest);
+  const FloorBounds bounds =
+      widen_bounds(from < to ? from : to, from < to ? to : from, heaviest, kOfDoubles);
   const RoughFloor rough = settle(d, weight, bounds, guess, found, ws);
   if (rough.floor) return rough;
   const Kept<float> all = narrow_to_mass(alive(w), weight.floor);
@@ -303,17 +317,17 @@ FS_INLINE Bounded squares_bounds(const Parted& found, double tokens) {
 template <class T>
 RoughFloor rough_p_less_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
                               const Workspace& ws, uint64_t heaviest) {
-  const Average average = average_of_floor(d, weight, OfMass(), ws);
+  const Average average = average_of_floor(d, weight, OfMass(weight.weigher), ws);
   // The maximum alone has a square of 1.
   const double least = 1 / (average.mass + average.mass_error), one = (double)kRoughUnit;
   const Guess guess =
       guess_of(weight.weigher, fmax((average.mean - average.mean_error) / one, least),
                (average.mean + average.mean_error) / one);
-  const Parted found = part(d, weight, OfMass(), guess, ws);
+  const Parted found = part<OfMass>(d, weight, guess, ws);
   const Bounded squares = squares_bounds(found, (double)blocks(d) * kBlock);
   const uint64_t low = floor_at(p_less_mass(squares_of(found.mass.high, squares.low)), heaviest);
   const uint64_t high = floor_at(p_less_mass(squares_of(found.mass.low, squares.high)), heaviest);
-  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
+  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest, kOfDoubles), guess, found, ws);
   if (rough.floor) return rough;
   const auto floor_of = [&](const SquareSums& s) { return floor_at(p_less_mass(s), heaviest); };
   return settle_exactly(d, weight, Squares{}, floor_of, guess, found, ws);
@@ -330,8 +344,7 @@ FS_INLINE Bounded depth_bounds(Bounded product, double tokens) {
 template <class T>
 RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weight,
                            const Workspace& ws, const RowParams& p, uint64_t heaviest) {
-  const OfDepth factor = {weight.weigher};
-  const Average average = average_of_floor(d, weight, factor, ws);
+  const Average average = average_of_floor(d, weight, OfDepth(weight.weigher), ws);
   const double e = (double)p.eta_cutoff;
   const auto estimate = [&](double mass, double depth) {
     return fmin(e * mass, sqrt(e) * exp2(depth));
@@ -340,11 +353,11 @@ RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weig
       weight.weigher,
       estimate(fmax(average.mass - average.mass_error, 1), average.mean - average.mean_error),
       estimate(average.mass + average.mass_error, average.mean + average.mean_error));
-  const Parted found = part(d, weight, factor, guess, ws);
+  const Parted found = part<OfDepth>(d, weight, guess, ws);
   const Bounded depths = depth_bounds(found.product, (double)blocks(d) * kBlock);
   const uint64_t low = floor_at(eta_mass(p, depths_of(found.mass.low, depths.high)), heaviest);
   const uint64_t high = floor_at(eta_mass(p, depths_of(found.mass.high, depths.low)), heaviest);
-  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest), guess, found, ws);
+  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest, kOfExponentials), guess, found, ws);
   if (rough.floor) return rough;
   const auto floor_of = [&](const DepthSums& s) { return floor_at(eta_mass(p, s), heaviest); };
   return settle_exactly(d, weight, Depths{weight.weigher}, floor_of, guess, found, ws);

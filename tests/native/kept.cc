@@ -333,7 +333,7 @@ void check_bounds(const std::vector<float>& x) {
   const Dense<float> d = {row, memory.ws.block_max, false};
   const Weighing weight(weigher, 0);
   const double tokens = (double)blocks(d) * kBlock, total = (double)exact.depths.mass;
-  const Parted parted = part(d, weight, OfMass(), {peak.max - 2, peak.max - 1}, memory.ws);
+  const Parted parted = part<OfMass>(d, weight, {peak.max - 2, peak.max - 1}, memory.ws);
   CHECK(holds(parted.mass.low, total, parted.mass.high, total * 1e-5));
   const Bounded squares = squares_bounds(parted, tokens);
   const double all = sum_of_squares(exact.squares);
