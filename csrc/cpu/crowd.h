@@ -18,8 +18,10 @@ FS_INLINE vf square(vf v) { return v * v; }
 
 // Values, and about the mass of all that each stands for.
 struct Crowd {
-  static constexpr int kHeads = kMaxBlocks / 5 + 1, kMost = kSample + kHeads;
-  float x[kMost + kPad], mass[kMost + kPad];
+  static constexpr int kHeads = kMaxBlocks / 5 + 1, kTops = 3 * kSample / 2;
+  static constexpr int kMost = kSample + kHeads + kTops;
+  alignas(FASTSAMPLE_VECTOR_BYTES) float x[kMost + kPad];
+  alignas(FASTSAMPLE_VECTOR_BYTES) float mass[kMost + kPad];
   int n = 0;
 
   // Adds those of some values for which where(x) holds, each of which stands for so many.
@@ -48,35 +50,50 @@ struct Crowd {
     return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
-  double within(float center, float limit) const {
-    return sum([&](vf v) { return ge(splat(limit), distance(v, center)); },
-               [](vf, vf m) { return m; });
-  }
-  float farthest(float center) const {
+  // Their distances from a center.
+  struct Away {
+    alignas(FASTSAMPLE_VECTOR_BYTES) float far[kMost + kPad];
+    float most;  // the farthest that is finite
+  };
+  void measure(float center, Away* away) const {
     vf most = splat(0.0f);
-    for (int i = 0; i < n; i += kLanes) {
-      most = select(first(n - i), max(most, distance(load(x + i), center)), most);
+    for (int i = 0; i < n + kPad; i += kLanes) {
+      const vf far = distance(load(x + i), center);
+      store(away->far + i, far);
+      most = select(first(n - i), max(most, far), most);
     }
-    return reduce_max(most);
+    away->most = reduce_max(most);
+  }
+
+  double within(const Away& away, float limit) const {
+    constexpr int N = 4;
+    vf sums[N] = {};
+    for (int i = 0; i < n; i += N * kLanes) {
+      FS_EACH(N) {
+        const Mask m = ge(splat(limit), load(away.far + i + u * kLanes));
+        sums[u] = sums[u] + (vf)keep(m, (vu)load(mass + i + u * kLanes));
+      }
+    }
+    return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
   // Between which distances of a range the mass within comes to reach a goal: it is halved so
   // often.
-  Distances bracket(float center, double goal, Distances range, int halves) const {
+  Distances bracket(const Away& away, double goal, Distances range, int halves) const {
     for (; halves > 0; --halves) {
       const float middle = range.near + (range.far - range.near) / 2;
-      (within(center, middle) < goal ? range.near : range.far) = middle;
+      (within(away, middle) < goal ? range.near : range.far) = middle;
     }
     return range;
   }
 
   // The distances between which it comes to reach a goal, a share of all, that may be off by so
   // much; not so far that hardly anything lies beyond.
-  Distances expect(float center, double goal, double off, Distances range) const {
+  Distances expect(const Away& away, double goal, double off, Distances range) const {
     constexpr int kHalves = 9;
-    const double all = within(center, range.far), most = all - (all - goal) / 8;
-    return Distances{bracket(center, goal - off, range, kHalves).near,
-                     bracket(center, fmin(goal + off, most), range, kHalves).far};
+    const double all = within(away, range.far), most = all - (all - goal) / 8;
+    return Distances{bracket(away, goal - off, range, kHalves).near,
+                     bracket(away, fmin(goal + off, most), range, kHalves).far};
   }
 };
 
@@ -90,22 +107,82 @@ struct Center {
 // twice.
 constexpr double kOfMean = 2.5;
 
-// What stands for a row: its heads for themselves, and a sample for what is below. The sample may
-// lack heavy values, the more so as a row's mass lies in few tokens; so it counts as off as if
-// there were one more just below the heads.
+// The values from `low` up of every eighth block; none where they are too many.
+struct Tops {
+  int n = 0;
+  double each = 0;
+
+  template <class T>
+  Tops(const Dense<T>& d, float low, int most, float* to) {
+    constexpr int kEvery = 8;
+    float buffer[kBlock];
+    int seen = 0;
+    for (int b = kEvery / 2; b < blocks(d) && n <= most; b += kEvery, ++seen) {
+      if (upper_bound(d, b) >= low) n += copy_from(values(d, b, buffer), low, to + n);
+    }
+    n = n > most ? 0 : n;
+    each = (double)blocks(d) / seen;
+  }
+
+ private:
+  static FS_MEMBER int copy_from(const float* x, float low, float* to) {
+    const auto among = [&](vf v, int) { return ge(v, splat(low)); };
+    if (!kCompresses) return append(x, block_bits(x, among), to);
+    int n = 0;
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const vf v = load(x + i);
+      n += compress_store(to + n, v, among(v, i));
+    }
+    return n;
+  }
+};
+
+// What stands for a row: its heads for themselves, a sample for what is below, and a larger one for
+// the top of that, unless the heads have most of the mass. A sample may lack heavy values, the more
+// so as a row's mass lies in few tokens; so it counts as off as if there were one more just below
+// the heads.
 struct RowCrowd : Crowd {
   float heads;
   double all, unseen;  // all its mass, and that of one more
 
-  template <class Weight>
-  RowCrowd(const StandIns& s, const Weight& weight) : heads(s.heads.low) {
+  template <class T, class Weight>
+  RowCrowd(const Dense<T>& d, const StandIns& s, const Weight& weight, const Workspace& ws)
+      : heads(s.heads.low) {
     const float lowest = weight.lowest();
     const auto has_mass = [&](vf v) { return gt(v, splat(lowest)); };
+    const auto mass_of_all = [&] { return sum(is_finite, [](vf, vf m) { return m; }); };
     const int few = s.heads.n < kHeads ? s.heads.n : kHeads;  // more, where they tie
     if (few) add(weight, s.heads.x, few, (double)s.heads.n / few, has_mass);
+    const int before = n;
+    const double of_heads = mass_of_all();
     add(weight, s.body.x, s.body.n, s.body.each, has_mass);
-    all = sum(is_finite, [](vf, vf m) { return m; });
-    unseen = few ? s.body.each * (double)weight.one(heads) : 0;
+    all = mass_of_all();
+    double each = s.body.each;
+    if (of_heads < all / 2) {
+      const float low = top_of(s.body);
+      const Tops tops(d, low, kTops, ws.values);
+      if (tops.n) {
+        n = before;
+        each = tops.each;
+        add(weight, ws.values, tops.n, each,
+            [&](vf v) { return both(has_mass(v), gt(splat(heads), v)); });
+        add(weight, s.body.x, s.body.n, s.body.each,
+            [&](vf v) { return both(has_mass(v), gt(splat(low), v)); });
+        all = mass_of_all();
+      }
+    }
+    unseen = few ? each * (double)weight.one(heads) : 0;
+  }
+
+  // A value that about an eighth of a sample exceeds.
+  static float top_of(const Sample& s) {
+    const Span all = span_of((float*)s.x, s.n);
+    float low = all.low, high = all.high;
+    for (int i = 0; i < 8; ++i) {
+      const float middle = low + (high - low) / 2;
+      (count_above(s.x, s.n, middle) < s.n / 8 ? high : low) = middle;
+    }
+    return low;
   }
 
   // The sum of squares of what value(x, share of all) is, over the sample and one more.
@@ -126,13 +203,15 @@ struct RowCrowd : Crowd {
 
   // Between which distances from a center the share of all mass is reached.
   Distances limit(float center, double share) const {
-    const Distances range = {0, farthest(center)};
-    const float about = bracket(center, share * all, range, 6).far;
+    Away away;
+    measure(center, &away);
+    const Distances range = {0, away.most};
+    const float about = bracket(away, share * all, range, 6).far;
     const vf inside = splat((float)(1 - share)), outside = splat((float)share);
     const double off = sqrt(squares([&](vf v, vf m) {
       return m * select(ge(splat(about), distance(v, center)), inside, outside);
     }));
-    return expect(center, share * all, 2.5 * off * all, range);
+    return expect(away, share * all, 2.5 * off * all, range);
   }
 };
 
@@ -163,14 +242,16 @@ Distances find_among(const Weight& weight, int n, float mean, double missing, Di
   add_some(weight, ws.values, n, is_below, n - above.n, &crowd);
   const double each[2] = {high ? (double)above.n / high : 1,
                           crowd.n > high ? (double)(n - above.n) / (crowd.n - high) : 1};
-  const float limit = crowd.bracket(mean, missing, range, 6).far;
+  Crowd::Away away;
+  crowd.measure(mean, &away);
+  const float limit = crowd.bracket(away, missing, range, 6).far;
   const auto squares = [&](auto side) {
     return crowd.sum([&](vf v) { return both(side(v), ge(splat(limit), distance(v, mean))); },
                      [](vf, vf m) { return square(m); });
   };
   const double off =
       sqrt((1 - 1 / each[0]) * squares(is_above) + (1 - 1 / each[1]) * squares(is_below));
-  return crowd.expect(mean, missing, 3.5 * off, range);
+  return crowd.expect(away, missing, 3.5 * off, range);
 }
 
 }  // namespace

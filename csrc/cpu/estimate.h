@@ -16,7 +16,8 @@ struct Bracket {
 // Values that stand for those of a whole domain.
 constexpr int kSample = 2048;
 struct Sample {
-  float x[kSample + kPad], weight[kSample + kPad];
+  alignas(FASTSAMPLE_VECTOR_BYTES) float x[kSample + kPad];
+  alignas(FASTSAMPLE_VECTOR_BYTES) float weight[kSample + kPad];
   int n;
   double each;  // how many tokens a value stands for
 };

@@ -69,6 +69,12 @@ FS_INLINE vf multiply_add(vf a, vf b, vf c) {
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+// Half of a vector's lanes as doubles. GCC converts four at a time unless it is told to.
+FS_INLINE vd widen(vf v, int half) {
+  const __m256 low = _mm512_castps512_ps256((__m512)v);
+  return (vd)_mm512_cvtps_pd(half ? _mm512_extractf32x8_ps((__m512)v, 1) : low);
+}
+
 FS_INLINE float reduce_max(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 FS_INLINE float reduce_min(vf v) { return _mm512_reduce_min_ps((__m512)v); }
 FS_INLINE int16_t reduce_max(vs v) {

@@ -49,6 +49,14 @@ FS_INLINE vf round_up_14(vf y) { return to_float(truncate(y * 0x1p14f)) * 0x1p-1
 // a * b + c, which need not be rounded in between.
 FS_INLINE vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
 
+// Half of a vector's lanes as doubles.
+typedef float vf_half __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES / 2)));
+FS_INLINE vd widen(vf v, int half) {
+  vf_half part;
+  memcpy(&part, (const char*)&v + half * (int)sizeof part, sizeof part);
+  return __builtin_convertvector(part, vd);
+}
+
 FS_INLINE float reduce_max(vf v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;

@@ -57,14 +57,7 @@ FS_INLINE vf splat(float x) { return x - vf{}; }
 FS_INLINE vi splat(int32_t x) { return x - vi{}; }
 FS_INLINE vq splat(uint64_t x) { return x - vq{}; }
 
-// Half of a vector's lanes as doubles.
 typedef double vd __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES)));
-typedef float vf_half __attribute__((vector_size(FASTSAMPLE_VECTOR_BYTES / 2)));
-FS_INLINE vd widen(vf v, int half) {
-  vf_half part;
-  memcpy(&part, (const char*)&v + half * (int)sizeof part, sizeof part);
-  return __builtin_convertvector(part, vd);
-}
 
 // Integers below 2^52 as doubles.
 FS_INLINE vd to_double(vq v) {
