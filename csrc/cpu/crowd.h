@@ -36,6 +36,21 @@ struct Crowd {
     n += more;
   }
 
+  // Leaves out those from a place on for which where(x) does not hold.
+  template <class Where>
+  void keep_from(int begin, Where where) {
+    int kept = begin;
+    for (int i = begin; i < n; i += kLanes) {
+      const vf v = load(x + i), m = load(mass + i);
+      const Mask stays = both(first(n - i), where(v));
+      compress_store(mass + kept, m, stays);
+      kept += compress_store(x + kept, v, stays);
+    }
+    n = kept;
+    fill_up(x, n);
+    for (int i = 0; i < kPad; i += kLanes) store(mass + n + i, vf{});
+  }
+
   // The sum of value(x, mass) over those for which where(x) holds; it must not for -inf.
   template <class Where, class Value>
   double sum(Where where, Value value) const {
@@ -44,7 +59,7 @@ struct Crowd {
     for (int i = 0; i < n; i += N * kLanes) {
       FS_EACH(N) {
         const vf v = load(x + i + u * kLanes), m = load(mass + i + u * kLanes);
-        sums[u] = sums[u] + (vf)keep(where(v), (vu)value(v, m));
+        sums[u] = add_where(where(v), sums[u], value(v, m));
       }
     }
     return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -71,7 +86,7 @@ struct Crowd {
     for (int i = 0; i < n; i += N * kLanes) {
       FS_EACH(N) {
         const Mask m = ge(splat(limit), load(away.far + i + u * kLanes));
-        sums[u] = sums[u] + (vf)keep(m, (vu)load(mass + i + u * kLanes));
+        sums[u] = add_where(m, sums[u], load(mass + i + u * kLanes));
       }
     }
     return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -88,12 +103,13 @@ struct Crowd {
   }
 
   // The distances between which it comes to reach a goal, a share of all, that may be off by so
-  // much; not so far that hardly anything lies beyond.
-  Distances expect(const Away& away, double goal, double off, Distances range) const {
-    constexpr int kHalves = 9;
+  // much; not so far that hardly anything lies beyond. It reaches the goal itself at about these.
+  Distances expect(const Away& away, double goal, double off, Distances range,
+                   Distances about) const {
+    constexpr int kHalves = 7;
     const double all = within(away, range.far), most = all - (all - goal) / 8;
-    return Distances{bracket(away, goal - off, range, kHalves).near,
-                     bracket(away, fmin(goal + off, most), range, kHalves).far};
+    return Distances{bracket(away, goal - off, {range.near, about.far}, kHalves).near,
+                     bracket(away, fmin(goal + off, most), {about.near, range.far}, kHalves).far};
   }
 };
 
@@ -162,12 +178,10 @@ struct RowCrowd : Crowd {
       const float low = top_of(s.body);
       const Tops tops(d, low, kTops, ws.values);
       if (tops.n) {
-        n = before;
         each = tops.each;
+        keep_from(before, [&](vf v) { return gt(splat(low), v); });
         add(weight, ws.values, tops.n, each,
             [&](vf v) { return both(has_mass(v), gt(splat(heads), v)); });
-        add(weight, s.body.x, s.body.n, s.body.each,
-            [&](vf v) { return both(has_mass(v), gt(splat(low), v)); });
         all = mass_of_all();
       }
     }
@@ -206,12 +220,12 @@ struct RowCrowd : Crowd {
     Away away;
     measure(center, &away);
     const Distances range = {0, away.most};
-    const float about = bracket(away, share * all, range, 6).far;
+    const Distances about = bracket(away, share * all, range, 6);
     const vf inside = splat((float)(1 - share)), outside = splat((float)share);
     const double off = sqrt(squares([&](vf v, vf m) {
-      return m * select(ge(splat(about), distance(v, center)), inside, outside);
+      return m * select(ge(splat(about.far), distance(v, center)), inside, outside);
     }));
-    return expect(away, share * all, 2.5 * off * all, range);
+    return expect(away, share * all, 2.5 * off * all, range, about);
   }
 };
 
@@ -244,14 +258,14 @@ Distances find_among(const Weight& weight, int n, float mean, double missing, Di
                           crowd.n > high ? (double)(n - above.n) / (crowd.n - high) : 1};
   Crowd::Away away;
   crowd.measure(mean, &away);
-  const float limit = crowd.bracket(away, missing, range, 6).far;
+  const Distances about = crowd.bracket(away, missing, range, 6);
   const auto squares = [&](auto side) {
-    return crowd.sum([&](vf v) { return both(side(v), ge(splat(limit), distance(v, mean))); },
+    return crowd.sum([&](vf v) { return both(side(v), ge(splat(about.far), distance(v, mean))); },
                      [](vf, vf m) { return square(m); });
   };
   const double off =
       sqrt((1 - 1 / each[0]) * squares(is_above) + (1 - 1 / each[1]) * squares(is_below));
-  return crowd.expect(away, missing, 3.5 * off, range);
+  return crowd.expect(away, missing, 3.5 * off, range, about);
 }
 
 }  // namespace

@@ -41,6 +41,9 @@ FS_INLINE vu keep(Mask m, vu a) { return (vu)_mm512_maskz_mov_epi32(m, (__m512i)
 FS_INLINE vu add_where(Mask m, vu sum, vu a) {
   return (vu)_mm512_mask_add_epi32((__m512i)sum, m, (__m512i)sum, (__m512i)a);
 }
+FS_INLINE vf add_where(Mask m, vf sum, vf a) {
+  return (vf)_mm512_mask_add_ps((__m512)sum, m, (__m512)sum, (__m512)a);
+}
 FS_INLINE vi truncate(vf a) { return (vi)_mm512_cvttps_epi32((__m512)a); }
 
 FS_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }

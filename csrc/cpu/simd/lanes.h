@@ -33,6 +33,7 @@ FS_INLINE Mask from_bits(uint32_t b) {
 FS_INLINE vf select(Mask m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); }
 FS_INLINE vu keep(Mask m, vu a) { return (vu)m & a; }
 FS_INLINE vu add_where(Mask m, vu sum, vu a) { return sum + ((vu)m & a); }
+FS_INLINE vf add_where(Mask m, vf sum, vf a) { return sum + (vf)(m & (vi)a); }
 FS_INLINE int count(Mask m) { return __builtin_popcountll(bits(m)); }
 FS_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
 
