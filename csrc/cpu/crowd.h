@@ -121,7 +121,7 @@ struct Center {
 
 // How far off the mean may be, in standard deviations: the wider, the more values are looked at
 // twice.
-constexpr double kOfMean = 2.5;
+constexpr double kOfMean = 2;
 
 // The values from `low` up of every eighth block; none where they are too many.
 struct Tops {
@@ -225,7 +225,7 @@ struct RowCrowd : Crowd {
     const double off = sqrt(squares([&](vf v, vf m) {
       return m * select(ge(splat(about.far), distance(v, center)), inside, outside);
     }));
-    return expect(away, share * all, 2.5 * off * all, range, about);
+    return expect(away, share * all, 2 * off * all, range, about);
   }
 };
 
