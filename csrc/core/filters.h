@@ -80,13 +80,11 @@ FS_HD double epsilon_mass(const RowParams& p, uint64_t total) {
   return (double)p.epsilon_cutoff * (double)total;
 }
 
-// The mean of y by mass.
-FS_HD float mean_exponent(const DepthSums& s) { return -(float)(mean_depth(s) * 0x1p-14); }
-
 FS_HD double eta_mass(const RowParams& p, const DepthSums& s) {
   const double e = (double)p.eta_cutoff;
   const double linear = e * (double)s.mass;
-  const double root = square_root(e) * (double)mass_at(mean_exponent(s));
+  const float y = -(float)(mean_depth(s) * 0x1p-14);
+  const double root = square_root(e) * (double)mass_at(y);
   return linear < root ? linear : root;
 }
 

@@ -98,9 +98,9 @@ struct MeanBounds {
 };
 
 template <class T>
-MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, Bounded product, uint64_t total) {
-  const Bounded depth = depth_bounds(product, (double)blocks(d) * kBlock);
-  const double all = (double)total, slack = 0x1p-40;  // far above the contract's roundings
+MeanBounds bound_mean(const Dense<T>& d, const LogitWeigher& w, const Division& found) {
+  const Bounded depth = depth_bounds(bounds_of_products(found.depth), (double)blocks(d) * kBlock);
+  const double all = (double)found.total, slack = 0x1p-40;  // far above the contract's roundings
   return {mean_logit(depth.high / all * (1 + slack), w.max, w.scale),
           mean_logit(fmax(depth.low, 0) / all * (1 - slack), w.max, w.scale)};
 }
@@ -227,7 +227,7 @@ Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float 
   const Distances bounds = {(float)((double)about.near - room),
                             (float)fmin((double)about.far + room, (double)FLT_MAX)};
   const Division found = divide(d, weight, center.value, bounds, ws);
-  const MeanBounds means = bound_mean(d, w, bounds_of_products(found.depth), found.total);
+  const MeanBounds means = bound_mean(d, w, found);
   const float middle = (float)(((double)means.low + (double)means.high) / 2);
   double error = fmax((double)means.high - (double)middle, (double)middle - (double)means.low);
   const uint64_t target = top_p_target(typical_p, found.total);
@@ -239,10 +239,8 @@ Trial try_center(const Dense<T>& d, const Weighing<LogitWeigher>& weight, float 
   // The ring may lack tokens without mass.
   const bool all_weigh = (double)center.value - (double)bounds.far > (double)weight.lowest();
   if (!all_weigh || !is_certain(ws.values, ring.n, middle, limit, error)) {
-    const FineSums fine = add_finely<OfDepth>(d, weight);
-    const MeanBounds mean = bound_mean(d, w, fine.product, found.total);
-    if (mean.low != mean.high) return trial;
-    trial.mean = mean.low;
+    const DepthSums sums = exact_sums(d, weight, Depths{w}, ws);
+    trial.mean = mean_logit(mean_depth(sums), w.max, w.scale);
     error = 0;
     limit = limit_within(weight, trial.mean, target, ring, ws);
   }

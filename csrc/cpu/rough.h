@@ -109,13 +109,6 @@ FS_INLINE float* part_block(const Weight& weight, const T* x, bool near, Guess g
   return values;
 }
 
-// Sums of float masses as bounds of those of the masses: one has lost less than 1 when it became an
-// integer.
-FS_INLINE Bounded mass_bounds(Bounded sum, double tokens) {
-  constexpr double kUnit = 0x1p40 / (double)kRoughUnit;
-  return {sum.low * kUnit - tokens, sum.high * kUnit};
-}
-
 // Z and the sum of products, and in ws.group_mass the masses of what lies above the guess; what
 // lies within it is copied to ws.values, group g's part to segment[g].
 struct Parted {
@@ -159,56 +152,20 @@ Parted part(const Dense<T>& d, const Weighing<LogitWeigher>& weight, Guess guess
   }
   const int n = ws.segment[groups(d)] = (int32_t)(end - ws.values);
   fill_up(ws.values, n);
-  return Parted{mass_bounds(bounds_of_packs(all.mass), (double)blocks(d) * kBlock),
-                bounds_of_products(all.product), above, List{ws.values, nullptr, n}};
+  // A mass has lost less than 1 when it became an integer.
+  const Bounded mass = bounds_of_packs(all.mass);
+  constexpr double kUnit = 0x1p40 / (double)kRoughUnit;
+  const double tokens = (double)blocks(d) * kBlock;
+  return Parted{{mass.low * kUnit - tokens, mass.high * kUnit},
+                bounds_of_products(all.product),
+                above,
+                List{ws.values, nullptr, n}};
 }
 
 // Where a floor lies, both ends included.
 struct FloorBounds {
   uint64_t low, high;
 };
-
-// Z and the sum of products by a pass more, in doubles. A product of floats is exact in them, and
-// each of fewer than 2^19 additions in a lane is off by less than 2^-53 of the sum.
-struct FineSums {
-  uint64_t mass = 0;
-  Bounded product = {0, 0};
-};
-
-template <class Factor, class T>
-FineSums add_finely(const Dense<T>& d, const Weighing<LogitWeigher>& weight) {
-  constexpr int N = kAbreast;
-  const float lowest = weight.lowest();
-  const auto has_mass = [&](int b) { return upper_bound(d, b) >= lowest; };
-  vd products[2] = {};
-  FineSums sums;
-  for (int g = 0; g < groups(d); ++g) {
-    MassSum all;
-    each_run(d, g, has_mass, [&](auto run, auto near) {
-      const Factor factor(weight.weigher);
-      vd low = products[0], high = products[1];  // in registers
-      MassSum run_all;
-      for (int i = 0; i < (run.end - run.begin) * kBlock; i += N * kLanes) {
-        const Pack<N> p = load_pack<N>(run.x + i);
-        const Pack<N> q = weight.of(p, everywhere<N>(), near), f = factor(p, q);
-        add(run_all, q);
-        FS_EACH(N) {
-          low = low + widen(q.v[u], 0) * widen(f.v[u], 0);
-          high = high + widen(q.v[u], 1) * widen(f.v[u], 1);
-        }
-      }
-      products[0] = low;
-      products[1] = high;
-      all += run_all;
-    });
-    sums.mass += weight.total(all);
-  }
-  constexpr double kError = 0x1p-33;
-  double total = 0;
-  for (int i = 0; i < kWideLanes; ++i) total += fabs(products[0][i]) + fabs(products[1][i]);
-  sums.product = {total * (1 - kError), total * (1 + kError)};
-  return sums;
-}
 
 // What the operations that lead from sums to a floor may round, as a share of it: a few of doubles,
 // and before them for some floors an exponential in floats, off by less than 2^-22 each time.
@@ -285,17 +242,24 @@ RoughFloor settle(const Dense<T>& d, const Weighing<LogitWeigher>& before, Floor
   return {floor.high, total};
 }
 
-// The same with a floor between bounds that a function of sums gives; of finer sums, where bounds do
-// not determine it.
-template <class Factor, class T, class BoundsOf>
-RoughFloor settle_by(const Dense<T>& d, const Weighing<LogitWeigher>& before, BoundsOf bounds_of,
-                     Guess guess, const Parted& parted, const Workspace& ws) {
-  const FloorBounds floor = bounds_of(parted.mass, parted.product);
-  const RoughFloor rough = settle(d, before, floor, guess, parted, ws);
-  if (rough.floor) return rough;
-  const FineSums fine = add_finely<Factor>(d, before);
-  const double mass = (double)fine.mass;
-  return settle(d, before, bounds_of({mass, mass}, fine.product), guess, parted, ws);
+// The sums themselves, by a pass more; the masses that are known stay.
+template <class T, class More>
+auto exact_sums(const Dense<T>& d, const Weighing<LogitWeigher>& before, More more,
+                const Workspace& ws) {
+  Workspace own = ws;
+  own.group_mass = ws.rest_mass;
+  const LogitWeigher& w = before.weigher;
+  const Kept<float> kept = narrow_to_mass(alive(w), before.floor);
+  return more.sums(measure(d, kept, w, own, more));
+}
+
+// The same with the exact floor, of exact sums, where bounds do not determine it.
+template <class T, class More, class FloorOf>
+RoughFloor settle_exactly(const Dense<T>& d, const Weighing<LogitWeigher>& before, More more,
+                          FloorOf floor_of, Guess guess, const Parted& parted,
+                          const Workspace& ws) {
+  const uint64_t floor = floor_of(exact_sums(d, before, more, ws));
+  return settle(d, before, FloorBounds{floor, floor}, guess, parted, ws);
 }
 
 // A floor that is a function of Z alone; 0 also where it keeps so few tokens that they are
@@ -344,9 +308,10 @@ FS_INLINE DepthSums depths_of(double mass, double depths) {
 
 // Q is less than the sum of the squares of the float masses: each mass w has lost less than 1 when
 // it became an integer, and its square less than 2w + 1.
-FS_INLINE Bounded squares_bounds(Bounded mass, Bounded product, double tokens) {
+FS_INLINE Bounded squares_bounds(const Parted& found, double tokens) {
   constexpr double kUnit = 0x1p40 / (double)kRoughUnit;
-  return {product.low * kUnit * kUnit - 2 * (mass.high + tokens), product.high * kUnit * kUnit};
+  return {found.product.low * kUnit * kUnit - 2 * (found.mass.high + tokens),
+          found.product.high * kUnit * kUnit};
 }
 
 template <class T>
@@ -358,14 +323,14 @@ RoughFloor rough_p_less_floor(const Dense<T>& d, const Weighing<LogitWeigher>& w
   const Guess guess =
       guess_of(weight.weigher, fmax((average.mean - average.mean_error) / one, least),
                (average.mean + average.mean_error) / one);
-  const auto bounds_of = [&](Bounded mass, Bounded product) {
-    const Bounded squares = squares_bounds(mass, product, (double)blocks(d) * kBlock);
-    const uint64_t low = floor_at(p_less_mass(squares_of(mass.high, squares.low)), heaviest);
-    const uint64_t high = floor_at(p_less_mass(squares_of(mass.low, squares.high)), heaviest);
-    return widen_bounds(low, high, heaviest, kOfDoubles);
-  };
   const Parted found = part<OfMass>(d, weight, guess, ws);
-  return settle_by<OfMass>(d, weight, bounds_of, guess, found, ws);
+  const Bounded squares = squares_bounds(found, (double)blocks(d) * kBlock);
+  const uint64_t low = floor_at(p_less_mass(squares_of(found.mass.high, squares.low)), heaviest);
+  const uint64_t high = floor_at(p_less_mass(squares_of(found.mass.low, squares.high)), heaviest);
+  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest, kOfDoubles), guess, found, ws);
+  if (rough.floor) return rough;
+  const auto floor_of = [&](const SquareSums& s) { return floor_at(p_less_mass(s), heaviest); };
+  return settle_exactly(d, weight, Squares{}, floor_of, guess, found, ws);
 }
 
 // The same for the sum of the masses times depths: each product has lost less than the depth, which
@@ -388,19 +353,14 @@ RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weig
       weight.weigher,
       estimate(fmax(average.mass - average.mass_error, 1), average.mean - average.mean_error),
       estimate(average.mass + average.mass_error, average.mean + average.mean_error));
-  const auto bounds_of = [&](Bounded mass, Bounded product) {
-    const Bounded depths = depth_bounds(product, (double)blocks(d) * kBlock);
-    const DepthSums deepest = depths_of(mass.low, depths.high);
-    const DepthSums highest = depths_of(mass.high, depths.low);
-    const uint64_t low = floor_at(eta_mass(p, deepest), heaviest);
-    const uint64_t high = floor_at(eta_mass(p, highest), heaviest);
-    // Between neighbouring exponents there is none whose exponential may be another.
-    const bool known = nextafterf(mean_exponent(deepest), 0) >= mean_exponent(highest);
-    return widen_bounds(low < high ? low : high, low < high ? high : low, heaviest,
-                        known ? kOfDoubles : kOfExponentials);
-  };
   const Parted found = part<OfDepth>(d, weight, guess, ws);
-  return settle_by<OfDepth>(d, weight, bounds_of, guess, found, ws);
+  const Bounded depths = depth_bounds(found.product, (double)blocks(d) * kBlock);
+  const uint64_t low = floor_at(eta_mass(p, depths_of(found.mass.low, depths.high)), heaviest);
+  const uint64_t high = floor_at(eta_mass(p, depths_of(found.mass.high, depths.low)), heaviest);
+  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest, kOfExponentials), guess, found, ws);
+  if (rough.floor) return rough;
+  const auto floor_of = [&](const DepthSums& s) { return floor_at(eta_mass(p, s), heaviest); };
+  return settle_exactly(d, weight, Depths{weight.weigher}, floor_of, guess, found, ws);
 }
 
 }  // namespace
