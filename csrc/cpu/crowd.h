@@ -36,6 +36,10 @@ struct Crowd {
     n += more;
   }
 
+  double total() const {
+    return sum(is_finite, [](vf, vf m) { return m; });
+  }
+
   // Leaves out those from a place on for which where(x) does not hold.
   template <class Where>
   void keep_from(int begin, Where where) {
@@ -48,7 +52,6 @@ struct Crowd {
     }
     n = kept;
     fill_up(x, n);
-    for (int i = 0; i < kPad; i += kLanes) store(mass + n + i, vf{});
   }
 
   // The sum of value(x, mass) over those for which where(x) holds; it must not for -inf.
@@ -123,6 +126,14 @@ struct Center {
 // twice.
 constexpr double kOfMean = 2;
 
+// A value that about an eighth of a sample exceeds.
+FS_INLINE float top_of(const Sample& s) {
+  constexpr int kFew = 256;
+  float some[kFew + kPad];
+  for (int i = 0; i < kFew; ++i) some[i] = s.x[i * s.n / kFew];
+  return narrow(Counting{}, span_of(some, kFew), 0, kFew / 8, some).x;
+}
+
 // The values from `low` up of every eighth block; none where they are too many.
 struct Tops {
   int n = 0;
@@ -153,10 +164,10 @@ struct Tops {
   }
 };
 
-// What stands for a row: its heads for themselves, a sample for what is below, and a larger one for
-// the top of that, unless the heads have most of the mass. A sample may lack heavy values, the more
-// so as a row's mass lies in few tokens; so it counts as off as if there were one more just below
-// the heads.
+// What stands for a row: its heads for themselves and a sample for what is below; where the heads
+// have less than half of the mass, a larger sample for the top of what is below. A sample may lack
+// heavy values, the more so as a row's mass lies in few tokens; so it counts as off as if there
+// were one more just below the heads.
 struct RowCrowd : Crowd {
   float heads;
   double all, unseen;  // all its mass, and that of one more
@@ -166,37 +177,24 @@ struct RowCrowd : Crowd {
       : heads(s.heads.low) {
     const float lowest = weight.lowest();
     const auto has_mass = [&](vf v) { return gt(v, splat(lowest)); };
-    const auto mass_of_all = [&] { return sum(is_finite, [](vf, vf m) { return m; }); };
     const int few = s.heads.n < kHeads ? s.heads.n : kHeads;  // more, where they tie
     if (few) add(weight, s.heads.x, few, (double)s.heads.n / few, has_mass);
-    const int before = n;
-    const double of_heads = mass_of_all();
+    const int own = n;
+    const double own_mass = total();
     add(weight, s.body.x, s.body.n, s.body.each, has_mass);
-    all = mass_of_all();
     double each = s.body.each;
-    if (of_heads < all / 2) {
-      const float low = top_of(s.body);
-      const Tops tops(d, low, kTops, ws.values);
+    if (own_mass < total() / 2 && s.body.n > kSample / 2) {
+      const float top = top_of(s.body);
+      const Tops tops(d, top, kTops, ws.values);
       if (tops.n) {
         each = tops.each;
-        keep_from(before, [&](vf v) { return gt(splat(low), v); });
+        keep_from(own, [&](vf v) { return gt(splat(top), v); });
         add(weight, ws.values, tops.n, each,
             [&](vf v) { return both(has_mass(v), gt(splat(heads), v)); });
-        all = mass_of_all();
       }
     }
+    all = total();
     unseen = few ? each * (double)weight.one(heads) : 0;
-  }
-
-  // A value that about an eighth of a sample exceeds.
-  static float top_of(const Sample& s) {
-    const Span all = span_of((float*)s.x, s.n);
-    float low = all.low, high = all.high;
-    for (int i = 0; i < 8; ++i) {
-      const float middle = low + (high - low) / 2;
-      (count_above(s.x, s.n, middle) < s.n / 8 ? high : low) = middle;
-    }
-    return low;
   }
 
   // The sum of squares of what value(x, share of all) is, over the sample and one more.

@@ -13,8 +13,8 @@ struct Bounded {
   double low, high;
 };
 
-// What is averaged by mass: nothing, the float mass itself, or minus how far y lies below 0, in whole
-// steps of 2^-14.
+// What is averaged by mass: nothing, the float mass itself, or minus how far y lies below 0, in
+// whole steps of 2^-14.
 struct OfNothing {
   explicit OfNothing(const LogitWeigher&) {}
 };
@@ -172,7 +172,8 @@ struct FloorBounds {
 constexpr double kOfDoubles = 0x1p-40, kOfExponentials = 0x1p-21;
 
 // No floor is above the heaviest token.
-FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest, double rounding) {
+FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest,
+                                   double rounding) {
   high += (uint64_t)((double)high * rounding) + 1;
   return {low - (uint64_t)((double)low * rounding) - (low > 0), high < heaviest ? high : heaviest};
 }
@@ -327,7 +328,8 @@ RoughFloor rough_p_less_floor(const Dense<T>& d, const Weighing<LogitWeigher>& w
   const Bounded squares = squares_bounds(found, (double)blocks(d) * kBlock);
   const uint64_t low = floor_at(p_less_mass(squares_of(found.mass.high, squares.low)), heaviest);
   const uint64_t high = floor_at(p_less_mass(squares_of(found.mass.low, squares.high)), heaviest);
-  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest, kOfDoubles), guess, found, ws);
+  const RoughFloor rough =
+      settle(d, weight, widen_bounds(low, high, heaviest, kOfDoubles), guess, found, ws);
   if (rough.floor) return rough;
   const auto floor_of = [&](const SquareSums& s) { return floor_at(p_less_mass(s), heaviest); };
   return settle_exactly(d, weight, Squares{}, floor_of, guess, found, ws);
@@ -357,7 +359,8 @@ RoughFloor rough_eta_floor(const Dense<T>& d, const Weighing<LogitWeigher>& weig
   const Bounded depths = depth_bounds(found.product, (double)blocks(d) * kBlock);
   const uint64_t low = floor_at(eta_mass(p, depths_of(found.mass.low, depths.high)), heaviest);
   const uint64_t high = floor_at(eta_mass(p, depths_of(found.mass.high, depths.low)), heaviest);
-  const RoughFloor rough = settle(d, weight, widen_bounds(low, high, heaviest, kOfExponentials), guess, found, ws);
+  const RoughFloor rough =
+      settle(d, weight, widen_bounds(low, high, heaviest, kOfExponentials), guess, found, ws);
   if (rough.floor) return rough;
   const auto floor_of = [&](const DepthSums& s) { return floor_at(eta_mass(p, s), heaviest); };
   return settle_exactly(d, weight, Depths{weight.weigher}, floor_of, guess, found, ws);
