@@ -42,7 +42,7 @@ struct Crowd {
 
   // Leaves out those from a place on for which where(x) does not hold.
   template <class Where>
-  void keep_from(int begin, Where where) {
+  void keep_where(int begin, Where where) {
     int kept = begin;
     for (int i = begin; i < n; i += kLanes) {
       const vf v = load(x + i), m = load(mass + i);
@@ -188,7 +188,7 @@ struct RowCrowd : Crowd {
       const Tops tops(d, top, kTops, ws.values);
       if (tops.n) {
         each = tops.each;
-        keep_from(own, [&](vf v) { return gt(splat(top), v); });
+        keep_where(own, [&](vf v) { return gt(splat(top), v); });
         add(weight, ws.values, tops.n, each,
             [&](vf v) { return both(has_mass(v), gt(splat(heads), v)); });
       }

@@ -169,7 +169,7 @@ struct FloorBounds {
 
 // What the operations that lead from sums to a floor may round, as a share of it: a few of doubles,
 // and before them for some floors an exponential in floats, off by less than 2^-22 each time.
-constexpr double kOfDoubles = 0x1p-40, kOfExponentials = 0x1p-21;
+constexpr double kOfDoubles = 0x1p-36, kOfExponentials = 0x1p-21;
 
 // No floor is above the heaviest token.
 FS_INLINE FloorBounds widen_bounds(uint64_t low, uint64_t high, uint64_t heaviest,
