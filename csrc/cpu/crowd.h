@@ -57,15 +57,10 @@ struct Crowd {
   // The sum of value(x, mass) over those for which where(x) holds; it must not for -inf.
   template <class Where, class Value>
   double sum(Where where, Value value) const {
-    constexpr int N = 4;
-    vf sums[N] = {};
-    for (int i = 0; i < n; i += N * kLanes) {
-      FS_EACH(N) {
-        const vf v = load(x + i + u * kLanes), m = load(mass + i + u * kLanes);
-        sums[u] = add_where(where(v), sums[u], value(v, m));
-      }
-    }
-    return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return add_up([&](vf sum, int i) {
+      const vf v = load(x + i);
+      return add_where(where(v), sum, value(v, load(mass + i)));
+    });
   }
 
   // Their distances from a center.
@@ -75,7 +70,7 @@ struct Crowd {
   };
   void measure(float center, Away* away) const {
     vf most = splat(0.0f);
-    for (int i = 0; i < n + kPad; i += kLanes) {
+    for (int i = 0; i < n + kAtOnce * kLanes; i += kLanes) {
       const vf far = distance(load(x + i), center);
       store(away->far + i, far);
       most = select(first(n - i), max(most, far), most);
@@ -84,15 +79,9 @@ struct Crowd {
   }
 
   double within(const Away& away, float limit) const {
-    constexpr int N = 4;
-    vf sums[N] = {};
-    for (int i = 0; i < n; i += N * kLanes) {
-      FS_EACH(N) {
-        const Mask m = ge(splat(limit), load(away.far + i + u * kLanes));
-        sums[u] = add_where(m, sums[u], load(mass + i + u * kLanes));
-      }
-    }
-    return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return add_up([&](vf sum, int i) {
+      return add_where(ge(splat(limit), load(away.far + i)), sum, load(mass + i));
+    });
   }
 
   // Between which distances of a range the mass within comes to reach a goal: it is halved so
@@ -114,6 +103,19 @@ struct Crowd {
     return Distances{bracket(away, goal - off, {range.near, about.far}, kHalves).near,
                      bracket(away, fmin(goal + off, most), {about.near, range.far}, kHalves).far};
   }
+
+ private:
+  static constexpr int kAtOnce = 4;  // sums, as an addition waits for the one before it
+
+  // add(sum, place) for all, and for what fills them up.
+  template <class Add>
+  FS_MEMBER double add_up(Add add) const {
+    vf sums[kAtOnce] = {};
+    for (int i = 0; i < n; i += kAtOnce * kLanes) {
+      FS_EACH(kAtOnce) sums[u] = add(sums[u], i + u * kLanes);
+    }
+    return (double)reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
 };
 
 // What a row is divided around, and how far from it the mean may be.
@@ -122,9 +124,9 @@ struct Center {
   double off;
 };
 
-// How far off the mean may be, in standard deviations: the wider, the more values are looked at
-// twice.
-constexpr double kOfMean = 2;
+// How far off the mean and the limit may be, in standard deviations: the wider, the more values are
+// looked at twice.
+constexpr double kOfRow = 2;
 
 // A value that about an eighth of a sample exceeds.
 FS_INLINE float top_of(const Sample& s) {
@@ -210,7 +212,7 @@ struct RowCrowd : Crowd {
   Center mean(float max) const {
     const double below = sum(is_finite, [&](vf v, vf m) { return (v - max) * m; });
     const float center = (float)((double)max + below / all);
-    return Center{center, kOfMean * sqrt(squares([&](vf v, vf m) { return (v - center) * m; }))};
+    return Center{center, kOfRow * sqrt(squares([&](vf v, vf m) { return (v - center) * m; }))};
   }
 
   // Between which distances from a center the share of all mass is reached.
@@ -223,7 +225,7 @@ struct RowCrowd : Crowd {
     const double off = sqrt(squares([&](vf v, vf m) {
       return m * select(ge(splat(about.far), distance(v, center)), inside, outside);
     }));
-    return expect(away, share * all, 2 * off * all, range, about);
+    return expect(away, share * all, kOfRow * off * all, range, about);
   }
 };
 

@@ -81,7 +81,7 @@ template <class Factor, bool kHasHeavy, class T, class Weight>
 FS_INLINE float* part_block(const Weight& weight, const T* x, bool near, Guess guess, float* values,
                             RoughSums& sums, MassSum& heavy) {
   constexpr int N = kAbreast;
-  const Factor factor(weight.weigher);  // made here: the compiler sees what both compute
+  const Factor factor(weight.weigher);  // made here: else the compiler computes y twice
   vf mass = {}, product = {};
   BlockBits inside = {};
   for (int i = 0; i < kBlock; i += N * kLanes) {
